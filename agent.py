@@ -1,0 +1,2964 @@
+#!/usr/bin/env python3
+"""ffdist agent: the worker that runs on every server of the fleet.
+
+It finds out what the machine can really do (hwdetect), registers with a master, asks for jobs, runs
+FFmpeg with parameters fit to this machine, measures while it runs, judges the result and pushes it back.
+`agent.py run` does the same job on this machine without a master.
+
+What it does not promise: it never opens a port, never runs a shell, and reads and writes films only
+under its media root. An attempt may be run again elsewhere when this node was out of reach for long;
+the master accepts one report only.
+
+Sections (each uses only those above it):
+  1 Wire      protocol, paths, the parameter table, ApiError, figures written for people
+  2 Client    the only urllib and the only sockets: one connection per thread, typed methods
+  3 Scenario  scenario and parameters -> resolved Settings (pure; the master uses it too)
+  4 Command   settings + machine + source -> Plan of argv lists (pure)
+  5 Progress  line-fed parser of -progress and of FFmpeg's last words (pure)
+  6 Run       processes, their groups, samplers and limits: owns everything that FFmpeg touches
+  7 Analysis  metrics, quality, recommendation (pure)
+  8 Agent     registration, slots, heartbeat, spool
+  9 CLI       flags, the single-node workflow, main
+
+Threads: the main thread holds the parked request; the reporter sends progress and empties the spool;
+each slot runs one attempt. They share the state in Agent under its one lock; nothing blocks while
+holding it.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import fcntl
+import fractions
+import http.client
+import ipaddress
+import json
+import logging
+import math
+import os
+import queue
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hwdetect
+
+# ---- 1 Wire ---------------------------------------------------------------------------------------
+
+VERSION = "1.0.0"
+PROTOCOL = 1
+WAIT_MAX_S = 60.0
+CLOSED_STATUSES = ("completed", "failed", "canceled", "returned")
+
+Json = dict[str, Any]
+
+
+class ApiError(Exception):
+    """A request that was refused, or that never got an answer.
+
+    `status` is the HTTP status (0: no answer at all), `field` the field to blame, `retryable` whether
+    the same request may succeed later.
+    """
+
+    def __init__(self, status: int, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.field = field
+
+    @property
+    def retryable(self) -> bool:
+        return self.status == 0 or self.status >= 500 or self.status in (408, 429)
+
+    def to_json(self) -> Json:
+        return {"error": self.message, "field": self.field} if self.field else {"error": self.message}
+
+
+class Parameter(NamedTuple):
+    """One row of the parameter table: its kind, its limits (inclusive) and what it means."""
+
+    kind: str
+    low: float
+    high: float
+    words: tuple[str, ...]
+    about: str
+
+
+PRESET_WORDS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower",
+                "veryslow")
+CODECS = ("h264", "h265", "av1", "vp9")
+CODEC_ALIASES = {"hevc": "h265", "x264": "h264", "x265": "h265", "avc": "h264"}
+CONTAINERS = ("mp4", "mov", "matroska", "webm", "flv", "mpegts")
+CONTAINER_ALIASES = {"mkv": "matroska", "ts": "mpegts", "m4v": "mp4"}
+QUALITY_METRICS = ("psnr", "ssim", "vmaf", "xpsnr")
+_DAY_S = 86400
+
+PARAMETERS: dict[str, Parameter] = {
+    "input": Parameter("place", 0, 0, (), "path under the media root, or URL; none: a generated source"),
+    "output": Parameter("place", 0, 0, (), "path, or rtmp/srt/http URL; none: encoded, measured, discarded"),
+    "duration": Parameter("number", 0.04, 30 * _DAY_S, (), "seconds; of a real input its first so many"),
+    "bitrate": Parameter("bitrate", 1000, 2e9, (), "video bit/s: 15000k, 5M or a number"),
+    "crf": Parameter("number", 0, 63, (), "constant quality, lower is better (with bitrate: its ceiling)"),
+    "codec": Parameter("word", 0, 0, CODECS, "h264, h265, av1 or vp9"),
+    "encoder": Parameter("name", 0, 0, (), "FFmpeg's name of an encoder, chosen by the agent unless said"),
+    "preset": Parameter("preset", 0, 13, (), "ultrafast … veryslow for every codec, or the encoder's own"),
+    "width": Parameter("size", 16, 16384, (), "pixels, even"),
+    "height": Parameter("size", 16, 16384, (), "pixels, even"),
+    "fps": Parameter("rate", 1, 480, (), "frames per second: 30, 29.97 or 30000/1001"),
+    "pixel_format": Parameter("name", 0, 0, (), "FFmpeg's name, such as yuv420p10le"),
+    "audio": Parameter("bool", 0, 0, (), "false drops the sound"),
+    "container": Parameter("word", 0, 0, CONTAINERS, "mp4, mov, matroska, webm, flv or mpegts"),
+    "gop": Parameter("whole", 1, 100000, (), "frames from one key frame to the next, at most"),
+    "two_pass": Parameter("bool", 0, 0, (), "two passes; needs a bitrate"),
+    "realtime": Parameter("bool", 0, 0, (), "read the input at its own speed"),
+    "hwaccel": Parameter("name", 0, 0, (), "FFmpeg's name of a hardware decoder, such as cuda or vaapi"),
+    "threads": Parameter("whole", 1, 1024, (), "encoder threads"),
+    "quality": Parameter("words", 0, 0, QUALITY_METRICS, "metrics to take: psnr, ssim, vmaf, xpsnr"),
+    "timeout": Parameter("number", 1, 30 * _DAY_S, (), "seconds the whole job may take"),
+    "extra_args": Parameter("words", 0, 0, (), "more FFmpeg arguments; only where the master allows it"),
+}
+
+_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of `10s`, `0.5s`, `1m30s`, `2h` or plain seconds; ValueError otherwise."""
+    match = _DURATION.fullmatch(text.strip())
+    if not match or not any(match.groups()):
+        raise ValueError(f"'{text}' is no duration: write 10s, 0.5s, 1m30s or plain seconds")
+    hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return hours * 3600 + minutes * 60 + seconds
+
+
+def duration_text(seconds: float | None) -> str:
+    """Return seconds for people: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 10 min`, `3 d 4 h`."""
+    if seconds is None:
+        return "unknown"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < _DAY_S:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // _DAY_S} d {whole % _DAY_S // 3600} h"
+
+
+def size_text(size_bytes: float | None) -> str:
+    """Return bytes for people, in powers of 1024: `812 B`, `3.4 MiB`."""
+    if size_bytes is None:
+        return "unknown"
+    size = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def progress_text(progress: Mapping[str, Any], width: int = 24) -> str:
+    """Return one line for people: a bar, percent, fps, speed, time left."""
+    percent = progress.get("percent")
+    parts = [str(progress.get("phase") or "encoding")]
+    if isinstance(percent, (int, float)):
+        full = round(width * min(100.0, max(0.0, percent)) / 100)
+        parts.append(f"[{'#' * full}{'.' * (width - full)}] {percent:3.0f} %")
+    if isinstance(progress.get("fps"), (int, float)):
+        parts.append(f"{progress['fps']:.0f} fps")
+    if isinstance(progress.get("speed"), (int, float)):
+        parts.append(f"{progress['speed']:.2f}x")
+    if isinstance(progress.get("eta_s"), (int, float)):
+        parts.append(f"{duration_text(progress['eta_s'])} left")
+    return "  ".join(parts)
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Return resolved settings as a short phrase: `h264 1920x1080 30 fps 5000k`."""
+    size = f"{settings.get('width') or '?'}x{settings.get('height') or '?'}"
+    known = settings.get("width") or settings.get("height")
+    parts = [settings.get("codec"), size if known else None,
+             f"{settings['fps']:g} fps" if settings.get("fps") else None,
+             settings.get("bitrate"),
+             f"crf {settings['crf']:g}" if settings.get("crf") is not None else None,
+             duration_text(settings["duration"]) if settings.get("duration") else None]
+    return " ".join(str(part) for part in parts if part)
+
+
+def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return a result for people: rows of (what, figure), with the reason where a figure is unknown."""
+    metrics = result.get("metrics") or {}
+    unknown = metrics.get("unknown") or {}
+    encode = result.get("encode") or {}
+
+    def figure(name: str, form: str) -> str:
+        value = metrics.get(name)
+        if value is None:
+            return f"unknown ({unknown.get(name, 'not measured')})"
+        return form.format(value)
+
+    rows = [("encoder", encode.get("encoder")), ("why", encode.get("reason")),
+            ("settings", encode.get("settings")), ("output", result.get("output")),
+            ("time", duration_text(metrics.get("duration"))),
+            ("frames", figure("frames", "{:d}") + ", " + figure("fps", "{:.1f} fps")),
+            ("speed", figure("speed", "{:.2f}x real time")),
+            ("CPU", figure("cpu_usage", "{:.0f} % of the machine") + ", "
+             + figure("cpu_seconds", "{:.1f} CPU s")),
+            ("memory", figure("memory_usage", "{:.0f} MiB peak")),
+            ("energy", figure("energy_joules", "{:.0f} J") if metrics.get("power_watts") is None
+             else figure("energy_joules", "{:.0f} J") + ", " + figure("power_watts", "{:.1f} W")),
+            ("size", size_text(metrics["output_bytes"]) + ", " + figure("bitrate_kbps", "{:.0f} kbit/s")
+             if metrics.get("output_bytes") is not None else figure("output_bytes", "{}")),
+            ("quality", _quality_text(metrics, unknown))]
+    analysis = result.get("analyzer_output") or {}
+    if analysis.get("recommendation"):
+        reasons = "; ".join(analysis.get("reasons") or ())
+        rows.append(("verdict", f"{analysis['recommendation']}{': ' + reasons if reasons else ''}"))
+    return [(name, str(value)) for name, value in rows if value]
+
+
+def _quality_text(metrics: Mapping[str, Any], unknown: Mapping[str, str]) -> str:
+    forms = (("psnr_db", "PSNR {:.2f} dB"), ("ssim", "SSIM {:.4f}"), ("vmaf", "VMAF {:.1f}"),
+             ("xpsnr_db", "XPSNR {:.2f} dB"))
+    known = [form.format(metrics[name]) for name, form in forms if metrics.get(name) is not None]
+    return ", ".join(known) or f"unknown ({unknown.get('psnr_db', 'not asked for')})"
+
+
+def table_text(rows: Sequence[Sequence[str]], width: int) -> str:
+    """Return rows as aligned columns that fit `width`; the last column is wrapped to its room."""
+    if not rows:
+        return ""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    indent = sum(widths) + 2 * len(widths)
+    room = max(20, width - indent)
+    lines = []
+    for row in rows:
+        head = "".join(cell.ljust(size) + "  " for cell, size in zip(row, widths))
+        words, line = row[-1].split(" "), ""
+        for word in words:
+            if line and len(line) + 1 + len(word) > room:
+                lines.append((head + line).rstrip())
+                head, line = " " * indent, word
+            else:
+                line = f"{line} {word}" if line else word
+        lines.append((head + line).rstrip())
+    return "\n".join(lines)
+
+
+class ProgressLine:
+    """One line of progress on stderr, drawn again in place on a terminal, now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._drawn = 0
+        self._last = ""
+        self._next = 0.0
+
+    def show(self, line: str) -> None:
+        """Show the line; where stderr is no terminal, at most one every ten seconds."""
+        now = time.monotonic()
+        if line == self._last or now < self._next:
+            return
+        self._last = line
+        if not sys.stderr.isatty():
+            self._next = now + 10
+            print(line, file=sys.stderr, flush=True)
+            return
+        room = shutil.get_terminal_size((80, 24)).columns - 1
+        sys.stderr.write("\r" + line[:room].ljust(min(self._drawn, room)))
+        sys.stderr.flush()
+        self._drawn = len(line)
+
+    def close(self) -> None:
+        """Wipe the line."""
+        if self._drawn:
+            sys.stderr.write("\r" + " " * min(self._drawn, 200) + "\r")
+            sys.stderr.flush()
+        self._drawn = 0
+
+
+def printable(text: object) -> str:
+    """Return text that cannot steer a terminal: control characters become `?`."""
+    return "".join(char if char.isprintable() else "?" for char in str(text))
+
+
+def setup_logging(level: str, form: str, name: str) -> logging.Logger:
+    """Make the one logger of a process: stderr, a line per event, as text or as JSON."""
+    logger = logging.getLogger(name)
+    logger.setLevel(level.upper())
+    logger.propagate = False
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines() if form == "json" else _TextLines())
+    logger.handlers[:] = [handler]
+    logging.raiseExceptions = False
+    return logger
+
+
+class _TextLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+        return f"{stamp} {record.levelname.lower():7s} {printable(record.getMessage())}"
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps({"time": utc_text(record.created), "level": record.levelname.lower(),
+                           "message": record.getMessage()})
+
+
+def utc_text(epoch_s: float | None) -> str | None:
+    """Return an RFC 3339 time in UTC with milliseconds, ending in Z (None for None)."""
+    if epoch_s is None:
+        return None
+    whole, milli = divmod(int(epoch_s * 1000), 1000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{milli:03d}Z"
+
+
+class Flag(NamedTuple):
+    """One command-line flag; its environment variable is FFDIST_ and its name in capitals."""
+
+    name: str
+    default: Any
+    kind: Callable[[str], Any] | None
+    about: str
+
+
+def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
+    """Add flags to a parser; the environment gives the default, a flag on the line beats it."""
+    for flag in flags:
+        variable = "FFDIST_" + flag.name.lstrip("-").replace("-", "_").upper()
+        value = os.environ.get(variable)
+        shown = f"{flag.about} [{variable}]".replace("%", "%%")
+        if flag.kind is None:
+            parser.add_argument(flag.name, action="store_true", help=shown,
+                                default=(value or "").lower() in ("1", "true", "yes", "on"))
+        else:
+            default = flag.default if value is None else value
+            parser.add_argument(flag.name, type=flag.kind, default=default, help=shown,
+                                metavar=flag.name.lstrip("-").upper().replace("-", "_"))
+
+
+def seconds(text: str) -> float:
+    """Argument type of a duration that is more than nothing."""
+    try:
+        value = parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"'{text}' must be longer than nothing")
+    return value
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """Argument type of one word out of a few; checks values of the environment too."""
+    def check(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(words)}")
+        return text
+    return check
+
+
+def state_home() -> Path:
+    """Return the folder of this user's own ffdist state."""
+    base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    return Path(base) / "ffdist"
+
+
+# ---- 2 Client -------------------------------------------------------------------------------------
+
+ANSWER_LIMIT_BYTES = 256 << 20
+CONNECT_S = 10.0
+
+
+class _KeepAlive(urllib.request.HTTPHandler):
+    """Keeps one connection per thread; urllib by itself closes each after its answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._local = threading.local()
+
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        headers = {**request.headers, **request.unredirected_hdrs}
+        timeout = float(getattr(request, "timeout", CONNECT_S) or CONNECT_S)
+        kept = self._take(request.host)
+        if kept is not None:
+            try:
+                return self._exchange(kept, request, headers, timeout)
+            except (http.client.BadStatusLine, http.client.CannotSendRequest, ConnectionError):
+                kept.close()  # the server had closed it while it was idle: once more, on a new one
+        fresh = http.client.HTTPConnection(request.host, timeout=CONNECT_S)
+        return self._exchange(fresh, request, headers, timeout)
+
+    def _take(self, host: str) -> http.client.HTTPConnection | None:
+        kept: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
+        if kept is None or kept.sock is None or getattr(self._local, "host", None) != host:
+            return None
+        return kept
+
+    def _exchange(self, connection: http.client.HTTPConnection, request: urllib.request.Request,
+                  headers: Mapping[str, str], timeout: float) -> http.client.HTTPResponse:
+        try:
+            if connection.sock is None:
+                connection.connect()
+            connection.sock.settimeout(timeout)
+            connection.request(request.get_method(), request.selector, request.data, dict(headers))
+            answer = connection.getresponse()
+        except BaseException:
+            connection.close()
+            raise
+        self._local.connection, self._local.host = connection, request.host
+        answer.msg = answer.reason  # type: ignore[assignment]  # what urllib's own handler does
+        return answer
+
+    def close(self) -> None:
+        connection = getattr(self._local, "connection", None)
+        if connection is not None:
+            connection.close()
+
+
+class Client:
+    """Talks to one master. Every method raises ApiError; none retries by itself."""
+
+    def __init__(self, url: str) -> None:
+        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme != "http" or not parts.hostname:
+            raise ValueError(f"'{url}' is no master's address: write http://host:8080")
+        try:
+            self.host, self.port = parts.hostname, parts.port or 80
+        except ValueError:
+            raise ValueError(f"'{url}' has no valid port: write http://host:8080") from None
+        self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+        self._handler = _KeepAlive()
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), self._handler)
+
+    def _call(self, method: str, path: str, body: Any = None, query: Mapping[str, Any] | None = None,
+              timeout: float = 30.0) -> Any:
+        known = {name: value for name, value in (query or {}).items() if value is not None}
+        url = self.url + path + ("?" + urllib.parse.urlencode(known) if known else "")
+        data = None if body is None else json.dumps(body, allow_nan=False).encode()
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
+        try:
+            with self._opener.open(request, timeout=timeout) as answer:
+                raw = answer.read(ANSWER_LIMIT_BYTES)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise _refusal(error.code, error.read(1 << 20)) from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise ApiError(0, f"no answer from the master at {self.url}: {_cause(reason)}") from None
+        return _decode(raw, self.url)
+
+    def text(self, path: str) -> str:
+        """Return what GET of a path says, as text (JSON answers as their source)."""
+        value = self._call("GET", path)
+        return value if isinstance(value, str) else json.dumps(value)
+
+    def register(self, registration: Json) -> Json:
+        return _object(self._call("POST", "/nodes/register", registration))
+
+    def heartbeat(self, node_id: str, body: Json, wait_s: float | None = None) -> Json:
+        return _object(self._call("POST", f"/nodes/{_quoted(node_id)}/heartbeat", body, {"wait": wait_s},
+                                  timeout=30 + (wait_s or 0)))
+
+    def claim(self, query: Json, wait_s: float | None = None) -> Json:
+        return _object(self._call("GET", "/jobs/next", None, {**query, "wait": wait_s},
+                                  timeout=30 + (wait_s or 0)))
+
+    def progress(self, job_id: str, body: Json) -> Json:
+        return _object(self._call("POST", f"/jobs/{_quoted(job_id)}/progress", body))
+
+    def report(self, result: Json) -> Json:
+        return _object(self._call("POST", "/results", result))
+
+    def submit(self, job: Json | list[Json]) -> Json:
+        return _object(self._call("POST", "/jobs", job, timeout=120))
+
+    def nodes(self) -> Json:
+        return _object(self._call("GET", "/nodes"))
+
+    def jobs(self, query: Json) -> Json:
+        return _object(self._call("GET", "/jobs", None, query))
+
+    def results(self, query: Json) -> Json:
+        return _object(self._call("GET", "/results", None, query))
+
+    def job(self, job_id: str) -> Json:
+        return _object(self._call("GET", f"/jobs/{_quoted(job_id)}"))
+
+    def order(self, job_id: str, verb: str) -> Json:
+        return _object(self._call("POST", f"/jobs/{_quoted(job_id)}/{verb}"))
+
+    def logs(self, job_id: str, after: int, wait_s: float | None = None) -> Json:
+        return _object(self._call("GET", f"/jobs/{_quoted(job_id)}/logs", None,
+                                  {"after": after, "wait": wait_s}, timeout=30 + (wait_s or 0)))
+
+
+def _quoted(part: str) -> str:
+    return urllib.parse.quote(part, safe="")
+
+
+def _decode(raw: bytes, url: str) -> Any:
+    try:
+        return json.loads(raw) if raw else {}
+    except (ValueError, RecursionError):
+        raise ApiError(0, f"what answers at {url} is no ffdist master") from None
+
+
+def _object(value: Any) -> Json:
+    if not isinstance(value, dict):
+        raise ApiError(0, "the master's answer is not a JSON object")
+    return value
+
+
+def _refusal(status: int, raw: bytes) -> ApiError:
+    with contextlib.suppress(ValueError, AttributeError, RecursionError):
+        body = json.loads(raw)
+        return ApiError(status, str(body.get("error") or f"HTTP {status}"), body.get("field"))
+    return ApiError(status, f"HTTP {status}: {raw[:200].decode(errors='replace').strip() or 'no reason'}")
+
+
+def _cause(reason: object) -> str:
+    if isinstance(reason, TimeoutError):
+        return "timed out"
+    if isinstance(reason, OSError) and reason.strerror:
+        return reason.strerror
+    return str(reason) or type(reason).__name__
+
+
+def host_addresses(host: str) -> list[str]:
+    """Return the addresses that a host name stands for ([] when it stands for none)."""
+    try:
+        return sorted({str(info[4][0]) for info in socket.getaddrinfo(host, None)})
+    except (OSError, UnicodeError):
+        return []
+
+
+def is_this_machine(host: str) -> bool:
+    """Tell whether a host name stands for this machine: binding to its address succeeds only here."""
+    for address in host_addresses(host):
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((address, 0))
+            return True
+    return False
+
+
+# ---- 3 Scenario -----------------------------------------------------------------------------------
+
+_SCENARIO = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_SIZE_WORD = re.compile(r"(?:([248])K|(\d{2,5})p)(\d{1,4})?", re.IGNORECASE)
+_K_SIZES = {"2": (2560, 1440), "4": (3840, 2160), "8": (7680, 4320)}
+_BITRATE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgG]?)(?:bps|bit/s)?")
+_NAME = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+INPUT_SCHEMES = ("http", "https", "rtmp", "rtmps", "srt")
+OUTPUT_SCHEMES = ("rtmp", "rtmps", "srt", "http", "https")
+CONTAINER_OF_SUFFIX = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm",
+                       ".flv": "flv", ".ts": "mpegts", ".m2ts": "mpegts"}
+CONTAINER_OF_SCHEME = {"rtmp": "flv", "rtmps": "flv", "srt": "mpegts", "http": "mpegts", "https": "mpegts"}
+CONTAINER_CODECS = {"webm": ("vp9", "av1"), "flv": ("h264",), "mpegts": ("h264", "h265"),
+                    "mov": ("h264", "h265", "av1")}
+GENERATED = {"width": 1280, "height": 720, "fps": 30, "duration": 10}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a job asks for, resolved; None means: as the input is, or the agent chooses.
+
+    duration and timeout in s, bitrate in bit/s, width and height in pixels, fps in 1/s.
+    """
+
+    scenario: str
+    codec: str
+    container: str
+    input: str | None = None
+    output: str | None = None
+    duration: float | None = None
+    bitrate: int | None = None
+    crf: float | None = None
+    encoder: str | None = None
+    preset: str | None = None
+    width: int | None = None
+    height: int | None = None
+    fps: float | None = None
+    pixel_format: str | None = None
+    audio: bool = True
+    gop: int | None = None
+    two_pass: bool = False
+    realtime: bool = False
+    hwaccel: str | None = None
+    threads: int | None = None
+    quality: tuple[str, ...] = ()
+    timeout: float | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether frames must keep up with the clock: a stream out, or a source read at its speed."""
+        return self.realtime or scheme_of(self.output) in ("rtmp", "rtmps", "srt")
+
+    def to_json(self) -> Json:
+        fields = dataclasses.asdict(self)
+        fields["quality"] = list(self.quality)
+        fields["bitrate"] = None if self.bitrate is None else bitrate_text(self.bitrate)
+        return fields
+
+
+def bitrate_text(bits: int) -> str:
+    """Return bit/s in FFmpeg's short form: 15000k, or plain where it is no whole kilobit."""
+    return f"{bits // 1000}k" if bits % 1000 == 0 else str(bits)
+
+
+def scheme_of(place: str | None) -> str | None:
+    """Return the scheme of a URL in lower case, None for a path."""
+    if not place or not _URL.match(place):
+        return None
+    return place.split("://", 1)[0].lower()
+
+
+def resolve(scenario: object, parameters: object = None) -> Settings:
+    """Return the settings of a job; ApiError 400 names the field that is to blame."""
+    named = _scenario_values(scenario)
+    given = _checked_parameters(parameters)
+    values: Json = {**named, **given}
+    values.setdefault("codec", _codec_of_encoder(values.get("encoder")) or "h264")
+    if values.get("input") is None:
+        values.update({name: value for name, value in GENERATED.items()
+                       if name not in values and not (name in ("width", "height") and _sized(values))})
+        _complete_size(values)
+    values["container"] = _container(values)
+    _refuse_what_cannot_be(values)
+    return Settings(scenario=str(scenario), **values)
+
+
+def _sized(values: Json) -> bool:
+    return "width" in values or "height" in values
+
+
+def _complete_size(values: Json) -> None:
+    if "width" not in values:
+        values["width"] = 2 * round(values["height"] * 16 / 9 / 2)
+    if "height" not in values:
+        values["height"] = 2 * round(values["width"] * 9 / 16 / 2)
+
+
+def _scenario_values(scenario: object) -> Json:
+    if scenario is None:
+        raise ApiError(400, "scenario is required: a short name such as 1080p30-h264", "scenario")
+    if not isinstance(scenario, str) or not _SCENARIO.fullmatch(scenario):
+        raise ApiError(400, "scenario must be 1 to 64 letters, digits, dots, underscores or dashes, "
+                       "such as 1080p30-h264", "scenario")
+    values: Json = {}
+    for word in scenario.split("-"):
+        size = _SIZE_WORD.fullmatch(word)
+        codec = CODEC_ALIASES.get(word.lower(), word.lower())
+        if size and "height" in values or codec in CODECS and "codec" in values:
+            raise ApiError(400, f"scenario {scenario} names two {'sizes' if size else 'codecs'}", "scenario")
+        if size:
+            values.update(_size_values(size, word))
+        elif codec in CODECS:
+            values["codec"] = codec
+    return values
+
+
+def _size_values(match: re.Match[str], word: str) -> Json:
+    thousands, lines, rate = match.groups()
+    width, height = _K_SIZES[thousands] if thousands else (2 * round(int(lines) * 16 / 9 / 2), int(lines))
+    if not 16 <= height <= 8640 or height % 2:
+        raise ApiError(400, f"scenario asks for {word}: a height must be even, from 16 to 8640", "scenario")
+    if rate is None:
+        return {"width": width, "height": height}
+    if not 1 <= int(rate) <= PARAMETERS["fps"].high:
+        raise ApiError(400, f"scenario asks for {word}: a frame rate is from 1 to 480", "scenario")
+    return {"width": width, "height": height, "fps": int(rate)}
+
+
+def _checked_parameters(parameters: object) -> Json:
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, dict):
+        raise ApiError(400, "parameters must be an object", "parameters")
+    values: Json = {}
+    for name, value in _without_aliases(parameters).items():
+        if value is None:
+            continue
+        if name not in PARAMETERS:
+            near = difflib.get_close_matches(str(name), PARAMETERS, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(PARAMETERS)}"
+            raise _bad(str(name)[:64], f"is unknown; {hint}")
+        values[name] = _CHECKS[PARAMETERS[name].kind](name, value, PARAMETERS[name])
+    if values.pop("extra_args", None):
+        raise _bad("extra_args", "are not allowed on this fleet")
+    return values
+
+
+def _without_aliases(parameters: Json) -> Json:
+    """Translate the names of the seed's code: resolution, frame_rate, output_mode, rtmp_url, stream_key."""
+    values = dict(parameters)
+    size = values.pop("resolution", None)
+    if size is not None:
+        match = re.fullmatch(r"(\d{2,5})[xX](\d{2,5})", size) if isinstance(size, str) else None
+        word = _SIZE_WORD.fullmatch(size) if isinstance(size, str) else None
+        if not match and not word:
+            raise _bad("resolution", "must be like 1920x1080 or 1080p")
+        found = ({"width": int(match[1]), "height": int(match[2])} if match
+                 else _size_values(word, size))  # type: ignore[arg-type]
+        values = {**found, **values}
+    if "frame_rate" in values:
+        values.setdefault("fps", values.pop("frame_rate"))
+    mode, url, key = (values.pop(name, None) for name in ("output_mode", "rtmp_url", "stream_key"))
+    if mode not in (None, "file", "rtmp", "null", "none"):
+        raise _bad("output_mode", "must be file, rtmp or none")
+    if mode == "rtmp" and not url and not values.get("output"):
+        raise _bad("rtmp_url", "is required where output_mode is rtmp")
+    if url is not None and mode in (None, "rtmp"):
+        if not isinstance(url, str) or not isinstance(key or "", str):
+            raise _bad("rtmp_url", "and stream_key must be texts")
+        values.setdefault("output", f"{url.rstrip('/')}/{key}" if key else url)
+    return values
+
+
+def _bad(name: str, what: str) -> ApiError:
+    return ApiError(400, f"parameters.{name} {what}", f"parameters.{name}")
+
+
+def _number(name: str, value: object, rule: Parameter) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise _bad(name, "must be a number")
+    if not rule.low <= value <= rule.high:
+        raise _bad(name, f"must be from {rule.low:g} to {rule.high:g}")
+    return value
+
+
+def _whole(name: str, value: object, rule: Parameter) -> int:
+    number = _number(name, value, rule)
+    if number != int(number):
+        raise _bad(name, "must be a whole number")
+    return int(number)
+
+
+def _even(name: str, value: object, rule: Parameter) -> int:
+    number = _whole(name, value, rule)
+    if number % 2:
+        raise _bad(name, "must be even")
+    return number
+
+
+def _rate(name: str, value: object, rule: Parameter) -> float:
+    if isinstance(value, str):
+        try:
+            value = float(fractions.Fraction(value))
+        except (ValueError, ZeroDivisionError, OverflowError):
+            raise _bad(name, "must be a number or a fraction such as 30000/1001") from None
+    return _number(name, value, rule)
+
+
+def _bits(name: str, value: object, rule: Parameter) -> int:
+    if isinstance(value, str):
+        match = _BITRATE.fullmatch(value.strip())
+        if not match or len(value) > 24:
+            raise _bad(name, "must be bits per second, such as 15000k or 5M")
+        value = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[match[2].lower()]
+    return int(_number(name, value, rule))
+
+
+def _bool(name: str, value: object, rule: Parameter) -> bool:
+    if not isinstance(value, bool):
+        raise _bad(name, "must be true or false")
+    return value
+
+
+def _text(name: str, value: object, limit: int) -> str:
+    if not isinstance(value, str) or not value or len(value) > limit:
+        raise _bad(name, f"must be a text of 1 to {limit} characters")
+    if any(ord(char) < 32 or ord(char) == 127 for char in value):
+        raise _bad(name, "must not hold control characters")
+    return value
+
+
+def _word(name: str, value: object, rule: Parameter) -> str:
+    text = _text(name, value, 32).lower()
+    text = CODEC_ALIASES.get(text, CONTAINER_ALIASES.get(text, text))
+    if text not in rule.words:
+        raise _bad(name, f"must be one of {', '.join(rule.words)}")
+    return text
+
+
+def _words(name: str, value: object, rule: Parameter) -> tuple[str, ...]:
+    items = [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(items, list):
+        raise _bad(name, f"must be a list{' of ' + ', '.join(rule.words) if rule.words else ''}")
+    checked = [_word(name, item, rule) if rule.words else _text(name, item, 4096) for item in items]
+    return tuple(dict.fromkeys(checked))
+
+
+def _plain_name(name: str, value: object, rule: Parameter) -> str:
+    text = _text(name, value, 64)
+    if not _NAME.fullmatch(text):
+        raise _bad(name, "must be a name of letters, digits, dots, dashes and underscores")
+    return text
+
+
+def _preset(name: str, value: object, rule: Parameter) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(_whole(name, value, rule))
+    text = _text(name, value, 16).lower()
+    if text in PRESET_WORDS or re.fullmatch(r"p[1-7]|\d|1[0-3]|placebo", text):
+        return text
+    raise _bad(name, f"must be one of {', '.join(PRESET_WORDS)}, or the encoder's own: 0 to 13, p1 to p7")
+
+
+def _place(name: str, value: object, rule: Parameter) -> str:
+    text = _text(name, value, 4096)
+    scheme = scheme_of(text)
+    known = INPUT_SCHEMES if name == "input" else OUTPUT_SCHEMES
+    if scheme is not None:
+        if scheme not in known:
+            raise _bad(name, f"must be a path, or a URL of {', '.join(known)}")
+        try:
+            parts = urllib.parse.urlsplit(text)
+            valid = bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            valid = False
+        if not valid:
+            raise _bad(name, "is a URL without a valid host and port")
+    return text
+
+
+_CHECKS: dict[str, Callable[[str, object, Parameter], Any]] = {
+    "number": _number, "whole": _whole, "size": _even, "rate": _rate, "bitrate": _bits, "bool": _bool,
+    "word": _word, "words": _words, "name": _plain_name, "preset": _preset, "place": _place,
+}
+
+
+def _codec_of_encoder(encoder: str | None) -> str | None:
+    return ENCODERS[encoder].codec if encoder in ENCODERS else None
+
+
+def _container(values: Json) -> str:
+    if values.get("container"):
+        return str(values["container"])
+    output = values.get("output")
+    scheme = scheme_of(output)
+    if output is None:
+        return "matroska"
+    if scheme:
+        return CONTAINER_OF_SCHEME[scheme]
+    suffix = os.path.splitext(output)[1].lower()
+    if suffix not in CONTAINER_OF_SUFFIX:
+        raise _bad("output", f"has no ending that names a container ({', '.join(CONTAINER_OF_SUFFIX)}); "
+                   "or say it with parameters.container")
+    return CONTAINER_OF_SUFFIX[suffix]
+
+
+def _refuse_what_cannot_be(values: Json) -> None:
+    codec, container, encoder = values["codec"], values["container"], values.get("encoder")
+    if codec not in CONTAINER_CODECS.get(container, CODECS):
+        fits = ", ".join(CONTAINER_CODECS[container])
+        raise _bad("container" if "container" in values and not values.get("output") else "codec",
+                   f"cannot be {codec} in {container}: it holds {fits}")
+    if encoder is not None and encoder not in ENCODERS:
+        near = difflib.get_close_matches(encoder, ENCODERS, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(ENCODERS)}"
+        raise _bad("encoder", f"{encoder} is unknown; {hint}")
+    if encoder is not None and ENCODERS[encoder].codec != codec:
+        raise _bad("encoder", f"{encoder} makes {ENCODERS[encoder].codec}, the job asks for {codec}")
+    if values.get("crf") is not None and codec in ("h264", "h265") and values["crf"] > 51:
+        raise _bad("crf", f"of {codec} is from 0 to 51")
+    if values.get("two_pass") and values.get("crf") is not None:
+        raise _bad("two_pass", "needs a bitrate, and goes without crf")
+    if values.get("two_pass") and encoder is not None and not ENCODERS[encoder].two_pass:
+        raise _bad("two_pass", f"is not possible with {encoder}")
+
+
+class Encoder(NamedTuple):
+    """One row of the encoder table; argument templates take the fields of `_encoder_args`.
+
+    `presets` are the encoder's own words for PRESET_WORDS, `own` a pattern of all its own words.
+    `cost` is its work per pixel against libx264 at the same preset word, roughly.
+    """
+
+    codec: str
+    hardware: bool
+    cost: float
+    presets: tuple[str, ...]
+    own: str
+    preset_args: tuple[str, ...]
+    crf: int | None
+    crf_args: tuple[str, ...]
+    bitrate_args: tuple[str, ...]
+    thread_args: tuple[str, ...]
+    two_pass: bool
+    ten_bit: str | None
+
+
+_X_WORDS = PRESET_WORDS
+_X_OWN = "|".join((*PRESET_WORDS, "placebo"))
+_P = ("p1", "p1", "p2", "p3", "p4", "p4", "p5", "p6", "p7")
+_QSV = ("veryfast", "veryfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
+_VBV = ("-b:v", "{bitrate}", "-maxrate", "{maxrate}", "-bufsize", "{bufsize}")
+_PRESET = ("-preset", "{preset}")
+_THREADS = ("-threads", "{threads}")
+_CAPPED = ("-crf", "{crf}")
+
+
+def _nvenc(codec: str) -> Encoder:
+    return Encoder(codec, True, 0, _P, "p[1-7]", _PRESET, 28 if codec == "h265" else 23,
+                   ("-rc", "vbr", "-cq", "{crf}", "-b:v", "0"), ("-rc", "vbr", *_VBV), (), False,
+                   None if codec == "h264" else "p010le")
+
+
+def _qsv(codec: str) -> Encoder:
+    return Encoder(codec, True, 0, _QSV, "|".join(_QSV), _PRESET, 25, ("-global_quality", "{crf}"), _VBV, (),
+                   False, None if codec == "h264" else "p010le")
+
+
+def _vaapi(codec: str) -> Encoder:
+    return Encoder(codec, True, 0, (), "", (), 25, ("-rc_mode", "CQP", "-qp", "{crf}"), _VBV, (), False, None)
+
+
+ENCODERS: dict[str, Encoder] = {
+    "h264_nvenc": _nvenc("h264"), "hevc_nvenc": _nvenc("h265"), "av1_nvenc": _nvenc("av1"),
+    "h264_qsv": _qsv("h264"), "hevc_qsv": _qsv("h265"), "av1_qsv": _qsv("av1"), "vp9_qsv": _qsv("vp9"),
+    "h264_vaapi": _vaapi("h264"), "hevc_vaapi": _vaapi("h265"), "av1_vaapi": _vaapi("av1"),
+    "vp9_vaapi": _vaapi("vp9"),
+    "h264_v4l2m2m": Encoder("h264", True, 0, (), "", (), None, (), ("-b:v", "{bitrate}"), (), False, None),
+    "libx264": Encoder("h264", False, 1, _X_WORDS, _X_OWN, _PRESET, 23, _CAPPED, _VBV, _THREADS, True,
+                       "yuv420p10le"),
+    "libx265": Encoder("h265", False, 4, _X_WORDS, _X_OWN, _PRESET, 28, _CAPPED, _VBV, (), True,
+                       "yuv420p10le"),
+    "libsvtav1": Encoder("av1", False, 3, ("12", "11", "10", "9", "8", "7", "6", "5", "4"), r"\d|1[0-3]",
+                         _PRESET, 35, _CAPPED, ("-b:v", "{bitrate}"),
+                         ("-svtav1-params", "lp={threads}"), False, "yuv420p10le"),
+    "libaom-av1": Encoder("av1", False, 12, ("8", "8", "8", "7", "6", "5", "4", "3", "2"), "[0-8]",
+                          ("-cpu-used", "{preset}"), 32, ("-crf", "{crf}", "-b:v", "0"), ("-b:v", "{bitrate}"),
+                          (*_THREADS, "-row-mt", "1"), True, "yuv420p10le"),
+    "libvpx-vp9": Encoder("vp9", False, 5, ("8", "7", "6", "5", "4", "3", "2", "1", "0"), "[0-8]",
+                          ("-deadline", "{deadline}", "-cpu-used", "{preset}"), 33,
+                          ("-crf", "{crf}", "-b:v", "0"), ("-b:v", "{bitrate}"),
+                          (*_THREADS, "-row-mt", "1", "-tile-columns", "{tile_columns}"), True, "yuv420p10le"),
+    "librav1e": Encoder("av1", False, 15, ("10", "10", "9", "8", "8", "6", "5", "3", "2"), r"\d|10",
+                        ("-speed", "{preset}"), 100, ("-qp", "{crf}"), ("-b:v", "{bitrate}"), (), False,
+                        "yuv420p10le"),
+    "libopenh264": Encoder("h264", False, 1, (), "", (), None, (), ("-b:v", "{bitrate}"), _THREADS, False,
+                           None),
+}
+
+
+# ---- 4 Command ------------------------------------------------------------------------------------
+
+PROGRESS_ARGS = ("-nostats", "-progress", "pipe:1")
+GENERATED_CLIP_S = 2
+LADDER_KBPS = ((2160, 12000), (1440, 8000), (1080, 5000), (720, 2500), (480, 1200), (0, 700))
+THREADS_WORTH = ((2160, 32), (1080, 16), (720, 8), (0, 4))
+CODEC_SAVING = {"h264": 1.0, "h265": 0.6, "vp9": 0.6, "av1": 0.5}
+# Pixels per second and thread, weighed by the encoder's cost, up to which each preset word still
+# leaves a batch encode at a bearable speed, and (second) a live one above the clock.
+PRESET_LOADS = (("medium", 8e6, 3e6), ("fast", 16e6, 5e6), ("veryfast", 48e6, 12e6),
+                ("superfast", 96e6, 24e6), ("ultrafast", math.inf, math.inf))
+
+
+class Failure(Exception):
+    """Why an attempt failed: a sentence that names the file or field, and a `failure_reason` word."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What planning needs to know of this machine; `encoders` maps a tried name to None or a reason."""
+
+    name: str
+    ffmpeg: str
+    threads: int
+    slots: int = 1
+    encoders: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The input as ffprobe saw it; sizes after rotation, `loop` for a clip to be repeated."""
+
+    url: str
+    width: int
+    height: int
+    fps: float
+    duration_s: float | None
+    pixel_format: str = "yuv420p"
+    has_audio: bool = False
+    square_pixels: bool = True
+    loop: bool = False
+    codec: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The commands of one encode, in order, and what they will do, in numbers and in words."""
+
+    passes: tuple[tuple[str, ...], ...]
+    encoder: str
+    preset: str | None
+    threads: int | None
+    pixel_format: str
+    width: int
+    height: int
+    fps: float
+    duration_s: float | None
+    rate: str
+    reason: str
+    filters: str
+    target: str
+
+    @property
+    def frames(self) -> int | None:
+        """Frames to expect, None where the end of the input is unknown."""
+        return None if self.duration_s is None else round(self.duration_s * self.fps)
+
+
+def plan(settings: Settings, machine: Machine, source: Source, target: str) -> Plan:
+    """Return the commands that encode `source` to `target` on this machine; Failure says why not.
+
+    `target` is the path or URL that FFmpeg writes to.
+    """
+    name, why = choose_encoder(settings, machine)
+    encoder = ENCODERS[name]
+    width, height = _output_size(settings, source)
+    fps = settings.fps or source.fps or 25.0
+    pixel_format = _pixel_format(settings, encoder, source)
+    threads = settings.threads or _threads(machine, height)
+    preset, preset_why = choose_preset(settings, name, width * height * fps, threads)
+    rate, rate_args = _rate_control(settings, name, height, fps)
+    filters = _filters(settings, source, width, height, fps)
+    upload = ("format=nv12,hwupload",) if name.endswith("_vaapi") else (f"format={pixel_format}",)
+    video = ["-map", "0:V:0", "-vf", ",".join((*filters, *upload)), "-c:v", name,
+             *_filled(encoder.preset_args if preset else (), preset=preset,
+                      deadline="realtime" if settings.live else "good"),
+             *rate_args,
+             *_filled(encoder.thread_args, threads=threads, tile_columns=min(4, max(0, width.bit_length() - 9))),
+             *_gop(settings, fps)]
+    duration = _duration(settings, source)
+    head = [machine.ffmpeg, *_head_args(name), *_input_args(settings, source)]
+    limit = ["-t", f"{duration:.6f}".rstrip("0").rstrip(".")] if settings.duration and duration else []
+    tail = [*_audio_args(settings, source), *_container_args(settings, target)]
+    passes = _passes(settings, name, threads, head, [*video, *limit], tail)
+    size_why = f"{width}x{height} at {fps:g} fps with {threads} threads" if not encoder.hardware else ""
+    reason = "; ".join(part for part in (why, preset_why, size_why) if part)
+    return Plan(passes, name, preset, None if encoder.hardware else threads, pixel_format, width, height, fps,
+                duration, rate, reason, ",".join(filters), target)
+
+
+def choose_encoder(settings: Settings, machine: Machine) -> tuple[str, str]:
+    """Return an encoder that was proved on this machine, and why it; Failure where there is none."""
+    wanted = settings.encoder
+    fits = [name for name, row in ENCODERS.items() if row.codec == settings.codec]
+    if wanted:
+        refused = machine.encoders.get(wanted, "not built into this FFmpeg") if machine.encoders else None
+        if refused:
+            raise Failure("no_capability", f"encoder {wanted} does not work on {machine.name}: {refused}")
+        return wanted, f"{wanted} as the job asks"
+    if settings.two_pass:
+        fits = [name for name in fits if ENCODERS[name].two_pass]
+    if settings.pixel_format:
+        fits = [name for name in fits if _takes(ENCODERS[name], settings.pixel_format)] or fits
+    if not machine.encoders:
+        name = next(name for name in fits if not ENCODERS[name].hardware)
+        return name, f"{name}, unproved: encoders were not probed"
+    proved = [name for name in fits if name in machine.encoders and machine.encoders[name] is None]
+    if not proved:
+        tried = [f"{name}: {machine.encoders.get(name) or 'not built in'}" for name in fits
+                 if not ENCODERS[name].hardware]
+        raise Failure("no_capability", f"no encoder for {settings.codec}{' in two passes' * settings.two_pass} "
+                      f"works on {machine.name} ({'; '.join(tried) or 'none is known'})")
+    return proved[0], _encoder_reason(settings, machine, proved[0])
+
+
+def _encoder_reason(settings: Settings, machine: Machine, name: str) -> str:
+    if ENCODERS[name].hardware:
+        return f"{name}: the hardware encoder was proved on this machine"
+    if settings.two_pass:
+        return f"{name}: two passes need a software encoder"
+    failed = [other for other, why in machine.encoders.items()
+              if why and other in ENCODERS and ENCODERS[other].hardware
+              and ENCODERS[other].codec == settings.codec]
+    return f"{name}: no hardware encoder for {settings.codec} works here" + (
+        f" ({', '.join(failed)} tried)" if failed else "")
+
+
+def choose_preset(settings: Settings, name: str, pixels_per_s: float, threads: int) -> tuple[str | None, str]:
+    """Return the preset in the encoder's own words (None where it has none), and why it."""
+    encoder = ENCODERS[name]
+    if not encoder.presets:
+        return None, ""
+    asked = settings.preset
+    if asked in PRESET_WORDS:
+        return encoder.presets[PRESET_WORDS.index(asked)], f"preset {asked} as the job asks"
+    if asked:
+        if not re.fullmatch(encoder.own, asked):
+            raise Failure("parameters", f"parameters.preset {asked} is none of {name}'s: "
+                          f"{', '.join(dict.fromkeys(encoder.presets))}")
+        return asked, f"preset {asked} as the job asks"
+    if encoder.hardware:
+        return encoder.presets[PRESET_WORDS.index("medium")], ""
+    load = pixels_per_s * encoder.cost / threads
+    word = next(word for word, batch, live in PRESET_LOADS if load <= (live if settings.live else batch))
+    return encoder.presets[PRESET_WORDS.index(word)], f"preset {word} for {load / 1e6:.0f} Mpixel/s a thread" + (
+        ", live" if settings.live else "") + (
+        f" ({name}: {encoder.cost:g} times the work of libx264)" if encoder.cost > 1 else "")
+
+
+def _takes(encoder: Encoder, pixel_format: str) -> bool:
+    return not encoder.hardware or pixel_format in ("yuv420p", "nv12", encoder.ten_bit)
+
+
+def _output_size(settings: Settings, source: Source) -> tuple[int, int]:
+    width, height = settings.width, settings.height
+    if width and not height:
+        height = max(16, 2 * round(source.height * width / max(1, source.width) / 2))
+    elif height and not width:
+        width = max(16, 2 * round(source.width * height / max(1, source.height) / 2))
+    return width or source.width // 2 * 2, height or source.height // 2 * 2
+
+
+def _pixel_format(settings: Settings, encoder: Encoder, source: Source) -> str:
+    if settings.pixel_format:
+        return settings.pixel_format
+    deep = re.search(r"(10|12|16)(le|be)$|^p010", source.pixel_format)
+    return encoder.ten_bit if deep and encoder.ten_bit else "yuv420p"
+
+
+def _threads(machine: Machine, height: int) -> int:
+    worth = next(count for lines, count in THREADS_WORTH if height >= lines)
+    return max(1, min(worth, machine.threads // max(1, machine.slots)))
+
+
+def _filters(settings: Settings, source: Source, width: int, height: int, fps: float) -> list[str]:
+    """Return the filters from the input's frames to the output's; the shape of the picture is kept."""
+    filters = [] if source.square_pixels else ["scale=trunc(iw*sar/2)*2:ih", "setsar=1"]
+    if settings.width or settings.height:
+        if (width, height) != (source.width, source.height):
+            filters += [f"scale={width}:{height}:force_original_aspect_ratio=decrease:flags=bicubic",
+                        f"pad={width}:{height}:(ow-iw)/2:(oh-ih)/2", "setsar=1"]
+    elif source.width % 2 or source.height % 2:
+        filters.append("crop=trunc(iw/2)*2:trunc(ih/2)*2")
+    if settings.fps and abs(settings.fps - source.fps) > 1e-3:
+        filters.append(f"fps={rational(fps)}")
+    return filters
+
+
+def rational(fps: float) -> str:
+    """Return a frame rate as FFmpeg takes it without drift: 30, 30000/1001, 12.5."""
+    if fps == int(fps):
+        return str(int(fps))
+    thousandths = round(fps * 1001)
+    if thousandths % 1000 == 0 and abs(thousandths / 1001 - fps) < 5e-3:
+        return f"{thousandths}/1001"
+    near = fractions.Fraction(round(fps * 1001 / 1000) * 1000, 1001)
+    return f"{near.numerator}/{near.denominator}" if abs(float(near) - fps) < 5e-3 else f"{fps:.6g}"
+
+
+def _rate_control(settings: Settings, name: str, height: int, fps: float) -> tuple[str, list[str]]:
+    encoder = ENCODERS[name]
+    bitrate = settings.bitrate
+    if settings.crf is not None and encoder.crf is None:
+        raise Failure("parameters", f"parameters.crf is not possible with {name}: give a bitrate")
+    constant = settings.crf if settings.crf is not None else encoder.crf
+    if bitrate is None and (settings.live or settings.two_pass or constant is None):
+        bitrate = ladder_bitrate(settings.codec, height, fps)
+        constant = settings.crf
+    elif bitrate is not None:
+        constant = settings.crf
+    if bitrate is None:
+        return f"crf {constant:g}", _filled(encoder.crf_args, crf=f"{constant:g}")
+    ceiling = bitrate if settings.live else bitrate * 3 // 2
+    bits = {"bitrate": bitrate_text(bitrate), "maxrate": bitrate_text(ceiling),
+            "bufsize": bitrate_text(2 * bitrate)}
+    if constant is not None:
+        capped = ("-maxrate", bits["bitrate"], "-bufsize", bits["bufsize"])
+        return (f"crf {constant:g} up to {bits['bitrate']}",
+                [*_filled(encoder.crf_args, crf=f"{constant:g}"), *capped])
+    return bits["bitrate"], _filled(encoder.bitrate_args, **bits)
+
+
+def ladder_bitrate(codec: str, height: int, fps: float) -> int:
+    """Return bit/s that a picture of this size needs where the job names none (fps beyond 30: half more)."""
+    kbps = next(rate for lines, rate in LADDER_KBPS if height >= lines)
+    return round(kbps * (1.5 if fps > 40 else 1) * CODEC_SAVING[codec]) * 1000
+
+
+def _filled(template: Sequence[str], **values: object) -> list[str]:
+    return [part.format(**values) for part in template]
+
+
+def _gop(settings: Settings, fps: float) -> list[str]:
+    frames = settings.gop or (max(1, round(2 * fps)) if settings.live else None)
+    return ["-g", str(frames)] if frames else []
+
+
+def _duration(settings: Settings, source: Source) -> float | None:
+    if source.loop or source.duration_s is None:
+        return settings.duration
+    return min(settings.duration or math.inf, source.duration_s)
+
+
+def _head_args(name: str) -> list[str]:
+    device = ["-vaapi_device", "/dev/dri/renderD128"] if name.endswith("_vaapi") else []
+    return ["-hide_banner", "-nostdin", "-y", "-loglevel", "repeat+level+info", *device]
+
+
+def whitelist_args(url: str) -> list[str]:
+    """Return the protocols that opening this input may lead to: a playlist must not reach further."""
+    scheme = scheme_of(url)
+    allowed = {None: "file,crypto", "http": "http,https,tls,tcp,crypto", "https": "https,tls,tcp,crypto",
+               "rtmp": "rtmp,tcp", "rtmps": "rtmps,tls,tcp", "srt": "srt,udp"}.get(scheme)
+    return ["-protocol_whitelist", allowed] if allowed else []
+
+
+def _input_args(settings: Settings, source: Source) -> list[str]:
+    speed = ["-re"] if settings.live and scheme_of(source.url) not in ("rtmp", "rtmps", "srt") else []
+    loop = ["-stream_loop", "-1"] if source.loop else []
+    decode = ["-hwaccel", settings.hwaccel] if settings.hwaccel else []
+    timeout = ["-rw_timeout", "30000000"] if scheme_of(source.url) in ("http", "https", "rtmp") else []
+    return [*speed, *loop, *decode, *timeout, *whitelist_args(source.url), "-i", named_file(source.url)]
+
+
+def named_file(place: str) -> str:
+    """Return a path as FFmpeg takes it whatever it begins with; URLs stay."""
+    return place if scheme_of(place) else f"file:{place}"
+
+
+def _audio_args(settings: Settings, source: Source) -> list[str]:
+    if not settings.audio or not source.has_audio:
+        return ["-an"]
+    codec = ["-c:a", "libopus", "-b:a", "96k"] if settings.container == "webm" else [
+        "-c:a", "aac", "-b:a", "128k"]
+    return ["-map", "0:a:0", *codec, "-ac", "2", *(["-ar", "44100"] if settings.container == "flv" else [])]
+
+
+def _container_args(settings: Settings, target: str) -> list[str]:
+    faststart = ["-movflags", "+faststart"] if settings.container in ("mp4", "mov") and not scheme_of(
+        target) else []
+    return [*faststart, "-f", settings.container, *PROGRESS_ARGS, named_file(target)]
+
+
+def _passes(settings: Settings, name: str, threads: int, head: list[str], video: list[str],
+            tail: list[str]) -> tuple[tuple[str, ...], ...]:
+    """Return one command, or two; FFmpeg runs in the attempt's folder, so the log has a plain name."""
+    def step(number: int | None) -> list[str]:
+        if name == "libx265":
+            log = f":pass={number}:stats=pass.log" if number else ""
+            return ["-x265-params", f"pools={threads}:log-level=warning{log}"]
+        return ["-pass", str(number), "-passlogfile", "pass"] if number else []
+    if not settings.two_pass:
+        return ((*head, *video, *step(None), *tail),)
+    first = [*head, *video, *step(1), "-an", "-f", "null", *PROGRESS_ARGS, "-"]
+    if settings.live and "-re" in first:
+        first.remove("-re")
+    return (tuple(first), (*head, *video, *step(2), *tail))
+
+
+def clip_command(ffmpeg: str, width: int, height: int, fps: float, encoder: str, target: str) -> list[str]:
+    """Return the command that makes the generated source: a moving test picture with a tone."""
+    rate = rational(fps)
+    quality = ["-preset", "ultrafast", "-crf", "18", "-g", "30"] if encoder == "libx264" else ["-q:v", "2"]
+    return [ffmpeg, "-hide_banner", "-nostdin", "-y", "-loglevel", "repeat+level+warning",
+            "-f", "lavfi", "-i", f"testsrc2=size={width}x{height}:rate={rate}",
+            "-f", "lavfi", "-i", "sine=frequency=440:sample_rate=48000",
+            "-frames:v", str(max(2, round(GENERATED_CLIP_S * fps))), "-t", f"{clip_duration_s(fps):.6f}",
+            "-pix_fmt", "yuv420p", "-c:v", encoder, *quality, "-c:a", "pcm_s16le", "-f", "matroska",
+            *PROGRESS_ARGS, named_file(target)]
+
+
+def clip_duration_s(fps: float) -> float:
+    """Return the length of the generated clip, a whole number of frames."""
+    return max(2, round(GENERATED_CLIP_S * fps)) / fps
+
+
+def quality_command(ffmpeg: str, metric: str, encoded: str, source: Source, made: Plan,
+                    threads: int) -> list[str]:
+    """Return the command that compares an output with its source, scaled and paced like the output."""
+    reference = ",".join(part for part in (made.filters, f"fps={rational(made.fps)}") if part)
+    compare = {"psnr": "psnr", "ssim": "ssim", "xpsnr": "xpsnr",
+               "vmaf": f"libvmaf=n_threads={threads}"}[metric]
+    graph = (f"[0:V:0]setpts=PTS-STARTPTS,fps={rational(made.fps)},format=yuv420p[a];"
+             f"[1:V:0]{reference},setpts=PTS-STARTPTS,format=yuv420p[b];[a][b]{compare}=shortest=1"
+             if "=" not in compare else
+             f"[0:V:0]setpts=PTS-STARTPTS,fps={rational(made.fps)},format=yuv420p[a];"
+             f"[1:V:0]{reference},setpts=PTS-STARTPTS,format=yuv420p[b];[a][b]{compare}:shortest=1")
+    loop = ["-stream_loop", "-1"] if source.loop else []
+    limit = ["-t", f"{made.duration_s:.6f}"] if made.duration_s else []
+    return [ffmpeg, "-hide_banner", "-nostdin", "-loglevel", "repeat+level+info", "-threads", str(threads),
+            "-i", named_file(encoded), *loop, *whitelist_args(source.url), "-i", named_file(source.url),
+            "-lavfi", graph, *limit, "-an", "-f", "null", *PROGRESS_ARGS, "-"]
+
+
+def probe_command(ffprobe: str, url: str) -> list[str]:
+    """Return the command that describes a film as JSON."""
+    return [ffprobe, "-hide_banner", "-v", "error", *whitelist_args(url), "-print_format", "json",
+            "-show_format", "-show_streams", "-i", named_file(url)]
+
+
+# ---- 5 Progress -----------------------------------------------------------------------------------
+
+_LEVEL = re.compile(r"^(?:\[[^\]]*\] )?\[(fatal|error|panic|warning)\] ")
+_PREFIX = re.compile(r"\[(?:[^\]\s]+ @ 0x[0-9a-f]+|fatal|error|panic|warning|info)\] ?")
+DAMAGE = re.compile(r"error while decoding|Invalid data found|corrupt|Invalid NAL|partial file|"
+                    r"concealing|missing picture|truncat|Error submitting packet to decoder|"
+                    r"non-existing PPS|no frame!|invalid as first byte|bytestream", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One block of -progress; None where FFmpeg says N/A. bitrate in kbit/s, out_time in s."""
+
+    frame: int = 0
+    fps: float | None = None
+    speed: float | None = None
+    out_time_s: float | None = None
+    total_bytes: int | None = None
+    dropped_frames: int = 0
+    duplicated_frames: int = 0
+    ended: bool = False
+
+
+class ProgressParser:
+    """Fed line by line; gives a Progress at the end of each block."""
+
+    def __init__(self) -> None:
+        self._block: dict[str, str] = {}
+
+    def feed(self, line: str) -> Progress | None:
+        key, found, value = line.strip().partition("=")
+        if not found or len(self._block) > 200:
+            return None
+        if key != "progress":
+            self._block[key] = value.strip()
+            return None
+        block, self._block = self._block, {}
+        micros = _decimal(block.get("out_time_us"))
+        size = _decimal(block.get("total_size"))
+        return Progress(
+            int(_decimal(block.get("frame")) or 0), _decimal(block.get("fps")),
+            _decimal(block.get("speed", "").rstrip("x")),
+            None if micros is None else micros / 1e6, None if size is None else int(size),
+            int(_decimal(block.get("drop_frames")) or 0), int(_decimal(block.get("dup_frames")) or 0),
+            value.strip() == "end")
+
+
+def _decimal(text: str | None) -> float | None:
+    """Return a number that is no less than nothing; None for N/A, garbage and FFmpeg's huge negatives."""
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value >= 0 else None
+
+
+def progress_json(done: Progress, expected_s: float | None, step: int, steps: int, phase: str) -> Json:
+    """Return progress as the wire has it; percent spans all passes, `eta_s` is of this pass and the rest."""
+    percent = eta = None
+    if expected_s and done.out_time_s is not None:
+        part = min(1.0, done.out_time_s / expected_s)
+        percent = round(100 * (step + part) / steps, 1)
+        if done.speed:
+            eta = round((expected_s * (steps - step) - done.out_time_s) / done.speed, 1)
+    return {"phase": phase, "percent": percent, "frame": done.frame, "fps": done.fps, "speed": done.speed,
+            "out_time_s": done.out_time_s, "eta_s": None if eta is None else max(0.0, eta)}
+
+
+def last_words(lines: Iterable[str], most: int = 3) -> str:
+    """Return FFmpeg's own reason out of its last lines: errors first, prefixes off, each once."""
+    lines = list(lines)
+    errors = [line for line in lines if (match := _LEVEL.search(line)) and match[1] != "warning"]
+    chosen = [_PREFIX.sub("", line).strip() for line in errors or lines[-most:]]
+    dull = ("Conversion failed!", "Error opening output files", "Error opening input files",
+            "Error while processing", "Nothing was written")
+    telling = [line for line in chosen if line and not line.startswith(dull)]
+    return "; ".join(list(dict.fromkeys(telling or chosen))[:most])
+
+
+# What FFmpeg, the kernel and the exit status say, first match wins: pattern -> failure_reason.
+FAILURE_WORDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern, re.IGNORECASE), reason) for pattern, reason in (
+        (r"No space left on device|Disk quota exceeded", "out_of_disk"),
+        (r"Cannot allocate memory|out of memory|malloc .*failed", "out_of_memory"),
+        (r"Unknown encoder|Encoder not found|Cannot load lib|No capable devices|No device available|"
+         r"Device creation failed|Failed to initialise VAAPI|unsupported \(-3\)", "no_capability"),
+        (r"Unable to parse option|Error setting option|Unrecognized option|Invalid argument.*option|"
+         r"Undefined constant|Option .* not found|incompatible pixel format", "parameters"),
+        (r"Connection refused|Connection reset|Connection timed out|Broken pipe|Network is unreachable|"
+         r"No route to host|Input/output error.*://|Server returned 5|Failed to resolve", "network"),
+        (r"Invalid data found|moov atom not found|does not contain any stream|matches no streams|"
+         r"No such file|Server returned 4|HTTP error 4|Protocol .* not on whitelist|Is a directory|"
+         r"EBML header parsing failed|could not find codec parameters", "input"),
+        (r"Permission denied|Read-only file system|Could not write header", "output"),
+        (r"Error (?:while opening|initializing) encoder|Error opening encoder", "encoder"),
+    ))
+
+
+def failure_reason(returncode: int, words: str) -> str:
+    """Return the class of a failure from the exit status and FFmpeg's words."""
+    if returncode in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGKILL, 255) and not words:
+        return "killed"
+    for pattern, reason in FAILURE_WORDS:
+        if pattern.search(words):
+            return reason
+    return "killed" if returncode < 0 else "encoder"
+
+
+def parse_probe(text: str, url: str) -> Source:
+    """Return a film's description out of ffprobe's JSON; Failure(input) where it holds no video."""
+    try:
+        found = json.loads(text)
+        streams = [stream for stream in found.get("streams", ()) if isinstance(stream, dict)]
+        container = found.get("format") or {}
+    except (ValueError, AttributeError, RecursionError):
+        raise Failure("input", f"{url}: ffprobe's answer cannot be read") from None
+    video = next((stream for stream in streams if stream.get("codec_type") == "video"
+                  and not (stream.get("disposition") or {}).get("attached_pic")), None)
+    if video is None or not video.get("width") or not video.get("height"):
+        raise Failure("input", f"{url} holds no video that this FFmpeg can read")
+    shape = _fraction(video.get("sample_aspect_ratio", "").replace(":", "/"))
+    square = shape is None or shape == 1
+    width, height = int(video["width"]), int(video["height"])
+    if not square and shape:
+        width = int(width * shape / 2) * 2
+    if _rotation(video) % 180 == 90:
+        width, height = height, width
+    rate = _fraction(video.get("avg_frame_rate")) or _fraction(video.get("r_frame_rate")) or 25.0
+    return Source(url, width, height, rate, _length(video, container),
+                  str(video.get("pix_fmt") or "yuv420p"),
+                  any(stream.get("codec_type") == "audio" for stream in streams), square,
+                  codec=str(video.get("codec_name") or "video"))
+
+
+def _rotation(video: Json) -> int:
+    turns = [side.get("rotation") for side in video.get("side_data_list") or () if isinstance(side, dict)]
+    turns.append((video.get("tags") or {}).get("rotate"))
+    return abs(int(_signed(next((turn for turn in turns if turn is not None), 0))))
+
+
+def _signed(value: object) -> float:
+    try:
+        return float(str(value))
+    except ValueError:
+        return 0.0
+
+
+def _length(video: Json, container: Json) -> float | None:
+    """Return the video's length in s: the stream's own word, its tag in Matroska, else the container's."""
+    own = _decimal(str(video.get("duration") or ""))
+    clock = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", str((video.get("tags") or {}).get("DURATION") or ""))
+    if own:
+        return own
+    if clock:
+        return int(clock[1]) * 3600 + int(clock[2]) * 60 + float(clock[3]) or None
+    return _decimal(str(container.get("duration") or "")) or None
+
+
+def _fraction(text: object) -> float | None:
+    try:
+        value = float(fractions.Fraction(str(text)))
+    except (ValueError, ZeroDivisionError):
+        return None
+    return value if value > 0 else None
+
+
+_SCORES = {"psnr": ("psnr_db", re.compile(r"PSNR .*average:(inf|[\d.]+)")),
+           "ssim": ("ssim", re.compile(r"SSIM .*All:([\d.]+)")),
+           "vmaf": ("vmaf", re.compile(r"VMAF score: ([\d.]+)")),
+           "xpsnr": ("xpsnr_db", re.compile(r"XPSNR .*y: *(inf|[\d.]+)"))}
+PERFECT_PSNR_DB = 100.0
+
+
+def parse_score(metric: str, lines: Iterable[str]) -> tuple[str, float | None]:
+    """Return a quality metric's name and its mean; identical pictures have a PSNR of 100 dB here."""
+    name, pattern = _SCORES[metric]
+    found = [match[1] for line in lines if (match := pattern.search(line))]
+    if not found:
+        return name, None
+    return name, PERFECT_PSNR_DB if found[-1] == "inf" else float(found[-1])
+
+
+# ---- 6 Run ----------------------------------------------------------------------------------------
+
+SAMPLE_S = 1.0
+GRACE_S = 1.0
+KEPT_LINES = 60
+UNSENT_LINES = 10_000
+CACHE_LIMIT_BYTES = 1 << 30
+PROBE_S = 60.0
+NICE = ("nice", "-n", "10")
+_SLICE_S = 0.25
+
+
+class Exit(NamedTuple):
+    """How a process ended: status (negative: the signal), CPU s and peak memory of it and its children."""
+
+    returncode: int
+    cpu_seconds: float
+    peak_rss_bytes: int
+
+
+class Process:
+    """One program in a process group of its own, niced, both its pipes always drained."""
+
+    def __init__(self, argv: Sequence[str], folder: Path, on_stdout: Callable[[str], None],
+                 on_stderr: Callable[[str], None]) -> None:
+        nice = NICE if shutil.which(NICE[0]) else ()
+        if shutil.which(argv[0]) is None:
+            raise Failure("no_capability", f"{argv[0]} is not there or not executable on this node")
+        self._popen = subprocess.Popen([*nice, *argv], cwd=folder, stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        self.pid = self._popen.pid
+        self.ended = threading.Event()
+        self.exit: Exit | None = None
+        drains = [threading.Thread(target=_drain, args=pair, daemon=True)
+                  for pair in ((self._popen.stdout, on_stdout), (self._popen.stderr, on_stderr))]
+        for drain in drains:
+            drain.start()
+        threading.Thread(target=self._reap, args=(drains,), daemon=True).start()
+
+    def _reap(self, drains: list[threading.Thread]) -> None:
+        # The zombie keeps the group's number from being given to a stranger while the rest is killed.
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        self.signal(signal.SIGKILL)
+        for drain in drains:
+            drain.join(2)
+        _, status, usage = os.wait4(self.pid, 0)
+        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        self._popen.returncode = code
+        self.exit = Exit(code, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+        self.ended.set()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the whole group; one that has gone already is no error."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+    def end(self) -> None:
+        """End the group: TERM, then KILL; returns when it is gone."""
+        if self.ended.is_set():
+            return
+        self.signal(signal.SIGTERM)
+        self.signal(signal.SIGCONT)
+        if not self.ended.wait(GRACE_S):
+            self.signal(signal.SIGKILL)
+            self.ended.wait(10)
+
+
+def _drain(pipe: Any, take: Callable[[str], None]) -> None:
+    with pipe:
+        for line in iter(lambda: pipe.readline(1 << 16), b""):
+            take(line.decode("utf-8", "replace").rstrip("\r\n"))
+
+
+class Ledger:
+    """What one attempt used, filled by the meter: energy in J, CPU in s, memory in bytes."""
+
+    def __init__(self) -> None:
+        self.pgid: int | None = None
+        self.ended_cpu_s = 0.0
+        self.peak_rss_bytes = 0
+        self.cpu_s = 0.0
+        self.measured_s = 0.0
+        self.busy_percent_s = 0.0
+        self.energy_joules: float | None = None
+        self.gpu_joules: float | None = None
+        self.gpu_usage_s = 0.0
+        self.gpu_seen_s = 0.0
+        self.gpu_memory_bytes: int | None = None
+        self.power_source: str | None = None
+        self.beside = 0
+        self.unknown: dict[str, str] = {}
+        self.samples: deque[Json] = deque(maxlen=600)
+
+    def ended(self, exit_: Exit) -> None:
+        """Note a process of this attempt that has ended."""
+        self.pgid = None
+        self.ended_cpu_s += exit_.cpu_seconds
+        self.peak_rss_bytes = max(self.peak_rss_bytes, exit_.peak_rss_bytes)
+
+
+class Meter:
+    """Samples this machine while an attempt runs, and at no other time; one thread does it all."""
+
+    def __init__(self, host: hwdetect.Host, hardware: hwdetect.Hardware) -> None:
+        self._host = host
+        self._hardware = hardware
+        self._messages: queue.SimpleQueue[tuple[str, Ledger, threading.Event]] = queue.SimpleQueue()
+        self._ledgers: list[Ledger] = []
+        self._sampler: hwdetect.Sampler | None = None
+        self._last: hwdetect.Reading | None = None
+        threading.Thread(target=self._loop, name="meter", daemon=True).start()
+
+    def join(self, ledger: Ledger) -> None:
+        """Begin to measure for a ledger; returns when the first reading is taken."""
+        self._tell("join", ledger)
+
+    def leave(self, ledger: Ledger) -> None:
+        """Stop measuring for a ledger; returns when the last reading is in it."""
+        self._tell("leave", ledger)
+
+    def _tell(self, what: str, ledger: Ledger) -> None:
+        done = threading.Event()
+        self._messages.put((what, ledger, done))
+        done.wait(10)
+
+    def _loop(self) -> None:
+        while True:
+            try:
+                message = self._messages.get(timeout=SAMPLE_S if self._ledgers else None)
+            except queue.Empty:
+                message = None
+            try:
+                self._step(message)
+            except Exception as error:  # a driver's whim must not end an encode
+                for ledger in self._ledgers:
+                    ledger.unknown["sampler"] = f"{type(error).__name__}: {error}"
+            if message:
+                message[2].set()
+
+    def _step(self, message: tuple[str, Ledger, threading.Event] | None) -> None:
+        if self._sampler is None:
+            self._sampler, self._last = hwdetect.Sampler(self._host, self._hardware), None
+        self._tick(self._sampler.sample(time.monotonic()))
+        if message and message[0] == "join":
+            self._ledgers.append(message[1])
+        elif message:
+            self._ledgers = [ledger for ledger in self._ledgers if ledger is not message[1]]
+        if not self._ledgers:
+            self._sampler.close()
+            self._sampler = None
+
+    def _tick(self, reading: hwdetect.Reading) -> None:
+        last, self._last = self._last, reading
+        shares = self._shares()
+        for ledger, share in zip(self._ledgers, shares):
+            ledger.beside = max(ledger.beside, len(shares) - 1)
+            ledger.unknown.update(reading.unknown)
+            ledger.power_source = reading.power_source or ledger.power_source
+            if last is not None:
+                _book(ledger, last, reading, share)
+
+    def _shares(self) -> list[float]:
+        """Return each ledger's part of this interval: by CPU time, evenly where none was used."""
+        used = []
+        for ledger in self._ledgers:
+            total = ledger.ended_cpu_s
+            if ledger.pgid is not None:
+                usage = hwdetect.process_group(self._host, ledger.pgid)
+                total += usage.cpu_seconds
+                ledger.peak_rss_bytes = max(ledger.peak_rss_bytes, usage.rss_bytes)
+            used.append(max(0.0, total - ledger.cpu_s))
+            ledger.cpu_s = max(ledger.cpu_s, total)
+        whole = sum(used)
+        return [part / whole if whole else 1 / len(used) for part in used]
+
+
+def _book(ledger: Ledger, last: hwdetect.Reading, now: hwdetect.Reading, share: float) -> None:
+    """Book one interval between two readings; `share` is this attempt's part of the energy."""
+    span = now.time - last.time
+    if now.cpu_usage is not None:
+        ledger.measured_s += span
+        ledger.busy_percent_s += now.cpu_usage * span
+    if now.energy_joules is not None and last.energy_joules is not None:
+        ledger.energy_joules = (ledger.energy_joules or 0.0) + share * (now.energy_joules - last.energy_joules)
+    for gpu, before in zip(now.gpus, last.gpus):
+        if gpu.energy_joules is not None and not gpu.in_package:
+            more = share * (gpu.energy_joules - (before.energy_joules or 0.0))
+            ledger.gpu_joules = (ledger.gpu_joules or 0.0) + more
+        if gpu.usage is not None:
+            ledger.gpu_usage_s += gpu.usage * span
+            ledger.gpu_seen_s += span
+        if gpu.memory_used_bytes is not None:
+            ledger.gpu_memory_bytes = max(ledger.gpu_memory_bytes or 0, gpu.memory_used_bytes)
+    ledger.samples.append({"time": utc_text(time.time()), "cpu_usage": now.cpu_usage,
+                           "memory_used_bytes": now.memory_used_bytes, "power_watts": now.power_watts,
+                           "temperature_c": now.temperature_c})
+
+
+class Stopped(Exception):
+    """The attempt was told to stop; `args[0]` is canceled, returned or lost."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What every attempt on this node shares; paths are absolute, `filters` FFmpeg's quality filters."""
+
+    machine: Machine
+    ffprobe: str
+    host: hwdetect.Host
+    meter: Meter
+    work_dir: Path
+    media_root: str
+    allow_address: tuple[str, ...] = ()
+    filters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an attempt came to. `status` is completed, failed, canceled, returned or lost."""
+
+    status: str
+    settings: Settings | None = None
+    plan: Plan | None = None
+    ledger: Ledger | None = None
+    progress: Progress = Progress()
+    wall_s: float = 0.0
+    output_bytes: int | None = None
+    output_s: float | None = None
+    quality: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+    unknown: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    damaged: int = 0
+    error: str | None = None
+    failure_reason: str | None = None
+    damage: str | None = None
+
+
+class Attempt:
+    """One attempt of a job on this machine: its folder, its processes, its outcome. run() once.
+
+    Other threads may read `progress`, take from `lines`, and call stop(), pause() and resume().
+    """
+
+    def __init__(self, job_id: str, number: int, job: Json, place: Workplace,
+                 confirm: Callable[[], bool] = lambda: True) -> None:
+        self.job_id = job_id
+        self.number = number
+        self.progress: Json = {"phase": "preparing", "percent": 0.0}
+        self.lines: deque[str] = deque()
+        self.lines_from = 0
+        self.paused = False
+        self._job = job
+        self._place = place
+        self._confirm = confirm
+        self._folder = place.work_dir / f"{re.sub(r'[^A-Za-z0-9-]', '_', job_id)[:64]}-{number}"
+        self._ledger = Ledger()
+        self._process: Process | None = None
+        self._tail: deque[str] = deque(maxlen=KEPT_LINES)
+        self._stop: str | None = None
+        self._partial: str | None = None
+        self._deadline = math.inf
+        self._paused_s = 0.0
+        self._settings: Settings | None = None
+        self._plan: Plan | None = None
+        self._damaged = 0
+
+    # -- orders, from other threads
+
+    def stop(self, why: str) -> None:
+        """End the attempt as canceled, returned or lost; run() returns when nothing is left of it."""
+        self._stop = self._stop or why
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop is not None
+
+    def pause(self) -> None:
+        """Stop the clock of the attempt: its processes stand still, its timeout waits."""
+        self.paused = True
+        process = self._process
+        if process is not None:
+            process.signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.paused = False
+        process = self._process
+        if process is not None:
+            process.signal(signal.SIGCONT)
+
+    def take_lines(self, most: int) -> list[str]:
+        """Return log lines that were not yet acknowledged, oldest first."""
+        return list(self.lines)[:most]
+
+    def drop_lines(self, count: int) -> None:
+        """Forget lines that the master has."""
+        for _ in range(min(count, len(self.lines))):
+            self.lines.popleft()
+            self.lines_from += 1
+
+    def samples(self) -> list[Json]:
+        """Return the machine's readings since the last call."""
+        taken: list[Json] = []
+        while self._ledger.samples:
+            taken.append(self._ledger.samples.popleft())
+        return taken
+
+    # -- the attempt itself
+
+    def run(self) -> Outcome:
+        """Do all the work and return what it came to; nothing is left but a completed output."""
+        started = time.monotonic()
+        try:
+            outcome = self._work()
+        except Stopped as stopped:
+            outcome = Outcome(str(stopped.args[0]))
+        except Failure as failure:
+            outcome = Outcome("failed", error=failure.message, failure_reason=failure.reason)
+        except ApiError as error:
+            outcome = Outcome("failed", error=error.message, failure_reason="parameters")
+        except OSError as error:
+            reason = "out_of_disk" if error.errno in (28, 122) else "output"
+            outcome = Outcome("failed", error=f"{error.filename or self._folder}: {_cause(error)}",
+                              failure_reason=reason)
+        finally:
+            self._clean()
+        more = {"settings": self._settings, "plan": self._plan, "ledger": self._ledger,
+                "damaged": self._damaged}
+        return dataclasses.replace(outcome, wall_s=outcome.wall_s or time.monotonic() - started, **more)
+
+    def _work(self) -> Outcome:
+        settings = self._settings = resolve(self._job.get("scenario"), self._job.get("parameters"))
+        self._deadline = time.monotonic() + (settings.timeout or math.inf)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True, mode=0o700)
+        source = self._source(settings)
+        target, final = self._target(settings, source)
+        made = self._plan = plan(settings, self._place.machine, source, target)
+        self._say(f"plan: {made.reason}")
+        outcome = self._encode(settings, made)
+        if scheme_of(target) is None:
+            outcome = self._inspect(outcome, settings, source, made)
+            outcome = self._compare(outcome, settings, source, made)
+        self.progress = {**self.progress, "phase": "finishing"}
+        if final is not None:
+            self._deliver(target, final)
+        return outcome
+
+    def _encode(self, settings: Settings, made: Plan) -> Outcome:
+        parser, latest = ProgressParser(), Progress()
+        began = time.monotonic()
+        for step, argv in enumerate(made.passes):
+            phase = "encoding" if len(made.passes) == 1 else f"pass {step + 1} of {len(made.passes)}"
+
+            def note(line: str, step: int = step, phase: str = phase) -> None:
+                nonlocal latest
+                block = parser.feed(line)
+                if block is not None:
+                    latest = block
+                    self.progress = progress_json(block, made.duration_s, step, len(made.passes), phase)
+            self.progress = {**self.progress, "phase": phase}
+            self._say("run: " + shlex.join(argv))
+            self._expect(self._execute(argv, note, measured=True), settings)
+        return Outcome("completed", wall_s=time.monotonic() - began - self._paused_s, progress=latest)
+
+    def _execute(self, argv: Sequence[str], on_stdout: Callable[[str], None], measured: bool = False,
+                 limit_s: float = math.inf) -> Exit:
+        """Run one program to its end, or raise Stopped or Failure(timeout) when its group is gone."""
+        self._check(math.inf)
+        self._tail.clear()
+        process = self._process = Process(argv, self._folder, on_stdout, self._hear)
+        try:
+            started = hwdetect.process_started(self._place.host, process.pid)
+            (self._folder / "process").write_text(f"{process.pid} {started}")
+            if measured:
+                self._ledger.pgid = process.pid
+                self._place.meter.join(self._ledger)
+            limit = time.monotonic() + limit_s
+            while not process.ended.wait(_SLICE_S):
+                self._check(limit)
+        finally:
+            process.end()
+            self._process = None
+            if measured and process.exit:
+                self._ledger.ended(process.exit)
+                self._place.meter.leave(self._ledger)
+        self._check(math.inf)
+        return process.exit or Exit(-signal.SIGKILL, 0.0, 0)
+
+    def _check(self, limit: float) -> None:
+        if self._stop:
+            raise Stopped(self._stop)
+        if self.paused:
+            self._deadline += _SLICE_S
+            self._paused_s += _SLICE_S
+            if self._process is not None:
+                self._process.signal(signal.SIGSTOP)
+            return
+        if time.monotonic() > self._deadline:
+            assert self._settings is not None
+            raise Failure("timeout", f"the job took longer than its timeout of "
+                          f"{duration_text(self._settings.timeout)} on {self._place.machine.name}")
+        if time.monotonic() > limit:
+            raise Failure("timeout", f"{self._words_of_input()}: no answer from ffprobe in {PROBE_S:.0f} s")
+
+    def _hear(self, line: str) -> None:
+        self._tail.append(line)
+        self._damaged += DAMAGE.search(line) is not None
+        self._say(line)
+
+    def _say(self, line: str) -> None:
+        if len(self.lines) < UNSENT_LINES:
+            self.lines.append(line[:2000])
+
+    def _words_of_input(self) -> str:
+        return (self._settings.input if self._settings else None) or "the generated source"
+
+    def _expect(self, exit_: Exit, settings: Settings) -> None:
+        """Raise a Failure in FFmpeg's own words unless it ended well."""
+        if exit_.returncode == 0:
+            return
+        words = last_words(self._tail)
+        reason = failure_reason(exit_.returncode, "\n".join(self._tail) if words else "")
+        how = (f"was killed by {signal.Signals(-exit_.returncode).name}" if exit_.returncode < 0
+               else f"ended with status {exit_.returncode}")
+        names = [place for place in (settings.input, settings.output) if place]
+        blamed = "" if any(os.path.basename(name) in words for name in names) else " and ".join(names)
+        partial = os.path.basename(self._partial or "")
+        if partial and settings.output:
+            words = words.replace(partial, os.path.basename(settings.output))
+        raise Failure(reason, f"{blamed + ': ' if blamed else ''}ffmpeg {how} on {self._place.machine.name}"
+                      f"{': ' + words if words else ' without a word'}")
+
+    # -- input and output
+
+    def _source(self, settings: Settings) -> Source:
+        if settings.input is None:
+            return self._generated(settings)
+        scheme = scheme_of(settings.input)
+        if scheme:
+            self._allow(settings.input, "input")
+            url = settings.input
+        else:
+            url = self._inside(settings.input, "input")
+            self._refuse_unreadable(url, settings.input)
+        answer: list[str] = []
+        exit_ = self._execute(probe_command(self._place.ffprobe, url), answer.append, limit_s=PROBE_S)
+        if exit_.returncode != 0:
+            words = last_words(self._tail) or f"ffprobe ended with status {exit_.returncode}"
+            reason = failure_reason(exit_.returncode, words)
+            raise Failure(reason if reason in ("network", "killed") else "input",
+                          f"input {settings.input} cannot be read on {self._place.machine.name}: {words}")
+        try:
+            return dataclasses.replace(parse_probe("\n".join(answer), settings.input), url=url)
+        except Failure as failure:
+            raise Failure(failure.reason, f"{failure.message} (on {self._place.machine.name})") from None
+
+    def _refuse_unreadable(self, path: str, shown: str) -> None:
+        node = self._place.machine.name
+        if not os.path.exists(path):
+            raise Failure("input", f"input {shown} does not exist on {node} (media root "
+                          f"{self._place.media_root})")
+        if not os.path.isfile(path):
+            raise Failure("input", f"input {shown} is no regular file on {node}")
+        if not os.access(path, os.R_OK):
+            raise Failure("input", f"input {shown} may not be read by the agent on {node}: permission denied")
+        if os.path.getsize(path) == 0:
+            raise Failure("input", f"input {shown} is empty (0 bytes) on {node}")
+
+    def _inside(self, place: str, field: str) -> str:
+        """Return the real path of a place under the media root; Failure where it leads out."""
+        root = os.path.realpath(self._place.media_root)
+        path = os.path.realpath(os.path.join(root, place))
+        if os.path.commonpath((root, path)) != root:
+            raise Failure("parameters", f"{field} {place} is outside the media root {root} of "
+                          f"{self._place.machine.name}")
+        return path
+
+    def _allow(self, url: str, field: str) -> None:
+        host = urllib.parse.urlsplit(url).hostname or ""
+        addresses = host_addresses(host)
+        if not addresses:
+            raise Failure("network", f"{field} {url}: host {host} is unknown on {self._place.machine.name}")
+        for address in addresses:
+            if not address_allowed(address, host, self._place.allow_address):
+                raise Failure("parameters", f"{field} {url} leads to {address}, which the agent on "
+                              f"{self._place.machine.name} does not open; allow it there with "
+                              f"--allow-address {address}")
+
+    def _generated(self, settings: Settings) -> Source:
+        """Return the generated source: a short clip, made once for each size and rate, to be looped."""
+        width, height, fps = settings.width or 1280, settings.height or 720, float(settings.fps or 30)
+        cache = self._place.work_dir / "cache"
+        cache.mkdir(mode=0o700, exist_ok=True)
+        kept = cache / f"clip-{width}x{height}-{rational(fps).replace('/', '_')}.mkv"
+        mine = self._folder / "source.mkv"
+        try:
+            os.link(kept, mine)
+            os.utime(kept)
+        except OSError:
+            self.progress = {"phase": "making the generated source", "percent": 0.0}
+            encoder = "libx264" if self._place.machine.encoders.get("libx264", "") is None else "mpeg4"
+            argv = clip_command(self._place.machine.ffmpeg, width, height, fps, encoder, str(mine))
+            self._expect(self._execute(argv, lambda line: None), settings)
+            with contextlib.suppress(OSError):
+                os.link(mine, kept)
+        bound_cache(cache, CACHE_LIMIT_BYTES)
+        return Source(str(mine), width, height, fps, clip_duration_s(fps), has_audio=True, loop=True)
+
+    def _target(self, settings: Settings, source: Source) -> tuple[str, str | None]:
+        """Return where FFmpeg writes to, and the final path of an output that is kept as a file."""
+        output = settings.output
+        if output is None:
+            return str(self._folder / "output"), None
+        if scheme_of(output):
+            self._allow(output, "output")
+            return output, None
+        final = self._inside(output, "output")
+        parent, node = os.path.dirname(final), self._place.machine.name
+        if not os.path.isdir(parent):
+            raise Failure("output", f"output {output} cannot be written on {node}: there is no folder {parent}")
+        if os.path.isdir(final):
+            raise Failure("output", f"output {output} is a folder on {node}: name a file in it")
+        if not os.access(parent, os.W_OK):
+            raise Failure("output", f"output {output} cannot be written on {node}: permission denied in {parent}")
+        if final == source.url:
+            raise Failure("parameters", f"output {output} is the input itself: name another file")
+        self._partial = os.path.join(parent, f".ffdist-{self.job_id[:8]}-{self.number}.part")
+        (self._folder / "partial").write_text(self._partial)
+        return self._partial, final
+
+    def _inspect(self, outcome: Outcome, settings: Settings, source: Source, made: Plan) -> Outcome:
+        """Look at the output with ffprobe: FFmpeg's own word for success is not enough."""
+        shown, node = settings.output or "the output", self._place.machine.name
+        size = os.path.getsize(made.target) if os.path.exists(made.target) else 0
+        frames = outcome.progress.frame
+        if not size or not frames:
+            words = last_words(self._tail)
+            raise Failure("input", f"{self._words_of_input()} gave no frame on {node}"
+                          + (f": {words}" if words else ""))
+        answer: list[str] = []
+        exit_ = self._execute(probe_command(self._place.ffprobe, made.target), answer.append, limit_s=PROBE_S)
+        if exit_.returncode != 0:
+            raise Failure("encoder", f"{shown} cannot be read back on {node}: {last_words(self._tail)}")
+        film = parse_probe("\n".join(answer), shown)
+        self._refuse_short(film.duration_s, made, frames, settings, source)
+        return dataclasses.replace(outcome, output_bytes=size, output_s=film.duration_s)
+
+    def _refuse_short(self, length_s: float | None, made: Plan, frames: int, settings: Settings,
+                      source: Source) -> None:
+        """Raise where the output ends before its input should: a cut or damaged film is no success."""
+        expected = made.duration_s
+        reached = length_s if length_s is not None else frames / made.fps
+        if expected and reached < expected * 0.95 - 1.0 / made.fps - 0.1:
+            words = last_words([line for line in self._tail if DAMAGE.search(line)])
+            raise Failure("input", f"{self._words_of_input()} ends after {reached:.1f} s of {expected:.1f} s "
+                          f"on {self._place.machine.name}: it is cut or damaged"
+                          + (f" ({words})" if words else ""))
+
+    def _compare(self, outcome: Outcome, settings: Settings, source: Source, made: Plan) -> Outcome:
+        """Take the quality metrics that the job names, after the encode and apart from its energy."""
+        scores: dict[str, float | None] = {}
+        unknown: dict[str, str] = {}
+        for metric in settings.quality:
+            name, _ = parse_score(metric, ())
+            if ("libvmaf" if metric == "vmaf" else metric) not in self._place.filters:
+                scores[name], unknown[name] = None, f"this FFmpeg has no {metric} filter"
+                continue
+            self.progress = {"phase": f"measuring {metric}", "percent": self.progress.get("percent")}
+            argv = quality_command(self._place.machine.ffmpeg, metric, made.target, source, made,
+                                   max(1, self._place.machine.threads // self._place.machine.slots))
+            exit_ = self._execute(argv, lambda line: None)
+            name, scores[name] = parse_score(metric, self._tail)
+            if exit_.returncode != 0 or scores[name] is None:
+                unknown[name] = f"the comparison failed: {last_words(self._tail)}"
+        return dataclasses.replace(outcome, quality=scores, unknown=unknown)
+
+    def _deliver(self, target: str, final: str) -> None:
+        """Give the output its name: from here on it is the user's. Only a holder of the lease may."""
+        with open(target, "rb") as film:
+            os.fsync(film.fileno())
+        if not self._confirm():
+            raise Stopped(self._stop or "lost")
+        self._check(math.inf)
+        os.replace(target, final)
+        self._partial = None
+
+    def _clean(self) -> None:
+        for partial in (self._partial,):
+            if partial:
+                with contextlib.suppress(OSError):
+                    os.unlink(partial)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def address_allowed(address: str, host: str, allowed: Sequence[str]) -> bool:
+    """Tell whether a job may open an address: loopback and link-local ones only where listed.
+
+    `allowed` holds addresses, networks such as 127.0.0.0/8, or host names.
+    """
+    ip = ipaddress.ip_address(address.split("%")[0])
+    plain = getattr(ip, "ipv4_mapped", None) or ip
+    if not (plain.is_loopback or plain.is_link_local or plain.is_unspecified):
+        return True
+    for entry in allowed:
+        if entry.lower() == host.lower():
+            return True
+        with contextlib.suppress(ValueError):
+            if plain in ipaddress.ip_network(entry, strict=False):
+                return True
+    return False
+
+
+def bound_cache(cache: Path, limit_bytes: int) -> None:
+    """Remove the clips that were not used for longest until the rest is within the limit."""
+    clips = []
+    for path in cache.iterdir():
+        with contextlib.suppress(OSError):
+            clips.append((path.stat().st_mtime, path.stat().st_size, path))
+    total = sum(size for _, size, _ in clips)
+    for _, size, path in sorted(clips)[:-1]:
+        if total <= limit_bytes:
+            return
+        with contextlib.suppress(OSError):
+            path.unlink()
+        total -= size
+
+
+def clear_work(work_dir: Path, host: hwdetect.Host) -> int:
+    """End and remove what a killed agent left in its work folder; return how many attempts it was."""
+    left = [folder for folder in work_dir.iterdir() if folder.is_dir() and folder.name != "cache"]
+    for folder in left:
+        words = _read_words(folder / "process")
+        if len(words) == 2 and words[0].isdigit() and int(words[0]) > 1:
+            pid = int(words[0])
+            if str(hwdetect.process_started(host, pid)) == words[1]:
+                with contextlib.suppress(OSError):
+                    os.killpg(pid, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            partial = (folder / "partial").read_text()
+            if os.path.basename(partial).startswith(".ffdist-"):
+                os.unlink(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+    return len(left)
+
+
+def _read_words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except (OSError, ValueError):
+        return []
+
+
+# ---- 7 Analysis -----------------------------------------------------------------------------------
+
+# What an analysis may recommend: README lists them.
+RECOMMENDATIONS = {
+    "optimal": "nothing cheaper or faster was found in this run",
+    "faster_preset": "the encode was slower than real time: a faster preset would keep up",
+    "hardware_encoder": "a hardware encoder was proved on this machine and not used",
+    "more_threads": "the machine was mostly idle while few threads were asked for",
+    "check_input": "FFmpeg found damage in the input",
+}
+
+
+def metrics_of(outcome: Outcome) -> Json:
+    """Return the metrics of a completed outcome; what is unknown is null, with a reason in `unknown`."""
+    ledger, made, done = outcome.ledger or Ledger(), outcome.plan, outcome.progress
+    wall = outcome.wall_s
+    unknown = dict(outcome.unknown)
+    length = outcome.output_s or done.out_time_s
+    energy, source = _energy(ledger, unknown)
+    cpu_seconds = ledger.ended_cpu_s or None
+    metrics: Json = {
+        "cpu_usage": _cpu_usage(ledger, wall), "memory_usage": _ratio(ledger.peak_rss_bytes, 1 << 20, 1),
+        "duration": round(wall, 3), "frames": done.frame, "fps": _ratio(done.frame, wall, 2),
+        "speed": _ratio(length, wall, 3), "dropped_frames": done.dropped_frames,
+        "duplicated_frames": done.duplicated_frames, "output_bytes": outcome.output_bytes,
+        "output_seconds": length,
+        "bitrate_kbps": _ratio((outcome.output_bytes or 0) * 8 / 1000 or None, length, 1),
+        "cpu_seconds": None if cpu_seconds is None else round(cpu_seconds, 3),
+        "energy_joules": energy, "power_watts": _ratio(energy, wall, 2), "power_source": source,
+        "idle_watts": None, "joules_per_frame": _ratio(energy, done.frame, 4),
+        "gpu_usage": _ratio(ledger.gpu_usage_s or None, ledger.gpu_seen_s, 1),
+        "gpu_energy_joules": None if ledger.gpu_joules is None else round(ledger.gpu_joules, 2),
+        "gpu_memory_usage": _ratio(ledger.gpu_memory_bytes, 1 << 20, 1),
+        "damaged_packets": outcome.damaged,
+        "psnr_db": None, "ssim": None, "vmaf": None, "xpsnr_db": None, **outcome.quality,
+    }
+    _explain(metrics, unknown, ledger, made)
+    return {**metrics, "unknown": {name: why for name, why in unknown.items()
+                                   if name in metrics and metrics[name] is None}}
+
+
+def _energy(ledger: Ledger, unknown: dict[str, str]) -> tuple[float | None, str | None]:
+    """Return J of the machine's counters and its discrete GPUs, and the names of the sources."""
+    if ledger.energy_joules is None:
+        unknown["energy_joules"] = ledger.unknown.get("energy_joules") or ledger.unknown.get(
+            "power_watts") or "no energy counter was read"
+        return None, None
+    if ledger.gpu_joules is None:
+        return round(ledger.energy_joules, 3), ledger.power_source
+    return round(ledger.energy_joules + ledger.gpu_joules, 3), f"{ledger.power_source}+gpu"
+
+
+def _cpu_usage(ledger: Ledger, wall_s: float) -> float | None:
+    """Return % of the whole machine; by the job's own CPU time where the run was too short to sample."""
+    if ledger.measured_s > 0:
+        return round(ledger.busy_percent_s / ledger.measured_s, 1)
+    return _ratio(100 * ledger.ended_cpu_s or None, wall_s * (os.cpu_count() or 1), 1)
+
+
+def _ratio(above: float | None, below: float | None, digits: int) -> float | None:
+    return round(above / below, digits) if above is not None and below else None
+
+
+def _explain(metrics: Json, unknown: dict[str, str], ledger: Ledger, made: Plan | None) -> None:
+    why_energy = unknown.get("energy_joules", "unknown energy")
+    reasons = {"power_watts": why_energy, "power_source": why_energy, "joules_per_frame": why_energy,
+               "idle_watts": "no idle baseline is measured yet" if metrics["energy_joules"] is not None
+               else why_energy,
+               "gpu_usage": ledger.unknown.get("gpus") or "no GPU that tells",
+               "gpu_energy_joules": ledger.unknown.get("gpus") or "no GPU that tells",
+               "gpu_memory_usage": ledger.unknown.get("gpus") or "no GPU that tells",
+               "output_bytes": "the output went to a stream", "bitrate_kbps": "the output's size is unknown",
+               "cpu_usage": "the run was too short to sample", "speed": "the length is unknown",
+               "psnr_db": "not asked for", "ssim": "not asked for", "vmaf": "not asked for",
+               "xpsnr_db": "not asked for"}
+    for name, value in metrics.items():
+        if value is None:
+            unknown.setdefault(name, reasons.get(name, "not measured"))
+
+
+def analyze(settings: Settings, made: Plan, metrics: Json, machine: Machine) -> Json:
+    """Return scenario, recommendation (a word of RECOMMENDATIONS), reasons and a suggestion to submit.
+
+    A suggestion is parameters to add to the job's own; confidence is what one run can give: low.
+    """
+    word, reasons, change = _verdict(settings, made, metrics, machine)
+    suggestion = {"scenario": settings.scenario, "parameters": change} if change else None
+    return {"scenario": settings.scenario, "recommendation": word, "reasons": reasons,
+            "suggestion": suggestion, "confidence": "low", "runs": 1}
+
+
+def _verdict(settings: Settings, made: Plan, metrics: Json, machine: Machine) -> tuple[str, list[str], Json]:
+    speed, usage = metrics.get("speed"), metrics.get("cpu_usage")
+    row = ENCODERS[made.encoder]
+    if metrics.get("damaged_packets"):
+        return "check_input", [f"FFmpeg told of damage {metrics['damaged_packets']} times"], {}
+    hardware = next((name for name, why in machine.encoders.items() if why is None and name in ENCODERS
+                     and ENCODERS[name].hardware and ENCODERS[name].codec == row.codec), None)
+    if hardware and not row.hardware and not settings.two_pass:
+        return "hardware_encoder", [f"{hardware} was proved on this machine"], {"encoder": hardware}
+    faster = _faster_preset(made, row)
+    if speed is not None and speed < 0.98 and faster:
+        slow = "live" if settings.live else "encoding"
+        return "faster_preset", [f"{slow} at {speed:.2f}x real time with preset {made.preset}"], {
+            "preset": faster}
+    if settings.threads and usage is not None and usage < 40 and settings.threads < machine.threads // 2:
+        return "more_threads", [f"{usage:.0f} % of the machine was busy with {settings.threads} of "
+                                f"{machine.threads} threads"], {"threads": machine.threads}
+    reasons = [f"{speed:.2f}x real time" if speed is not None else "the speed is unknown",
+               f"{usage:.0f} % of the machine busy" if usage is not None else "CPU use is unknown"]
+    return "optimal", reasons, {}
+
+
+def _faster_preset(made: Plan, row: Encoder) -> str | None:
+    if made.preset not in row.presets:
+        return None
+    at = row.presets.index(made.preset)
+    return PRESET_WORDS[at - 1] if at > 0 else None
+
+
+def result_of(attempt: Attempt, outcome: Outcome, machine: Machine) -> Json:
+    """Return the report of an attempt as the wire has it, but for the node's own fields."""
+    settings, made = outcome.settings, outcome.plan
+    result: Json = {"job_id": attempt.job_id, "attempt": attempt.number, "status": outcome.status,
+                    "completed_at": utc_text(time.time()), "error": outcome.error,
+                    "failure_reason": outcome.failure_reason}
+    if made and settings:
+        told = {**settings.to_json(), "width": made.width, "height": made.height, "fps": made.fps,
+                "bitrate": None, "crf": None, "duration": made.duration_s}
+        result["encode"] = {"encoder": made.encoder, "preset": made.preset, "threads": made.threads,
+                            "pixel_format": made.pixel_format, "rate": made.rate, "reason": made.reason,
+                            "settings": f"{settings_text(told)} {made.rate}",
+                            "commands": [list(argv) for argv in made.passes]}
+        result["output"] = settings.output or "none (encoded, measured, discarded)"
+    if outcome.status == "completed" and made and settings:
+        result["metrics"] = metrics_of(outcome)
+        result["analyzer_output"] = analyze(settings, made, result["metrics"], machine)
+    return result
+
+
+# ---- 8 Agent --------------------------------------------------------------------------------------
+
+BACKOFF_FIRST_S = 0.5
+BACKOFF_MOST_S = 15.0
+PROGRESS_S = 2.0
+LINES_A_REPORT = 500
+LEAVE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """The agent's flags, checked."""
+
+    master: str
+    register: bool
+    poll_interval_s: float
+    heartbeat_interval_s: float
+    max_concurrent_jobs: int
+    state_dir: Path
+    work_dir: Path
+    media_root: str
+    name: str | None
+    allow_address: tuple[str, ...]
+
+
+class Superseded(Exception):
+    """A newer start of this node has taken over: this one ends."""
+
+
+class Spool:
+    """Reports on disk, from before the first try until the master has said that it knows."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+        for path in folder.glob("*.tmp"):
+            path.unlink()
+
+    def put(self, result: Json) -> None:
+        """Write a report so that it survives a kill; raises OSError when the disk is full."""
+        path = self._folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.json"
+        partial = path.with_suffix(".tmp")
+        with open(partial, "w", encoding="utf-8", opener=_private) as file:
+            json.dump(result, file, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        folder = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def entries(self) -> list[tuple[Path, Json]]:
+        """Return what waits, oldest first; what cannot be read is set aside."""
+        found = []
+        for path in sorted(self._folder.glob("*.json")):
+            try:
+                result = json.loads(path.read_text(encoding="utf-8"))
+                found.append((path, {"job_id": result["job_id"], "attempt": result["attempt"], **result}))
+            except OSError:
+                continue
+            except (ValueError, KeyError, TypeError):
+                path.rename(path.with_suffix(".unreadable"))
+        return found
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+class Agent:
+    """One node of a fleet: its identity, its slots, its talk with the master.
+
+    The lock guards `_running`, `_holding_off` and `_seen`; it is never held during I/O.
+    """
+
+    def __init__(self, options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host,
+                 log: logging.Logger) -> None:
+        self._options = options
+        self._hardware = hardware
+        self._log = log
+        self._client = Client(options.master)
+        self._lock = threading.Lock()
+        self._running: dict[tuple[str, int], Attempt] = {}
+        self._session = uuid.uuid4().hex
+        self._node_file = options.state_dir / "node.json"
+        self._spool = Spool(options.state_dir / "spool")
+        self._node_id = _remembered_id(self._node_file)
+        self._protocol: int | None = None
+        self._node_timeout_s = 90.0
+        self._heard = -math.inf
+        self._seen = 0
+        self._word = uuid.uuid4().hex
+        self._away: float | None = None
+        self._stopping = threading.Event()
+        self._over: str | None = None
+        self._freed = threading.Event()
+        self._news = threading.Event()
+        self._refused: set[Path] = set()
+        name = options.name or hardware.address or socket.gethostname()
+        self._name = name
+        self._place = workplace(options, hardware, host, name)
+
+    # -- life
+
+    def run(self) -> int:
+        """Serve until stop() is called or the node is taken over; return the exit code."""
+        poller = threading.Thread(target=self._guarded, args=(self._poll,), name="poller", daemon=True)
+        reporter = threading.Thread(target=self._guarded, args=(self._report,), name="reporter", daemon=True)
+        poller.start()
+        reporter.start()
+        while not self._stopping.wait(60):
+            pass
+        self._give_back()
+        if self._over:
+            self._log.error("%s", self._over)
+        return 1 if self._over else 0
+
+    def stop(self) -> None:
+        """Ask for the end; safe in a signal handler."""
+        self._stopping.set()
+
+    def _guarded(self, loop: Callable[[], None]) -> None:
+        try:
+            loop()
+        except Superseded as error:
+            self._over = str(error)
+            self._stopping.set()
+        except Exception as error:  # a thread that dies silently would freeze the node
+            self._log.debug("the %s ended", loop.__name__, exc_info=True)
+            self._over = f"the agent ends after an error of its own: {type(error).__name__}: {error}"
+            self._stopping.set()
+
+    def _give_back(self) -> None:
+        """Stop what runs, say that it is given back and that this node leaves; bounded in time."""
+        limit = time.monotonic() + LEAVE_S
+        with self._lock:
+            attempts = list(self._running.values())
+        for attempt in attempts:
+            attempt.stop("lost" if self._over else "returned")
+        while self._running_count() and time.monotonic() < limit + LEAVE_S:
+            self._freed.wait(0.1)
+            self._freed.clear()
+        if self._over or not self._protocol:
+            return
+        with contextlib.suppress(ApiError, Superseded):
+            self._deliver()
+            self._client.heartbeat(self._node_id or "", {"session": self._session, "leaving": True})
+            self._log.info("left the fleet; %d jobs given back", len(attempts))
+
+    def _running_count(self) -> int:
+        with self._lock:
+            return len(self._running)
+
+    # -- the parked request
+
+    def _poll(self) -> None:
+        backoff = BACKOFF_FIRST_S
+        registered = False
+        while not self._stopping.is_set():
+            try:
+                if not registered:
+                    self._register()
+                    registered = True
+                self._ask()
+                backoff = BACKOFF_FIRST_S
+            except ApiError as error:
+                registered = self._weigh(error, registered)
+                if error.status != 404:
+                    self._stopping.wait(random.uniform(backoff / 2, backoff))
+                    backoff = min(BACKOFF_MOST_S, backoff * 2)
+
+    def _weigh(self, error: ApiError, registered: bool) -> bool:
+        """Note a refusal or a silence; return whether the node is still registered."""
+        if error.status == 409:
+            raise Superseded(f"node {self._name} ends: {error.message}")
+        if error.status == 404 and registered:
+            self._log.warning("the master does not know this node: registering again")
+            return False
+        if self._away is None and not self._stopping.is_set():
+            self._away = time.monotonic()
+            self._log.warning("%s; work goes on, trying again until it answers", error.message)
+        if error.status == 404:
+            self._stopping.wait(BACKOFF_MOST_S)
+        return registered
+
+    def _answered(self) -> None:
+        now = time.monotonic()
+        if self._away is not None:
+            self._log.info("the master answers again after %s", duration_text(now - self._away))
+            self._away = None
+            self._news.set()
+        self._heard = now
+
+    def _register(self) -> None:
+        waiting = [(result["job_id"], result["attempt"]) for _, result in self._spool.entries()]
+        with self._lock:
+            holding = [*self._running, *waiting]
+        body = {**self._hardware.to_json(), "name": self._name, "protocol": PROTOCOL,
+                "address": self._hardware.address or self._name,
+                "version": VERSION, "session": self._session, "id": self._node_id,
+                "max_concurrent_jobs": self._options.max_concurrent_jobs,
+                "holding": [{"job_id": job_id, "attempt": number} for job_id, number in holding]}
+        if self._node_id is None:
+            self._node_id = body["id"] = str(uuid.uuid4())
+        answer = self._client.register(body)
+        self._answered()
+        self._protocol = answer.get("protocol") if isinstance(answer.get("protocol"), int) else None
+        self._node_id = str(answer.get("id") or self._node_id)
+        _remember(self._node_file, self._node_id)
+        self._node_timeout_s = float(answer.get("node_timeout_s") or 90.0)
+        self._log.info("registered with %s as %s, node %s", self._client.url, self._name, self._node_id)
+        if self._protocol:
+            own = {(held.get("job_id"), held.get("attempt")) for held in answer.get("holding") or ()}
+            self._abandon(lambda key: key not in own)
+        self._news.set()
+
+    def _abandon(self, lost: Callable[[tuple[str, int]], bool]) -> None:
+        with self._lock:
+            attempts = [attempt for key, attempt in self._running.items() if lost(key)]
+        for attempt in attempts:
+            self._log.warning("job %s attempt %d: the master gave it to another node or ended it",
+                              attempt.job_id, attempt.number)
+            attempt.stop("lost")
+
+    def _ask(self) -> None:
+        """Ask once for work and orders; parks at the master where it can, else sleeps here."""
+        free = self._running_count() < self._options.max_concurrent_jobs
+        if not self._protocol:
+            self._ask_plainly(free)
+            return
+        wait = min(self._options.heartbeat_interval_s, WAIT_MAX_S, self._node_timeout_s / 3)
+        assert self._node_id is not None
+        common = {"session": self._session, "seen": self._seen}
+        if free:
+            answer = self._client.claim({**common, "node_id": self._node_id, "claim": self._word}, wait)
+            self._word = uuid.uuid4().hex
+        else:
+            answer = self._client.heartbeat(self._node_id, common, wait)
+        self._answered()
+        self._log.debug("heartbeat: the master answers (%s)", "free" if free else "busy")
+        self._obey(answer)
+        if isinstance(answer.get("job"), dict):
+            self._start(answer["job"])
+
+    def _ask_plainly(self, free: bool) -> None:
+        """Talk to a master that knows no parked requests: heartbeats and polls by the clock."""
+        assert self._node_id is not None
+        now = time.monotonic()
+        if now - self._heard >= self._options.heartbeat_interval_s:
+            self._client.heartbeat(self._node_id, {})
+            self._answered()
+            self._log.debug("heartbeat: the master answers")
+        job = self._client.claim({"node_id": self._node_id}).get("job") if free else None
+        if isinstance(job, dict):
+            self._start(job)
+            return
+        self._freed.wait(min(self._options.poll_interval_s, self._options.heartbeat_interval_s))
+        self._freed.clear()
+
+    def _obey(self, answer: Json) -> None:
+        if isinstance(answer.get("orders"), int):
+            self._seen = answer["orders"]
+        for order in answer.get("actions") or ():
+            if not isinstance(order, dict):
+                continue
+            key = (str(order.get("job_id")), int(order.get("attempt") or 1))
+            with self._lock:
+                attempt = self._running.get(key)
+            self._carry_out(str(order.get("action")), key, attempt)
+
+    def _carry_out(self, action: str, key: tuple[str, int], attempt: Attempt | None) -> None:
+        if action == "cancel" and attempt is not None:
+            attempt.stop("canceled")
+        elif action == "cancel":
+            waiting = {(result["job_id"], result["attempt"]) for _, result in self._spool.entries()}
+            if key not in waiting:
+                self._keep({"job_id": key[0], "attempt": key[1], "status": "canceled",
+                            "error": "this node does not hold the job"})
+        elif attempt is not None and action in ("pause", "resume") and attempt.paused != (action == "pause"):
+            getattr(attempt, action)()
+            self._news.set()
+
+    # -- attempts
+
+    def _start(self, job: Json) -> None:
+        job_id, number = str(job.get("id")), int(job.get("attempt") or 1)
+        key = (job_id, number)
+        attempt = Attempt(job_id, number, job, self._place, lambda: self._confirm(attempt))
+        with self._lock:
+            if key in self._running:
+                return
+            self._running[key] = attempt
+        self._log.info("job %s attempt %d: %s begins", job_id, number, job.get("scenario"))
+        threading.Thread(target=self._work, args=(key, attempt), name=f"job-{job_id[:8]}",
+                         daemon=True).start()
+
+    def _work(self, key: tuple[str, int], attempt: Attempt) -> None:
+        try:
+            outcome = attempt.run()
+            result = result_of(attempt, outcome, self._place.machine)
+        except Exception as error:
+            self._log.debug("job %s", key[0], exc_info=True)
+            outcome = Outcome("failed")
+            result = {"job_id": key[0], "attempt": key[1], "status": "failed", "failure_reason": "agent",
+                      "error": f"the agent on {self._name} failed itself: {type(error).__name__}: {error}"}
+        lines = attempt.take_lines(UNSENT_LINES)
+        if outcome.status != "lost":
+            self._keep({**result, "lines": lines, "lines_from": attempt.lines_from})
+        with self._lock:
+            self._running.pop(key, None)
+        self._log.info("job %s attempt %d: %s%s", *key, outcome.status,
+                       f": {outcome.error}" if outcome.error else "")
+        self._freed.set()
+        self._news.set()
+
+    def _keep(self, result: Json) -> None:
+        """Put a report into the spool; waits while the disk is full."""
+        result = {**result, "node_id": self._node_id}
+        said = False
+        while True:
+            try:
+                self._spool.put(result)
+                self._news.set()
+                return
+            except OSError as error:
+                if not said:
+                    self._log.error("the result of job %s cannot be kept in %s: %s; trying again",
+                                    result["job_id"], self._options.state_dir, _cause(error))
+                said = True
+                if self._stopping.wait(1):
+                    return
+
+    def _confirm(self, attempt: Attempt) -> bool:
+        """Tell whether the lease is surely ours; after a long silence only the master can say."""
+        while True:
+            if time.monotonic() - self._heard <= self._node_timeout_s or not self._protocol:
+                return True
+            try:
+                self._send_progress(attempt)
+                if attempt.stopping:
+                    return False
+            except ApiError:
+                if self._stopping.wait(1):
+                    return False
+
+    # -- reports
+
+    def _report(self) -> None:
+        """Send progress and empty the spool until the end; silence makes it wait, longer each time."""
+        pause = BACKOFF_FIRST_S
+        while not self._stopping.is_set():
+            due = PROGRESS_S
+            try:
+                if self._node_id and self._heard > 0:
+                    self._deliver()
+                    due = self._send_all_progress()
+                pause = BACKOFF_FIRST_S
+            except ApiError as error:
+                self._log.debug("report: %s", error.message)
+                due, pause = random.uniform(pause / 2, pause), min(BACKOFF_MOST_S, pause * 2)
+                self._stopping.wait(due)
+                continue
+            self._news.wait(due)
+            self._news.clear()
+
+    def _deliver(self) -> None:
+        """Send what the spool holds, oldest first; a report that was judged leaves it."""
+        for path, result in self._spool.entries():
+            try:
+                self._client.report({**result, "session": self._session} if self._protocol else result)
+                self._log.info("job %s: result delivered (%s)", result["job_id"], result["status"])
+            except ApiError as error:
+                if error.status == 409 and error.field == "session":
+                    raise Superseded(f"node {self._name} ends: {error.message}") from None
+                if error.status not in (404, 409):
+                    if error.retryable:
+                        raise
+                    if path not in self._refused:
+                        self._log.error("job %s: the master refuses the result: %s", result["job_id"],
+                                        error.message)
+                    self._refused.add(path)
+                    continue
+                self._log.warning("job %s attempt %s: result not taken: %s", result["job_id"],
+                                  result["attempt"], error.message)
+            path.unlink()
+            self._answered()
+
+    def _send_all_progress(self) -> float:
+        with self._lock:
+            attempts = list(self._running.values())
+        if not self._protocol:
+            return PROGRESS_S
+        return min((self._send_progress(attempt) for attempt in attempts), default=60.0)
+
+    def _send_progress(self, attempt: Attempt) -> float:
+        """Send one attempt's progress; return when the next one is wanted, in s from now."""
+        lines = attempt.take_lines(LINES_A_REPORT)
+        body = {"node_id": self._node_id, "session": self._session, "attempt": attempt.number,
+                "progress": {**attempt.progress, "paused": attempt.paused}, "samples": attempt.samples(),
+                "lines": lines, "lines_from": attempt.lines_from}
+        try:
+            answer = self._client.progress(attempt.job_id, body)
+        except ApiError as error:
+            if error.status == 409 and error.field == "session":
+                raise Superseded(f"node {self._name} ends: {error.message}") from None
+            if error.status in (404, 409):
+                self._abandon(lambda key: key == (attempt.job_id, attempt.number))
+                return PROGRESS_S
+            raise
+        self._answered()
+        attempt.drop_lines(len(lines))
+        if len(lines) == LINES_A_REPORT:
+            return 0.0
+        return max(0.2, min(60.0, float(answer.get("next_s") or PROGRESS_S)))
+
+
+def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host, name: str) -> Workplace:
+    """Return what attempts on this node share."""
+    machine = Machine(name, hardware.ffmpeg or "ffmpeg", hardware.cpu_threads or os.cpu_count() or 1,
+                      options.max_concurrent_jobs, hardware.encoders)
+    return Workplace(machine, hardware.ffprobe or "ffprobe", host, Meter(host, hardware), options.work_dir,
+                     options.media_root, options.allow_address, hardware.filters)
+
+
+def _remembered_id(path: Path) -> str | None:
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remember(path: Path, node_id: str) -> None:
+    if _remembered_id(path) == node_id:
+        return
+    partial = path.with_suffix(".tmp")
+    with open(partial, "w", encoding="utf-8", opener=_private) as file:
+        json.dump({"id": node_id}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def locked_folder(folder: Path, what: str) -> int:
+    """Make a folder that is ours alone and lock it; return the descriptor that holds the lock.
+
+    SystemExit with a sentence when another agent holds it or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "permission denied", str(folder))
+    except BlockingIOError:
+        raise SystemExit(f"agent: {what} {folder} is in use by another agent on this machine; give this one "
+                         f"its own with --{what.replace(' folder', '').replace(' ', '-')}-dir") from None
+    except OSError as error:
+        raise SystemExit(f"agent: {what} {folder} cannot be used: {_cause(error)}") from None
+    return descriptor
+
+
+# ---- 9 CLI ----------------------------------------------------------------------------------------
+
+COMMON_FLAGS = (
+    Flag("--max-concurrent-jobs", 1, int, "jobs to run side by side (1)"),
+    Flag("--state-dir", None, Path, "folder of this node's identity and spool (~/.local/state/ffdist/agent)"),
+    Flag("--work-dir", None, Path, "folder of temporary files (work/ in the state folder)"),
+    Flag("--media-root", None, str, "inputs and outputs lie under this folder (where it is started)"),
+    Flag("--name", None, str, "the node's name (the host name)"),
+    Flag("--allow-address", "", str, "loopback or link-local addresses that jobs may open, comma-separated"),
+    Flag("--log-level", "info", one_of("debug", "info", "warning", "error"), "debug, info, warning or error"),
+    Flag("--log-format", "text", one_of("text", "json"), "text or json"),
+)
+AGENT_FLAGS = (
+    Flag("--master", "http://localhost:8080", str, "the master's address (http://localhost:8080)"),
+    Flag("--register", False, None, "register this machine as a node of the master"),
+    Flag("--poll-interval", "10s", seconds, "how often to ask a master that cannot park requests (10s)"),
+    Flag("--heartbeat-interval", "30s", seconds, "longest silence towards the master (30s)"),
+    Flag("--allow-master-as-worker", False, None, "work on the master's own machine (development)"),
+    Flag("--yes", False, None, "answer the question of --allow-master-as-worker"),
+    Flag("--no-probe", False, None, "do not prove the encoders by encoding a frame each"),
+)
+RUN_FLAGS = (
+    Flag("--input", None, str, "film or URL (a generated source)"),
+    Flag("--output", None, str, "file or URL (encoded, measured, discarded)"),
+    Flag("--json", False, None, "print the result as JSON"),
+    Flag("--no-probe", False, None, "do not prove the encoders by encoding a frame each"),
+)
+EPILOG = """examples:
+  python3 agent.py --register --master http://192.168.1.100:8080
+  python3 agent.py --register --allow-master-as-worker --yes      # beside a master on this machine
+  python3 agent.py run 720p30-h264 -p duration=5                  # one job here, without a master
+  python3 agent.py run --input film.mov --output film.mp4 -p crf=21
+"""
+
+
+def parameters_of(pairs: Iterable[str]) -> Json:
+    """Return the parameters of `-p name=value` words; ValueError names the word that is none."""
+    values: Json = {}
+    for pair in pairs:
+        name, found, text = pair.partition("=")
+        if not found or not name:
+            raise ValueError(f"'{pair}' is no parameter: write -p name=value")
+        kind = PARAMETERS[name].kind if name in PARAMETERS else "word"
+        values[name] = _typed(kind, text) if kind not in ("word", "name", "place") else text
+    return values
+
+
+def _typed(kind: str, text: str) -> Any:
+    if kind == "words":
+        return [item for item in text.split(",") if item]
+    if kind == "bool":
+        return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(
+            text.lower(), text)
+    for number in (int, float, parse_duration if kind == "number" else float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text
+
+
+def build_parser(run: bool) -> argparse.ArgumentParser:
+    """Return the parser of `agent.py`, or of `agent.py run`."""
+    parser = argparse.ArgumentParser(
+        "agent.py run" if run else "agent.py", epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Run one job on this machine, without a master." if run else
+        "The ffdist agent: registers with a master, runs its jobs, measures and reports. "
+        "`agent.py run --help` tells how to run one job without a master.")
+    parser.add_argument("--version", action="version", version=f"ffdist agent {VERSION}")
+    if run:
+        parser.add_argument("scenario", nargs="?", default="transcode", help="such as 1080p30-h264 (transcode)")
+        parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
+                            help="a parameter, such as -p bitrate=5M; may be repeated")
+        parser.add_argument("-o", dest="output_short", metavar="OUTPUT", help="short for --output")
+    add_flags(parser, (*COMMON_FLAGS, *(RUN_FLAGS if run else AGENT_FLAGS)))
+    return parser
+
+
+def _options(args: argparse.Namespace, log: logging.Logger) -> Options:
+    state = args.state_dir or state_home() / "agent"
+    if not 1 <= args.max_concurrent_jobs <= 256:
+        raise ValueError("--max-concurrent-jobs must be from 1 to 256")
+    root = os.path.abspath(args.media_root or os.getcwd())
+    if not os.path.isdir(root):
+        raise ValueError(f"--media-root {root} is no folder")
+    name = args.name
+    if name is not None and not (0 < len(name) <= 200 and name.isprintable()):
+        raise ValueError("--name must be 1 to 200 printable characters")
+    return Options(getattr(args, "master", ""), getattr(args, "register", False),
+                   getattr(args, "poll_interval", 10.0), getattr(args, "heartbeat_interval", 30.0),
+                   args.max_concurrent_jobs, Path(state).absolute(),
+                   Path(args.work_dir or Path(state) / "work").absolute(), root, name,
+                   tuple(entry.strip() for entry in args.allow_address.split(",") if entry.strip()))
+
+
+def _may_work_here(args: argparse.Namespace, client: Client) -> str | None:
+    """Return why this machine may not be a worker of its own master, or None when it may."""
+    if not is_this_machine(client.host):
+        return None
+    if not args.allow_master_as_worker:
+        return (f"the master at {client.url} is on this machine, and the two would compete for its resources; "
+                "for development, add --allow-master-as-worker")
+    print("Warning: master and worker on one machine compete for its resources; figures will suffer. "
+          "For development only.", file=sys.stderr, flush=True)
+    if args.yes:
+        return None
+    if not sys.stdin or not sys.stdin.isatty():
+        return "there is no terminal to confirm on: add --yes to work beside the master"
+    print("Go on? [y/N] ", end="", file=sys.stderr, flush=True)
+    return None if sys.stdin.readline().strip().lower() in ("y", "yes") else "not confirmed"
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Be a node of a fleet until stopped."""
+    log = setup_logging(args.log_level, args.log_format, "ffdist.agent")
+    options = _options(args, log)
+    refusal = _may_work_here(args, Client(options.master))
+    if refusal:
+        print(f"agent: {refusal}", file=sys.stderr)
+        return 2
+    held = [locked_folder(options.state_dir, "state folder"), locked_folder(options.work_dir, "work folder")]
+    if not options.register and _remembered_id(options.state_dir / "node.json") is None:
+        print(f"agent: {options.state_dir} remembers no node of this machine: add --register", file=sys.stderr)
+        return 1
+    host = hwdetect.Host()
+    cleared = clear_work(options.work_dir, host)
+    if cleared:
+        log.warning("cleared what an earlier run left of %d attempts", cleared)
+    log.info("looking at this machine%s", "" if args.no_probe else " and trying its encoders")
+    hardware = hwdetect.detect(host, not args.no_probe, str(options.state_dir))
+    if not hardware.ffmpeg:
+        log.warning("ffmpeg is not on PATH: every job will fail here until it is installed")
+    agent = Agent(options, hardware, host, log)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: agent.stop())
+    code = agent.run()
+    for descriptor in held:
+        os.close(descriptor)
+    return code
+
+
+def run_here(args: argparse.Namespace) -> int:
+    """Run one job on this machine, without a master; progress on stderr, the result on stdout."""
+    args.work_dir = args.work_dir or state_home() / "run" / str(os.getpid())
+    args.media_root = args.media_root or "/"
+    options = _options(args, setup_logging("warning", args.log_format, "ffdist.agent"))
+    parameters = parameters_of(args.parameters)
+    for field, place in (("input", args.input), ("output", args.output_short or args.output)):
+        if place:
+            parameters[field] = place if scheme_of(place) else os.path.abspath(place)
+    job = {"scenario": args.scenario, "parameters": parameters}
+    resolve(job["scenario"], parameters)
+    options.work_dir.mkdir(parents=True, mode=0o700, exist_ok=True)
+    try:
+        return _run_and_print(args, job, options)
+    finally:
+        shutil.rmtree(options.work_dir, ignore_errors=True)
+
+
+def _run_and_print(args: argparse.Namespace, job: Json, options: Options) -> int:
+    host = hwdetect.Host()
+    print("looking at this machine …", file=sys.stderr)
+    hardware = hwdetect.detect(host, not args.no_probe, str(options.state_dir))
+    options = dataclasses.replace(options, allow_address=("0.0.0.0/0", "::/0"))
+    place = workplace(options, hardware, host, options.name or hardware.address or "this machine")
+    attempt = Attempt(str(uuid.uuid4()), 1, job, place)
+    outcomes: list[Outcome] = []
+    signal.signal(signal.SIGTERM, lambda *_: attempt.stop("canceled"))
+    worker = threading.Thread(target=lambda: outcomes.append(attempt.run()))
+    worker.start()
+    bar = ProgressLine()
+    try:
+        while worker.is_alive():
+            bar.show(progress_text(attempt.progress))
+            worker.join(0.2)
+    except KeyboardInterrupt:
+        attempt.stop("canceled")
+        worker.join()
+        bar.close()
+        return 130
+    bar.close()
+    result = result_of(attempt, outcomes[0], place.machine)
+    if args.json:
+        print(json.dumps(result, indent=2))
+    elif result["status"] == "completed":
+        print(table_text(result_rows(result), shutil.get_terminal_size((100, 24)).columns))
+    else:
+        print(f"agent: the job {result['status']}: {printable(result['error'] or '')}", file=sys.stderr)
+    return 0 if result["status"] == "completed" else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    run = words[:1] == ["run"]
+    args = build_parser(run).parse_args(words[1:] if run else words)
+    try:
+        return run_here(args) if run else serve(args)
+    except (ValueError, ApiError) as error:
+        print(f"agent: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"agent: {error.filename or 'this machine'}: {_cause(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
