@@ -243,8 +243,11 @@ def _quality_text(metrics: Mapping[str, Any], unknown: Mapping[str, str]) -> str
     return ", ".join(known) or f"unknown ({unknown.get('psnr_db', 'not asked for')})"
 
 
-def table_text(rows: Sequence[Sequence[str]], width: int) -> str:
-    """Return rows as aligned columns that fit `width`; the last column is wrapped to its room."""
+def table_text(rows: Sequence[Sequence[str]], width: int, colours: Mapping[str, str] | None = None) -> str:
+    """Return rows as aligned columns that fit `width`; the last column is wrapped to its room.
+
+    `colours` maps a cell's whole text to the ANSI code that it is shown in.
+    """
     if not rows:
         return ""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
@@ -252,7 +255,8 @@ def table_text(rows: Sequence[Sequence[str]], width: int) -> str:
     room = max(20, width - indent)
     lines = []
     for row in rows:
-        head = "".join(cell.ljust(size) + "  " for cell, size in zip(row, widths))
+        head = "".join(_painted(cell, colours) + " " * (size - len(cell) + 2)
+                       for cell, size in zip(row, widths))
         words, line = row[-1].split(" "), ""
         for word in words:
             if line and len(line) + 1 + len(word) > room:
@@ -262,6 +266,11 @@ def table_text(rows: Sequence[Sequence[str]], width: int) -> str:
                 line = f"{line} {word}" if line else word
         lines.append((head + line).rstrip())
     return "\n".join(lines)
+
+
+def _painted(cell: str, colours: Mapping[str, str] | None) -> str:
+    code = (colours or {}).get(cell)
+    return f"\x1b[{code}m{cell}\x1b[0m" if code else cell
 
 
 class ProgressLine:
@@ -466,10 +475,9 @@ class Client:
             raise ApiError(0, f"no answer from the master at {self.url}: {_cause(reason)}") from None
         return _decode(raw, self.url)
 
-    def text(self, path: str) -> str:
-        """Return what GET of a path says, as text (JSON answers as their source)."""
-        value = self._call("GET", path)
-        return value if isinstance(value, str) else json.dumps(value)
+    def close(self) -> None:
+        """Close this thread's connection."""
+        self._handler.close()
 
     def register(self, registration: Json) -> Json:
         return _object(self._call("POST", "/nodes/register", registration))
@@ -966,6 +974,7 @@ ENCODERS: dict[str, Encoder] = {
 
 PROGRESS_ARGS = ("-nostats", "-progress", "pipe:1")
 GENERATED_CLIP_S = 2
+TONE = "sine=frequency=440:sample_rate=48000"
 LADDER_KBPS = ((2160, 12000), (1440, 8000), (1080, 5000), (720, 2500), (480, 1200), (0, 700))
 THREADS_WORTH = ((2160, 32), (1080, 16), (720, 8), (0, 4))
 CODEC_SAVING = {"h264": 1.0, "h265": 0.6, "vp9": 0.6, "av1": 0.5}
@@ -1238,7 +1247,8 @@ def _input_args(settings: Settings, source: Source) -> list[str]:
     loop = ["-stream_loop", "-1"] if source.loop else []
     decode = ["-hwaccel", settings.hwaccel] if settings.hwaccel else []
     timeout = ["-rw_timeout", "30000000"] if scheme_of(source.url) in ("http", "https", "rtmp") else []
-    return [*speed, *loop, *decode, *timeout, *whitelist_args(source.url), "-i", named_file(source.url)]
+    tone = ["-f", "lavfi", "-i", TONE] if source.loop and settings.audio else []
+    return [*speed, *loop, *decode, *timeout, *whitelist_args(source.url), "-i", named_file(source.url), *tone]
 
 
 def named_file(place: str) -> str:
@@ -1251,7 +1261,7 @@ def _audio_args(settings: Settings, source: Source) -> list[str]:
         return ["-an"]
     codec = ["-c:a", "libopus", "-b:a", "96k"] if settings.container == "webm" else [
         "-c:a", "aac", "-b:a", "128k"]
-    return ["-map", "0:a:0", *codec, "-ac", "2", *(["-ar", "44100"] if settings.container == "flv" else [])]
+    return ["-map", "1:a:0" if source.loop else "0:a:0", *codec, "-ac", "2", *(["-ar", "44100"] if settings.container == "flv" else [])]
 
 
 def _container_args(settings: Settings, target: str) -> list[str]:
@@ -1277,15 +1287,15 @@ def _passes(settings: Settings, name: str, threads: int, head: list[str], video:
 
 
 def clip_command(ffmpeg: str, width: int, height: int, fps: float, encoder: str, target: str) -> list[str]:
-    """Return the command that makes the generated source: a moving test picture with a tone."""
-    rate = rational(fps)
+    """Return the command that makes the generated source: a moving test picture.
+
+    It has no sound, and a container with an exact clock: only so does FFmpeg loop it without a slip.
+    """
     quality = ["-preset", "ultrafast", "-crf", "18", "-g", "30"] if encoder == "libx264" else ["-q:v", "2"]
     return [ffmpeg, "-hide_banner", "-nostdin", "-y", "-loglevel", "repeat+level+warning",
-            "-f", "lavfi", "-i", f"testsrc2=size={width}x{height}:rate={rate}",
-            "-f", "lavfi", "-i", "sine=frequency=440:sample_rate=48000",
-            "-frames:v", str(max(2, round(GENERATED_CLIP_S * fps))), "-t", f"{clip_duration_s(fps):.6f}",
-            "-pix_fmt", "yuv420p", "-c:v", encoder, *quality, "-c:a", "pcm_s16le", "-f", "matroska",
-            *PROGRESS_ARGS, named_file(target)]
+            "-f", "lavfi", "-i", f"testsrc2=size={width}x{height}:rate={rational(fps)}",
+            "-frames:v", str(max(2, round(GENERATED_CLIP_S * fps))), "-pix_fmt", "yuv420p", "-c:v", encoder,
+            *quality, "-f", "mov", *PROGRESS_ARGS, named_file(target)]
 
 
 def clip_duration_s(fps: float) -> float:
@@ -1991,8 +2001,8 @@ class Attempt:
         width, height, fps = settings.width or 1280, settings.height or 720, float(settings.fps or 30)
         cache = self._place.work_dir / "cache"
         cache.mkdir(mode=0o700, exist_ok=True)
-        kept = cache / f"clip-{width}x{height}-{rational(fps).replace('/', '_')}.mkv"
-        mine = self._folder / "source.mkv"
+        kept = cache / f"clip-{width}x{height}-{rational(fps).replace('/', '_')}.mov"
+        mine = self._folder / "source.mov"
         try:
             os.link(kept, mine)
             os.utime(kept)

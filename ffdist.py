@@ -1,0 +1,2844 @@
+#!/usr/bin/env python3
+"""ffdist: the master of an FFmpeg fleet, and the command line to it.
+
+One process keeps the node registry, the job queue and the results of 2 to 10,000 agents. Agents come
+to it; it connects to nobody. Every accepted job and result is on disk before it is acknowledged.
+
+What it does not promise: a job's attempts may overlap in time when a node was out of reach (one report
+is accepted, never two); a film is never read or sent by the master.
+
+Sections (each uses only those above it):
+  1 Vocabulary  settings with units, checks of what comes in
+  2 Jobs        Job, TRANSITIONS, advance(): pure, no I/O, no clock
+  3 Journal     the only SQL: schema, group commit, replay, pages
+  4 Master      one lock; registry, lanes, leases
+  6 HTTP API    ROUTES, the handler: the API document
+  7 Metrics     the one table of metrics
+  9 Pages       the plain page of nodes and jobs
+  10 Service    server, background threads, other programs
+  11 CLI        one table of subcommands
+(5 Access and 8 Reports are numbers kept for what they will hold.)
+
+A job's life (SHOWN tells how two inner states look from outside):
+
+    blocked ──► pending ──► running ──► completed
+                 ▲ │ ▲       │ ▲ │
+                 │ │ └─lose──┘ │ └────► failed ──┐ retry (by a person)
+                 │ ▼           ▼                 │
+                 │ paused ◄─► stopped            │  canceled: from any state that is not final;
+                 └───────────────────────────────┘  running goes there through canceling
+
+Threads and locks: each connection has a thread; the Master's lock guards all state and is never held
+over I/O; the journal's one writer commits what has gathered, and every answer waits for the commit of
+all that it was made from. The archive lock is taken before the Master's, never inside it.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import heapq
+import html
+import http.server
+import json
+import logging
+import math
+import os
+import queue
+import re
+import resource
+import shlex
+import shutil
+import signal
+import socket
+import socketserver
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import agent as wire
+from agent import ApiError, Flag, Json
+
+# ---- 1 Vocabulary ---------------------------------------------------------------------------------
+
+VERSION = wire.VERSION
+CONFIDENCES = ("auto", "low", "medium", "high")
+BULK_MOST = 10_000
+PAGE_MOST = 1000
+BODY_LIMIT_BYTES = 1 << 20
+BULK_LIMIT_BYTES = 10 << 20
+NESTING_MOST = 64
+LOG_LINES_MOST = 20_000
+LOG_LINE_CHARS = 4000
+LEASE_WITHOUT_SESSION_S = 24 * 3600.0
+REAP_S = 1.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The master's own settings; times in s."""
+
+    node_timeout_s: float = 90.0
+    max_retries: int = 3
+
+
+def bad(field: str, what: str) -> ApiError:
+    """Return the refusal of one field."""
+    return ApiError(400, f"{field} {what}", field)
+
+
+def text_of(body: Mapping[str, Any], field: str, limit: int = 255, required: bool = False) -> str | None:
+    """Return a field that must be a printable text; ApiError 400 otherwise."""
+    value = body.get(field)
+    if value is None and not required:
+        return None
+    if not isinstance(value, str) or not value:
+        raise bad(field, "is required: a text" if value is None or value == "" else "must be a text")
+    if len(value) > limit:
+        raise bad(field, f"must be no longer than {limit} characters")
+    if any(ord(char) < 32 or ord(char) == 127 for char in value):
+        raise bad(field, "must not hold control characters")
+    return value
+
+
+def long_text_of(body: Mapping[str, Any], field: str, limit: int) -> str | None:
+    """Return a field that must be a text of any characters, cut to the limit."""
+    value = body.get(field)
+    if value is not None and not isinstance(value, str):
+        raise bad(field, "must be a text")
+    return value[:limit] if value else None
+
+
+def number_of(body: Mapping[str, Any], field: str, low: float, high: float) -> float | None:
+    """Return a field that must be a number within limits (a text of one in a query)."""
+    value = body.get(field)
+    if value is None:
+        return None
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise bad(field, "must be a number")
+    if not low <= value <= high:
+        raise bad(field, f"must be from {low:g} to {high:g}")
+    return value
+
+
+def whole_of(body: Mapping[str, Any], field: str, low: int, high: int) -> int | None:
+    """Return a field that must be a whole number within limits."""
+    value = number_of(body, field, low, high)
+    if value is not None and value != int(value):
+        raise bad(field, "must be a whole number")
+    return None if value is None else int(value)
+
+
+def typed_of(body: Mapping[str, Any], field: str, kind: type, name: str) -> Any:
+    """Return a field that must be of a type, or absent."""
+    value = body.get(field)
+    if value is not None and (not isinstance(value, kind) or kind is not bool and isinstance(value, bool)):
+        raise bad(field, f"must be {name}")
+    return value
+
+
+def uuid_of(body: Mapping[str, Any], field: str) -> str | None:
+    """Return a field that must be a UUID, in its usual form."""
+    value = text_of(body, field, 45)
+    if value is None:
+        return None
+    try:
+        return str(uuid.UUID(value))
+    except ValueError:
+        raise bad(field, "must be a UUID") from None
+
+
+def object_of(value: Any, what: str = "the body") -> Json:
+    """Return a value that must be a JSON object."""
+    if not isinstance(value, dict):
+        raise ApiError(400, f"{what} must be a JSON object")
+    return value
+
+
+# ---- 2 Jobs ---------------------------------------------------------------------------------------
+
+FINAL = frozenset(("completed", "failed", "canceled"))
+LEASED = frozenset(("running", "stopped", "canceling"))
+SHOWN = {"stopped": "paused", "canceling": "running"}
+STATUSES = ("blocked", "pending", "running", "paused", "completed", "failed", "canceled")
+HISTORY_MOST = 100
+
+TRANSITIONS: dict[tuple[str, str], str] = {
+    ("pending", "claim"): "running",
+    ("pending", "reclaim"): "running",
+    ("pending", "cancel"): "canceled",
+    ("pending", "pause"): "paused",
+    ("running", "complete"): "completed",
+    ("running", "fail"): "failed",
+    ("running", "end"): "canceled",
+    ("running", "return"): "pending",
+    ("running", "lose"): "pending",
+    ("running", "exhaust"): "failed",
+    ("running", "cancel"): "canceling",
+    ("running", "pause"): "stopped",
+    ("canceling", "cancel"): "canceling",
+    ("canceling", "complete"): "completed",
+    ("canceling", "fail"): "canceled",
+    ("canceling", "end"): "canceled",
+    ("canceling", "return"): "canceled",
+    ("canceling", "lose"): "canceled",
+    ("canceling", "exhaust"): "canceled",
+    ("stopped", "resume"): "running",
+    ("stopped", "cancel"): "canceling",
+    ("stopped", "complete"): "completed",
+    ("stopped", "fail"): "failed",
+    ("stopped", "end"): "canceled",
+    ("stopped", "return"): "paused",
+    ("stopped", "lose"): "paused",
+    ("stopped", "exhaust"): "paused",
+    ("paused", "resume"): "pending",
+    ("paused", "cancel"): "canceled",
+    ("blocked", "cancel"): "canceled",
+    ("completed", "retry"): "pending",
+    ("failed", "retry"): "pending",
+    ("canceled", "retry"): "pending",
+}
+EVENT_OF_REPORT = {"completed": "complete", "failed": "fail", "canceled": "end", "returned": "return"}
+
+
+class Job:
+    """One piece of work; never changed in place: advance() returns the next one.
+
+    `spec` is the JSON of what was submitted and resolved. `node_id` is the holder of the lease, or of
+    the last one; `given_up` the node whose lease ended by its silence and may be taken back. Times are
+    seconds since 1970.
+    """
+
+    __slots__ = ("attempt", "attempts", "claim", "completed_at", "created_at", "error", "failure_reason",
+                 "given_up", "history", "id", "max_retries", "node_id", "not_before", "retry_count",
+                 "retry_reason", "scenario", "seq", "spec", "started_at", "state")
+
+    seq: int
+    id: str
+    scenario: str
+    spec: str
+    created_at: float
+    state: str
+    node_id: str | None
+    attempt: int
+    attempts: tuple[Json, ...]
+    claim: str | None
+    completed_at: float | None
+    error: str | None
+    failure_reason: str | None
+    given_up: str | None
+    history: tuple[tuple[float, str, str | None], ...]
+    max_retries: int
+    not_before: float | None
+    retry_count: int
+    retry_reason: str | None
+    started_at: float | None
+
+    @property
+    def status(self) -> str:
+        """The state as the API shows it."""
+        return SHOWN.get(self.state, self.state)
+
+    def but(self, **changes: Any) -> Job:
+        """Return a copy with changes."""
+        copy = Job.__new__(Job)
+        for name in Job.__slots__:
+            setattr(copy, name, changes[name] if name in changes else getattr(self, name))
+        return copy
+
+    def state_json(self) -> str:
+        """Return what changes over a job's life, as the journal keeps it."""
+        return json.dumps({name: getattr(self, name) for name in _STATE_FIELDS})
+
+
+_STATE_FIELDS = tuple(name for name in Job.__slots__ if name not in ("seq", "id", "scenario", "spec"))
+_NEW_STATE: Json = {"attempt": 0, "attempts": (), "claim": None, "completed_at": None, "error": None,
+                    "failure_reason": None, "given_up": None, "history": (), "max_retries": 3,
+                    "node_id": None, "not_before": None, "retry_count": 0, "retry_reason": None,
+                    "started_at": None, "state": "pending"}
+
+
+def make_job(seq: int, job_id: str, scenario: str, spec: str, state: Mapping[str, Any]) -> Job:
+    """Return a job from its parts; what `state` lacks is as in a new one."""
+    job = Job.__new__(Job)
+    job.seq, job.id, job.scenario, job.spec = seq, job_id, scenario, spec
+    for name in _STATE_FIELDS:
+        setattr(job, name, state[name] if name in state else _NEW_STATE[name])
+    job.attempts, job.history = tuple(job.attempts), tuple(job.history)
+    return job
+
+
+def advance(job: Job, event: str, now: float, node_id: str | None = None, claim: str | None = None,
+            error: str | None = None, reason: str | None = None, reported: str | None = None) -> Job:
+    """Return the job after an event at `now` (s since 1970); ApiError 409 where TRANSITIONS has none.
+
+    `node_id` and `claim` go with claim; `error` and `reason` (a failure_reason) with an attempt's end;
+    `reported` is the status word that the agent sent.
+    """
+    target = TRANSITIONS.get((job.state, event))
+    if target is None:
+        raise ApiError(409, f"job {job.id} is {job.status}: {event} is not possible")
+    changes: Json = {"state": target, "given_up": None}
+    if event in ("claim", "reclaim"):
+        changes.update(_taken(job, event, now, node_id, claim))
+    elif job.state in LEASED and target not in LEASED:
+        changes.update(_ended(job, event, target, now, error, reason, reported))
+    elif event == "retry":
+        changes.update(retry_count=0, error=None, failure_reason=None, completed_at=None, started_at=None,
+                       retry_reason="asked for by a person", node_id=None)
+    elif target in FINAL:
+        changes.update(completed_at=now, not_before=None)
+    if target != job.state:
+        note = reason or (event if event in ("lose", "reclaim", "retry", "return") else None)
+        changes["history"] = (*job.history[-HISTORY_MOST:], (now, SHOWN.get(target, target), note))
+    return job.but(**changes)
+
+
+def _taken(job: Job, event: str, now: float, node_id: str | None, claim: str | None) -> Json:
+    if event == "reclaim":
+        last = {**job.attempts[-1], "ended_at": None, "status": "running", "error": None}
+        return {"attempts": (*job.attempts[:-1], last), "retry_count": max(0, job.retry_count - 1),
+                "node_id": job.given_up, "retry_reason": None, "error": None, "failure_reason": None}
+    number = job.attempt + 1
+    record = {"attempt": number, "node_id": node_id, "started_at": now, "ended_at": None,
+              "status": "running", "error": None}
+    return {"attempt": number, "node_id": node_id, "claim": claim, "started_at": now, "not_before": None,
+            "attempts": (*job.attempts[-49:], record)}
+
+
+def _ended(job: Job, event: str, target: str, now: float, error: str | None, reason: str | None,
+           reported: str | None) -> Json:
+    """Return the changes at the end of an attempt: lost ones may be taken back and count as a retry."""
+    last = {**job.attempts[-1], "ended_at": now, "status": reported or ("lost" if event in ("lose", "exhaust")
+                                                                        else target),
+            "error": error, "failure_reason": reason}
+    changes: Json = {"attempts": (*job.attempts[:-1], last), "claim": None}
+    if target in FINAL:
+        kept = target != "completed"
+        return {**changes, "completed_at": now, "error": error if kept else None,
+                "failure_reason": reason if target == "failed" else None}
+    changes.update(node_id=None, started_at=None, error=error, failure_reason=reason)
+    if event == "lose" and target == "pending":
+        changes.update(given_up=job.node_id, retry_count=job.retry_count + 1, retry_reason=reason)
+    return changes
+
+
+def job_json(job: Job, progress: Json | None = None) -> Json:
+    """Return a job as the API shows it; `progress` is the last that its agent sent."""
+    return {"id": job.id, **json.loads(job.spec), "status": job.status, "node_id": job.node_id,
+            "attempt": job.attempt, "cancel_requested": job.state == "canceling",
+            "progress": progress, "error": job.error, "failure_reason": job.failure_reason,
+            "retry_count": job.retry_count, "max_retries": job.max_retries,
+            "retry_reason": job.retry_reason, "not_before": wire.utc_text(job.not_before),
+            "created_at": wire.utc_text(job.created_at), "started_at": wire.utc_text(job.started_at),
+            "completed_at": wire.utc_text(job.completed_at)}
+
+
+def job_detail_json(job: Job) -> Json:
+    """Return what only the page of one job shows: its attempts and its transitions."""
+    attempts = [{**record, "started_at": wire.utc_text(record["started_at"]),
+                 "ended_at": wire.utc_text(record["ended_at"])} for record in job.attempts]
+    transitions = [{"time": wire.utc_text(at), "status": status, "reason": reason}
+                   for at, status, reason in job.history]
+    return {"attempts": attempts, "transitions": transitions}
+
+
+class Draft(NamedTuple):
+    """A checked submission."""
+
+    id: str | None
+    scenario: str
+    spec: str
+    max_retries: int
+
+
+def draft_of(value: Any, max_retries: int) -> Draft:
+    """Check one submission; ApiError 400 names the field."""
+    body = object_of(value, "a job")
+    job_id = uuid_of(body, "id")
+    confidence = body.get("confidence", "auto")
+    if confidence not in CONFIDENCES:
+        raise bad("confidence", f"must be one of {', '.join(CONFIDENCES)}")
+    settings = wire.resolve(body.get("scenario"), body.get("parameters"))
+    retries = whole_of(body, "max_retries", 0, 100)
+    kept = {name: body[name] for name in body if name not in _OWN_FIELDS and len(name) <= 64}
+    spec = {**kept, "scenario": settings.scenario, "confidence": confidence,
+            "parameters": body.get("parameters") or {}, "settings": settings.to_json()}
+    return Draft(job_id, settings.scenario, json.dumps(spec, allow_nan=False),
+                 max_retries if retries is None else retries)
+
+
+_OWN_FIELDS = frozenset(("id", "status", "node_id", "attempt", "cancel_requested", "progress", "error",
+                         "failure_reason", "retry_count", "max_retries", "retry_reason", "not_before",
+                         "created_at", "started_at", "completed_at", "settings", "attempts", "transitions",
+                         "result"))
+
+
+# ---- 3 Journal ------------------------------------------------------------------------------------
+
+FORMAT = 1
+APPLICATION_ID = 0x66666469
+READERS = 4
+BATCH_MOST = 2000
+
+_SCHEMA = """
+CREATE TABLE jobs(seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, status TEXT NOT NULL,
+    scenario TEXT NOT NULL, node_id TEXT, spec TEXT NOT NULL, state TEXT NOT NULL);
+CREATE INDEX jobs_by_status ON jobs(status, seq);
+CREATE INDEX jobs_by_scenario ON jobs(scenario, seq);
+CREATE INDEX jobs_by_node ON jobs(node_id, seq) WHERE node_id IS NOT NULL;
+CREATE TABLE results(seq INTEGER PRIMARY KEY, job_id TEXT NOT NULL, attempt INTEGER NOT NULL,
+    status TEXT NOT NULL, scenario TEXT NOT NULL, node_id TEXT NOT NULL, body TEXT NOT NULL);
+CREATE INDEX results_by_job ON results(job_id);
+CREATE INDEX results_by_status ON results(status, seq);
+CREATE INDEX results_by_scenario ON results(scenario, seq);
+CREATE INDEX results_by_node ON results(node_id, seq);
+CREATE TABLE nodes(id TEXT PRIMARY KEY, record TEXT NOT NULL, claims TEXT NOT NULL DEFAULT '[]');
+CREATE TABLE logs(job_seq INTEGER NOT NULL, attempt INTEGER NOT NULL, first INTEGER NOT NULL,
+    count INTEGER NOT NULL, lines TEXT NOT NULL, PRIMARY KEY(job_seq, attempt, first)) WITHOUT ROWID;
+CREATE TABLE totals(kind TEXT, status TEXT, scenario TEXT, node_id TEXT, count INTEGER NOT NULL,
+    PRIMARY KEY(kind, status, scenario, node_id)) WITHOUT ROWID;
+CREATE TABLE heartbeat(id INTEGER PRIMARY KEY CHECK(id = 1), at REAL);
+"""
+
+_WRITES = {
+    "job": "INSERT INTO jobs(seq, id, status, scenario, node_id, spec, state) VALUES(?,?,?,?,?,?,?)",
+    "state": "UPDATE jobs SET status=?, node_id=?, state=? WHERE seq=?",
+    "result": "INSERT INTO results(seq, job_id, attempt, status, scenario, node_id, body) "
+              "VALUES(?,?,?,?,?,?,?)",
+    "node": "INSERT INTO nodes(id, record) VALUES(?,?) ON CONFLICT(id) DO UPDATE SET record=excluded.record",
+    "claims": "UPDATE nodes SET claims=? WHERE id=?",
+    "forget": "DELETE FROM nodes WHERE id=?",
+    "log": "INSERT OR REPLACE INTO logs(job_seq, attempt, first, count, lines) VALUES(?,?,?,?,?)",
+    "alive": "INSERT OR REPLACE INTO heartbeat(id, at) VALUES(1, ?)",
+}
+_TOTAL = "INSERT OR REPLACE INTO totals(kind, status, scenario, node_id, count) VALUES(?,?,?,?,?)"
+_NO_TOTAL = "DELETE FROM totals WHERE kind=? AND status=? AND scenario=? AND node_id=?"
+
+TotalKey = tuple[str, str, str, str]
+
+
+class Unusable(Exception):
+    """Why a data folder cannot be used: one sentence with the next step."""
+
+
+class Ticket:
+    """Waits for the commit of all that was written before it."""
+
+    __slots__ = ("_event", "error")
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.error: str | None = None
+
+    def settle(self, error: str | None = None) -> None:
+        self.error = error
+        self._event.set()
+
+    def wait(self) -> None:
+        """Return after the commit; ApiError 503 when it failed."""
+        self._event.wait()
+        if self.error is not None:
+            raise ApiError(503, f"nothing was changed, the journal cannot be written: {self.error}")
+
+
+class Journal:
+    """The durable record. One thread writes; the order of writes is the order of put()."""
+
+    def __init__(self, folder: Path, on_failure: Callable[[str], None]) -> None:
+        self._folder = folder
+        self._path = folder / "journal.db"
+        self._on_failure = on_failure
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._put = 0
+        self._done = 0
+        self.trouble: str | None = None
+        self.commits = 0
+        self.commit_seconds = 0.0
+        self._lock_file = self._lock_folder()
+        self._writer = self._open()
+        self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
+        for _ in range(READERS):
+            self._readers.put(self._connect())
+        self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
+
+    def _lock_folder(self) -> int:
+        try:
+            self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+            descriptor = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise Unusable(f"data folder {self._folder} cannot be used: {error.strerror}; "
+                           "name another with --data-dir") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise Unusable(f"data folder {self._folder} is held by another master; stop it, or name another "
+                           "folder with --data-dir") from None
+        return descriptor
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, timeout=10, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA cache_size=-16000")
+        return connection
+
+    def _open(self) -> sqlite3.Connection:
+        """Open or make the file; Unusable when it is newer, or no journal, or cannot be written."""
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(self._path, os.O_CREAT | os.O_EXCL, 0o600))
+            connection = self._connect()
+            found = connection.execute("PRAGMA user_version").fetchone()[0]
+            if found > FORMAT:
+                raise Unusable(f"{self._path} has format {found}, made by a newer ffdist than {VERSION}; "
+                               "start that one, or name another folder with --data-dir")
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+            if found == 0:
+                connection.executescript(f"BEGIN;{_SCHEMA}PRAGMA application_id={APPLICATION_ID};"
+                                         f"PRAGMA user_version={FORMAT};COMMIT;")
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+        except (sqlite3.Error, OSError) as error:
+            raise Unusable(f"{self._path} cannot be used as a journal: {error}; "
+                           "free or repair it, or name another folder with --data-dir") from None
+        return connection
+
+    # -- writing: put() and ticket() are called under the Master's lock
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, kind: str, *values: Any) -> None:
+        """Queue one write of _WRITES, or of a total: ("total", key, count)."""
+        self._put += 1
+        self._queue.put((kind, values))
+
+    def ticket(self) -> Ticket | None:
+        """Return what waits for all that was put so far; None when it is committed already."""
+        if self._put == self._done:
+            return None
+        ticket = Ticket()
+        self._queue.put(ticket)
+        return ticket
+
+    def drop(self, error: str) -> None:
+        """Forget what is queued, after a commit that failed; its tickets learn the error."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                item = self._queue.get_nowait()
+                if isinstance(item, Ticket):
+                    item.settle(error)
+        self._done = self._put
+
+    def _write(self) -> None:
+        while True:
+            batch = [self._queue.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(batch) < BATCH_MOST:
+                    batch.append(self._queue.get_nowait())
+            writes = [item for item in batch if isinstance(item, tuple)]
+            tickets = [item for item in batch if isinstance(item, Ticket)]
+            error = self._commit(writes) if writes else None
+            if error is not None:
+                self.trouble = error
+                for ticket in tickets:
+                    ticket.settle(error)
+                self._on_failure(error)
+                continue
+            if writes:
+                self.trouble = None
+                self._done += len(writes)
+            for ticket in tickets:
+                ticket.settle()
+            if None in batch:
+                return
+
+    def _commit(self, writes: list[tuple[str, tuple[Any, ...]]]) -> str | None:
+        """Commit a batch, totals once each; return what went wrong."""
+        began = time.perf_counter()
+        totals: dict[TotalKey, int] = {}
+        execute = self._writer.execute
+        try:
+            execute("BEGIN IMMEDIATE")
+            for kind, values in writes:
+                if kind == "total":
+                    totals[values[0]] = values[1]
+                else:
+                    execute(_WRITES[kind], values)
+            for key, count in totals.items():
+                execute(_TOTAL, (*key, count)) if count else execute(_NO_TOTAL, key)
+            execute("COMMIT")
+        except sqlite3.Error as error:
+            with contextlib.suppress(sqlite3.Error):
+                execute("ROLLBACK")
+            return f"{self._path}: {error}"
+        self.commits += 1
+        self.commit_seconds += time.perf_counter() - began
+        return None
+
+    def close(self) -> None:
+        """Commit what is queued, then let the folder go."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join(10)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._readers.get_nowait().close()
+        self._writer.close()
+        os.close(self._lock_file)
+
+    # -- reading: safe in any thread, never under the Master's lock
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        connection = self._readers.get()
+        try:
+            yield connection
+        except sqlite3.Error as error:
+            raise ApiError(503, f"the journal cannot be read: {self._path}: {error}") from None
+        finally:
+            self._readers.put(connection)
+
+    def live_jobs(self) -> list[Job]:
+        """Return the jobs that are not final, oldest first."""
+        with self._reading() as connection:
+            rows = connection.execute(
+                "SELECT seq, id, scenario, spec, state FROM jobs WHERE status IN "
+                "('blocked', 'pending', 'running', 'paused') ORDER BY seq")
+            return [_job_of_row(row) for row in rows]
+
+    def nodes(self) -> list[tuple[str, Json, list[str]]]:
+        """Return (id, record, claim words) of every node."""
+        with self._reading() as connection:
+            rows = connection.execute("SELECT id, record, claims FROM nodes ORDER BY rowid").fetchall()
+        return [(row[0], json.loads(row[1]), json.loads(row[2])) for row in rows]
+
+    def counters(self) -> tuple[int, int, dict[TotalKey, int]]:
+        """Return the last sequence numbers of jobs and results, and the totals."""
+        with self._reading() as connection:
+            jobs = connection.execute("SELECT max(seq) FROM jobs").fetchone()[0] or 0
+            results = connection.execute("SELECT max(seq) FROM results").fetchone()[0] or 0
+            rows = connection.execute("SELECT kind, status, scenario, node_id, count FROM totals").fetchall()
+        return jobs, results, {(row[0], row[1], row[2], row[3]): row[4] for row in rows}
+
+    def log_count(self, job_seq: int, attempt: int) -> int:
+        """Return how many log lines of an attempt are kept."""
+        with self._reading() as connection:
+            row = connection.execute("SELECT sum(count) FROM logs WHERE job_seq=? AND attempt=?",
+                                     (job_seq, attempt)).fetchone()
+        return row[0] or 0
+
+    def find_ids(self, prefix: str) -> list[str]:
+        """Return up to two ids that begin with a prefix."""
+        with self._reading() as connection:
+            rows = connection.execute("SELECT id FROM jobs WHERE id >= ? AND id < ? ORDER BY id LIMIT 2",
+                                      (prefix, prefix + "g"))
+            return [row[0] for row in rows]
+
+    def known_ids(self, ids: Sequence[str]) -> set[str]:
+        """Return those of many ids that stand in the journal."""
+        found: set[str] = set()
+        with self._reading() as connection:
+            for start in range(0, len(ids), 500):
+                part = ids[start:start + 500]
+                marks = ",".join("?" * len(part))
+                found.update(row[0] for row in connection.execute(
+                    f"SELECT id FROM jobs WHERE id IN ({marks})", part))
+        return found
+
+    def job(self, job_id: str) -> Job | None:
+        """Return a job by its whole id."""
+        with self._reading() as connection:
+            row = connection.execute("SELECT seq, id, scenario, spec, state FROM jobs WHERE id=?",
+                                     (job_id,)).fetchone()
+        return _job_of_row(row) if row else None
+
+    def job_page(self, filters: Mapping[str, str], before: int | None, limit: int) -> list[Job]:
+        """Return jobs, newest first."""
+        rows = self._page("jobs", "seq, id, scenario, spec, state", filters, before, limit)
+        return [_job_of_row(row) for row in rows]
+
+    def result_page(self, filters: Mapping[str, str], before: int | None, limit: int) -> list[tuple[int, Json]]:
+        """Return (seq, result), newest first."""
+        return [(row[0], json.loads(row[1])) for row in
+                self._page("results", "seq, body", filters, before, limit)]
+
+    def _page(self, table: str, columns: str, filters: Mapping[str, str], before: int | None,
+              limit: int) -> list[tuple[Any, ...]]:
+        conditions = [f"{name}=?" for name in filters] + (["seq<?"] if before is not None else [])
+        where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
+        values = [*filters.values(), *([before] if before is not None else []), limit]
+        with self._reading() as connection:
+            return connection.execute(f"SELECT {columns} FROM {table}{where} ORDER BY seq DESC LIMIT ?",
+                                      values).fetchall()
+
+    def result(self, job_id: str, attempt: int) -> Json | None:
+        """Return the accepted report of one attempt."""
+        with self._reading() as connection:
+            row = connection.execute("SELECT body FROM results WHERE job_id=? AND attempt=? "
+                                     "ORDER BY seq DESC LIMIT 1", (job_id, attempt)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def logs(self, job_seq: int, after: int, most: int = 5000) -> tuple[list[str], int]:
+        """Return the log lines from number `after` on (a bounded part), and the number of the next."""
+        lines: list[str] = []
+        at = 0
+        with self._reading() as connection:
+            rows = connection.execute("SELECT count, lines FROM logs WHERE job_seq=? ORDER BY attempt, first",
+                                      (job_seq,))
+            for count, text in rows:
+                if at + count > after:
+                    lines += json.loads(text)[max(0, after - at):]
+                at += count
+                if len(lines) >= most:
+                    break
+        return lines, max(after, at) if lines else min(after, at)
+
+    def size_bytes(self) -> int:
+        """Return the size of the journal's files."""
+        total = 0
+        for name in ("journal.db", "journal.db-wal"):
+            with contextlib.suppress(OSError):
+                total += (self._folder / name).stat().st_size
+        return total
+
+
+def _job_of_row(row: Sequence[Any]) -> Job:
+    return make_job(row[0], row[1], row[2], row[3], json.loads(row[4]))
+
+
+# ---- 4 Master -------------------------------------------------------------------------------------
+
+CLAIMS_KEPT = 16
+SESSIONS_KEPT = 8
+NODE_STATUSES = ("available", "busy", "draining", "quarantined", "offline")
+
+
+class Lane:
+    """Jobs with the same needs and priority, first in, first out; holds numbers, never records.
+
+    New jobs come in order and stand in the queue; one that comes back stands in a heap by its number,
+    so that it keeps the place that it had.
+    """
+
+    def __init__(self) -> None:
+        self._fresh: queue.Queue[int] = queue.Queue()
+        self._back: list[int] = []
+        self._newest = 0
+
+    def put(self, seq: int) -> None:
+        if seq > self._newest:
+            self._newest = seq
+            self._fresh.put_nowait(seq)
+        else:
+            heapq.heappush(self._back, seq)
+
+    def head(self) -> int | None:
+        """Return the oldest number without taking it."""
+        fresh = self._fresh.queue[0] if self._fresh.queue else None
+        if self._back and (fresh is None or self._back[0] < fresh):
+            return self._back[0]
+        return fresh
+
+    def pop(self) -> int | None:
+        """Take the oldest number."""
+        seq = self.head()
+        if seq is None:
+            return None
+        return heapq.heappop(self._back) if self._back and self._back[0] == seq else self._fresh.get_nowait()
+
+
+class Lease:
+    """What is known of a running attempt beside the journal."""
+
+    __slots__ = ("began", "lines", "limit_s", "progress")
+
+    def __init__(self, began: float, lines: int = 0, limit_s: float = math.inf) -> None:
+        self.began = began
+        self.lines = lines
+        self.limit_s = limit_s
+        self.progress: Json | None = None
+
+
+class Parked:
+    """One request that waits at the master; `over` means that a newer one has taken its place."""
+
+    __slots__ = ("event", "over", "woken")
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.over = False
+        self.woken = False
+
+
+class Node:
+    """One registered machine. `facts` is the JSON of its registration; the rest is the master's own."""
+
+    __slots__ = ("anonymous", "claims", "draining", "facts", "heard", "id", "last_heartbeat", "leases",
+                 "leaving", "name", "offline", "orders", "parked", "past", "protocol", "registered_at",
+                 "session", "slots")
+
+    def __init__(self, node_id: str, now: float) -> None:
+        self.id = node_id
+        self.name = node_id
+        self.facts = "{}"
+        self.registered_at = self.last_heartbeat = now
+        self.session: str | None = None
+        self.past: list[str] = []
+        self.protocol: int | None = None
+        self.anonymous = False
+        self.offline = False
+        self.leaving = False
+        self.draining = False
+        self.orders = 0
+        self.slots = 1
+        self.claims: deque[str] = deque(maxlen=CLAIMS_KEPT)
+        self.heard = 0.0
+        self.leases: set[int] = set()
+        self.parked: Parked | None = None
+
+    DURABLE = ("anonymous", "draining", "facts", "last_heartbeat", "leaving", "name", "offline", "orders",
+               "past", "protocol", "registered_at", "session", "slots")
+
+    def record(self) -> str:
+        """Return what the journal keeps."""
+        return json.dumps({name: getattr(self, name) for name in self.DURABLE})
+
+    @property
+    def status(self) -> str:
+        if self.offline:
+            return "offline"
+        if self.draining or self.leaving:
+            return "draining"
+        return "busy" if len(self.leases) >= self.slots else "available"
+
+    def to_json(self) -> Json:
+        facts = json.loads(self.facts)
+        return {**facts, "id": self.id, "name": self.name, "status": self.status,
+                "last_heartbeat": wire.utc_text(self.last_heartbeat),
+                "registered_at": wire.utc_text(self.registered_at), "running": len(self.leases),
+                "max_concurrent_jobs": self.slots, "protocol": self.protocol}
+
+
+class Ask(NamedTuple):
+    """What a node says with a heartbeat or a question for work."""
+
+    node_id: str
+    session: str | None
+    wait_s: float
+    seen: int
+    claim: str | None
+    leaving: bool
+    alive: Callable[[], bool]
+
+
+class Master:
+    """The registry, the lanes and the leases, under one lock; each public method is one transaction.
+
+    `clock` is monotonic and rules leases; `wall` gives the times that people read.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, log: logging.Logger,
+                 clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.wall = wall
+        self.started_at = wall()
+        self.counts: dict[str, int] = {"submitted": 0, "claims": 0, "reports": 0, "heartbeats": 0,
+                                       "lost_leases": 0, "refused_reports": 0}
+        self._log = log
+        self._lock = threading.Lock()
+        self._archive_lock = threading.Lock()
+        self._notes: list[tuple[int, str, tuple[Any, ...]]] = []
+        self._closing = False
+        self._reaped = clock()
+        self._watchers: dict[int, list[threading.Event]] = {}
+        self.journal = Journal(folder, self._rebuild)
+        self._nodes: dict[str, Node] = {}
+        self._load()
+        self.journal.start()
+
+    # -- transactions
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Hold the lock; on leaving, wait until all that was seen and done is on disk."""
+        with self._lock:
+            try:
+                yield
+            finally:
+                ticket = self.journal.ticket()
+                notes, self._notes = self._notes, []
+        if ticket is not None:
+            ticket.wait()
+        for level, message, values in notes:
+            self._log.log(level, message, *values)
+
+    def _note(self, message: str, *values: Any, level: int = logging.INFO) -> None:
+        """Log an event once it is committed."""
+        if self._log.isEnabledFor(level):
+            self._notes.append((level, message, values))
+
+    def _load(self) -> None:
+        """Fill memory from the journal: at the start, and after a commit that failed."""
+        now = self.clock()
+        self._jobs: dict[int, Job] = {}
+        self._seq_of: dict[str, int] = {}
+        self._lane = Lane()
+        self._idle: dict[str, Parked] = {}
+        self._leases: dict[int, Lease] = {}
+        earlier, self._nodes = self._nodes, {}
+        for node_id, record, claims in self.journal.nodes():
+            node = self._nodes[node_id] = Node(node_id, self.wall())
+            for name, value in record.items():
+                setattr(node, name, value)
+            node.claims.extend(claims)
+            node.heard = now
+            if node_id in earlier:
+                node.last_heartbeat = earlier[node_id].last_heartbeat
+        self._last_job, self._last_result, self._totals = self.journal.counters()
+        for job in self.journal.live_jobs():
+            self._jobs[job.seq] = job
+            self._seq_of[job.id] = job.seq
+            if job.state == "pending":
+                self._lane.put(job.seq)
+            elif job.state in LEASED:
+                holder = self._nodes.get(job.node_id or "")
+                if holder is not None:
+                    self._lease(holder, job, self.journal.log_count(job.seq, job.attempt))
+        for node in earlier.values():
+            if node.parked is not None:
+                node.parked.event.set()
+
+    def _rebuild(self, error: str) -> None:
+        with self._lock:
+            self.journal.drop(error)
+            self._notes = []
+            try:
+                self._load()
+            except ApiError as failure:
+                error = f"{error}; {failure.message}"
+        self._log.error("the journal cannot be written: %s; nothing is accepted until it can", error)
+
+    def _save(self, old: Job | None, job: Job) -> None:
+        """Make a job's next record the truth, in memory and in the journal."""
+        if old is None:
+            self.journal.put("job", job.seq, job.id, job.status, job.scenario, job.node_id, job.spec,
+                             job.state_json())
+        else:
+            self.journal.put("state", job.status, job.node_id, job.state_json(), job.seq)
+            self._count("jobs", old, -1)
+        self._count("jobs", job, 1)
+        if job.state in FINAL:
+            self._jobs.pop(job.seq, None)
+            self._seq_of.pop(job.id, None)
+        else:
+            self._jobs[job.seq] = job
+            self._seq_of[job.id] = job.seq
+        if job.state not in LEASED:
+            self._leases.pop(job.seq, None)
+            if old is not None and old.node_id in self._nodes:
+                self._nodes[old.node_id].leases.discard(job.seq)
+        for event in self._watchers.get(job.seq, ()):
+            event.set()
+
+    def _count(self, kind: str, job: Job, step: int) -> None:
+        key = (kind, job.status, job.scenario, job.node_id or "")
+        count = self._totals.get(key, 0) + step
+        if count:
+            self._totals[key] = count
+        else:
+            self._totals.pop(key, None)
+        self.journal.put("total", key, count)
+
+    def _write_node(self, node: Node) -> None:
+        self.journal.put("node", node.id, node.record())
+
+    # -- nodes
+
+    def register(self, body: Json) -> tuple[bool, Json]:
+        """Take a node in, or back; return whether it is new, and the node as the API shows it."""
+        checked = registration_of(body)
+        with self._transaction():
+            node = self._known(checked)
+            new = node is None
+            if node is None:
+                node = Node(checked.id or str(uuid.uuid4()), self.wall())
+                self._nodes[node.id] = node
+            first = checked.session is not None and checked.session != node.session
+            if first and checked.session in node.past:
+                raise ApiError(409, f"a newer start of node {node.name} has taken over; this one must end",
+                               "session")
+            self._take_in(node, checked)
+            held = self._judge(node, checked) if first else self._held(node, checked.holding)
+            self._write_node(node)
+            self._note("node %s (%s) %s: %s threads, %s", node.name, node.id,
+                       "registered" if new else "is back", body.get("cpu_threads"), checked.address)
+            answer = {**node.to_json(), "protocol": wire.PROTOCOL,
+                      "node_timeout_s": self.settings.node_timeout_s, "holding": held}
+        return new, answer
+
+    def _known(self, checked: Registration) -> Node | None:
+        if checked.id is not None:
+            return self._nodes.get(checked.id)
+        return next((node for node in self._nodes.values()
+                     if node.anonymous and node.name == checked.name), None)
+
+    def _take_in(self, node: Node, checked: Registration) -> None:
+        if checked.session is not None and checked.session != node.session:
+            if node.session is not None:
+                node.past = [*node.past, node.session][-SESSIONS_KEPT:]
+            node.session = checked.session
+            self._release(node)
+        node.facts, node.name, node.slots = checked.facts, checked.name, checked.slots
+        node.protocol, node.anonymous = checked.protocol, checked.id is None
+        node.offline = node.leaving = False
+        self._heard(node)
+
+    def _judge(self, node: Node, checked: Registration) -> list[Json]:
+        """Settle a new session's leases: what it holds goes on, the rest of that node ends."""
+        held = self._held(node, checked.holding)
+        own = {(entry["job_id"], entry["attempt"]) for entry in held}
+        for seq in list(node.leases):
+            job = self._jobs[seq]
+            if (job.id, job.attempt) not in own:
+                self._lose(job, f"the agent on {node.name} was started again")
+        return held
+
+    def _held(self, node: Node, holding: Iterable[tuple[str, int]]) -> list[Json]:
+        """Return what is still a node's own, after taking back what its silence had given up."""
+        held = []
+        for job_id, attempt in holding:
+            job = self._jobs.get(self._seq_of.get(job_id, 0))
+            if job is not None and self._holds(job, node, attempt):
+                held.append({"job_id": job_id, "attempt": attempt})
+        return held
+
+    def _holds(self, job: Job, node: Node, attempt: int | None) -> bool:
+        """Tell whether an attempt has the lease; one that was only given up takes it back."""
+        if attempt is not None and attempt != job.attempt:
+            return False
+        if job.state in LEASED:
+            return job.node_id == node.id
+        if job.state != "pending" or job.given_up != node.id:
+            return False
+        back = advance(job, "reclaim", self.wall(), reason=f"{node.name} came back with it")
+        self._save(job, back)
+        self._lease(node, back)
+        self._note("job %s attempt %d: %s came back with it", job.id, job.attempt, node.name)
+        return True
+
+    def _lease(self, node: Node, job: Job, lines: int = 0) -> None:
+        """Note who holds a job; a node that knows no sessions loses it after the job's own timeout."""
+        limit = math.inf
+        if node.session is None:
+            limit = json.loads(job.spec)["settings"].get("timeout") or LEASE_WITHOUT_SESSION_S
+        node.leases.add(job.seq)
+        self._leases[job.seq] = Lease(self.clock(), lines, limit)
+
+    def nodes(self) -> list[Json]:
+        with self._transaction():
+            return [node.to_json() for node in self._nodes.values()]
+
+    def node(self, node_id: str) -> Json:
+        with self._transaction():
+            node = self._nodes[self._node_id(node_id)]
+            return {**node.to_json(), "jobs": [self._jobs[seq].id for seq in sorted(node.leases)]}
+
+    def _node_id(self, given: str) -> str:
+        """Return the id for an id, a name that is unique, or a prefix of 4 or more characters."""
+        if given in self._nodes:
+            return given
+        found = [node.id for node in self._nodes.values() if node.name == given] or [
+            node_id for node_id in self._nodes if len(given) >= 4 and node_id.startswith(given)]
+        if len(found) == 1:
+            return found[0]
+        raise ApiError(404, f"node {given[:64]} is ambiguous: give more of its id" if found else
+                       f"there is no node {given[:64]}", "node_id")
+
+    def forget(self, node_id: str) -> Json:
+        """Remove a node; its jobs are pending again."""
+        with self._transaction():
+            node = self._nodes[self._node_id(node_id)]
+            for seq in list(node.leases):
+                self._lose(self._jobs[seq], f"node {node.name} was removed")
+            self._release(node)
+            del self._nodes[node.id]
+            self.journal.put("forget", node.id)
+            self._note("node %s (%s) removed", node.name, node.id)
+            return {"status": "removed", "id": node.id}
+
+    def _hear(self, node_id: str, session: str | None) -> Node:
+        """Return the node that speaks, as heard now; ApiError 404 or 409 for a stranger or an old session."""
+        node = self._nodes.get(node_id)
+        if node is None:
+            raise ApiError(404, f"there is no node {node_id[:64]}: register first", "node_id")
+        if session is not None and session != node.session:
+            raise ApiError(409, f"a newer start of node {node.name} has taken over; this one must end",
+                           "session")
+        self._heard(node)
+        return node
+
+    def _heard(self, node: Node) -> None:
+        node.heard = self.clock()
+        node.last_heartbeat = self.wall()
+        if node.offline and not node.leaving:
+            node.offline = False
+            self._write_node(node)
+            self._note("node %s is back", node.name)
+
+    def _release(self, node: Node) -> None:
+        """Answer a node's parked request: something newer is there for it."""
+        parked, node.parked = node.parked, None
+        self._idle.pop(node.id, None)
+        if parked is not None:
+            parked.over = True
+            parked.event.set()
+
+    # -- parked requests
+
+    def heartbeat(self, ask: Ask) -> Json:
+        """Note a sign of life; with `wait_s`, stay until there are orders."""
+        return {"status": "ok", **self._park(ask, for_work=False)}
+
+    def claim(self, ask: Ask) -> Json:
+        """Hand out one job; with `wait_s`, stay until there is one, or orders."""
+        return {"job": None, **self._park(ask, for_work=True)}
+
+    def _park(self, ask: Ask, for_work: bool) -> Json:
+        deadline = self.clock() + min(ask.wait_s, self.settings.node_timeout_s / 2)
+        first, woken = True, False
+        while True:
+            present = first or ask.alive()
+            with self._transaction():
+                node = self._hear(ask.node_id, ask.session) if first else self._nodes.get(ask.node_id)
+                if node is None or self._closing:
+                    return {}
+                if first:
+                    self._arrive(node, ask)
+                elif ask.session is not None and ask.session != node.session:
+                    raise ApiError(409, f"a newer start of node {node.name} has taken over", "session")
+                answer = self._answer(node, ask, for_work and present)
+                if woken and "job" not in answer:
+                    self._wake()
+                left = deadline - self.clock() if present else 0.0
+                if answer.get("job") or ask.seen < node.orders and "actions" in answer or left <= 0:
+                    return answer
+                parked = node.parked = Parked()
+                if for_work and not node.leaving:
+                    self._idle[node.id] = parked
+            parked.event.wait(left)
+            first = False
+            with self._lock:
+                woken = parked.woken
+                if node.parked is parked:
+                    node.parked = None
+                    self._idle.pop(node.id, None)
+                elif parked.over:
+                    if woken:
+                        self._wake()
+                    current = self._nodes.get(ask.node_id)
+                    if current is None or current.session == node.session and ask.session == node.session:
+                        return {}
+
+    def _arrive(self, node: Node, ask: Ask) -> None:
+        self.counts["heartbeats"] += 1
+        self._note("heartbeat of %s", node.name, level=logging.DEBUG)
+        self._release(node)
+        if ask.leaving and not node.leaving:
+            node.leaving = True
+            self._note("node %s is leaving", node.name)
+            self._settle_leaving(node)
+            self._write_node(node)
+
+    def _settle_leaving(self, node: Node) -> None:
+        if node.leaving and not node.leases and not node.offline:
+            node.offline = True
+            self._write_node(node)
+
+    def _answer(self, node: Node, ask: Ask, for_work: bool) -> Json:
+        """Return the job and the orders that there are for a node now."""
+        answer: Json = {}
+        actions = [self._action(self._jobs[seq]) for seq in sorted(node.leases)]
+        standing = [action for action in actions if action]
+        if standing:
+            answer = {"actions": standing, "orders": node.orders}
+        if for_work:
+            job = self._repeated(node, ask.claim) or self._next(node, ask.claim)
+            if job is not None:
+                answer["job"] = job_json(job)
+        return answer
+
+    def _action(self, job: Job) -> Json | None:
+        """Return what the agent must yet do about a job, if anything."""
+        lease = self._leases[job.seq]
+        stands = bool((lease.progress or {}).get("paused"))
+        word = {"canceling": "cancel", "stopped": "pause"}.get(job.state, "resume" if stands else None)
+        return {"job_id": job.id, "attempt": job.attempt, "action": word} if word else None
+
+    def _repeated(self, node: Node, word: str | None) -> Job | None:
+        """Return the job that the same claim got before, while its attempt lives."""
+        if word is None:
+            return None
+        return next((self._jobs[seq] for seq in node.leases if self._jobs[seq].claim == word), None)
+
+    def _next(self, node: Node, word: str | None) -> Job | None:
+        if node.leaving or node.draining or word is not None and word in node.claims:
+            return None
+        job = None
+        while job is None:
+            seq = self._lane.pop()
+            if seq is None:
+                return None
+            found = self._jobs.get(seq)
+            job = found if found is not None and found.state == "pending" else None
+        taken = advance(job, "claim", self.wall(), node.id, word)
+        self._save(job, taken)
+        self._lease(node, taken)
+        if word is not None:
+            node.claims.append(word)
+            self.journal.put("claims", json.dumps(list(node.claims)), node.id)
+        self.counts["claims"] += 1
+        self._note("job %s attempt %d: %s takes it", job.id, taken.attempt, node.name)
+        return taken
+
+    def _wake(self) -> None:
+        """Wake the node that has waited longest, where there is work."""
+        if self._lane.head() is None:
+            return
+        for node_id, parked in self._idle.items():
+            del self._idle[node_id]
+            parked.woken = True
+            parked.event.set()
+            return
+
+    def _pend(self, job: Job) -> None:
+        """Put a pending job in its lane and wake one node for it."""
+        self._lane.put(job.seq)
+        self._wake()
+
+    def _order(self, job: Job) -> None:
+        """Tell the holder of a lease that there is a new order for it."""
+        node = self._nodes.get(job.node_id or "")
+        if node is not None:
+            node.orders += 1
+            self._write_node(node)
+            if node.parked is not None:
+                node.parked.event.set()
+
+    # -- jobs
+
+    def submit(self, drafts: Sequence[Draft]) -> tuple[bool, list[Json]]:
+        """Accept jobs, all or none; return whether any is new, and the jobs."""
+        named = [draft.id for draft in drafts if draft.id is not None]
+        if len(set(named)) != len(named):
+            raise bad("id", "stands twice in one submission")
+        if not named:
+            with self._transaction():
+                jobs = [self._accept(draft) for draft in drafts]
+            return True, [job_json(job) for job in jobs]
+        with self._archive_lock:
+            with self._transaction():
+                live = {job_id: self._jobs[self._seq_of[job_id]] for job_id in named if job_id in self._seq_of}
+            archived = self.journal.known_ids([job_id for job_id in named if job_id not in live])
+            known = {**live, **{job_id: self._archived(job_id) for job_id in archived}}
+            with self._transaction():
+                jobs = [known[draft.id] if draft.id in known else self._accept(draft) for draft in drafts]
+        return any(draft.id not in known for draft in drafts), [job_json(job) for job in jobs]
+
+    def _accept(self, draft: Draft) -> Job:
+        self._last_job += 1
+        now = self.wall()
+        job = make_job(self._last_job, draft.id or str(uuid.uuid4()), draft.scenario, draft.spec,
+                       {"created_at": now, "max_retries": draft.max_retries,
+                        "history": ((now, "pending", None),)})
+        self._save(None, job)
+        self._pend(job)
+        self.counts["submitted"] += 1
+        self._note("job %s submitted: %s", job.id, job.scenario)
+        return job
+
+    def _archived(self, job_id: str) -> Job:
+        job = self.journal.job(job_id)
+        if job is None:
+            raise ApiError(404, f"there is no job {job_id[:64]}", "id")
+        return job
+
+    def _find(self, given: str) -> Job:
+        """Return a job by its id or a prefix of it; ApiError 404."""
+        given = given.lower()
+        if not re.fullmatch(r"[0-9a-f-]{4,36}", given):
+            raise ApiError(404, f"there is no job {given[:64]}: an id is a UUID, or 4 or more of its first "
+                           "characters", "id")
+        with self._transaction():
+            seq = self._seq_of.get(given)
+            if seq is not None:
+                return self._jobs[seq]
+        ids = self.journal.find_ids(given)
+        if len(ids) > 1:
+            raise ApiError(404, f"job {given} is ambiguous: give more of its id", "id")
+        if not ids:
+            raise ApiError(404, f"there is no job {given}", "id")
+        return self._archived(ids[0])
+
+    def job(self, given: str) -> Json:
+        """Return one job with its attempts, its transitions and its result."""
+        job = self._find(given)
+        result = self.journal.result(job.id, job.attempt) if job.state in FINAL else None
+        return {**self._shown(job), **job_detail_json(job), "result": result}
+
+    def _shown(self, job: Job) -> Json:
+        lease = self._leases.get(job.seq)
+        return job_json(job, lease.progress if lease is not None else None)
+
+    def jobs(self, filters: Mapping[str, str], before: int | None, limit: int) -> tuple[list[Json], int, int | None]:
+        """Return jobs, newest first, how many there are in all, and the cursor of the next page."""
+        total = self._total("jobs", filters)
+        page = self.journal.job_page(filters, before, limit + 1)
+        return [self._shown(job) for job in page[:limit]], total, page[limit - 1].seq if len(page) > limit else None
+
+    def results(self, filters: Mapping[str, str], before: int | None,
+                limit: int) -> tuple[list[Json], int, int | None]:
+        """Return accepted reports as jobs() returns jobs."""
+        total = self._total("results", filters)
+        page = self.journal.result_page(filters, before, limit + 1)
+        return [body for _, body in page[:limit]], total, page[limit - 1][0] if len(page) > limit else None
+
+    def _total(self, kind: str, filters: Mapping[str, str]) -> int:
+        wanted = [(1 + ("status", "scenario", "node_id").index(name), value) for name, value in filters.items()]
+        with self._transaction():
+            return sum(count for key, count in self._totals.items()
+                       if key[0] == kind and all(key[at] == value for at, value in wanted))
+
+    def order(self, given: str, verb: str) -> Json:
+        """Cancel, pause, resume or retry a job; ApiError 409 where its state forbids it."""
+        found = self._find(given)
+        with self._archive_lock if found.state in FINAL else contextlib.nullcontext():
+            archived = self._archived(found.id) if found.state in FINAL else found
+            with self._transaction():
+                seq = self._seq_of.get(found.id)
+                job = self._jobs[seq] if seq is not None else archived
+                if seq is None and job.state not in FINAL:
+                    job = job.but(state="completed")  # it ended in this moment: the table refuses the rest
+                changed = advance(job, verb, self.wall(), reason=f"{verb} was asked for")
+                if changed.state != job.state:
+                    self._save(job, changed)
+                if changed.state == "pending":
+                    self._pend(changed)
+                elif changed.state in LEASED:
+                    self._order(changed)
+                self._note("job %s: %s asked for, now %s", job.id, verb, changed.status)
+                return self._shown(changed)
+
+    # -- reports
+
+    def progress(self, job_id: str, body: Json) -> Json:
+        """Take progress and log lines of an attempt; ApiError 409 tells an agent that it lost the lease."""
+        report = report_of(body, progress=True)
+        with self._transaction():
+            node = self._hear(report.node_id, report.session)
+            job = self._leased(job_id, node, report.attempt)
+            if job is not None:
+                lease = self._leases[job.seq]
+                lease.progress = {**(lease.progress or {}), **report.progress}
+                self._take_lines(job, lease, report)
+                action = self._action(job)
+                return {"status": "ok", "next_s": round(max(1.0, len(self._leases) / 250), 1),
+                        **({"actions": [action]} if action else {})}
+        raise self._no_lease(job_id, report)
+
+    def report(self, body: Json) -> Json:
+        """Take the report that ends an attempt; a repeat of the accepted one is answered the same."""
+        report = report_of(body)
+        job_id = text_of(body, "job_id", 64, required=True) or ""
+        with self._transaction():
+            node = self._nodes.get(report.node_id)
+            if node is not None:
+                node = self._hear(report.node_id, report.session)
+                job = self._leased(job_id, node, report.attempt)
+                if job is not None:
+                    self._end(node, job, report, body)
+                    return {"status": "success"}
+            known = self._jobs.get(self._seq_of.get(job_id.lower(), 0))
+        if known is None:
+            known = self.journal.job(job_id.lower())
+        if known is not None and _repeats(known, report):
+            return {"status": "success"}
+        raise self._no_lease(job_id, report)
+
+    def _leased(self, job_id: str, node: Node, attempt: int | None) -> Job | None:
+        """Return the job where this attempt has its lease, or takes it back."""
+        seq = self._seq_of.get(job_id.lower())
+        if seq is None or not self._holds(self._jobs[seq], node, attempt):
+            return None
+        return self._jobs[seq]
+
+    def _no_lease(self, job_id: str, report: Report) -> ApiError:
+        self.counts["refused_reports"] += 1
+        if not self.journal.known_ids([job_id.lower()]):
+            return ApiError(404, f"there is no job {job_id[:64]}", "job_id")
+        number = "no attempt" if report.attempt is None else f"attempt {report.attempt}"
+        return ApiError(409, f"{number} of job {job_id[:64]} holds a lease on node {report.node_id[:64]}"
+                        if report.attempt is None else
+                        f"{number} of job {job_id[:64]} no longer holds the lease", "attempt")
+
+    def _take_lines(self, job: Job, lease: Lease, report: Report) -> None:
+        """Keep the log lines that are new; a repeated message brings none twice."""
+        start = lease.lines if report.lines_from is None else report.lines_from
+        lines = report.lines[max(0, lease.lines - start):]
+        room = LOG_LINES_MOST - lease.lines
+        if not lines or room <= 0:
+            return
+        kept = lines[:room]
+        if len(kept) == room:
+            kept[-1] = f"[ffdist keeps {LOG_LINES_MOST} lines of an attempt; the rest is dropped]"
+        self.journal.put("log", job.seq, job.attempt, lease.lines, len(kept), json.dumps(kept))
+        lease.lines += len(lines)
+        for event in self._watchers.get(job.seq, ()):
+            event.set()
+
+    def _end(self, node: Node, job: Job, report: Report, body: Json) -> None:
+        self._take_lines(job, self._leases[job.seq], report)
+        ended = advance(job, EVENT_OF_REPORT[report.status], self.wall(), error=report.error,
+                        reason=report.failure_reason, reported=report.status)
+        if report.status != "returned":
+            self._keep_result(node, ended, report, body)
+        self._save(job, ended)
+        self.counts["reports"] += 1
+        if ended.state == "pending":
+            self._pend(ended)
+        self._settle_leaving(node)
+        if node.parked is not None and node.id not in self._idle:
+            self._release(node)  # it was full: now it has a slot to ask for
+        self._note("result of job %s attempt %d from %s: %s", job.id, job.attempt, node.name,
+                   summary_of(report.status, body))
+
+    def _keep_result(self, node: Node, job: Job, report: Report, body: Json) -> None:
+        self._last_result += 1
+        kept = {name: value for name, value in body.items() if name not in ("lines", "lines_from", "session")}
+        result = {**kept, "job_id": job.id, "node_id": node.id, "node": node.name, "attempt": job.attempt,
+                  "scenario": job.scenario, "status": report.status,
+                  "received_at": wire.utc_text(self.wall())}
+        self.journal.put("result", self._last_result, job.id, job.attempt, report.status, job.scenario,
+                         node.id, json.dumps(result, allow_nan=False))
+        key = ("results", report.status, job.scenario, node.id)
+        self._totals[key] = self._totals.get(key, 0) + 1
+        self.journal.put("total", key, self._totals[key])
+
+    def logs(self, given: str, after: int, wait_s: float, alive: Callable[[], bool]) -> Json:
+        """Return log lines from number `after` on; with `wait_s`, stay until there are any or the job ends."""
+        deadline = self.clock() + wait_s
+        while True:
+            job = self._find(given)
+            event = threading.Event()
+            with self._lock:
+                self._watchers.setdefault(job.seq, []).append(event)
+            try:
+                lines, upto = self.journal.logs(job.seq, after)
+                left = deadline - self.clock()
+                if lines or left <= 0 or job.state in FINAL or self._closing or not alive():
+                    return {"lines": lines, "next": upto, "status": job.status}
+                event.wait(left)
+            finally:
+                with self._lock:
+                    watchers = self._watchers[job.seq]
+                    watchers.remove(event)
+                    if not watchers:
+                        del self._watchers[job.seq]
+
+    # -- time
+
+    def reap(self) -> None:
+        """Give up the leases of nodes that are silent; silence counts only while this master listened."""
+        with self._transaction():
+            now = self.clock()
+            late = now - self._reaped - REAP_S
+            self._reaped = now
+            if late > REAP_S:
+                for node in self._nodes.values():
+                    node.heard += late
+            for node in self._nodes.values():
+                if not node.offline and now - node.heard > self.settings.node_timeout_s:
+                    self._give_up(node)
+            for seq, lease in list(self._leases.items()):
+                if now - lease.began > lease.limit_s:
+                    limit = wire.duration_text(lease.limit_s)
+                    self._lose(self._jobs[seq], f"no report within the job's timeout of {limit}")
+            if self.journal.trouble is not None:
+                self.journal.put("alive", self.wall())
+
+    def _give_up(self, node: Node) -> None:
+        node.offline = True
+        self._write_node(node)
+        silence = wire.duration_text(self.settings.node_timeout_s)
+        self._note("node %s (%s) is lost: no sign of life for %s", node.name, node.id, silence,
+                   level=logging.WARNING)
+        for seq in list(node.leases):
+            self._lose(self._jobs[seq], f"node {node.name} gave no sign of life for {silence}")
+
+    def _lose(self, job: Job, why: str) -> None:
+        """End a lease without a report: the job is pending again while it has retries left."""
+        event = "lose" if job.retry_count < job.max_retries else "exhaust"
+        lost = advance(job, event, self.wall(), error=why, reason="node_lost")
+        node = self._nodes.get(job.node_id or "")
+        self._save(job, lost)
+        self.counts["lost_leases"] += 1
+        self._note("job %s attempt %d: %s; now %s", job.id, job.attempt, why, lost.status,
+                   level=logging.WARNING)
+        if lost.state == "pending":
+            self._pend(lost)
+        if node is not None:
+            self._settle_leaving(node)
+
+    def ready(self) -> Json:
+        """Tell that the journal can be written; ApiError 503 names the cause when not."""
+        if self.journal.trouble is not None:
+            raise ApiError(503, f"the journal cannot be written: {self.journal.trouble}")
+        return {"status": "ready"}
+
+    def snapshot(self) -> Snapshot:
+        """Return the figures of the metrics, as of one moment."""
+        with self._lock:
+            totals: dict[tuple[str, str], int] = {}
+            for (kind, status, _, _), count in self._totals.items():
+                totals[kind, status] = totals.get((kind, status), 0) + count
+            nodes = [(node.name, node.id, node.status, len(node.leases)) for node in self._nodes.values()]
+            parked = sum(node.parked is not None for node in self._nodes.values())
+            counts = dict(self.counts)
+        return Snapshot(totals, nodes, parked, counts, self.journal.commits, self.journal.commit_seconds,
+                        self.journal.size_bytes(), self.started_at, self.journal.trouble is None)
+
+    def close(self) -> None:
+        """Answer what is parked, commit what is queued, let the folder go."""
+        with self._lock:
+            self._closing = True
+            for node in self._nodes.values():
+                self._write_node(node)
+                self._release(node)
+            for events in self._watchers.values():
+                for event in events:
+                    event.set()
+        self.journal.close()
+
+
+class Snapshot(NamedTuple):
+    """Figures of one moment: totals by (kind, status), nodes as (name, id, status, running)."""
+
+    totals: dict[tuple[str, str], int]
+    nodes: list[tuple[str, str, str, int]]
+    parked: int
+    counts: dict[str, int]
+    commits: int
+    commit_seconds: float
+    journal_bytes: int
+    started_at: float
+    ready: bool
+
+
+class Registration(NamedTuple):
+    """A checked registration."""
+
+    id: str | None
+    name: str
+    address: str
+    facts: str
+    session: str | None
+    protocol: int | None
+    slots: int
+    holding: tuple[tuple[str, int], ...]
+
+
+_NODE_OWN = ("id", "session", "holding", "protocol", "status", "last_heartbeat", "registered_at", "running",
+             "name", "max_concurrent_jobs")
+
+
+def registration_of(body: Json) -> Registration:
+    """Check a registration; ApiError 400 names the field."""
+    address = text_of(body, "address", 255, required=True) or ""
+    node_id = uuid_of(body, "id")
+    for field, limit in (("type", 64), ("cpu_model", 255), ("gpu_type", 255)):
+        if body.get(field) != "":
+            text_of(body, field, limit)
+    for field in ("cpu_threads", "ram_bytes", "ram_total_bytes"):
+        whole_of(body, field, 0, 1 << 60)
+        if isinstance(body.get(field), str):
+            raise bad(field, "must be a number")
+    typed_of(body, "has_gpu", bool, "true or false")
+    typed_of(body, "labels", dict, "an object")
+    facts = {name: value for name, value in body.items() if name not in _NODE_OWN and len(name) <= 64}
+    ram = body.get("ram_bytes", body.get("ram_total_bytes"))
+    facts.update(ram_bytes=ram, ram_total_bytes=ram)
+    slots = whole_of(body, "max_concurrent_jobs", 1, 10_000)
+    return Registration(node_id, text_of(body, "name") or address, address,
+                        json.dumps(facts, allow_nan=False), text_of(body, "session", 128),
+                        whole_of(body, "protocol", 1, 1000), slots or 1, _holding_of(body))
+
+
+def _holding_of(body: Json) -> tuple[tuple[str, int], ...]:
+    held = typed_of(body, "holding", list, "a list") or []
+    if len(held) > BULK_MOST:
+        raise bad("holding", f"must not have more than {BULK_MOST} entries")
+    entries = []
+    for entry in held:
+        if not isinstance(entry, dict):
+            raise bad("holding", "must be a list of objects with job_id and attempt")
+        entries.append(((text_of(entry, "job_id", 64, required=True) or "").lower(),
+                        whole_of(entry, "attempt", 1, 1 << 31) or 1))
+    return tuple(entries)
+
+
+class Report(NamedTuple):
+    """A checked message of an agent about one attempt: progress, or its end."""
+
+    node_id: str
+    session: str | None
+    attempt: int | None
+    status: str
+    error: str | None
+    failure_reason: str | None
+    progress: Json
+    lines: list[str]
+    lines_from: int | None
+
+
+def report_of(body: Json, progress: bool = False) -> Report:
+    """Check progress, or the report that ends an attempt; ApiError 400 names the field."""
+    node_id = text_of(body, "node_id", 64, required=True) or ""
+    status = "running" if progress else body.get("status")
+    if not progress and status not in wire.CLOSED_STATUSES:
+        raise bad("status", f"must be one of {', '.join(wire.CLOSED_STATUSES)}")
+    for field in ("metrics", "analyzer_output"):
+        typed_of(body, field, dict, "an object")
+    lines = typed_of(body, "lines", list, "a list of texts") or []
+    if not all(isinstance(line, str) for line in lines):
+        raise bad("lines", "must be a list of texts")
+    told = body.get("progress")
+    if isinstance(told, (int, float)) and not isinstance(told, bool):
+        told = {"percent": told}
+    if told is not None and (not isinstance(told, dict) or len(told) > 32):
+        raise bad("progress", "must be an object or a number of percent")
+    text_of(body, "completed_at", 64)
+    return Report(node_id, text_of(body, "session", 128), whole_of(body, "attempt", 1, 1 << 31), status,
+                  long_text_of(body, "error", 8000), text_of(body, "failure_reason", 64), told or {},
+                  [line[:LOG_LINE_CHARS] for line in lines], whole_of(body, "lines_from", 0, 1 << 40))
+
+
+def _repeats(job: Job, report: Report) -> bool:
+    """Tell whether a report is one that was accepted before: same attempt, same status, same node."""
+    return any(record["node_id"] == report.node_id and record["status"] == report.status
+               and report.attempt in (None, record["attempt"]) and record["ended_at"] is not None
+               for record in job.attempts)
+
+
+def summary_of(status: str, body: Json) -> str:
+    """Return a result as one phrase for the log."""
+    metrics, analysis = body.get("metrics") or {}, body.get("analyzer_output") or {}
+    parts = [status]
+    for name, form in (("duration", "{:.1f} s"), ("speed", "{:.2f}x real time"), ("cpu_usage", "CPU {:.0f} %"),
+                       ("energy_joules", "{:.0f} J")):
+        value = metrics.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            parts.append(form.format(value))
+    parts += [str(word)[:200] for word in (analysis.get("recommendation"), body.get("error")) if word]
+    return ", ".join(parts)
+
+
+# ---- 6 HTTP API -----------------------------------------------------------------------------------
+
+HEAD_LIMIT_BYTES = 32 << 10
+HEADERS_MOST = 100
+HEAD_S = 10.0
+BODY_S = 60.0
+SEND_S = 60.0
+IDLE_S = 300.0
+LINGER_S = 2.0
+_REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (\S{1,8000}) HTTP/(\d)\.(\d)")
+_HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
+
+class Request(NamedTuple):
+    """One request as handlers see it; `told` holds the query and, above it, the body's fields."""
+
+    id: str
+    query: dict[str, str]
+    body: Any
+    alive: Callable[[], bool]
+
+    @property
+    def told(self) -> Json:
+        return {**self.query, **self.body} if isinstance(self.body, dict) else dict(self.query)
+
+
+class Route(NamedTuple):
+    """One row of the API: `{id}` stands for the second part of the path."""
+
+    method: str
+    path: str
+    handler: Callable[[Master, Request], tuple[int, Any]]
+    about: str
+
+
+def _health(master: Master, request: Request) -> tuple[int, Any]:
+    return 200, {"status": "healthy"}
+
+
+def _ready(master: Master, request: Request) -> tuple[int, Any]:
+    return 200, master.ready()
+
+
+def _register(master: Master, request: Request) -> tuple[int, Any]:
+    new, node = master.register(object_of(request.body))
+    return 201 if new else 200, node
+
+
+def _nodes(master: Master, request: Request) -> tuple[int, Any]:
+    nodes = master.nodes()
+    return 200, {"nodes": nodes, "count": len(nodes)}
+
+
+def _node(master: Master, request: Request) -> tuple[int, Any]:
+    return 200, master.node(request.id)
+
+
+def _forget(master: Master, request: Request) -> tuple[int, Any]:
+    return 200, master.forget(request.id)
+
+
+def _ask_of(request: Request, node_id: str) -> Ask:
+    told = request.told
+    leaving = told.get("leaving", False)
+    if leaving not in (True, False, "true", "false"):
+        raise bad("leaving", "must be true or false")
+    return Ask(node_id, text_of(told, "session", 128), number_of(told, "wait", 0, wire.WAIT_MAX_S) or 0.0,
+               whole_of(told, "seen", 0, 1 << 53) or 0, text_of(told, "claim", 128),
+               leaving in (True, "true"), request.alive)
+
+
+def _heartbeat(master: Master, request: Request) -> tuple[int, Any]:
+    if request.body is not None:
+        object_of(request.body)
+    return 200, master.heartbeat(_ask_of(request, request.id))
+
+
+def _next_job(master: Master, request: Request) -> tuple[int, Any]:
+    node_id = text_of(request.query, "node_id", 64, required=True) or ""
+    return 200, master.claim(_ask_of(request, node_id))
+
+
+def _submit(master: Master, request: Request) -> tuple[int, Any]:
+    if not isinstance(request.body, list):
+        new, jobs = master.submit([draft_of(request.body, master.settings.max_retries)])
+        return 201 if new else 200, jobs[0]
+    if not 1 <= len(request.body) <= BULK_MOST:
+        raise ApiError(400, f"an array must hold 1 to {BULK_MOST} jobs, not {len(request.body)}")
+    drafts = []
+    for number, value in enumerate(request.body):
+        try:
+            drafts.append(draft_of(value, master.settings.max_retries))
+        except ApiError as error:
+            raise ApiError(400, f"job {number} of the array: {error.message}", error.field) from None
+    new, jobs = master.submit(drafts)
+    return 201 if new else 200, {"jobs": jobs, "count": len(jobs)}
+
+
+def _page_of(request: Request) -> tuple[dict[str, str], int | None, int]:
+    filters = {name: value for name in ("status", "scenario", "node_id")
+               if (value := text_of(request.query, name)) is not None}
+    if filters.get("status") not in (None, *STATUSES):
+        raise bad("status", f"must be one of {', '.join(STATUSES)}")
+    limit = whole_of(request.query, "limit", 1, PAGE_MOST)
+    return filters, whole_of(request.query, "after", 1, 1 << 60), limit or 100
+
+
+def _jobs(master: Master, request: Request) -> tuple[int, Any]:
+    jobs, total, cursor = master.jobs(*_page_of(request))
+    return 200, {"jobs": jobs, "count": len(jobs), "total": total, "next": cursor and str(cursor)}
+
+
+def _results(master: Master, request: Request) -> tuple[int, Any]:
+    results, total, cursor = master.results(*_page_of(request))
+    return 200, {"results": results, "count": len(results), "total": total, "next": cursor and str(cursor)}
+
+
+def _job(master: Master, request: Request) -> tuple[int, Any]:
+    return 200, master.job(request.id)
+
+
+def _order(verb: str) -> Callable[[Master, Request], tuple[int, Any]]:
+    return lambda master, request: (200, master.order(request.id, verb))
+
+
+def _progress(master: Master, request: Request) -> tuple[int, Any]:
+    return 200, master.progress(request.id, object_of(request.body))
+
+
+def _logs(master: Master, request: Request) -> tuple[int, Any]:
+    after = whole_of(request.query, "after", 0, 1 << 53) or 0
+    wait = number_of(request.query, "wait", 0, wire.WAIT_MAX_S) or 0.0
+    return 200, master.logs(request.id, after, wait, request.alive)
+
+
+def _report(master: Master, request: Request) -> tuple[int, Any]:
+    return 200, master.report(object_of(request.body))
+
+
+def _metrics(master: Master, request: Request) -> tuple[int, Any]:
+    return 200, Text(metrics_text(master.snapshot()), "text/plain; version=0.0.4; charset=utf-8")
+
+
+def _home(master: Master, request: Request) -> tuple[int, Any]:
+    jobs, total, _ = master.jobs({}, None, 50)
+    return 200, Text(page_html(master.nodes(), jobs, total), "text/html; charset=utf-8")
+
+
+ROUTES = (
+    Route("POST", "/nodes/register", _register, "register a node, or take it back"),
+    Route("GET", "/nodes", _nodes, "all nodes"),
+    Route("GET", "/nodes/{id}", _node, "one node with its running jobs"),
+    Route("DELETE", "/nodes/{id}", _forget, "remove a node; its jobs are pending again"),
+    Route("POST", "/nodes/{id}/heartbeat", _heartbeat, "a sign of life; wait=S parks it"),
+    Route("POST", "/jobs", _submit, "submit a job, or an array of them"),
+    Route("GET", "/jobs", _jobs, "jobs, newest first; status, scenario, node_id, limit, after"),
+    Route("GET", "/jobs/next", _next_job, "hand out one job to node_id; wait=S parks it, claim=WORD"),
+    Route("GET", "/jobs/{id}", _job, "one job with attempts, transitions and result"),
+    Route("POST", "/jobs/{id}/cancel", _order("cancel"), "cancel a job"),
+    Route("POST", "/jobs/{id}/retry", _order("retry"), "run a finished job again"),
+    Route("POST", "/jobs/{id}/progress", _progress, "progress, samples and log lines of an attempt"),
+    Route("GET", "/jobs/{id}/logs", _logs, "log lines; after=N, wait=S"),
+    Route("POST", "/results", _report, "the report that ends an attempt"),
+    Route("GET", "/results", _results, "accepted reports, newest first; filters as in /jobs"),
+    Route("GET", "/health", _health, "the process answers"),
+    Route("GET", "/ready", _ready, "the journal can be written"),
+    Route("GET", "/metrics", _metrics, "Prometheus text"),
+    Route("GET", "/", _home, "a page of nodes and jobs"),
+)
+_BY_PATH: dict[str, dict[str, Route]] = {}
+for _route in ROUTES:
+    _BY_PATH.setdefault(_route.path, {})[_route.method] = _route
+_BULK_PATHS = ("/jobs", "/results")
+
+
+class Text(NamedTuple):
+    """An answer that is no JSON."""
+
+    text: str
+    kind: str
+
+
+def route_of(method: str, path: str) -> tuple[Route, str]:
+    """Return the route of a request and its `{id}`; ApiError 404 or 405."""
+    methods, part = _BY_PATH.get(path), ""
+    if methods is None:
+        pieces = path.split("/")
+        if len(pieces) in (3, 4) and pieces[2]:
+            part = urllib.parse.unquote(pieces[2])
+            methods = _BY_PATH.get("/".join((*pieces[:2], "{id}", *pieces[3:])))
+    if methods is None:
+        raise ApiError(404, f"there is no {printable_path(path)} here; GET / lists what there is")
+    route = methods.get("GET" if method == "HEAD" else method)
+    if route is None:
+        raise ApiError(405, f"{method} is not possible on {printable_path(path)}: use {' or '.join(methods)}")
+    return route, part
+
+
+def printable_path(path: str) -> str:
+    """Return a path that is safe and short enough for a sentence."""
+    return wire.printable(path[:100])
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return value
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is no JSON")
+
+
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant)
+_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"')
+
+
+def decode_json(raw: bytes) -> Any:
+    """Return the JSON of a body (None for an empty one); ApiError 400 says what is wrong with it."""
+    if not raw.strip():
+        return None
+    if raw.count(b"[") + raw.count(b"{") > NESTING_MOST and _depth(raw) > NESTING_MOST:
+        raise ApiError(400, f"the body is nested deeper than {NESTING_MOST} levels")
+    try:
+        text = raw.decode("utf-8-sig")
+        value = _DECODER.decode(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate could not be stored
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply") from None
+    except UnicodeError:
+        raise ApiError(400, "the body is not UTF-8") from None
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {str(error)[:100]}") from None
+    return value
+
+
+def _depth(raw: bytes) -> int:
+    depth = most = 0
+    for char in _STRINGS.sub(b"", raw):
+        if char in b"[{":
+            depth += 1
+            most = max(most, depth)
+        elif char in b"]}":
+            depth -= 1
+    return most
+
+
+class Head(NamedTuple):
+    """The parsed head of a request."""
+
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[bytes, bytes]
+    length: int
+    keep: bool
+
+
+def parse_head(block: bytes) -> Head:
+    """Return the head of a request, without its empty line; ApiError 4xx or 505 says what is wrong.
+
+    Two lengths, or a length and a transfer coding at once, are refused: RFC 9112, 6.3.
+    """
+    first, _, rest = block.partition(b"\n")
+    line = _REQUEST_LINE.fullmatch(first.rstrip(b"\r"))
+    if line is None:
+        raise ApiError(400, "this is no HTTP request")
+    if line[3] != b"1":
+        raise ApiError(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+    headers: dict[bytes, bytes] = {}
+    for number, row in enumerate(rest.split(b"\n") if rest else ()):
+        name, colon, value = row.rstrip(b"\r").partition(b":")
+        if not colon or not _HEADER_NAME.fullmatch(name):
+            raise ApiError(400, "a header line has no name and colon")
+        name = name.lower()
+        if number >= HEADERS_MOST:
+            raise ApiError(431, f"there are more than {HEADERS_MOST} headers")
+        if name in headers and name in (b"content-length", b"transfer-encoding", b"host"):
+            raise ApiError(400, f"the header {name.decode()} stands twice")
+        headers[name] = value.strip(b" \t")
+    keep = line[4] != b"0" and headers.get(b"connection", b"").lower() != b"close"
+    path, query = _target(line[2])
+    return Head(line[1].decode(), path, query, headers, _length_of(headers), keep)
+
+
+def _length_of(headers: Mapping[bytes, bytes]) -> int:
+    length = headers.get(b"content-length")
+    if b"transfer-encoding" in headers:
+        if length is not None:
+            raise ApiError(400, "a content-length and a transfer-encoding exclude one another")
+        raise ApiError(411, "a body needs a content-length: transfer codings are not accepted")
+    if length is None:
+        return 0
+    if not re.fullmatch(rb"\d{1,15}", length):
+        raise ApiError(400, "content-length must be a number of bytes")
+    return int(length)
+
+
+def _target(raw: bytes) -> tuple[str, dict[str, str]]:
+    text = raw.decode("latin-1")
+    if not text.startswith("/"):
+        text = re.sub(r"^https?://[^/?]*", "", text) or "/"
+    path, _, query = text.partition("?")
+    if not path.startswith("/"):
+        raise ApiError(400, "the request's target must begin with /")
+    if not query:
+        return path, {}
+    try:
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=50, errors="strict")
+    except ValueError:
+        raise ApiError(400, "the query cannot be read") from None
+    return path, dict(pairs)
+
+
+class Hangup(Exception):
+    """The connection is over; there is nobody to answer."""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection: requests come in, answers go out; what they mean is the business of ROUTES.
+
+    The standard parser is not used: it takes as long as a commit, and answers garbage as HTTP/0.9.
+    """
+
+    server: Server
+    disable_nagle_algorithm = True
+    rbufsize = 0
+
+    def setup(self) -> None:
+        super().setup()
+        self._buffer = bytearray()
+
+    def handle(self) -> None:
+        try:
+            while self._one():
+                pass
+        except (Hangup, OSError):
+            pass
+
+    def finish(self) -> None:
+        with contextlib.suppress(OSError):
+            super().finish()
+
+    def _one(self) -> bool:
+        """Answer one request; return whether another may follow."""
+        head, keep, method = None, False, "GET"
+        try:
+            head = parse_head(self._read_head())
+            method = head.method
+            status, data = self._handle(head)
+            keep = head.keep
+        except ApiError as error:
+            status, data = error.status, error.to_json()
+            keep = head is not None and head.keep and self._body_read
+        except (Hangup, OSError):
+            raise
+        except Exception as error:
+            self.server.log.error("%s failed: %s: %s", method, type(error).__name__, error)
+            self.server.log.debug("the failure in full", exc_info=True)
+            status, data = 500, {"error": f"the master failed on this request: {type(error).__name__}"}
+        self._send(status, data, keep, method == "HEAD")
+        return keep
+
+    def _handle(self, head: Head) -> tuple[int, Any]:
+        self._body_read = head.length == 0
+        route, part = route_of(head.method, head.path)
+        limit = BULK_LIMIT_BYTES if head.path in _BULK_PATHS else BODY_LIMIT_BYTES
+        if head.length > limit:
+            raise ApiError(413, f"the body is larger than {wire.size_text(limit)}")
+        if head.headers.get(b"expect", b"").lower() == b"100-continue":
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        raw = self._read_body(head.length) if head.length else b""
+        self._body_read = True
+        body = decode_json(raw) if head.method == "POST" else None
+        return route.handler(self.server.master, Request(part, head.query, body, self._alive))
+
+    def _read_head(self) -> bytes:
+        """Return the next head without its empty line; Hangup at a quiet end."""
+        deadline = time.monotonic() + (HEAD_S if self._buffer else IDLE_S)
+        idle = not self._buffer
+        while True:
+            while self._buffer[:2] == b"\r\n":
+                del self._buffer[:2]
+            end, size = _head_end(self._buffer)
+            if end >= 0:
+                block = bytes(self._buffer[:end])
+                del self._buffer[:end + size]
+                return block
+            self._refuse_early()
+            if not self._receive(deadline):
+                if idle:
+                    raise Hangup
+                raise ApiError(408, f"the request's head did not arrive within {HEAD_S:.0f} s")
+            if idle:
+                idle, deadline = False, time.monotonic() + HEAD_S
+
+    def _refuse_early(self) -> None:
+        """Refuse what can never become a request, without waiting for its end."""
+        buffer = self._buffer
+        if len(buffer) > HEAD_LIMIT_BYTES:
+            raise ApiError(431, f"the request's head is larger than {wire.size_text(HEAD_LIMIT_BYTES)}")
+        line = bytes(buffer[:9000]).partition(b"\n")
+        if line[1] and not _REQUEST_LINE.fullmatch(line[0].rstrip(b"\r")):
+            raise ApiError(400, "this is no HTTP request")
+        if buffer and not _HEADER_NAME.fullmatch(bytes(buffer[:1])):
+            raise ApiError(400, "this is no HTTP request (TLS is not spoken on this port)"
+                           if buffer[0] == 0x16 else "this is no HTTP request")
+
+    def _read_body(self, length: int) -> bytes:
+        deadline = time.monotonic() + BODY_S
+        while len(self._buffer) < length:
+            if not self._receive(deadline):
+                raise ApiError(408, f"the body did not arrive: {len(self._buffer)} of {length} bytes came")
+        body = bytes(self._buffer[:length])
+        del self._buffer[:length]
+        return body
+
+    def _receive(self, deadline: float) -> bool:
+        """Add what has come to the buffer; False when the time is up; Hangup when the peer has gone."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return False
+        self.connection.settimeout(left)
+        try:
+            data = self.connection.recv(1 << 16)
+        except (TimeoutError, socket.timeout):
+            return False
+        if not data:
+            if self._buffer:
+                raise ApiError(400, "the connection was closed in the middle of a request")
+            raise Hangup
+        self._buffer += data
+        return True
+
+    def _alive(self) -> bool:
+        """Tell whether the peer is still there."""
+        try:
+            self.connection.settimeout(0)
+            return socket.socket.recv(self.connection, 1, socket.MSG_PEEK) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def _send(self, status: int, data: Any, keep: bool, head_only: bool) -> None:
+        if isinstance(data, Text):
+            kind, payload = data.kind, data.text.encode("utf-8", "replace")
+        else:
+            kind, payload = "application/json", json.dumps(data, allow_nan=False).encode() + b"\n"
+        phrase = self.responses.get(status, ("", ""))[0]
+        head = (f"HTTP/1.1 {int(status)} {phrase}\r\nContent-Type: {kind}\r\n"
+                f"Content-Length: {len(payload)}\r\n{_SAFETY if isinstance(data, Text) else ''}"
+                f"{'' if keep else 'Connection: close' + _CRLF}\r\n")
+        self.connection.settimeout(SEND_S)
+        self.connection.sendall(head.encode() + (b"" if head_only else payload))
+        if not keep:
+            self._linger()
+
+    def _linger(self) -> None:
+        """Read on for a moment before closing: a reset would throw away the answer on its way."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            deadline = time.monotonic() + LINGER_S
+            while (left := deadline - time.monotonic()) > 0:
+                self.connection.settimeout(left)
+                if not self.connection.recv(1 << 16):
+                    return
+
+
+_CRLF = "\r\n"
+_SAFETY = ("X-Content-Type-Options: nosniff\r\nContent-Security-Policy: default-src 'none'; "
+           "style-src 'unsafe-inline'\r\nCache-Control: no-store\r\n")
+
+
+def _head_end(buffer: bytearray) -> tuple[int, int]:
+    """Return where the head ends and how long the empty line after it is; (-1, 0) when it is not there."""
+    end = buffer.find(b"\r\n\r\n")
+    if end >= 0:
+        return end, 4
+    end = buffer.find(b"\n\n")
+    return (end, 2) if end >= 0 else (-1, 0)
+
+
+# ---- 7 Metrics ------------------------------------------------------------------------------------
+
+
+class Metric(NamedTuple):
+    """One metric: its Prometheus type, its help, and its samples out of a Snapshot."""
+
+    name: str
+    kind: str
+    about: str
+    samples: Callable[[Snapshot], list[tuple[dict[str, str], float]]]
+
+
+def _counter(name: str) -> Callable[[Snapshot], list[tuple[dict[str, str], float]]]:
+    return lambda shot: [({}, shot.counts[name])]
+
+
+METRICS = (
+    Metric("ffdist_build_info", "gauge", "Always 1; the version is in the label.",
+           lambda shot: [({"version": VERSION}, 1)]),
+    Metric("ffdist_start_time_seconds", "gauge", "When this master was started, in seconds since 1970.",
+           lambda shot: [({}, shot.started_at)]),
+    Metric("ffdist_ready", "gauge", "1 when the journal can be written, else 0.",
+           lambda shot: [({}, float(shot.ready))]),
+    Metric("ffdist_jobs", "gauge", "Jobs known to this master, by status.",
+           lambda shot: [({"status": word}, shot.totals.get(("jobs", word), 0)) for word in STATUSES]),
+    Metric("ffdist_results", "gauge", "Accepted reports in the journal, by status.",
+           lambda shot: [({"status": word}, shot.totals.get(("results", word), 0))
+                         for word in ("completed", "failed", "canceled")]),
+    Metric("ffdist_nodes", "gauge", "Registered nodes, by status.",
+           lambda shot: [({"status": word}, sum(node[2] == word for node in shot.nodes))
+                         for word in NODE_STATUSES]),
+    Metric("ffdist_node_up", "gauge", "1 when the node is not offline, else 0.",
+           lambda shot: [({"node": name, "node_id": key}, float(status != "offline"))
+                         for name, key, status, _ in shot.nodes]),
+    Metric("ffdist_node_running_jobs", "gauge", "Jobs that a node holds.",
+           lambda shot: [({"node": name, "node_id": key}, running) for name, key, _, running in shot.nodes]),
+    Metric("ffdist_parked_requests", "gauge", "Agents' requests that wait for work or orders.",
+           lambda shot: [({}, shot.parked)]),
+    Metric("ffdist_submissions_total", "counter", "Jobs accepted since the start.", _counter("submitted")),
+    Metric("ffdist_claims_total", "counter", "Attempts handed out since the start.", _counter("claims")),
+    Metric("ffdist_reports_total", "counter", "Attempts ended by a report since the start.",
+           _counter("reports")),
+    Metric("ffdist_refused_reports_total", "counter", "Reports of attempts that held no lease.",
+           _counter("refused_reports")),
+    Metric("ffdist_lost_leases_total", "counter", "Attempts ended without a report.", _counter("lost_leases")),
+    Metric("ffdist_heartbeats_total", "counter", "Signs of life and questions for work.",
+           _counter("heartbeats")),
+    Metric("ffdist_journal_commits_total", "counter", "Commits of the journal.",
+           lambda shot: [({}, shot.commits)]),
+    Metric("ffdist_journal_commit_seconds_total", "counter", "Time spent in commits of the journal.",
+           lambda shot: [({}, shot.commit_seconds)]),
+    Metric("ffdist_journal_size_bytes", "gauge", "Size of the journal's files.",
+           lambda shot: [({}, shot.journal_bytes)]),
+)
+
+
+def metrics_text(shot: Snapshot) -> str:
+    """Return the Prometheus text format 0.0.4 of a snapshot."""
+    lines = []
+    for metric in METRICS:
+        lines += [f"# HELP {metric.name} {metric.about}", f"# TYPE {metric.name} {metric.kind}"]
+        for labels, value in metric.samples(shot):
+            inner = ",".join(f'{name}="{_escaped(text)}"' for name, text in labels.items())
+            lines.append(f"{metric.name}{'{' + inner + '}' if inner else ''} {value:.15g}")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+# ---- 9 Pages --------------------------------------------------------------------------------------
+
+_STYLE = ("body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;"
+          "color:#1b1f24;background:#fff}table{border-collapse:collapse;width:100%;margin:.5rem 0 2rem}"
+          "th,td{text-align:left;padding:.3rem .7rem .3rem 0;border-bottom:1px solid #d8dee4;"
+          "vertical-align:top}th{font-weight:600}code{font:13px ui-monospace,monospace}"
+          ".none{color:#57606a}@media(prefers-color-scheme:dark){body{color:#e6edf3;background:#0d1117}"
+          "th,td{border-color:#30363d}a{color:#58a6ff}.none{color:#8d96a0}}")
+
+
+def page_html(nodes: Sequence[Json], jobs: Sequence[Json], total: int) -> str:
+    """Return the plain page of nodes and jobs; every text is escaped."""
+    node_rows = [[node["name"], node["status"], f"{node['running']} of {node['max_concurrent_jobs']}",
+                  node.get("type"), node.get("cpu_threads"), wire.size_text(node.get("ram_bytes")),
+                  node.get("gpu_type") or "none", node["last_heartbeat"]] for node in nodes]
+    names = {node["id"]: node["name"] for node in nodes}
+    job_rows = [[Link(f"/jobs/{job['id']}", job["id"][:8]), job["status"], job["scenario"],
+                 names.get(job["node_id"], job["node_id"]), percent_text(job), job["error"],
+                 job["created_at"]] for job in jobs]
+    links = " ".join(f'<a href="{path}">{path}</a>' for path in
+                     ("/nodes", "/jobs", "/results", "/metrics", "/health", "/ready"))
+    return (f"<!doctype html><html lang=en><meta charset=utf-8><title>ffdist</title><style>{_STYLE}</style>"
+            f"<h1>ffdist</h1><p>{links}</p><h2>Nodes ({len(nodes)})</h2>"
+            + _table_html(("name", "status", "running", "type", "threads", "memory", "GPU", "last heartbeat"),
+                          node_rows, "No node has registered yet: python3 agent.py --register --master URL")
+            + f"<h2>Jobs ({len(jobs)} newest of {total})</h2>"
+            + _table_html(("job", "status", "scenario", "node", "done", "error", "created"), job_rows,
+                          "No job was submitted yet: python3 ffdist.py submit 720p30-h264"))
+
+
+class Link(NamedTuple):
+    """A table cell that leads somewhere."""
+
+    path: str
+    text: str
+
+
+def _table_html(heads: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> str:
+    if not rows:
+        return f"<p class=none>{html.escape(empty)}</p>"
+    head = "".join(f"<th>{html.escape(word)}</th>" for word in heads)
+    body = "".join("<tr>" + "".join(f"<td>{_cell_html(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell_html(cell: Any) -> str:
+    if isinstance(cell, Link):
+        return f'<a href="{html.escape(cell.path)}"><code>{html.escape(cell.text)}</code></a>'
+    return "" if cell is None else html.escape(str(cell))
+
+
+def percent_text(job: Mapping[str, Any]) -> str:
+    """Return how far a job is."""
+    percent = (job.get("progress") or {}).get("percent")
+    if job.get("status") == "completed":
+        return "100 %"
+    return f"{percent:.0f} %" if isinstance(percent, (int, float)) else ""
+
+
+# ---- 10 Service -----------------------------------------------------------------------------------
+
+BACKLOG = 4096
+FILES_WANTED = 65_536
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """The listening socket: a long backlog, no name look-ups, a pause when files run out."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = BACKLOG
+    allow_reuse_address = True
+
+    def __init__(self, host: str, port: int, log: logging.Logger) -> None:
+        self.log = log
+        self.master: Master
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Handler)
+
+    def server_bind(self) -> None:
+        """Bind without asking for the host's full name, which can take seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError as error:
+            self.log.warning("cannot accept connections for a moment: %s", error.strerror)
+            time.sleep(0.2)
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError as error:
+            self.log.warning("a connection was refused: %s", error)
+            self.shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        self.log.debug("a connection failed", exc_info=True)
+
+
+class Service:
+    """A running master: its socket, its state, its background threads; start() and stop()."""
+
+    def __init__(self, host: str, port: int, folder: Path, settings: Settings, log: logging.Logger) -> None:
+        _raise_file_limit()
+        self._log = log
+        self._stopping = threading.Event()
+        try:
+            self._server = Server(host, port, log)
+        except (OSError, OverflowError) as error:
+            cause = getattr(error, "strerror", None) or str(error)
+            raise Unusable(f"port {port} on {host} cannot be opened: {cause}; see who has it with "
+                           f"'lsof -i :{port}', or choose another with --port") from None
+        try:
+            self._server.master = self.master = Master(folder, settings, log)
+        except BaseException:
+            self._server.server_close()
+            raise
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self._server.server_port}"
+        self._threads = [threading.Thread(target=self._server.serve_forever, args=(0.2,), daemon=True),
+                         threading.Thread(target=self._reap, daemon=True)]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def _reap(self) -> None:
+        while not self._stopping.wait(REAP_S):
+            try:
+                self.master.reap()
+            except ApiError as error:
+                self._log.debug("reap: %s", error.message)
+
+    def stop(self) -> None:
+        """Accept nothing more, answer what is parked, commit what is queued."""
+        self._stopping.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self.master.close()
+
+
+def _raise_file_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, FILES_WANTED)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class Manager(NamedTuple):
+    """One package manager: how it is refreshed, and how it installs."""
+
+    refresh: tuple[str, ...]
+    install: tuple[str, ...]
+
+
+MANAGERS = {
+    "apt-get": Manager(("apt-get", "update", "-q"),
+                       ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "-y", "-q",
+                        "--no-install-recommends")),
+    "dnf": Manager((), ("dnf", "install", "-y")),
+    "apk": Manager((), ("apk", "add", "--no-cache")),
+    "pacman": Manager(("pacman", "-Sy"), ("pacman", "-S", "--noconfirm", "--needed")),
+    "zypper": Manager((), ("zypper", "--non-interactive", "install")),
+}
+PACKAGES: Mapping[str, Mapping[str, str]] = {"ffmpeg": {"dnf": "ffmpeg-free"},
+                                             "ffprobe": {"": "ffmpeg", "dnf": "ffmpeg-free"}}
+
+
+def start_program(argv: Sequence[str], output: Any = None) -> subprocess.Popen[bytes]:
+    """Start another program in a group of its own, without ffdist's own environment variables."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("FFDIST_")}
+    return subprocess.Popen(list(argv), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                            start_new_session=True, env=clean)
+
+
+def install_commands(programs: Iterable[str],
+                     packages: Mapping[str, Mapping[str, str]] = PACKAGES) -> list[tuple[str, ...]]:
+    """Return the commands that install programs with this host's package manager; [] without one."""
+    manager = next((name for name in MANAGERS if shutil.which(name)), None)
+    if manager is None:
+        return []
+    names = [packages.get(program, {}).get(manager) or packages.get(program, {}).get("") or program
+             for program in programs]
+    sudo = () if os.geteuid() == 0 or not shutil.which("sudo") else ("sudo", "-n")
+    refresh, install = MANAGERS[manager]
+    commands = [(*sudo, *refresh)] if refresh else []
+    return [*commands, (*sudo, *install, *dict.fromkeys(names))]
+
+
+def provide(programs: Iterable[str], install: bool,
+            packages: Mapping[str, Mapping[str, str]] = PACKAGES) -> None:
+    """See that programs are on PATH, installing them where asked to; Unusable says what to do."""
+    missing = [program for program in programs if shutil.which(program) is None]
+    if not missing:
+        return
+    commands = install_commands(missing, packages)
+    shown = " && ".join(shlex.join(word for word in command if word != "-n") for command in commands)
+    names = ", ".join(missing)
+    if not commands:
+        raise Unusable(f"{names} is missing and there is no known package manager here: "
+                       "ask the administrator to install it")
+    if not install:
+        raise Unusable(f"{names} is missing: install it with '{shown}', or add --install")
+    if os.geteuid() != 0 and commands[0][0] != "sudo":
+        raise Unusable(f"{names} is missing and only root may install it: ask the administrator to run "
+                       f"'{shown}'")
+    for command in commands:
+        print(f"+ {shlex.join(command)}", file=sys.stderr, flush=True)
+        if start_program(command, sys.stderr).wait() != 0:
+            raise Unusable(f"'{shlex.join(command)}' failed: ask the administrator to run '{shown}'")
+    if any(shutil.which(program) is None for program in missing):
+        raise Unusable(f"{names} is still missing after '{shown}'")
+
+
+# ---- 11 CLI ---------------------------------------------------------------------------------------
+
+MASTER_FLAG = Flag("--master", "http://localhost:8080", str, "the master's address (http://localhost:8080)")
+JSON_FLAG = Flag("--json", False, None, "print the API's own JSON")
+PAGE_FLAGS = (Flag("--status", None, str, "only of this status"),
+              Flag("--scenario", None, str, "only of this scenario"),
+              Flag("--node-id", None, str, "only of this node"),
+              Flag("--limit", "20", str, "at most so many (20)"),
+              Flag("--after", None, str, "the cursor that the page before ended with"))
+COLOURS = {"completed": "32", "available": "32", "failed": "31", "offline": "31", "running": "36",
+           "busy": "36", "canceled": "33", "paused": "33", "draining": "33", "optimal": "32"}
+POLL_S = 0.4
+
+
+def _client(args: argparse.Namespace) -> wire.Client:
+    args.client = wire.Client(args.master)
+    return args.client
+
+
+def _print_json(value: Any) -> int:
+    print(json.dumps(value, indent=2))
+    return 0
+
+
+def _print_table(rows: Sequence[Sequence[Any]]) -> int:
+    colours = COLOURS if sys.stdout.isatty() and "NO_COLOR" not in os.environ else None
+    texts = [["-" if cell is None or cell == "" else wire.printable(cell) for cell in row] for row in rows]
+    print(wire.table_text(texts, shutil.get_terminal_size((100, 24)).columns, colours))
+    return 0
+
+
+def _ago(text: str | None) -> str | None:
+    """Return an API time for people: how long ago it was."""
+    if not text:
+        return None
+    with contextlib.suppress(ValueError):
+        at = datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+        return f"{wire.duration_text(max(0.0, time.time() - at))} ago"
+    return text
+
+
+def cmd_master(args: argparse.Namespace) -> int:
+    """Run the master until it is told to stop."""
+    log = wire.setup_logging(args.log_level, args.log_format, "ffdist.master")
+    folder = Path(args.data_dir or wire.state_home() / "master").absolute()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    service = Service(args.host, args.port, folder, Settings(args.node_timeout, args.max_retries), log)
+    shot = service.master.snapshot()
+    waiting = sum(shot.totals.get(("jobs", word), 0) for word in ("pending", "running", "paused", "blocked"))
+    service.start()
+    log.info("ffdist %s master at %s, data in %s: %d nodes, %d open jobs", VERSION, service.url, folder,
+             len(shot.nodes), waiting)
+    log.warning("plain HTTP without tokens: whoever reaches this port may submit jobs")
+    stop.wait()
+    service.stop()
+    log.info("stopped; nothing is lost: agents work on and wait for the next start")
+    return 0
+
+
+def cmd_submit(args: argparse.Namespace) -> int:
+    """Submit one job, and wait for it where asked to."""
+    parameters = wire.parameters_of(args.parameters)
+    parameters.update({name: value for name, value in (("input", args.input), ("output", args.output))
+                       if value is not None})
+    client = _client(args)
+    body = {"id": str(uuid.uuid4()), "scenario": args.scenario, "confidence": args.confidence,
+            "parameters": parameters}
+    job = client.submit(body)
+    if args.wait:
+        return _wait_for(client, job, args.json)
+    if args.json:
+        return _print_json(job)
+    print(f"job {job['id']} submitted: {wire.settings_text(job.get('settings') or {})}")
+    print(f"follow it with: python3 ffdist.py logs {job['id'][:8]} -f", file=sys.stderr)
+    return 0
+
+
+def _wait_for(client: wire.Client, job: Json, as_json: bool) -> int:
+    """Show progress until a job ends, then what came out."""
+    print(f"job {job['id']}", file=sys.stderr)
+    bar = wire.ProgressLine()
+    try:
+        while job["status"] not in FINAL:
+            time.sleep(POLL_S)
+            try:
+                job = client.job(job["id"])
+            except ApiError as error:
+                if not error.retryable:
+                    raise
+                bar.show(f"{error.message}; waiting")
+                continue
+            bar.show(_waiting_text(job))
+    except KeyboardInterrupt:
+        bar.close()
+        print(f"the job goes on; stop it with: python3 ffdist.py cancel {job['id'][:8]}", file=sys.stderr)
+        return 130
+    finally:
+        bar.close()
+    job = client.job(job["id"])
+    if as_json:
+        _print_json(job)
+    else:
+        _show_job(job)
+    return 0 if job["status"] == "completed" else 1
+
+
+def _waiting_text(job: Json) -> str:
+    if job["status"] == "running":
+        return wire.progress_text(job.get("progress") or {"phase": "starting"})
+    return f"{job['status']}, attempt {job['attempt'] + 1} waits for a node"
+
+
+def _show_job(job: Json) -> None:
+    result = job.get("result") or {}
+    rows: list[tuple[Any, Any]] = [("job", job["id"]), ("status", job["status"]), ("scenario", job["scenario"]),
+            ("node", result.get("node") or job.get("node_id")), ("created", _ago(job["created_at"]))]
+    if job.get("error"):
+        rows.append(("error", f"{job['error']}{' (' + job['failure_reason'] + ')' if job.get('failure_reason') else ''}"))
+    if job["retry_count"]:
+        rows.append(("retries", f"{job['retry_count']} of {job['max_retries']}: {job.get('retry_reason')}"))
+    if job["status"] == "running":
+        rows.append(("progress", wire.progress_text(job.get("progress") or {"phase": "starting"})))
+    if result.get("metrics"):
+        rows += wire.result_rows(result)
+    else:
+        rows.append(("settings", wire.settings_text(job.get("settings") or {})))
+    _print_table(rows)
+
+
+def cmd_show(args: argparse.Namespace) -> int:
+    """Show one job."""
+    job = _client(args).job(args.id)
+    if args.json:
+        return _print_json(job)
+    _show_job(job)
+    return 0
+
+
+def _page_query(args: argparse.Namespace) -> Json:
+    return {name: getattr(args, name) for name in ("status", "scenario", "node_id", "limit", "after")}
+
+
+def cmd_jobs(args: argparse.Namespace) -> int:
+    """List jobs, newest first."""
+    page = _client(args).jobs(_page_query(args))
+    if args.json:
+        return _print_json(page)
+    rows = [("JOB", "STATUS", "DONE", "CREATED", "SCENARIO", "WHAT")]
+    rows += [(job["id"][:8], job["status"], percent_text(job), _ago(job["created_at"]), job["scenario"],
+              job.get("error") or wire.settings_text(job.get("settings") or {})) for job in page["jobs"]]
+    return _print_page(rows, page, "jobs", "submit one with: python3 ffdist.py submit 720p30-h264")
+
+
+def cmd_results(args: argparse.Namespace) -> int:
+    """List results, newest first."""
+    page = _client(args).results(_page_query(args))
+    if args.json:
+        return _print_json(page)
+    rows = [("JOB", "STATUS", "NODE", "TIME", "SPEED", "CPU", "ENERGY", "SIZE", "SCENARIO", "VERDICT")]
+    rows += [_result_row(result) for result in page["results"]]
+    return _print_page(rows, page, "results", "they come when jobs have run")
+
+
+def _result_row(result: Json) -> tuple[Any, ...]:
+    metrics = result.get("metrics") or {}
+
+    def figure(name: str, form: str) -> str | None:
+        value = metrics.get(name)
+        return form.format(value) if isinstance(value, (int, float)) else None
+    size = metrics.get("output_bytes")
+    return (result["job_id"][:8], result["status"], result.get("node"), figure("duration", "{:.1f} s"),
+            figure("speed", "{:.2f}x"), figure("cpu_usage", "{:.0f} %"), figure("energy_joules", "{:.0f} J"),
+            wire.size_text(size) if isinstance(size, (int, float)) else None, result["scenario"],
+            (result.get("analyzer_output") or {}).get("recommendation") or result.get("error"))
+
+
+def _print_page(rows: Sequence[Sequence[Any]], page: Json, what: str, hint: str) -> int:
+    if len(rows) == 1:
+        print(f"no {what}; {hint}")
+        return 0
+    _print_table(rows)
+    if page.get("next"):
+        print(f"{page['count']} of {page['total']} {what}; the next with --after {page['next']}")
+    return 0
+
+
+def cmd_nodes(args: argparse.Namespace) -> int:
+    """List nodes."""
+    page = _client(args).nodes()
+    if args.json:
+        return _print_json(page)
+    rows = [("NODE", "STATUS", "JOBS", "TYPE", "THREADS", "MEMORY", "HEARD", "GPU", "CPU")]
+    rows += [(node["name"], node["status"], f"{node['running']}/{node['max_concurrent_jobs']}",
+              node.get("type"), node.get("cpu_threads"), wire.size_text(node.get("ram_bytes")),
+              _ago(node["last_heartbeat"]), node.get("gpu_type"), node.get("cpu_model"))
+             for node in page["nodes"]]
+    return _print_page(rows, page, "nodes", "register one with: python3 agent.py --register --master URL")
+
+
+def cmd_logs(args: argparse.Namespace) -> int:
+    """Print the log of a job; -f follows it to its end."""
+    client, after = _client(args), 0
+    while True:
+        part = client.logs(args.id, after, 20 if args.follow else None)
+        if args.json:
+            _print_json(part)
+        for line in () if args.json else part["lines"]:
+            print(wire.printable(line))
+        sys.stdout.flush()
+        done = part["next"] == after or not part["lines"]
+        after = part["next"]
+        if done and (not args.follow or part.get("status") in FINAL):
+            return 0
+
+
+def cmd_order(verb: str) -> Callable[[argparse.Namespace], int]:
+    """Return the command that gives one order to a job."""
+    def command(args: argparse.Namespace) -> int:
+        job = _client(args).order(args.id, verb)
+        if args.json:
+            return _print_json(job)
+        asked = " (its node is told to stop it)" if job.get("cancel_requested") else ""
+        print(f"job {job['id']} is {job['status']}{asked}")
+        return 0
+    return command
+
+
+def cmd_demo(args: argparse.Namespace) -> int:
+    """Run a whole fleet of one on this machine: a master, an agent, a real encode."""
+    provide(("ffmpeg", "ffprobe"), args.install)
+    film = Path(args.input).absolute() if args.input else None
+    if film is not None and not film.is_file():
+        raise Unusable(f"input {film} is no file: name a film that is on this machine")
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    with tempfile.TemporaryDirectory(prefix="ffdist-demo-") as name:
+        folder = Path(name)
+        log = wire.setup_logging("error", "text", "ffdist.master")
+        service = Service("127.0.0.1", 0, folder / "master", Settings(), log)
+        service.start()
+        try:
+            return _demo_with_agent(args, service.url, film, folder)
+        finally:
+            service.stop()
+
+
+def _demo_with_agent(args: argparse.Namespace, url: str, film: Path | None, folder: Path) -> int:
+    _say(f"a master runs at {url}")
+    script = Path(__file__).resolve().parent / "agent.py"
+    argv = [sys.executable, str(script), "--register", "--master", url, "--allow-master-as-worker", "--yes",
+            "--state-dir", str(folder / "agent"), "--media-root", str(film.parent if film else folder),
+            "--log-format", "text"]
+    with open(folder / "agent.log", "wb") as output:
+        process = start_program(argv, output)
+    try:
+        client = args.client = wire.Client(url)
+        node = _demo_node(client, process, folder / "agent.log")
+        parameters: Json = {"quality": ["psnr", "ssim"], "duration": 30 if film else 5}
+        if film is not None:
+            parameters["input"] = film.name
+            _say(f"the first {parameters['duration']} s of {film.name} are encoded; nothing is written beside it")
+        job = client.submit({"scenario": args.scenario, "parameters": parameters})
+        if not args.json:
+            _print_table([("node", f"{node['name']}: {node.get('type')}, {node.get('cpu_threads')} threads, "
+                           f"{node.get('cpu_model') or 'unknown CPU'}, {wire.size_text(node.get('ram_bytes'))}, "
+                           f"GPU {node.get('gpu_type') or 'none'}")])
+        return _wait_for(client, job, args.json)
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(15)
+        process.kill()
+        process.wait()
+
+
+def _demo_node(client: wire.Client, process: subprocess.Popen[bytes], output: Path) -> Json:
+    """Wait until the agent has registered, and return its node."""
+    bar, began = wire.ProgressLine(), time.monotonic()
+    try:
+        while process.poll() is None:
+            nodes = client.nodes()["nodes"]
+            if nodes:
+                return nodes[0]
+            bar.show(f"the agent looks at this machine and tries its encoders … {time.monotonic() - began:.0f} s")
+            time.sleep(0.2)
+    finally:
+        bar.close()
+    words = output.read_text(errors="replace").strip().splitlines()
+    raise Unusable(f"the agent ended: {words[-1] if words else 'without a word'}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class Command(NamedTuple):
+    """One subcommand: what it does, its flags, and its own positional words."""
+
+    run: Callable[[argparse.Namespace], int]
+    about: str
+    flags: tuple[Flag, ...]
+    words: tuple[str, ...] = ()
+
+
+_LOG_FLAGS = (Flag("--log-level", "info", wire.one_of("debug", "info", "warning", "error"),
+                   "debug, info, warning or error"),
+              Flag("--log-format", "text", wire.one_of("text", "json"), "text or json"))
+COMMANDS = {
+    "master": Command(cmd_master, "run the master", (
+        Flag("--port", "8080", int, "port to listen on (8080; 0: any free one)"),
+        Flag("--host", "0.0.0.0", str, "address to listen on (0.0.0.0: all)"),
+        Flag("--data-dir", None, Path, "folder of the journal (~/.local/state/ffdist/master)"),
+        Flag("--node-timeout", "90s", wire.seconds, "silence after which a node is lost (90s)"),
+        Flag("--max-retries", "3", int, "how often a lost job is tried again (3)"), *_LOG_FLAGS)),
+    "demo": Command(cmd_demo, "a master, an agent and a real encode, here and now", (
+        Flag("--install", False, None, "install ffmpeg where it is missing"),
+        Flag("--input", None, str, "a film of yours (a generated source)"),
+        Flag("--scenario", None, str, "what to encode (720p30-h264; with a film: transcode)"), JSON_FLAG)),
+    "submit": Command(cmd_submit, "submit a job", (
+        Flag("--input", None, str, "path under the agents' media root, or URL (a generated source)"),
+        Flag("--output", None, str, "path or URL (encoded, measured, discarded)"),
+        Flag("--confidence", "auto", wire.one_of(*CONFIDENCES), "auto, low, medium or high"),
+        Flag("--wait", False, None, "show progress until the job ends"), MASTER_FLAG, JSON_FLAG),
+        ("scenario", "parameters")),
+    "jobs": Command(cmd_jobs, "list jobs", (*PAGE_FLAGS, MASTER_FLAG, JSON_FLAG)),
+    "show": Command(cmd_show, "show one job", (MASTER_FLAG, JSON_FLAG), ("id",)),
+    "logs": Command(cmd_logs, "print the log of a job", (MASTER_FLAG, JSON_FLAG), ("id", "follow")),
+    "cancel": Command(cmd_order("cancel"), "cancel a job", (MASTER_FLAG, JSON_FLAG), ("id",)),
+    "retry": Command(cmd_order("retry"), "run a finished job again", (MASTER_FLAG, JSON_FLAG), ("id",)),
+    "nodes": Command(cmd_nodes, "list nodes", (MASTER_FLAG, JSON_FLAG)),
+    "results": Command(cmd_results, "list results", (*PAGE_FLAGS, MASTER_FLAG, JSON_FLAG)),
+}
+EPILOG = """examples:
+  python3 ffdist.py demo --install
+  python3 ffdist.py master --port 8080
+  python3 ffdist.py submit 4K60-h264 -p duration=300 -p bitrate=15000k --wait
+  python3 ffdist.py submit 1080p30-h264 --input movie.mov -o movie.mp4 --wait
+  python3 ffdist.py jobs --status running
+  python3 ffdist.py results --json
+exit codes: 0 done; 1 the job failed, or it does not exist; 2 wrong usage; 3 no master there; 130 interrupted
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line, made from COMMANDS."""
+    parser = argparse.ArgumentParser("ffdist.py", description="FFmpeg on a fleet of bare servers.",
+                                     epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"ffdist {VERSION}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=command.about, description=f"{command.about[0].upper()}"
+                                    f"{command.about[1:]}.", epilog=EPILOG,
+                                    formatter_class=argparse.RawDescriptionHelpFormatter)
+        for word in command.words:
+            _WORDS[word](sub)
+        wire.add_flags(sub, command.flags)
+    return parser
+
+
+_WORDS: dict[str, Callable[[argparse.ArgumentParser], Any]] = {
+    "id": lambda sub: sub.add_argument("id", metavar="ID", help="a job's id, or 4 or more of its first characters"),
+    "follow": lambda sub: sub.add_argument("-f", "--follow", action="store_true", help="follow it to its end"),
+    "scenario": lambda sub: sub.add_argument("scenario", nargs="?", default="transcode", metavar="SCENARIO",
+                                             help="such as 1080p30-h264 (transcode)"),
+    "parameters": lambda sub: (
+        sub.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
+                         help="a parameter, such as -p bitrate=5M; may be repeated"),
+        sub.add_argument("-o", dest="output", metavar="OUTPUT", help="short for --output")),
+}
+
+
+def exit_code_of(error: ApiError) -> int:
+    """Return the exit code of a refused request."""
+    if error.status in (0, 401, 403):
+        return 3
+    return 2 if error.status in (400, 413) else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    args = build_parser().parse_args(argv)
+    if args.command == "demo" and args.scenario is None:
+        args.scenario = "transcode" if args.input else "720p30-h264"
+    try:
+        return COMMANDS[args.command].run(args)
+    except ApiError as error:
+        _say(f"ffdist: {wire.printable(error.message)}")
+        return exit_code_of(error)
+    except Unusable as error:
+        _say(f"ffdist: {error}")
+        return 1
+    except ValueError as error:
+        _say(f"ffdist: {error}")
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except OSError as error:
+        _say(f"ffdist: {error.filename or 'this machine'}: {error.strerror or error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if getattr(args, "client", None) is not None:
+            args.client.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
