@@ -32,6 +32,7 @@ import dataclasses
 import difflib
 import fcntl
 import fractions
+import functools
 import http.client
 import ipaddress
 import json
@@ -47,6 +48,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -240,7 +242,9 @@ def _quality_text(metrics: Mapping[str, Any], unknown: Mapping[str, str]) -> str
     forms = (("psnr_db", "PSNR {:.2f} dB"), ("ssim", "SSIM {:.4f}"), ("vmaf", "VMAF {:.1f}"),
              ("xpsnr_db", "XPSNR {:.2f} dB"))
     known = [form.format(metrics[name]) for name, form in forms if metrics.get(name) is not None]
-    return ", ".join(known) or f"unknown ({unknown.get('psnr_db', 'not asked for')})"
+    missed = [f"{form.split()[0]} unknown ({unknown[name]})" for name, form in forms
+              if unknown.get(name) not in (None, "not asked for")]
+    return ", ".join([*known, *missed]) or "unknown (not asked for)"
 
 
 def table_text(rows: Sequence[Sequence[str]], width: int, colours: Mapping[str, str] | None = None) -> str:
@@ -338,7 +342,12 @@ def utc_text(epoch_s: float | None) -> str | None:
     if epoch_s is None:
         return None
     whole, milli = divmod(int(epoch_s * 1000), 1000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{milli:03d}Z"
+    return f"{_second_text(whole)}.{milli:03d}Z"
+
+
+@functools.lru_cache(maxsize=1024)
+def _second_text(whole: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
 
 
 class Flag(NamedTuple):
@@ -371,8 +380,8 @@ def seconds(text: str) -> float:
         value = parse_duration(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"'{text}' must be longer than nothing")
+    if not 0 < value <= 30 * _DAY_S:
+        raise argparse.ArgumentTypeError(f"'{text}' must be longer than nothing and at most 30 days")
     return value
 
 
@@ -575,6 +584,7 @@ _SCENARIO = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SIZE_WORD = re.compile(r"(?:([248])K|(\d{2,5})p)(\d{1,4})?", re.IGNORECASE)
 _K_SIZES = {"2": (2560, 1440), "4": (3840, 2160), "8": (7680, 4320)}
 _BITRATE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgG]?)(?:bps|bit/s)?")
+_RATE = re.compile(r"\d{1,9}(?:\.\d{1,9}|/\d{1,9})?")
 _NAME = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 INPUT_SCHEMES = ("http", "https", "rtmp", "rtmps", "srt")
@@ -623,8 +633,7 @@ class Settings:
         return self.realtime or scheme_of(self.output) in ("rtmp", "rtmps", "srt")
 
     def to_json(self) -> Json:
-        fields = dataclasses.asdict(self)
-        fields["quality"] = list(self.quality)
+        fields = dict(vars(self))
         fields["bitrate"] = None if self.bitrate is None else bitrate_text(self.bitrate)
         return fields
 
@@ -677,7 +686,7 @@ def _scenario_values(scenario: object) -> Json:
     for word in scenario.split("-"):
         size = _SIZE_WORD.fullmatch(word)
         codec = CODEC_ALIASES.get(word.lower(), word.lower())
-        if size and "height" in values or codec in CODECS and "codec" in values:
+        if (size and "height" in values) or (codec in CODECS and "codec" in values):
             raise ApiError(400, f"scenario {scenario} names two {'sizes' if size else 'codecs'}", "scenario")
         if size:
             values.update(_size_values(size, word))
@@ -748,7 +757,7 @@ def _bad(name: str, what: str) -> ApiError:
 
 
 def _number(name: str, value: object, rule: Parameter) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _bad(name, "must be a number")
     if not rule.low <= value <= rule.high:
         raise _bad(name, f"must be from {rule.low:g} to {rule.high:g}")
@@ -771,9 +780,11 @@ def _even(name: str, value: object, rule: Parameter) -> int:
 
 def _rate(name: str, value: object, rule: Parameter) -> float:
     if isinstance(value, str):
+        if not _RATE.fullmatch(value.strip()):
+            raise _bad(name, "must be a number or a fraction such as 30000/1001")
         try:
             value = float(fractions.Fraction(value))
-        except (ValueError, ZeroDivisionError, OverflowError):
+        except ZeroDivisionError:
             raise _bad(name, "must be a number or a fraction such as 30000/1001") from None
     return _number(name, value, rule)
 
@@ -796,8 +807,8 @@ def _bool(name: str, value: object, rule: Parameter) -> bool:
 def _text(name: str, value: object, limit: int) -> str:
     if not isinstance(value, str) or not value or len(value) > limit:
         raise _bad(name, f"must be a text of 1 to {limit} characters")
-    if any(ord(char) < 32 or ord(char) == 127 for char in value):
-        raise _bad(name, "must not hold control characters")
+    if any(ord(char) < 32 or ord(char) == 127 or 0xD800 <= ord(char) <= 0xDFFF for char in value):
+        raise _bad(name, "must not hold control characters or halves of them")
     return value
 
 
@@ -956,12 +967,14 @@ ENCODERS: dict[str, Encoder] = {
                          _PRESET, 35, _CAPPED, ("-b:v", "{bitrate}"),
                          ("-svtav1-params", "lp={threads}"), False, "yuv420p10le"),
     "libaom-av1": Encoder("av1", False, 12, ("8", "8", "8", "7", "6", "5", "4", "3", "2"), "[0-8]",
-                          ("-cpu-used", "{preset}"), 32, ("-crf", "{crf}", "-b:v", "0"), ("-b:v", "{bitrate}"),
+                          ("-cpu-used", "{preset}"), 32, ("-crf", "{crf}", "-b:v", "0"),
+                          ("-b:v", "{bitrate}"),
                           (*_THREADS, "-row-mt", "1"), True, "yuv420p10le"),
     "libvpx-vp9": Encoder("vp9", False, 5, ("8", "7", "6", "5", "4", "3", "2", "1", "0"), "[0-8]",
                           ("-deadline", "{deadline}", "-cpu-used", "{preset}"), 33,
                           ("-crf", "{crf}", "-b:v", "0"), ("-b:v", "{bitrate}"),
-                          (*_THREADS, "-row-mt", "1", "-tile-columns", "{tile_columns}"), True, "yuv420p10le"),
+                          (*_THREADS, "-row-mt", "1", "-tile-columns", "{tile_columns}"), True,
+                           "yuv420p10le"),
     "librav1e": Encoder("av1", False, 15, ("10", "10", "9", "8", "8", "6", "5", "3", "2"), r"\d|10",
                         ("-speed", "{preset}"), 100, ("-qp", "{crf}"), ("-b:v", "{bitrate}"), (), False,
                         "yuv420p10le"),
@@ -1001,6 +1014,7 @@ class Machine:
     ffmpeg: str
     threads: int
     slots: int = 1
+    vaapi_device: str = "/dev/dri/renderD128"
     encoders: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
 
 
@@ -1059,14 +1073,15 @@ def plan(settings: Settings, machine: Machine, source: Source, target: str) -> P
     rate, rate_args = _rate_control(settings, name, height, fps)
     filters = _filters(settings, source, width, height, fps)
     upload = ("format=nv12,hwupload",) if name.endswith("_vaapi") else (f"format={pixel_format}",)
+    tiles = min(4, max(0, width.bit_length() - 9))
     video = ["-map", "0:V:0", "-vf", ",".join((*filters, *upload)), "-c:v", name,
              *_filled(encoder.preset_args if preset else (), preset=preset,
                       deadline="realtime" if settings.live else "good"),
              *rate_args,
-             *_filled(encoder.thread_args, threads=threads, tile_columns=min(4, max(0, width.bit_length() - 9))),
+             *_filled(encoder.thread_args, threads=threads, tile_columns=tiles),
              *_gop(settings, fps)]
     duration = _duration(settings, source)
-    head = [machine.ffmpeg, *_head_args(name), *_input_args(settings, source)]
+    head = [machine.ffmpeg, *_head_args(name, machine), *_input_args(settings, source)]
     limit = ["-t", f"{duration:.6f}".rstrip("0").rstrip(".")] if settings.duration and duration else []
     tail = [*_audio_args(settings, source), *_container_args(settings, target)]
     passes = _passes(settings, name, threads, head, [*video, *limit], tail)
@@ -1096,8 +1111,9 @@ def choose_encoder(settings: Settings, machine: Machine) -> tuple[str, str]:
     if not proved:
         tried = [f"{name}: {machine.encoders.get(name) or 'not built in'}" for name in fits
                  if not ENCODERS[name].hardware]
-        raise Failure("no_capability", f"no encoder for {settings.codec}{' in two passes' * settings.two_pass} "
-                      f"works on {machine.name} ({'; '.join(tried) or 'none is known'})")
+        twice = " in two passes" if settings.two_pass else ""
+        raise Failure("no_capability", f"no encoder for {settings.codec}{twice} works on "
+                      f"{machine.name} ({'; '.join(tried) or 'none is known'})")
     return proved[0], _encoder_reason(settings, machine, proved[0])
 
 
@@ -1130,9 +1146,10 @@ def choose_preset(settings: Settings, name: str, pixels_per_s: float, threads: i
         return encoder.presets[PRESET_WORDS.index("medium")], ""
     load = pixels_per_s * encoder.cost / threads
     word = next(word for word, batch, live in PRESET_LOADS if load <= (live if settings.live else batch))
-    return encoder.presets[PRESET_WORDS.index(word)], f"preset {word} for {load / 1e6:.0f} Mpixel/s a thread" + (
-        ", live" if settings.live else "") + (
-        f" ({name}: {encoder.cost:g} times the work of libx264)" if encoder.cost > 1 else "")
+    reason = f"preset {word} for {load / 1e6:.0f} Mpixel/s a thread{', live' if settings.live else ''}"
+    if encoder.cost > 1:
+        reason += f" ({name}: {encoder.cost:g} times the work of libx264)"
+    return encoder.presets[PRESET_WORDS.index(word)], reason
 
 
 def _takes(encoder: Encoder, pixel_format: str) -> bool:
@@ -1229,8 +1246,8 @@ def _duration(settings: Settings, source: Source) -> float | None:
     return min(settings.duration or math.inf, source.duration_s)
 
 
-def _head_args(name: str) -> list[str]:
-    device = ["-vaapi_device", "/dev/dri/renderD128"] if name.endswith("_vaapi") else []
+def _head_args(name: str, machine: Machine) -> list[str]:
+    device = ["-vaapi_device", machine.vaapi_device] if name.endswith("_vaapi") else []
     return ["-hide_banner", "-nostdin", "-y", "-loglevel", "repeat+level+info", *device]
 
 
@@ -1248,7 +1265,8 @@ def _input_args(settings: Settings, source: Source) -> list[str]:
     decode = ["-hwaccel", settings.hwaccel] if settings.hwaccel else []
     timeout = ["-rw_timeout", "30000000"] if scheme_of(source.url) in ("http", "https", "rtmp") else []
     tone = ["-f", "lavfi", "-i", TONE] if source.loop and settings.audio else []
-    return [*speed, *loop, *decode, *timeout, *whitelist_args(source.url), "-i", named_file(source.url), *tone]
+    return [*speed, *loop, *decode, *timeout, *whitelist_args(source.url), "-i", named_file(source.url),
+            *tone]
 
 
 def named_file(place: str) -> str:
@@ -1261,7 +1279,8 @@ def _audio_args(settings: Settings, source: Source) -> list[str]:
         return ["-an"]
     codec = ["-c:a", "libopus", "-b:a", "96k"] if settings.container == "webm" else [
         "-c:a", "aac", "-b:a", "128k"]
-    return ["-map", "1:a:0" if source.loop else "0:a:0", *codec, "-ac", "2", *(["-ar", "44100"] if settings.container == "flv" else [])]
+    rate = ["-ar", "44100"] if settings.container == "flv" else []
+    return ["-map", "1:a:0" if source.loop else "0:a:0", *codec, "-ac", "2", *rate]
 
 
 def _container_args(settings: Settings, target: str) -> list[str]:
@@ -1397,7 +1416,7 @@ def progress_json(done: Progress, expected_s: float | None, step: int, steps: in
 
 def last_words(lines: Iterable[str], most: int = 3) -> str:
     """Return FFmpeg's own reason out of its last lines: errors first, prefixes off, each once."""
-    lines = list(lines)
+    lines = telling_lines(lines)
     errors = [line for line in lines if (match := _LEVEL.search(line)) and match[1] != "warning"]
     chosen = [_PREFIX.sub("", line).strip() for line in errors or lines[-most:]]
     dull = ("Conversion failed!", "Error opening output files", "Error opening input files",
@@ -1426,58 +1445,64 @@ FAILURE_WORDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 
 
 def failure_reason(returncode: int, words: str) -> str:
-    """Return the class of a failure from the exit status and FFmpeg's words."""
-    if returncode in (-signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGKILL, 255) and not words:
-        return "killed"
-    for pattern, reason in FAILURE_WORDS:
-        if pattern.search(words):
-            return reason
-    return "killed" if returncode < 0 else "encoder"
+    """Return the class of a failure from the exit status and FFmpeg's words.
+
+    Of a process that a signal ended only words about memory count: others may be stale.
+    """
+    found = next((reason for pattern, reason in FAILURE_WORDS if pattern.search(words)), None)
+    if returncode < 0 or (returncode in (128 + signal.SIGKILL, 255) and not words):
+        return "out_of_memory" if found == "out_of_memory" else "killed"
+    return found or "encoder"
+
+
+def telling_lines(lines: Iterable[str]) -> list[str]:
+    """Return the lines that tell of trouble: those with a level above info, and those without any."""
+    return [line for line in lines if "[info]" not in line[:60]]
 
 
 def parse_probe(text: str, url: str) -> Source:
     """Return a film's description out of ffprobe's JSON; Failure(input) where it holds no video."""
     try:
-        found = json.loads(text)
-        streams = [stream for stream in found.get("streams", ()) if isinstance(stream, dict)]
-        container = found.get("format") or {}
-    except (ValueError, AttributeError, RecursionError):
+        found = _dict(json.loads(text))
+    except (ValueError, RecursionError):
         raise Failure("input", f"{url}: ffprobe's answer cannot be read") from None
+    given = found.get("streams")
+    streams = [_dict(stream) for stream in given] if isinstance(given, list) else []
     video = next((stream for stream in streams if stream.get("codec_type") == "video"
-                  and not (stream.get("disposition") or {}).get("attached_pic")), None)
-    if video is None or not video.get("width") or not video.get("height"):
+                  and not _dict(stream.get("disposition")).get("attached_pic")), {})
+    width, height = (int(_decimal(str(video.get(name))) or 0) for name in ("width", "height"))
+    if not width or not height:
         raise Failure("input", f"{url} holds no video that this FFmpeg can read")
-    shape = _fraction(video.get("sample_aspect_ratio", "").replace(":", "/"))
+    shape = _fraction(str(video.get("sample_aspect_ratio")).replace(":", "/"))
     square = shape is None or shape == 1
-    width, height = int(video["width"]), int(video["height"])
     if not square and shape:
-        width = int(width * shape / 2) * 2
+        width = max(2, int(width * shape / 2) * 2)
     if _rotation(video) % 180 == 90:
         width, height = height, width
     rate = _fraction(video.get("avg_frame_rate")) or _fraction(video.get("r_frame_rate")) or 25.0
-    return Source(url, width, height, rate, _length(video, container),
+    return Source(url, width, height, rate, _length(video, _dict(found.get("format"))),
                   str(video.get("pix_fmt") or "yuv420p"),
                   any(stream.get("codec_type") == "audio" for stream in streams), square,
                   codec=str(video.get("codec_name") or "video"))
 
 
+def _dict(value: object) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
 def _rotation(video: Json) -> int:
-    turns = [side.get("rotation") for side in video.get("side_data_list") or () if isinstance(side, dict)]
-    turns.append((video.get("tags") or {}).get("rotate"))
-    return abs(int(_signed(next((turn for turn in turns if turn is not None), 0))))
-
-
-def _signed(value: object) -> float:
-    try:
-        return float(str(value))
-    except ValueError:
-        return 0.0
+    sides = video.get("side_data_list")
+    turns = [_dict(side).get("rotation") for side in sides] if isinstance(sides, list) else []
+    turns.append(_dict(video.get("tags")).get("rotate"))
+    said = str(next((turn for turn in turns if turn is not None), 0)).lstrip("-")
+    return int(_decimal(said) or 0)
 
 
 def _length(video: Json, container: Json) -> float | None:
     """Return the video's length in s: the stream's own word, its tag in Matroska, else the container's."""
     own = _decimal(str(video.get("duration") or ""))
-    clock = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", str((video.get("tags") or {}).get("DURATION") or ""))
+    tag = str(_dict(video.get("tags")).get("DURATION") or "")
+    clock = re.fullmatch(r"(\d{1,6}):(\d\d):(\d\d(?:\.\d{1,9})?)", tag)
     if own:
         return own
     if clock:
@@ -1486,11 +1511,12 @@ def _length(video: Json, container: Json) -> float | None:
 
 
 def _fraction(text: object) -> float | None:
-    try:
-        value = float(fractions.Fraction(str(text)))
-    except (ValueError, ZeroDivisionError):
+    if not re.fullmatch(r"\d{1,12}(?:\.\d{1,9}|/\d{1,12})?", str(text)):
         return None
-    return value if value > 0 else None
+    try:
+        return float(fractions.Fraction(str(text))) or None
+    except ZeroDivisionError:
+        return None
 
 
 _SCORES = {"psnr": ("psnr_db", re.compile(r"PSNR .*average:(inf|[\d.]+)")),
@@ -1641,23 +1667,23 @@ class Meter:
             except queue.Empty:
                 message = None
             try:
-                self._step(message)
+                if self._sampler is None:
+                    self._sampler, self._last = hwdetect.Sampler(self._host, self._hardware), None
+                self._tick(self._sampler.sample(time.monotonic()))
             except Exception as error:  # a driver's whim must not end an encode
-                for ledger in self._ledgers:
-                    ledger.unknown["sampler"] = f"{type(error).__name__}: {error}"
+                for ledger in [*self._ledgers, *([message[1]] if message else [])]:
+                    ledger.unknown["energy_joules"] = f"the sampler failed: {type(error).__name__}: {error}"
             if message:
+                self._admit(message[0], message[1])
                 message[2].set()
 
-    def _step(self, message: tuple[str, Ledger, threading.Event] | None) -> None:
-        if self._sampler is None:
-            self._sampler, self._last = hwdetect.Sampler(self._host, self._hardware), None
-        self._tick(self._sampler.sample(time.monotonic()))
-        if message and message[0] == "join":
-            self._ledgers.append(message[1])
-        elif message:
-            self._ledgers = [ledger for ledger in self._ledgers if ledger is not message[1]]
-        if not self._ledgers:
-            self._sampler.close()
+    def _admit(self, what: str, ledger: Ledger) -> None:
+        self._ledgers = [other for other in self._ledgers if other is not ledger]
+        if what == "join":
+            self._ledgers.append(ledger)
+        if not self._ledgers and self._sampler is not None:
+            with contextlib.suppress(Exception):
+                self._sampler.close()
             self._sampler = None
 
     def _tick(self, reading: hwdetect.Reading) -> None:
@@ -1692,7 +1718,8 @@ def _book(ledger: Ledger, last: hwdetect.Reading, now: hwdetect.Reading, share: 
         ledger.measured_s += span
         ledger.busy_percent_s += now.cpu_usage * span
     if now.energy_joules is not None and last.energy_joules is not None:
-        ledger.energy_joules = (ledger.energy_joules or 0.0) + share * (now.energy_joules - last.energy_joules)
+        used = share * (now.energy_joules - last.energy_joules)
+        ledger.energy_joules = (ledger.energy_joules or 0.0) + used
     for gpu, before in zip(now.gpus, last.gpus):
         if gpu.energy_joules is not None and not gpu.in_package:
             more = share * (gpu.energy_joules - (before.energy_joules or 0.0))
@@ -1833,9 +1860,9 @@ class Attempt:
                               failure_reason=reason)
         finally:
             self._clean()
-        more = {"settings": self._settings, "plan": self._plan, "ledger": self._ledger,
-                "damaged": self._damaged}
-        return dataclasses.replace(outcome, wall_s=outcome.wall_s or time.monotonic() - started, **more)
+        return dataclasses.replace(outcome, wall_s=outcome.wall_s or time.monotonic() - started,
+                                   settings=self._settings, plan=self._plan, ledger=self._ledger,
+                                   damaged=self._damaged)
 
     def _work(self) -> Outcome:
         settings = self._settings = resolve(self._job.get("scenario"), self._job.get("parameters"))
@@ -1929,7 +1956,7 @@ class Attempt:
         if exit_.returncode == 0:
             return
         words = last_words(self._tail)
-        reason = failure_reason(exit_.returncode, "\n".join(self._tail) if words else "")
+        reason = failure_reason(exit_.returncode, "\n".join(telling_lines(self._tail)))
         how = (f"was killed by {signal.Signals(-exit_.returncode).name}" if exit_.returncode < 0
                else f"ended with status {exit_.returncode}")
         names = [place for place in (settings.input, settings.output) if place]
@@ -2027,11 +2054,15 @@ class Attempt:
         final = self._inside(output, "output")
         parent, node = os.path.dirname(final), self._place.machine.name
         if not os.path.isdir(parent):
-            raise Failure("output", f"output {output} cannot be written on {node}: there is no folder {parent}")
+            raise Failure("output", f"output {output} cannot be written on {node}: "
+                          f"there is no folder {parent}")
         if os.path.isdir(final):
             raise Failure("output", f"output {output} is a folder on {node}: name a file in it")
         if not os.access(parent, os.W_OK):
-            raise Failure("output", f"output {output} cannot be written on {node}: permission denied in {parent}")
+            raise Failure("output", f"output {output} cannot be written on {node}: "
+                          f"permission denied in {parent}")
+        if len(os.fsencode(os.path.basename(final))) > 255:
+            raise Failure("output", f"output {output} has a name that is longer than 255 bytes")
         if final == source.url:
             raise Failure("parameters", f"output {output} is the input itself: name another file")
         self._partial = os.path.join(parent, f".ffdist-{self.job_id[:8]}-{self.number}.part")
@@ -2342,11 +2373,16 @@ class Spool:
         """Write a report so that it survives a kill; raises OSError when the disk is full."""
         path = self._folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.json"
         partial = path.with_suffix(".tmp")
-        with open(partial, "w", encoding="utf-8", opener=_private) as file:
-            json.dump(result, file, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        try:
+            with open(partial, "w", encoding="utf-8", opener=_private) as file:
+                json.dump(result, file, allow_nan=False)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
         folder = os.open(self._folder, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -2392,6 +2428,7 @@ class Agent:
         self._protocol: int | None = None
         self._node_timeout_s = 90.0
         self._heard = -math.inf
+        self._beat = time.monotonic()
         self._seen = 0
         self._word = uuid.uuid4().hex
         self._away: float | None = None
@@ -2550,8 +2587,9 @@ class Agent:
         """Talk to a master that knows no parked requests: heartbeats and polls by the clock."""
         assert self._node_id is not None
         now = time.monotonic()
-        if now - self._heard >= self._options.heartbeat_interval_s:
+        if now - self._beat >= self._options.heartbeat_interval_s:
             self._client.heartbeat(self._node_id, {})
+            self._beat = now
             self._answered()
             self._log.debug("heartbeat: the master answers")
         job = self._client.claim({"node_id": self._node_id}).get("job") if free else None
@@ -2721,7 +2759,8 @@ class Agent:
 def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host, name: str) -> Workplace:
     """Return what attempts on this node share."""
     machine = Machine(name, hardware.ffmpeg or "ffmpeg", hardware.cpu_threads or os.cpu_count() or 1,
-                      options.max_concurrent_jobs, hardware.encoders)
+                      options.max_concurrent_jobs, hardware.vaapi_device or Machine.vaapi_device,
+                      hardware.encoders)
     return Workplace(machine, hardware.ffprobe or "ffprobe", host, Meter(host, hardware), options.work_dir,
                      options.media_root, options.allow_address, hardware.filters)
 
@@ -2832,7 +2871,8 @@ def build_parser(run: bool) -> argparse.ArgumentParser:
         "`agent.py run --help` tells how to run one job without a master.")
     parser.add_argument("--version", action="version", version=f"ffdist agent {VERSION}")
     if run:
-        parser.add_argument("scenario", nargs="?", default="transcode", help="such as 1080p30-h264 (transcode)")
+        parser.add_argument("scenario", nargs="?", default="transcode",
+                            help="such as 1080p30-h264 (transcode)")
         parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
                             help="a parameter, such as -p bitrate=5M; may be repeated")
         parser.add_argument("-o", dest="output_short", metavar="OUTPUT", help="short for --output")
@@ -2862,8 +2902,8 @@ def _may_work_here(args: argparse.Namespace, client: Client) -> str | None:
     if not is_this_machine(client.host):
         return None
     if not args.allow_master_as_worker:
-        return (f"the master at {client.url} is on this machine, and the two would compete for its resources; "
-                "for development, add --allow-master-as-worker")
+        return (f"the master at {client.url} is on this machine, and the two would compete for its "
+                "resources; for development, add --allow-master-as-worker")
     print("Warning: master and worker on one machine compete for its resources; figures will suffer. "
           "For development only.", file=sys.stderr, flush=True)
     if args.yes:
@@ -2884,7 +2924,8 @@ def serve(args: argparse.Namespace) -> int:
         return 2
     held = [locked_folder(options.state_dir, "state folder"), locked_folder(options.work_dir, "work folder")]
     if not options.register and _remembered_id(options.state_dir / "node.json") is None:
-        print(f"agent: {options.state_dir} remembers no node of this machine: add --register", file=sys.stderr)
+        print(f"agent: {options.state_dir} remembers no node of this machine: add --register",
+              file=sys.stderr)
         return 1
     host = hwdetect.Host()
     cleared = clear_work(options.work_dir, host)
@@ -2905,7 +2946,7 @@ def serve(args: argparse.Namespace) -> int:
 
 def run_here(args: argparse.Namespace) -> int:
     """Run one job on this machine, without a master; progress on stderr, the result on stdout."""
-    args.work_dir = args.work_dir or state_home() / "run" / str(os.getpid())
+    args.work_dir = Path(args.work_dir or tempfile.gettempdir()) / f"ffdist-run-{os.getpid()}"
     args.media_root = args.media_root or "/"
     options = _options(args, setup_logging("warning", args.log_format, "ffdist.agent"))
     parameters = parameters_of(args.parameters)

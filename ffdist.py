@@ -39,6 +39,7 @@ import contextlib
 import fcntl
 import heapq
 import html
+import http
 import http.server
 import json
 import logging
@@ -53,6 +54,7 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import struct
 import subprocess
 import sys
 import tempfile
@@ -81,6 +83,7 @@ BULK_LIMIT_BYTES = 10 << 20
 NESTING_MOST = 64
 LOG_LINES_MOST = 20_000
 LOG_LINE_CHARS = 4000
+PROGRESS_FIELDS_MOST = 32
 LEASE_WITHOUT_SESSION_S = 24 * 3600.0
 REAP_S = 1.0
 
@@ -128,7 +131,7 @@ def number_of(body: Mapping[str, Any], field: str, low: float, high: float) -> f
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise bad(field, "must be a number")
     if not low <= value <= high:
         raise bad(field, f"must be from {low:g} to {high:g}")
@@ -146,7 +149,7 @@ def whole_of(body: Mapping[str, Any], field: str, low: int, high: int) -> int | 
 def typed_of(body: Mapping[str, Any], field: str, kind: type, name: str) -> Any:
     """Return a field that must be of a type, or absent."""
     value = body.get(field)
-    if value is not None and (not isinstance(value, kind) or kind is not bool and isinstance(value, bool)):
+    if value is not None and (not isinstance(value, kind) or (kind is not bool and isinstance(value, bool))):
         raise bad(field, f"must be {name}")
     return value
 
@@ -215,71 +218,47 @@ TRANSITIONS: dict[tuple[str, str], str] = {
 EVENT_OF_REPORT = {"completed": "complete", "failed": "fail", "canceled": "end", "returned": "return"}
 
 
-class Job:
+class Job(NamedTuple):
     """One piece of work; never changed in place: advance() returns the next one.
 
-    `spec` is the JSON of what was submitted and resolved. `node_id` is the holder of the lease, or of
-    the last one; `given_up` the node whose lease ended by its silence and may be taken back. Times are
+    `spec` is the JSON of what was submitted and resolved; the journal keeps what comes after it as one
+    JSON array, so fields may be added at the end only. `node_id` is the holder of the lease, or of the
+    last one; `given_up` the node whose lease ended by its silence and may be taken back. Times are
     seconds since 1970.
     """
-
-    __slots__ = ("attempt", "attempts", "claim", "completed_at", "created_at", "error", "failure_reason",
-                 "given_up", "history", "id", "max_retries", "node_id", "not_before", "retry_count",
-                 "retry_reason", "scenario", "seq", "spec", "started_at", "state")
 
     seq: int
     id: str
     scenario: str
     spec: str
     created_at: float
-    state: str
-    node_id: str | None
-    attempt: int
-    attempts: tuple[Json, ...]
-    claim: str | None
-    completed_at: float | None
-    error: str | None
-    failure_reason: str | None
-    given_up: str | None
-    history: tuple[tuple[float, str, str | None], ...]
-    max_retries: int
-    not_before: float | None
-    retry_count: int
-    retry_reason: str | None
-    started_at: float | None
+    max_retries: int = 3
+    state: str = "pending"
+    node_id: str | None = None
+    attempt: int = 0
+    claim: str | None = None
+    retry_count: int = 0
+    retry_reason: str | None = None
+    not_before: float | None = None
+    started_at: float | None = None
+    completed_at: float | None = None
+    error: str | None = None
+    failure_reason: str | None = None
+    given_up: str | None = None
+    attempts: Sequence[Json] = ()
+    history: Sequence[tuple[float, str, str | None]] = ()
 
     @property
     def status(self) -> str:
         """The state as the API shows it."""
         return SHOWN.get(self.state, self.state)
 
-    def but(self, **changes: Any) -> Job:
-        """Return a copy with changes."""
-        copy = Job.__new__(Job)
-        for name in Job.__slots__:
-            setattr(copy, name, changes[name] if name in changes else getattr(self, name))
-        return copy
-
     def state_json(self) -> str:
         """Return what changes over a job's life, as the journal keeps it."""
-        return json.dumps({name: getattr(self, name) for name in _STATE_FIELDS})
+        return json.dumps(self[_STATE_FROM:])
 
 
-_STATE_FIELDS = tuple(name for name in Job.__slots__ if name not in ("seq", "id", "scenario", "spec"))
-_NEW_STATE: Json = {"attempt": 0, "attempts": (), "claim": None, "completed_at": None, "error": None,
-                    "failure_reason": None, "given_up": None, "history": (), "max_retries": 3,
-                    "node_id": None, "not_before": None, "retry_count": 0, "retry_reason": None,
-                    "started_at": None, "state": "pending"}
-
-
-def make_job(seq: int, job_id: str, scenario: str, spec: str, state: Mapping[str, Any]) -> Job:
-    """Return a job from its parts; what `state` lacks is as in a new one."""
-    job = Job.__new__(Job)
-    job.seq, job.id, job.scenario, job.spec = seq, job_id, scenario, spec
-    for name in _STATE_FIELDS:
-        setattr(job, name, state[name] if name in state else _NEW_STATE[name])
-    job.attempts, job.history = tuple(job.attempts), tuple(job.history)
-    return job
+_STATE_FROM = Job._fields.index("created_at")
 
 
 def advance(job: Job, event: str, now: float, node_id: str | None = None, claim: str | None = None,
@@ -305,13 +284,15 @@ def advance(job: Job, event: str, now: float, node_id: str | None = None, claim:
     if target != job.state:
         note = reason or (event if event in ("lose", "reclaim", "retry", "return") else None)
         changes["history"] = (*job.history[-HISTORY_MOST:], (now, SHOWN.get(target, target), note))
-    return job.but(**changes)
+    return job._replace(**changes)
 
 
 def _taken(job: Job, event: str, now: float, node_id: str | None, claim: str | None) -> Json:
     if event == "reclaim":
-        last = {**job.attempts[-1], "ended_at": None, "status": "running", "error": None}
-        return {"attempts": (*job.attempts[:-1], last), "retry_count": max(0, job.retry_count - 1),
+        last = {**job.attempts[-1], "ended_at": None, "status": "running", "error": None,
+                "failure_reason": None}
+        return {"attempts": (*job.attempts[:-1], last), "started_at": last["started_at"],
+                "retry_count": max(0, job.retry_count - 1),
                 "node_id": job.given_up, "retry_reason": None, "error": None, "failure_reason": None}
     number = job.attempt + 1
     record = {"attempt": number, "node_id": node_id, "started_at": now, "ended_at": None,
@@ -337,20 +318,27 @@ def _ended(job: Job, event: str, target: str, now: float, error: str | None, rea
     return changes
 
 
+def job_text(job: Job, progress: Json | None = None) -> str:
+    """Return a job as the API shows it, as JSON text; `progress` is the last that its agent sent."""
+    state = json.dumps({
+        "status": job.status, "node_id": job.node_id, "attempt": job.attempt,
+        "cancel_requested": job.state == "canceling", "progress": progress, "error": job.error,
+        "failure_reason": job.failure_reason, "retry_count": job.retry_count,
+        "max_retries": job.max_retries, "retry_reason": job.retry_reason,
+        "not_before": wire.utc_text(job.not_before), "created_at": wire.utc_text(job.created_at),
+        "started_at": wire.utc_text(job.started_at), "completed_at": wire.utc_text(job.completed_at)})
+    return f'{{"id": "{job.id}", {job.spec[1:-1]}, {state[1:]}'
+
+
 def job_json(job: Job, progress: Json | None = None) -> Json:
-    """Return a job as the API shows it; `progress` is the last that its agent sent."""
-    return {"id": job.id, **json.loads(job.spec), "status": job.status, "node_id": job.node_id,
-            "attempt": job.attempt, "cancel_requested": job.state == "canceling",
-            "progress": progress, "error": job.error, "failure_reason": job.failure_reason,
-            "retry_count": job.retry_count, "max_retries": job.max_retries,
-            "retry_reason": job.retry_reason, "not_before": wire.utc_text(job.not_before),
-            "created_at": wire.utc_text(job.created_at), "started_at": wire.utc_text(job.started_at),
-            "completed_at": wire.utc_text(job.completed_at)}
+    """Return a job as the API shows it, as an object."""
+    return json.loads(job_text(job, progress))
 
 
 def job_detail_json(job: Job) -> Json:
     """Return what only the page of one job shows: its attempts and its transitions."""
-    attempts = [{**record, "started_at": wire.utc_text(record["started_at"]),
+    attempts = [{**{name: value for name, value in record.items() if name != "lines"},
+                 "started_at": wire.utc_text(record["started_at"]),
                  "ended_at": wire.utc_text(record["ended_at"])} for record in job.attempts]
     transitions = [{"time": wire.utc_text(at), "status": status, "reason": reason}
                    for at, status, reason in job.history]
@@ -378,7 +366,7 @@ def draft_of(value: Any, max_retries: int) -> Draft:
     kept = {name: body[name] for name in body if name not in _OWN_FIELDS and len(name) <= 64}
     spec = {**kept, "scenario": settings.scenario, "confidence": confidence,
             "parameters": body.get("parameters") or {}, "settings": settings.to_json()}
-    return Draft(job_id, settings.scenario, json.dumps(spec, allow_nan=False),
+    return Draft(job_id, settings.scenario, json.dumps(spec),
                  max_retries if retries is None else retries)
 
 
@@ -393,21 +381,18 @@ _OWN_FIELDS = frozenset(("id", "status", "node_id", "attempt", "cancel_requested
 FORMAT = 1
 APPLICATION_ID = 0x66666469
 READERS = 4
-BATCH_MOST = 2000
+TRANSACTIONS_MOST = 1000
 
 _SCHEMA = """
 CREATE TABLE jobs(seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, status TEXT NOT NULL,
     scenario TEXT NOT NULL, node_id TEXT, spec TEXT NOT NULL, state TEXT NOT NULL);
 CREATE INDEX jobs_by_status ON jobs(status, seq);
-CREATE INDEX jobs_by_scenario ON jobs(scenario, seq);
 CREATE INDEX jobs_by_node ON jobs(node_id, seq) WHERE node_id IS NOT NULL;
-CREATE TABLE results(seq INTEGER PRIMARY KEY, job_id TEXT NOT NULL, attempt INTEGER NOT NULL,
+CREATE TABLE results(seq INTEGER PRIMARY KEY, job_seq INTEGER NOT NULL, attempt INTEGER NOT NULL,
     status TEXT NOT NULL, scenario TEXT NOT NULL, node_id TEXT NOT NULL, body TEXT NOT NULL);
-CREATE INDEX results_by_job ON results(job_id);
-CREATE INDEX results_by_status ON results(status, seq);
-CREATE INDEX results_by_scenario ON results(scenario, seq);
-CREATE INDEX results_by_node ON results(node_id, seq);
-CREATE TABLE nodes(id TEXT PRIMARY KEY, record TEXT NOT NULL, claims TEXT NOT NULL DEFAULT '[]');
+CREATE INDEX results_by_job ON results(job_seq);
+CREATE TABLE nodes(id TEXT PRIMARY KEY, record TEXT NOT NULL);
+CREATE TABLE claims(node_id TEXT PRIMARY KEY, words TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE logs(job_seq INTEGER NOT NULL, attempt INTEGER NOT NULL, first INTEGER NOT NULL,
     count INTEGER NOT NULL, lines TEXT NOT NULL, PRIMARY KEY(job_seq, attempt, first)) WITHOUT ROWID;
 CREATE TABLE totals(kind TEXT, status TEXT, scenario TEXT, node_id TEXT, count INTEGER NOT NULL,
@@ -418,18 +403,20 @@ CREATE TABLE heartbeat(id INTEGER PRIMARY KEY CHECK(id = 1), at REAL);
 _WRITES = {
     "job": "INSERT INTO jobs(seq, id, status, scenario, node_id, spec, state) VALUES(?,?,?,?,?,?,?)",
     "state": "UPDATE jobs SET status=?, node_id=?, state=? WHERE seq=?",
-    "result": "INSERT INTO results(seq, job_id, attempt, status, scenario, node_id, body) "
+    "result": "INSERT INTO results(seq, job_seq, attempt, status, scenario, node_id, body) "
               "VALUES(?,?,?,?,?,?,?)",
     "node": "INSERT INTO nodes(id, record) VALUES(?,?) ON CONFLICT(id) DO UPDATE SET record=excluded.record",
-    "claims": "UPDATE nodes SET claims=? WHERE id=?",
+    "claims": "INSERT OR REPLACE INTO claims(node_id, words) VALUES(?,?)",
     "forget": "DELETE FROM nodes WHERE id=?",
     "log": "INSERT OR REPLACE INTO logs(job_seq, attempt, first, count, lines) VALUES(?,?,?,?,?)",
     "alive": "INSERT OR REPLACE INTO heartbeat(id, at) VALUES(1, ?)",
 }
+_KEYED = {"state": 3, "claims": 0}  # of these only the last write of a batch counts, by this value
 _TOTAL = "INSERT OR REPLACE INTO totals(kind, status, scenario, node_id, count) VALUES(?,?,?,?,?)"
 _NO_TOTAL = "DELETE FROM totals WHERE kind=? AND status=? AND scenario=? AND node_id=?"
 
 TotalKey = tuple[str, str, str, str]
+Write = tuple[str, tuple[Any, ...]]
 
 
 class Unusable(Exception):
@@ -437,21 +424,23 @@ class Unusable(Exception):
 
 
 class Ticket:
-    """Waits for the commit of all that was written before it."""
+    """Waits for the commit of all that was written before it (a bare lock wakes faster than an Event)."""
 
-    __slots__ = ("_event", "error")
+    __slots__ = ("_gate", "error")
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._gate = threading.Lock()
+        self._gate.acquire()
         self.error: str | None = None
 
     def settle(self, error: str | None = None) -> None:
+        """Let the one that waits go on."""
         self.error = error
-        self._event.set()
+        self._gate.release()
 
     def wait(self) -> None:
         """Return after the commit; ApiError 503 when it failed."""
-        self._event.wait()
+        self._gate.acquire()
         if self.error is not None:
             raise ApiError(503, f"nothing was changed, the journal cannot be written: {self.error}")
 
@@ -463,8 +452,9 @@ class Journal:
         self._folder = folder
         self._path = folder / "journal.db"
         self._on_failure = on_failure
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._put = 0
+        self._queue: queue.SimpleQueue[tuple[list[Write], Ticket] | None] = queue.SimpleQueue()
+        self._transaction: list[Write] = []
+        self._queued = 0
         self._done = 0
         self.trouble: str | None = None
         self.commits = 0
@@ -503,6 +493,11 @@ class Journal:
                 os.close(os.open(self._path, os.O_CREAT | os.O_EXCL, 0o600))
             connection = self._connect()
             found = connection.execute("PRAGMA user_version").fetchone()[0]
+            owner = connection.execute("PRAGMA application_id").fetchone()[0]
+            if owner not in (0, APPLICATION_ID) or (found == 0 and connection.execute(
+                    "SELECT count(*) FROM sqlite_master").fetchone()[0]):
+                raise Unusable(f"{self._path} belongs to another program: "
+                               "name another folder with --data-dir")
             if found > FORMAT:
                 raise Unusable(f"{self._path} has format {found}, made by a newer ffdist than {VERSION}; "
                                "start that one, or name another folder with --data-dir")
@@ -524,64 +519,62 @@ class Journal:
         self._thread.start()
 
     def put(self, kind: str, *values: Any) -> None:
-        """Queue one write of _WRITES, or of a total: ("total", key, count)."""
-        self._put += 1
-        self._queue.put((kind, values))
+        """Add one write of _WRITES, or of a total ("total", key, count), to the transaction."""
+        self._transaction.append((kind, values))
 
     def ticket(self) -> Ticket | None:
-        """Return what waits for all that was put so far; None when it is committed already."""
-        if self._put == self._done:
+        """End the transaction: queue it as a whole, and return what waits for it and all before it.
+
+        None when there is nothing to wait for.
+        """
+        if not self._transaction and self._queued == self._done:
             return None
-        ticket = Ticket()
-        self._queue.put(ticket)
+        ticket, writes = Ticket(), self._transaction
+        self._transaction = []
+        self._queued += 1
+        self._queue.put((writes, ticket))
         return ticket
 
     def drop(self, error: str) -> None:
         """Forget what is queued, after a commit that failed; its tickets learn the error."""
+        self._transaction = []
         with contextlib.suppress(queue.Empty):
             while True:
                 item = self._queue.get_nowait()
-                if isinstance(item, Ticket):
-                    item.settle(error)
-        self._done = self._put
+                if item is not None:
+                    item[1].settle(error)
+        self._done = self._queued
 
     def _write(self) -> None:
-        while True:
-            batch = [self._queue.get()]
+        """Commit what has gathered, whole transactions only, until close()."""
+        open_ = True
+        while open_:
+            items = [self._queue.get()]
             with contextlib.suppress(queue.Empty):
-                while len(batch) < BATCH_MOST:
-                    batch.append(self._queue.get_nowait())
-            writes = [item for item in batch if isinstance(item, tuple)]
-            tickets = [item for item in batch if isinstance(item, Ticket)]
+                while len(items) < TRANSACTIONS_MOST:
+                    items.append(self._queue.get_nowait())
+            open_ = None not in items
+            batch = [item for item in items if item is not None]
+            writes = [write for item in batch for write in item[0]]
             error = self._commit(writes) if writes else None
-            if error is not None:
+            if error is None:
+                self._done += len(batch)
+                self.trouble = None if writes else self.trouble
+            else:
                 self.trouble = error
-                for ticket in tickets:
-                    ticket.settle(error)
+            for _, ticket in batch:
+                ticket.settle(error)
+            if error is not None:
                 self._on_failure(error)
-                continue
-            if writes:
-                self.trouble = None
-                self._done += len(writes)
-            for ticket in tickets:
-                ticket.settle()
-            if None in batch:
-                return
 
-    def _commit(self, writes: list[tuple[str, tuple[Any, ...]]]) -> str | None:
-        """Commit a batch, totals once each; return what went wrong."""
+    def _commit(self, writes: list[Write]) -> str | None:
+        """Commit a batch; return what went wrong."""
         began = time.perf_counter()
-        totals: dict[TotalKey, int] = {}
         execute = self._writer.execute
         try:
             execute("BEGIN IMMEDIATE")
-            for kind, values in writes:
-                if kind == "total":
-                    totals[values[0]] = values[1]
-                else:
-                    execute(_WRITES[kind], values)
-            for key, count in totals.items():
-                execute(_TOTAL, (*key, count)) if count else execute(_NO_TOTAL, key)
+            for statement, rows in _grouped(writes):
+                self._writer.executemany(statement, rows)
             execute("COMMIT")
         except sqlite3.Error as error:
             with contextlib.suppress(sqlite3.Error):
@@ -594,6 +587,7 @@ class Journal:
     def close(self) -> None:
         """Commit what is queued, then let the folder go."""
         if self._thread.is_alive():
+            self.ticket()
             self._queue.put(None)
             self._thread.join(10)
         with contextlib.suppress(queue.Empty):
@@ -625,8 +619,9 @@ class Journal:
     def nodes(self) -> list[tuple[str, Json, list[str]]]:
         """Return (id, record, claim words) of every node."""
         with self._reading() as connection:
-            rows = connection.execute("SELECT id, record, claims FROM nodes ORDER BY rowid").fetchall()
-        return [(row[0], json.loads(row[1]), json.loads(row[2])) for row in rows]
+            rows = connection.execute("SELECT id, record, words FROM nodes LEFT JOIN claims ON node_id=id "
+                                      "ORDER BY nodes.rowid").fetchall()
+        return [(row[0], json.loads(row[1]), json.loads(row[2] or "[]")) for row in rows]
 
     def counters(self) -> tuple[int, int, dict[TotalKey, int]]:
         """Return the last sequence numbers of jobs and results, and the totals."""
@@ -673,7 +668,8 @@ class Journal:
         rows = self._page("jobs", "seq, id, scenario, spec, state", filters, before, limit)
         return [_job_of_row(row) for row in rows]
 
-    def result_page(self, filters: Mapping[str, str], before: int | None, limit: int) -> list[tuple[int, Json]]:
+    def result_page(self, filters: Mapping[str, str], before: int | None,
+                    limit: int) -> list[tuple[int, Json]]:
         """Return (seq, result), newest first."""
         return [(row[0], json.loads(row[1])) for row in
                 self._page("results", "seq, body", filters, before, limit)]
@@ -687,11 +683,11 @@ class Journal:
             return connection.execute(f"SELECT {columns} FROM {table}{where} ORDER BY seq DESC LIMIT ?",
                                       values).fetchall()
 
-    def result(self, job_id: str, attempt: int) -> Json | None:
+    def result(self, job_seq: int, attempt: int) -> Json | None:
         """Return the accepted report of one attempt."""
         with self._reading() as connection:
-            row = connection.execute("SELECT body FROM results WHERE job_id=? AND attempt=? "
-                                     "ORDER BY seq DESC LIMIT 1", (job_id, attempt)).fetchone()
+            row = connection.execute("SELECT body FROM results WHERE job_seq=? AND attempt=? "
+                                     "ORDER BY seq DESC LIMIT 1", (job_seq, attempt)).fetchone()
         return json.loads(row[0]) if row else None
 
     def logs(self, job_seq: int, after: int, most: int = 5000) -> tuple[list[str], int]:
@@ -718,8 +714,23 @@ class Journal:
         return total
 
 
+def _grouped(writes: Iterable[Write]) -> list[tuple[str, list[tuple[Any, ...]]]]:
+    """Return statements with their rows: new jobs before their states, of several totals the last."""
+    rows: dict[str, dict[Any, tuple[Any, ...]]] = {kind: {} for kind in _WRITES}
+    totals: dict[TotalKey, int] = {}
+    for number, (kind, values) in enumerate(writes):
+        if kind == "total":
+            totals[values[0]] = values[1]
+        else:
+            rows[kind][values[_KEYED[kind]] if kind in _KEYED else number] = values
+    groups = [(_WRITES[kind], list(found.values())) for kind, found in rows.items() if found]
+    kept = [(*key, count) for key, count in totals.items() if count]
+    gone = [key for key, count in totals.items() if not count]
+    return groups + [group for group in ((_TOTAL, kept), (_NO_TOTAL, gone)) if group[1]]
+
+
 def _job_of_row(row: Sequence[Any]) -> Job:
-    return make_job(row[0], row[1], row[2], row[3], json.loads(row[4]))
+    return Job(row[0], row[1], row[2], row[3], *json.loads(row[4]))
 
 
 # ---- 4 Master -------------------------------------------------------------------------------------
@@ -766,7 +777,7 @@ class Lane:
 class Lease:
     """What is known of a running attempt beside the journal."""
 
-    __slots__ = ("began", "lines", "limit_s", "progress")
+    __slots__ = ("began", "limit_s", "lines", "progress")
 
     def __init__(self, began: float, lines: int = 0, limit_s: float = math.inf) -> None:
         self.began = began
@@ -875,15 +886,15 @@ class Master:
 
     # -- transactions
 
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transaction(self) -> _Transaction:
         """Hold the lock; on leaving, wait until all that was seen and done is on disk."""
-        with self._lock:
-            try:
-                yield
-            finally:
-                ticket = self.journal.ticket()
-                notes, self._notes = self._notes, []
+        return _Transaction(self)
+
+    def _leave(self) -> None:
+        """Let the lock go, wait for the commit, then log what happened."""
+        ticket = self.journal.ticket()
+        notes, self._notes = self._notes, []
+        self._lock.release()
         if ticket is not None:
             ticket.wait()
         for level, message, values in notes:
@@ -1039,7 +1050,7 @@ class Master:
             return False
         back = advance(job, "reclaim", self.wall(), reason=f"{node.name} came back with it")
         self._save(job, back)
-        self._lease(node, back)
+        self._lease(node, back, back.attempts[-1].get("lines", 0))
         self._note("job %s attempt %d: %s came back with it", job.id, job.attempt, node.name)
         return True
 
@@ -1084,7 +1095,7 @@ class Master:
             return {"status": "removed", "id": node.id}
 
     def _hear(self, node_id: str, session: str | None) -> Node:
-        """Return the node that speaks, as heard now; ApiError 404 or 409 for a stranger or an old session."""
+        """Return the node that speaks, as heard now; ApiError 404 for a stranger, 409 for an old session."""
         node = self._nodes.get(node_id)
         if node is None:
             raise ApiError(404, f"there is no node {node_id[:64]}: register first", "node_id")
@@ -1117,44 +1128,54 @@ class Master:
         return {"status": "ok", **self._park(ask, for_work=False)}
 
     def claim(self, ask: Ask) -> Json:
-        """Hand out one job; with `wait_s`, stay until there is one, or orders."""
-        return {"job": None, **self._park(ask, for_work=True)}
+        """Hand out one Job under `job`; with `wait_s`, stay until there is one, or orders."""
+        return self._park(ask, for_work=True)
 
     def _park(self, ask: Ask, for_work: bool) -> Json:
         deadline = self.clock() + min(ask.wait_s, self.settings.node_timeout_s / 2)
-        first, woken = True, False
+        parked: Parked | None = None
         while True:
-            present = first or ask.alive()
+            present = parked is None or ask.alive()
             with self._transaction():
-                node = self._hear(ask.node_id, ask.session) if first else self._nodes.get(ask.node_id)
+                node = self._speaking(ask, first=parked is None)
                 if node is None or self._closing:
                     return {}
-                if first:
-                    self._arrive(node, ask)
-                elif ask.session is not None and ask.session != node.session:
-                    raise ApiError(409, f"a newer start of node {node.name} has taken over", "session")
                 answer = self._answer(node, ask, for_work and present)
-                if woken and "job" not in answer:
-                    self._wake()
+                if parked is not None and parked.woken and "job" not in answer:
+                    self._wake()  # the job it was woken for is another's
                 left = deadline - self.clock() if present else 0.0
-                if answer.get("job") or ask.seen < node.orders and "actions" in answer or left <= 0:
+                if answer.get("job") or (ask.seen < node.orders and "actions" in answer) or left <= 0:
                     return answer
                 parked = node.parked = Parked()
                 if for_work and not node.leaving:
                     self._idle[node.id] = parked
             parked.event.wait(left)
-            first = False
             with self._lock:
-                woken = parked.woken
-                if node.parked is parked:
-                    node.parked = None
-                    self._idle.pop(node.id, None)
-                elif parked.over:
-                    if woken:
-                        self._wake()
-                    current = self._nodes.get(ask.node_id)
-                    if current is None or current.session == node.session and ask.session == node.session:
-                        return {}
+                if not self._unpark(node, parked, ask):
+                    return {}
+
+    def _speaking(self, ask: Ask, first: bool) -> Node | None:
+        """Return the node of a request: heard when it comes, checked again when it wakes."""
+        if first:
+            node = self._hear(ask.node_id, ask.session)
+            self._arrive(node, ask)
+            return node
+        waiting = self._nodes.get(ask.node_id)
+        if waiting is not None and ask.session is not None and ask.session != waiting.session:
+            raise ApiError(409, f"a newer start of node {waiting.name} has taken over; this one must end",
+                           "session")
+        return waiting
+
+    def _unpark(self, node: Node, parked: Parked, ask: Ask) -> bool:
+        """Clear up behind a request that was woken; False when a newer one has taken its place."""
+        if node.parked is parked:
+            node.parked = None
+            self._idle.pop(node.id, None)
+        if not parked.over:
+            return True
+        if parked.woken:
+            self._wake()
+        return ask.session != node.session  # a newer session: the next look says so
 
     def _arrive(self, node: Node, ask: Ask) -> None:
         self.counts["heartbeats"] += 1
@@ -1181,7 +1202,7 @@ class Master:
         if for_work:
             job = self._repeated(node, ask.claim) or self._next(node, ask.claim)
             if job is not None:
-                answer["job"] = job_json(job)
+                answer["job"] = job
         return answer
 
     def _action(self, job: Job) -> Json | None:
@@ -1198,7 +1219,7 @@ class Master:
         return next((self._jobs[seq] for seq in node.leases if self._jobs[seq].claim == word), None)
 
     def _next(self, node: Node, word: str | None) -> Job | None:
-        if node.leaving or node.draining or word is not None and word in node.claims:
+        if node.leaving or node.draining or (word is not None and word in node.claims):
             return None
         job = None
         while job is None:
@@ -1212,7 +1233,7 @@ class Master:
         self._lease(node, taken)
         if word is not None:
             node.claims.append(word)
-            self.journal.put("claims", json.dumps(list(node.claims)), node.id)
+            self.journal.put("claims", node.id, json.dumps(list(node.claims)))
         self.counts["claims"] += 1
         self._note("job %s attempt %d: %s takes it", job.id, taken.attempt, node.name)
         return taken
@@ -1243,7 +1264,7 @@ class Master:
 
     # -- jobs
 
-    def submit(self, drafts: Sequence[Draft]) -> tuple[bool, list[Json]]:
+    def submit(self, drafts: Sequence[Draft]) -> tuple[bool, list[Job]]:
         """Accept jobs, all or none; return whether any is new, and the jobs."""
         named = [draft.id for draft in drafts if draft.id is not None]
         if len(set(named)) != len(named):
@@ -1251,22 +1272,22 @@ class Master:
         if not named:
             with self._transaction():
                 jobs = [self._accept(draft) for draft in drafts]
-            return True, [job_json(job) for job in jobs]
+            return True, jobs
         with self._archive_lock:
             with self._transaction():
-                live = {job_id: self._jobs[self._seq_of[job_id]] for job_id in named if job_id in self._seq_of}
+                live = {job_id: self._jobs[self._seq_of[job_id]] for job_id in named
+                        if job_id in self._seq_of}
             archived = self.journal.known_ids([job_id for job_id in named if job_id not in live])
             known = {**live, **{job_id: self._archived(job_id) for job_id in archived}}
             with self._transaction():
                 jobs = [known[draft.id] if draft.id in known else self._accept(draft) for draft in drafts]
-        return any(draft.id not in known for draft in drafts), [job_json(job) for job in jobs]
+        return any(draft.id not in known for draft in drafts), jobs
 
     def _accept(self, draft: Draft) -> Job:
         self._last_job += 1
         now = self.wall()
-        job = make_job(self._last_job, draft.id or str(uuid.uuid4()), draft.scenario, draft.spec,
-                       {"created_at": now, "max_retries": draft.max_retries,
-                        "history": ((now, "pending", None),)})
+        job = Job(self._last_job, draft.id or str(uuid.uuid4()), draft.scenario, draft.spec, now,
+                  draft.max_retries, history=((now, "pending", None),))
         self._save(None, job)
         self._pend(job)
         self.counts["submitted"] += 1
@@ -1299,51 +1320,58 @@ class Master:
     def job(self, given: str) -> Json:
         """Return one job with its attempts, its transitions and its result."""
         job = self._find(given)
-        result = self.journal.result(job.id, job.attempt) if job.state in FINAL else None
+        result = self.journal.result(job.seq, job.attempt) if job.state in FINAL else None
         return {**self._shown(job), **job_detail_json(job), "result": result}
 
     def _shown(self, job: Job) -> Json:
         lease = self._leases.get(job.seq)
         return job_json(job, lease.progress if lease is not None else None)
 
-    def jobs(self, filters: Mapping[str, str], before: int | None, limit: int) -> tuple[list[Json], int, int | None]:
+    def jobs(self, filters: Mapping[str, str], before: int | None,
+             limit: int) -> tuple[list[Json], int, int | None]:
         """Return jobs, newest first, how many there are in all, and the cursor of the next page."""
         total = self._total("jobs", filters)
         page = self.journal.job_page(filters, before, limit + 1)
-        return [self._shown(job) for job in page[:limit]], total, page[limit - 1].seq if len(page) > limit else None
+        cursor = page[limit - 1].seq if len(page) > limit else None
+        return [self._shown(job) for job in page[:limit]], total, cursor
 
     def results(self, filters: Mapping[str, str], before: int | None,
                 limit: int) -> tuple[list[Json], int, int | None]:
         """Return accepted reports as jobs() returns jobs."""
         total = self._total("results", filters)
         page = self.journal.result_page(filters, before, limit + 1)
-        return [body for _, body in page[:limit]], total, page[limit - 1][0] if len(page) > limit else None
+        cursor = page[limit - 1][0] if len(page) > limit else None
+        return [body for _, body in page[:limit]], total, cursor
 
     def _total(self, kind: str, filters: Mapping[str, str]) -> int:
-        wanted = [(1 + ("status", "scenario", "node_id").index(name), value) for name, value in filters.items()]
+        fields = ("kind", "status", "scenario", "node_id")
+        wanted = [(fields.index(name), value) for name, value in filters.items()]
         with self._transaction():
             return sum(count for key, count in self._totals.items()
                        if key[0] == kind and all(key[at] == value for at, value in wanted))
 
     def order(self, given: str, verb: str) -> Json:
         """Cancel, pause, resume or retry a job; ApiError 409 where its state forbids it."""
-        found = self._find(given)
-        with self._archive_lock if found.state in FINAL else contextlib.nullcontext():
-            archived = self._archived(found.id) if found.state in FINAL else found
+        job_id = self._find(given).id
+        with self._archive_lock:
             with self._transaction():
-                seq = self._seq_of.get(found.id)
-                job = self._jobs[seq] if seq is not None else archived
-                if seq is None and job.state not in FINAL:
-                    job = job.but(state="completed")  # it ended in this moment: the table refuses the rest
-                changed = advance(job, verb, self.wall(), reason=f"{verb} was asked for")
-                if changed.state != job.state:
-                    self._save(job, changed)
-                if changed.state == "pending":
-                    self._pend(changed)
-                elif changed.state in LEASED:
-                    self._order(changed)
-                self._note("job %s: %s asked for, now %s", job.id, verb, changed.status)
-                return self._shown(changed)
+                seq = self._seq_of.get(job_id)
+                if seq is not None:
+                    return self._ordered(self._jobs[seq], verb)
+            archived = self._archived(job_id)
+            with self._transaction():
+                return self._ordered(archived, verb)
+
+    def _ordered(self, job: Job, verb: str) -> Json:
+        changed = advance(job, verb, self.wall(), reason=f"{verb} was asked for")
+        if changed.state != job.state:
+            self._save(job, changed)
+            if changed.state == "pending":
+                self._pend(changed)
+            elif changed.state in LEASED:
+                self._order(changed)
+            self._note("job %s: %s asked for, now %s", job.id, verb, changed.status)
+        return self._shown(changed)
 
     # -- reports
 
@@ -1355,7 +1383,8 @@ class Master:
             job = self._leased(job_id, node, report.attempt)
             if job is not None:
                 lease = self._leases[job.seq]
-                lease.progress = {**(lease.progress or {}), **report.progress}
+                told = {**(lease.progress or {}), **report.progress}
+                lease.progress = told if len(told) <= PROGRESS_FIELDS_MOST else report.progress
                 self._take_lines(job, lease, report)
                 action = self._action(job)
                 return {"status": "ok", "next_s": round(max(1.0, len(self._leases) / 250), 1),
@@ -1434,14 +1463,14 @@ class Master:
         result = {**kept, "job_id": job.id, "node_id": node.id, "node": node.name, "attempt": job.attempt,
                   "scenario": job.scenario, "status": report.status,
                   "received_at": wire.utc_text(self.wall())}
-        self.journal.put("result", self._last_result, job.id, job.attempt, report.status, job.scenario,
-                         node.id, json.dumps(result, allow_nan=False))
+        self.journal.put("result", self._last_result, job.seq, job.attempt, report.status, job.scenario,
+                         node.id, json.dumps(result))
         key = ("results", report.status, job.scenario, node.id)
         self._totals[key] = self._totals.get(key, 0) + 1
         self.journal.put("total", key, self._totals[key])
 
     def logs(self, given: str, after: int, wait_s: float, alive: Callable[[], bool]) -> Json:
-        """Return log lines from number `after` on; with `wait_s`, stay until there are any or the job ends."""
+        """Return log lines from number `after` on; with `wait_s`, stay until there are any, or the end."""
         deadline = self.clock() + wait_s
         while True:
             job = self._find(given)
@@ -1449,6 +1478,7 @@ class Master:
             with self._lock:
                 self._watchers.setdefault(job.seq, []).append(event)
             try:
+                job = self._find(job.id)  # what happened before the watch began is on disk now
                 lines, upto = self.journal.logs(job.seq, after)
                 left = deadline - self.clock()
                 if lines or left <= 0 or job.state in FINAL or self._closing or not alive():
@@ -1495,6 +1525,7 @@ class Master:
         """End a lease without a report: the job is pending again while it has retries left."""
         event = "lose" if job.retry_count < job.max_retries else "exhaust"
         lost = advance(job, event, self.wall(), error=why, reason="node_lost")
+        lost.attempts[-1]["lines"] = self._leases[job.seq].lines if job.seq in self._leases else 0
         node = self._nodes.get(job.node_id or "")
         self._save(job, lost)
         self.counts["lost_leases"] += 1
@@ -1534,6 +1565,21 @@ class Master:
                 for event in events:
                     event.set()
         self.journal.close()
+
+
+class _Transaction:
+    """The one way to the master's state: `with self._transaction():`."""
+
+    __slots__ = ("_master",)
+
+    def __init__(self, master: Master) -> None:
+        self._master = master
+
+    def __enter__(self) -> None:
+        self._master._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._master._leave()
 
 
 class Snapshot(NamedTuple):
@@ -1581,7 +1627,7 @@ def registration_of(body: Json) -> Registration:
     typed_of(body, "has_gpu", bool, "true or false")
     typed_of(body, "labels", dict, "an object")
     facts = {name: value for name, value in body.items() if name not in _NODE_OWN and len(name) <= 64}
-    ram = body.get("ram_bytes", body.get("ram_total_bytes"))
+    ram = body.get("ram_total_bytes") if body.get("ram_bytes") is None else body["ram_bytes"]
     facts.update(ram_bytes=ram, ram_total_bytes=ram)
     slots = whole_of(body, "max_concurrent_jobs", 1, 10_000)
     return Registration(node_id, text_of(body, "name") or address, address,
@@ -1630,10 +1676,10 @@ def report_of(body: Json, progress: bool = False) -> Report:
     told = body.get("progress")
     if isinstance(told, (int, float)) and not isinstance(told, bool):
         told = {"percent": told}
-    if told is not None and (not isinstance(told, dict) or len(told) > 32):
+    if told is not None and (not isinstance(told, dict) or len(told) > PROGRESS_FIELDS_MOST):
         raise bad("progress", "must be an object or a number of percent")
     text_of(body, "completed_at", 64)
-    return Report(node_id, text_of(body, "session", 128), whole_of(body, "attempt", 1, 1 << 31), status,
+    return Report(node_id, text_of(body, "session", 128), whole_of(body, "attempt", 1, 1 << 31), str(status),
                   long_text_of(body, "error", 8000), text_of(body, "failure_reason", 64), told or {},
                   [line[:LOG_LINE_CHARS] for line in lines], whole_of(body, "lines_from", 0, 1 << 40))
 
@@ -1649,8 +1695,8 @@ def summary_of(status: str, body: Json) -> str:
     """Return a result as one phrase for the log."""
     metrics, analysis = body.get("metrics") or {}, body.get("analyzer_output") or {}
     parts = [status]
-    for name, form in (("duration", "{:.1f} s"), ("speed", "{:.2f}x real time"), ("cpu_usage", "CPU {:.0f} %"),
-                       ("energy_joules", "{:.0f} J")):
+    for name, form in (("duration", "{:.1f} s"), ("speed", "{:.2f}x real time"),
+                       ("cpu_usage", "CPU {:.0f} %"), ("energy_joules", "{:.0f} J")):
         value = metrics.get(name)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             parts.append(form.format(value))
@@ -1664,11 +1710,22 @@ HEAD_LIMIT_BYTES = 32 << 10
 HEADERS_MOST = 100
 HEAD_S = 10.0
 BODY_S = 60.0
-SEND_S = 60.0
+SEND_S = 60
+TICK_S = 2
 IDLE_S = 300.0
 LINGER_S = 2.0
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (\S{1,8000}) HTTP/(\d)\.(\d)")
 _HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
+
+JSON_KIND = "application/json"
+
+
+class Text(NamedTuple):
+    """An answer that is text already: a page, metrics, or JSON made without a detour."""
+
+    text: str
+    kind: str
 
 
 class Request(NamedTuple):
@@ -1737,13 +1794,16 @@ def _heartbeat(master: Master, request: Request) -> tuple[int, Any]:
 
 def _next_job(master: Master, request: Request) -> tuple[int, Any]:
     node_id = text_of(request.query, "node_id", 64, required=True) or ""
-    return 200, master.claim(_ask_of(request, node_id))
+    answer = master.claim(_ask_of(request, node_id))
+    job = answer.pop("job", None)
+    orders = f", {json.dumps(answer)[1:-1]}" if answer else ""
+    return 200, Text(f'{{"job": {"null" if job is None else job_text(job)}{orders}}}', JSON_KIND)
 
 
 def _submit(master: Master, request: Request) -> tuple[int, Any]:
     if not isinstance(request.body, list):
         new, jobs = master.submit([draft_of(request.body, master.settings.max_retries)])
-        return 201 if new else 200, jobs[0]
+        return 201 if new else 200, Text(job_text(jobs[0]), JSON_KIND)
     if not 1 <= len(request.body) <= BULK_MOST:
         raise ApiError(400, f"an array must hold 1 to {BULK_MOST} jobs, not {len(request.body)}")
     drafts = []
@@ -1753,7 +1813,11 @@ def _submit(master: Master, request: Request) -> tuple[int, Any]:
         except ApiError as error:
             raise ApiError(400, f"job {number} of the array: {error.message}", error.field) from None
     new, jobs = master.submit(drafts)
-    return 201 if new else 200, {"jobs": jobs, "count": len(jobs)}
+    return 201 if new else 200, Text(_jobs_text(jobs, {"count": len(jobs)}), JSON_KIND)
+
+
+def _jobs_text(jobs: Iterable[Job], more: Json) -> str:
+    return f'{{"jobs": [{", ".join(job_text(job) for job in jobs)}], {json.dumps(more)[1:]}'
 
 
 def _page_of(request: Request) -> tuple[dict[str, str], int | None, int]:
@@ -1833,13 +1897,6 @@ for _route in ROUTES:
 _BULK_PATHS = ("/jobs", "/results")
 
 
-class Text(NamedTuple):
-    """An answer that is no JSON."""
-
-    text: str
-    kind: str
-
-
 def route_of(method: str, path: str) -> tuple[Route, str]:
     """Return the route of a request and its `{id}`; ApiError 404 or 405."""
     methods, part = _BY_PATH.get(path), ""
@@ -1850,7 +1907,7 @@ def route_of(method: str, path: str) -> tuple[Route, str]:
             methods = _BY_PATH.get("/".join((*pieces[:2], "{id}", *pieces[3:])))
     if methods is None:
         raise ApiError(404, f"there is no {printable_path(path)} here; GET / lists what there is")
-    route = methods.get("GET" if method == "HEAD" else method)
+    route = methods.get("GET" if method == "HEAD" and path != "/jobs/next" else method)
     if route is None:
         raise ApiError(405, f"{method} is not possible on {printable_path(path)}: use {' or '.join(methods)}")
     return route, part
@@ -1868,12 +1925,18 @@ def _finite(text: str) -> float:
     return value
 
 
+def _bounded(text: str) -> int:
+    if len(text) > 300:
+        raise ValueError(f"{text[:20]}… is too large a number")
+    return int(text)
+
+
 def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is no JSON")
 
 
-_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constant)
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_int=_bounded, parse_constant=_no_constant)
+_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\\?\Z)', re.DOTALL)  # an open one swallows the rest: linear
 
 
 def decode_json(raw: bytes) -> Any:
@@ -1991,6 +2054,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self._buffer = bytearray()
+        # The kernel keeps these limits: Python's own would cost two system calls more each time.
+        self.connection.settimeout(None)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", TICK_S, 0))
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_S, 0))
 
     def handle(self) -> None:
         try:
@@ -2071,49 +2138,43 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _read_body(self, length: int) -> bytes:
         deadline = time.monotonic() + BODY_S
         while len(self._buffer) < length:
-            if not self._receive(deadline):
+            if not self._receive(deadline, in_body=True):
                 raise ApiError(408, f"the body did not arrive: {len(self._buffer)} of {length} bytes came")
         body = bytes(self._buffer[:length])
         del self._buffer[:length]
         return body
 
-    def _receive(self, deadline: float) -> bool:
+    def _receive(self, deadline: float, in_body: bool = False) -> bool:
         """Add what has come to the buffer; False when the time is up; Hangup when the peer has gone."""
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return False
-        self.connection.settimeout(left)
-        try:
-            data = self.connection.recv(1 << 16)
-        except (TimeoutError, socket.timeout):
-            return False
+        while True:
+            try:
+                data = self.connection.recv(1 << 16)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    return False
         if not data:
-            if self._buffer:
+            if self._buffer or in_body:
                 raise ApiError(400, "the connection was closed in the middle of a request")
             raise Hangup
         self._buffer += data
-        return True
+        return time.monotonic() < deadline
 
     def _alive(self) -> bool:
         """Tell whether the peer is still there."""
         try:
-            self.connection.settimeout(0)
-            return socket.socket.recv(self.connection, 1, socket.MSG_PEEK) != b""
+            return self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
         except BlockingIOError:
             return True
         except OSError:
             return False
 
     def _send(self, status: int, data: Any, keep: bool, head_only: bool) -> None:
-        if isinstance(data, Text):
-            kind, payload = data.kind, data.text.encode("utf-8", "replace")
-        else:
-            kind, payload = "application/json", json.dumps(data, allow_nan=False).encode() + b"\n"
-        phrase = self.responses.get(status, ("", ""))[0]
-        head = (f"HTTP/1.1 {int(status)} {phrase}\r\nContent-Type: {kind}\r\n"
-                f"Content-Length: {len(payload)}\r\n{_SAFETY if isinstance(data, Text) else ''}"
-                f"{'' if keep else 'Connection: close' + _CRLF}\r\n")
-        self.connection.settimeout(SEND_S)
+        answer = data if isinstance(data, Text) else Text(_ENCODE(data), JSON_KIND)
+        payload = answer.text.encode("utf-8", "replace") + b"\n"
+        head = (f"HTTP/1.1 {_STATUS_LINES[status]}\r\nContent-Type: {answer.kind}\r\n"
+                f"Content-Length: {len(payload)}\r\n{'' if answer.kind == JSON_KIND else _SAFETY}"
+                f"{'' if keep else _CLOSING}\r\n")
         self.connection.sendall(head.encode() + (b"" if head_only else payload))
         if not keep:
             self._linger()
@@ -2123,13 +2184,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             deadline = time.monotonic() + LINGER_S
-            while (left := deadline - time.monotonic()) > 0:
-                self.connection.settimeout(left)
-                if not self.connection.recv(1 << 16):
-                    return
+            while time.monotonic() < deadline and self.connection.recv(1 << 16):
+                pass
 
 
-_CRLF = "\r\n"
+_CLOSING = "Connection: close\r\n"
+_STATUS_LINES = {int(status): f"{int(status)} {status.phrase}" for status in http.HTTPStatus}
+_ENCODE = json.JSONEncoder(allow_nan=False).encode
 _SAFETY = ("X-Content-Type-Options: nosniff\r\nContent-Security-Policy: default-src 'none'; "
            "style-src 'unsafe-inline'\r\nCache-Control: no-store\r\n")
 
@@ -2187,7 +2248,8 @@ METRICS = (
            _counter("reports")),
     Metric("ffdist_refused_reports_total", "counter", "Reports of attempts that held no lease.",
            _counter("refused_reports")),
-    Metric("ffdist_lost_leases_total", "counter", "Attempts ended without a report.", _counter("lost_leases")),
+    Metric("ffdist_lost_leases_total", "counter", "Attempts ended without a report.",
+           _counter("lost_leases")),
     Metric("ffdist_heartbeats_total", "counter", "Signs of life and questions for work.",
            _counter("heartbeats")),
     Metric("ffdist_journal_commits_total", "counter", "Commits of the journal.",
@@ -2548,10 +2610,12 @@ def _waiting_text(job: Json) -> str:
 
 def _show_job(job: Json) -> None:
     result = job.get("result") or {}
-    rows: list[tuple[Any, Any]] = [("job", job["id"]), ("status", job["status"]), ("scenario", job["scenario"]),
-            ("node", result.get("node") or job.get("node_id")), ("created", _ago(job["created_at"]))]
+    rows: list[tuple[Any, ...]] = [
+        ("job", job["id"]), ("status", job["status"]), ("scenario", job["scenario"]),
+        ("node", result.get("node") or job.get("node_id")), ("created", _ago(job["created_at"]))]
     if job.get("error"):
-        rows.append(("error", f"{job['error']}{' (' + job['failure_reason'] + ')' if job.get('failure_reason') else ''}"))
+        reason = job.get("failure_reason")
+        rows.append(("error", f"{job['error']}{f' ({reason})' if reason else ''}"))
     if job["retry_count"]:
         rows.append(("retries", f"{job['retry_count']} of {job['max_retries']}: {job.get('retry_reason')}"))
     if job["status"] == "running":
@@ -2581,7 +2645,7 @@ def cmd_jobs(args: argparse.Namespace) -> int:
     page = _client(args).jobs(_page_query(args))
     if args.json:
         return _print_json(page)
-    rows = [("JOB", "STATUS", "DONE", "CREATED", "SCENARIO", "WHAT")]
+    rows: list[tuple[Any, ...]] = [("JOB", "STATUS", "DONE", "CREATED", "SCENARIO", "WHAT")]
     rows += [(job["id"][:8], job["status"], percent_text(job), _ago(job["created_at"]), job["scenario"],
               job.get("error") or wire.settings_text(job.get("settings") or {})) for job in page["jobs"]]
     return _print_page(rows, page, "jobs", "submit one with: python3 ffdist.py submit 720p30-h264")
@@ -2592,7 +2656,8 @@ def cmd_results(args: argparse.Namespace) -> int:
     page = _client(args).results(_page_query(args))
     if args.json:
         return _print_json(page)
-    rows = [("JOB", "STATUS", "NODE", "TIME", "SPEED", "CPU", "ENERGY", "SIZE", "SCENARIO", "VERDICT")]
+    rows: list[tuple[Any, ...]] = [
+        ("JOB", "STATUS", "NODE", "TIME", "SPEED", "CPU", "ENERGY", "SIZE", "SCENARIO", "VERDICT")]
     rows += [_result_row(result) for result in page["results"]]
     return _print_page(rows, page, "results", "they come when jobs have run")
 
@@ -2625,7 +2690,8 @@ def cmd_nodes(args: argparse.Namespace) -> int:
     page = _client(args).nodes()
     if args.json:
         return _print_json(page)
-    rows = [("NODE", "STATUS", "JOBS", "TYPE", "THREADS", "MEMORY", "HEARD", "GPU", "CPU")]
+    rows: list[tuple[Any, ...]] = [
+        ("NODE", "STATUS", "JOBS", "TYPE", "THREADS", "MEMORY", "HEARD", "GPU", "CPU")]
     rows += [(node["name"], node["status"], f"{node['running']}/{node['max_concurrent_jobs']}",
               node.get("type"), node.get("cpu_threads"), wire.size_text(node.get("ram_bytes")),
               _ago(node["last_heartbeat"]), node.get("gpu_type"), node.get("cpu_model"))
@@ -2635,18 +2701,16 @@ def cmd_nodes(args: argparse.Namespace) -> int:
 
 def cmd_logs(args: argparse.Namespace) -> int:
     """Print the log of a job; -f follows it to its end."""
-    client, after = _client(args), 0
+    client, after, kept = _client(args), 0, []
     while True:
         part = client.logs(args.id, after, 20 if args.follow else None)
-        if args.json:
-            _print_json(part)
+        kept += part["lines"] if args.json else []
         for line in () if args.json else part["lines"]:
             print(wire.printable(line))
         sys.stdout.flush()
-        done = part["next"] == after or not part["lines"]
         after = part["next"]
-        if done and (not args.follow or part.get("status") in FINAL):
-            return 0
+        if not part["lines"] and (not args.follow or part.get("status") in FINAL):
+            return _print_json({"lines": kept, "next": after}) if args.json else 0
 
 
 def cmd_order(verb: str) -> Callable[[argparse.Namespace], int]:
@@ -2693,12 +2757,13 @@ def _demo_with_agent(args: argparse.Namespace, url: str, film: Path | None, fold
         parameters: Json = {"quality": ["psnr", "ssim"], "duration": 30 if film else 5}
         if film is not None:
             parameters["input"] = film.name
-            _say(f"the first {parameters['duration']} s of {film.name} are encoded; nothing is written beside it")
+            _say(f"the first {parameters['duration']} s of {film.name} are encoded; "
+                 "nothing is written beside it")
         job = client.submit({"scenario": args.scenario, "parameters": parameters})
         if not args.json:
+            memory, gpu = wire.size_text(node.get("ram_bytes")), node.get("gpu_type") or "none"
             _print_table([("node", f"{node['name']}: {node.get('type')}, {node.get('cpu_threads')} threads, "
-                           f"{node.get('cpu_model') or 'unknown CPU'}, {wire.size_text(node.get('ram_bytes'))}, "
-                           f"GPU {node.get('gpu_type') or 'none'}")])
+                           f"{node.get('cpu_model') or 'unknown CPU'}, {memory}, GPU {gpu}")])
         return _wait_for(client, job, args.json)
     finally:
         process.terminate()
@@ -2716,7 +2781,8 @@ def _demo_node(client: wire.Client, process: subprocess.Popen[bytes], output: Pa
             nodes = client.nodes()["nodes"]
             if nodes:
                 return nodes[0]
-            bar.show(f"the agent looks at this machine and tries its encoders … {time.monotonic() - began:.0f} s")
+            waited = time.monotonic() - began
+            bar.show(f"the agent looks at this machine and tries its encoders … {waited:.0f} s")
             time.sleep(0.2)
     finally:
         bar.close()
@@ -2793,10 +2859,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 _WORDS: dict[str, Callable[[argparse.ArgumentParser], Any]] = {
-    "id": lambda sub: sub.add_argument("id", metavar="ID", help="a job's id, or 4 or more of its first characters"),
-    "follow": lambda sub: sub.add_argument("-f", "--follow", action="store_true", help="follow it to its end"),
-    "scenario": lambda sub: sub.add_argument("scenario", nargs="?", default="transcode", metavar="SCENARIO",
-                                             help="such as 1080p30-h264 (transcode)"),
+    "id": lambda sub: sub.add_argument("id", metavar="ID",
+                                       help="a job's id, or 4 or more of its first characters"),
+    "follow": lambda sub: sub.add_argument("-f", "--follow", action="store_true",
+                                           help="follow it to its end"),
+    "scenario": lambda sub: sub.add_argument("scenario", nargs="?", default="transcode",
+                                             metavar="SCENARIO", help="such as 1080p30-h264 (transcode)"),
     "parameters": lambda sub: (
         sub.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
                          help="a parameter, such as -p bitrate=5M; may be repeated"),
