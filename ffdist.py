@@ -101,6 +101,9 @@ def bad(field: str, what: str) -> ApiError:
     return ApiError(400, f"{field} {what}", field)
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
 def text_of(body: Mapping[str, Any], field: str, limit: int = 255, required: bool = False) -> str | None:
     """Return a field that must be a printable text; ApiError 400 otherwise."""
     value = body.get(field)
@@ -110,7 +113,7 @@ def text_of(body: Mapping[str, Any], field: str, limit: int = 255, required: boo
         raise bad(field, "is required: a text" if value is None or value == "" else "must be a text")
     if len(value) > limit:
         raise bad(field, f"must be no longer than {limit} characters")
-    if any(ord(char) < 32 or ord(char) == 127 for char in value):
+    if _CONTROL.search(value):
         raise bad(field, "must not hold control characters")
     return value
 
@@ -411,7 +414,7 @@ _WRITES = {
     "log": "INSERT OR REPLACE INTO logs(job_seq, attempt, first, count, lines) VALUES(?,?,?,?,?)",
     "alive": "INSERT OR REPLACE INTO heartbeat(id, at) VALUES(1, ?)",
 }
-_KEYED = {"state": 3, "claims": 0}  # of these only the last write of a batch counts, by this value
+_KEYED = {"state": 3, "claims": 0, "node": 0, "forget": 0}  # of these only the last write of a batch counts, by this value
 _TOTAL = "INSERT OR REPLACE INTO totals(kind, status, scenario, node_id, count) VALUES(?,?,?,?,?)"
 _NO_TOTAL = "DELETE FROM totals WHERE kind=? AND status=? AND scenario=? AND node_id=?"
 
@@ -723,6 +726,10 @@ def _grouped(writes: Iterable[Write]) -> list[tuple[str, list[tuple[Any, ...]]]]
             totals[values[0]] = values[1]
         else:
             rows[kind][values[_KEYED[kind]] if kind in _KEYED else number] = values
+        if kind == "node":
+            rows["forget"].pop(values[0], None)
+        elif kind == "forget":
+            rows["node"].pop(values[0], None)
     groups = [(_WRITES[kind], list(found.values())) for kind, found in rows.items() if found]
     kept = [(*key, count) for key, count in totals.items() if count]
     gone = [key for key, count in totals.items() if not count]
@@ -802,7 +809,7 @@ class Node:
 
     __slots__ = ("anonymous", "claims", "draining", "facts", "heard", "id", "last_heartbeat", "leases",
                  "leaving", "name", "offline", "orders", "parked", "past", "protocol", "registered_at",
-                 "session", "slots")
+                 "session", "slots", "standing")
 
     def __init__(self, node_id: str, now: float) -> None:
         self.id = node_id
@@ -821,6 +828,7 @@ class Node:
         self.claims: deque[str] = deque(maxlen=CLAIMS_KEPT)
         self.heard = 0.0
         self.leases: set[int] = set()
+        self.standing: set[int] = set()
         self.parked: Parked | None = None
 
     DURABLE = ("anonymous", "draining", "facts", "last_heartbeat", "leaving", "name", "offline", "orders",
@@ -1060,6 +1068,7 @@ class Master:
         if node.session is None:
             limit = json.loads(job.spec)["settings"].get("timeout") or LEASE_WITHOUT_SESSION_S
         node.leases.add(job.seq)
+        node.standing.add(job.seq)  # looked at once: a loaded or taken back job may have an order
         self._leases[job.seq] = Lease(self.clock(), lines, limit)
 
     def nodes(self) -> list[Json]:
@@ -1195,10 +1204,10 @@ class Master:
     def _answer(self, node: Node, ask: Ask, for_work: bool) -> Json:
         """Return the job and the orders that there are for a node now."""
         answer: Json = {}
-        actions = [self._action(self._jobs[seq]) for seq in sorted(node.leases)]
-        standing = [action for action in actions if action]
-        if standing:
-            answer = {"actions": standing, "orders": node.orders}
+        node.standing = {seq for seq in node.standing & node.leases if self._action(self._jobs[seq])}
+        if node.standing:
+            actions = [self._action(self._jobs[seq]) for seq in sorted(node.standing)]
+            answer = {"actions": actions, "orders": node.orders}
         if for_work:
             job = self._repeated(node, ask.claim) or self._next(node, ask.claim)
             if job is not None:
@@ -1214,7 +1223,7 @@ class Master:
 
     def _repeated(self, node: Node, word: str | None) -> Job | None:
         """Return the job that the same claim got before, while its attempt lives."""
-        if word is None:
+        if word is None or word not in node.claims:
             return None
         return next((self._jobs[seq] for seq in node.leases if self._jobs[seq].claim == word), None)
 
@@ -1258,6 +1267,7 @@ class Master:
         node = self._nodes.get(job.node_id or "")
         if node is not None:
             node.orders += 1
+            node.standing.add(job.seq)
             self._write_node(node)
             if node.parked is not None:
                 node.parked.event.set()
@@ -1716,6 +1726,9 @@ IDLE_S = 300.0
 LINGER_S = 2.0
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (\S{1,8000}) HTTP/(\d)\.(\d)")
 _HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?(?:\n|\Z))+")
+_KNOWN_HEADERS = re.compile(rb"^(content-length|transfer-encoding|host|connection|expect):[ \t]*([^\r\n]*)",
+                            re.IGNORECASE | re.MULTILINE)
 
 
 JSON_KIND = "application/json"
@@ -1992,17 +2005,16 @@ def parse_head(block: bytes) -> Head:
         raise ApiError(400, "this is no HTTP request")
     if line[3] != b"1":
         raise ApiError(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+    if rest and not _HEADERS.fullmatch(rest):
+        raise ApiError(400, "a header line has no name and colon")
+    if rest.count(b"\n") >= HEADERS_MOST:
+        raise ApiError(431, f"there are more than {HEADERS_MOST} headers")
     headers: dict[bytes, bytes] = {}
-    for number, row in enumerate(rest.split(b"\n") if rest else ()):
-        name, colon, value = row.rstrip(b"\r").partition(b":")
-        if not colon or not _HEADER_NAME.fullmatch(name):
-            raise ApiError(400, "a header line has no name and colon")
+    for name, value in _KNOWN_HEADERS.findall(rest):
         name = name.lower()
-        if number >= HEADERS_MOST:
-            raise ApiError(431, f"there are more than {HEADERS_MOST} headers")
-        if name in headers and name in (b"content-length", b"transfer-encoding", b"host"):
+        if name in headers:
             raise ApiError(400, f"the header {name.decode()} stands twice")
-        headers[name] = value.strip(b" \t")
+        headers[name] = value.rstrip()
     keep = line[4] != b"0" and headers.get(b"connection", b"").lower() != b"close"
     path, query = _target(line[2])
     return Head(line[1].decode(), path, query, headers, _length_of(headers), keep)
@@ -2021,6 +2033,9 @@ def _length_of(headers: Mapping[bytes, bytes]) -> int:
     return int(length)
 
 
+_PLAIN_QUERY = re.compile(r"[a-z_]+=[A-Za-z0-9._-]*(?:&[a-z_]+=[A-Za-z0-9._-]*){0,15}")
+
+
 def _target(raw: bytes) -> tuple[str, dict[str, str]]:
     text = raw.decode("latin-1")
     if not text.startswith("/"):
@@ -2030,6 +2045,8 @@ def _target(raw: bytes) -> tuple[str, dict[str, str]]:
         raise ApiError(400, "the request's target must begin with /")
     if not query:
         return path, {}
+    if _PLAIN_QUERY.fullmatch(query):
+        return path, dict(pair.split("=", 1) for pair in query.split("&"))
     try:
         pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=50, errors="strict")
     except ValueError:
@@ -2701,7 +2718,8 @@ def cmd_nodes(args: argparse.Namespace) -> int:
 
 def cmd_logs(args: argparse.Namespace) -> int:
     """Print the log of a job; -f follows it to its end."""
-    client, after, kept = _client(args), 0, []
+    client, after = _client(args), 0
+    kept: list[str] = []
     while True:
         part = client.logs(args.id, after, 20 if args.follow else None)
         kept += part["lines"] if args.json else []
