@@ -1,0 +1,86 @@
+"""Unpack the text archives of tests/hosts into trees, and pack trees into archives.
+
+The format is that of `hwdetect.py --record`: before each entry a line "=== KIND PATH", then its text with
+backslashes, control characters and a leading "===" escaped as \\xNN.
+
+    file      a file whose text ends with a newline        part   one whose text does not
+    link      a symbolic link, the text being its target   dir    an empty folder
+    refused   a file that could not be read (no mode bits) there  an empty file, unless something is there
+
+    python3 tests/archive.py unpack FILE DIR | pack DIR > FILE
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import hwdetect
+
+
+def parse(text: str) -> dict[str, tuple[str, str]]:
+    """Read an archive into {path: (kind, text)}; ValueError for what is none."""
+    entries: dict[str, tuple[str, str]] = {}
+    parts = re.split(r"^=== (file|part|link|dir|refused|there) (/.*)\n", text, flags=re.MULTILINE)
+    if parts[0].strip():
+        raise ValueError(f"text before the first entry: {parts[0][:40]!r}")
+    for kind, path, body in zip(parts[1::3], parts[2::3], parts[3::3]):
+        plain = re.sub(r"\\x([0-9a-f]{2})", lambda found: chr(int(found.group(1), 16)), body)
+        entries[path] = (kind, plain if kind == "file" else plain[:-1])
+    return entries
+
+
+def unpack(text: str, tree: Path) -> list[str]:
+    """Make the tree of an archive; gives the paths of its files. Nothing is written outside of `tree`."""
+    entries = parse(text)
+    for order in (("file", "part", "refused", "dir"), ("link",), ("there",)):
+        for path, (kind, body) in entries.items():
+            if kind in order:
+                _make(tree, path, kind, body)
+    return [path for path, (kind, _) in entries.items() if kind in ("file", "part")]
+
+
+def _make(tree: Path, path: str, kind: str, body: str) -> None:
+    place = tree / path.lstrip("/")
+    if ".." in place.parts or (kind == "there" and os.path.lexists(place)):
+        return
+    if kind == "dir":
+        place.mkdir(parents=True, exist_ok=True)
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "link":
+        place.symlink_to(body)
+        return
+    place.write_bytes(body.encode("utf-8", "surrogateescape"))
+    if kind == "refused":
+        place.chmod(0)
+
+
+def pack(tree: Path) -> str:
+    """Write a tree as an archive."""
+    entries: dict[str, tuple[str, str]] = {}
+    for place in sorted(tree.rglob("*")):
+        path = "/" + str(place.relative_to(tree))
+        if place.is_symlink():
+            entries[path] = ("link", os.readlink(place))
+        elif place.is_dir():
+            if not any(place.iterdir()):
+                entries[path] = ("dir", "")
+        elif not place.stat().st_mode & 0o444:
+            entries[path] = ("refused", "")
+        else:
+            entries[path] = ("file", place.read_bytes().decode("utf-8", "replace"))
+    return hwdetect.archive(entries)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 4 and sys.argv[1] == "unpack":
+        unpack(Path(sys.argv[2]).read_text(encoding="utf-8"), Path(sys.argv[3]))
+    elif len(sys.argv) == 3 and sys.argv[1] == "pack":
+        print(pack(Path(sys.argv[2])), end="")
+    else:
+        sys.exit("usage: archive.py unpack FILE DIR | pack DIR")

@@ -1,0 +1,850 @@
+"""Hardware detection on eight machines, on damaged ones, and on this one; known joules from fed trees."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Callable
+
+import hwdetect
+from hwdetect import Host, Reading, Result, Sampler, detect
+from tests import archive
+
+HERE = Path(__file__).resolve().parent
+MACHINES = sorted((HERE / "hosts").glob("*.txt"))
+SEED = int(os.environ.get("FFDIST_TEST_SEED", "20251229"))
+DEADLINE_S = 10.0
+RANGE_UJ = 262143328850
+
+
+def until(ready: Callable[[], bool], what: str) -> None:
+    """Wait for a state, never longer than the deadline."""
+    end = time.monotonic() + DEADLINE_S
+    while not ready():
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {DEADLINE_S} s: {what}")
+        time.sleep(0.005)
+
+
+class TreeCase(unittest.TestCase):
+    """A test with a tree of its own."""
+
+    def setUp(self) -> None:
+        folder = tempfile.mkdtemp(prefix="ffdist-hw-")
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        self.tree = Path(folder)
+
+    def machine(self, name: str) -> list[str]:
+        """Unpack a recorded machine; nvidia-smi is the stand-in where the recording holds its words."""
+        paths = archive.unpack((HERE / "hosts" / f"{name}.txt").read_text(encoding="utf-8"), self.tree)
+        if (self.tree / "recorded/nvidia-smi").exists():
+            self.smi()
+        return paths
+
+    def smi(self) -> None:
+        (self.tree / "usr/bin").mkdir(parents=True, exist_ok=True)
+        (self.tree / "usr/bin/nvidia-smi").symlink_to(HERE / "bin/nvidia-smi")
+
+    def put(self, path: str, text: object) -> None:
+        """Replace a file at once, so that a reader never sees half of it."""
+        place = self.tree / path.lstrip("/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self.tree / "scratch"
+        scratch.write_text(f"{text}\n", encoding="utf-8")
+        os.replace(scratch, place)
+
+    def zone(self, zone: str, name: str, counter: int, span: int = RANGE_UJ) -> None:
+        base = f"/sys/class/powercap/{zone}"
+        self.put(f"{base}/name", name)
+        self.put(f"{base}/max_energy_range_uj", span)
+        self.put(f"{base}/energy_uj", counter)
+
+    def feed(self, **counters: int) -> None:
+        """Set counters: rapl_0_1=5 is intel-rapl:0:1, mmio_0=5 is intel-rapl-mmio:0."""
+        for key, counter in counters.items():
+            kind, *numbers = key.split("_")
+            zone = ":".join([{"rapl": "intel-rapl", "mmio": "intel-rapl-mmio"}[kind], *numbers])
+            self.put(f"/sys/class/powercap/{zone}/energy_uj", counter)
+
+    def sampler(self) -> Sampler:
+        sampler = Sampler(Host(str(self.tree)), smi_interval_ms=10)
+        self.addCleanup(sampler.close)
+        return sampler
+
+
+class Machines(TreeCase):
+    """Each recorded machine gives its golden answer."""
+
+    maxDiff = None
+
+    def test_goldens(self) -> None:
+        self.assertGreaterEqual(len(MACHINES), 8)
+        for text in MACHINES:
+            with self.subTest(machine=text.stem):
+                self.setUp()
+                self.machine(text.stem)
+                found = json.dumps(detect(Host(str(self.tree))).to_json(), indent=1) + "\n"
+                golden = text.with_suffix(".json")
+                if os.environ.get("FFDIST_REWRITE_GOLDENS"):
+                    golden.write_text(found, encoding="utf-8")
+                self.assertEqual(json.loads(golden.read_text(encoding="utf-8")), json.loads(found))
+
+    def test_what_people_would_say_of_them(self) -> None:
+        """The goldens may be rewritten by a machine; these facts may not."""
+        giga = 2**30
+        facts = {
+            "xeon-t4": ("server", 56, 56, 28, 2, "NVIDIA Tesla T4", None, 4),
+            "epyc-mirrored": ("server", 32, 32, 16, 1, None, None, 8),
+            "laptop-intel": ("laptop", 8, 8, 4, 1, "Intel Iris Xe Graphics", None, 4),
+            "desktop-amdgpu": ("desktop", 16, 16, 8, 1, "AMD Radeon RX 6800/6800 XT / 6900 XT", None, 2),
+            "arm-server": ("server", 20, 20, 20, 1, None, None, 0),
+            "vm-bare": ("desktop", 4, 4, 4, 4, None, "kvm", 0),
+            "container-quota": ("desktop", 2, 64, 32, 1, None, None, 1),
+            "raspberry-pi-4": ("desktop", 3, 4, 4, 1, "Broadcom VideoCore", None, 0),
+        }
+        for name, expected in facts.items():
+            with self.subTest(machine=name):
+                self.setUp()
+                self.machine(name)
+                hw = detect(Host(str(self.tree)))
+                self.assertEqual(
+                    expected,
+                    (
+                        hw.node_type,
+                        hw.cpu_threads,
+                        hw.cpu_logical,
+                        hw.cpu_cores,
+                        hw.cpu_sockets,
+                        hw.gpu_type,
+                        hw.virtual,
+                        len(hw.rapl),
+                    ),
+                )
+                self.assertEqual([], hw.problems)
+                if name == "container-quota":
+                    self.assertEqual((4 * giga, "docker"), (hw.ram_bytes, hw.container))
+                if name == "arm-server":
+                    self.assertEqual("Arm Neoverse-N1", hw.cpu_model)
+                if name == "epyc-mirrored":
+                    mirrors = {zone.name for zone in hw.rapl if zone.mirror_of == "package-0-die-0"}
+                    self.assertEqual({f"package-0-die-{die}" for die in (1, 2, 3)}, mirrors)
+                if name == "laptop-intel":
+                    self.assertEqual(["BAT0"], [battery.name for battery in hw.batteries])
+                    self.assertIn("60-ffdist-rapl.rules", hw.unknown["rapl.package-0"])
+
+    def test_registration_is_the_seed_s(self) -> None:
+        self.machine("xeon-t4")
+        hw = detect(Host(str(self.tree)))
+        self.assertEqual(
+            {
+                "address": "enc-xeon-01",
+                "type": "server",
+                "cpu_threads": 56,
+                "cpu_model": "Intel(R) Xeon(R) CPU E5-2680 v4 @ 2.40GHz",
+                "has_gpu": True,
+                "gpu_type": "NVIDIA Tesla T4",
+                "ram_bytes": 131912300 * 1024,
+                "labels": {"node_type": "server", "os": "linux", "arch": "amd64"},
+            },
+            hw.registration(),
+        )
+        self.assertEqual(list(hw.registration()), list(hw.to_json())[:8])
+
+    def test_any_file_deleted_truncated_or_garbled_gives_an_answer(self) -> None:
+        """Whatever happens to one file, every field is there, unknown ones with a reason."""
+        dice = random.Random(SEED)
+        for text in MACHINES:
+            self.setUp()
+            paths = self.machine(text.stem)
+            table = self.tree / "recorded/nvidia-smi"
+            rows = table.read_text(encoding="utf-8").splitlines() if table.exists() else [",", ","]
+            words = ",".join(rows[1].split(",")[: len(hwdetect.SMI_IDENTITY)])
+
+            def run(argv: Sequence[str], timeout_s: float, words: str = words) -> Result:
+                return Result(0, words[: dice.choice((len(words), 20))], "")
+
+            kinds: dict[str, list[str]] = {}
+            for path in paths:
+                kinds.setdefault("".join(char for char in path if not char.isdigit()), []).append(path)
+            # Of twenty CPUs' files of one kind, two tell as much.
+            for path in (path for alike in kinds.values() for path in alike[:2]):
+                place = self.tree / path.lstrip("/")
+                whole = place.read_bytes()
+                noise = bytes(dice.randrange(256) for _ in range(40))
+                flipped = bytes(b ^ 21 if dice.random() < 0.02 else b for b in whole)
+                for damage in (None, whole[: len(whole) // 2], dice.choice((noise, flipped))):
+                    place.unlink()
+                    if damage is not None:
+                        place.write_bytes(damage)
+                    with self.subTest(machine=text.stem, path=path, seed=SEED, damage=damage and damage[:40]):
+                        self.check_answer(Host(str(self.tree), run))
+                    place.write_bytes(whole)
+
+    def check_answer(self, host: Host) -> None:
+        hw = detect(host)
+        answer = json.loads(json.dumps(hw.to_json(), allow_nan=False))
+        self.assertIn(hw.node_type, ("laptop", "desktop", "server"))
+        self.assertEqual([], [problem for problem in hw.problems if not problem.startswith("nvidia-smi: 0,")])
+        for name, value in answer.items():
+            if value is None and name not in hwdetect.NONE_IS_AN_ANSWER:
+                self.assertTrue(hw.unknown.get(name), name)
+        reading = Sampler(host, hw, gpu=False).sample(0.0)
+        self.assertTrue(reading.energy_joules is not None or reading.unknown["energy_joules"])
+
+    def test_a_failing_detector_costs_only_its_own_fields(self) -> None:
+        class Broken(Host):
+            def list(self, path: str) -> list[str]:
+                if path == "/sys/class/hwmon":
+                    raise RuntimeError("a strange driver")
+                return super().list(path)
+
+        self.machine("xeon-t4")
+        hw = detect(Broken(str(self.tree)))
+        self.assertEqual(["sensors: RuntimeError: a strange driver"], hw.problems)
+        self.assertEqual((56, "server", 4), (hw.cpu_threads, hw.node_type, len(hw.rapl)))
+
+    def test_an_empty_tree_tells_nothing_of_this_machine(self) -> None:
+        hw = detect(Host(str(self.tree)))
+        for name in (
+            "address",
+            "cpu_model",
+            "cpu_threads",
+            "ram_bytes",
+            "kernel",
+            "arch",
+            "ffmpeg",
+            "has_battery",
+        ):
+            self.assertIsNone(getattr(hw, name), name)
+            self.assertTrue(hw.unknown[name])
+        self.assertEqual(((), False, "desktop"), (hw.disks, hw.has_gpu, hw.node_type))
+
+    def test_links_do_not_lead_out_of_the_tree(self) -> None:
+        (self.tree / "proc").mkdir()
+        (self.tree / "proc/cpuinfo").symlink_to("/proc/cpuinfo")
+        (self.tree / "proc/meminfo").symlink_to("../../../../../../../../proc/meminfo")
+        (self.tree / "sys").symlink_to("/sys")
+        hw = detect(Host(str(self.tree)))
+        self.assertEqual((None, None, None), (hw.cpu_model, hw.cpu_logical, hw.ram_bytes))
+
+    def test_node_type_is_more_than_the_limits_and_a_battery_must_power_the_machine(self) -> None:
+        def kind(threads: int, gib: float, supply: str = "") -> str:
+            self.setUp()
+            self.put("/sys/devices/system/cpu/online", f"0-{threads - 1}")
+            self.put("/proc/meminfo", f"MemTotal: {int(gib * 2**20)} kB")
+            self.put("/sys/class/power_supply/AC/type", "Mains")
+            for word in filter(None, supply.split(",")):
+                self.put(f"/sys/class/power_supply/B/{word.split('=')[0]}", word.split("=")[1])
+            return detect(Host(str(self.tree))).node_type
+
+        self.assertEqual("server", kind(17, 32.1))
+        self.assertEqual("desktop", kind(16, 64))
+        self.assertEqual("desktop", kind(64, 32))
+        self.assertEqual("laptop", kind(64, 64, "type=Battery"))
+        self.assertEqual("laptop", kind(64, 64, "type=Battery,scope=System,present=1"))
+        self.assertEqual("server", kind(64, 64, "type=Battery,scope=Device"))
+        self.assertEqual("server", kind(64, 64, "type=Battery,present=0"))
+        self.assertEqual("server", kind(64, 64, "type=UPS"))
+
+    def test_affinity_and_quotas_of_every_level_count(self) -> None:
+        self.put("/sys/devices/system/cpu/online", "0-63")
+        self.put("/proc/self/status", "Name:\tx\nCpus_allowed_list:\t0-7,32-39")
+        self.put("/proc/self/cgroup", "0::/a/b")
+        self.put("/proc/self/mountinfo", "30 22 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw")
+        self.assertEqual(16, detect(Host(str(self.tree))).cpu_threads)
+        self.put("/sys/fs/cgroup/a/cpu.max", "250000 100000")
+        self.put("/sys/fs/cgroup/a/b/cpu.max", "max 100000")
+        self.assertEqual(3, detect(Host(str(self.tree))).cpu_threads)
+        self.put("/sys/fs/cgroup/a/b/cpu.max", "5000 100000")
+        self.assertEqual(1, detect(Host(str(self.tree))).cpu_threads)
+
+    def test_two_nvidia_cards_and_an_intel_one(self) -> None:
+        self.smi()
+        self.put(
+            "/recorded/nvidia-smi",
+            ",".join(hwdetect.SMI_IDENTITY)
+            + "\n"
+            + "0, NVIDIA L4, GPU-0, 00000000:01:00.0, 550.1, 23034, 72.00\n"
+            + "1, Tesla T4, GPU-1, 00000000:41:00.0, 550.1, [N/A], [Not Supported]",
+        )
+        for address, vendor in (
+            ("0000:00:02.0", "0x8086"),
+            ("0000:01:00.0", "0x10de"),
+            ("0000:41:00.0", "0x10de"),
+        ):
+            self.put(f"/sys/bus/pci/devices/{address}/class", "0x030000")
+            self.put(f"/sys/bus/pci/devices/{address}/vendor", vendor)
+            self.put(f"/sys/bus/pci/devices/{address}/device", "0x1234")
+        hw = detect(Host(str(self.tree)))
+        self.assertEqual("NVIDIA L4 + NVIDIA Tesla T4 + Intel GPU 8086:1234", hw.gpu_type)
+        self.assertEqual(
+            [(0, 23034 * 2**20), (1, None), (None, None)], [(g.index, g.memory_bytes) for g in hw.gpus]
+        )
+
+
+class Energy(TreeCase):
+    """Trees that the test feeds give the known joules."""
+
+    def readings(self, *feeds: dict[str, int], step_s: float = 1.0) -> list[Reading]:
+        sampler = self.sampler()
+        found = [sampler.sample(0.0)]
+        for at, counters in enumerate(feeds, 1):
+            self.feed(**counters)
+            found.append(sampler.sample(at * step_s))
+        return found
+
+    def test_two_sockets_with_dram(self) -> None:
+        for socket in (0, 1):
+            self.zone(f"intel-rapl:{socket}", f"package-{socket}", 1_000_000)
+            self.zone(f"intel-rapl:{socket}:0", "core", 0)
+            self.zone(f"intel-rapl:{socket}:1", "dram", 500)
+        first, second = self.readings(
+            dict(
+                rapl_0=31_000_000,
+                rapl_1=21_000_000,
+                rapl_0_0=20_000_000,
+                rapl_0_1=5_000_500,
+                rapl_1_1=3_000_500,
+            ),
+            step_s=2.0,
+        )
+        self.assertEqual((0.0, None, "rapl"), (first.energy_joules, first.power_watts, first.power_source))
+        self.assertIn("first sample", first.unknown["power_watts"])
+        self.assertEqual((58.0, 29.0), (second.energy_joules, second.power_watts))
+        self.assertEqual(
+            {
+                "package-0": 30.0,
+                "package-1": 20.0,
+                "core-0": 20.0,
+                "core-1": 0.0,
+                "dram-0": 5.0,
+                "dram-1": 3.0,
+            },
+            second.zones,
+        )
+
+    def test_wrap_around(self) -> None:
+        self.zone("intel-rapl:0", "package-0", RANGE_UJ - 3_000_000)
+        *_, last = self.readings(dict(rapl_0=2_000_000), dict(rapl_0=4_000_000))
+        self.assertEqual((7.0, 2.0), (last.energy_joules, last.power_watts))
+
+    def test_a_counter_that_was_reset_is_not_a_wrap(self) -> None:
+        self.zone("intel-rapl:0", "package-0", 9_000_000)
+        _, reset, last = self.readings(dict(rapl_0=0), dict(rapl_0=4_000_000))
+        self.assertIn("reset", reset.unknown["zones.package-0"])
+        self.assertEqual(4.0, last.energy_joules)
+
+    def test_psys_holds_the_package(self) -> None:
+        self.zone("intel-rapl:0", "package-0", 0)
+        self.zone("intel-rapl:0:0", "dram", 0)
+        self.zone("intel-rapl:1", "psys", 7)
+        *_, last = self.readings(dict(rapl_0=5_000_000, rapl_0_0=1_000_000, rapl_1=12_000_007))
+        self.assertEqual((12.0, 12.0), (last.energy_joules, last.power_watts))
+        self.assertEqual({"dram-0": 1.0, "package-0": 5.0, "psys": 12.0}, last.zones)
+
+    def test_psys_that_is_not_wired_up_does_not_count(self) -> None:
+        self.zone("intel-rapl:0", "package-0", 10)
+        self.zone("intel-rapl:1", "psys", 0)
+        *_, last = self.readings(dict(rapl_0=5_000_010))
+        self.assertEqual(5.0, last.energy_joules)
+
+    def test_mmio_repeats_the_package(self) -> None:
+        self.zone("intel-rapl:0", "package-0", 0)
+        self.zone("intel-rapl-mmio:0", "package-0", 0)
+        *_, last = self.readings(dict(rapl_0=5_000_000, mmio_0=5_000_000))
+        self.assertEqual((5.0, {"package-0": 5.0}), (last.energy_joules, last.zones))
+
+    def test_mmio_alone_counts(self) -> None:
+        self.zone("intel-rapl-mmio:0", "package-0", 0)
+        *_, last = self.readings(dict(mmio_0=5_000_000))
+        self.assertEqual(5.0, last.energy_joules)
+
+    def test_mirrored_dies_are_one_die(self) -> None:
+        for names in (("package-0", "package-1"), ("package-0-die-0", "package-0-die-1")):
+            self.setUp()
+            self.zone("intel-rapl:0", names[0], 1_000_000, 65532610987)
+            self.zone("intel-rapl:1", names[1], 1_000_000, 65532610987)
+            *_, last = self.readings(
+                dict(rapl_0=4_000_000, rapl_1=4_000_000), dict(rapl_0=6_500_000, rapl_1=6_500_000)
+            )
+            self.assertEqual((5.5, {names[0]: 5.5}), (last.energy_joules, last.zones))
+            self.assertIn(names[0], last.unknown[f"zones.{names[1]}"])
+
+    def test_equal_counters_of_intel_sockets_are_two_sockets(self) -> None:
+        self.put("/proc/cpuinfo", "vendor_id\t: GenuineIntel")
+        for socket in (0, 1):
+            self.zone(f"intel-rapl:{socket}", f"package-{socket}", 0)
+        *_, last = self.readings(dict(rapl_0=4_000_000, rapl_1=4_000_000))
+        self.assertEqual(8.0, last.energy_joules)
+
+    def test_zones_of_one_name_are_kept_apart(self) -> None:
+        self.zone("intel-rapl:0", "package-0", 0)
+        self.zone("intel-rapl:1", "package-0", 0)
+        *_, last = self.readings(dict(rapl_0=4_000_000, rapl_1=1_000_000))
+        self.assertEqual((5.0, [1.0, 4.0]), (last.energy_joules, sorted(last.zones.values())))
+
+    def test_a_sample_that_could_not_be_read_is_made_up_for_by_the_next(self) -> None:
+        self.zone("intel-rapl:0", "package-0", 0)
+        sampler = self.sampler()
+        sampler.sample(0.0)
+        (self.tree / "sys/class/powercap/intel-rapl:0/energy_uj").unlink()
+        self.assertEqual((0.0, None), (sampler.sample(1.0).energy_joules, sampler.sample(2.0).power_watts))
+        self.feed(rapl_0=6_000_000)
+        last = sampler.sample(3.0)
+        self.assertEqual((6.0, 2.0), (last.energy_joules, last.power_watts))
+
+    def test_permission_denied_names_the_lasting_fix(self) -> None:
+        self.zone("intel-rapl:0", "package-0", 0)
+        (self.tree / "sys/class/powercap/intel-rapl:0/energy_uj").chmod(0)
+        reading = self.sampler().sample(0.0)
+        self.assertIsNone(reading.energy_joules)
+        self.assertRegex(
+            reading.unknown["energy_joules"], "permission denied: /sys/.*rules.d/60-ffdist-rapl.rules"
+        )
+
+    def test_a_power_meter_is_integrated(self) -> None:
+        self.put("/sys/class/hwmon/hwmon0/name", "power_meter")
+        self.put("/sys/class/hwmon/hwmon0/power1_average", 100_000_000)
+        sampler = self.sampler()
+        sampler.sample(0.0)
+        self.put("/sys/class/hwmon/hwmon0/power1_average", 200_000_000)
+        reading = sampler.sample(2.0)
+        self.assertEqual(
+            (300.0, 200.0, "hwmon"), (reading.energy_joules, reading.power_watts, reading.power_source)
+        )
+
+    def test_a_battery_tells_only_while_it_discharges(self) -> None:
+        base = "/sys/class/power_supply/BAT0"
+        for name, value in (
+            ("type", "Battery"),
+            ("status", "Discharging"),
+            ("current_now", 1_000_000),
+            ("voltage_now", 12_000_000),
+        ):
+            self.put(f"{base}/{name}", value)
+        sampler = self.sampler()
+        sampler.sample(0.0)
+        reading = sampler.sample(10.0)
+        self.assertEqual(
+            (120.0, 12.0, "battery"), (reading.energy_joules, reading.power_watts, reading.power_source)
+        )
+        self.put(f"{base}/status", "Full")
+        self.assertIn("only while it discharges", sampler.sample(11.0).unknown["energy_joules"])
+
+    def test_cpu_memory_and_temperature(self) -> None:
+        self.machine("desktop-amdgpu")
+        sampler = self.sampler()
+        first = sampler.sample(0.0)
+        self.assertIn("first sample", first.unknown["cpu_usage"])
+        self.assertEqual(
+            (44.375, (32794112 - 28000000) * 1024), (first.temperature_c, first.memory_used_bytes)
+        )
+        self.put("/proc/stat", "cpu  180 0 80 99075 225 0 5 0 0 0")  # 100 busy of 200 ticks
+        self.assertEqual(50.0, sampler.sample(1.0).cpu_usage)
+
+    def test_amdgpu(self) -> None:
+        self.machine("desktop-amdgpu")
+        sampler = self.sampler()
+        sampler.sample(0.0)
+        gpu = sampler.sample(4.0).gpus[0]
+        self.assertEqual(
+            (31.0, 124.0, 3.0, 41.0, "hwmon", False),
+            (gpu.power_watts, gpu.energy_joules, gpu.usage, gpu.temperature_c, gpu.source, gpu.in_package),
+        )
+
+    def test_nvidia_over_its_own_time_stamps(self) -> None:
+        self.smi()
+        fields = (
+            "index,name,uuid,pci.bus_id,driver_version,memory.total,power.limit,timestamp,power.draw,"
+            "utilization.gpu,memory.used,temperature.gpu"
+        )  # no utilization.encoder: an older driver
+
+        def say(moment: str, watts: str) -> None:
+            self.put(
+                "/recorded/nvidia-smi",
+                f"{fields}\n0, Tesla T4, GPU-0, 00000000:3B:00.0, 535, 15360, 70.00, "
+                f"2023/05/17 14:23:{moment}, {watts}, 17, 100, 41",
+            )
+
+        say("11.000", "30.00")
+        sampler = self.sampler()
+        until(lambda: sampler.sample(0.0).gpus[0].energy_joules is not None, "a first line")
+        say("13.000", "50.00")
+        until(lambda: sampler.sample(0.0).gpus[0].energy_joules == 80.0, "2 s of 40 W in the mean")
+        say("14.500", "[N/A]")
+        until(lambda: sampler.sample(0.0).gpus[0].power_watts is None, "power not told")
+        reading = sampler.sample(0.0)
+        gpu = reading.gpus[0]
+        self.assertEqual(
+            (80.0, 17.0, None, 100 * 2**20),
+            (gpu.energy_joules, gpu.usage, gpu.encoder_usage, gpu.memory_used_bytes),
+        )
+        self.assertIn("[N/A]", reading.unknown["gpus.0.power_watts"])
+        stream = sampler._smi.stream if sampler._smi else None
+        assert stream is not None
+        sampler.close()
+        with self.assertRaises(ProcessLookupError):
+            os.kill(stream.pid, 0)
+
+    def test_watch_on_a_tree_that_is_fed(self) -> None:
+        self.zone("intel-rapl:0", "package-0", RANGE_UJ - 1_000_000)
+        argv = [
+            sys.executable,
+            "-W",
+            "error",
+            str(HERE.parent / "hwdetect.py"),
+            "--root",
+            str(self.tree),
+            "--watch",
+            "20ms",
+            "--json",
+        ]
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        guard = threading.Timer(DEADLINE_S, process.kill)
+        guard.start()
+        try:
+            first = json.loads(process.stdout.readline())
+            self.assertEqual(
+                ["time", "cpu_usage", "power_watts", "energy_joules", "zones", "unknown"], list(first)[:6]
+            )
+            self.assertRegex(first["time"], r"^\d{4}-\d\d-\d\dT[\d:.]+Z$")
+            self.assertEqual(
+                (0.0, None, {"package-0": 0.0}),
+                tuple(first[name] for name in ("energy_joules", "power_watts", "zones")),
+            )
+            self.feed(rapl_0=4_000_000)
+            for line in process.stdout:
+                if json.loads(line)["energy_joules"] == 5.0:
+                    break
+            else:
+                self.fail("the 5 joules never came")
+            process.send_signal(2)
+            process.stdout.read()
+            self.assertEqual(("", 130), (process.stderr.read() if process.stderr else "", process.wait()))
+        finally:
+            guard.cancel()
+            process.kill()
+            process.communicate()
+
+
+class Processes(TreeCase):
+    """Process groups from /proc/PID/stat."""
+
+    def process(
+        self, pid: int, comm: str, group: int, ticks: Sequence[int] = (0, 0, 0, 0), start: int = 77
+    ) -> None:
+        numbers = [1, group, group, 0, -1, 4194304, 10, 0, 0, 0, *ticks, 20, 0, 1, 0, start, 999, 25]
+        self.put(f"/proc/{pid}/stat", f"{pid} ({comm}) S " + " ".join(map(str, numbers)))
+        self.put(f"/proc/{pid}/status", "Name:\tx\nVmRSS:\t    1024 kB")
+
+    def test_a_group_is_summed_whatever_its_names(self) -> None:
+        self.process(10, "ffmpeg", 10, (100, 50, 7, 3))
+        self.process(11, "a) R 1 99 (b c", 10, (40, 0, 0, 0), start=1234)
+        self.process(12, "other", 12, (999, 0, 0, 0))
+        self.put("/proc/13/stat", "garbled")
+        host = Host(str(self.tree))
+        self.assertEqual(hwdetect.ProcessUsage(2.0, 2 * 2**20, (10, 11)), hwdetect.process_group(host, 10))
+        self.assertEqual(
+            (1234, None), (hwdetect.process_started(host, 11), hwdetect.process_started(host, 13))
+        )
+        self.assertEqual(hwdetect.ProcessUsage(0.0, 0, ()), hwdetect.process_group(host, 5))
+
+    def test_a_real_group(self) -> None:
+        code = "import sys; sum(range(3_000_000)); print('done', flush=True); sys.stdin.read()"
+        with subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            usage = hwdetect.process_group(Host(), process.pid)
+            self.assertEqual((process.pid,), usage.pids)
+            self.assertGreater(usage.cpu_seconds, 0)
+            self.assertGreater(usage.rss_bytes, 2**20)
+            self.assertIsNotNone(hwdetect.process_started(Host(), process.pid))
+
+
+@unittest.skipUnless(shutil.which("ffmpeg"), "ffmpeg is not installed")
+class Probe(TreeCase):
+    """Encoders are tried for real."""
+
+    def test_encoders_are_proved_and_kept(self) -> None:
+        calls: list[Sequence[str]] = []
+
+        def run(argv: Sequence[str], timeout_s: float) -> Result:
+            calls.append(argv)
+            return hwdetect.default_runner(argv, timeout_s)
+
+        state = str(self.tree / "state")
+        begin = time.monotonic()
+        hw = detect(Host("/", run), state_dir=state)
+        self.assertLess(time.monotonic() - begin, 20)  # a loaded machine; in peace it is 2 s
+        self.assertIn("libx264", hw.proved())
+        self.assertNotIn("libx264", hw.unknown)
+        if "h264_nvenc" in hw.encoders and not hw.has_gpu:
+            self.assertRegex(str(hw.encoders["h264_nvenc"]), "^[^\\n\\[]{5,160}$")
+        probed = sum("lavfi" in argv for argv in calls)
+        self.assertEqual(len(hw.encoders), probed)
+        again = detect(Host("/", run), state_dir=state)
+        self.assertEqual(hw.encoders, again.encoders)
+        self.assertEqual(probed, sum("lavfi" in argv for argv in calls))
+        self.assertEqual(0o600, os.stat(Path(state) / "encoders.json").st_mode & 0o777)
+
+
+class StandInProbe(TreeCase):
+    """What is kept of a probe, with a stand-in ffmpeg."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.ffmpeg = self.tree / "ffmpeg"
+        self.ffmpeg.write_text("#!/bin/sh\n", encoding="utf-8")
+        self.ffmpeg.chmod(0o755)
+        self.version, self.failure, self.tries = "9.1", Result(1, "", "[enc @ 0x1] No device"), 0
+
+    def run_program(self, argv: Sequence[str], timeout_s: float) -> Result:
+        if "-version" in argv:
+            return Result(0, f"ffmpeg version {self.version} Copyright\n", "")
+        if "-filters" in argv:
+            return Result(0, " TS psnr   VV->V  x\n ... libvmaf  VV->V  y\n", "")
+        if "-encoders" in argv:
+            return Result(0, " V....D libx264   H.264\n V....D h264_vaapi   H.264\n", "")
+        self.tries += 1
+        return Result(0, "", "") if "libx264" in argv else self.failure
+
+    def look(self) -> hwdetect.Hardware:
+        return detect(
+            Host("/", self.run_program), state_dir=str(self.tree / "state"), ffmpeg=str(self.ffmpeg)
+        )
+
+    def test_another_build_is_probed_again(self) -> None:
+        hw = self.look()
+        self.assertEqual({"libx264": None, "h264_vaapi": "No device"}, hw.encoders)
+        self.assertEqual(("9.1", ("psnr", "libvmaf"), 2), (hw.ffmpeg_version, hw.filters, self.tries))
+        self.look()
+        self.assertEqual(2, self.tries)
+        self.version = "9.2"
+        self.look()
+        self.assertEqual(4, self.tries)
+        os.utime(self.ffmpeg, (1, 1))
+        self.look()
+        self.assertEqual(6, self.tries)
+
+    def test_a_damaged_memory_is_probed_anew(self) -> None:
+        self.look()
+        kept = self.tree / "state/encoders.json"
+        for text in (
+            "",
+            "[1]",
+            "null",
+            '{"key": 1}',
+            kept.read_text(encoding="utf-8").replace('"No device"', "7"),
+        ):
+            kept.write_text(text, encoding="utf-8")
+            self.assertEqual("No device", self.look().encoders["h264_vaapi"])
+
+    def test_a_probe_that_ran_out_of_time_is_not_kept(self) -> None:
+        self.failure = Result(None, "", "no answer within 4.0 s")
+        self.assertIn("no answer", str(self.look().encoders["h264_vaapi"]))
+        self.look()
+        self.assertEqual(4, self.tries)
+
+    def test_state_that_can_not_be_written_is_a_problem_not_a_failure(self) -> None:
+        (self.tree / "state").write_text("a file where the folder should be", encoding="utf-8")
+        hw = self.look()
+        self.assertIn("libx264", hw.proved())
+        self.assertIn("can't be kept", hw.problems[0])
+
+
+class Commands(TreeCase):
+    """The command line."""
+
+    def call(self, *argv: str) -> tuple[int, str, str]:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = hwdetect.main(argv)
+        return code, out.getvalue(), err.getvalue()
+
+    def process(self, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-W", "error", str(HERE.parent / "hwdetect.py"), *argv],
+            text=True,
+            capture_output=True,
+            timeout=30,
+            env={**os.environ, **environment},
+        )
+
+    def test_json_of_a_real_process(self) -> None:
+        done = self.process("--json", "--no-probe")
+        self.assertEqual((0, ""), (done.returncode, done.stderr))
+        answer = json.loads(done.stdout)
+        self.assertEqual(list(hwdetect.Hardware().registration()), list(answer)[:8])
+        self.assertEqual(
+            len(os.sched_getaffinity(0)) if answer["cgroup"]["cpus"] is None else answer["cpu_threads"],
+            answer["cpu_threads"],
+        )
+        self.assertIn("no-probe", answer["unknown"].get("encoders", "no-probe"))
+
+    def test_environment_and_flag(self) -> None:
+        self.machine("vm-bare")
+        done = self.process(FFDIST_ROOT=str(self.tree), FFDIST_JSON="1")
+        self.assertEqual("vm-7", json.loads(done.stdout)["address"])
+        other = tempfile.mkdtemp(dir=self.tree)
+        done = self.process("--root", other, FFDIST_ROOT=str(self.tree), FFDIST_JSON="1")
+        self.assertIsNone(json.loads(done.stdout)["address"])
+
+    def test_page_of_every_machine(self) -> None:
+        for text in MACHINES:
+            with self.subTest(machine=text.stem):
+                self.setUp()
+                self.machine(text.stem)
+                code, out, err = self.call("--root", str(self.tree))
+                self.assertEqual((0, ""), (code, err))
+                self.assertNotIn("None", out)
+                self.assertRegex(out, r"(?m)^Processor    \S")
+
+    def test_wrong_usage(self) -> None:
+        for argv in (
+            ["--watch", "soon"],
+            ["--watch", "0s"],
+            ["--root", "/no/such"],
+            ["--nonsense"],
+            ["word"],
+        ):
+            code, out, err = self.call(*argv)
+            self.assertEqual((2, ""), (code, out), argv)
+            self.assertNotIn("Traceback", err)
+        self.assertEqual(0, self.call("--help")[0])
+
+    def test_a_reader_that_goes_away(self) -> None:
+        self.zone("intel-rapl:0", "package-0", 0)
+        argv = [sys.executable, str(HERE.parent / "hwdetect.py"), "--root", str(self.tree), "--watch", "10ms"]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stderr is not None
+            process.stdout.readline()
+            process.stdout.close()
+            self.assertEqual((0, b""), (process.wait(timeout=DEADLINE_S), process.stderr.read()))
+
+    def test_a_recording_is_the_same_machine(self) -> None:
+        """record, unpack, detect gives the same answer, but for names that are nobody's business."""
+        for text in MACHINES:
+            with self.subTest(machine=text.stem):
+                self.setUp()
+                self.machine(text.stem)
+                shutil.rmtree(self.tree / "usr/share", ignore_errors=True)
+                before = detect(Host(str(self.tree)))
+                file = self.tree / "recorded.txt"
+                code, out, err = self.call("--root", str(self.tree), "--record", str(file))
+                self.assertEqual((0, ""), (code, err), out)
+                recording = file.read_text(encoding="utf-8")
+                self.setUp()
+                archive.unpack(recording, self.tree)
+                if (self.tree / "recorded/nvidia-smi").exists():
+                    self.smi()
+                after = detect(Host(str(self.tree)))
+                self.assertEqual("recorded", after.address)
+                self.assertEqual({**before.to_json(), "address": 0}, {**after.to_json(), "address": 0})
+
+    def test_this_machine_can_be_recorded(self) -> None:
+        done = self.process("--record", "-")
+        self.assertEqual((0, ""), (done.returncode, done.stderr))
+        archive.unpack(done.stdout, self.tree)
+        here, there = detect(Host(), probe=False), detect(Host(str(self.tree)))
+        for name in (
+            "cpu_model",
+            "cpu_threads",
+            "ram_bytes",
+            "gpu_type",
+            "node_type",
+            "virtual",
+            "cgroup",
+            "arch",
+        ):
+            self.assertEqual(getattr(here, name), getattr(there, name), name)
+
+    def test_serial_numbers_stay_at_home(self) -> None:
+        text = hwdetect.scrub(
+            "/proc/cpuinfo", "Revision\t: c03115\nSerial\t\t: 10000000abcdef12\nModel\t: Pi\n"
+        )
+        self.assertEqual("Revision\t: c03115\nSerial\t\t: 0\nModel\t: Pi\n", text)
+        self.assertEqual("GPU-0", hwdetect.scrub("", "GPU-9c0ffee0-1111-2222-3333-444455556666"))
+        self.assertEqual(
+            "/dev/sda1 / ext4 rw 0 0\n",
+            hwdetect.scrub("/proc/self/mounts", "/dev/sda1 / ext4 rw 0 0\nnas:/secret /mnt nfs4 rw 0 0\n"),
+        )
+
+    def test_archives_pack_as_they_unpack(self) -> None:
+        for text in MACHINES:
+            whole = text.read_text(encoding="utf-8")
+            self.setUp()
+            archive.unpack(whole, self.tree)
+            self.assertEqual(archive.parse(whole), archive.parse(archive.pack(self.tree)))
+
+
+class Pieces(unittest.TestCase):
+    """Parsers, where their input is odd."""
+
+    def test_durations(self) -> None:
+        for text, seconds in (("1s", 1.0), ("500ms", 0.5), ("1m30s", 90.0), ("2", 2.0), ("0.5s", 0.5)):
+            self.assertEqual(seconds, hwdetect.parse_duration(text))
+        for text in ("", "s", "-1s", "1x", "1e3", "nan", "1 s"):
+            with self.assertRaises(ValueError):
+                hwdetect.parse_duration(text)
+
+    def test_cpu_lists(self) -> None:
+        cases = {
+            "0": 1,
+            "0-3,8,10-11\n": 7,
+            "0-3,2-5": 6,
+            "3-1": None,
+            "": None,
+            "0-9999999999": None,
+            "0-99999": None,
+        }
+        for text, count in cases.items():
+            self.assertEqual(count, hwdetect.parse_cpu_list(text), text)
+
+    def test_ffmpeg_s_own_words(self) -> None:
+        said = "[h264_nvenc @ 0x55] Cannot load libcuda.so.1\nError initializing output stream 0:0 -- Error\n"
+        self.assertEqual("Cannot load libcuda.so.1", hwdetect.parse_failure(Result(1, "", said)))
+        self.assertEqual(
+            "Device creation failed: -5.",
+            hwdetect.parse_failure(Result(1, "", "Device creation failed: -5.")),
+        )
+        self.assertIn("signal 11", hwdetect.parse_failure(Result(-11, "", "")))
+
+    def test_a_program_that_hangs_or_is_missing(self) -> None:
+        begin = time.monotonic()
+        result = Host().run([sys.executable, "-c", "import time; time.sleep(60)"], 0.3)
+        self.assertLess(time.monotonic() - begin, 5)
+        self.assertEqual((None, "no answer within 0.3 s"), (result.returncode, result.stderr))
+        self.assertIn("does not start", Host().run(["/no/such/program"], 1).stderr)
+
+    def test_map_and_banners_agree(self) -> None:
+        text = (HERE.parent / "hwdetect.py").read_text(encoding="utf-8")
+        banners = [line[7:].rstrip("- ") for line in text.splitlines() if line.startswith("# ---- ")]
+        mapped = [
+            " ".join(line.split()[:2])
+            for line in str(hwdetect.__doc__).splitlines()
+            if line[:5].strip().isdigit()
+        ]
+        self.assertEqual(mapped, banners)
+        self.assertEqual(1, len({len(line) for line in text.splitlines() if line.startswith("# ---- ")}))
+
+
+if __name__ == "__main__":
+    unittest.main()
