@@ -486,7 +486,6 @@ class Journal:
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, timeout=10, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA cache_size=-16000")
         return connection
 
     def _open(self) -> sqlite3.Connection:
@@ -1464,8 +1463,9 @@ class Master:
         self._settle_leaving(node)
         if node.parked is not None and node.id not in self._idle:
             self._release(node)  # it was full: now it has a slot to ask for
-        self._note("result of job %s attempt %d from %s: %s", job.id, job.attempt, node.name,
-                   summary_of(report.status, body))
+        if self._log.isEnabledFor(logging.INFO):
+            self._note("result of job %s attempt %d from %s: %s", job.id, job.attempt, node.name,
+                       summary_of(report.status, body))
 
     def _keep_result(self, node: Node, job: Job, report: Report, body: Json) -> None:
         self._last_result += 1
