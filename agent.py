@@ -523,6 +523,9 @@ class Client:
     def order(self, job_id: str, verb: str) -> Json:
         return _object(self._call("POST", f"/jobs/{_quoted(job_id)}/{verb}"))
 
+    def order_node(self, node_id: str, verb: str) -> Json:
+        return _object(self._call("POST", f"/nodes/{_quoted(node_id)}/{verb}"))
+
     def logs(self, job_id: str, after: int, wait_s: float | None = None) -> Json:
         return _object(self._call("GET", f"/jobs/{_quoted(job_id)}/logs", None,
                                   {"after": after, "wait": wait_s}, timeout=30 + (wait_s or 0)))
@@ -717,13 +720,17 @@ def _checked_parameters(parameters: object) -> Json:
         if value is None:
             continue
         if name not in PARAMETERS:
-            near = difflib.get_close_matches(str(name), PARAMETERS, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(PARAMETERS)}"
-            raise _bad(str(name)[:64], f"is unknown; {hint}")
+            raise _bad(str(name)[:64], f"is unknown; {_nearest(str(name), PARAMETERS)}")
         values[name] = _CHECKS[PARAMETERS[name].kind](name, value, PARAMETERS[name])
     if values.pop("extra_args", None):
         raise _bad("extra_args", "are not allowed on this fleet")
     return values
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    near = difflib.get_close_matches(name[:64], names, 2, 0.6)
+    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)}"
 
 
 def _without_aliases(parameters: Json) -> Json:
@@ -894,9 +901,7 @@ def _refuse_what_cannot_be(values: Json) -> None:
         raise _bad("container" if "container" in values and not values.get("output") else "codec",
                    f"cannot be {codec} in {container}: it holds {fits}")
     if encoder is not None and encoder not in ENCODERS:
-        near = difflib.get_close_matches(encoder, ENCODERS, 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(ENCODERS)}"
-        raise _bad("encoder", f"{encoder} is unknown; {hint}")
+        raise _bad("encoder", f"{encoder} is unknown; {_nearest(encoder, ENCODERS)}")
     if encoder is not None and ENCODERS[encoder].codec != codec:
         raise _bad("encoder", f"{encoder} makes {ENCODERS[encoder].codec}, the job asks for {codec}")
     if values.get("crf") is not None and codec in ("h264", "h265") and values["crf"] > 51:
@@ -1014,8 +1019,9 @@ class Machine:
     ffmpeg: str
     threads: int
     slots: int = 1
-    vaapi_device: str = "/dev/dri/renderD128"
     encoders: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    vaapi_device: str = "/dev/dri/renderD128"
+    rate_mode: str = "-fps_mode"  # -vsync before FFmpeg 5.1
 
 
 @dataclass(frozen=True)
@@ -1077,7 +1083,7 @@ def plan(settings: Settings, machine: Machine, source: Source, target: str) -> P
     video = ["-map", "0:V:0", "-vf", ",".join((*filters, *upload)), "-c:v", name,
              *_filled(encoder.preset_args if preset else (), preset=preset,
                       deadline="realtime" if settings.live else "good"),
-             *rate_args,
+             *rate_args, machine.rate_mode, "vfr",
              *_filled(encoder.thread_args, threads=threads, tile_columns=tiles),
              *_gop(settings, fps)]
     duration = _duration(settings, source)
@@ -1218,6 +1224,9 @@ def _rate_control(settings: Settings, name: str, height: int, fps: float) -> tup
     ceiling = bitrate if settings.live else bitrate * 3 // 2
     bits = {"bitrate": bitrate_text(bitrate), "maxrate": bitrate_text(ceiling),
             "bufsize": bitrate_text(2 * bitrate)}
+    if constant is not None and encoder.crf_args[-2:] == ("-b:v", "0") and not encoder.hardware:
+        return (f"crf {constant:g} up to {bits['bitrate']}",
+                [*_filled(encoder.crf_args[:-1], crf=f"{constant:g}"), bits["bitrate"]])
     if constant is not None:
         capped = ("-maxrate", bits["bitrate"], "-bufsize", bits["bufsize"])
         return (f"crf {constant:g} up to {bits['bitrate']}",
@@ -1251,12 +1260,23 @@ def _head_args(name: str, machine: Machine) -> list[str]:
     return ["-hide_banner", "-nostdin", "-y", "-loglevel", "repeat+level+info", *device]
 
 
+def rate_mode_of(version: str | None) -> str:
+    """Return the option that keeps the input's own frames, by FFmpeg's version text."""
+    match = re.search(r"(\d+)\.(\d+)", version or "")
+    return "-vsync" if match and (int(match[1]), int(match[2])) < (5, 1) else "-fps_mode"
+
+
+# Playlists and concat files are no films: they could name other files and hosts.
+FILM_FORMATS = ("matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,"
+                "flv,live_flv,asf,ogg,mxf,nut,rm,dv,gxf,wtv,vc1,mjpeg,yuv4mpegpipe,gif,apng,wav,mp3,flac,aac")
+
+
 def whitelist_args(url: str) -> list[str]:
-    """Return the protocols that opening this input may lead to: a playlist must not reach further."""
+    """Return the protocols that opening this input may use, and the formats that it may have."""
     scheme = scheme_of(url)
     allowed = {None: "file,crypto", "http": "http,https,tls,tcp,crypto", "https": "https,tls,tcp,crypto",
                "rtmp": "rtmp,tcp", "rtmps": "rtmps,tls,tcp", "srt": "srt,udp"}.get(scheme)
-    return ["-protocol_whitelist", allowed] if allowed else []
+    return [*(["-protocol_whitelist", allowed] if allowed else []), "-format_whitelist", FILM_FORMATS]
 
 
 def _input_args(settings: Settings, source: Source) -> list[str]:
@@ -1350,6 +1370,8 @@ def probe_command(ffprobe: str, url: str) -> list[str]:
 
 _LEVEL = re.compile(r"^(?:\[[^\]]*\] )?\[(fatal|error|panic|warning)\] ")
 _PREFIX = re.compile(r"\[(?:[^\]\s]+ @ 0x[0-9a-f]+|fatal|error|panic|warning|info)\] ?")
+UNWRITTEN = re.compile(r"No space left on device|Disk quota exceeded|Error closing file|"
+                       r"Error writing trailer|File too large", re.IGNORECASE)
 DAMAGE = re.compile(r"error while decoding|Invalid data found|corrupt|Invalid NAL|partial file|"
                     r"concealing|missing picture|truncat|Error submitting packet to decoder|"
                     r"non-existing PPS|no frame!|invalid as first byte|bytestream", re.IGNORECASE)
@@ -1416,7 +1438,8 @@ def progress_json(done: Progress, expected_s: float | None, step: int, steps: in
 
 def last_words(lines: Iterable[str], most: int = 3) -> str:
     """Return FFmpeg's own reason out of its last lines: errors first, prefixes off, each once."""
-    lines = telling_lines(lines)
+    heard = list(lines)
+    lines = telling_lines(heard) or heard
     errors = [line for line in lines if (match := _LEVEL.search(line)) and match[1] != "warning"]
     chosen = [_PREFIX.sub("", line).strip() for line in errors or lines[-most:]]
     dull = ("Conversion failed!", "Error opening output files", "Error opening input files",
@@ -1428,7 +1451,7 @@ def last_words(lines: Iterable[str], most: int = 3) -> str:
 # What FFmpeg, the kernel and the exit status say, first match wins: pattern -> failure_reason.
 FAILURE_WORDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.IGNORECASE), reason) for pattern, reason in (
-        (r"No space left on device|Disk quota exceeded", "out_of_disk"),
+        (r"No space left on device|Disk quota exceeded|File too large", "out_of_disk"),
         (r"Cannot allocate memory|out of memory|malloc .*failed", "out_of_memory"),
         (r"Unknown encoder|Encoder not found|Cannot load lib|No capable devices|No device available|"
          r"Device creation failed|Failed to initialise VAAPI|unsupported \(-3\)", "no_capability"),
@@ -1952,20 +1975,27 @@ class Attempt:
         return (self._settings.input if self._settings else None) or "the generated source"
 
     def _expect(self, exit_: Exit, settings: Settings) -> None:
-        """Raise a Failure in FFmpeg's own words unless it ended well."""
-        if exit_.returncode == 0:
+        """Raise a Failure in FFmpeg's own words unless it ended well and wrote all that it had."""
+        unwritten = [line for line in telling_lines(self._tail) if UNWRITTEN.search(line)]
+        if exit_.returncode == 0 and not unwritten:
             return
-        words = last_words(self._tail)
+        words = self._last_words()
         reason = failure_reason(exit_.returncode, "\n".join(telling_lines(self._tail)))
         how = (f"was killed by {signal.Signals(-exit_.returncode).name}" if exit_.returncode < 0
                else f"ended with status {exit_.returncode}")
         names = [place for place in (settings.input, settings.output) if place]
         blamed = "" if any(os.path.basename(name) in words for name in names) else " and ".join(names)
-        partial = os.path.basename(self._partial or "")
-        if partial and settings.output:
-            words = words.replace(partial, os.path.basename(settings.output))
         raise Failure(reason, f"{blamed + ': ' if blamed else ''}ffmpeg {how} on {self._place.machine.name}"
                       f"{': ' + words if words else ' without a word'}")
+
+    def _last_words(self) -> str:
+        """Return FFmpeg's reason, with the output's own name for the hidden one."""
+        words = last_words(self._tail)
+        shown = self._settings.output if self._settings else None
+        for hidden in (self._partial, str(self._folder / "output")):
+            if hidden:
+                words = words.replace(f"file:{hidden}", hidden).replace(hidden, shown or "the output")
+        return words
 
     # -- input and output
 
@@ -2075,13 +2105,13 @@ class Attempt:
         size = os.path.getsize(made.target) if os.path.exists(made.target) else 0
         frames = outcome.progress.frame
         if not size or not frames:
-            words = last_words(self._tail)
+            words = self._last_words()
             raise Failure("input", f"{self._words_of_input()} gave no frame on {node}"
                           + (f": {words}" if words else ""))
         answer: list[str] = []
         exit_ = self._execute(probe_command(self._place.ffprobe, made.target), answer.append, limit_s=PROBE_S)
         if exit_.returncode != 0:
-            raise Failure("encoder", f"{shown} cannot be read back on {node}: {last_words(self._tail)}")
+            raise Failure("encoder", f"{shown} cannot be read back on {node}: {self._last_words()}")
         film = parse_probe("\n".join(answer), shown)
         self._refuse_short(film.duration_s, made, frames, settings, source)
         return dataclasses.replace(outcome, output_bytes=size, output_s=film.duration_s)
@@ -2724,7 +2754,7 @@ class Agent:
                     continue
                 self._log.warning("job %s attempt %s: result not taken: %s", result["job_id"],
                                   result["attempt"], error.message)
-            path.unlink()
+            path.unlink(missing_ok=True)
             self._answered()
 
     def _send_all_progress(self) -> float:
@@ -2759,8 +2789,9 @@ class Agent:
 def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host, name: str) -> Workplace:
     """Return what attempts on this node share."""
     machine = Machine(name, hardware.ffmpeg or "ffmpeg", hardware.cpu_threads or os.cpu_count() or 1,
-                      options.max_concurrent_jobs, hardware.vaapi_device or Machine.vaapi_device,
-                      hardware.encoders)
+                      options.max_concurrent_jobs, hardware.encoders,
+                      hardware.vaapi_device or Machine.vaapi_device,
+                      rate_mode_of(hardware.ffmpeg_version))
     return Workplace(machine, hardware.ffprobe or "ffprobe", host, Meter(host, hardware), options.work_dir,
                      options.media_root, options.allow_address, hardware.filters)
 
@@ -2948,6 +2979,9 @@ def run_here(args: argparse.Namespace) -> int:
     """Run one job on this machine, without a master; progress on stderr, the result on stdout."""
     args.work_dir = Path(args.work_dir or tempfile.gettempdir()) / f"ffdist-run-{os.getpid()}"
     args.media_root = args.media_root or "/"
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: signals.append(received))
     options = _options(args, setup_logging("warning", args.log_format, "ffdist.agent"))
     parameters = parameters_of(args.parameters)
     for field, place in (("input", args.input), ("output", args.output_short or args.output)):
@@ -2957,12 +2991,12 @@ def run_here(args: argparse.Namespace) -> int:
     resolve(job["scenario"], parameters)
     options.work_dir.mkdir(parents=True, mode=0o700, exist_ok=True)
     try:
-        return _run_and_print(args, job, options)
+        return _run_and_print(args, job, options, signals)
     finally:
         shutil.rmtree(options.work_dir, ignore_errors=True)
 
 
-def _run_and_print(args: argparse.Namespace, job: Json, options: Options) -> int:
+def _run_and_print(args: argparse.Namespace, job: Json, options: Options, signals: list[int]) -> int:
     host = hwdetect.Host()
     print("looking at this machine …", file=sys.stderr)
     hardware = hwdetect.detect(host, not args.no_probe, str(options.state_dir))
@@ -2970,21 +3004,25 @@ def _run_and_print(args: argparse.Namespace, job: Json, options: Options) -> int
     place = workplace(options, hardware, host, options.name or hardware.address or "this machine")
     attempt = Attempt(str(uuid.uuid4()), 1, job, place)
     outcomes: list[Outcome] = []
-    signal.signal(signal.SIGTERM, lambda *_: attempt.stop("canceled"))
-    worker = threading.Thread(target=lambda: outcomes.append(attempt.run()))
-    worker.start()
+    ended = threading.Event()
+
+    def work() -> None:
+        outcomes.append(attempt.run())
+        ended.set()
+    threading.Thread(target=work, daemon=True).start()
     bar = ProgressLine()
-    try:
-        while worker.is_alive():
-            bar.show(progress_text(attempt.progress))
-            worker.join(0.2)
-    except KeyboardInterrupt:
-        attempt.stop("canceled")
-        worker.join()
-        bar.close()
-        return 130
+    while not ended.wait(0.2):
+        bar.show(progress_text(attempt.progress))
+        if signals:
+            attempt.stop("canceled")
     bar.close()
-    result = result_of(attempt, outcomes[0], place.machine)
+    if signals and outcomes[0].status == "canceled":
+        print("agent: stopped; nothing is left of it", file=sys.stderr)
+        return 130 if signals[0] == signal.SIGINT else 1
+    return _print_result(args, result_of(attempt, outcomes[0], place.machine))
+
+
+def _print_result(args: argparse.Namespace, result: Json) -> int:
     if args.json:
         print(json.dumps(result, indent=2))
     elif result["status"] == "completed":

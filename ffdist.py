@@ -46,6 +46,7 @@ import logging
 import math
 import os
 import queue
+import random
 import re
 import resource
 import shlex
@@ -193,6 +194,7 @@ TRANSITIONS: dict[tuple[str, str], str] = {
     ("running", "end"): "canceled",
     ("running", "return"): "pending",
     ("running", "lose"): "pending",
+    ("running", "requeue"): "pending",
     ("running", "exhaust"): "failed",
     ("running", "cancel"): "canceling",
     ("running", "pause"): "stopped",
@@ -218,6 +220,10 @@ TRANSITIONS: dict[tuple[str, str], str] = {
     ("failed", "retry"): "pending",
     ("canceled", "retry"): "pending",
 }
+TRANSIENT = frozenset(("node_lost", "network", "out_of_disk", "out_of_memory", "killed", "stalled",
+                       "agent"))
+BACKOFF_FIRST_S = 1.0
+BACKOFF_MOST_S = 300.0
 EVENT_OF_REPORT = {"completed": "complete", "failed": "fail", "canceled": "end", "returned": "return"}
 
 
@@ -226,8 +232,8 @@ class Job(NamedTuple):
 
     `spec` is the JSON of what was submitted and resolved; the journal keeps what comes after it as one
     JSON array, so fields may be added at the end only. `node_id` is the holder of the lease, or of the
-    last one; `given_up` the node whose lease ended by its silence and may be taken back. Times are
-    seconds since 1970.
+    last one; `given_up` the node whose lease ended by its silence and may be taken back; `avoid` the
+    nodes where it failed. Times are seconds since 1970.
     """
 
     seq: int
@@ -250,6 +256,7 @@ class Job(NamedTuple):
     given_up: str | None = None
     attempts: Sequence[Json] = ()
     history: Sequence[tuple[float, str, str | None]] = ()
+    avoid: Sequence[str] = ()
 
     @property
     def status(self) -> str:
@@ -265,11 +272,12 @@ _STATE_FROM = Job._fields.index("created_at")
 
 
 def advance(job: Job, event: str, now: float, node_id: str | None = None, claim: str | None = None,
-            error: str | None = None, reason: str | None = None, reported: str | None = None) -> Job:
+            error: str | None = None, reason: str | None = None, reported: str | None = None,
+            not_before: float | None = None) -> Job:
     """Return the job after an event at `now` (s since 1970); ApiError 409 where TRANSITIONS has none.
 
     `node_id` and `claim` go with claim; `error` and `reason` (a failure_reason) with an attempt's end;
-    `reported` is the status word that the agent sent.
+    `reported` is the status word that the agent sent, `not_before` the end of a requeue's backoff.
     """
     target = TRANSITIONS.get((job.state, event))
     if target is None:
@@ -278,10 +286,10 @@ def advance(job: Job, event: str, now: float, node_id: str | None = None, claim:
     if event in ("claim", "reclaim"):
         changes.update(_taken(job, event, now, node_id, claim))
     elif job.state in LEASED and target not in LEASED:
-        changes.update(_ended(job, event, target, now, error, reason, reported))
+        changes.update(_ended(job, event, target, now, error, reason, reported), not_before=not_before)
     elif event == "retry":
         changes.update(retry_count=0, error=None, failure_reason=None, completed_at=None, started_at=None,
-                       retry_reason="asked for by a person", node_id=None)
+                       retry_reason="asked for by a person", node_id=None, avoid=())
     elif target in FINAL:
         changes.update(completed_at=now, not_before=None)
     if target != job.state:
@@ -296,6 +304,7 @@ def _taken(job: Job, event: str, now: float, node_id: str | None, claim: str | N
                 "failure_reason": None}
         return {"attempts": (*job.attempts[:-1], last), "started_at": last["started_at"],
                 "retry_count": max(0, job.retry_count - 1),
+                "avoid": tuple(node for node in job.avoid if node != job.given_up),
                 "node_id": job.given_up, "retry_reason": None, "error": None, "failure_reason": None}
     number = job.attempt + 1
     record = {"attempt": number, "node_id": node_id, "started_at": now, "ended_at": None,
@@ -316,9 +325,24 @@ def _ended(job: Job, event: str, target: str, now: float, error: str | None, rea
         return {**changes, "completed_at": now, "error": error if kept else None,
                 "failure_reason": reason if target == "failed" else None}
     changes.update(node_id=None, started_at=None, error=error, failure_reason=reason)
-    if event == "lose" and target == "pending":
-        changes.update(given_up=job.node_id, retry_count=job.retry_count + 1, retry_reason=reason)
+    if target == "pending" and event in ("lose", "requeue"):
+        changes.update(retry_count=job.retry_count + 1, retry_reason=reason,
+                       given_up=job.node_id if event == "lose" else None,
+                       avoid=tuple(dict.fromkeys((*job.avoid, job.node_id or ""))))
     return changes
+
+
+def event_of_report(job: Job, status: str, failure_reason: str | None) -> str:
+    """Return what a report means to a job: a transient failure is tried again while retries are left."""
+    if status == "failed" and job.state == "running" and failure_reason in TRANSIENT \
+            and job.retry_count < job.max_retries:
+        return "requeue"
+    return EVENT_OF_REPORT[status]
+
+
+def backoff_s(retry_count: int, chance: float) -> float:
+    """Return how long a retry waits: exponential with full jitter; `chance` is from 0 to 1."""
+    return chance * min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2.0 ** min(retry_count, 30))
 
 
 def job_text(job: Job, progress: Json | None = None) -> str:
@@ -414,7 +438,8 @@ _WRITES = {
     "log": "INSERT OR REPLACE INTO logs(job_seq, attempt, first, count, lines) VALUES(?,?,?,?,?)",
     "alive": "INSERT OR REPLACE INTO heartbeat(id, at) VALUES(1, ?)",
 }
-_KEYED = {"state": 3, "claims": 0, "node": 0, "forget": 0}  # of these only the last write of a batch counts, by this value
+# Of these only the last write of a batch counts, for the same value at this place.
+_KEYED = {"state": 3, "claims": 0, "node": 0, "forget": 0}
 _TOTAL = "INSERT OR REPLACE INTO totals(kind, status, scenario, node_id, count) VALUES(?,?,?,?,?)"
 _NO_TOTAL = "DELETE FROM totals WHERE kind=? AND status=? AND scenario=? AND node_id=?"
 
@@ -459,6 +484,7 @@ class Journal:
         self._transaction: list[Write] = []
         self._queued = 0
         self._done = 0
+        self._closing = False
         self.trouble: str | None = None
         self.commits = 0
         self.commit_seconds = 0.0
@@ -543,19 +569,20 @@ class Journal:
         with contextlib.suppress(queue.Empty):
             while True:
                 item = self._queue.get_nowait()
-                if item is not None:
+                if item is None:
+                    self._closing = True
+                else:
                     item[1].settle(error)
         self._done = self._queued
 
     def _write(self) -> None:
         """Commit what has gathered, whole transactions only, until close()."""
-        open_ = True
-        while open_:
+        while not self._closing:
             items = [self._queue.get()]
             with contextlib.suppress(queue.Empty):
                 while len(items) < TRANSACTIONS_MOST:
                     items.append(self._queue.get_nowait())
-            open_ = None not in items
+            self._closing = None in items
             batch = [item for item in items if item is not None]
             writes = [write for item in batch for write in item[0]]
             error = self._commit(writes) if writes else None
@@ -578,7 +605,7 @@ class Journal:
             for statement, rows in _grouped(writes):
                 self._writer.executemany(statement, rows)
             execute("COMMIT")
-        except sqlite3.Error as error:
+        except Exception as error:  # whatever it is: this thread must live, and nothing be half written
             with contextlib.suppress(sqlite3.Error):
                 execute("ROLLBACK")
             return f"{self._path}: {error}"
@@ -780,6 +807,44 @@ class Lane:
         return heapq.heappop(self._back) if self._back and self._back[0] == seq else self._fresh.get_nowait()
 
 
+class Lanes:
+    """All lanes, one for each set of nodes to avoid, and the jobs that wait for a moment."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[frozenset[str], Lane] = {}
+        self._due: list[tuple[float, int]] = []
+
+    def put(self, seq: int, avoid: Iterable[str] = ()) -> None:
+        """Put a number at its place in the lane of its needs."""
+        self._lanes.setdefault(frozenset(avoid), Lane()).put(seq)
+
+    def put_later(self, due: float, seq: int) -> None:
+        heapq.heappush(self._due, (due, seq))
+
+    def due(self, now: float) -> list[int]:
+        """Take the numbers whose moment has come."""
+        taken = []
+        while self._due and self._due[0][0] <= now:
+            taken.append(heapq.heappop(self._due)[1])
+        return taken
+
+    def pop(self, fits: Callable[[frozenset[str]], bool]) -> int | None:
+        """Take the oldest number of the lanes that fit; lanes that are empty go."""
+        best: tuple[int, frozenset[str]] | None = None
+        for needs, lane in list(self._lanes.items()):
+            head = lane.head()
+            if head is None:
+                if needs:
+                    del self._lanes[needs]
+            elif (best is None or head < best[0]) and fits(needs):
+                best = (head, needs)
+        return None if best is None else self._lanes[best[1]].pop()
+
+    def needs(self) -> list[frozenset[str]]:
+        """Return the needs of all lanes that are not empty."""
+        return [needs for needs, lane in self._lanes.items() if lane.head() is not None]
+
+
 class Lease:
     """What is known of a running attempt beside the journal."""
 
@@ -917,7 +982,7 @@ class Master:
         now = self.clock()
         self._jobs: dict[int, Job] = {}
         self._seq_of: dict[str, int] = {}
-        self._lane = Lane()
+        self._lanes = Lanes()
         self._idle: dict[str, Parked] = {}
         self._leases: dict[int, Lease] = {}
         earlier, self._nodes = self._nodes, {}
@@ -934,7 +999,7 @@ class Master:
             self._jobs[job.seq] = job
             self._seq_of[job.id] = job.seq
             if job.state == "pending":
-                self._lane.put(job.seq)
+                self._line_up(job)
             elif job.state in LEASED:
                 holder = self._nodes.get(job.node_id or "")
                 if holder is not None:
@@ -1087,8 +1152,9 @@ class Master:
             node_id for node_id in self._nodes if len(given) >= 4 and node_id.startswith(given)]
         if len(found) == 1:
             return found[0]
-        raise ApiError(404, f"node {given[:64]} is ambiguous: give more of its id" if found else
-                       f"there is no node {given[:64]}", "node_id")
+        shown = wire.printable(given[:64])
+        raise ApiError(404, f"node {shown} is ambiguous: give more of its id" if found else
+                       f"there is no node {shown}", "node_id")
 
     def forget(self, node_id: str) -> Json:
         """Remove a node; its jobs are pending again."""
@@ -1102,11 +1168,22 @@ class Master:
             self._note("node %s (%s) removed", node.name, node.id)
             return {"status": "removed", "id": node.id}
 
+    def drain(self, node_id: str, draining: bool) -> Json:
+        """Let a node take nothing more, or work again; survives its restarts."""
+        with self._transaction():
+            node = self._nodes[self._node_id(node_id)]
+            if node.draining != draining:
+                node.draining = draining
+                self._write_node(node)
+                self._release(node)
+                self._note("node %s %s", node.name, "takes no more jobs" if draining else "works again")
+            return node.to_json()
+
     def _hear(self, node_id: str, session: str | None) -> Node:
         """Return the node that speaks, as heard now; ApiError 404 for a stranger, 409 for an old session."""
         node = self._nodes.get(node_id)
         if node is None:
-            raise ApiError(404, f"there is no node {node_id[:64]}: register first", "node_id")
+            raise ApiError(404, f"there is no node {wire.printable(node_id[:64])}: register first", "node_id")
         if session is not None and session != node.session:
             raise ApiError(409, f"a newer start of node {node.name} has taken over; this one must end",
                            "session")
@@ -1155,7 +1232,7 @@ class Master:
                 if answer.get("job") or (ask.seen < node.orders and "actions" in answer) or left <= 0:
                     return answer
                 parked = node.parked = Parked()
-                if for_work and not node.leaving:
+                if for_work and not node.leaving and not node.draining:
                     self._idle[node.id] = parked
             parked.event.wait(left)
             with self._lock:
@@ -1231,7 +1308,7 @@ class Master:
             return None
         job = None
         while job is None:
-            seq = self._lane.pop()
+            seq = self._lanes.pop(lambda avoid: self._fits(node, avoid))
             if seq is None:
                 return None
             found = self._jobs.get(seq)
@@ -1246,19 +1323,32 @@ class Master:
         self._note("job %s attempt %d: %s takes it", job.id, taken.attempt, node.name)
         return taken
 
+    def _fits(self, node: Node, avoid: frozenset[str]) -> bool:
+        """Tell whether a node may take jobs that failed on some: not on those, while there is another."""
+        return node.id not in avoid or not any(
+            other.id not in avoid and other.status in ("available", "busy") for other in self._nodes.values())
+
     def _wake(self) -> None:
-        """Wake the node that has waited longest, where there is work."""
-        if self._lane.head() is None:
-            return
-        for node_id, parked in self._idle.items():
-            del self._idle[node_id]
-            parked.woken = True
-            parked.event.set()
-            return
+        """Wake the node that has waited longest, where there is work that it may take."""
+        for avoid in self._lanes.needs():
+            for node_id, parked in self._idle.items():
+                if self._fits(self._nodes[node_id], avoid):
+                    del self._idle[node_id]
+                    parked.woken = True
+                    parked.event.set()
+                    return
+
+    def _line_up(self, job: Job) -> None:
+        """Put a pending job in its lane, or where it waits for its moment (at most its longest backoff)."""
+        left = (job.not_before or 0.0) - self.wall()
+        if left > 0:
+            self._lanes.put_later(self.clock() + min(left, BACKOFF_MOST_S), job.seq)
+        else:
+            self._lanes.put(job.seq, job.avoid)
 
     def _pend(self, job: Job) -> None:
-        """Put a pending job in its lane and wake one node for it."""
-        self._lane.put(job.seq)
+        """Line a pending job up and wake one node for it."""
+        self._line_up(job)
         self._wake()
 
     def _order(self, job: Job) -> None:
@@ -1313,8 +1403,8 @@ class Master:
         """Return a job by its id or a prefix of it; ApiError 404."""
         given = given.lower()
         if not re.fullmatch(r"[0-9a-f-]{4,36}", given):
-            raise ApiError(404, f"there is no job {given[:64]}: an id is a UUID, or 4 or more of its first "
-                           "characters", "id")
+            raise ApiError(404, f"there is no job {wire.printable(given[:64])}: an id is a UUID, "
+                           "or 4 or more of its first characters", "id")
         with self._transaction():
             seq = self._seq_of.get(given)
             if seq is not None:
@@ -1429,11 +1519,11 @@ class Master:
     def _no_lease(self, job_id: str, report: Report) -> ApiError:
         self.counts["refused_reports"] += 1
         if not self.journal.known_ids([job_id.lower()]):
-            return ApiError(404, f"there is no job {job_id[:64]}", "job_id")
+            return ApiError(404, f"there is no job {wire.printable(job_id[:64])}", "job_id")
         number = "no attempt" if report.attempt is None else f"attempt {report.attempt}"
-        return ApiError(409, f"{number} of job {job_id[:64]} holds a lease on node {report.node_id[:64]}"
-                        if report.attempt is None else
-                        f"{number} of job {job_id[:64]} no longer holds the lease", "attempt")
+        holds = (f"holds a lease on node {report.node_id}" if report.attempt is None
+                 else "no longer holds the lease")
+        return ApiError(409, f"{number} of job {wire.printable(job_id[:64])} {holds}", "attempt")
 
     def _take_lines(self, job: Job, lease: Lease, report: Report) -> None:
         """Keep the log lines that are new; a repeated message brings none twice."""
@@ -1452,8 +1542,10 @@ class Master:
 
     def _end(self, node: Node, job: Job, report: Report, body: Json) -> None:
         self._take_lines(job, self._leases[job.seq], report)
-        ended = advance(job, EVENT_OF_REPORT[report.status], self.wall(), error=report.error,
-                        reason=report.failure_reason, reported=report.status)
+        event, now = event_of_report(job, report.status, report.failure_reason), self.wall()
+        due = now + backoff_s(job.retry_count, random.random()) if event == "requeue" else None
+        ended = advance(job, event, now, error=report.error, reason=report.failure_reason,
+                        reported=report.status, not_before=due)
         if report.status != "returned":
             self._keep_result(node, ended, report, body)
         self._save(job, ended)
@@ -1519,6 +1611,10 @@ class Master:
                 if now - lease.began > lease.limit_s:
                     limit = wire.duration_text(lease.limit_s)
                     self._lose(self._jobs[seq], f"no report within the job's timeout of {limit}")
+            for seq in self._lanes.due(now):
+                self._lanes.put(seq, self._jobs[seq].avoid if seq in self._jobs else ())
+                self._wake()
+            self._wake()  # a node that a job should avoid may be the last one by now
             if self.journal.trouble is not None:
                 self.journal.put("alive", self.wall())
 
@@ -1789,6 +1885,10 @@ def _forget(master: Master, request: Request) -> tuple[int, Any]:
     return 200, master.forget(request.id)
 
 
+def _drain(draining: bool) -> Callable[[Master, Request], tuple[int, Any]]:
+    return lambda master, request: (200, master.drain(request.id, draining))
+
+
 def _ask_of(request: Request, node_id: str) -> Ask:
     told = request.told
     leaving = told.get("leaving", False)
@@ -1889,11 +1989,15 @@ ROUTES = (
     Route("GET", "/nodes/{id}", _node, "one node with its running jobs"),
     Route("DELETE", "/nodes/{id}", _forget, "remove a node; its jobs are pending again"),
     Route("POST", "/nodes/{id}/heartbeat", _heartbeat, "a sign of life; wait=S parks it"),
+    Route("POST", "/nodes/{id}/drain", _drain(True), "let a node finish what runs and take nothing more"),
+    Route("POST", "/nodes/{id}/resume", _drain(False), "let a drained node work again"),
     Route("POST", "/jobs", _submit, "submit a job, or an array of them"),
     Route("GET", "/jobs", _jobs, "jobs, newest first; status, scenario, node_id, limit, after"),
     Route("GET", "/jobs/next", _next_job, "hand out one job to node_id; wait=S parks it, claim=WORD"),
     Route("GET", "/jobs/{id}", _job, "one job with attempts, transitions and result"),
     Route("POST", "/jobs/{id}/cancel", _order("cancel"), "cancel a job"),
+    Route("POST", "/jobs/{id}/pause", _order("pause"), "hold a job; a running one stands still"),
+    Route("POST", "/jobs/{id}/resume", _order("resume"), "let a paused job go on"),
     Route("POST", "/jobs/{id}/retry", _order("retry"), "run a finished job again"),
     Route("POST", "/jobs/{id}/progress", _progress, "progress, samples and log lines of an attempt"),
     Route("GET", "/jobs/{id}/logs", _logs, "log lines; after=N, wait=S"),
@@ -2125,6 +2229,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         deadline = time.monotonic() + (HEAD_S if self._buffer else IDLE_S)
         idle = not self._buffer
         while True:
+            if self._buffer[:1] == b"\x16":
+                self._refuse_early()
             while self._buffer[:2] == b"\r\n":
                 del self._buffer[:2]
             end, size = _head_end(self._buffer)
@@ -2145,12 +2251,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         buffer = self._buffer
         if len(buffer) > HEAD_LIMIT_BYTES:
             raise ApiError(431, f"the request's head is larger than {wire.size_text(HEAD_LIMIT_BYTES)}")
+        if buffer[:1] == b"\x16":
+            raise ApiError(400, "this is no HTTP request (TLS is not spoken on this port)")
         line = bytes(buffer[:9000]).partition(b"\n")
         if line[1] and not _REQUEST_LINE.fullmatch(line[0].rstrip(b"\r")):
             raise ApiError(400, "this is no HTTP request")
         if buffer and not _HEADER_NAME.fullmatch(bytes(buffer[:1])):
-            raise ApiError(400, "this is no HTTP request (TLS is not spoken on this port)"
-                           if buffer[0] == 0x16 else "this is no HTTP request")
+            raise ApiError(400, "this is no HTTP request")
 
     def _read_body(self, length: int) -> bytes:
         deadline = time.monotonic() + BODY_S
@@ -2212,13 +2319,13 @@ _SAFETY = ("X-Content-Type-Options: nosniff\r\nContent-Security-Policy: default-
            "style-src 'unsafe-inline'\r\nCache-Control: no-store\r\n")
 
 
+_HEAD_END = re.compile(rb"\r?\n\r?\n")
+
+
 def _head_end(buffer: bytearray) -> tuple[int, int]:
     """Return where the head ends and how long the empty line after it is; (-1, 0) when it is not there."""
-    end = buffer.find(b"\r\n\r\n")
-    if end >= 0:
-        return end, 4
-    end = buffer.find(b"\n\n")
-    return (end, 2) if end >= 0 else (-1, 0)
+    end = _HEAD_END.search(buffer)
+    return (end.start(), end.end() - end.start()) if end else (-1, 0)
 
 
 # ---- 7 Metrics ------------------------------------------------------------------------------------
@@ -2743,6 +2850,17 @@ def cmd_order(verb: str) -> Callable[[argparse.Namespace], int]:
     return command
 
 
+def cmd_drain(verb: str) -> Callable[[argparse.Namespace], int]:
+    """Return the command that drains a node, or ends that."""
+    def command(args: argparse.Namespace) -> int:
+        node = _client(args).order_node(args.id, verb)
+        if args.json:
+            return _print_json(node)
+        print(f"node {node['name']} is {node['status']}, {node['running']} jobs run on it")
+        return 0
+    return command
+
+
 def cmd_demo(args: argparse.Namespace) -> int:
     """Run a whole fleet of one on this machine: a master, an agent, a real encode."""
     provide(("ffmpeg", "ffprobe"), args.install)
@@ -2845,8 +2963,15 @@ COMMANDS = {
     "show": Command(cmd_show, "show one job", (MASTER_FLAG, JSON_FLAG), ("id",)),
     "logs": Command(cmd_logs, "print the log of a job", (MASTER_FLAG, JSON_FLAG), ("id", "follow")),
     "cancel": Command(cmd_order("cancel"), "cancel a job", (MASTER_FLAG, JSON_FLAG), ("id",)),
+    "pause": Command(cmd_order("pause"), "hold a job; a running one stands still", (MASTER_FLAG, JSON_FLAG),
+                     ("id",)),
+    "resume": Command(cmd_order("resume"), "let a paused job go on", (MASTER_FLAG, JSON_FLAG), ("id",)),
     "retry": Command(cmd_order("retry"), "run a finished job again", (MASTER_FLAG, JSON_FLAG), ("id",)),
     "nodes": Command(cmd_nodes, "list nodes", (MASTER_FLAG, JSON_FLAG)),
+    "drain": Command(cmd_drain("drain"), "let a node finish what runs and take nothing more",
+                     (MASTER_FLAG, JSON_FLAG), ("node",)),
+    "undrain": Command(cmd_drain("resume"), "let a drained node work again", (MASTER_FLAG, JSON_FLAG),
+                       ("node",)),
     "results": Command(cmd_results, "list results", (*PAGE_FLAGS, MASTER_FLAG, JSON_FLAG)),
 }
 EPILOG = """examples:
@@ -2879,6 +3004,7 @@ def build_parser() -> argparse.ArgumentParser:
 _WORDS: dict[str, Callable[[argparse.ArgumentParser], Any]] = {
     "id": lambda sub: sub.add_argument("id", metavar="ID",
                                        help="a job's id, or 4 or more of its first characters"),
+    "node": lambda sub: sub.add_argument("id", metavar="NODE", help="a node's name or id"),
     "follow": lambda sub: sub.add_argument("-f", "--follow", action="store_true",
                                            help="follow it to its end"),
     "scenario": lambda sub: sub.add_argument("scenario", nargs="?", default="transcode",
