@@ -385,6 +385,15 @@ def seconds(text: str) -> float:
     return value
 
 
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """Argument type of a whole number within limits."""
+    def check(text: str) -> int:
+        if not re.fullmatch(r"\d{1,9}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {low} to {high}")
+        return int(text)
+    return check
+
+
 def one_of(*words: str) -> Callable[[str], str]:
     """Argument type of one word out of a few; checks values of the environment too."""
     def check(text: str) -> str:
@@ -728,9 +737,12 @@ def _checked_parameters(parameters: object) -> Json:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint: the known name that is nearest, both where two are equally near."""
     names = list(known)
     near = difflib.get_close_matches(name[:64], names, 2, 0.6)
-    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(names)}"
+    likeness = [difflib.SequenceMatcher(None, other, name[:64]).ratio() for other in near]
+    alike = [other for other, value in zip(near, likeness) if value == likeness[0]]
+    return f"did you mean {' or '.join(alike)}?" if alike else f"known are {', '.join(names)}"
 
 
 def _without_aliases(parameters: Json) -> Json:
@@ -2836,7 +2848,7 @@ def locked_folder(folder: Path, what: str) -> int:
 # ---- 9 CLI ----------------------------------------------------------------------------------------
 
 COMMON_FLAGS = (
-    Flag("--max-concurrent-jobs", 1, int, "jobs to run side by side (1)"),
+    Flag("--max-concurrent-jobs", "1", whole_number(1, 256), "jobs to run side by side (1)"),
     Flag("--state-dir", None, Path, "folder of this node's identity and spool (~/.local/state/ffdist/agent)"),
     Flag("--work-dir", None, Path, "folder of temporary files (work/ in the state folder)"),
     Flag("--media-root", None, str, "inputs and outputs lie under this folder (where it is started)"),
@@ -2913,8 +2925,6 @@ def build_parser(run: bool) -> argparse.ArgumentParser:
 
 def _options(args: argparse.Namespace, log: logging.Logger) -> Options:
     state = args.state_dir or state_home() / "agent"
-    if not 1 <= args.max_concurrent_jobs <= 256:
-        raise ValueError("--max-concurrent-jobs must be from 1 to 256")
     root = os.path.abspath(args.media_root or os.getcwd())
     if not os.path.isdir(root):
         raise ValueError(f"--media-root {root} is no folder")

@@ -2944,11 +2944,12 @@ _LOG_FLAGS = (Flag("--log-level", "info", wire.one_of("debug", "info", "warning"
               Flag("--log-format", "text", wire.one_of("text", "json"), "text or json"))
 COMMANDS = {
     "master": Command(cmd_master, "run the master", (
-        Flag("--port", "8080", int, "port to listen on (8080; 0: any free one)"),
+        Flag("--port", "8080", wire.whole_number(0, 65535), "port to listen on (8080; 0: any free one)"),
         Flag("--host", "0.0.0.0", str, "address to listen on (0.0.0.0: all)"),
         Flag("--data-dir", None, Path, "folder of the journal (~/.local/state/ffdist/master)"),
         Flag("--node-timeout", "90s", wire.seconds, "silence after which a node is lost (90s)"),
-        Flag("--max-retries", "3", int, "how often a lost job is tried again (3)"), *_LOG_FLAGS)),
+        Flag("--max-retries", "3", wire.whole_number(0, 100),
+             "how often a job is tried again after a lost node or a failure that may pass (3)"), *_LOG_FLAGS)),
     "demo": Command(cmd_demo, "a master, an agent and a real encode, here and now", (
         Flag("--install", False, None, "install ffmpeg where it is missing"),
         Flag("--input", None, str, "a film of yours (a generated source)"),
@@ -3031,7 +3032,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[args.command].run(args)
     except ApiError as error:
-        _say(f"ffdist: {wire.printable(error.message)}")
+        hint = ("" if error.status else
+                "; start one with 'python3 ffdist.py master', or name it with --master or FFDIST_MASTER")
+        _say(f"ffdist: {wire.printable(error.message)}{hint}")
         return exit_code_of(error)
     except Unusable as error:
         _say(f"ffdist: {error}")

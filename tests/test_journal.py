@@ -1,0 +1,460 @@
+"""The durable record: real masters killed at any moment, full disks, folders that cannot be used.
+
+What was acknowledged is there after `kill -9`; what was not may be there or not, but never in part.
+"""
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import sqlite3
+import subprocess
+import threading
+import time
+import unittest
+import uuid
+from pathlib import Path
+from typing import Any
+
+import ffdist
+from tests.support import TOP, Case, Master, call, run, wait_for
+from tests.test_api import Node
+
+SEED = int(os.environ.get("FFDIST_TEST_SEED", "20251229"))
+
+
+def record_of(master: Master) -> dict[str, Any]:
+    """Return all that a master tells, without what lives in memory only (progress, heartbeats)."""
+    jobs = master.get("/jobs?limit=1000")
+    details = {}
+    for job in jobs["jobs"]:
+        detail = master.get(f"/jobs/{job['id']}")
+        detail["lines"] = master.get(f"/jobs/{job['id']}/logs")["lines"]
+        details[job["id"]] = {**detail, "progress": None}
+    nodes = {node["id"]: {**node, "last_heartbeat": None, "jobs": master.get(f"/nodes/{node['id']}")["jobs"]}
+             for node in master.get("/nodes")["nodes"]}
+    counts = {path: master.get(path)["total"] for path in
+              ("/jobs", "/results", "/jobs?status=pending", "/jobs?status=completed", "/jobs?scenario=a")}
+    return {"order": [job["id"] for job in jobs["jobs"]], "jobs": details, "nodes": nodes, "counts": counts,
+            "results": master.get("/results?limit=1000")["results"]}
+
+
+class TestKill(Case):
+    """kill -9, and the same state again."""
+
+    def test_jobs_results_nodes_leases_and_orders_are_as_acknowledged(self) -> None:
+        master = self.master()
+        worker, other = Node(master, "worker", max_concurrent_jobs=4, cpu_threads=8), Node(master, "other")
+        gone = Node(master, "gone")
+        first = [master.submit("a", bitrate="5M") for _ in range(8)]
+        done, failed, canceling, running = (worker.claim(claim=f"word-{n}").body["job"] for n in range(4))
+        returned = other.claim(claim="returned").body["job"]
+        worker.progress(running, lines=["one", "two"], lines_from=0, progress=12)
+        worker.report(done, metrics={"duration": 1.5, "unknown": {"vmaf": "not asked for"}}, lines=["end"],
+                      lines_from=0)
+        worker.report(failed, "failed", error="no such file\nat all", failure_reason="bad_input")
+        other.report(returned, "returned")
+        master.call("POST", f"/jobs/{canceling['id']}/cancel")
+        master.call("POST", f"/jobs/{first[7]['id']}/cancel")
+        gone.beat(leaving=True)
+        before = record_of(master)
+        master.kill()
+
+        master = self.master(port=master.port)
+        self.assertEqual(record_of(master), before)
+        for node in (worker, other, gone):
+            node.master = master
+        self.assertEqual(worker.claim(claim="word-3").body["job"]["id"], running["id"],
+                         "a claim is safe to repeat")
+        self.assertIsNone(worker.claim(claim="word-0").body["job"])
+        answer = worker.beat(seen=0).body
+        self.assertEqual((answer["actions"], answer["orders"]),
+                         ([{"job_id": canceling["id"], "attempt": 1, "action": "cancel"}], 1))
+        self.assertEqual(worker.report(done).body, {"status": "success"})
+        self.assertEqual(worker.progress(running, lines=["two", "three"], lines_from=1).status, 200)
+        self.assertEqual(master.get(f"/jobs/{running['id']}/logs")["lines"], ["one", "two", "three"])
+        self.assertEqual(worker.report(canceling, "canceled").status, 200)
+        self.assertEqual(worker.report(running).status, 200)
+        again = other.claim().body["job"]
+        self.assertEqual((again["id"], again["attempt"]), (returned["id"], 2), "the place in line is kept")
+        self.assertEqual(other.claim().body["job"]["id"], first[5]["id"])
+
+    def test_a_stop_and_a_kill_leave_the_same(self) -> None:
+        master = self.master()
+        node = Node(master)
+        master.submit("a")
+        node.claim()
+        before = record_of(master)
+        for end in (master.end, None, None):
+            end() if end else master.kill()
+            master = self.master(port=master.port)
+            self.assertEqual(record_of(master), before)
+
+    def test_a_job_taken_back_after_a_restart_keeps_its_lines_and_its_attempt(self) -> None:
+        master = self.master("--node-timeout", "1s")
+        node = Node(master)
+        job = master.submit("a")
+        job = node.claim().body["job"]
+        node.progress(job, lines=["before"], lines_from=0)
+        wait_for(lambda: master.get(f"/jobs/{job['id']}")["status"] == "pending")
+        master.kill()
+        node.master = master = self.master(port=master.port)
+        answer = node.register(holding=[{"job_id": job["id"], "attempt": 1}])
+        self.assertEqual(answer.body["holding"], [{"job_id": job["id"], "attempt": 1}])
+        self.assertEqual(node.progress(job, lines=["after"], lines_from=1).status, 200)
+        self.assertEqual(master.get(f"/jobs/{job['id']}/logs")["lines"], ["before", "after"])
+        self.assertEqual((node.report(job).status, master.get(f"/jobs/{job['id']}")["retry_count"]), (200, 0))
+
+    def test_silence_counts_only_while_the_master_listened(self) -> None:
+        master = self.master("--node-timeout", "2s")
+        node = Node(master)
+        job = master.submit("a")
+        node.claim()
+        os.kill(master.pid, signal.SIGSTOP)
+        time.sleep(4)  # the silence itself: longer than the node's time
+        os.kill(master.pid, signal.SIGCONT)
+        master.submit("b")
+        self.assertEqual(master.get(f"/jobs/{job['id']}")["status"], "running")
+        master.kill()
+        master = self.master("--node-timeout", "2s", port=master.port)
+        self.assertEqual(master.get(f"/nodes/{node.id}")["status"], "busy")
+
+    def test_what_was_acknowledged_in_a_storm_is_there_after_the_kill(self) -> None:
+        for number in range(3):
+            with self.subTest(seed=SEED + number):
+                self._storm(random.Random(SEED + number))
+
+    def _storm(self, source: random.Random) -> None:
+        master = self.master()
+        nodes = [Node(master, f"n{number}") for number in range(2)]
+        submitted: set[str] = set()
+        ended: dict[str, str] = {}
+        claimed: dict[str, tuple[int, str]] = {}
+        canceled: set[str] = set()
+        threads = [threading.Thread(target=self._until_it_dies, args=(step,)) for step in (
+            *(lambda: self._submit(master, submitted) for _ in range(2)),
+            *(lambda node=node: self._work(node, claimed, ended, canceled) for node in nodes))]
+        for thread in threads:
+            thread.start()
+        goal = source.randrange(30, 150)
+        wait_for(lambda: len(ended) > goal, why="some work is done")
+        master.kill()
+        for thread in threads:
+            thread.join(30)
+        master = self.master(port=master.port)
+        found = {}
+        after = ""
+        while after is not None:
+            page = master.get(f"/jobs?limit=1000{after}")
+            found.update({job["id"]: job for job in page["jobs"]})
+            after = page["next"] and f"&after={page['next']}"
+        self.assertLessEqual(submitted, set(found))
+        for job_id, status in ended.items():
+            self.assertEqual(found[job_id]["status"], status)
+        for job_id, (attempt, node_id) in claimed.items():
+            if job_id not in ended and found[job_id]["attempt"] == attempt:
+                self.assertEqual(found[job_id]["node_id"], node_id, found[job_id])
+            self.assertGreaterEqual(found[job_id]["attempt"], attempt)
+        results = master.get("/results?limit=1000")
+        numbers = [(result["job_id"], result["attempt"]) for result in results["results"]]
+        self.assertEqual(len(numbers), len(set(numbers)), "one accepted report for an attempt")
+        for job_id in canceled - set(ended):
+            self.assertTrue(found[job_id]["cancel_requested"] or found[job_id]["status"] == "canceled")
+        master.kill()
+
+    @staticmethod
+    def _until_it_dies(step: Any) -> None:
+        while True:
+            try:
+                step()
+            except (OSError, ValueError):
+                return
+
+    @staticmethod
+    def _submit(master: Master, submitted: set[str]) -> None:
+        answer = call(master.url, "POST", "/jobs", [{"scenario": "a"}, {"scenario": "b"}])
+        if answer.status == 201:
+            submitted.update(job["id"] for job in answer.body["jobs"])
+
+    @staticmethod
+    def _work(node: Node, claimed: dict[str, tuple[int, str]], ended: dict[str, str],
+              canceled: set[str]) -> None:
+        job = (node.claim(claim=uuid.uuid4().hex).body or {}).get("job")
+        if job is None:
+            return
+        claimed[job["id"]] = (job["attempt"], node.id)
+        if len(claimed) % 3 == 0:
+            if node.master.call("POST", f"/jobs/{job['id']}/cancel").status == 200:
+                canceled.add(job["id"])
+            status = "canceled"
+        else:
+            status = "completed"
+        if node.report(job, status).status == 200:
+            ended[job["id"]] = status
+
+    def test_an_array_is_on_disk_whole_or_not_at_all(self) -> None:
+        master = self.master()
+        jobs = [{"scenario": "x"}] * 6000
+        answers: list[Any] = []
+
+        def submit() -> None:
+            try:
+                answers.append(call(master.url, "POST", "/jobs", jobs).status)
+            except (OSError, ValueError) as error:
+                answers.append(error)
+        disk = sqlite3.connect(self.folder / "master" / "journal.db")
+        self.addCleanup(disk.close)
+        sender = threading.Thread(target=submit)
+        sender.start()
+        seen = set()
+        while not answers:
+            seen.add(disk.execute("SELECT count(*) FROM jobs").fetchone()[0])
+        sender.join()
+        self.assertEqual(answers, [201])
+        self.assertLessEqual(seen, {0, 6000}, "a part of an array was on disk")
+        answers.clear()
+        sender = threading.Thread(target=submit)
+        sender.start()
+        wait_for(lambda: answers or disk.execute("SELECT count(*) FROM jobs").fetchone()[0] != 6000)
+        master.kill()
+        sender.join()
+        self.assertIn(self.master(port=master.port).get("/jobs")["total"], (6000, 12000))
+
+    def test_a_master_starts_on_a_hundred_thousand_finished_jobs(self) -> None:
+        folder = self.folder / "master"
+        journal = ffdist.Journal(folder, lambda error: self.fail(error))
+        journal.start()
+        draft = ffdist.draft_of({"scenario": "720p30-h264"}, 3)
+        many, node = 100_000, str(uuid.uuid4())
+        new = ffdist.Job(1, "", draft.scenario, draft.spec, 1e9)
+        done = ffdist.advance(ffdist.advance(new, "claim", 1e9 + 1, node), "complete", 1e9 + 9,
+                              reported="completed")
+        state = done.state_json()
+        ids = [str(uuid.UUID(int=random.getrandbits(128), version=4)) for _ in range(many)]
+        for start in range(0, many, 20_000):
+            for seq in range(start + 1, start + 20_001):
+                journal.put("job", seq, ids[seq - 1], "completed", draft.scenario, node, draft.spec, state)
+            journal.put("total", ("jobs", "completed", draft.scenario, node), start + 20_000)
+            ticket = journal.ticket()
+            assert ticket is not None
+            ticket.wait()
+        journal.close()
+
+        master = self.master()
+        for path, total in (("/jobs", many), ("/jobs?status=completed", many), ("/jobs?status=pending", 0),
+                            (f"/jobs?node_id={node}", many), ("/jobs?scenario=720p30-h264&limit=1", many)):
+            self.assertEqual(master.get(path)["total"], total, path)
+        self.assertEqual([job["id"] for job in master.get("/jobs?limit=3")["jobs"]], ids[:-4:-1])
+        self.assertEqual(master.get(f"/jobs/{ids[50_000]}")["status"], "completed")
+        worker = Node(master)
+        job = master.submit("a")
+        self.assertEqual(worker.claim().body["job"]["id"], job["id"])
+        retried = master.call("POST", f"/jobs/{ids[0]}/retry")
+        self.assertEqual((retried.status, worker.claim().body["job"]["id"]), (200, ids[0]))
+        self.assertEqual(master.get("/jobs?status=completed")["total"], many - 1)
+
+
+class TestRefusal(Case):
+    """A folder or a port that cannot be used: one clear line, exit code 1, nothing touched."""
+
+    def refused(self, *flags: str, folder: Path | None = None, port: int = 0) -> str:
+        before = self.files()
+        data = folder or self.folder / "master"
+        done = run(str(TOP / "ffdist.py"), "master", "--host", "127.0.0.1", "--port", str(port),
+                   "--data-dir", str(data), *flags, folder=self.folder, timeout=60)
+        self.assertEqual((done.returncode, done.stdout), (1, ""), done.stderr)
+        self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
+        self.assertTrue(done.stderr.startswith("ffdist: "), done.stderr)
+        self.assertEqual(self.files(), before, "a trace was left")
+        return done.stderr
+
+    def files(self) -> dict[str, bytes]:
+        return {str(path): path.read_bytes() if path.is_file() else b"" for path in self.folder.rglob("*")
+                if not path.name.endswith((".log", "-shm"))}
+
+    def stopped(self, jobs: int = 3) -> Path:
+        """Return the journal of a master that ran and was stopped."""
+        master = self.master()
+        master.call("POST", "/jobs", [{"scenario": "x"}] * jobs)
+        master.end()
+        return self.folder / "master" / "journal.db"
+
+    def test_a_journal_of_a_newer_format(self) -> None:
+        path = self.stopped()
+        with sqlite3.connect(path) as journal:
+            journal.execute("PRAGMA journal_mode=DELETE")
+            journal.execute(f"PRAGMA user_version={ffdist.FORMAT + 1}")
+        journal.close()
+        words = self.refused()
+        for word in (str(path), f"format {ffdist.FORMAT + 1}", "newer", "--data-dir"):
+            self.assertIn(word, words)
+
+    def test_a_folder_that_another_master_holds(self) -> None:
+        master = self.master()
+        words = self.refused()
+        for word in (str(self.folder / "master"), "held by another master", "--data-dir"):
+            self.assertIn(word, words)
+        self.assertEqual(master.submit()["status"], "pending")
+
+    def test_a_folder_that_cannot_be_written(self) -> None:
+        (self.folder / "file").write_text("a file, no folder")
+        words = self.refused(folder=self.folder / "file" / "data")
+        for word in (str(self.folder / "file" / "data"), "--data-dir"):
+            self.assertIn(word, words)
+        if os.geteuid() != 0:
+            (self.folder / "closed").mkdir(mode=0o500)
+            self.assertIn("closed", self.refused(folder=self.folder / "closed" / "data"))
+
+    def test_a_port_that_is_taken(self) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            words = self.refused(port=port)
+        for word in (f"port {port}", "--port", "lsof"):
+            self.assertIn(word, words)
+        self.assertFalse((self.folder / "master").exists())
+
+    def test_a_journal_that_is_no_database(self) -> None:
+        for name, content in (("garbage", os.urandom(8192)), ("text", b"a letter, no database\n" * 99)):
+            with self.subTest(name):
+                folder = self.folder / name
+                folder.mkdir()
+                (folder / "journal.db").write_bytes(content)
+                (folder / "lock").touch()
+                self.assertIn(str(folder / "journal.db"), self.refused(folder=folder))
+
+    def test_a_journal_that_was_cut_or_overwritten(self) -> None:
+        whole = self.stopped(2000).read_bytes()
+        damaged = {"cut": whole[:len(whole) // 2], "one page": whole[:4096],
+                   "overwritten": whole[:4096] + b"\xff" * (len(whole) - 4096)}
+        for name, content in damaged.items():
+            with self.subTest(name):
+                folder = self.folder / name.replace(" ", "-")
+                folder.mkdir()
+                (folder / "journal.db").write_bytes(content)
+                (folder / "lock").touch()
+                before = (folder / "journal.db").read_bytes()
+                done = run(str(TOP / "ffdist.py"), "master", "--host", "127.0.0.1", "--port", "0",
+                           "--data-dir", str(folder), folder=self.folder, timeout=60)
+                self.assertEqual((done.returncode, len(done.stderr.splitlines())), (1, 1), done.stderr)
+                self.assertIn(str(folder / "journal.db"), done.stderr)
+                self.assertEqual((folder / "journal.db").read_bytes(), before)
+
+    def test_a_database_of_another_program_is_left_alone(self) -> None:
+        folder = self.folder / "master"
+        folder.mkdir()
+        (folder / "lock").touch()
+        with sqlite3.connect(folder / "journal.db") as other:
+            other.execute("CREATE TABLE recipes(name TEXT)")
+        other.close()
+        self.assertIn("journal.db", self.refused())
+
+    def test_an_empty_journal_is_a_new_one(self) -> None:
+        (self.folder / "master").mkdir()
+        (self.folder / "master" / "journal.db").touch()
+        self.assertEqual(self.master().get("/jobs")["total"], 0)
+
+    def test_what_the_master_writes_is_its_own_alone(self) -> None:
+        self.master().submit()
+        for path in (self.folder / "master", *(self.folder / "master").iterdir()):
+            self.assertEqual(path.stat().st_mode & 0o077, 0, path)
+
+
+class TestFullDisk(Case):
+    """A disk of 1 MB that fills up, and is freed again."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        disk = self.folder / "master"
+        disk.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "ffdist-test", str(disk)],
+                              capture_output=True) if os.geteuid() == 0 else None
+        if done is None or done.returncode != 0:
+            self.skipTest("a small tmpfs cannot be mounted here (it takes root)")
+        self.addCleanup(subprocess.run, ["umount", "-l", str(disk)], check=True)
+        self.ballast = disk / "ballast"
+        self.ballast.write_bytes(b"\0" * 500_000)
+
+    def fill(self, master: Master) -> tuple[set[str], set[str]]:
+        """Submit from four clients until each is refused; return the accepted and the refused ids."""
+        accepted: set[str] = set()
+        refused: set[str] = set()
+
+        def submit() -> None:
+            while True:
+                own = str(uuid.uuid4())
+                answer = call(master.url, "POST", "/jobs", {"id": own, "scenario": "x"})
+                (accepted if answer.status == 201 else refused).add(own)
+                if answer.status != 201:
+                    assert answer.status == 503 and "journal" in answer.body["error"], answer
+                    return
+        threads = [threading.Thread(target=submit) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        self.assertEqual(len(refused), 4)
+        return accepted, refused
+
+    @staticmethod
+    def known(master: Master) -> set[str]:
+        return {job["id"] for job in master.get("/jobs?limit=1000")["jobs"]}
+
+    def test_a_full_disk_refuses_and_loses_nothing_and_goes_on_when_space_is_freed(self) -> None:
+        master = self.master()
+        node = Node(master)
+        first = master.submit("a")
+        job = node.claim().body["job"]
+        accepted, _ = self.fill(master)
+        accepted.add(first["id"])
+        ready = master.call("GET", "/ready")
+        self.assertEqual(ready.status, 503)
+        for word in ("journal.db", "full"):
+            self.assertIn(word, ready.body["error"])
+        self.assertEqual(master.call("GET", "/health").status, 200)
+        self.assertEqual(self.known(master), accepted, "refused means: nothing was changed")
+        self.assertEqual(master.get("/jobs")["total"], len(accepted))
+        self.assertEqual(node.report(job).status, 503)
+        self.assertEqual(master.get(f"/jobs/{job['id']}")["status"], "running")
+        self.assertEqual(master.call("POST", "/jobs", [{"scenario": "x"}] * 3000).status, 503)
+        self.assertEqual(master.get("/jobs")["total"], len(accepted))
+
+        self.ballast.unlink()
+        wait_for(lambda: master.call("GET", "/ready").status == 200, why="it is ready again")
+        self.assertEqual(node.report(job).status, 200)
+        accepted.add(master.submit()["id"])
+        again = node.claim().body["job"]
+        self.assertIn(again["id"], accepted)
+        self.assertEqual(self.known(master), accepted)
+        self.assertNotIn("Traceback", master.words())
+        self.assertIn("full", master.words())
+        before = record_of(master)
+        master.kill()
+        self.assertEqual(record_of(self.master(port=master.port)), before)
+
+    def test_a_full_disk_at_the_kill_loses_nothing(self) -> None:
+        master = self.master()
+        accepted, _ = self.fill(master)
+        master.kill()
+        self.ballast.unlink()
+        self.assertEqual(self.known(self.master(port=master.port)), accepted)
+
+    def test_a_parked_claim_survives_a_failed_commit(self) -> None:
+        master = self.master()
+        node = Node(master)
+        self.fill(master)
+        for job in master.get("/jobs?limit=1000&status=pending")["jobs"]:
+            master.call("POST", f"/jobs/{job['id']}/cancel")
+        self.ballast.unlink()
+        wait_for(lambda: master.call("GET", "/ready").status == 200)
+        for job in master.get("/jobs?limit=1000&status=pending")["jobs"]:
+            master.call("POST", f"/jobs/{job['id']}/cancel")
+        waiting = node.park()
+        job = master.submit()
+        self.assertEqual(waiting.answer().body["job"]["id"], job["id"])
+
+
+if __name__ == "__main__":
+    unittest.main()
