@@ -886,6 +886,30 @@ _CHECKS: dict[str, Callable[[str, object, Parameter], Any]] = {
 }
 
 
+def parameters_of(pairs: Iterable[str]) -> Json:
+    """Return the parameters of `-p name=value` words; ValueError names the word that is none."""
+    values: Json = {}
+    for pair in pairs:
+        name, found, text = pair.partition("=")
+        if not found or not name:
+            raise ValueError(f"'{pair}' is no parameter: write -p name=value")
+        kind = PARAMETERS[name].kind if name in PARAMETERS else "word"
+        values[name] = _typed(kind, text) if kind not in ("word", "name", "place") else text
+    return values
+
+
+def _typed(kind: str, text: str) -> Any:
+    if kind == "words":
+        return [item for item in text.split(",") if item]
+    if kind == "bool":
+        return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(
+            text.lower(), text)
+    for number in (int, float, parse_duration if kind == "number" else float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text
+
+
 def _codec_of_encoder(encoder: str | None) -> str | None:
     return ENCODERS[encoder].codec if encoder in ENCODERS else None
 
@@ -1356,20 +1380,21 @@ def clip_duration_s(fps: float) -> float:
 
 def quality_command(ffmpeg: str, metric: str, encoded: str, source: Source, made: Plan,
                     threads: int) -> list[str]:
-    """Return the command that compares an output with its source, scaled and paced like the output."""
-    reference = ",".join(part for part in (made.filters, f"fps={rational(made.fps)}") if part)
-    compare = {"psnr": "psnr", "ssim": "ssim", "xpsnr": "xpsnr",
-               "vmaf": f"libvmaf=n_threads={threads}"}[metric]
-    graph = (f"[0:V:0]setpts=PTS-STARTPTS,fps={rational(made.fps)},format=yuv420p[a];"
-             f"[1:V:0]{reference},setpts=PTS-STARTPTS,format=yuv420p[b];[a][b]{compare}=shortest=1"
-             if "=" not in compare else
-             f"[0:V:0]setpts=PTS-STARTPTS,fps={rational(made.fps)},format=yuv420p[a];"
-             f"[1:V:0]{reference},setpts=PTS-STARTPTS,format=yuv420p[b];[a][b]{compare}:shortest=1")
+    """Return the command that compares an output with its source, scaled and paced like the output.
+
+    Where the rate is the input's own, frames are paired by their number: a film of changing rate too.
+    """
+    paced = f"fps={rational(made.fps)}" in made.filters
+    pace = f"setpts=PTS-STARTPTS,fps={rational(made.fps)}" if paced else "setpts=N/(25*TB)"
+    reference = ",".join(part for part in (made.filters, "setpts=PTS-STARTPTS" if paced else pace) if part)
+    compare = {"psnr": "psnr=", "ssim": "ssim=", "xpsnr": "xpsnr=",
+               "vmaf": f"libvmaf=n_threads={threads}:"}[metric] + "shortest=1"
+    graph = (f"[0:V:0]{pace},format=yuv420p[a];[1:V:0]{reference},format=yuv420p[b];[a][b]{compare}")
     loop = ["-stream_loop", "-1"] if source.loop else []
     limit = ["-t", f"{made.duration_s:.6f}"] if made.duration_s else []
     return [ffmpeg, "-hide_banner", "-nostdin", "-loglevel", "repeat+level+info", "-threads", str(threads),
-            "-i", named_file(encoded), *loop, *whitelist_args(source.url), "-i", named_file(source.url),
-            "-lavfi", graph, *limit, "-an", "-f", "null", *PROGRESS_ARGS, "-"]
+            "-i", named_file(encoded), *loop, *limit, *whitelist_args(source.url),
+            "-i", named_file(source.url), "-lavfi", graph, "-an", "-f", "null", *PROGRESS_ARGS, "-"]
 
 
 def probe_command(ffprobe: str, url: str) -> list[str]:
@@ -2120,6 +2145,9 @@ class Attempt:
             words = self._last_words()
             raise Failure("input", f"{self._words_of_input()} gave no frame on {node}"
                           + (f": {words}" if words else ""))
+        if size < 0.99 * (outcome.progress.total_bytes or 0):
+            raise Failure("out_of_disk", f"{shown} has {size} of the {outcome.progress.total_bytes} bytes "
+                          f"that ffmpeg wrote on {node}: is its disk full?")
         answer: list[str] = []
         exit_ = self._execute(probe_command(self._place.ffprobe, made.target), answer.append, limit_s=PROBE_S)
         if exit_.returncode != 0:
@@ -2479,7 +2507,7 @@ class Agent:
         self._freed = threading.Event()
         self._news = threading.Event()
         self._refused: set[Path] = set()
-        name = options.name or hardware.address or socket.gethostname()
+        name = options.name or hardware.address or os.uname().nodename
         self._name = name
         self._place = workplace(options, hardware, host, name)
 
@@ -2878,30 +2906,6 @@ EPILOG = """examples:
   python3 agent.py run 720p30-h264 -p duration=5                  # one job here, without a master
   python3 agent.py run --input film.mov --output film.mp4 -p crf=21
 """
-
-
-def parameters_of(pairs: Iterable[str]) -> Json:
-    """Return the parameters of `-p name=value` words; ValueError names the word that is none."""
-    values: Json = {}
-    for pair in pairs:
-        name, found, text = pair.partition("=")
-        if not found or not name:
-            raise ValueError(f"'{pair}' is no parameter: write -p name=value")
-        kind = PARAMETERS[name].kind if name in PARAMETERS else "word"
-        values[name] = _typed(kind, text) if kind not in ("word", "name", "place") else text
-    return values
-
-
-def _typed(kind: str, text: str) -> Any:
-    if kind == "words":
-        return [item for item in text.split(",") if item]
-    if kind == "bool":
-        return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(
-            text.lower(), text)
-    for number in (int, float, parse_duration if kind == "number" else float):
-        with contextlib.suppress(ValueError):
-            return number(text)
-    return text
 
 
 def build_parser(run: bool) -> argparse.ArgumentParser:

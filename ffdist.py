@@ -544,6 +544,7 @@ class Journal:
     # -- writing: put() and ticket() are called under the Master's lock
 
     def start(self) -> None:
+        """Begin to commit."""
         self._thread.start()
 
     def put(self, kind: str, *values: Any) -> None:
@@ -786,6 +787,7 @@ class Lane:
         self._newest = 0
 
     def put(self, seq: int) -> None:
+        """Add a number: a new one at the end, an older one at its place."""
         if seq > self._newest:
             self._newest = seq
             self._fresh.put_nowait(seq)
@@ -819,6 +821,7 @@ class Lanes:
         self._lanes.setdefault(frozenset(avoid), Lane()).put(seq)
 
     def put_later(self, due: float, seq: int) -> None:
+        """Keep a number until a moment of the monotonic clock."""
         heapq.heappush(self._due, (due, seq))
 
     def due(self, now: float) -> list[int]:
@@ -904,6 +907,7 @@ class Node:
 
     @property
     def status(self) -> str:
+        """One of NODE_STATUSES."""
         if self.offline:
             return "offline"
         if self.draining or self.leaving:
@@ -911,6 +915,7 @@ class Node:
         return "busy" if len(self.leases) >= self.slots else "available"
 
     def to_json(self) -> Json:
+        """Return the node as the API shows it."""
         facts = json.loads(self.facts)
         return {**facts, "id": self.id, "name": self.name, "status": self.status,
                 "last_heartbeat": wire.utc_text(self.last_heartbeat),
@@ -961,6 +966,9 @@ class Master:
     def _transaction(self) -> _Transaction:
         """Hold the lock; on leaving, wait until all that was seen and done is on disk."""
         return _Transaction(self)
+
+    def _enter(self) -> None:
+        self._lock.acquire()
 
     def _leave(self) -> None:
         """Let the lock go, wait for the commit, then log what happened."""
@@ -1136,10 +1144,12 @@ class Master:
         self._leases[job.seq] = Lease(self.clock(), lines, limit)
 
     def nodes(self) -> list[Json]:
+        """Return all nodes, in the order of their registration."""
         with self._transaction():
             return [node.to_json() for node in self._nodes.values()]
 
     def node(self, node_id: str) -> Json:
+        """Return one node with the ids of the jobs that it holds."""
         with self._transaction():
             node = self._nodes[self._node_id(node_id)]
             return {**node.to_json(), "jobs": [self._jobs[seq].id for seq in sorted(node.leases)]}
@@ -1682,7 +1692,7 @@ class _Transaction:
         self._master = master
 
     def __enter__(self) -> None:
-        self._master._lock.acquire()
+        self._master._enter()
 
     def __exit__(self, *error: object) -> None:
         self._master._leave()
@@ -1837,6 +1847,14 @@ class Text(NamedTuple):
     kind: str
 
 
+class Overview(NamedTuple):
+    """What the page of nodes and jobs shows."""
+
+    nodes: list[Json]
+    jobs: list[Json]
+    total: int
+
+
 class Request(NamedTuple):
     """One request as handlers see it; `told` holds the query and, above it, the body's fields."""
 
@@ -1847,6 +1865,7 @@ class Request(NamedTuple):
 
     @property
     def told(self) -> Json:
+        """The query and the body's fields in one; the body's count."""
         return {**self.query, **self.body} if isinstance(self.body, dict) else dict(self.query)
 
 
@@ -1975,12 +1994,12 @@ def _report(master: Master, request: Request) -> tuple[int, Any]:
 
 
 def _metrics(master: Master, request: Request) -> tuple[int, Any]:
-    return 200, Text(metrics_text(master.snapshot()), "text/plain; version=0.0.4; charset=utf-8")
+    return 200, master.snapshot()
 
 
 def _home(master: Master, request: Request) -> tuple[int, Any]:
     jobs, total, _ = master.jobs({}, None, 50)
-    return 200, Text(page_html(master.nodes(), jobs, total), "text/html; charset=utf-8")
+    return 200, Overview(master.nodes(), jobs, total)
 
 
 ROUTES = (
@@ -2294,6 +2313,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return False
 
     def _send(self, status: int, data: Any, keep: bool, head_only: bool) -> None:
+        view = self.server.views.get(type(data))
+        if view is not None:
+            data = view(data)
         answer = data if isinstance(data, Text) else Text(_ENCODE(data), JSON_KIND)
         payload = answer.text.encode("utf-8", "replace") + b"\n"
         head = (f"HTTP/1.1 {_STATUS_LINES[status]}\r\nContent-Type: {answer.kind}\r\n"
@@ -2385,7 +2407,7 @@ METRICS = (
 )
 
 
-def metrics_text(shot: Snapshot) -> str:
+def metrics_view(shot: Snapshot) -> Text:
     """Return the Prometheus text format 0.0.4 of a snapshot."""
     lines = []
     for metric in METRICS:
@@ -2393,7 +2415,7 @@ def metrics_text(shot: Snapshot) -> str:
         for labels, value in metric.samples(shot):
             inner = ",".join(f'{name}="{_escaped(text)}"' for name, text in labels.items())
             lines.append(f"{metric.name}{'{' + inner + '}' if inner else ''} {value:.15g}")
-    return "\n".join(lines) + "\n"
+    return Text("\n".join(lines), "text/plain; version=0.0.4; charset=utf-8")
 
 
 def _escaped(text: str) -> str:
@@ -2410,8 +2432,9 @@ _STYLE = ("body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:7
           "th,td{border-color:#30363d}a{color:#58a6ff}.none{color:#8d96a0}}")
 
 
-def page_html(nodes: Sequence[Json], jobs: Sequence[Json], total: int) -> str:
+def page_view(seen: Overview) -> Text:
     """Return the plain page of nodes and jobs; every text is escaped."""
+    nodes, jobs, total = seen
     node_rows = [[node["name"], node["status"], f"{node['running']} of {node['max_concurrent_jobs']}",
                   node.get("type"), node.get("cpu_threads"), wire.size_text(node.get("ram_bytes")),
                   node.get("gpu_type") or "none", node["last_heartbeat"]] for node in nodes]
@@ -2421,13 +2444,14 @@ def page_html(nodes: Sequence[Json], jobs: Sequence[Json], total: int) -> str:
                  job["created_at"]] for job in jobs]
     links = " ".join(f'<a href="{path}">{path}</a>' for path in
                      ("/nodes", "/jobs", "/results", "/metrics", "/health", "/ready"))
-    return (f"<!doctype html><html lang=en><meta charset=utf-8><title>ffdist</title><style>{_STYLE}</style>"
+    page = (f"<!doctype html><html lang=en><meta charset=utf-8><title>ffdist</title><style>{_STYLE}</style>"
             f"<h1>ffdist</h1><p>{links}</p><h2>Nodes ({len(nodes)})</h2>"
             + _table_html(("name", "status", "running", "type", "threads", "memory", "GPU", "last heartbeat"),
                           node_rows, "No node has registered yet: python3 agent.py --register --master URL")
             + f"<h2>Jobs ({len(jobs)} newest of {total})</h2>"
             + _table_html(("job", "status", "scenario", "node", "done", "error", "created"), job_rows,
                           "No job was submitted yet: python3 ffdist.py submit 720p30-h264"))
+    return Text(page, "text/html; charset=utf-8")
 
 
 class Link(NamedTuple):
@@ -2472,6 +2496,7 @@ class Server(http.server.ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = BACKLOG
     allow_reuse_address = True
+    views: Mapping[type, Callable[[Any], Text]] = {Snapshot: metrics_view, Overview: page_view}
 
     def __init__(self, host: str, port: int, log: logging.Logger) -> None:
         self.log = log
@@ -2527,6 +2552,7 @@ class Service:
                          threading.Thread(target=self._reap, daemon=True)]
 
     def start(self) -> None:
+        """Begin to serve and to reap."""
         for thread in self._threads:
             thread.start()
 
@@ -2949,7 +2975,8 @@ COMMANDS = {
         Flag("--data-dir", None, Path, "folder of the journal (~/.local/state/ffdist/master)"),
         Flag("--node-timeout", "90s", wire.seconds, "silence after which a node is lost (90s)"),
         Flag("--max-retries", "3", wire.whole_number(0, 100),
-             "how often a job is tried again after a lost node or a failure that may pass (3)"), *_LOG_FLAGS)),
+             "how often a job is tried again after a lost node or a failure that may pass (3)"),
+        *_LOG_FLAGS)),
     "demo": Command(cmd_demo, "a master, an agent and a real encode, here and now", (
         Flag("--install", False, None, "install ffmpeg where it is missing"),
         Flag("--input", None, str, "a film of yours (a generated source)"),
@@ -3032,8 +3059,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[args.command].run(args)
     except ApiError as error:
-        hint = ("" if error.status else
-                "; start one with 'python3 ffdist.py master', or name it with --master or FFDIST_MASTER")
+        hint = ("" if error.status else "; start one with 'python3 ffdist.py master', "
+                "or name it with --master or FFDIST_MASTER")
         _say(f"ffdist: {wire.printable(error.message)}{hint}")
         return exit_code_of(error)
     except Unusable as error:

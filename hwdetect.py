@@ -40,7 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Callable
 
-# ---- 1 Facts -------------------------------------------------------------------------------------
+# ---- 1 Facts --------------------------------------------------------------------------------------
 
 GIB = 2**30
 SMALL_READ_BYTES = 64 * 1024  # a file of sysfs is at most a page
@@ -199,6 +199,8 @@ class Sensor:
 
 @dataclass(frozen=True)
 class Battery:
+    """One battery that can power the machine."""
+
     name: str
     status: str | None
     charge_percent: int | None
@@ -331,7 +333,7 @@ class ProcessUsage:
     pids: tuple[int, ...]
 
 
-# ---- 2 Host --------------------------------------------------------------------------------------
+# ---- 2 Host ---------------------------------------------------------------------------------------
 
 Runner = Callable[[Sequence[str], float], Result]
 
@@ -655,7 +657,7 @@ def _escape(line: str) -> str:
     return "\\x3d" + line[1:] if line.startswith("===") else line
 
 
-# ---- 3 Parsers -----------------------------------------------------------------------------------
+# ---- 3 Parsers ------------------------------------------------------------------------------------
 
 
 def parse_int(text: str | None) -> int | None:
@@ -810,7 +812,7 @@ def parse_duration(text: str) -> float:
     return sum(float(count) * units[unit] for count, unit in re.findall(rf"({number})([a-z]*)", text))
 
 
-# ---- 4 Detectors ---------------------------------------------------------------------------------
+# ---- 4 Detectors ----------------------------------------------------------------------------------
 
 
 def _word(host: Host, path: str) -> str | None:
@@ -1084,6 +1086,7 @@ def _board_gpus(host: Host) -> Iterator[Gpu]:
 
 
 def smi_argv(program: str, fields: Iterable[str]) -> list[str]:
+    """Give the command that asks nvidia-smi for fields, one line of plain values a GPU."""
     return [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
 
 
@@ -1364,7 +1367,7 @@ def probe_argv(ffmpeg: str, name: str, node: str = "/dev/dri/renderD128") -> lis
             *after, kind, name, *fast, *frame, "-f", "null", "-"]
 
 
-# ---- 5 Sampler -----------------------------------------------------------------------------------
+# ---- 5 Sampler ------------------------------------------------------------------------------------
 
 FIRST_SAMPLE = "the first sample: a rate needs two"
 
@@ -1660,7 +1663,7 @@ def process_started(host: Host, pid: int) -> int | None:
     return parse_process(host.read(f"/proc/{pid}/stat")).get("start")
 
 
-# ---- 6 CLI ---------------------------------------------------------------------------------------
+# ---- 6 CLI ----------------------------------------------------------------------------------------
 
 EXAMPLES = """examples:
   python3 hwdetect.py                        what this machine is and which encoders work on it
