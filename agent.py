@@ -474,7 +474,10 @@ class Client:
             raise ValueError(f"'{url}' has no valid port: write http://host:8080") from None
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
         self._handler = _KeepAlive()
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), self._handler)
+        self._opener = urllib.request.OpenerDirector()  # no proxies, no redirects, no certificates to load
+        for handler in (self._handler, urllib.request.HTTPDefaultErrorHandler(),
+                        urllib.request.HTTPErrorProcessor()):
+            self._opener.add_handler(handler)
 
     def _call(self, method: str, path: str, body: Any = None, query: Mapping[str, Any] | None = None,
               timeout: float = 30.0) -> Any:
@@ -2408,6 +2411,7 @@ BACKOFF_MOST_S = 15.0
 PROGRESS_S = 2.0
 LINES_A_REPORT = 500
 LEAVE_S = 5.0
+HASTY_MOST = 5
 
 
 @dataclass(frozen=True)
@@ -2499,6 +2503,7 @@ class Agent:
         self._node_timeout_s = 90.0
         self._heard = -math.inf
         self._beat = time.monotonic()
+        self._hasty = 0
         self._seen = 0
         self._word = uuid.uuid4().hex
         self._away: float | None = None
@@ -2642,6 +2647,7 @@ class Agent:
         wait = min(self._options.heartbeat_interval_s, WAIT_MAX_S, self._node_timeout_s / 3)
         assert self._node_id is not None
         common = {"session": self._session, "seen": self._seen}
+        asked = time.monotonic()
         if free:
             answer = self._client.claim({**common, "node_id": self._node_id, "claim": self._word}, wait)
             self._word = uuid.uuid4().hex
@@ -2652,6 +2658,10 @@ class Agent:
         self._obey(answer)
         if isinstance(answer.get("job"), dict):
             self._start(answer["job"])
+        empty = not answer.get("job") and not answer.get("actions") and time.monotonic() - asked < wait / 10
+        self._hasty = self._hasty + 1 if empty else 0
+        if self._hasty > HASTY_MOST:  # a master that says to park and does not
+            self._stopping.wait(min(1.0, wait / 10))
 
     def _ask_plainly(self, free: bool) -> None:
         """Talk to a master that knows no parked requests: heartbeats and polls by the clock."""
@@ -2705,6 +2715,7 @@ class Agent:
         self._log.info("job %s attempt %d: %s begins", job_id, number, job.get("scenario"))
         threading.Thread(target=self._work, args=(key, attempt), name=f"job-{job_id[:8]}",
                          daemon=True).start()
+        self._news.set()
 
     def _work(self, key: tuple[str, int], attempt: Attempt) -> None:
         try:

@@ -488,12 +488,20 @@ class Journal:
         self.trouble: str | None = None
         self.commits = 0
         self.commit_seconds = 0.0
-        self._lock_file = self._lock_folder()
-        self._writer = self._open()
-        self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
-        for _ in range(READERS):
-            self._readers.put(self._connect())
         self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
+        self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
+        self._lock_file = self._lock_folder()
+        try:
+            self._writer = self._connect()
+            self._prepare()
+            for _ in range(READERS):
+                self._readers.put(self._connect())
+        except (sqlite3.Error, OSError, Unusable) as error:
+            self.close()
+            if isinstance(error, Unusable):
+                raise
+            raise Unusable(f"{self._path} cannot be used as a journal: {error}; "
+                           "free or repair it, or name another folder with --data-dir") from None
 
     def _lock_folder(self) -> int:
         try:
@@ -511,35 +519,28 @@ class Journal:
         return descriptor
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, timeout=10, isolation_level=None, check_same_thread=False)
-        return connection
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self._path, os.O_CREAT | os.O_EXCL, 0o600))
+        return sqlite3.connect(self._path, timeout=10, isolation_level=None, check_same_thread=False)
 
-    def _open(self) -> sqlite3.Connection:
-        """Open or make the file; Unusable when it is newer, or no journal, or cannot be written."""
-        try:
-            with contextlib.suppress(FileExistsError):
-                os.close(os.open(self._path, os.O_CREAT | os.O_EXCL, 0o600))
-            connection = self._connect()
-            found = connection.execute("PRAGMA user_version").fetchone()[0]
-            owner = connection.execute("PRAGMA application_id").fetchone()[0]
-            if owner not in (0, APPLICATION_ID) or (found == 0 and connection.execute(
-                    "SELECT count(*) FROM sqlite_master").fetchone()[0]):
-                raise Unusable(f"{self._path} belongs to another program: "
-                               "name another folder with --data-dir")
-            if found > FORMAT:
-                raise Unusable(f"{self._path} has format {found}, made by a newer ffdist than {VERSION}; "
-                               "start that one, or name another folder with --data-dir")
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")
-            if found == 0:
-                connection.executescript(f"BEGIN;{_SCHEMA}PRAGMA application_id={APPLICATION_ID};"
-                                         f"PRAGMA user_version={FORMAT};COMMIT;")
-            connection.execute("BEGIN IMMEDIATE")
-            connection.execute("ROLLBACK")
-        except (sqlite3.Error, OSError) as error:
-            raise Unusable(f"{self._path} cannot be used as a journal: {error}; "
-                           "free or repair it, or name another folder with --data-dir") from None
-        return connection
+    def _prepare(self) -> None:
+        """Make the tables; Unusable when the file is newer, or another program's."""
+        execute = self._writer.execute
+        found = execute("PRAGMA user_version").fetchone()[0]
+        owner = execute("PRAGMA application_id").fetchone()[0]
+        if owner not in (0, APPLICATION_ID) or (
+                found == 0 and execute("SELECT count(*) FROM sqlite_master").fetchone()[0]):
+            raise Unusable(f"{self._path} belongs to another program: name another folder with --data-dir")
+        if found > FORMAT:
+            raise Unusable(f"{self._path} has format {found}, made by a newer ffdist than {VERSION}; "
+                           "start that one, or name another folder with --data-dir")
+        execute("PRAGMA journal_mode=WAL")
+        execute("PRAGMA synchronous=FULL")
+        if found == 0:
+            self._writer.executescript(f"BEGIN;{_SCHEMA}PRAGMA application_id={APPLICATION_ID};"
+                                       f"PRAGMA user_version={FORMAT};COMMIT;")
+        execute("BEGIN IMMEDIATE")
+        execute("ROLLBACK")
 
     # -- writing: put() and ticket() are called under the Master's lock
 
@@ -623,7 +624,8 @@ class Journal:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._readers.get_nowait().close()
-        self._writer.close()
+        if hasattr(self, "_writer"):
+            self._writer.close()
         os.close(self._lock_file)
 
     # -- reading: safe in any thread, never under the Master's lock
@@ -958,7 +960,11 @@ class Master:
         self._watchers: dict[int, list[threading.Event]] = {}
         self.journal = Journal(folder, self._rebuild)
         self._nodes: dict[str, Node] = {}
-        self._load()
+        try:
+            self._load()
+        except BaseException:
+            self.journal.close()
+            raise
         self.journal.start()
 
     # -- transactions

@@ -58,14 +58,19 @@ class Answer:
         return f"{self.status} {self.text[:300]}"
 
 
+_OPENER = urllib.request.OpenerDirector()  # no proxies, and no certificates to load at each call
+for _handler in (urllib.request.HTTPHandler(), urllib.request.HTTPDefaultErrorHandler(),
+                 urllib.request.HTTPErrorProcessor()):
+    _OPENER.add_handler(_handler)
+
+
 def call(url: str, method: str, path: str, body: Any = None, raw: bytes | None = None,
          timeout: float = 90) -> Answer:
     """Send one request on a connection of its own."""
     data = raw if raw is not None else None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"}, method=method)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=timeout) as answer:
+        with _OPENER.open(request, timeout=timeout) as answer:
             return Answer(answer.status, answer.read())
     except urllib.error.HTTPError as error:
         with error:
@@ -136,14 +141,16 @@ class Master(Program):
                 str(port), "--data-dir", str(folder / "master"), *flags]
         start = (folder / "master.log").stat().st_size if (folder / "master.log").exists() else 0
         super().__init__(argv, folder, "master", env)
-        found = wait_for(lambda: self._address(start) or self.process.poll() is not None, 30, "master's address")
+        found = wait_for(lambda: self._address(start) or self.process.poll() is not None, 30,
+                         "the master's address")
         if not isinstance(found, int) or isinstance(found, bool):
             raise AssertionError(f"the master did not start: {self.words()}")
         self.port = found
         self.url = f"http://127.0.0.1:{self.port}"
 
     def _address(self, start: int) -> int | None:
-        match = re.search(r"master at http://[^ ]*:(\d+),", self.log.read_bytes()[start:].decode(errors="replace"))
+        said = self.log.read_bytes()[start:].decode(errors="replace")
+        match = re.search(r"master at http://[^ ]*:(\d+),", said)
         return int(match[1]) if match else None
 
     def call(self, method: str, path: str, body: Any = None, **more: Any) -> Answer:
@@ -182,8 +189,8 @@ class Agent(Program):
         media = folder / "media"
         media.mkdir(exist_ok=True)
         argv = [python, "-W", "error", str(TOP / "agent.py"), "--register", "--master", master,
-                "--allow-master-as-worker", "--yes", "--state-dir", str(self.state), "--media-root", str(media),
-                "--name", name, *([] if probe else ["--no-probe"]), *flags]
+                "--allow-master-as-worker", "--yes", "--state-dir", str(self.state),
+                "--media-root", str(media), "--name", name, *([] if probe else ["--no-probe"]), *flags]
         super().__init__(argv, folder, name, env)
 
     def at_rest(self) -> bool:
@@ -237,7 +244,8 @@ def served(folder: Path) -> Iterator[str]:
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, format: str, *args: Any) -> None:
             pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    handler = functools.partial(Quiet, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"

@@ -383,19 +383,19 @@ class TestFullDisk(Case):
         refused: set[str] = set()
 
         def submit() -> None:
-            while True:
+            for _ in range(500):
                 own = str(uuid.uuid4())
                 answer = call(master.url, "POST", "/jobs", {"id": own, "scenario": "x"})
                 (accepted if answer.status == 201 else refused).add(own)
                 if answer.status != 201:
                     assert answer.status == 503 and "journal" in answer.body["error"], answer
                     return
-        threads = [threading.Thread(target=submit) for _ in range(4)]
+        threads = [threading.Thread(target=submit, daemon=True) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(60)
-        self.assertEqual(len(refused), 4)
+        self.assertEqual(len(refused), 4, "a full disk refused nothing")
         return accepted, refused
 
     @staticmethod

@@ -1,0 +1,370 @@
+"""Run the tests: `python3 -m tests`, a process for each module, two at a time.
+
+Names choose modules, classes or tests (`test_jobs`, `test_jobs.Advance.test_cancel`); none means all.
+A test that needs a program that is missing skips and names it; `--install` fetches such programs first,
+`--strict` (or FFDIST_TESTS_STRICT=1) makes every skip a failure. The last line is always
+`N passed, N failed, N skipped`; the exit code is 0 when nothing failed, 1 when something did, 2 for wrong
+usage.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import unittest
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ffdist
+
+TOP = Path(__file__).resolve().parent.parent
+MODULE_S = 420.0
+
+# Programs that the tests drive -> the package that brings each, by package manager; "" is any other
+# manager, None means that its repositories have no such package.
+PACKAGES: Mapping[str, Mapping[str, str | None]] = {
+    "ffmpeg": {"dnf": "ffmpeg-free"},
+    "ffprobe": {"": "ffmpeg", "dnf": "ffmpeg-free"},
+    "curl": {},
+    "nginx": {"apt-get": "nginx-light"},
+    "nginx-rtmp": {"apt-get": "libnginx-mod-rtmp", "apk": "nginx-mod-rtmp", "": None},
+    "promtool": {"apt-get": "prometheus", "apk": "prometheus", "pacman": "prometheus", "": None},
+}
+# What a package may start or enable when it is installed, and the tests do not want to run.
+SERVICES = {"nginx": "nginx", "nginx-rtmp": "nginx", "promtool": "prometheus"}
+RTMP_MODULES = ("/usr/lib/nginx/modules/ngx_rtmp_module.so", "/usr/lib64/nginx/modules/ngx_rtmp_module.so",
+                "/usr/share/nginx/modules/ngx_rtmp_module.so")
+
+
+# ---- programs
+
+def present(program: str) -> bool:
+    """Tell whether a program (or nginx's RTMP module) is there."""
+    if program == "nginx-rtmp":
+        return any(os.path.exists(path) for path in RTMP_MODULES)
+    return shutil.which(program) is not None
+
+
+def install() -> None:
+    """Install what is missing with the host's package manager; say what cannot be had, and go on."""
+    manager = next((name for name in ffdist.MANAGERS if shutil.which(name)), "")
+    missing = [program for program in PACKAGES if not present(program)]
+    names = {program: PACKAGES[program].get(manager, PACKAGES[program].get("", program))
+             for program in missing}
+    for program in (program for program, package in names.items() if package is None):
+        say(f"{program}: {manager or 'this host'} has no package of it; what needs it is skipped")
+    wanted = [program for program, package in names.items() if package is not None]
+    plain = {program: {manager: package} for program, package in names.items() if package is not None}
+    try:
+        # The RTMP module is no program on PATH, so provide() cannot look for it.
+        ffdist.provide([program for program in wanted if program != "nginx-rtmp"], True, plain)
+        if "nginx-rtmp" in wanted:
+            for command in ffdist.install_commands(["nginx-rtmp"], plain):
+                say(f"+ {' '.join(command)}")
+                ffdist.start_program(command, sys.stderr).wait()
+    except ffdist.Unusable as error:
+        say(f"{error}")
+    stop_services({SERVICES[program] for program in wanted if program in SERVICES})
+
+
+def stop_services(names: set[str]) -> None:
+    """Stop, for now and for the next start of the machine, what came with a package just installed."""
+    for name in sorted(names):
+        if os.path.isdir("/run/systemd/system") and shutil.which("systemctl"):
+            commands = [["systemctl", "disable", "--now", name]]
+        elif shutil.which("service") and os.path.exists(f"/etc/init.d/{name}"):
+            commands = [["service", name, "stop"]]
+        else:
+            continue
+        sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
+        for command in commands:
+            with contextlib.suppress(OSError):
+                ffdist.start_program([*sudo, *command], subprocess.DEVNULL).wait(60)
+
+
+def say_missing() -> None:
+    """Name the programs that are missing, and what to do."""
+    missing = [program for program in PACKAGES if not present(program)]
+    if missing:
+        say(f"missing: {', '.join(missing)}; tests that need them are skipped (--install fetches them)")
+
+
+# ---- one module, in a process of its own
+
+def trace_of(error: Any) -> str:
+    """Return the traceback of an error, without the frames of unittest itself."""
+    found = traceback.TracebackException(*error)
+    found.stack = traceback.StackSummary.from_list(
+        [frame for frame in found.stack if f"{os.sep}unittest{os.sep}" not in frame.filename])
+    return "".join(found.format())
+
+
+class Recorder(unittest.TestResult):
+    """Writes JSON lines: one when a test begins, one with its outcome, words and seconds when it ends."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self._output = output
+        self._problems: list[str] = []
+        self._skips: list[str] = []
+        self._inside = False
+        self._began = 0.0
+
+    def startTest(self, test: unittest.TestCase) -> None:
+        super().startTest(test)
+        self._begin(True)
+        self._write({"begins": test.id()})
+
+    def stopTest(self, test: unittest.TestCase) -> None:
+        super().stopTest(test)
+        self._end(test)
+        self._inside = False
+
+    def _begin(self, inside: bool) -> None:
+        self._problems, self._skips, self._inside = [], [], inside
+        self._began = time.monotonic()
+
+    def _end(self, test: Any) -> None:
+        outcome = "failed" if self._problems else "skipped" if self._skips else "passed"
+        words = "\n".join(self._problems) or "; ".join(dict.fromkeys(self._skips))
+        self._write({"test": test.id(), "outcome": outcome, "words": words,
+                     "seconds": time.monotonic() - self._began})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._output.write(json.dumps(line) + "\n")
+        self._output.flush()
+
+    @contextlib.contextmanager
+    def _noting(self, test: Any) -> Iterator[None]:
+        """Note something about a test; outside of one (setUpClass, an import) it is a line of its own."""
+        if self._inside:
+            yield
+            return
+        self._begin(False)
+        yield
+        self._end(test)
+
+    def addError(self, test: Any, err: Any) -> None:
+        with self._noting(test):
+            self._problems.append(trace_of(err))
+
+    addFailure = addError
+
+    def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:
+        if err is not None:
+            self._problems.append(f"{subtest.id()}\n{trace_of(err)}")
+
+    def addSkip(self, test: Any, reason: str) -> None:
+        with self._noting(test):
+            self._skips.append(reason)
+
+    def addUnexpectedSuccess(self, test: Any) -> None:
+        self._problems.append("this test was expected to fail, and passed")
+
+
+def run_module(names: Sequence[str], descriptor: int) -> int:
+    """Run tests in this process; their outcomes go to a file descriptor. SIGABRT prints where it stands."""
+    faulthandler.enable()
+    os.set_inheritable(descriptor, False)
+    with os.fdopen(descriptor, "w") as output:
+        suite = unittest.defaultTestLoader.loadTestsFromNames([f"tests.{name}" for name in names])
+        suite.run(Recorder(output))
+        output.write(json.dumps({"done": True}) + "\n")
+    return 0
+
+
+# ---- all modules
+
+@dataclass
+class Tally:
+    """What came of one module."""
+
+    module: str
+    counts: dict[str, int] = field(default_factory=lambda: {"passed": 0, "failed": 0, "skipped": 0})
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+    current: str | None = None
+    finished: bool = False
+
+
+_screen = threading.Lock()
+
+
+def say(line: str) -> None:
+    """Print a line, whole, at once."""
+    with _screen:
+        print(line, flush=True)
+
+
+def judge(tally: Tally, line: str, strict: bool) -> None:
+    """Take one line of a module's process."""
+    try:
+        told = json.loads(line)
+    except ValueError:
+        return
+    if "outcome" not in told:
+        tally.current = told.get("begins")
+        tally.finished = "done" in told
+        return
+    test, outcome, words = told["test"].replace("tests.", "", 1), told["outcome"], told["words"]
+    if outcome == "skipped" and strict:
+        outcome, words = "failed", f"skipped, which strict mode forbids: {words}"
+    tally.counts[outcome] += 1
+    if outcome == "failed":
+        tally.failures.append((test, words))
+        say(f"FAIL {test} ({told['seconds']:.1f} s)")
+    elif outcome == "skipped":
+        say(f"skip {test}: {words}")
+
+
+class Modules:
+    """The processes that run; end() ends them all."""
+
+    def __init__(self, strict: bool, folder: str) -> None:
+        self._strict = strict
+        self._folder = folder
+        self._running: set[int] = set()
+        self._ending = False
+
+    def run(self, module: str, names: Sequence[str]) -> Tally:
+        """Run the tests of one module to their end, or to the time limit."""
+        tally, began = Tally(module), time.monotonic()
+        if self._ending:
+            return tally
+        reader, writer = os.pipe()
+        words = Path(self._folder) / f"{module}.output"
+        with open(words, "wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests", "--outcomes-to", str(writer), *names], cwd=TOP,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+                pass_fds=[writer], env={**os.environ, "TMPDIR": self._folder})
+        self._running.add(process.pid)
+        os.close(writer)
+        timer = threading.Timer(MODULE_S, process.send_signal, (signal.SIGABRT,))
+        timer.start()
+        with os.fdopen(reader) as lines:
+            for line in lines:
+                judge(tally, line, self._strict)
+        code = process.wait()
+        timer.cancel()
+        self._running.discard(process.pid)
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+            say(f"note {module} left processes behind; they were ended")
+        tally.seconds = time.monotonic() - began
+        if not tally.finished and not self._ending:
+            how = f"after {MODULE_S:.0f} s" if tally.seconds >= MODULE_S else f"with status {code}"
+            tally.counts["failed"] += 1
+            tally.failures.append((tally.current or module, f"the tests of {module} ended early, {how}:\n"
+                                   + words.read_text(errors="replace")[-8000:]))
+            say(f"FAIL {tally.current or module} ({module} ended early, {how})")
+        return tally
+
+    def end(self) -> None:
+        self._ending = True
+        for pid in list(self._running):
+            with contextlib.suppress(OSError):
+                os.killpg(pid, signal.SIGTERM)
+        time.sleep(0.5)
+        for pid in list(self._running):
+            with contextlib.suppress(OSError):
+                os.killpg(pid, signal.SIGKILL)
+
+
+def chosen(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the names to run by module, the longest modules first; ValueError names what is none."""
+    sizes = {path.stem: path.stat().st_size for path in (TOP / "tests").glob("test_*.py")}
+    if not names:
+        return {name: [name] for name in sorted(sizes, key=lambda name: -sizes[name])}
+    found: dict[str, list[str]] = {}
+    for name in names:
+        plain = name[:-3].replace("/", ".") if name.endswith(".py") else name
+        plain = plain[6:] if plain.startswith("tests.") else plain
+        module = plain.split(".")[0]
+        if module not in sizes and f"test_{module}" in sizes:
+            module, plain = f"test_{module}", f"test_{plain}"
+        if module not in sizes:
+            raise ValueError(f"there are no tests named {name}; there are {', '.join(sorted(sizes))}")
+        found.setdefault(module, []).append(plain)
+    return found
+
+
+def run_all(plan: Mapping[str, Sequence[str]], jobs: int, strict: bool) -> list[Tally]:
+    """Run modules side by side; print a line for each as it ends."""
+    tallies = []
+    with tempfile.TemporaryDirectory(prefix="ffdist-tests-") as folder:
+        modules = Modules(strict, folder)
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = [pool.submit(modules.run, module, names) for module, names in plan.items()]
+            try:
+                for future in as_completed(futures):
+                    tally = future.result()
+                    tallies.append(tally)
+                    shown = ", ".join(f"{count} {word}" for word, count in tally.counts.items() if count)
+                    say(f"{'ok  ' if not tally.counts['failed'] else 'FAIL'} {tally.module}: "
+                        f"{shown or 'no tests'} in {tally.seconds:.1f} s")
+            except KeyboardInterrupt:
+                modules.end()
+                raise
+    return tallies
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `python3 -m tests`."""
+    parser = argparse.ArgumentParser("python3 -m tests", description="Run the tests of ffdist.",
+                                     epilog="the last line is: N passed, N failed, N skipped")
+    parser.add_argument("names", nargs="*", metavar="NAME",
+                        help="module, class or test, such as test_jobs (all)")
+    parser.add_argument("--install", action="store_true", help="install missing programs first")
+    strict = os.environ.get("FFDIST_TESTS_STRICT", "").lower() in ("1", "true", "yes", "on")
+    parser.add_argument("--strict", action="store_true", default=strict,
+                        help="a skipped test is a failed one [FFDIST_TESTS_STRICT]")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="modules to run side by side (2)")
+    parser.add_argument("--outcomes-to", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.outcomes_to is not None:
+        return run_module(args.names, args.outcomes_to)
+    try:
+        plan = chosen(args.names)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.install:
+        install()
+    else:
+        say_missing()
+    say(f"Python {sys.version.split()[0]}, {len(plan)} modules, {args.jobs} at a time"
+        f"{', strict' if args.strict else ''}")
+    try:
+        tallies = run_all(plan, max(1, args.jobs), args.strict)
+    except KeyboardInterrupt:
+        return 130
+    for tally in tallies:
+        for test, words in tally.failures:
+            print(f"\n{'=' * 78}\n{test}\n{'-' * 78}\n{words.rstrip()}")
+    total = {word: sum(tally.counts[word] for tally in tallies) for word in ("passed", "failed", "skipped")}
+    good = not total["failed"] and sum(total.values()) > 0
+    print(f"\n{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped", flush=True)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1030 @@
+"""The agent's thinking: choices, plans, parsers, spool, client and shares; no encode, no master."""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import unittest
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+from unittest import mock
+
+import agent
+import hwdetect
+from agent import ENCODERS, Failure, Machine, Settings, Source
+from tests.support import free_port, need, run, wait_for
+
+SOFTWARE = {"libx264": None, "libx265": None, "libsvtav1": None, "libaom-av1": None, "libvpx-vp9": None}
+NO_CUDA = "Cannot load libcuda.so.1"
+FILM = Source("/films/in.mp4", 1920, 1080, 25.0, 60.0, has_audio=True, codec="h264")
+# What FFmpeg 5.1 really says on a machine without the hardware.
+REFUSED = {"h264_nvenc": NO_CUDA, "hevc_nvenc": NO_CUDA,
+           "h264_qsv": "Error initializing an internal MFX session: unsupported (-3)",
+           "h264_vaapi": "No VA display found for device /dev/dri/renderD128."}
+
+
+def machine(threads: int = 8, **encoders: str | None) -> Machine:
+    """A machine with FFmpeg's software encoders proved, and more as given."""
+    named = {name.replace("libaom_av1", "libaom-av1"): why for name, why in encoders.items()}
+    return Machine("worker-01", "/usr/bin/ffmpeg", threads, 1, {**SOFTWARE, **named})
+
+
+def planned(scenario: str = "transcode", source: Source = FILM, on: Machine | None = None,
+            **parameters: object) -> agent.Plan:
+    settings = agent.resolve(scenario, {"input": "in.mp4", "output": "out.mp4", **parameters})
+    return agent.plan(settings, on or machine(), source, settings.output or "/work/output")
+
+
+def value_of(argv: tuple[str, ...], flag: str) -> str | None:
+    """The word after a flag, None where the flag is not there."""
+    return argv[argv.index(flag) + 1] if flag in argv else None
+
+
+class ChoosingAnEncoder(unittest.TestCase):
+    def choose(self, on: Machine, scenario: str = "1080p30-h264", **parameters: object) -> tuple[str, str]:
+        return agent.choose_encoder(agent.resolve(scenario, parameters), on)
+
+    def test_a_proved_hardware_encoder_is_taken(self) -> None:
+        name, why = self.choose(machine(h264_nvenc=None))
+        self.assertEqual(name, "h264_nvenc")
+        self.assertIn("proved", why)
+
+    def test_a_listed_but_refused_hardware_encoder_is_not_forced(self) -> None:
+        name, why = self.choose(machine(**REFUSED))
+        self.assertEqual(name, "libx264")
+        for tried in ("h264_nvenc", "h264_qsv", "h264_vaapi"):
+            self.assertIn(tried, why)
+        self.assertNotIn("hevc_nvenc", why, "encoders of another codec are no reason")
+
+    def test_each_codec_has_a_software_encoder(self) -> None:
+        for codec, name in (("h264", "libx264"), ("h265", "libx265"), ("av1", "libsvtav1"),
+                            ("vp9", "libvpx-vp9")):
+            self.assertEqual(self.choose(machine(), f"720p30-{codec}")[0], name)
+
+    def test_two_passes_go_to_software_even_beside_proved_hardware(self) -> None:
+        for codec, hardware, name in (("h264", "h264_nvenc", "libx264"), ("h265", "hevc_qsv", "libx265"),
+                                      ("av1", "av1_nvenc", "libaom-av1"), ("vp9", "vp9_vaapi", "libvpx-vp9")):
+            on = machine(**{hardware: None})
+            chosen, why = self.choose(on, f"720p30-{codec}", two_pass=True, bitrate="1M")
+            self.assertEqual(chosen, name)
+            self.assertIn("two passes", why)
+
+    def test_ten_bit_passes_by_hardware_that_has_none(self) -> None:
+        self.assertEqual(self.choose(machine(h264_nvenc=None), pixel_format="yuv420p10le")[0], "libx264")
+        self.assertEqual(self.choose(machine(hevc_nvenc=None), "1080p30-h265", pixel_format="p010le")[0],
+                         "hevc_nvenc")
+
+    def test_an_encoder_that_failed_its_trial_is_refused_with_the_node_and_its_own_words(self) -> None:
+        with self.assertRaises(Failure) as caught:
+            self.choose(machine(**REFUSED), encoder="h264_nvenc")
+        self.assertEqual(caught.exception.reason, "no_capability")
+        for word in ("h264_nvenc", "worker-01", NO_CUDA):
+            self.assertIn(word, caught.exception.message)
+
+    def test_an_encoder_that_this_ffmpeg_lacks_is_refused(self) -> None:
+        with self.assertRaises(Failure) as caught:
+            self.choose(machine(), "720p30-av1", encoder="librav1e")
+        self.assertIn("librav1e", caught.exception.message)
+        self.assertIn("not built into this FFmpeg", caught.exception.message)
+
+    def test_a_named_encoder_that_works_is_used_though_hardware_is_there(self) -> None:
+        self.assertEqual(self.choose(machine(h264_nvenc=None), encoder="libx264")[0], "libx264")
+
+    def test_no_encoder_at_all_names_the_codec_the_node_and_what_was_tried(self) -> None:
+        bare = Machine("worker-01", "ffmpeg", 4, 1, {"libx264": None})
+        with self.assertRaises(Failure) as caught:
+            self.choose(bare, "720p30-av1")
+        for word in ("av1", "worker-01", "libsvtav1"):
+            self.assertIn(word, caught.exception.message)
+
+    def test_without_a_probe_software_is_used_and_said_to_be_unproved(self) -> None:
+        for codec, name in (("h264", "libx264"), ("h265", "libx265"), ("av1", "libsvtav1"),
+                            ("vp9", "libvpx-vp9")):
+            chosen, why = self.choose(Machine("w", "ffmpeg", 4), f"720p30-{codec}")
+            self.assertEqual(chosen, name)
+            self.assertIn("unproved", why)
+
+
+class ChoosingAPreset(unittest.TestCase):
+    def choose(self, name: str, pixels_per_s: float, threads: int, **parameters: object) -> str | None:
+        settings = agent.resolve("transcode", {"codec": ENCODERS[name].codec, **parameters})
+        return agent.choose_preset(settings, name, pixels_per_s, threads)[0]
+
+    def test_a_bigger_picture_or_fewer_threads_never_gives_a_slower_preset(self) -> None:
+        order = agent.PRESET_WORDS
+        for live in (False, True):
+            for threads in (1, 2, 8, 64):
+                words = [self.choose("libx264", load, threads, realtime=live)
+                         for load in (1e6, 1e7, 3e7, 1e8, 5e8, 2e9)]
+                places = [order.index(str(word)) for word in words]
+                self.assertEqual(places, sorted(places, reverse=True), (live, threads, words))
+        few, many = (order.index(str(self.choose("libx264", 6e7, n))) for n in (1, 16))
+        self.assertLess(few, many)
+
+    def test_a_live_encode_is_never_slower_than_a_batch_one(self) -> None:
+        order = agent.PRESET_WORDS
+        for load in (1e6, 1e7, 3e7, 1e8, 5e8):
+            batch, live = (order.index(str(self.choose("libx264", load, 4, realtime=flag)))
+                           for flag in (False, True))
+            self.assertLessEqual(live, batch)
+
+    def test_every_encoder_takes_every_common_word_in_its_own_words(self) -> None:
+        for name, row in ENCODERS.items():
+            for word in agent.PRESET_WORDS:
+                chosen = self.choose(name, 1e7, 4, preset=word)
+                if not row.presets:
+                    self.assertIsNone(chosen, name)
+                else:
+                    self.assertRegex(str(chosen), f"^(?:{row.own})$", f"{name} {word}")
+
+    def test_an_encoders_own_word_is_kept_and_a_strange_one_refused_by_name(self) -> None:
+        self.assertEqual(self.choose("libsvtav1", 1e7, 4, preset=10), "10")
+        self.assertEqual(self.choose("h264_nvenc", 1e7, 4, preset="p7"), "p7")
+        with self.assertRaises(Failure) as caught:
+            self.choose("libx264", 1e7, 4, preset="p7")
+        self.assertEqual(caught.exception.reason, "parameters")
+        self.assertIn("libx264", caught.exception.message)
+
+
+class Planning(unittest.TestCase):
+    def test_a_film_in_another_shape_keeps_its_shape_inside_the_size_asked_for(self) -> None:
+        made = planned("1080p30-h264", dataclasses.replace(FILM, width=1440, height=1080))
+        self.assertEqual((made.width, made.height), (1920, 1080))
+        self.assertIn("force_original_aspect_ratio=decrease", made.filters)
+        self.assertIn("pad=1920:1080", made.filters)
+
+    def test_one_side_alone_gives_the_other_in_the_films_shape_and_even(self) -> None:
+        made = planned(source=dataclasses.replace(FILM, width=1440, height=1080), height=720)
+        self.assertEqual((made.width, made.height), (960, 720))
+        made = planned(source=dataclasses.replace(FILM, width=853, height=480), width=640)
+        self.assertEqual((made.width, made.height % 2), (640, 0))
+
+    def test_odd_sizes_become_even_without_scaling(self) -> None:
+        made = planned(source=dataclasses.replace(FILM, width=1279, height=719))
+        self.assertEqual((made.width, made.height), (1278, 718))
+        self.assertIn("crop", made.filters)
+        self.assertNotIn("scale", made.filters)
+
+    def test_a_film_as_it_is_passes_through_no_filter(self) -> None:
+        self.assertEqual(planned().filters, "")
+
+    def test_a_ten_bit_film_stays_ten_bit_where_the_encoder_can(self) -> None:
+        deep = dataclasses.replace(FILM, pixel_format="yuv420p10le")
+        self.assertEqual(planned("transcode-h265", deep).pixel_format, "yuv420p10le")
+        self.assertEqual(planned("transcode-h265", deep, machine(hevc_nvenc=None)).pixel_format, "p010le")
+        self.assertEqual(planned(source=deep, on=machine(h264_nvenc=None)).pixel_format, "yuv420p")
+        self.assertEqual(planned("transcode-h265", deep, pixel_format="yuv420p").pixel_format, "yuv420p")
+
+    def test_ntsc_rates_are_exact_fractions_everywhere(self) -> None:
+        for fps, word in ((29.97, "30000/1001"), (59.94, "60000/1001"), (23.976, "24000/1001"),
+                          (30000 / 1001, "30000/1001"), (24, "24"), (12.5, "12.5"), (119.88, "120000/1001")):
+            self.assertEqual(agent.rational(fps), word)
+            self.assertIn(f"fps={word}", planned(fps=fps).filters)
+            clip = agent.clip_command("ffmpeg", 64, 64, fps, "libx264", "c.mov")
+            self.assertIn(f":rate={word}", " ".join(clip))
+
+    def test_an_ntsc_film_at_its_own_rate_is_not_resampled(self) -> None:
+        made = planned(source=dataclasses.replace(FILM, fps=30000 / 1001), fps="30000/1001")
+        self.assertEqual(made.filters, "")
+
+    def test_a_live_output_reads_at_the_inputs_speed_with_a_bounded_rate_and_regular_key_frames(self) -> None:
+        made = planned("1080p30-h264", output="rtmp://10.0.0.1/live/x")
+        argv = made.passes[0]
+        self.assertIn("-re", argv)
+        self.assertEqual(value_of(argv, "-f"), "flv")
+        self.assertEqual(value_of(argv, "-maxrate"), value_of(argv, "-b:v"))
+        self.assertEqual(value_of(argv, "-g"), "60")
+        self.assertEqual(argv[-1], "rtmp://10.0.0.1/live/x")
+        self.assertEqual(value_of(argv, "-ar"), "44100")
+
+    def test_a_live_source_is_not_slowed_down_a_second_time(self) -> None:
+        made = planned(source=dataclasses.replace(FILM, url="rtmp://10.0.0.1/live/a", duration_s=None),
+                       output="rtmp://10.0.0.1/live/b")
+        self.assertNotIn("-re", made.passes[0])
+        self.assertIsNone(made.frames)
+
+    def test_a_live_vp9_encode_asks_for_the_realtime_deadline(self) -> None:
+        live, batch = (planned("transcode-vp9", output="o.webm", realtime=flag).passes[0]
+                       for flag in (True, False))
+        self.assertEqual(value_of(live, "-deadline"), "realtime")
+        self.assertEqual(value_of(batch, "-deadline"), "good")
+
+    def test_webm_gets_opus_and_the_others_aac(self) -> None:
+        self.assertEqual(value_of(planned("transcode-vp9", output="o.webm").passes[0], "-c:a"), "libopus")
+        self.assertEqual(value_of(planned().passes[0], "-c:a"), "aac")
+        self.assertIn("-an", planned(audio=False).passes[0])
+        self.assertIn("-an", planned(source=dataclasses.replace(FILM, has_audio=False)).passes[0])
+
+    def test_only_files_get_the_index_at_their_front(self) -> None:
+        self.assertEqual(value_of(planned(output="o.mov").passes[0], "-movflags"), "+faststart")
+        for output in ("o.mkv", "rtmp://10.0.0.1/x"):
+            self.assertNotIn("-movflags", planned(output=output).passes[0])
+
+    def test_two_passes_share_one_log_and_only_the_second_writes_the_film(self) -> None:
+        for codec, output in (("h264", "o.mp4"), ("h265", "o.mp4"), ("vp9", "o.webm"), ("av1", "o.mkv")):
+            first, second = planned(f"transcode-{codec}", two_pass=True, bitrate="1M", output=output).passes
+            self.assertEqual((first[-1], value_of(first, "-f")), ("-", "null"))
+            self.assertIn("-an", first)
+            self.assertEqual(second[-1], f"file:{output}")
+            if codec == "h265":
+                self.assertIn("pass=1", str(value_of(first, "-x265-params")))
+                self.assertIn("pass=2", str(value_of(second, "-x265-params")))
+            else:
+                self.assertEqual((value_of(first, "-pass"), value_of(second, "-pass")), ("1", "2"))
+                self.assertEqual(value_of(first, "-passlogfile"), value_of(second, "-passlogfile"))
+
+    def test_crf_where_the_encoder_has_none_is_refused_by_name(self) -> None:
+        for name in ("h264_v4l2m2m", "libopenh264"):
+            with self.assertRaises(Failure) as caught:
+                planned(on=machine(**{name: None}), encoder=name, crf=20)
+            self.assertIn("parameters.crf", caught.exception.message)
+            self.assertIn(name, caught.exception.message)
+            self.assertIn("-b:v", planned(on=machine(**{name: None}), encoder=name).passes[0])
+
+    def test_every_encoder_gets_a_rate_and_no_empty_template(self) -> None:
+        for name, row in ENCODERS.items():
+            output = "o.mkv"
+            made = planned(f"transcode-{row.codec}", on=machine(**{name: None}), encoder=name, output=output)
+            self.assertEqual(value_of(made.passes[0], "-c:v"), name)
+            self.assertFalse([word for word in made.passes[0] if "{" in word or word == "None"], made.passes)
+
+    def test_a_bitrate_is_a_bitrate_and_with_crf_it_is_the_ceiling(self) -> None:
+        argv = planned(bitrate="5M").passes[0]
+        self.assertEqual((value_of(argv, "-b:v"), value_of(argv, "-crf")), ("5000k", None))
+        argv = planned(bitrate="5M", crf=20).passes[0]
+        self.assertEqual((value_of(argv, "-crf"), value_of(argv, "-maxrate"), value_of(argv, "-b:v")),
+                         ("20", "5000k", None))
+
+    def test_paths_are_never_taken_for_options_or_protocols(self) -> None:
+        made = planned(source=dataclasses.replace(FILM, url="-rf"), output="-o:x.mp4")
+        self.assertEqual(value_of(made.passes[0], "-i"), "file:-rf")
+        self.assertEqual(made.passes[0][-1], "file:-o:x.mp4")
+        self.assertIn("-nostdin", made.passes[0])
+
+    def test_a_local_film_may_not_lead_to_the_network_nor_a_url_to_files(self) -> None:
+        local = agent.whitelist_args("/films/a.m3u8")[1].split(",")
+        remote = agent.whitelist_args("http://10.0.0.1/a.m3u8")[1].split(",")
+        self.assertFalse({"http", "tcp", "rtmp"} & set(local))
+        self.assertNotIn("file", remote)
+
+    def test_frames_expected_follow_from_the_shorter_of_film_and_asked(self) -> None:
+        self.assertEqual(planned(duration=2).frames, 50)
+        self.assertEqual(planned(duration=90).frames, 1500)
+        self.assertEqual(planned(duration=2, fps=60).frames, 120)
+
+    def test_threads_are_what_the_picture_is_worth_shared_among_slots(self) -> None:
+        self.assertEqual(planned(on=machine(threads=64)).threads, 16)
+        shared = dataclasses.replace(machine(threads=8), slots=4)
+        self.assertEqual(planned(on=shared).threads, 2)
+        self.assertEqual(planned(on=dataclasses.replace(shared, slots=100)).threads, 1)
+        self.assertEqual(planned(on=machine(threads=64), threads=3).threads, 3)
+
+    def test_the_plan_says_why_in_words(self) -> None:
+        reason = planned("1080p60-h265", on=machine(**REFUSED)).reason
+        for word in ("libx265", "preset", "hevc_nvenc", "threads"):
+            self.assertIn(word, reason)
+
+    def test_a_vaapi_encode_uses_a_device_that_the_machine_was_proved_with(self) -> None:
+        argv = planned(on=machine(h264_vaapi=None)).passes[0]
+        self.assertIn("hwupload", str(value_of(argv, "-vf")))
+        self.assertTrue(str(value_of(argv, "-vaapi_device")).startswith("/dev/dri/renderD"))
+
+
+class ReadingProgress(unittest.TestCase):
+    BLOCK = ("frame=132\nfps=61.50\nstream_0_0_q=-1.0\nbitrate= 871.1kbits/s\ntotal_size=48\n"
+             "out_time_us=5280000\nout_time_ms=5280000\nout_time=00:00:05.280000\ndup_frames=0\n"
+             "drop_frames=2\nspeed=2.46x\nprogress=continue\n")
+
+    def fed(self, text: str) -> list[agent.Progress]:
+        parser = agent.ProgressParser()
+        return [block for block in (parser.feed(line) for line in text.split("\n")) if block]
+
+    def test_a_block_of_ffmpeg(self) -> None:
+        self.assertEqual(self.fed(self.BLOCK),
+                         [agent.Progress(132, 61.5, 2.46, 5.28, 48, 2, 0, False)])
+        self.assertTrue(self.fed(self.BLOCK.replace("continue", "end"))[0].ended)
+
+    def test_unknown_figures_are_none_never_zero(self) -> None:
+        first = self.fed("frame=0\nfps=0.00\nbitrate=N/A\ntotal_size=N/A\nout_time_us=N/A\nspeed=N/A\n"
+                         "progress=continue")[0]
+        self.assertEqual((first.out_time_s, first.total_bytes, first.speed), (None, None, None))
+
+    def test_huge_negatives_of_the_first_blocks_are_unknown(self) -> None:
+        block = self.fed("out_time_us=-9223372036854775807\nspeed=-1x\nprogress=continue")[0]
+        self.assertEqual((block.out_time_s, block.speed), (None, None))
+
+    def test_garbage_is_passed_over(self) -> None:
+        noise = "\x00\n====\nframe\nframe=twelve\nspeed=infx\nfps=nan\n= \nprogress"
+        self.assertEqual(self.fed(noise), [])
+        block = self.fed(noise + "\nprogress=end")[0]
+        self.assertEqual((block.frame, block.speed, block.fps, block.ended), (0, None, None, True))
+
+    def test_a_block_that_never_ends_takes_no_memory_without_bound(self) -> None:
+        parser = agent.ProgressParser()
+        for number in range(100_000):
+            parser.feed(f"key{number}=1")
+        self.assertLess(len(parser._block), 1000)
+
+    def test_the_wire_form_spans_both_passes_and_is_json(self) -> None:
+        done = agent.Progress(50, 25.0, 1.0, 2.0)
+        first, second = (agent.progress_json(done, 4.0, step, 2, "x") for step in (0, 1))
+        self.assertEqual((first["percent"], second["percent"]), (25.0, 75.0))
+        self.assertEqual((first["eta_s"], second["eta_s"]), (6.0, 2.0))
+        unknown = agent.progress_json(agent.Progress(), None, 0, 1, "x")
+        self.assertEqual((unknown["percent"], unknown["eta_s"]), (None, None))
+        json.dumps(unknown, allow_nan=False)
+        beyond = agent.progress_json(agent.Progress(out_time_s=9.0, speed=0.0), 4.0, 0, 1, "x")
+        self.assertEqual(beyond["percent"], 100.0)
+
+
+# Lines as FFmpeg 5.1 printed them here -> words that a user must see, and the class of the failure.
+REAL_WORDS = (
+    (("[mov,mp4,m4a,3gp,3g2,mj2 @ 0x55e063aaf8c0] [error] moov atom not found",
+      "[error] cut.mp4: Invalid data found when processing input"), "moov atom not found", "input"),
+    (("[error] nofile.mp4: No such file or directory",), "nofile.mp4: No such file", "input"),
+    (("[error] /tmp: Is a directory",), "/tmp: Is a directory", "input"),
+    (("[h264_nvenc @ 0x56146161ffc0] [error] Cannot load libcuda.so.1",
+      "[error] Error initializing output stream 0:0 -- Error while opening encoder for output stream #0:0 - "
+      "maybe incorrect parameters such as bit_rate, rate, width or height", "[info] Conversion failed!"),
+     "Cannot load libcuda.so.1", "no_capability"),
+    (("[h264_qsv @ 0x55dafcae7fc0] [error] Error initializing an internal MFX session: unsupported (-3)",
+      "[error] Error initializing output stream 0:0 -- Error while opening encoder for output stream #0:0 - "
+      "maybe incorrect parameters such as bit_rate, rate, width or height"),
+     "unsupported (-3)", "no_capability"),
+    (("[AVHWDeviceContext @ 0x55616ff7da40] [error] No VA display found for device /dev/dri/renderD128.",
+      "[error] Device creation failed: -22.",
+      "[error] Failed to set value '/dev/dri/renderD128' for option 'vaapi_device': Invalid argument",
+      "[fatal] Error parsing global options: Invalid argument"), "No VA display found", "no_capability"),
+    (("[info]       encoder         : Lavc59.37.100 libx264", "[fatal] Unknown encoder 'libnope'"),
+     "Unknown encoder 'libnope'", "no_capability"),
+    (("[tcp @ 0x557fa3fe2c40] [error] Connection to tcp://127.0.0.1:1 failed: Connection refused",
+      "[rtmp @ 0x557fa3fe3600] [error] Cannot open connection tcp://127.0.0.1:1?tcp_nodelay=0",
+      "[error] rtmp://127.0.0.1:1/live/x: Connection refused"), "Connection refused", "network"),
+    (("[tcp @ 0x55f4a17efc40] [error] Failed to resolve hostname nohost.invalid: Name or service not known",
+      "[error] rtmp://nohost.invalid/live/x: Input/output error"), "nohost.invalid", "network"),
+    (("[http @ 0x564b888c30c0] [warning] HTTP error 404 File not found",
+      "[error] http://127.0.0.1:18999/none.mp4: Server returned 404 Not Found"), "404 Not Found", "input"),
+    (("[fatal] Stream map '0:V:0' matches no streams.", "To ignore this, add a trailing '?' to the map."),
+     "matches no streams", "input"),
+    (("[error] av_interleaved_write_frame(): No space left on device",
+      "[error] Error writing trailer of /films/.ffdist-1.part: No space left on device",
+      "[libx264 @ 0x55d159f6be00] [info] kb/s:871.10", "[info] Conversion failed!"),
+     "No space left on device", "out_of_disk"),
+    (("[error] /films/o.mp4: Permission denied",), "Permission denied", "output"),
+    (("[error] Could not write header for output file #0 (incorrect codec parameters ?): Invalid argument",),
+     "Could not write header", "output"),
+)
+
+
+class ReadingFfmpegsWords(unittest.TestCase):
+    def test_the_reason_shown_is_ffmpegs_own_without_its_decoration(self) -> None:
+        for lines, told, _ in REAL_WORDS:
+            words = agent.last_words(lines)
+            self.assertIn(told, words)
+            self.assertNotRegex(words, r"0x[0-9a-f]|\[error\]|\[fatal\]|Conversion failed")
+
+    def test_each_real_failure_has_its_class(self) -> None:
+        for lines, _, reason in REAL_WORDS:
+            self.assertEqual(agent.failure_reason(1, "\n".join(lines)), reason, lines)
+
+    def test_a_process_that_was_killed_is_killed_whatever_it_had_said_before(self) -> None:
+        self.assertEqual(agent.failure_reason(-signal.SIGKILL, ""), "killed")
+        damaged = "[h264 @ 0x55] [error] Invalid data found when processing input"
+        self.assertEqual(agent.failure_reason(-signal.SIGKILL, damaged), "killed",
+                         "the kernel's OOM killer is no fault of the film: it must be tried elsewhere")
+
+    def test_a_crash_is_no_network_trouble(self) -> None:
+        self.assertEqual(agent.failure_reason(-signal.SIGSEGV, "[info] Stream mapping:"), "killed")
+        self.assertEqual(agent.failure_reason(1, "[error] something new"), "encoder")
+
+    def test_no_words_at_all(self) -> None:
+        self.assertEqual(agent.last_words([]), "")
+        self.assertEqual(agent.last_words(["", "  "]), "")
+        self.assertEqual(agent.last_words(["[info] Conversion failed!"]), "Conversion failed!")
+
+    def test_a_repeated_error_is_told_once(self) -> None:
+        self.assertEqual(agent.last_words(["[error] broken"] * 40 + ["[error] gone"]), "broken; gone")
+
+    def test_a_score_in_ffmpegs_words(self) -> None:
+        self.assertEqual(agent.parse_score("psnr", [
+            "[Parsed_psnr_4 @ 0x55] [info] PSNR y:41.2 u:44.1 v:44.0 average:41.93 min:38.0 max:50.1"]),
+            ("psnr_db", 41.93))
+        same = agent.parse_score("psnr", ["[info] PSNR y:inf u:inf v:inf average:inf min:inf max:inf"])
+        self.assertEqual(same, ("psnr_db", agent.PERFECT_PSNR_DB))
+        self.assertEqual(agent.parse_score("ssim", [
+            "[Parsed_ssim_0 @ 0x55] [info] SSIM Y:0.98 (17.6) U:0.99 (20) V:0.99 (20) All:0.984217 (18.0)"]),
+            ("ssim", 0.984217))
+        self.assertEqual(agent.parse_score("vmaf", ["[Parsed_libvmaf_0 @ 0x5] [info] VMAF score: 93.125"]),
+                         ("vmaf", 93.125))
+        self.assertEqual(agent.parse_score("xpsnr", [
+            "[Parsed_xpsnr_0 @ 0x5] [info] XPSNR  y: 40.1234  u: 43.0  v: 43.1  (minimum: 40.1)"]),
+            ("xpsnr_db", 40.1234))
+        for metric in agent.QUALITY_METRICS:
+            self.assertIsNone(agent.parse_score(metric, ["[error] no such filter", "PSNR", ""])[1])
+
+
+class ReadingProbes(unittest.TestCase):
+    VIDEO: ClassVar[agent.Json] = {"codec_type": "video", "codec_name": "h264", "width": 1280, "height": 720,
+                   "pix_fmt": "yuv420p", "avg_frame_rate": "25/1", "duration": "5.28"}
+
+    def probe(self, *streams: object, **format_: object) -> Source:
+        return agent.parse_probe(json.dumps({"streams": list(streams), "format": format_}), "in.mp4")
+
+    def test_a_common_film(self) -> None:
+        film = self.probe(self.VIDEO, {"codec_type": "audio"})
+        self.assertEqual((film.width, film.height, film.fps, film.duration_s, film.has_audio),
+                         (1280, 720, 25.0, 5.28, True))
+
+    def test_a_cover_picture_is_no_film(self) -> None:
+        cover = {**self.VIDEO, "width": 300, "height": 300, "disposition": {"attached_pic": 1}}
+        self.assertEqual(self.probe(cover, self.VIDEO).width, 1280)
+        with self.assertRaises(Failure) as caught:
+            self.probe(cover, {"codec_type": "audio"})
+        self.assertEqual(caught.exception.reason, "input")
+        self.assertIn("in.mp4", caught.exception.message)
+
+    def test_a_rotated_film_is_as_it_is_seen(self) -> None:
+        for turn in (90, -90, 270):
+            film = self.probe({**self.VIDEO, "side_data_list": [{"rotation": turn}]})
+            self.assertEqual((film.width, film.height), (720, 1280))
+        self.assertEqual(self.probe({**self.VIDEO, "tags": {"rotate": "90"}}).width, 720)
+        self.assertEqual(self.probe({**self.VIDEO, "side_data_list": [{"rotation": 180}]}).width, 1280)
+
+    def test_pixels_that_are_not_square_count_in_the_width(self) -> None:
+        film = self.probe({**self.VIDEO, "width": 720, "height": 576, "sample_aspect_ratio": "64:45"})
+        self.assertEqual((film.width, film.height, film.square_pixels), (1024, 576, False))
+        self.assertTrue(self.probe({**self.VIDEO, "sample_aspect_ratio": "0:1"}).square_pixels)
+
+    def test_an_unknown_length_is_none_never_zero(self) -> None:
+        bare = {name: value for name, value in self.VIDEO.items() if name != "duration"}
+        self.assertIsNone(self.probe(bare).duration_s)
+        self.assertIsNone(self.probe({**bare, "duration": "N/A"}).duration_s)
+        self.assertEqual(self.probe({**bare, "tags": {"DURATION": "00:01:02.500000000"}}).duration_s, 62.5)
+        self.assertEqual(self.probe(bare, duration="7.5").duration_s, 7.5)
+
+    def test_hostile_answers_are_a_failure_or_a_film_and_never_an_error_of_ours(self) -> None:
+        strange = (None, [], {}, "x", -1, 0, 1e400, "1e999", "nan", "0/0", True, [[]], {"a": {}}, "9" * 400)
+        texts = ["", "{", "null", "[]", "5", '"x"', "[" * 100_000, '{"streams": 5}', '{"streams": "abc"}',
+                 '{"streams": [null, 5, "x", []]}', '{"format": []}']
+        texts += [json.dumps({"streams": [{**self.VIDEO, name: value}], "format": {}})
+                  for name in (*self.VIDEO, "sample_aspect_ratio", "disposition", "tags", "side_data_list",
+                               "r_frame_rate") for value in strange]
+        texts += [json.dumps({"streams": [self.VIDEO], "format": value}) for value in strange]
+        texts += [json.dumps({"streams": [{**self.VIDEO, "side_data_list": [{"rotation": value}]}]})
+                  for value in strange]
+        for text in texts:
+            try:
+                film = agent.parse_probe(text, "in.mp4")
+            except Failure as failure:
+                self.assertIn("in.mp4", failure.message)
+            except Exception as error:
+                self.fail(f"{type(error).__name__}: {error} for {text[:200]}")
+            else:
+                self.assertGreater(film.width, 0, text)
+                self.assertGreater(film.fps, 0, text)
+
+
+class ReadingWords(unittest.TestCase):
+    def test_durations(self) -> None:
+        for text, value in (("10s", 10), ("0.5s", 0.5), ("1m30s", 90), ("2h", 7200), ("7", 7), (" 3s ", 3),
+                            ("1h1m1s", 3661)):
+            self.assertEqual(agent.parse_duration(text), value)
+        for text in ("", "s", "-1", "10x", "1e3", "nan", "inf", "10 s s", "m", "1s1h"):
+            with self.assertRaises(ValueError, msg=text):
+                agent.parse_duration(text)
+
+    def test_a_duration_beyond_all_clocks_is_refused(self) -> None:
+        with self.assertRaises((ValueError, agent.argparse.ArgumentTypeError)):
+            agent.seconds("9" * 400)
+
+    def test_parameters_of_a_command_line(self) -> None:
+        self.assertEqual(agent.parameters_of(["duration=1m30s", "bitrate=5M", "two_pass=yes", "crf=21",
+                                              "quality=psnr,ssim", "codec=h265", "fps=30000/1001",
+                                              "input=a=b.mp4", "name_unknown=1"]),
+                         {"duration": 90.0, "bitrate": "5M", "two_pass": True, "crf": 21,
+                          "quality": ["psnr", "ssim"], "codec": "h265", "fps": "30000/1001",
+                          "input": "a=b.mp4", "name_unknown": "1"})
+        for word in ("duration", "=5", ""):
+            with self.assertRaises(ValueError):
+                agent.parameters_of([word])
+
+    def test_what_a_command_line_gives_resolves_or_is_refused_with_its_field(self) -> None:
+        for words in (["preset=8", "codec=av1"], ["bitrate=5000000"], ["threads=4"], ["fps=29.97"]):
+            self.assertIsInstance(agent.resolve("transcode", agent.parameters_of(words)), Settings)
+        for word, field in (("crf=low", "crf"), ("duration=-5", "duration"), ("fps=nan", "fps"),
+                            ("bitrate=inf", "bitrate"), ("duration=9e999", "duration"),
+                            ("width=1" + "0" * 400, "width"), ("two_pass=perhaps", "two_pass")):
+            with self.assertRaises(agent.ApiError) as caught:
+                agent.resolve("transcode", agent.parameters_of([word]))
+            self.assertEqual(caught.exception.field, f"parameters.{field}", word)
+
+    def test_places_that_no_file_system_takes_are_refused_at_once(self) -> None:
+        for name, place in (("input", "\ud800.mp4"), ("output", "\ud800.mp4"), ("input", "a\x00b"),
+                            ("output", "a\nb.mp4")):
+            with self.assertRaises(agent.ApiError, msg=repr(place)) as caught:
+                agent.resolve("transcode", {name: place})
+            self.assertEqual(caught.exception.field, f"parameters.{name}")
+
+    def test_loopback_and_link_local_are_opened_only_where_listed(self) -> None:
+        closed = ("127.0.0.1", "127.8.8.8", "::1", "169.254.169.254", "fe80::1", "fe80::1%eth0", "0.0.0.0",
+                  "::", "::ffff:127.0.0.1", "::ffff:169.254.169.254")
+        for address in closed:
+            self.assertFalse(agent.address_allowed(address, "host", ()), address)
+            self.assertFalse(agent.address_allowed(address, "host", ("10.0.0.0/8", "other", "")), address)
+            self.assertTrue(agent.address_allowed(address, "Media", ("media",)), address)
+        for address in ("8.8.8.8", "10.0.0.1", "2001:db8::1", "192.168.1.1"):
+            self.assertTrue(agent.address_allowed(address, "host", ()))
+        self.assertTrue(agent.address_allowed("127.0.0.1", "localhost", ("127.0.0.0/8",)))
+        self.assertTrue(agent.address_allowed("::ffff:127.0.0.1", "x", ("127.0.0.1",)))
+        self.assertFalse(agent.address_allowed("127.0.0.2", "x", ("127.0.0.1",)))
+
+
+class ShowingPeople(unittest.TestCase):
+    def test_a_table_fits_and_wraps_its_last_column(self) -> None:
+        text = agent.table_text([("why", "one two three four five six seven"), ("size", "1 B")], 26)
+        self.assertEqual(text.split("\n")[0], "why   one two three four")
+        for line in text.split("\n"):
+            self.assertLessEqual(len(line), 26)
+        self.assertEqual(agent.table_text([], 80), "")
+        self.assertEqual(agent.table_text([("a", "")], 1), "a")
+        self.assertIn("x" * 300, agent.table_text([("a", "x" * 300)], 40), "a long path is not cut")
+
+    def test_colours_do_not_move_columns(self) -> None:
+        rows = [("completed", "x"), ("failed", "y")]
+        plain, painted = agent.table_text(rows, 80), agent.table_text(rows, 80, {"failed": "31"})
+        self.assertEqual(painted.replace("\x1b[31m", "").replace("\x1b[0m", ""), plain)
+        self.assertIn("\x1b[31mfailed\x1b[0m", painted)
+
+    def test_unknown_figures_are_shown_with_their_reason(self) -> None:
+        rows = dict(agent.result_rows({"metrics": {
+            "energy_joules": None, "duration": 1.0, "frames": 30,
+            "unknown": {"energy_joules": "no RAPL: a virtual machine"}}}))
+        self.assertIn("no RAPL: a virtual machine", rows["energy"])
+        self.assertIn("unknown", rows["CPU"])
+        self.assertNotIn("None", " ".join(rows.values()))
+
+    def test_results_of_strangers_can_be_shown(self) -> None:
+        for result in ({}, {"metrics": None}, {"metrics": {}}, {"metrics": {"unknown": None}, "encode": None},
+                       {"metrics": {"cpu_usage": 75.5, "memory_usage": 2048, "duration": 5.0},
+                        "analyzer_output": {"scenario": "4K60-h264", "recommendation": "optimal"}}):
+            rows = agent.result_rows(result)
+            self.assertTrue(all(isinstance(cell, str) for row in rows for cell in row))
+
+    def test_quality_that_was_asked_for_and_could_not_be_taken_says_why(self) -> None:
+        rows = dict(agent.result_rows({"metrics": {
+            "psnr_db": None, "ssim": None, "vmaf": None, "xpsnr_db": None,
+            "unknown": {"psnr_db": "not asked for", "ssim": "not asked for", "xpsnr_db": "not asked for",
+                        "vmaf": "this FFmpeg has no vmaf filter"}}}))
+        self.assertIn("no vmaf filter", rows["quality"])
+
+    def test_progress_for_people(self) -> None:
+        self.assertEqual(agent.progress_text({}), "encoding")
+        line = agent.progress_text({"phase": "pass 1 of 2", "percent": 50.0, "fps": 61.7, "speed": 2.0,
+                                    "eta_s": 75})
+        bar = "#" * 12 + "." * 12
+        self.assertEqual(line, f"pass 1 of 2  [{bar}]  50 %  62 fps  2.00x  1 min 15 s left")
+        for value in (None, "x", -5, 1e9):
+            agent.progress_text({"percent": value, "fps": None, "speed": None, "eta_s": None})
+
+    def test_control_characters_cannot_steer_a_terminal(self) -> None:
+        self.assertEqual(agent.printable("a\x1b[31mb\x07\u202ec\n"), "a?[31mb??c?")
+
+
+class FolderCase(unittest.TestCase):
+    def setUp(self) -> None:
+        folder = tempfile.mkdtemp(prefix="ffdist-test-")
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        self.folder = Path(folder)
+
+
+class Spooling(FolderCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.spool = agent.Spool(self.folder / "spool")
+
+    def put(self, *names: str) -> None:
+        for name in names:
+            self.spool.put({"job_id": name, "attempt": 1, "status": "completed"})
+
+    def waiting(self) -> list[str]:
+        return [result["job_id"] for _, result in agent.Spool(self.folder / "spool").entries()]
+
+    def test_reports_come_back_in_their_order_after_a_restart(self) -> None:
+        names = [f"job-{number}" for number in range(20)]
+        self.put(*names)
+        self.assertEqual(self.waiting(), names)
+
+    def test_reports_are_for_their_owner_alone(self) -> None:
+        self.put("a")
+        for path in (self.folder / "spool").iterdir():
+            self.assertEqual(path.stat().st_mode & 0o077, 0)
+        self.assertEqual((self.folder / "spool").stat().st_mode & 0o077, 0)
+
+    def test_torn_files_do_not_stop_the_others_and_are_kept_aside(self) -> None:
+        self.put("a")
+        torn = ('{"job_id": "x"', "", "[]", "null", '{"job_id": "x"}')
+        for number, text in enumerate(torn):
+            (self.folder / "spool" / f"{number}.json").write_text(text)
+        (self.folder / "spool" / "5.json").write_bytes(b"\xff\xfe\x00")
+        self.put("b")
+        self.assertEqual(self.waiting(), ["a", "b"])
+        self.assertEqual(self.waiting(), ["a", "b"])
+        self.assertEqual(len(list((self.folder / "spool").glob("*.unreadable"))), 6)
+
+    def test_a_write_that_was_cut_by_a_kill_is_no_report(self) -> None:
+        (self.folder / "spool" / "7.tmp").write_text('{"job_id": "half"')
+        self.assertEqual(self.waiting(), [])
+        self.assertEqual(list((self.folder / "spool").iterdir()), [])
+
+    def test_a_full_disk_is_told_and_leaves_nothing_behind(self) -> None:
+        def full_disk_stand_in(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with mock.patch("agent.os.fsync", full_disk_stand_in):
+            for _ in range(3):
+                with self.assertRaises(OSError):
+                    self.put("a")
+        self.assertEqual(list((self.folder / "spool").iterdir()), [], "each try would fill the disk further")
+        self.put("a")
+        self.assertEqual(self.waiting(), ["a"])
+
+
+class ClearingUp(FolderCase):
+    """What a killed agent left in its work folder."""
+
+    def left_behind(self, pid: int, started: object, name: str = "job-1") -> Path:
+        folder = self.folder / "work" / name
+        folder.mkdir(parents=True)
+        (folder / "process").write_text(f"{pid} {started}")
+        return folder
+
+    def sleeper(self) -> subprocess.Popen[bytes]:
+        need("ffmpeg")
+        argv = ["ffmpeg", "-v", "quiet", "-re", "-f", "lavfi", "-i", "testsrc2", "-f", "null", "-"]
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, start_new_session=True)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
+
+    def test_an_orphan_ffmpeg_is_found_by_its_pid_and_start_and_ended(self) -> None:
+        orphan = self.sleeper()
+        folder = self.left_behind(orphan.pid, hwdetect.process_started(hwdetect.Host(), orphan.pid))
+        partial = self.folder / ".ffdist-job-1.part"
+        partial.write_bytes(b"half a film")
+        (folder / "partial").write_text(str(partial))
+        self.assertEqual(agent.clear_work(self.folder / "work", hwdetect.Host()), 1)
+        self.assertEqual(orphan.wait(10), -signal.SIGKILL)
+        self.assertFalse(partial.exists())
+        self.assertEqual(list((self.folder / "work").iterdir()), [])
+
+    def test_a_stranger_with_the_same_pid_lives_on(self) -> None:
+        stranger = self.sleeper()
+        self.left_behind(stranger.pid, "12345")
+        agent.clear_work(self.folder / "work", hwdetect.Host())
+        self.assertIsNone(stranger.poll())
+        self.assertEqual(list((self.folder / "work").iterdir()), [])
+
+    def test_torn_notes_harm_nobody(self) -> None:
+        precious = self.folder / "precious.mp4"
+        precious.write_bytes(b"film")
+        for number, text in enumerate(("", "1 0", "0 0", "-1 5", "x y", "99999999 1", "\x00\x01", "1 2 3")):
+            folder = self.left_behind(1, 1, f"job-{number}")
+            (folder / "process").write_text(text)
+            (folder / "partial").write_text(str(precious))
+        agent.clear_work(self.folder / "work", hwdetect.Host())
+        self.assertTrue(precious.exists(), "only our own hidden names are removed")
+        self.assertEqual(list((self.folder / "work").iterdir()), [])
+
+    def test_the_cache_stays(self) -> None:
+        (self.folder / "work" / "cache").mkdir(parents=True)
+        (self.folder / "work" / "cache" / "clip.mov").write_bytes(b"x")
+        self.assertEqual(agent.clear_work(self.folder / "work", hwdetect.Host()), 0)
+        self.assertTrue((self.folder / "work" / "cache" / "clip.mov").exists())
+
+    def test_the_cache_is_bounded_and_keeps_what_was_used_last(self) -> None:
+        for age, name in enumerate(("newest", "middle", "oldest")):
+            path = self.folder / f"{name}.mov"
+            path.write_bytes(b"x" * 1000)
+            os.utime(path, (1e9 - age, 1e9 - age))
+        agent.bound_cache(self.folder, 2500)
+        self.assertEqual({path.stem for path in self.folder.iterdir()}, {"newest", "middle"})
+        agent.bound_cache(self.folder, 10)
+        self.assertEqual({path.stem for path in self.folder.iterdir()}, {"newest"}, "the one in use stays")
+
+    def test_a_run_by_hand_leaves_the_folder_that_it_was_given(self) -> None:
+        mine = self.folder / "mine"
+        mine.mkdir()
+        (mine / "precious.mp4").write_bytes(b"film")
+        done = run(agent.__file__, "run", "64p25-h264", "--no-probe", "--work-dir", str(mine), "--state-dir",
+                   str(self.folder / "state"), "--input", "nowhere.mp4", folder=self.folder)
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertTrue((mine / "precious.mp4").exists())
+
+
+class Metering(FolderCase):
+    """Energy and CPU of attempts, from a fed tree of /proc and /sys: a stand-in for a machine with RAPL."""
+
+    RANGE_UJ = 10_000_000_000
+
+    def setUp(self) -> None:
+        super().setUp()
+        zone = "sys/class/powercap/intel-rapl:0"
+        self.put(f"{zone}/name", "package-0")
+        self.put(f"{zone}/max_energy_range_uj", self.RANGE_UJ)
+        self.put("proc/meminfo", "MemTotal: 1000 kB\nMemFree: 500 kB\nMemAvailable: 600 kB")
+        self.used_uj, self.busy = 5_000_000, 0
+        self.energy(0)
+        self.host = hwdetect.Host(str(self.folder))
+        patch = mock.patch("agent.SAMPLE_S", 3600)
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.meter = agent.Meter(self.host, hwdetect.Hardware(rapl=hwdetect.rapl_zones(self.host)))
+
+    def put(self, path: str, text: object) -> None:
+        place = self.folder / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(f"{text}\n")
+
+    def energy(self, joules: float) -> None:
+        """Let the machine have used so much more."""
+        self.used_uj = (self.used_uj + int(joules * 1e6)) % self.RANGE_UJ
+        self.busy += 50
+        self.put("sys/class/powercap/intel-rapl:0/energy_uj", self.used_uj)
+        self.put("proc/stat", f"cpu  {self.busy} 0 0 {self.busy} 0 0 0 0 0 0")
+
+    def process(self, pid: int, cpu_s: float) -> None:
+        ticks = int(cpu_s * os.sysconf("SC_CLK_TCK"))
+        self.put(f"proc/{pid}/stat",
+                 f"{pid} (ffmpeg) R 1 {pid} {pid} 0 -1 0 0 0 0 0 {ticks} 0 0 0 20 0 1 0 77 0 0")
+        self.put(f"proc/{pid}/status", "Name: ffmpeg\nVmRSS:     2048 kB")
+
+    def ledger(self, pid: int) -> agent.Ledger:
+        ledger = agent.Ledger()
+        self.process(pid, 0)
+        ledger.pgid = pid
+        self.meter.join(ledger)
+        return ledger
+
+    def test_one_attempt_is_booked_what_the_machine_used(self) -> None:
+        ledger = self.ledger(10)
+        self.energy(30)
+        self.meter.leave(ledger)
+        self.assertAlmostEqual(ledger.energy_joules or 0, 30)
+        self.assertEqual((ledger.power_source, ledger.beside), ("rapl", 0))
+        self.assertEqual(ledger.peak_rss_bytes, 2 << 20)
+
+    def test_energy_before_and_after_is_nobodys(self) -> None:
+        self.energy(500)
+        ledger = self.ledger(10)
+        self.energy(7)
+        self.meter.leave(ledger)
+        self.energy(500)
+        again = self.ledger(11)
+        self.energy(3)
+        self.meter.leave(again)
+        self.assertAlmostEqual(ledger.energy_joules or 0, 7)
+        self.assertAlmostEqual(again.energy_joules or 0, 3)
+
+    def test_side_by_side_shares_follow_cpu_time_and_sum_to_the_machines(self) -> None:
+        first = self.ledger(10)
+        self.energy(10)
+        second = self.ledger(20)
+        self.process(10, 3.0)
+        self.process(20, 1.0)
+        self.energy(40)
+        self.meter.leave(second)
+        self.process(10, 4.0)
+        self.energy(5)
+        self.meter.leave(first)
+        self.assertAlmostEqual(second.energy_joules or 0, 10, places=3)
+        self.assertAlmostEqual(first.energy_joules or 0, 10 + 30 + 5, places=3)
+        self.assertEqual((first.beside, second.beside), (1, 1))
+
+    def test_shares_without_any_cpu_time_are_even_and_still_sum(self) -> None:
+        first, second, third = self.ledger(10), self.ledger(20), self.ledger(30)
+        self.energy(30)
+        for ledger in (first, second, third):
+            self.meter.leave(ledger)
+        total = sum(ledger.energy_joules or 0 for ledger in (first, second, third))
+        self.assertAlmostEqual(total, 30, places=3)
+
+    def test_a_counter_that_wraps_is_not_lost(self) -> None:
+        self.energy((self.RANGE_UJ - self.used_uj) / 1e6 - 2)
+        ledger = self.ledger(10)
+        self.energy(6)
+        self.meter.leave(ledger)
+        self.assertAlmostEqual(ledger.energy_joules or 0, 6)
+
+    def test_a_machine_without_counters_says_why_and_never_zero(self) -> None:
+        shutil.rmtree(self.folder / "sys")
+        meter = agent.Meter(self.host, hwdetect.Hardware())
+        ledger = agent.Ledger()
+        meter.join(ledger)
+        meter.leave(ledger)
+        metrics = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=1.0))
+        for name in ("energy_joules", "power_watts", "joules_per_frame", "idle_watts"):
+            self.assertIsNone(metrics[name])
+            self.assertTrue(metrics["unknown"][name])
+
+    def test_a_sampler_that_breaks_does_not_hold_up_the_encode(self) -> None:
+        ledger = self.ledger(10)
+        with mock.patch.object(hwdetect.Sampler, "sample", side_effect=RuntimeError("a stand-in's fault")):
+            self.meter.leave(ledger)
+        second = self.ledger(20)
+        self.energy(4)
+        self.meter.leave(second)
+        self.assertAlmostEqual(second.energy_joules or 0, 4, msg="an attempt that left is not booked again")
+
+    def test_metrics_are_json_with_a_reason_for_each_unknown(self) -> None:
+        for outcome in (agent.Outcome("completed"),
+                        agent.Outcome("completed", wall_s=0.0, progress=agent.Progress(5, out_time_s=0.0)),
+                        agent.Outcome("completed", wall_s=2.0, progress=agent.Progress(50, out_time_s=2.0),
+                                      output_bytes=1000, output_s=2.0)):
+            metrics = agent.metrics_of(outcome)
+            json.dumps(metrics, allow_nan=False)
+            for name, value in metrics.items():
+                if value is None:
+                    self.assertTrue(metrics["unknown"].get(name), f"{name} is unknown without a reason")
+            self.assertFalse([name for name in metrics["unknown"] if metrics[name] is not None])
+            for name in ("cpu_usage", "memory_usage", "duration"):
+                self.assertIn(name, metrics)
+
+
+class Judging(unittest.TestCase):
+    def judge(self, metrics: agent.Json, on: Machine | None = None, **parameters: object) -> agent.Json:
+        settings = agent.resolve("1080p30-h264", {"input": "in.mp4", "output": "out.mp4", **parameters})
+        on = on or machine()
+        return agent.analyze(settings, agent.plan(settings, on, FILM, "out.mp4"), metrics, on)
+
+    def test_every_word_is_a_documented_one_and_every_suggestion_can_be_submitted(self) -> None:
+        cases = (({"speed": 2.0, "cpu_usage": 90.0}, {}, None), ({"speed": 0.5}, {"preset": "slow"}, None),
+                 ({"damaged_packets": 3}, {}, None),
+                 ({"speed": 1.0}, {"encoder": "libx264"}, machine(h264_nvenc=None)),
+                 ({"speed": 2.0, "cpu_usage": 10.0}, {"threads": 1}, None), ({}, {}, None))
+        seen = set()
+        for metrics, parameters, on in cases:
+            told = self.judge(metrics, on, **parameters)
+            seen.add(told["recommendation"])
+            self.assertIn(told["recommendation"], agent.RECOMMENDATIONS)
+            self.assertTrue(told["reasons"])
+            if told["suggestion"]:
+                change = {**parameters, **told["suggestion"]["parameters"]}
+                agent.resolve(told["suggestion"]["scenario"], {"input": "in.mp4", **change})
+        self.assertEqual(seen, set(agent.RECOMMENDATIONS))
+
+
+class StandInServer:
+    """A raw socket that answers what a test hands it: for faults that no real master has."""
+
+    def __init__(self, *answers: bytes, close_after: bool = False) -> None:
+        self.answers = list(answers)
+        self.close_after = close_after
+        self.connections = 0
+        self.requests: list[bytes] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            while self.answers:
+                head = b""
+                while b"\r\n\r\n" not in head:
+                    data = connection.recv(65536)
+                    if not data:
+                        return
+                    head += data
+                self.requests.append(head)
+                connection.sendall(self.answers.pop(0))
+                if self.close_after:
+                    return
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
+        self._listener.close()
+
+
+def http_answer(body: bytes, status: str = "200 OK", more: str = "") -> bytes:
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{more}\r\n".encode() + body
+
+
+class Calling(unittest.TestCase):
+    """The client, against faults."""
+
+    def setUp(self) -> None:
+        self.patience = mock.patch("agent.CONNECT_S", 5.0)
+        self.patience.start()
+        self.addCleanup(self.patience.stop)
+
+    @contextlib.contextmanager
+    def server(self, *answers: bytes, **more: bool) -> Iterator[tuple[StandInServer, agent.Client]]:
+        server = StandInServer(*answers, **more)
+        client = agent.Client(server.url)
+        try:
+            yield server, client
+        finally:
+            client.close()
+            server.close()
+
+    def test_one_connection_serves_many_calls(self) -> None:
+        with self.server(*[http_answer(b'{"nodes": []}')] * 5) as (server, client):
+            for _ in range(5):
+                self.assertEqual(client.nodes(), {"nodes": []})
+            self.assertEqual(server.connections, 1)
+
+    def test_a_connection_that_the_server_closed_while_idle_is_no_error(self) -> None:
+        with self.server(*[http_answer(b"{}")] * 3, close_after=True) as (server, client):
+            for _ in range(3):
+                self.assertEqual(client.nodes(), {})
+            self.assertEqual(server.connections, 3)
+
+    def test_each_thread_has_its_own_connection(self) -> None:
+        with self.server(*[http_answer(b"{}")] * 2) as (server, client):
+            def elsewhere() -> None:
+                client.nodes()
+                client.close()
+            client.nodes()
+            other = threading.Thread(target=elsewhere, daemon=True)
+            other.start()
+            wait_for(lambda: server.connections == 2, 10)
+            client.close()
+            other.join(10)
+            self.assertFalse(other.is_alive())
+
+    def test_answers_that_are_no_json_object_are_told_in_a_sentence(self) -> None:
+        for body in (b"<html>hello</html>", b"[]", b"5", b"null", b'"x"', b"{", b"\xff\xfe", b"[" * 100_000):
+            with self.server(http_answer(body)) as (_, client):
+                with self.assertRaises(agent.ApiError) as caught:
+                    client.nodes()
+                self.assertTrue(caught.exception.message)
+                self.assertNotIn("Traceback", caught.exception.message)
+
+    def test_refusals_keep_status_sentence_and_field(self) -> None:
+        refusal = http_answer(b'{"error": "no such thing", "field": "id"}', "404 Not Found")
+        with self.server(refusal) as (_, client):
+            with self.assertRaises(agent.ApiError) as caught:
+                client.job("abcd")
+            error = caught.exception
+            self.assertEqual((error.status, error.message, error.field, error.retryable),
+                             (404, "no such thing", "id", False))
+        for body in (b"<h1>Bad Gateway</h1>", b"", b"[]", b"null", b'{"error": 5}', b"[" * 100_000):
+            with self.server(http_answer(body, "502 Bad Gateway")) as (_, client):
+                with self.assertRaises(agent.ApiError) as caught:
+                    client.nodes()
+                self.assertEqual((caught.exception.status, caught.exception.retryable), (502, True))
+
+    def test_half_an_answer_is_no_answer_and_the_next_call_gets_its_own(self) -> None:
+        cut = b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"nodes": ['
+        with self.server(cut, http_answer(b'{"nodes": [1]}'), close_after=True) as (_, client):
+            with self.assertRaises(agent.ApiError) as caught:
+                client.nodes()
+            self.assertTrue(caught.exception.retryable)
+            self.assertEqual(client.nodes(), {"nodes": [1]})
+
+    def test_bytes_that_are_no_http_are_told_in_a_sentence(self) -> None:
+        for raw in (b"SSH-2.0-OpenSSH_9.2\r\n", b"\r\n\r\n", b"HTTP/1.1 abc\r\n\r\n", b"\x00" * 100 + b"\r\n",
+                    b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n{}"):
+            with self.server(raw, raw, close_after=True) as (_, client), contextlib.suppress(agent.ApiError):
+                client.nodes()
+
+    def test_nobody_there_is_retryable_and_names_the_master(self) -> None:
+        url = f"http://127.0.0.1:{free_port()}"
+        with self.assertRaises(agent.ApiError) as caught:
+            agent.Client(url).nodes()
+        self.assertEqual((caught.exception.status, caught.exception.retryable), (0, True))
+        self.assertIn(url, caught.exception.message)
+        self.assertIn("refused", caught.exception.message)
+
+    def test_addresses_that_are_none_are_refused_at_once(self) -> None:
+        for url in ("ftp://x", "http://", "http://x:99999", "http://x:port", "://", ""):
+            with self.assertRaises(ValueError, msg=url):
+                agent.Client(url)
+        self.assertEqual(agent.Client("master-ip:8080").url, "http://master-ip:8080")
+
+    def test_ids_are_quoted_in_paths(self) -> None:
+        with self.server(http_answer(b"{}")) as (server, client):
+            client.job("../../x?y#z")
+            wait_for(lambda: server.requests, 5)
+            self.assertTrue(server.requests[0].startswith(b"GET /jobs/..%2F..%2Fx%3Fy%23z HTTP/1.1\r\n"))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,587 @@
+"""Real masters, real agents, the real FFmpeg and real kills: what a user of a fleet relies on."""
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tests.support import TOP, Agent, Case, Master, Program, free_port, need, run, served, wait_for
+
+CANCEL_DEADLINE_S = 10.0
+GPU = {  # what the stand-in of nvidia-smi is asked for, and answers
+    "timestamp": "now", "index": "0", "name": "Tesla T4", "uuid": "GPU-0", "driver_version": "535.129.03",
+    "pci.bus_id": "00000000:FF:1E.0", "memory.total": "15360", "memory.used": "512", "power.draw": "70.00",
+    "power.limit": "70.00", "utilization.gpu": "42", "utilization.encoder": "30", "temperature.gpu": "55"}
+SEED_FIELDS = ("address", "type", "cpu_threads", "cpu_model", "has_gpu", "gpu_type", "ram_bytes", "labels")
+
+
+def processes_under(folder: Path) -> set[int]:
+    """Processes whose current folder lies under this one: an attempt's FFmpeg runs in its own."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.readlink(entry / "cwd").startswith(str(folder.resolve())):
+                found.add(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def processes_called(word: str) -> set[int]:
+    """Processes with this word in their command line."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and word.encode() in (entry / "cmdline").read_bytes():
+                found.add(int(entry.name))
+        except OSError:
+            continue
+    return found - {os.getpid()}
+
+
+class FleetCase(Case):
+    def encoding(self, agent: Agent) -> set[int]:
+        """Wait until the FFmpeg of a live encode runs, not of its source; return its processes."""
+        return wait_for(lambda: processes_under(agent.work) & processes_called("\0-re\0"), 30, "an encode")
+
+    def live(self, master: Master, seconds: float, **more: object) -> str:
+        """Submit a job that takes so many seconds by the clock; return its id."""
+        job = master.submit("64p25-h264", duration=seconds, realtime=True, **more)
+        return str(job["id"])
+
+    def short(self, master: Master) -> str:
+        """Run a short job; return how it ended."""
+        return str(master.finished(master.submit("64p25-h264", duration=0.2)["id"])["status"])
+
+    def nothing_left(self, agent: Agent) -> None:
+        self.assertEqual(processes_under(agent.work), set(), "no FFmpeg may be left")
+        self.assertTrue(agent.at_rest(), list(agent.work.rglob("*")))
+        self.assertEqual(list((self.folder / "media").rglob(".ffdist-*")), [], "no hidden output may be left")
+
+
+class ARunningFleet(FleetCase):
+    def test_a_job_is_registered_dispatched_run_and_its_result_seen_in_the_masters_log(self) -> None:
+        master, agent = self.fleet()
+        job = master.finished(master.submit("64p25-h264", duration=0.4, output="o.mp4")["id"])
+        self.assertEqual((job["status"], job["attempt"], job["error"]), ("completed", 1, None))
+        for name in ("cpu_usage", "memory_usage", "duration"):
+            self.assertIsNotNone(job["result"]["metrics"][name])
+        self.assertEqual(job["result"]["analyzer_output"]["scenario"], "64p25-h264")
+        self.assertTrue((self.folder / "media" / "o.mp4").exists())
+        for word in ("registered", f"job {job['id']} submitted", f"result of job {job['id']}", "completed"):
+            self.assertIn(word, master.words())
+        self.assertIn("registered with", agent.words())
+        self.nothing_left(agent)
+
+    def test_heartbeats_show_at_debug_level(self) -> None:
+        need("ffmpeg", "ffprobe")
+        master = self.master("--log-level", "debug")
+        agent = self.agent(master, "--heartbeat-interval", "0.2s", "--log-level", "debug")
+        wait_for(lambda: master.words().count("heartbeat of agent") >= 3, 30)
+        self.assertIn("heartbeat", agent.words())
+
+    def test_a_failed_job_says_why_everywhere(self) -> None:
+        master, agent = self.fleet()
+        job = master.finished(master.submit("64p25-h264", input="none.mp4")["id"])
+        self.assertEqual((job["status"], job["failure_reason"], job["attempt"]), ("failed", "input", 1))
+        for words in (job["error"], master.words(), agent.words()):
+            self.assertIn("none.mp4", words)
+        self.assertNotIn("Traceback", master.words() + agent.words())
+
+    def test_two_jobs_run_side_by_side_where_two_may(self) -> None:
+        master, agent = self.fleet("--max-concurrent-jobs", "2")
+        jobs = [self.live(master, 2) for _ in range(3)]
+        wait_for(lambda: [master.get(f"/jobs/{job}")["status"] for job in jobs].count("running") == 2, 30)
+        self.assertEqual(master.get(f"/jobs/{jobs[2]}")["status"], "pending")
+        self.assertEqual([master.finished(job)["status"] for job in jobs], ["completed"] * 3)
+        self.nothing_left(agent)
+
+    def test_a_cancelled_encode_is_gone_with_its_files_before_it_is_reported(self) -> None:
+        master, agent = self.fleet()
+        job = self.live(master, 60, output="o.mp4")
+        pids = self.encoding(agent)
+        wait_for(lambda: list((self.folder / "media").glob(".ffdist-*")), 20, "the hidden output")
+        self.assertEqual(master.call("POST", f"/jobs/{job}/cancel").status, 200)
+        ended = master.finished(job, CANCEL_DEADLINE_S)
+        self.assertFalse(pids & processes_under(agent.work))
+        self.nothing_left(agent)
+        self.assertEqual((ended["status"], ended["attempt"]), ("canceled", 1))
+        self.assertEqual(list((self.folder / "media").iterdir()), [])
+        self.assertEqual(self.short(master), "completed", "the slot is free again")
+
+    def test_progress_and_log_lines_arrive_while_it_runs(self) -> None:
+        master, _ = self.fleet()
+        job = self.live(master, 6)
+        shown = wait_for(lambda: (master.get(f"/jobs/{job}").get("progress") or {}).get("frame"), 30)
+        self.assertGreater(shown, 0)
+        lines = wait_for(lambda: master.get(f"/jobs/{job}/logs")["lines"], 30)
+        self.assertTrue(any("run: " in line for line in lines), lines)
+        self.assertEqual(master.get(f"/jobs/{job}")["status"], "running")
+        master.call("POST", f"/jobs/{job}/cancel")
+        master.finished(job)
+
+
+class Kills(FleetCase):
+    def restarted(self, master: Master) -> Master:
+        again = Master(self.folder, port=master.port)
+        self.addCleanup(again.end)
+        return again
+
+    def test_a_killed_master_comes_back_and_the_encode_has_gone_on(self) -> None:
+        master, agent = self.fleet()
+        job = self.live(master, 4)
+        pids = self.encoding(agent)
+        master.kill()
+        master = self.restarted(master)
+        self.assertTrue(pids & processes_under(agent.work), "the encode goes on")
+        ended = master.finished(job)
+        self.assertEqual((ended["status"], ended["attempt"], ended["retry_count"]), ("completed", 1, 0))
+        self.assertEqual(master.get("/results")["total"], 1)
+        self.assertEqual(master.get("/nodes")["count"], 1)
+        self.nothing_left(agent)
+
+    def test_a_result_that_finds_no_master_waits_on_disk_and_is_delivered_once(self) -> None:
+        master, agent = self.fleet()
+        job = self.live(master, 2, output="o.mp4")
+        self.encoding(agent)
+        master.kill()
+        spool = agent.state / "spool"
+        wait_for(lambda: list(spool.glob("*.json")), 30, f"the spool: {agent.words()}")
+        self.assertTrue((self.folder / "media" / "o.mp4").exists())
+        master = self.restarted(master)
+        ended = master.finished(job)
+        self.assertEqual((ended["status"], ended["attempt"]), ("completed", 1))
+        wait_for(lambda: not list(spool.glob("*.json")), 30, "the spool empties")
+        self.assertEqual(master.get("/results")["total"], 1)
+        self.assertEqual(agent.words().count("work goes on"), 1, "an absent master is told once, not per try")
+        self.assertIn("answers again", agent.words())
+
+    def test_a_spooled_result_survives_the_agents_own_death(self) -> None:
+        master, agent = self.fleet()
+        job = self.live(master, 1)
+        self.encoding(agent)
+        master.kill()
+        wait_for(lambda: list((agent.state / "spool").glob("*.json")), 30, "the spool")
+        agent.kill()
+        master = self.restarted(master)
+        self.agent(master)
+        ended = master.finished(job)
+        self.assertEqual((ended["status"], ended["attempt"], ended["retry_count"]), ("completed", 1, 0))
+
+    def test_a_killed_agent_leaves_no_orphan_and_its_job_is_done_by_the_next_attempt(self) -> None:
+        master, agent = self.fleet()
+        job = self.live(master, 3, output="o.mp4")
+        pids = self.encoding(agent)
+        wait_for(lambda: list((self.folder / "media").glob(".ffdist-*")), 20, "the hidden output")
+        agent.kill()
+        self.assertTrue(processes_under(agent.work), "killed hard, it could not end its FFmpeg")
+        again = self.agent(master)
+        wait_for(lambda: not pids & processes_under(agent.work), 20, "the orphan is ended")
+        ended = master.finished(job)
+        self.assertEqual((ended["status"], ended["attempt"], ended["retry_count"]), ("completed", 2, 1))
+        self.assertEqual(master.get("/nodes")["count"], 1, "it is the same node")
+        self.nothing_left(again)
+
+    def test_an_agent_that_is_told_to_stop_gives_its_job_back_and_leaves(self) -> None:
+        master, agent = self.fleet()
+        job = self.live(master, 60, output="o.mp4")
+        self.encoding(agent)
+        agent.end()
+        self.assertEqual(agent.process.returncode, 0, agent.words())
+        self.nothing_left(agent)
+        state = master.get(f"/jobs/{job}")
+        self.assertEqual((state["status"], state["retry_count"], state["error"]), ("pending", 0, None))
+        self.assertEqual(master.get("/nodes")["nodes"][0]["status"], "offline")
+        self.assertEqual(list((self.folder / "media").iterdir()), [])
+
+    def test_a_killed_ffmpeg_fails_only_its_job(self) -> None:
+        master, agent = self.fleet()
+        job = self.live(master, 60)
+        for pid in self.encoding(agent):
+            os.kill(pid, signal.SIGKILL)
+        ended = wait_for(lambda: [job_ for job_ in [master.get(f"/jobs/{job}")]
+                                  if job_["status"] != "running" or job_["attempt"] > 1], 30)[0]
+        self.assertIn("SIGKILL", agent.words())
+        if ended["status"] == "failed":
+            self.assertEqual(ended["failure_reason"], "killed")
+        else:
+            master.call("POST", f"/jobs/{job}/cancel")
+            master.finished(job)
+        self.assertEqual(self.short(master), "completed")
+
+
+class Starting(FleetCase):
+    def words(self, state: Path, master: str, *more: str) -> list[str]:
+        return [str(TOP / "agent.py"), "--master", master, "--state-dir", str(state), "--media-root",
+                str(self.folder / "media"), "--no-probe", *more]
+
+    def refused(self, *words: str, code: int, said: str, **more: Any) -> None:
+        done = run(*words, folder=self.folder, timeout=30, **more)
+        self.assertEqual(done.returncode, code, done.stderr)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("agent:")]
+        self.assertEqual(len(lines), 1, done.stderr)
+        self.assertIn(said, lines[0])
+        self.assertNotIn("Traceback", done.stderr)
+
+    def test_a_second_agent_on_the_same_state_folder_is_refused(self) -> None:
+        master, agent = self.fleet()
+        words = self.words(agent.state, master.url, "--register", "--allow-master-as-worker", "--yes")
+        self.refused(*words, code=1, said="in use by another agent")
+        self.assertEqual(master.get("/nodes")["count"], 1)
+        self.assertIsNone(agent.process.poll())
+
+    def test_without_register_an_agent_goes_on_as_the_node_it_was(self) -> None:
+        master = self.master()
+        words = self.words(self.folder / "agent-state", master.url, "--allow-master-as-worker", "--yes")
+        self.refused(*words, code=1, said="--register")
+        self.assertEqual(master.get("/nodes")["count"], 0)
+        agent = self.agent(master)
+        node = wait_for(lambda: master.get("/nodes")["nodes"], 30)[0]["id"]
+        agent.end()
+        again = Program([sys.executable, "-W", "error", *words], self.folder, "again")
+        self.addCleanup(again.end)
+        wait_for(lambda: master.get(f"/nodes/{node}")["status"] == "available", 30)
+        self.assertEqual(master.get("/nodes")["count"], 1)
+
+    def test_a_node_that_the_master_has_forgotten_registers_again(self) -> None:
+        master, agent = self.fleet("--heartbeat-interval", "0.3s")
+        node = master.get("/nodes")["nodes"][0]["id"]
+        self.assertEqual(master.call("DELETE", f"/nodes/{node}").status, 200)
+        wait_for(lambda: master.get("/nodes")["count"], 30, agent.words())
+        self.assertEqual(self.short(master), "completed")
+
+    def test_an_agent_started_before_its_master_waits_for_it(self) -> None:
+        need("ffmpeg", "ffprobe")
+        port = free_port()
+        agent = Agent(self.folder, f"http://127.0.0.1:{port}")
+        self.addCleanup(agent.end)
+        wait_for(lambda: "no answer" in agent.words(), 30)
+        master = self.master(port=port)
+        wait_for(lambda: master.get("/nodes")["count"], 40, agent.words())
+
+    def test_the_masters_own_machine_is_no_worker_unless_told(self) -> None:
+        master = self.master()
+        words = self.words(self.folder / "s", master.url, "--register")
+        self.refused(*words, code=2, said="--allow-master-as-worker")
+        self.refused(*words, "--allow-master-as-worker", code=2, said="--yes")
+        self.assertEqual(master.get("/nodes")["count"], 0)
+
+    def terminal(self, answer: bytes, *words: str) -> tuple[subprocess.Popen[bytes], str]:
+        """Start on a terminal, wait for the question, answer it."""
+        parent, child = pty.openpty()
+        env = {name: value for name, value in os.environ.items() if not name.startswith("FFDIST_")}
+        process = subprocess.Popen([sys.executable, *words], stdin=child, stdout=child, stderr=child,
+                                   cwd=self.folder, env={**env, "HOME": str(self.folder)},
+                                   start_new_session=True)
+        os.close(child)
+        self.addCleanup(os.close, parent)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.terminate)
+        said = b""
+        limit = time.monotonic() + 30
+        while b"[y/N]" not in said and time.monotonic() < limit:
+            if select.select([parent], [], [], 0.2)[0]:
+                said += os.read(parent, 4096)
+        os.write(parent, answer)
+        return process, said.decode()
+
+    def test_on_a_terminal_it_warns_and_asks(self) -> None:
+        need("ffmpeg", "ffprobe")
+        master = self.master()
+        words = self.words(self.folder / "s", master.url, "--register", "--allow-master-as-worker")
+        process, said = self.terminal(b"no\n", *words)
+        self.assertRegex(said, r"(?i)warning.*compete")
+        self.assertEqual(process.wait(20), 2)
+        self.assertEqual(master.get("/nodes")["count"], 0)
+        process, _ = self.terminal(b"yes\n", *words)
+        wait_for(lambda: master.get("/nodes")["count"], 30)
+
+    def test_wrong_flags_are_one_sentence_each(self) -> None:
+        cases = (("--master", "ftp://x"), ("--poll-interval", "soon"), ("--max-concurrent-jobs", "x"),
+                 ("--media-root", "/none"), ("--name", ""), ("--what", "--what"), ("--log-level", "loud"))
+        for words in cases:
+            with self.subTest(words):
+                done = run(str(TOP / "agent.py"), "--register", *words, folder=self.folder, timeout=30)
+                self.assertEqual(done.returncode, 2, done.stderr)
+                self.assertIn(words[0].lstrip("-"), done.stderr)
+                self.assertNotIn("Traceback", done.stderr)
+
+    def test_samplers_run_only_while_a_job_runs(self) -> None:
+        stand_in = TOP / "tests" / "bin" / "nvidia-smi"
+        if not stand_in.exists():
+            self.skipTest(f"{stand_in} is not there")
+        need("ffmpeg", "ffprobe")
+        folder = self.folder / "bin"
+        folder.mkdir()
+        (folder / "nvidia-smi").symlink_to(stand_in)
+        table = self.folder / "gpu.csv"
+        table.write_text(f"{','.join(GPU)}\n{', '.join(GPU.values())}\n")
+        called = f"{folder}/nvidia-smi"
+        master = self.master()
+        path = f"{folder}:{os.environ['PATH']}"
+        self.agent(master, env={"PATH": path, "FFDIST_TEST_NVIDIA_SMI": str(table)})
+        node = wait_for(lambda: master.get("/nodes")["nodes"], 40)[0]
+        self.assertTrue(node["has_gpu"], node)
+        self.assertEqual(processes_called(called), set(), "nothing samples an idle machine")
+        for _ in range(2):
+            job = self.live(master, 2)
+            wait_for(lambda: processes_called(called), 30, "the sampler starts with the job")
+            metrics = master.finished(job)["result"]["metrics"]
+            self.assertEqual(processes_called(called), set(), "it ends with the job")
+            self.assertEqual((metrics["gpu_usage"], metrics["gpu_memory_usage"]), (42.0, 512.0))
+            self.assertGreater(metrics["gpu_energy_joules"], 0)
+
+
+SEED_NODE = "660e8400-e29b-41d4-a716-446655440001"
+
+
+class SeedMaster(http.server.BaseHTTPRequestHandler):
+    """A stand-in of the seed's master: its eight endpoints and nothing else, no `protocol`."""
+
+    protocol_version = "HTTP/1.1"
+    calls: ClassVar[list[tuple[str, str, Any]]] = []
+    queue: ClassVar[list[dict[str, Any]]] = []
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def answer(self, status: int, body: Any) -> None:
+        raw = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def do_GET(self) -> None:
+        self.calls.append(("GET", self.path, None))
+        if self.path.startswith("/jobs/next?"):
+            self.answer(200, {"job": self.queue.pop(0) if self.queue else None})
+        else:
+            self.answer(404, {"error": "not found"})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        value = json.loads(body) if body else None
+        self.calls.append(("POST", self.path, value))
+        if self.path == "/nodes/register":
+            known = {name: value.get(name) for name in SEED_FIELDS}
+            self.answer(201, {**known, "id": SEED_NODE, "status": "available"})
+        elif self.path.endswith("/heartbeat"):
+            self.answer(200, {"status": "ok"})
+        elif self.path == "/results":
+            self.answer(200, {"status": "success"})
+        else:
+            self.answer(404, {"error": "not found"})
+
+
+class TheSeedsMaster(FleetCase):
+    def test_this_agent_works_for_a_seed_master_by_plain_polling(self) -> None:
+        need("ffmpeg", "ffprobe")
+        SeedMaster.calls.clear()
+        SeedMaster.queue[:] = [
+            {"id": f"550e8400-e29b-41d4-a716-44665544000{number}", "scenario": "64p25-h264",
+             "confidence": "auto", "parameters": {"duration": 0.2}, "status": "running", "engine": "auto"}
+            for number in range(2)]
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), SeedMaster)
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]  # an agent that leaves
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        agent = Agent(self.folder, f"http://127.0.0.1:{server.server_address[1]}", "--poll-interval", "0.2s",
+                      "--heartbeat-interval", "0.3s")
+        self.addCleanup(agent.end)
+
+        def results() -> list[Any]:
+            return [body for _, path, body in SeedMaster.calls if path == "/results"]
+        wait_for(lambda: len(results()) == 2, 60, f"two results: {agent.words()}")
+        wait_for(lambda: sum(path.endswith("/heartbeat") for _, path, _ in SeedMaster.calls) >= 2, 30)
+        for result in results():
+            self.assertEqual((result["status"], result["node_id"]), ("completed", SEED_NODE))
+            self.assertLessEqual({"cpu_usage", "memory_usage", "duration"}, set(result["metrics"]))
+            self.assertLessEqual({"scenario", "recommendation"}, set(result["analyzer_output"]))
+            self.assertRegex(result["completed_at"], r"^\d{4}-\d\d-\d\dT[\d:.]+Z$")
+        register = next(body for _, path, body in SeedMaster.calls if path == "/nodes/register")
+        self.assertLessEqual(set(SEED_FIELDS), set(register))
+        known = r"/nodes/register|/nodes/[0-9a-f-]+/heartbeat|/jobs/next\?node_id=[^&]+.*|/results"
+        for _, path, _ in SeedMaster.calls:
+            self.assertRegex(path, f"^(?:{known})$")
+        agent.end()
+        self.assertEqual(agent.process.returncode, 0, agent.words())
+
+
+class TheCommandLine(unittest.TestCase):
+    """One fleet for all: submit, jobs, show, logs, cancel, nodes, results, as a user types them."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        need("ffmpeg", "ffprobe")
+        cls.folder = Path(tempfile.mkdtemp(prefix="ffdist-test-"))
+        cls.addClassCleanup(shutil.rmtree, cls.folder, ignore_errors=True)
+        cls.master = Master(cls.folder)
+        cls.addClassCleanup(cls.master.end)
+        cls.agent = Agent(cls.folder, cls.master.url)
+        cls.addClassCleanup(cls.agent.end)
+        wait_for(lambda: cls.master.get("/nodes")["count"], 30)
+        cls.done = cls.master.submit("64p25-h264", duration=0.2)["id"]
+        cls.master.finished(cls.done)
+
+    folder: ClassVar[Path]
+    master: ClassVar[Master]
+    agent: ClassVar[Agent]
+    done: ClassVar[str]
+
+    def cli(self, *words: str, code: int = 0, url: str | None = None) -> subprocess.CompletedProcess[str]:
+        done = run(str(TOP / "ffdist.py"), *words, folder=self.folder,
+                   env={"FFDIST_MASTER": url or self.master.url, "NO_COLOR": "1"})
+        self.assertEqual(done.returncode, code, f"{words}: {done.stdout}{done.stderr}")
+        self.assertNotIn("Traceback", done.stderr)
+        self.assertNotIn("\x1b", done.stdout, "colours only on a terminal")
+        return done
+
+    def test_submit_and_wait_shows_what_came_out(self) -> None:
+        shown = self.cli("submit", "64p25-h264", "-p", "duration=0.2", "--wait")
+        for word in ("completed", "libx264", "speed", "CPU", "energy", "verdict", "agent"):
+            self.assertIn(word, shown.stdout)
+
+    def test_submit_and_wait_with_json_is_one_json_alone_on_stdout(self) -> None:
+        job = json.loads(self.cli("submit", "64p25-h264", "-p", "duration=0.2", "--wait", "--json").stdout)
+        self.assertEqual((job["status"], job["result"]["metrics"]["frames"]), ("completed", 5))
+
+    def test_a_failed_job_is_exit_code_1_with_its_reason(self) -> None:
+        shown = self.cli("submit", "--input", "none.mp4", "--wait", code=1)
+        self.assertIn("none.mp4", shown.stdout)
+        job = json.loads(self.cli("submit", "--input", "none.mp4", "--wait", "--json", code=1).stdout)
+        self.assertEqual(job["status"], "failed")
+
+    def test_each_listing_as_a_table_and_as_json(self) -> None:
+        for command, word, key in (("jobs", "completed", "jobs"), ("nodes", "available", "nodes"),
+                                   ("results", "64p25-h264", "results")):
+            with self.subTest(command):
+                self.assertIn(word, self.cli(command).stdout)
+                page = json.loads(self.cli(command, "--json").stdout)
+                self.assertGreater(page["count"], 0)
+                self.assertEqual(len(page[key]), page["count"])
+        self.assertIn(self.done[:8], self.cli("jobs", "--status", "completed", "--limit", "1000").stdout)
+        self.assertEqual(json.loads(self.cli("jobs", "--limit", "1", "--json").stdout)["count"], 1)
+
+    def test_show_by_a_prefix(self) -> None:
+        self.assertIn("completed", self.cli("show", self.done[:8]).stdout)
+        self.assertEqual(json.loads(self.cli("show", self.done[:8], "--json").stdout)["id"], self.done)
+
+    def test_logs_hold_the_command_and_ffmpegs_words(self) -> None:
+        words = self.cli("logs", self.done).stdout
+        self.assertIn("run: ", words)
+        self.assertIn("libx264", words)
+        self.assertEqual(self.cli("logs", self.done, "-f").stdout, words)
+        self.assertTrue(json.loads(self.cli("logs", self.done, "--json").stdout)["lines"])
+
+    def test_logs_follow_a_job_to_its_end(self) -> None:
+        job = self.master.submit("64p25-h264", duration=2, realtime=True)["id"]
+        words = self.cli("logs", job, "-f").stdout
+        self.assertIn("run: ", words)
+        self.assertEqual(self.master.get(f"/jobs/{job}")["status"], "completed", "it followed to the end")
+
+    def test_cancel(self) -> None:
+        job = self.master.submit("64p25-h264", duration=60, realtime=True)["id"]
+        wait_for(lambda: self.master.get(f"/jobs/{job}")["status"] == "running", 30)
+        self.assertIn(job, self.cli("cancel", job[:13]).stdout)
+        self.assertEqual(self.master.finished(job)["status"], "canceled")
+        self.assertIn("completed", self.cli("cancel", self.done, code=1).stderr)
+
+    def test_exit_codes_and_sentences(self) -> None:
+        nobody = f"http://127.0.0.1:{free_port()}"
+        for words, code, said in ((("show", "ffff0000"), 1, "no job"), (("logs", "ffff0000"), 1, "no job"),
+                                  (("cancel", "ffff0000"), 1, "no job"),
+                                  (("submit", "64p25-h264", "-p", "crf=99"), 2, "crf"),
+                                  (("submit", "64p25-h264", "-p", "bitrat=5M"), 2, "bitrate"),
+                                  (("submit", "no spaces"), 2, "scenario"),
+                                  (("submit", "-p", "x"), 2, "name=value"),
+                                  (("jobs", "--limit", "0"), 2, "limit"),
+                                  (("jobs", "--master", "ftp://x"), 2, "master")):
+            with self.subTest(words):
+                done = self.cli(*words, code=code)
+                self.assertIn(said, done.stderr)
+                self.assertEqual(done.stdout, "")
+                self.assertEqual(len(done.stderr.strip().splitlines()), 1, done.stderr)
+        for command in (("jobs",), ("nodes", "--json"), ("results",), ("show", "abcd"), ("cancel", "abcd"),
+                        ("logs", "abcd"), ("submit", "x", "--wait", "--json")):
+            with self.subTest(command):
+                done = self.cli(*command, code=3, url=nobody)
+                self.assertIn(nobody, done.stderr)
+                self.assertEqual((done.stdout, len(done.stderr.strip().splitlines())), ("", 1))
+
+    def test_a_flag_beats_the_environment(self) -> None:
+        self.cli("nodes", "--master", self.master.url, url=f"http://127.0.0.1:{free_port()}")
+        self.cli("nodes", "--master", self.master.url.replace("http://", ""))
+
+    def test_an_answer_that_is_no_masters_is_told_in_a_sentence(self) -> None:
+        with served(self.folder) as url:
+            for command in ("jobs", "nodes"):
+                done = run(str(TOP / "ffdist.py"), command, "--master", url, folder=self.folder)
+                self.assertIn(done.returncode, (1, 3))
+                self.assertEqual(len(done.stderr.strip().splitlines()), 1, done.stderr)
+
+    def test_unknown_commands_and_no_command_are_wrong_usage(self) -> None:
+        for words in ((), ("dance",), ("jobs", "--dance"), ("show",)):
+            done = self.cli(*words, code=2)
+            self.assertIn("usage", done.stderr)
+
+
+class TheDemo(FleetCase):
+    def test_the_demo_runs_a_whole_fleet_and_leaves_nothing(self) -> None:
+        need("ffmpeg", "ffprobe")
+        scratch = self.folder / "tmp"
+        scratch.mkdir()
+        done = run(str(TOP / "ffdist.py"), "demo", "--json", folder=self.folder, env={"TMPDIR": str(scratch)})
+        self.assertEqual(done.returncode, 0, done.stderr)
+        job = json.loads(done.stdout)
+        metrics = job["result"]["metrics"]
+        self.assertEqual((job["status"], metrics["frames"]), ("completed", 150))
+        self.assertGreater(metrics["psnr_db"], 25)
+        self.assertTrue(job["result"]["encode"]["reason"])
+        self.assertTrue(metrics["energy_joules"] is not None or metrics["unknown"]["energy_joules"])
+        self.assertEqual(list(scratch.iterdir()), [])
+        self.assertEqual(processes_called(str(scratch)), set())
+        self.assertNotIn("Traceback", done.stderr)
+
+    def test_the_demo_takes_a_film_of_the_users_and_shows_a_table(self) -> None:
+        need("ffmpeg", "ffprobe")
+        film = self.folder / "media" / "my film.mp4"
+        picture = "testsrc2=size=128x72:rate=25:duration=1"
+        argv = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", picture, str(film)]
+        subprocess.run(argv, check=True, stdin=subprocess.DEVNULL)
+        done = run(str(TOP / "ffdist.py"), "demo", "--input", str(film), folder=self.folder)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        for word in ("node", "encoder", "why", "speed", "CPU", "memory", "energy", "size", "PSNR", "verdict"):
+            self.assertIn(word, done.stdout)
+        self.assertEqual([path.name for path in film.parent.iterdir()], [film.name])
+        missing = run(str(TOP / "ffdist.py"), "demo", "--input", "none.mp4", folder=self.folder)
+        self.assertEqual((missing.returncode, len(missing.stderr.strip().splitlines())), (1, 1))
+
+    def test_without_ffmpeg_it_names_the_command_that_installs_it(self) -> None:
+        empty = self.folder / "bin"
+        empty.mkdir()
+        done = run(str(TOP / "ffdist.py"), "demo", folder=self.folder, env={"PATH": str(empty)})
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("ffmpeg", done.stderr)
+        (empty / "apt-get").symlink_to("/bin/false")
+        done = run(str(TOP / "ffdist.py"), "demo", folder=self.folder, env={"PATH": str(empty)})
+        self.assertIsNotNone(re.search(r"apt-get .*install.* ffmpeg", done.stderr), done.stderr)
+        self.assertEqual(len(done.stderr.strip().splitlines()), 1)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,849 @@
+"""One attempt with the real FFmpeg: what comes out, what each failure says, and that nothing is left."""
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import uuid
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest import mock
+
+import agent
+import hwdetect
+from tests.support import FILM, TOP, free_port, need, run, served, wait_for
+
+SIZES = ("4K60", "4K30", "1080p60", "1080p30", "720p60", "720p30", "480p30")
+SCENARIOS = [f"{size}-{codec}" for size in SIZES for codec in ("h264", "h265")]
+SCENARIOS += ["480p60-h264", "1080p60-vp9", "720p30-vp9", "480p30-av1", "test-1080p"]
+NGINX_RTMP = Path("/usr/lib/nginx/modules/ngx_rtmp_module.so")
+
+
+def ffmpeg(*words: str) -> None:
+    """Make a film for a test."""
+    argv = ["ffmpeg", "-hide_banner", "-nostdin", "-v", "error", "-y", *words]
+    done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise AssertionError(f"ffmpeg {' '.join(words)}: {done.stderr}")
+
+
+def picture(size: str = "320x180", rate: str = "25", seconds: float = 1.0, more: str = "") -> list[str]:
+    """Arguments of a moving test picture as an input."""
+    return ["-f", "lavfi", "-i", f"testsrc2=size={size}:rate={rate}:duration={seconds}{more}"]
+
+
+def interruptible() -> None:
+    """Let Ctrl-C work in a child even where the tests run in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+TONE = ["-f", "lavfi", "-i", "sine=frequency=300:duration=1"]
+
+
+def streams(path: Path, kind: str = "v") -> list[dict[str, Any]]:
+    """What ffprobe says of a film's streams, with their packets counted."""
+    argv = ["ffprobe", "-v", "error", "-select_streams", kind, "-count_packets", "-show_streams",
+            "-of", "json", "-i", f"file:{path}"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)["streams"]
+
+
+def processes_under(folder: Path) -> list[int]:
+    """Processes whose current folder lies under this one."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.readlink(entry / "cwd").startswith(str(folder)):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def this_machine() -> tuple[hwdetect.Host, hwdetect.Hardware]:
+    """This machine with its encoders tried, once for all tests."""
+    host = hwdetect.Host()
+    with tempfile.TemporaryDirectory(prefix="ffdist-test-") as state:
+        return host, hwdetect.detect(host, True, state)
+
+
+class RunCase(unittest.TestCase):
+    """Attempts in one work folder and one media root; every test ends with both checked for leavings."""
+
+    root: ClassVar[Path]
+    media: ClassVar[Path]
+    work: ClassVar[Path]
+    place: ClassVar[agent.Workplace]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        need("ffmpeg", "ffprobe")
+        cls.root = Path(tempfile.mkdtemp(prefix="ffdist-test-")).resolve()
+        cls.addClassCleanup(shutil.rmtree, cls.root, ignore_errors=True)
+        cls.media, cls.work = cls.root / "media", cls.root / "work"
+        cls.media.mkdir()
+        cls.work.mkdir()
+        host, hardware = this_machine()
+        options = agent.Options("", False, 10, 30, 1, cls.root / "state", cls.work, str(cls.media),
+                                "worker-01", ())
+        cls.place = agent.workplace(options, hardware, host, "worker-01")
+
+    def setUp(self) -> None:
+        self.addCleanup(self.nothing_left)
+
+    def nothing_left(self) -> None:
+        left = [path for path in self.work.iterdir() if path.name != "cache"]
+        self.assertEqual(left, [], "the work folder must be empty at rest")
+        self.assertEqual([path for path in self.root.rglob(".ffdist-*")], [], "no hidden output may stay")
+        self.assertEqual(processes_under(self.work), [], "no process may stay")
+
+    def film(self, name: str, *words: str) -> str:
+        """Make a film in the media root unless it is there; return its name."""
+        if not (self.media / name).exists():
+            ffmpeg(*(words or (*picture(), *TONE, "-shortest", "-c:a", "aac")), f"file:{self.media / name}")
+        return name
+
+    def attempt(self, scenario: str = "transcode-h264", place: agent.Workplace | None = None,
+                **parameters: object) -> agent.Attempt:
+        job = {"scenario": scenario, "parameters": parameters}
+        return agent.Attempt(str(uuid.uuid4()), 1, job, place or self.place)
+
+    def result(self, attempt: agent.Attempt) -> agent.Json:
+        result = agent.result_of(attempt, attempt.run(), self.place.machine)
+        json.dumps(result, allow_nan=False)
+        return result
+
+    def completes(self, scenario: str = "transcode-h264", place: agent.Workplace | None = None,
+                  **parameters: object) -> agent.Json:
+        attempt = self.attempt(scenario, place, **parameters)
+        result = self.result(attempt)
+        self.assertEqual(result["status"], "completed", f"{scenario} {parameters}: {result['error']}")
+        return result
+
+    def fails(self, reason: str, *words: str, scenario: str = "transcode-h264",
+              place: agent.Workplace | None = None, **parameters: object) -> agent.Json:
+        """The job fails in this class, in one sentence with these words; its output is not there."""
+        output = parameters.get("output")
+        kept = output is None or "://" in str(output) or os.path.exists(self.media / str(output))
+        result = self.result(self.attempt(scenario, place, **parameters))
+        error = str(result["error"])
+        self.assertEqual((result["status"], result["failure_reason"]), ("failed", reason), error)
+        for word in words:
+            self.assertIn(word, error)
+        self.assertNotRegex(error, r"Traceback|Errno|\n|\[error\]|0x[0-9a-f]{6}|\.part\b")
+        self.assertLess(len(error), 900)
+        if not kept:
+            self.assertFalse(os.path.exists(self.media / str(output)), "a failed job leaves no output")
+        return result
+
+
+class EveryScenario(RunCase):
+    def test_each_scenario_of_the_seed_encodes_the_size_rate_and_codec_that_its_name_says(self) -> None:
+        names = {"h264": "h264", "h265": "hevc", "vp9": "vp9", "av1": "av1"}
+        with mock.patch("agent.GENERATED_CLIP_S", 0.05):
+            for scenario in SCENARIOS:
+                with self.subTest(scenario):
+                    wanted = agent.resolve(scenario)
+                    output = f"{scenario}.mkv"
+                    length = 0.05 if scenario.startswith("4K60") else 0.1 if "4K" in scenario else 0.2
+                    result = self.completes(scenario, output=output, duration=length, preset="ultrafast")
+                    video = streams(self.media / output)[0]
+                    self.assertEqual((video["codec_name"], video["width"], video["height"]),
+                                     (names[wanted.codec], wanted.width, wanted.height))
+                    frames = round(length * float(wanted.fps or 30))
+                    self.assertEqual(int(video["nb_read_packets"]), frames)
+                    self.assertEqual(result["metrics"]["frames"], frames)
+                    (self.media / output).unlink()
+
+    def test_the_documents_example_runs_as_it_stands_but_for_its_length(self) -> None:
+        with mock.patch("agent.GENERATED_CLIP_S", 0.05):
+            result = self.completes("4K60-h264", duration=0.05, bitrate="15000k")
+        self.assertEqual((result["encode"]["rate"], result["metrics"]["frames"]), ("15000k", 3))
+        self.assertEqual(result["analyzer_output"]["scenario"], "4K60-h264")
+        self.assertIn(result["analyzer_output"]["recommendation"], agent.RECOMMENDATIONS)
+
+    def test_the_metrics_of_a_real_run_are_plausible(self) -> None:
+        metrics = self.completes("320p25-h264", duration=3)["metrics"]
+        self.assertEqual(metrics["frames"], 75)
+        self.assertAlmostEqual(metrics["output_seconds"], 3.0, delta=0.1)
+        self.assertGreater(metrics["cpu_seconds"], 0)
+        self.assertGreater(metrics["memory_usage"], 5)
+        self.assertGreaterEqual(metrics["cpu_usage"], 0)
+        self.assertLessEqual(metrics["cpu_usage"], 100)
+        self.assertAlmostEqual(metrics["speed"], metrics["output_seconds"] / metrics["duration"], delta=0.1)
+        self.assertAlmostEqual(metrics["bitrate_kbps"],
+                               metrics["output_bytes"] * 8 / 1000 / metrics["output_seconds"], delta=1)
+
+
+class GeneratedSources(RunCase):
+    def worst_frame_db(self, film: Path, fps: str, clip_frames: int, frames: int) -> float:
+        """PSNR of the worst frame against frame number k mod clip of the picture, made afresh."""
+        graph = (f"[0:v]settb=1/1000,setpts=N,format=yuv420p[a];[1:v]trim=end_frame={clip_frames},"
+                 f"loop=-1:{clip_frames}:0,trim=end_frame={frames},settb=1/1000,setpts=N,format=yuv420p[b];"
+                 "[a][b]psnr=shortest=1")
+        done = subprocess.run(["ffmpeg", "-hide_banner", "-nostdin", "-i", str(film), "-f", "lavfi", "-i",
+                               f"testsrc2=size=320x180:rate={fps}", "-lavfi", graph, "-f", "null", "-"],
+                              capture_output=True, text=True)
+        found = re.search(r"PSNR .* min:([\d.]+|inf)", done.stderr)
+        self.assertIsNotNone(found, done.stderr[-600:])
+        return float(found[1]) if found else 0.0
+
+    def test_looping_slips_no_frame_at_any_rate(self) -> None:
+        for fps in ("24", "25", "30000/1001", "30", "60000/1001"):
+            with self.subTest(fps):
+                rate = agent.resolve("x", {"fps": fps}).fps or 0
+                frames, clip = round(5 * rate), round(agent.GENERATED_CLIP_S * rate)
+                name = f"loop-{fps.replace('/', '_')}.mkv"
+                metrics = self.completes(width=320, height=180, fps=fps, duration=5, crf=8, preset="veryfast",
+                                         output=name, quality=["psnr", "ssim"])["metrics"]
+                video = streams(self.media / name)[0]
+                self.assertEqual((metrics["frames"], int(video["nb_read_packets"])), (frames, frames))
+                self.assertEqual((metrics["dropped_frames"], metrics["duplicated_frames"]), (0, 0))
+                self.assertGreater(metrics["psnr_db"], 40)
+                self.assertGreater(metrics["ssim"], 0.97)
+                good = self.worst_frame_db(self.media / name, fps, clip, frames)
+                slipped = self.worst_frame_db(self.media / name, fps, clip - 1, frames)
+                self.assertGreater(good, 30)
+                self.assertLess(slipped, good - 5, "this measure would not notice a slip")
+
+    def test_the_sound_of_a_generated_source_lasts_as_long_as_its_picture(self) -> None:
+        self.completes("180p25-h264", duration=5, output="tone.mp4")
+        self.assertAlmostEqual(float(streams(self.media / "tone.mp4", "a")[0]["duration"]), 5, delta=0.1)
+
+    def test_the_clip_is_made_once_and_kept_bounded(self) -> None:
+        self.completes("64p25-h264", duration=0.2)
+        cache = self.work / "cache"
+        first = {path: path.stat().st_ino for path in cache.iterdir()}
+        self.assertTrue(any("x64-" in path.name for path in first))
+        self.completes("64p25-h265", duration=0.2)
+        self.assertEqual({path: path.stat().st_ino for path in cache.iterdir()}, first)
+        with mock.patch("agent.CACHE_LIMIT_BYTES", 1):
+            self.completes("66p25-h264", duration=0.2)
+        self.assertEqual(len(list(cache.iterdir())), 1)
+
+
+class RealFilms(RunCase):
+    def test_a_film_keeps_every_frame_its_length_and_its_sound(self) -> None:
+        name = self.film("plain.mp4")
+        for codec, output in (("h264", "o.mp4"), ("h265", "o.mov"), ("vp9", "o.webm"), ("av1", "o.mkv"),
+                              ("h264", "o.flv"), ("h264", "o.ts"), ("h264", "o.m4v")):
+            with self.subTest(output):
+                metrics = self.completes(f"transcode-{codec}", input=name, output=output, preset="ultrafast",
+                                         quality=["psnr"])["metrics"]
+                self.assertEqual(metrics["frames"], 25)
+                self.assertEqual(int(streams(self.media / output)[0]["nb_read_packets"]), 25)
+                self.assertEqual(len(streams(self.media / output, "a")), 1)
+                self.assertGreater(metrics["psnr_db"], 28)
+                self.assertEqual(metrics["output_bytes"], (self.media / output).stat().st_size)
+
+    def test_sound_is_dropped_where_asked(self) -> None:
+        self.completes(input=self.film("plain.mp4"), output="mute.mp4", audio=False)
+        self.assertEqual(streams(self.media / "mute.mp4", "a"), [])
+
+    def test_two_passes_work_with_each_codec(self) -> None:
+        name = self.film("plain.mp4")
+        for codec, output in (("h264", "2.mp4"), ("h265", "2.mp4"), ("vp9", "2.webm"), ("av1", "2.mkv")):
+            with self.subTest(codec):
+                result = self.completes(f"transcode-{codec}", input=name, output=output, two_pass=True,
+                                        width=160, height=90, bitrate="200k", duration=0.4,
+                                        preset="ultrafast")
+                self.assertEqual(len(result["encode"]["commands"]), 2)
+                self.assertEqual(int(streams(self.media / output)[0]["nb_read_packets"]), 10)
+
+    def test_the_first_seconds_only(self) -> None:
+        metrics = self.completes(input=self.film("plain.mp4"), duration=0.4)["metrics"]
+        self.assertEqual(metrics["frames"], 10)
+
+    def test_a_film_in_another_shape_keeps_its_shape(self) -> None:
+        name = self.film("square.mp4", *picture("240x240", more=",drawbox=t=fill:c=red"), "-c:v", "libx264")
+        self.completes(input=name, output="wide.mkv", width=320, height=180, crf=1)
+        video = streams(self.media / "wide.mkv")[0]
+        self.assertEqual((video["width"], video["height"]), (320, 180))
+        self.assertEqual(video.get("sample_aspect_ratio"), "1:1")
+        argv = ["ffmpeg", "-v", "error", "-i", str(self.media / "wide.mkv"), "-frames:v", "1",
+                "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+        raw = subprocess.run(argv, capture_output=True, check=True).stdout
+        red = [raw[3 * (90 * 320 + x)] > 128 for x in range(320)]
+        self.assertEqual((red[10], red[75], red[160], red[245], red[310]), (False, True, True, True, False))
+
+    def test_names_that_look_like_something_else(self) -> None:
+        source = self.film("plain.mp4")
+        names = ("-dash.mp4", "a b 'q' \"d\".mp4", "co:lon.mp4", "film%d%03d.mp4", "100%.mp4",
+                 "ünï 影片.mp4", "file:x.mp4", "concat:a|b.mp4", "#h?a=b&c.mp4", "[x],y;z.mp4",
+                 "$(id)`x`\\n.mp4", "pipe:1.mp4")
+        for name in names:
+            with self.subTest(name):
+                shutil.copy(self.media / source, self.media / name)
+                self.completes(input=name, output=f"{name}.out.mp4", duration=0.2, preset="ultrafast")
+                self.assertEqual(int(streams(self.media / f"{name}.out.mp4")[0]["nb_read_packets"]), 5)
+
+    def test_a_folder_with_a_strange_name(self) -> None:
+        folder = self.media / "-d %d 'x': y"
+        folder.mkdir()
+        shutil.copy(self.media / self.film("plain.mp4"), folder / "in.mp4")
+        self.completes(input=f"{folder.name}/in.mp4", output=f"{folder.name}/o.mp4", duration=0.2,
+                       quality=["psnr"])
+
+    def test_an_older_output_is_replaced_only_by_a_whole_new_one(self) -> None:
+        old = self.media / "old.mp4"
+        old.write_bytes(b"the older film")
+        (self.media / "noise.mp4").write_bytes(os.urandom(5000))
+        self.fails("input", "noise.mp4", input="noise.mp4", output="old.mp4")
+        self.assertEqual(old.read_bytes(), b"the older film")
+        self.completes(input=self.film("plain.mp4"), output="old.mp4", duration=0.2)
+        self.assertEqual(len(streams(old)), 1)
+
+    def test_a_portrait_film_that_is_only_marked_as_rotated(self) -> None:
+        plain = self.film("plain.mp4")
+        turn = ("-c", "copy", "-metadata:s:v", "rotate=90")
+        name = self.film("turned.mov", "-i", str(self.media / plain), *turn)
+        metrics = self.completes(input=name, output="t.mp4", quality=["psnr"])["metrics"]
+        video = streams(self.media / "t.mp4")[0]
+        self.assertEqual((video["width"], video["height"]), (180, 320))
+        self.assertNotIn("rotation", json.dumps(video))
+        self.assertGreater(metrics["psnr_db"], 28)
+        self.completes(input=name, output="t2.mp4", width=320, height=180)
+        self.assertEqual(streams(self.media / "t2.mp4")[0]["height"], 180)
+
+    def test_an_anamorphic_film_gets_square_pixels_and_its_true_shape(self) -> None:
+        name = self.film("dv.mkv", *picture("360x288"), "-vf", "setsar=64/45", "-c:v", "libx264")
+        metrics = self.completes(input=name, output="dv.mp4", quality=["psnr"])["metrics"]
+        video = streams(self.media / "dv.mp4")[0]
+        self.assertEqual((video["width"], video["height"], video["sample_aspect_ratio"]), (512, 288, "1:1"))
+        self.assertGreater(metrics["psnr_db"], 28)
+
+    def test_a_ten_bit_film_stays_ten_bit(self) -> None:
+        name = self.film("deep.mkv", *picture(), "-pix_fmt", "yuv420p10le", "-c:v", "libx265",
+                         "-x265-params", "log-level=error")
+        self.completes("transcode-h265", input=name, output="deep-o.mkv", preset="ultrafast")
+        self.assertEqual(streams(self.media / "deep-o.mkv")[0]["pix_fmt"], "yuv420p10le")
+
+    def test_a_film_of_changing_rate_loses_no_frame(self) -> None:
+        pace = "settb=1/1000,setpts=if(lt(N\\,10)\\,N*40\\,400+(N-10)*100)"
+        name = self.film("vfr.mkv", *picture(), "-vf", pace, "-vsync", "vfr", "-c:v", "libx264", "-crf", "5")
+        self.assertEqual(int(streams(self.media / name)[0]["nb_read_packets"]), 25)
+        for output in ("vfr.mp4", "vfr-o.mkv"):
+            with self.subTest(output):
+                metrics = self.completes(input=name, output=output, crf=5, quality=["psnr"])["metrics"]
+                self.assertEqual(int(streams(self.media / output)[0]["nb_read_packets"]), 25)
+                self.assertAlmostEqual(metrics["output_seconds"], 1.9, delta=0.2)
+                self.assertGreater(metrics["psnr_db"], 35)
+
+    def test_a_film_that_begins_late_gets_no_frame_twice(self) -> None:
+        plain = str(self.media / self.film("plain.mp4"))
+        name = self.film("late.mkv", "-i", plain, "-c", "copy")
+        self.assertGreater(float(streams(self.media / name)[0]["start_time"]), 0.01)
+        metrics = self.completes(input=name, output="late.mp4", crf=5, quality=["psnr"])["metrics"]
+        self.assertEqual((metrics["frames"], metrics["duplicated_frames"]), (25, 0))
+        self.assertGreater(metrics["psnr_db"], 35, "frames must be compared with their own")
+
+    def test_a_film_of_one_frame(self) -> None:
+        name = self.film("one.mp4", *picture(), "-frames:v", "1")
+        self.assertEqual(self.completes(input=name, output="one-o.mp4")["metrics"]["frames"], 1)
+
+    def test_an_odd_sized_film(self) -> None:
+        name = self.film("odd.mkv", *picture("321x181"), "-pix_fmt", "yuv444p", "-c:v", "libx264")
+        metrics = self.completes(input=name, output="odd.mp4", quality=["psnr"])["metrics"]
+        video = streams(self.media / "odd.mp4")[0]
+        self.assertEqual((video["width"], video["height"], video["pix_fmt"]), (320, 180, "yuv420p"))
+        self.assertGreater(metrics["psnr_db"], 28)
+
+    def test_subtitles_and_cover_pictures_do_not_disturb(self) -> None:
+        (self.media / "s.srt").write_text("1\n00:00:00,000 --> 00:00:01,000\nwords\n")
+        plain, subs = str(self.media / self.film("plain.mp4")), str(self.media / "s.srt")
+        sub = self.film("sub.mkv", "-i", plain, "-i", subs, "-map", "0", "-map", "1", "-c", "copy")
+        cover = str(self.media / self.film("cover.png", *picture("64x64"), "-frames:v", "1"))
+        after = self.film("after.mp4", "-i", plain, "-i", cover, "-map", "0", "-map", "1", "-c", "copy",
+                          "-disposition:v:1", "attached_pic")
+        before = self.film("before.mp4", "-i", cover, "-i", plain, "-map", "0", "-map", "1", "-c", "copy",
+                           "-disposition:v:0", "attached_pic")
+        for name in (sub, after, before):
+            with self.subTest(name):
+                self.completes(input=name, output="clean.mp4")
+                kept = streams(self.media / "clean.mp4")
+                self.assertEqual([video["width"] for video in kept], [320])
+                self.assertEqual(int(kept[0]["nb_read_packets"]), 25)
+
+    def test_a_fps_of_its_own_is_reached_by_whole_frames(self) -> None:
+        metrics = self.completes(input=self.film("plain.mp4"), output="ntsc.mkv", fps="30000/1001")["metrics"]
+        self.assertIn(metrics["frames"], (29, 30, 31))
+        self.assertEqual(streams(self.media / "ntsc.mkv")[0]["avg_frame_rate"], "30000/1001")
+
+    def test_crf_with_a_ceiling_works_with_each_software_encoder(self) -> None:
+        for codec in agent.CODECS:
+            with self.subTest(codec):
+                self.completes(f"transcode-{codec}", input=self.film("plain.mp4"), crf=30, bitrate="300k",
+                               duration=0.2, preset="ultrafast")
+
+    def test_the_clip_in_shared_media(self) -> None:
+        if not FILM.exists():
+            self.skipTest(f"{FILM} is not there")
+        place = dataclasses.replace(self.place, media_root=str(FILM.parent))
+        metrics = self.completes(place=place, input=FILM.name, preset="ultrafast",
+                                 quality=["psnr", "ssim"])["metrics"]
+        self.assertEqual(metrics["frames"], 132)
+        self.assertGreater(metrics["psnr_db"], 30)
+
+
+class BadInput(RunCase):
+    def test_random_bytes(self) -> None:
+        (self.media / "noise.mp4").write_bytes(os.urandom(20_000))
+        self.fails("input", "noise.mp4", "worker-01", "Invalid data", input="noise.mp4", output="o.mp4")
+
+    def test_text_that_says_it_is_a_film(self) -> None:
+        (self.media / "text.mp4").write_text("I am a film\n" * 100)
+        self.fails("input", "text.mp4", input="text.mp4", output="o.mp4")
+
+    def test_an_empty_file(self) -> None:
+        (self.media / "void.mp4").touch()
+        self.fails("input", "void.mp4", "empty", "worker-01", input="void.mp4", output="o.mp4")
+
+    def test_a_missing_file(self) -> None:
+        self.fails("input", "nowhere.mp4", "does not exist", "worker-01", str(self.media),
+                   input="nowhere.mp4", output="o.mp4")
+        self.fails("input", "x" * 300, input="x" * 300 + ".mp4", output="o.mp4")
+        self.fails("input", "plain.mp4/", input=self.film("plain.mp4") + "/x.mp4", output="o.mp4")
+
+    def test_a_folder(self) -> None:
+        (self.media / "folder.mp4").mkdir(exist_ok=True)
+        self.fails("input", "folder.mp4", "no regular file", input="folder.mp4", output="o.mp4")
+
+    def test_a_pipe_does_not_hang(self) -> None:
+        os.mkfifo(self.media / "pipe.mp4")
+        self.addCleanup((self.media / "pipe.mp4").unlink)
+        self.fails("input", "pipe.mp4", "no regular file", input="pipe.mp4", output="o.mp4")
+
+    def test_sound_without_picture(self) -> None:
+        self.fails("input", "sound.m4a", "no video", input=self.film("sound.m4a", *TONE), output="o.mp4")
+
+    def cut(self, name: str, part: float, *flags: str) -> str:
+        whole = self.film("whole.mp4", *picture("640x360", seconds=4), "-c:v", "libx264", "-g", "25")
+        ffmpeg("-i", str(self.media / whole), "-c", "copy", *flags, str(self.media / name))
+        size = (self.media / name).stat().st_size
+        os.truncate(self.media / name, int(size * part))
+        return name
+
+    def test_a_film_cut_before_its_index(self) -> None:
+        self.fails("input", "cut.mp4", "moov atom not found", input=self.cut("cut.mp4", 0.7), output="o.mp4")
+
+    def test_a_film_cut_in_the_middle_is_no_success(self) -> None:
+        name = self.cut("half.mp4", 0.5, "-movflags", "+faststart")
+        self.fails("input", "half.mp4", "of 4.0 s", "cut or damaged", input=name, output="o.mp4")
+        self.fails("input", "half.mp4", "cut or damaged", input=name)
+        self.completes(input=name, output="begin.mp4", duration=0.5)
+
+    def test_a_film_damaged_in_the_middle_is_said_to_be(self) -> None:
+        name = self.cut("damaged.mp4", 1.0)
+        raw = bytearray((self.media / name).read_bytes())
+        third = len(raw) // 3
+        for at in range(third, third + 20_000):
+            raw[at] = (at * 7919) % 251
+        (self.media / name).write_bytes(raw)
+        result = self.result(self.attempt(input=name, output="repaired.mp4"))
+        if result["status"] == "completed":
+            self.assertGreater(result["metrics"]["damaged_packets"], 0)
+            self.assertEqual(result["analyzer_output"]["recommendation"], "check_input")
+        else:
+            self.assertIn(name, str(result["error"]))
+
+    def test_a_whole_film_is_not_called_damaged(self) -> None:
+        result = self.completes(input=self.film("plain.mp4"))
+        self.assertEqual(result["metrics"]["damaged_packets"], 0)
+        self.assertNotEqual(result["analyzer_output"]["recommendation"], "check_input")
+
+    def test_paths_that_lead_out_of_the_media_root(self) -> None:
+        outside = self.root / "outside.mp4"
+        shutil.copy(self.media / self.film("plain.mp4"), outside)
+        (self.media / "link.mp4").symlink_to(outside)
+        (self.media / "linked").symlink_to(self.root)
+        for name in ("../outside.mp4", str(outside), "link.mp4", "linked/outside.mp4", "a/../../outside.mp4",
+                     "/etc/passwd"):
+            with self.subTest(name):
+                self.fails("parameters", name, "outside the media root", input=name, output="o.mp4")
+        before = outside.read_bytes()
+        for name in ("../outside.mp4", "link.mp4", "linked/new.mp4", "../media-2/o.mp4"):
+            with self.subTest(name):
+                self.fails("parameters", name, "outside the media root", input="plain.mp4", output=name)
+        self.assertEqual(outside.read_bytes(), before)
+        self.assertFalse((self.root / "new.mp4").exists())
+
+    def test_a_playlist_does_not_lead_out_of_the_media_root(self) -> None:
+        ffmpeg(*picture(), "-c:v", "libx264", "-f", "mpegts", str(self.root / "secret.ts"))
+        head = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:1\n#EXTINF:1.0,\n"
+        for name, text in (("list.m3u8", f"{head}{self.root / 'secret.ts'}\n#EXT-X-ENDLIST\n"),
+                           ("up.m3u8", f"{head}../secret.ts\n#EXT-X-ENDLIST\n"),
+                           ("list.ffconcat", f"ffconcat version 1.0\nfile '{self.root / 'secret.ts'}'\n")):
+            with self.subTest(name):
+                (self.media / name).write_text(text)
+                self.fails("input", name, input=name, output="stolen.mp4")
+
+
+class BadOutput(RunCase):
+    def test_a_folder_that_is_missing(self) -> None:
+        self.fails("output", "none/o.mp4", "no folder", "worker-01", input=self.film("plain.mp4"),
+                   output="none/o.mp4")
+
+    def test_a_folder_in_its_place(self) -> None:
+        (self.media / "d.mp4").mkdir(exist_ok=True)
+        self.fails("output", "d.mp4", "folder", input=self.film("plain.mp4"), output="d.mp4")
+
+    def test_the_input_itself_is_never_overwritten(self) -> None:
+        name = self.film("plain.mp4")
+        before = (self.media / name).read_bytes()
+        (self.media / "alias.mp4").symlink_to(self.media / name)
+        for output in (name, f"./{name}", f"../media/{name}", str(self.media / name), "alias.mp4"):
+            with self.subTest(output):
+                self.fails("parameters", "input itself", input=name, output=output)
+        self.assertEqual((self.media / name).read_bytes(), before)
+
+    def test_a_name_that_is_too_long_is_told_before_the_work(self) -> None:
+        output = "n" * 300 + ".mp4"
+        result = self.fails("output", output[:50], input=self.film("plain.mp4"), output=output)
+        self.assertNotIn("encode", result, "hours of encoding would be lost")
+
+    def small_disk(self, name: str, folder: Path) -> Path:
+        """A file system of 1 MB, mounted for this test."""
+        disk = folder / name
+        disk.mkdir()
+        if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)],
+                                          capture_output=True).returncode:
+            disk.rmdir()
+            self.skipTest("mounting a small disk needs root")
+        self.addCleanup(subprocess.run, ["umount", "-l", str(disk)], check=True)
+        return disk
+
+    def test_a_disk_that_fills_up(self) -> None:
+        name = self.film("big.mkv", *picture("1280x720", seconds=2), "-c:v", "libx264", "-crf", "1")
+        disk = self.small_disk("disk", self.media)
+        for output in ("disk/o.mp4", "disk/o.mkv", "disk/o.ts"):
+            with self.subTest(output):
+                self.fails("out_of_disk", output, "No space left on device", input=name, output=output, crf=1,
+                           preset="ultrafast")
+                self.assertEqual(list(disk.iterdir()), [])
+
+    def test_a_work_folder_that_fills_up(self) -> None:
+        disk = self.small_disk("work-disk", self.root)
+        place = dataclasses.replace(self.place, work_dir=disk)
+        self.fails("out_of_disk", "No space left on device", scenario="720p30-h264", place=place, duration=1)
+        name = self.film("big.mkv", *picture("1280x720", seconds=2), "-c:v", "libx264", "-crf", "1")
+        self.fails("out_of_disk", "No space left on device", place=place, input=name, crf=1,
+                   preset="ultrafast")
+        self.assertLessEqual({path.name for path in disk.iterdir()}, {"cache"})
+        self.assertEqual([path for path in (disk / "cache").rglob("*")], [])
+
+    def test_a_folder_without_permission(self) -> None:
+        if not os.geteuid():
+            self.skipTest("root may write everywhere")
+        (self.media / "closed").mkdir(mode=0o500)
+        self.fails("output", "closed/o.mp4", "permission denied", input=self.film("plain.mp4"),
+                   output="closed/o.mp4")
+
+
+class Encoders(RunCase):
+    def test_an_unknown_encoder_is_refused_with_the_nearest_name(self) -> None:
+        self.fails("parameters", "libx266", "did you mean libx26", encoder="libx266", output="o.mp4")
+
+    def test_hardware_that_is_not_there_is_named_with_its_own_words(self) -> None:
+        broken = {name: why for name, why in self.place.machine.encoders.items()
+                  if why and name in agent.ENCODERS and agent.ENCODERS[name].hardware}
+        if not broken:
+            self.skipTest("every hardware encoder works here")
+        name, why = next(iter(broken.items()))
+        codec = agent.ENCODERS[name].codec
+        self.fails("no_capability", name, str(why)[:20], "worker-01", scenario=f"64p25-{codec}", encoder=name,
+                   duration=0.2)
+
+    def test_ffmpeg_that_is_not_there(self) -> None:
+        machine = dataclasses.replace(self.place.machine, ffmpeg="ffmpeg-that-is-not-there")
+        self.fails("no_capability", "ffmpeg-that-is-not-there", scenario="66p25-h264", duration=0.2,
+                   place=dataclasses.replace(self.place, machine=machine))
+        self.fails("no_capability", "ffprobe-not-there", input=self.film("plain.mp4"),
+                   place=dataclasses.replace(self.place, ffprobe="ffprobe-not-there"))
+
+    def test_a_metric_that_this_ffmpeg_lacks_is_unknown_with_the_reason(self) -> None:
+        place = dataclasses.replace(self.place, filters=tuple(name for name in self.place.filters
+                                                              if name != "libvmaf"))
+        metrics = self.completes("64p25-h264", place, duration=0.2, quality=["vmaf", "psnr"])["metrics"]
+        self.assertIsNone(metrics["vmaf"])
+        self.assertIn("vmaf", metrics["unknown"]["vmaf"])
+        self.assertGreater(metrics["psnr_db"], 20)
+
+
+class StandIns(RunCase):
+    """Programs in FFmpeg's place that misbehave as a real one does only rarely."""
+
+    def stand_in(self, name: str, script: str) -> agent.Workplace:
+        path = self.root / f"ffmpeg-stand-in-{name}"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        self.film("plain.mp4")
+        machine = dataclasses.replace(self.place.machine, ffmpeg=str(path))
+        return dataclasses.replace(self.place, machine=machine)
+
+    END = "printf 'frame=25\\nout_time_us=1000000\\nprogress=end\\n'"
+    LAST = 'for last; do :; done; target="${last#file:}"'
+
+    def test_its_own_word_for_success_is_not_enough(self) -> None:
+        self.fails("input", "plain.mp4", place=self.stand_in("nothing", f"{self.END}; exit 0"),
+                   input="plain.mp4", output="o.mp4")
+        rubbish = self.stand_in("rubbish", f"{self.LAST}; echo rubbish >\"$target\"; {self.END}")
+        self.fails("encoder", "o.mp4", place=rubbish, input="plain.mp4", output="o.mp4")
+        status = self.stand_in("status", f"{self.LAST}; echo x >\"$target\"; {self.END}; "
+                               "echo '[error] broken heart' >&2; exit 1")
+        self.fails("encoder", "plain.mp4", "broken heart", place=status, input="plain.mp4", output="o.mp4")
+
+    def test_a_killed_encode_may_be_tried_again(self) -> None:
+        self.fails("killed", "plain.mp4", "SIGKILL", "worker-01", place=self.stand_in(
+            "killed", "echo '[h264 @ 0x5] [error] Invalid data found when processing input' >&2; kill -9 $$"),
+            input="plain.mp4", output="o.mp4")
+
+    def test_a_flood_of_words_does_not_hang_it(self) -> None:
+        place = self.stand_in("flood", "i=0; while [ $i -lt 3000 ]; do i=$((i+1)); echo \"[info] $i "
+                              f"{'x' * 500}\" >&2; echo \"frame=$i\"; done; "
+                              "echo '[error] flooded' >&2; exit 1")
+        attempt = self.attempt(place=place, input="plain.mp4")
+        self.assertIn("flooded", str(self.result(attempt)["error"]))
+        self.assertLessEqual(len(attempt.lines), agent.UNSENT_LINES)
+
+    def test_a_child_that_outlives_it_is_ended_with_its_group(self) -> None:
+        self.fails("encoder", "gone", place=self.stand_in(
+            "parent", "sleep 600 & echo '[error] gone' >&2; exit 1"), input="plain.mp4")
+
+    def stopped(self, place: agent.Workplace, why: str) -> None:
+        attempt = self.attempt(place=place, input="plain.mp4", output="o.mp4")
+        outcomes: list[agent.Outcome] = []
+        worker = threading.Thread(target=lambda: outcomes.append(attempt.run()))
+        worker.start()
+        wait_for(lambda: any("ready" in line for line in list(attempt.lines)), 20)
+        began = time.monotonic()
+        attempt.stop(why)
+        worker.join(10)
+        self.assertLess(time.monotonic() - began, 10)
+        self.assertEqual([outcome.status for outcome in outcomes], [why])
+        self.nothing_left()
+
+    def test_a_cancel_ends_even_what_ignores_the_polite_word(self) -> None:
+        place = self.stand_in("stubborn", "trap '' TERM INT; sleep 600 & echo '[info] ready' >&2; "
+                              "while :; do sleep 600; done")
+        self.stopped(place, "canceled")
+
+    def test_a_job_is_given_back_with_nothing_left(self) -> None:
+        place = self.stand_in("half", f"{self.LAST}; echo half >\"$target\"; echo '[info] ready' >&2; "
+                              "sleep 600")
+        self.stopped(place, "returned")
+
+    def test_a_paused_process_group_is_ended_too(self) -> None:
+        place = self.stand_in("paused", "echo '[info] ready' >&2; kill -STOP $$; sleep 600")
+        self.stopped(place, "canceled")
+
+    def test_a_timeout_ends_it_and_says_so(self) -> None:
+        self.fails("timeout", "timeout of 1.0 s", "worker-01", place=self.stand_in("slow", "sleep 600"),
+                   input="plain.mp4", output="o.mp4", timeout=1)
+
+    def test_a_lease_that_is_lost_at_the_end_gives_no_output_its_name(self) -> None:
+        parameters = {"input": self.film("plain.mp4"), "output": "lost.mp4", "duration": 0.2}
+        job = {"scenario": "x", "parameters": parameters}
+        attempt = agent.Attempt(str(uuid.uuid4()), 1, job, self.place, lambda: False)
+        self.assertEqual(attempt.run().status, "lost")
+        self.assertFalse((self.media / "lost.mp4").exists())
+
+
+class Network(RunCase):
+    def local(self) -> agent.Workplace:
+        return dataclasses.replace(self.place, allow_address=("127.0.0.1",))
+
+    def test_a_film_over_http(self) -> None:
+        name = self.film("plain.mp4")
+        with served(self.media) as url:
+            metrics = self.completes(place=self.local(), input=f"{url}/{name}", quality=["psnr"])["metrics"]
+            self.assertEqual(metrics["frames"], 25)
+            self.assertGreater(metrics["psnr_db"], 28)
+            self.fails("input", "none.mp4", "404", place=self.local(), input=f"{url}/none.mp4",
+                       output="o.mp4")
+
+    def test_loopback_is_closed_unless_allowed(self) -> None:
+        with served(self.media) as url:
+            self.fails("parameters", url, "127.0.0.1", "--allow-address", input=f"{url}/plain.mp4",
+                       output="o.mp4")
+        self.fails("parameters", "--allow-address", input=self.film("plain.mp4"),
+                   output="rtmp://localhost/live/x")
+        self.fails("parameters", "169.254.169.254", "--allow-address", output="o.mp4",
+                   input="http://169.254.169.254/latest/meta-data")
+
+    def test_nobody_there_is_a_transient_failure(self) -> None:
+        port = free_port()
+        self.fails("network", "refused", f"127.0.0.1:{port}", place=self.local(), output="o.mp4",
+                   input=f"http://127.0.0.1:{port}/x.mp4")
+        self.fails("network", "refused", f"rtmp://127.0.0.1:{port}", place=self.local(),
+                   input=self.film("plain.mp4"), output=f"rtmp://127.0.0.1:{port}/live/x")
+        self.fails("network", "nohost.invalid", place=self.local(), input="http://nohost.invalid/x.mp4",
+                   output="o.mp4")
+
+    def rtmp_server(self) -> tuple[subprocess.Popen[bytes], int, Path]:
+        need("nginx")
+        if not NGINX_RTMP.exists():
+            self.skipTest(f"{NGINX_RTMP} is not installed")
+        folder = Path(tempfile.mkdtemp(prefix="ffdist-rtmp-"))
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        folder.chmod(0o755)
+        port = free_port()
+        user = "" if os.geteuid() else "user root;"
+        (folder / "conf").write_text(
+            f"load_module {NGINX_RTMP};\ndaemon off;\npid {folder}/pid;\n{user}\n"
+            "worker_processes 1;\nevents {}\n"
+            f"rtmp {{ server {{ listen 127.0.0.1:{port}; application live {{ live on; record all; "
+            f"record_path {folder}; record_suffix .flv; }} }} }}\n")
+        server = subprocess.Popen(["nginx", "-e", f"{folder}/log", "-c", f"{folder}/conf", "-p", str(folder)],
+                                  stdin=subprocess.DEVNULL)
+
+        def stop() -> None:
+            server.send_signal(signal.SIGTERM)
+            server.wait(20)
+        self.addCleanup(stop)
+        wait_for(lambda: self.accepts(port), 20, "nginx listens")
+        return server, port, folder
+
+    @staticmethod
+    def accepts(port: int) -> bool:
+        import socket
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=2).close()
+        except OSError:
+            return False
+        return True
+
+    def test_a_stream_to_a_real_rtmp_server_has_picture_and_sound(self) -> None:
+        _, port, folder = self.rtmp_server()
+        url = f"rtmp://127.0.0.1:{port}/live/key"
+        result = self.completes("180p25-h264", self.local(), duration=2, output=url)
+        self.assertEqual(result["metrics"]["frames"], 50)
+        self.assertIsNone(result["metrics"]["output_bytes"])
+        self.assertTrue(result["metrics"]["unknown"]["output_bytes"])
+        self.assertGreater(result["metrics"]["duration"], 1.5, "a live stream keeps to the clock")
+        film = wait_for(lambda: next(iter(folder.glob("key*.flv")), None), 10)
+        wait_for(lambda: film.stat().st_size > 5000, 10)
+        self.assertEqual(streams(film)[0]["codec_name"], "h264")
+        self.assertEqual(streams(film, "a")[0]["codec_name"], "aac")
+
+    def test_an_rtmp_server_that_dies_is_a_transient_failure_that_names_it(self) -> None:
+        server, port, _ = self.rtmp_server()
+        url = f"rtmp://127.0.0.1:{port}/live/key"
+        attempt = self.attempt("180p25-h264", self.local(), duration=60, output=url)
+        results: list[agent.Json] = []
+        worker = threading.Thread(target=lambda: results.append(self.result(attempt)))
+        worker.start()
+        try:
+            wait_for(lambda: (attempt.progress.get("frame") or 0) > 5, 30, "the stream runs")
+            server.send_signal(signal.SIGTERM)
+            worker.join(30)
+        finally:
+            attempt.stop("canceled")
+            worker.join(20)
+        self.assertEqual((results[0]["status"], results[0]["failure_reason"]), ("failed", "network"),
+                         results[0]["error"])
+        self.assertIn(url, str(results[0]["error"]))
+
+    def test_a_stream_over_srt(self) -> None:
+        known = subprocess.run(["ffmpeg", "-hide_banner", "-protocols"], capture_output=True).stdout
+        if b" srt\n" not in known:
+            self.skipTest("this ffmpeg has no srt")
+        port, film = free_port(), self.root / "srt.ts"
+        argv = ["ffmpeg", "-v", "quiet", "-y", "-i", f"srt://127.0.0.1:{port}?mode=listener", "-c", "copy",
+                str(film)]
+        listener = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+        self.addCleanup(listener.wait)
+        self.addCleanup(listener.kill)
+        wait_for(lambda: f":{port:04X} " in Path("/proc/net/udp").read_text(), 20, "the listener")
+        self.completes("180p25-h264", self.local(), duration=3, output=f"srt://127.0.0.1:{port}")
+        listener.wait(20)
+        self.assertEqual(streams(film)[0]["codec_name"], "h264")
+        self.assertEqual(len(streams(film, "a")), 1)
+
+
+class ByHand(unittest.TestCase):
+    """`agent.py run`, the single-node workflow."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        need("ffmpeg", "ffprobe")
+        cls.folder = Path(tempfile.mkdtemp(prefix="ffdist-test-")).resolve()
+        cls.addClassCleanup(shutil.rmtree, cls.folder, ignore_errors=True)
+        ffmpeg(*picture(), *TONE, "-shortest", str(cls.folder / "in.mp4"))
+
+    folder: ClassVar[Path]
+
+    def run_agent(self, *words: str, **more: Any) -> subprocess.CompletedProcess[str]:
+        done = run(str(TOP / "agent.py"), "run", "--no-probe", *words, folder=self.folder, **more)
+        self.assertNotIn("Traceback", done.stderr)
+        left = [path.name for path in (self.folder / ".local").rglob("run*")]
+        self.assertEqual([name for name in left if name != "run"], [], "its work folder is gone")
+        return done
+
+    def test_a_film_beside_the_user(self) -> None:
+        done = self.run_agent("--input", "in.mp4", "--output", "out.mp4", "-p", "crf=25")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(int(streams(self.folder / "out.mp4")[0]["nb_read_packets"]), 25)
+        for word in ("encoder", "libx264", "speed", "CPU", "memory", "energy", "quality", "verdict"):
+            self.assertIn(word, done.stdout)
+
+    def test_the_result_as_json_is_alone_on_stdout(self) -> None:
+        done = self.run_agent("64p25-h264", "-p", "duration=0.2", "--json")
+        self.assertEqual(json.loads(done.stdout)["metrics"]["frames"], 5)
+
+    def test_exit_codes_and_one_sentence_each(self) -> None:
+        cases = ((("--input", "none.mp4"), 1, "none.mp4"), (("64p25-h264", "-p", "crf=99"), 2, "crf"),
+                 (("64p25-h264", "-p", "nonsense"), 2, "name=value"), (("a b",), 2, "scenario"),
+                 (("-p", "codec=h263"), 2, "codec"), (("--max-concurrent-jobs", "0"), 2, "--max-concurrent"))
+        for words, code, said in cases:
+            with self.subTest(words):
+                done = self.run_agent(*words)
+                self.assertEqual(done.returncode, code, done.stderr)
+                said_lines = [line for line in done.stderr.splitlines() if line.startswith("agent")]
+                self.assertEqual(len(said_lines), 1, done.stderr)
+                self.assertIn(said, said_lines[0])
+
+    def test_without_ffmpeg_on_path(self) -> None:
+        empty = self.folder / "empty-bin"
+        empty.mkdir(exist_ok=True)
+        done = self.run_agent("--input", "in.mp4", env={"PATH": str(empty)})
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, "ff(mpeg|probe) is not there")
+        failed = self.run_agent("64p25-h264", "--json", env={"PATH": str(empty)})
+        self.assertEqual(json.loads(failed.stdout)["failure_reason"], "no_capability")
+
+    def test_an_interrupt_ends_it_with_130_and_nothing_left(self) -> None:
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 1)):
+            with self.subTest(number):
+                env = {name: value for name, value in os.environ.items() if not name.startswith("FFDIST_")}
+                argv = [sys.executable, str(TOP / "agent.py"), "run", "64p25-h264", "--no-probe",
+                        "-p", "duration=60", "-p", "realtime=true", "-o", "long.mkv"]
+                process = subprocess.Popen(argv, cwd=self.folder, env={**env, "HOME": str(self.folder)},
+                                           stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                           stdout=subprocess.PIPE, preexec_fn=interruptible)
+                try:
+                    wait_for(lambda: list(self.folder.glob(".ffdist-*.part")), 30, "the encode has begun")
+                    process.send_signal(number)
+                    _, words = process.communicate(timeout=30)
+                finally:
+                    process.kill()
+                    process.wait()
+                self.assertEqual(process.returncode, code, words)
+                self.assertNotIn(b"Traceback", words)
+                self.assertEqual(list(self.folder.glob(".ffdist-*")), [])
+                self.assertEqual(processes_under(self.folder), [])
+                self.assertFalse((self.folder / "long.mkv").exists())
+
+
+if __name__ == "__main__":
+    unittest.main()
