@@ -1142,7 +1142,7 @@ def choose_encoder(settings: Settings, machine: Machine) -> tuple[str, str]:
     fits = [name for name, row in ENCODERS.items() if row.codec == settings.codec]
     if wanted:
         refused = machine.encoders.get(wanted, "not built into this FFmpeg") if machine.encoders else None
-        if refused:
+        if refused and not refused.startswith(hwdetect.UNDECIDED):
             raise Failure("no_capability", f"encoder {wanted} does not work on {machine.name}: {refused}")
         return wanted, f"{wanted} as the job asks"
     if settings.two_pass:
@@ -1153,6 +1153,10 @@ def choose_encoder(settings: Settings, machine: Machine) -> tuple[str, str]:
         name = next(name for name in fits if not ENCODERS[name].hardware)
         return name, f"{name}, unproved: encoders were not probed"
     proved = [name for name in fits if name in machine.encoders and machine.encoders[name] is None]
+    undecided = [name for name in fits if not ENCODERS[name].hardware
+                 and (machine.encoders.get(name) or "").startswith(hwdetect.UNDECIDED)]
+    if not proved and undecided:
+        return undecided[0], f"{undecided[0]}, unproved: {machine.encoders[undecided[0]]}"
     if not proved:
         tried = [f"{name}: {machine.encoders.get(name) or 'not built in'}" for name in fits
                  if not ENCODERS[name].hardware]
@@ -1607,6 +1611,7 @@ UNSENT_LINES = 10_000
 CACHE_LIMIT_BYTES = 1 << 30
 PROBE_S = 60.0
 NICE = ("nice", "-n", "10")
+DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")  # util-linux 2.33; busybox has none
 _SLICE_S = 0.25
 
 
@@ -1618,15 +1623,25 @@ class Exit(NamedTuple):
     peak_rss_bytes: int
 
 
+@functools.lru_cache(maxsize=1)
+def launcher() -> tuple[str, ...]:
+    """Return the words before a command: low priority, and where possible an end with the agent's own."""
+    words: tuple[str, ...] = ()
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        tried = subprocess.run([*DIE_WITH_PARENT, "true"], stdin=subprocess.DEVNULL, capture_output=True,
+                               timeout=10)
+        words = DIE_WITH_PARENT if tried.returncode == 0 else ()
+    return (*words, *NICE) if shutil.which(NICE[0]) else words
+
+
 class Process:
     """One program in a process group of its own, niced, both its pipes always drained."""
 
     def __init__(self, argv: Sequence[str], folder: Path, on_stdout: Callable[[str], None],
                  on_stderr: Callable[[str], None]) -> None:
-        nice = NICE if shutil.which(NICE[0]) else ()
         if shutil.which(argv[0]) is None:
             raise Failure("no_capability", f"{argv[0]} is not there or not executable on this node")
-        self._popen = subprocess.Popen([*nice, *argv], cwd=folder, stdin=subprocess.DEVNULL,
+        self._popen = subprocess.Popen([*launcher(), *argv], cwd=folder, stdin=subprocess.DEVNULL,
                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
         self.pid = self._popen.pid
         self.ended = threading.Event()
@@ -2277,18 +2292,21 @@ RECOMMENDATIONS = {
 
 
 def metrics_of(outcome: Outcome) -> Json:
-    """Return the metrics of a completed outcome; what is unknown is null, with a reason in `unknown`."""
-    ledger, made, done = outcome.ledger or Ledger(), outcome.plan, outcome.progress
+    """Return the metrics of an outcome; what is unknown is null, with a reason in `unknown`."""
+    ledger, done = outcome.ledger or Ledger(), outcome.progress
+    frames = done.frame or None
     wall = outcome.wall_s
     unknown = dict(outcome.unknown)
     length = outcome.output_s or done.out_time_s
     energy, source = _energy(ledger, unknown)
     cpu_seconds = ledger.ended_cpu_s or None
     metrics: Json = {
-        "cpu_usage": _cpu_usage(ledger, wall), "memory_usage": _ratio(ledger.peak_rss_bytes, 1 << 20, 1),
-        "duration": round(wall, 3), "frames": done.frame, "fps": _ratio(done.frame, wall, 2),
-        "speed": _ratio(length, wall, 3), "dropped_frames": done.dropped_frames,
-        "duplicated_frames": done.duplicated_frames, "output_bytes": outcome.output_bytes,
+        "cpu_usage": _cpu_usage(ledger, wall),
+        "memory_usage": _ratio(ledger.peak_rss_bytes or None, 1 << 20, 1),
+        "duration": round(wall, 3), "frames": frames, "fps": _ratio(frames, wall, 2),
+        "speed": _ratio(length, wall, 3), "dropped_frames": done.dropped_frames if frames else None,
+        "duplicated_frames": done.duplicated_frames if frames else None,
+        "output_bytes": outcome.output_bytes,
         "output_seconds": length,
         "bitrate_kbps": _ratio((outcome.output_bytes or 0) * 8 / 1000 or None, length, 1),
         "cpu_seconds": None if cpu_seconds is None else round(cpu_seconds, 3),
@@ -2300,7 +2318,7 @@ def metrics_of(outcome: Outcome) -> Json:
         "damaged_packets": outcome.damaged,
         "psnr_db": None, "ssim": None, "vmaf": None, "xpsnr_db": None, **outcome.quality,
     }
-    _explain(metrics, unknown, ledger, made)
+    _explain(metrics, unknown, ledger)
     return {**metrics, "unknown": {name: why for name, why in unknown.items()
                                    if name in metrics and metrics[name] is None}}
 
@@ -2327,21 +2345,22 @@ def _ratio(above: float | None, below: float | None, digits: int) -> float | Non
     return round(above / below, digits) if above is not None and below else None
 
 
-def _explain(metrics: Json, unknown: dict[str, str], ledger: Ledger, made: Plan | None) -> None:
+def _explain(metrics: Json, unknown: dict[str, str], ledger: Ledger) -> None:
+    """Give a reason to every figure that is null."""
     why_energy = unknown.get("energy_joules", "unknown energy")
+    why_gpu = ledger.unknown.get("gpus") or "no GPU that tells"
     reasons = {"power_watts": why_energy, "power_source": why_energy, "joules_per_frame": why_energy,
                "idle_watts": "no idle baseline is measured yet" if metrics["energy_joules"] is not None
                else why_energy,
-               "gpu_usage": ledger.unknown.get("gpus") or "no GPU that tells",
-               "gpu_energy_joules": ledger.unknown.get("gpus") or "no GPU that tells",
-               "gpu_memory_usage": ledger.unknown.get("gpus") or "no GPU that tells",
+               "gpu_usage": why_gpu, "gpu_energy_joules": why_gpu, "gpu_memory_usage": why_gpu,
                "output_bytes": "the output went to a stream", "bitrate_kbps": "the output's size is unknown",
                "cpu_usage": "the run was too short to sample", "speed": "the length is unknown",
-               "psnr_db": "not asked for", "ssim": "not asked for", "vmaf": "not asked for",
-               "xpsnr_db": "not asked for"}
+               **dict.fromkeys(("psnr_db", "ssim", "vmaf", "xpsnr_db"), "not asked for")}
     for name, value in metrics.items():
-        if value is None:
+        if value is None and metrics["frames"]:
             unknown.setdefault(name, reasons.get(name, "not measured"))
+        elif value is None:
+            unknown.setdefault(name, "the attempt failed")
 
 
 def analyze(settings: Settings, made: Plan, metrics: Json, machine: Machine) -> Json:
@@ -2398,8 +2417,9 @@ def result_of(attempt: Attempt, outcome: Outcome, machine: Machine) -> Json:
                             "settings": f"{settings_text(told)} {made.rate}",
                             "commands": [list(argv) for argv in made.passes]}
         result["output"] = settings.output or "none (encoded, measured, discarded)"
-    if outcome.status == "completed" and made and settings:
+    if outcome.status in ("completed", "failed"):
         result["metrics"] = metrics_of(outcome)
+    if outcome.status == "completed" and made and settings:
         result["analyzer_output"] = analyze(settings, made, result["metrics"], machine)
     return result
 

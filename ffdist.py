@@ -2274,6 +2274,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _refuse_early(self) -> None:
         """Refuse what can never become a request, without waiting for its end."""
         buffer = self._buffer
+        if buffer == b"\r":
+            return
         if len(buffer) > HEAD_LIMIT_BYTES:
             raise ApiError(431, f"the request's head is larger than {wire.size_text(HEAD_LIMIT_BYTES)}")
         if buffer[:1] == b"\x16":
@@ -2776,7 +2778,7 @@ def _show_job(job: Json) -> None:
         rows.append(("retries", f"{job['retry_count']} of {job['max_retries']}: {job.get('retry_reason')}"))
     if job["status"] == "running":
         rows.append(("progress", wire.progress_text(job.get("progress") or {"phase": "starting"})))
-    if result.get("metrics"):
+    if result.get("metrics") and job["status"] == "completed":
         rows += wire.result_rows(result)
     else:
         rows.append(("settings", wire.settings_text(job.get("settings") or {})))

@@ -689,7 +689,8 @@ class ClearingUp(FolderCase):
         stranger = self.sleeper()
         self.left_behind(stranger.pid, "12345")
         agent.clear_work(self.folder / "work", hwdetect.Host())
-        self.assertIsNone(stranger.poll())
+        with self.assertRaises(subprocess.TimeoutExpired, msg="the stranger was ended"):
+            stranger.wait(0.5)
         self.assertEqual(list((self.folder / "work").iterdir()), [])
 
     def test_torn_notes_harm_nobody(self) -> None:

@@ -183,11 +183,14 @@ class Kills(FleetCase):
 
     def test_a_killed_agent_leaves_no_orphan_and_its_job_is_done_by_the_next_attempt(self) -> None:
         master, agent = self.fleet()
-        job = self.live(master, 3, output="o.mp4")
+        job = self.live(master, 2, output="o.mp4")
         pids = self.encoding(agent)
         wait_for(lambda: list((self.folder / "media").glob(".ffdist-*")), 20, "the hidden output")
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)  # so that it cannot end by itself
+            self.addCleanup(lambda pid=pid: pid in processes_under(agent.work) and os.kill(pid, signal.SIGKILL))
         agent.kill()
-        self.assertTrue(processes_under(agent.work), "killed hard, it could not end its FFmpeg")
+        self.assertTrue(pids <= processes_under(agent.work), "killed hard, it could not end its FFmpeg")
         again = self.agent(master)
         wait_for(lambda: not pids & processes_under(agent.work), 20, "the orphan is ended")
         ended = master.finished(job)
