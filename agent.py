@@ -1480,6 +1480,14 @@ def progress_json(done: Progress, expected_s: float | None, step: int, steps: in
             "out_time_s": done.out_time_s, "eta_s": None if eta is None else max(0.0, eta)}
 
 
+def stall_limit_s(frames: int, elapsed_s: float) -> float:
+    """Return how long an encode may show no new frame: 5 min, or 60 frames' time of a slow one.
+
+    Before the first frame it is half an hour: slow encoders look far ahead.
+    """
+    return 1800.0 if frames == 0 else max(300.0, 60 * elapsed_s / frames)
+
+
 def last_words(lines: Iterable[str], most: int = 3) -> str:
     """Return FFmpeg's own reason out of its last lines: errors first, prefixes off, each once."""
     heard = list(lines)
@@ -1875,6 +1883,8 @@ class Attempt:
         self._partial: str | None = None
         self._deadline = math.inf
         self._paused_s = 0.0
+        self._moved = math.inf
+        self._stall_s = math.inf
         self._settings: Settings | None = None
         self._plan: Plan | None = None
         self._damaged = 0
@@ -1970,11 +1980,16 @@ class Attempt:
                 nonlocal latest
                 block = parser.feed(line)
                 if block is not None:
+                    if (block.frame, block.out_time_s) != (latest.frame, latest.out_time_s):
+                        self._moved = time.monotonic()
                     latest = block
+                    self._stall_s = stall_limit_s(block.frame, time.monotonic() - began)
                     self.progress = progress_json(block, made.duration_s, step, len(made.passes), phase)
             self.progress = {**self.progress, "phase": phase}
+            self._moved, self._stall_s = time.monotonic(), stall_limit_s(0, 0)
             self._say("run: " + shlex.join(argv))
             self._expect(self._execute(argv, note, measured=True), settings)
+        self._moved = math.inf
         return Outcome("completed", wall_s=time.monotonic() - began - self._paused_s, progress=latest)
 
     def _execute(self, argv: Sequence[str], on_stdout: Callable[[str], None], measured: bool = False,
@@ -2007,6 +2022,7 @@ class Attempt:
         if self.paused:
             self._deadline += _SLICE_S
             self._paused_s += _SLICE_S
+            self._moved += _SLICE_S
             if self._process is not None:
                 self._process.signal(signal.SIGSTOP)
             return
@@ -2014,6 +2030,9 @@ class Attempt:
             assert self._settings is not None
             raise Failure("timeout", f"the job took longer than its timeout of "
                           f"{duration_text(self._settings.timeout)} on {self._place.machine.name}")
+        if time.monotonic() - self._moved > self._stall_s:
+            raise Failure("stalled", f"{self._words_of_input()}: ffmpeg gave no new frame for "
+                          f"{duration_text(self._stall_s)} on {self._place.machine.name}")
         if time.monotonic() > limit:
             raise Failure("timeout", f"{self._words_of_input()}: no answer from ffprobe in {PROBE_S:.0f} s")
 

@@ -385,6 +385,13 @@ REAL_WORDS = (
 )
 
 
+class Patience(unittest.TestCase):
+    def test_an_encode_that_shows_no_frame_is_given_up_later_where_frames_are_slow(self) -> None:
+        self.assertEqual(agent.stall_limit_s(0, 0), 1800)
+        self.assertEqual(agent.stall_limit_s(1000, 40), 300)
+        self.assertEqual(agent.stall_limit_s(10, 100), 600)
+
+
 class ReadingFfmpegsWords(unittest.TestCase):
     def test_the_reason_shown_is_ffmpegs_own_without_its_decoration(self) -> None:
         for lines, told, _ in REAL_WORDS:

@@ -188,7 +188,8 @@ class Kills(FleetCase):
         wait_for(lambda: list((self.folder / "media").glob(".ffdist-*")), 20, "the hidden output")
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)  # so that it cannot end by itself
-            self.addCleanup(lambda pid=pid: pid in processes_under(agent.work) and os.kill(pid, signal.SIGKILL))
+            self.addCleanup(lambda pid=pid: pid in processes_under(agent.work)
+                            and os.kill(pid, signal.SIGKILL))
         agent.kill()
         self.assertTrue(pids <= processes_under(agent.work), "killed hard, it could not end its FFmpeg")
         again = self.agent(master)
