@@ -2563,8 +2563,8 @@ class Agent:
         reporter = threading.Thread(target=self._guarded, args=(self._report,), name="reporter", daemon=True)
         poller.start()
         reporter.start()
-        while not self._stopping.wait(60):
-            pass
+        while not self._stopping.wait(0.5):
+            pass  # a signal that another thread took is seen only when this one wakes
         self._give_back()
         if self._over:
             self._log.error("%s", self._over)

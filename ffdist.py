@@ -2707,7 +2707,8 @@ def cmd_master(args: argparse.Namespace) -> int:
     log.info("ffdist %s master at %s, data in %s: %d nodes, %d open jobs", VERSION, service.url, folder,
              len(shot.nodes), waiting)
     log.warning("plain HTTP without tokens: whoever reaches this port may submit jobs")
-    stop.wait()
+    while not stop.wait(0.5):
+        pass  # a signal that another thread took is seen only when this one wakes
     service.stop()
     log.info("stopped; nothing is lost: agents work on and wait for the next start")
     return 0
@@ -2745,7 +2746,8 @@ def _wait_for(client: wire.Client, job: Json, as_json: bool) -> int:
                     raise
                 bar.show(f"{error.message}; waiting")
                 continue
-            bar.show(_waiting_text(job))
+            if job["status"] not in FINAL:
+                bar.show(_waiting_text(job))
     except KeyboardInterrupt:
         bar.close()
         print(f"the job goes on; stop it with: python3 ffdist.py cancel {job['id'][:8]}", file=sys.stderr)
@@ -2763,7 +2765,9 @@ def _wait_for(client: wire.Client, job: Json, as_json: bool) -> int:
 def _waiting_text(job: Json) -> str:
     if job["status"] == "running":
         return wire.progress_text(job.get("progress") or {"phase": "starting"})
-    return f"{job['status']}, attempt {job['attempt'] + 1} waits for a node"
+    if job["status"] == "pending":
+        return f"pending, attempt {job['attempt'] + 1} waits for a node"
+    return str(job["status"])
 
 
 def _show_job(job: Json) -> None:

@@ -1829,7 +1829,8 @@ def _command(options: argparse.Namespace) -> int:
         return _record(host, options.record)
     if options.interval_s is not None:
         return _watch(host, options.interval_s, options.json)
-    state_dir = options.state_dir or os.path.expanduser("~/.local/state/ffdist")
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    state_dir = options.state_dir or os.path.join(home, "ffdist")
     hw = detect(host, not options.no_probe, state_dir, options.ffmpeg)
     print(json.dumps(hw.to_json(), indent=2) if options.json else page(hw))
     return 0

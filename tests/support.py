@@ -129,6 +129,9 @@ class Program:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+                raise AssertionError(f"{self.log.stem} did not end on a signal: {self.words()}") from None
+            finally:
+                self._file.close()
         self._file.close()
 
 
