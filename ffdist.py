@@ -233,7 +233,8 @@ class Job(NamedTuple):
     `spec` is the JSON of what was submitted and resolved; the journal keeps what comes after it as one
     JSON array, so fields may be added at the end only. `node_id` is the holder of the lease, or of the
     last one; `given_up` the node whose lease ended by its silence and may be taken back; `avoid` the
-    nodes where it failed. Times are seconds since 1970.
+    nodes where it failed; `result_seq` the number of the report that ended it. Times are seconds since
+    1970.
     """
 
     seq: int
@@ -257,6 +258,7 @@ class Job(NamedTuple):
     attempts: Sequence[Json] = ()
     history: Sequence[tuple[float, str, str | None]] = ()
     avoid: Sequence[str] = ()
+    result_seq: int | None = None
 
     @property
     def status(self) -> str:
@@ -289,7 +291,7 @@ def advance(job: Job, event: str, now: float, node_id: str | None = None, claim:
         changes.update(_ended(job, event, target, now, error, reason, reported), not_before=not_before)
     elif event == "retry":
         changes.update(retry_count=0, error=None, failure_reason=None, completed_at=None, started_at=None,
-                       retry_reason="asked for by a person", node_id=None, avoid=())
+                       retry_reason="asked for by a person", node_id=None, avoid=(), result_seq=None)
     elif target in FINAL:
         changes.update(completed_at=now, not_before=None)
     if target != job.state:
@@ -415,9 +417,8 @@ CREATE TABLE jobs(seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, status TEXT 
     scenario TEXT NOT NULL, node_id TEXT, spec TEXT NOT NULL, state TEXT NOT NULL);
 CREATE INDEX jobs_by_status ON jobs(status, seq);
 CREATE INDEX jobs_by_node ON jobs(node_id, seq) WHERE node_id IS NOT NULL;
-CREATE TABLE results(seq INTEGER PRIMARY KEY, job_seq INTEGER NOT NULL, attempt INTEGER NOT NULL,
-    status TEXT NOT NULL, scenario TEXT NOT NULL, node_id TEXT NOT NULL, body TEXT NOT NULL);
-CREATE INDEX results_by_job ON results(job_seq);
+CREATE TABLE results(seq INTEGER PRIMARY KEY, status TEXT NOT NULL, scenario TEXT NOT NULL,
+    node_id TEXT NOT NULL, body TEXT NOT NULL);
 CREATE TABLE nodes(id TEXT PRIMARY KEY, record TEXT NOT NULL);
 CREATE TABLE claims(node_id TEXT PRIMARY KEY, words TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE logs(job_seq INTEGER NOT NULL, attempt INTEGER NOT NULL, first INTEGER NOT NULL,
@@ -430,8 +431,7 @@ CREATE TABLE heartbeat(id INTEGER PRIMARY KEY CHECK(id = 1), at REAL);
 _WRITES = {
     "job": "INSERT INTO jobs(seq, id, status, scenario, node_id, spec, state) VALUES(?,?,?,?,?,?,?)",
     "state": "UPDATE jobs SET status=?, node_id=?, state=? WHERE seq=?",
-    "result": "INSERT INTO results(seq, job_seq, attempt, status, scenario, node_id, body) "
-              "VALUES(?,?,?,?,?,?,?)",
+    "result": "INSERT INTO results(seq, status, scenario, node_id, body) VALUES(?,?,?,?,?)",
     "node": "INSERT INTO nodes(id, record) VALUES(?,?) ON CONFLICT(id) DO UPDATE SET record=excluded.record",
     "claims": "INSERT OR REPLACE INTO claims(node_id, words) VALUES(?,?)",
     "forget": "DELETE FROM nodes WHERE id=?",
@@ -715,11 +715,10 @@ class Journal:
             return connection.execute(f"SELECT {columns} FROM {table}{where} ORDER BY seq DESC LIMIT ?",
                                       values).fetchall()
 
-    def result(self, job_seq: int, attempt: int) -> Json | None:
-        """Return the accepted report of one attempt."""
+    def result(self, seq: int) -> Json | None:
+        """Return an accepted report by its number."""
         with self._reading() as connection:
-            row = connection.execute("SELECT body FROM results WHERE job_seq=? AND attempt=? "
-                                     "ORDER BY seq DESC LIMIT 1", (job_seq, attempt)).fetchone()
+            row = connection.execute("SELECT body FROM results WHERE seq=?", (seq,)).fetchone()
         return json.loads(row[0]) if row else None
 
     def logs(self, job_seq: int, after: int, most: int = 5000) -> tuple[list[str], int]:
@@ -1435,7 +1434,7 @@ class Master:
     def job(self, given: str) -> Json:
         """Return one job with its attempts, its transitions and its result."""
         job = self._find(given)
-        result = self.journal.result(job.seq, job.attempt) if job.state in FINAL else None
+        result = None if job.result_seq is None else self.journal.result(job.result_seq)
         return {**self._shown(job), **job_detail_json(job), "result": result}
 
     def _shown(self, job: Job) -> Json:
@@ -1564,6 +1563,7 @@ class Master:
                         reported=report.status, not_before=due)
         if report.status != "returned":
             self._keep_result(node, ended, report, body)
+            ended = ended._replace(result_seq=self._last_result if ended.state in FINAL else None)
         self._save(job, ended)
         self.counts["reports"] += 1
         if ended.state == "pending":
@@ -1581,8 +1581,8 @@ class Master:
         result = {**kept, "job_id": job.id, "node_id": node.id, "node": node.name, "attempt": job.attempt,
                   "scenario": job.scenario, "status": report.status,
                   "received_at": wire.utc_text(self.wall())}
-        self.journal.put("result", self._last_result, job.seq, job.attempt, report.status, job.scenario,
-                         node.id, json.dumps(result))
+        self.journal.put("result", self._last_result, report.status, job.scenario, node.id,
+                         json.dumps(result))
         key = ("results", report.status, job.scenario, node.id)
         self._totals[key] = self._totals.get(key, 0) + 1
         self.journal.put("total", key, self._totals[key])

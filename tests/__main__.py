@@ -23,7 +23,7 @@ import time
 import traceback
 import unittest
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -262,27 +262,46 @@ class Modules:
         code = process.wait()
         timer.cancel()
         self._running.discard(process.pid)
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)
+        if end_group(process.pid, 5.0 if self._ending else 0.0) and not self._ending:
             say(f"note {module} left processes behind; they were ended")
         tally.seconds = time.monotonic() - began
+        self._judge_end(tally, code, words)
+        return tally
+
+    def _judge_end(self, tally: Tally, code: int, words: Path) -> None:
+        """Say what came of a module; one that ended early has failed."""
         if not tally.finished and not self._ending:
             how = f"after {MODULE_S:.0f} s" if tally.seconds >= MODULE_S else f"with status {code}"
             tally.counts["failed"] += 1
-            tally.failures.append((tally.current or module, f"the tests of {module} ended early, {how}:\n"
+            name = tally.current or tally.module
+            tally.failures.append((name, f"the tests of {tally.module} ended early, {how}:\n"
                                    + words.read_text(errors="replace")[-8000:]))
-            say(f"FAIL {tally.current or module} ({module} ended early, {how})")
-        return tally
+            say(f"FAIL {name} ({tally.module} ended early, {how})")
+        if not self._ending:
+            shown = ", ".join(f"{count} {word}" for word, count in tally.counts.items() if count)
+            say(f"{'ok  ' if not tally.counts['failed'] else 'FAIL'} {tally.module}: "
+                f"{shown or 'no tests'} in {tally.seconds:.1f} s")
 
     def end(self) -> None:
+        """Tell all that runs to end; run() sees to it that it does."""
         self._ending = True
         for pid in list(self._running):
             with contextlib.suppress(OSError):
                 os.killpg(pid, signal.SIGTERM)
-        time.sleep(0.5)
-        for pid in list(self._running):
-            with contextlib.suppress(OSError):
-                os.killpg(pid, signal.SIGKILL)
+
+
+def end_group(pid: int, grace_s: float) -> bool:
+    """Kill what is left of a process group after a grace; return whether there was anything."""
+    deadline = time.monotonic() + grace_s
+    try:
+        os.killpg(pid, 0)
+        while time.monotonic() < deadline:
+            time.sleep(0.1)
+            os.killpg(pid, 0)
+        os.killpg(pid, signal.SIGKILL)
+    except OSError:
+        return grace_s > 0
+    return True
 
 
 def chosen(names: Sequence[str]) -> dict[str, list[str]]:
@@ -304,19 +323,16 @@ def chosen(names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def run_all(plan: Mapping[str, Sequence[str]], jobs: int, strict: bool) -> list[Tally]:
-    """Run modules side by side; print a line for each as it ends."""
-    tallies = []
+    """Run modules side by side, to their end."""
+    tallies: list[Tally] = []
     with tempfile.TemporaryDirectory(prefix="ffdist-tests-") as folder:
         modules = Modules(strict, folder)
         with ThreadPoolExecutor(jobs) as pool:
-            futures = [pool.submit(modules.run, module, names) for module, names in plan.items()]
+            waiting = {pool.submit(modules.run, module, names) for module, names in plan.items()}
             try:
-                for future in as_completed(futures):
-                    tally = future.result()
-                    tallies.append(tally)
-                    shown = ", ".join(f"{count} {word}" for word, count in tally.counts.items() if count)
-                    say(f"{'ok  ' if not tally.counts['failed'] else 'FAIL'} {tally.module}: "
-                        f"{shown or 'no tests'} in {tally.seconds:.1f} s")
+                while waiting:  # timed, or a signal that another thread takes would not be heard here
+                    done, waiting = wait(waiting, 0.5, FIRST_COMPLETED)
+                    tallies += [future.result() for future in done]
             except KeyboardInterrupt:
                 modules.end()
                 raise
@@ -354,6 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say_missing()
     say(f"Python {sys.version.split()[0]}, {len(plan)} modules, {args.jobs} at a time"
         f"{', strict' if args.strict else ''}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         tallies = run_all(plan, max(1, args.jobs), args.strict)
     except KeyboardInterrupt:

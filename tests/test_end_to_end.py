@@ -189,21 +189,34 @@ class Kills(FleetCase):
         ended = master.finished(job)
         self.assertEqual((ended["status"], ended["attempt"], ended["retry_count"]), ("completed", 1, 0))
 
-    def test_a_killed_agent_leaves_no_orphan_and_its_job_is_done_by_the_next_attempt(self) -> None:
-        master, agent = self.fleet()
+    def taken_up_again(self, leaves_orphan: bool, **more: Any) -> None:
+        """Kill an agent hard in mid-job, start it again: the job is done by the next attempt."""
+        master, agent = self.fleet(**more)
         film = self.film("in.mp4", 60)
         job = self.live(master, 60, input=film.name, output="o.mp4")
         pids = self.encoding(agent)
         wait_for(lambda: list((self.folder / "media").glob(".ffdist-*")), 20, "the hidden output")
         agent.kill()
-        self.assertTrue(pids <= processes_under(agent.work), "killed hard, it could not end its FFmpeg")
-        os.replace(self.film("short.mp4", 0.4), film)  # the orphan goes on with the long one
-        again = self.agent(master)
+        if leaves_orphan:
+            self.assertLessEqual(pids, processes_under(agent.work))
+        os.replace(self.film("short.mp4", 0.4), film)  # an orphan would go on with the long one
+        again = self.agent(master, **more)
         wait_for(lambda: not pids & processes_under(agent.work), 20, "the orphan is ended")
         ended = master.finished(job)
         self.assertEqual((ended["status"], ended["attempt"], ended["retry_count"]), ("completed", 2, 1))
         self.assertEqual(master.get("/nodes")["count"], 1, "it is the same node")
         self.nothing_left(again)
+
+    def test_a_killed_agent_leaves_no_orphan_and_its_job_is_done_by_the_next_attempt(self) -> None:
+        self.taken_up_again(leaves_orphan=False)
+
+    def test_where_an_orphan_can_outlive_its_agent_the_next_start_ends_it(self) -> None:
+        need("ffmpeg", "ffprobe", "nice")
+        few = self.folder / "few-programs"
+        few.mkdir()
+        for name in ("ffmpeg", "ffprobe", "nice"):
+            (few / name).symlink_to(str(shutil.which(name)))
+        self.taken_up_again(leaves_orphan=True, env={"PATH": str(few)})
 
     def test_an_agent_that_is_told_to_stop_gives_its_job_back_and_leaves(self) -> None:
         master, agent = self.fleet()
