@@ -489,6 +489,7 @@ class Journal:
         self.commits = 0
         self.commit_seconds = 0.0
         self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
+        self._connections: list[sqlite3.Connection] = []
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
         self._lock_file = self._lock_folder()
         try:
@@ -521,7 +522,9 @@ class Journal:
     def _connect(self) -> sqlite3.Connection:
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self._path, os.O_CREAT | os.O_EXCL, 0o600))
-        return sqlite3.connect(self._path, timeout=10, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(self._path, timeout=10, isolation_level=None, check_same_thread=False)
+        self._connections.append(connection)
+        return connection
 
     def _prepare(self) -> None:
         """Make the tables; Unusable when the file is newer, or another program's."""
@@ -621,11 +624,8 @@ class Journal:
             self.ticket()
             self._queue.put(None)
             self._thread.join(10)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._readers.get_nowait().close()
-        if hasattr(self, "_writer"):
-            self._writer.close()
+        for connection in self._connections:
+            connection.close()
         os.close(self._lock_file)
 
     # -- reading: safe in any thread, never under the Master's lock
