@@ -2894,7 +2894,8 @@ def cmd_drain(verb: str) -> Callable[[argparse.Namespace], int]:
         node = _client(args).order_node(args.id, verb)
         if args.json:
             return _print_json(node)
-        print(f"node {node['name']} is {node['status']}, {node['running']} jobs run on it")
+        running = node["running"]
+        print(f"node {node['name']} is {node['status']}, {running} job{'' if running == 1 else 's'} on it")
         return 0
     return command
 

@@ -279,12 +279,13 @@ class Seams(unittest.TestCase):
                                             and node.attr in ("_lock", "_archive_lock"))
                 self.assertEqual({who for _, who, _ in others}, {owner})
 
-    def test_programs_are_started_in_one_place_of_each_file(self) -> None:
+    def test_programs_are_started_in_one_section_of_each_file(self) -> None:
         starts = calls(r"subprocess\.(Popen|run|call|check_call|check_output|getoutput|getstatusoutput)",
                        r"os\.(system|popen|fork|forkpty|exec\w*|spawn\w*|posix_spawn\w*)")
         found = {name: sorted((section.title, who) for section, who, _ in source.uses(starts))
                  for name, source in SOURCES.items()}
-        self.assertEqual(found, {"ffdist": [("Service", "start_program")], "agent": [("Run", "Process")],
+        self.assertEqual(found, {"ffdist": [("Service", "start_program")],
+                                 "agent": [("Run", "Process"), ("Run", "launcher")],
                                  "hwdetect": [("Host", "_spawn")]})
 
     def test_no_shell_anywhere(self) -> None:
