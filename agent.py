@@ -1869,8 +1869,8 @@ class Attempt:
         self.job_id = job_id
         self.number = number
         self.progress: Json = {"phase": "preparing", "percent": 0.0}
-        self.lines: deque[str] = deque()
-        self.lines_from = 0
+        self.lines: deque[tuple[int, str]] = deque()  # numbered from 0, not yet acknowledged
+        self._said = 0
         self.paused = False
         self._job = job
         self._place = place
@@ -1897,6 +1897,7 @@ class Attempt:
 
     @property
     def stopping(self) -> bool:
+        """Whether it was told to stop."""
         return self._stop is not None
 
     def pause(self) -> None:
@@ -1907,20 +1908,21 @@ class Attempt:
             process.signal(signal.SIGSTOP)
 
     def resume(self) -> None:
+        """Let it go on after a pause."""
         self.paused = False
         process = self._process
         if process is not None:
             process.signal(signal.SIGCONT)
 
-    def take_lines(self, most: int) -> list[str]:
-        """Return log lines that were not yet acknowledged, oldest first."""
-        return list(self.lines)[:most]
+    def take_lines(self, most: int) -> tuple[int, list[str]]:
+        """Return log lines that were not yet acknowledged, oldest first, and the number of the first."""
+        taken = list(self.lines)[:most]
+        return (taken[0][0] if taken else self._said), [line for _, line in taken]
 
-    def drop_lines(self, count: int) -> None:
-        """Forget lines that the master has."""
-        for _ in range(min(count, len(self.lines))):
+    def drop_lines(self, upto: int) -> None:
+        """Forget the lines before a number: the master has them."""
+        while self.lines and self.lines[0][0] < upto:
             self.lines.popleft()
-            self.lines_from += 1
 
     def samples(self) -> list[Json]:
         """Return the machine's readings since the last call."""
@@ -2043,7 +2045,8 @@ class Attempt:
 
     def _say(self, line: str) -> None:
         if len(self.lines) < UNSENT_LINES:
-            self.lines.append(line[:2000])
+            self.lines.append((self._said, line[:2000]))
+            self._said += 1
 
     def _words_of_input(self) -> str:
         return (self._settings.input if self._settings else None) or "the generated source"
@@ -2233,10 +2236,9 @@ class Attempt:
         self._partial = None
 
     def _clean(self) -> None:
-        for partial in (self._partial,):
-            if partial:
-                with contextlib.suppress(OSError):
-                    os.unlink(partial)
+        if self._partial:
+            with contextlib.suppress(OSError):
+                os.unlink(self._partial)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -2334,7 +2336,7 @@ def metrics_of(outcome: Outcome) -> Json:
         "gpu_usage": _ratio(ledger.gpu_usage_s or None, ledger.gpu_seen_s, 1),
         "gpu_energy_joules": None if ledger.gpu_joules is None else round(ledger.gpu_joules, 2),
         "gpu_memory_usage": _ratio(ledger.gpu_memory_bytes, 1 << 20, 1),
-        "damaged_packets": outcome.damaged,
+        "damaged_packets": outcome.damaged, "jobs_beside": ledger.beside,
         "psnr_db": None, "ssim": None, "vmaf": None, "xpsnr_db": None, **outcome.quality,
     }
     _explain(metrics, unknown, ledger)
@@ -2523,7 +2525,7 @@ def _private(path: str, flags: int) -> int:
 class Agent:
     """One node of a fleet: its identity, its slots, its talk with the master.
 
-    The lock guards `_running`, `_holding_off` and `_seen`; it is never held during I/O.
+    The lock guards `_running`; it is never held during I/O. `_seen`, `_word` and `_hasty` are the poller's.
     """
 
     def __init__(self, options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host,
@@ -2765,9 +2767,9 @@ class Agent:
             outcome = Outcome("failed")
             result = {"job_id": key[0], "attempt": key[1], "status": "failed", "failure_reason": "agent",
                       "error": f"the agent on {self._name} failed itself: {type(error).__name__}: {error}"}
-        lines = attempt.take_lines(UNSENT_LINES)
+        first, lines = attempt.take_lines(UNSENT_LINES)
         if outcome.status != "lost":
-            self._keep({**result, "lines": lines, "lines_from": attempt.lines_from})
+            self._keep({**result, "lines": lines, "lines_from": first})
         with self._lock:
             self._running.pop(key, None)
         self._log.info("job %s attempt %d: %s%s", *key, outcome.status,
@@ -2856,10 +2858,10 @@ class Agent:
 
     def _send_progress(self, attempt: Attempt) -> float:
         """Send one attempt's progress; return when the next one is wanted, in s from now."""
-        lines = attempt.take_lines(LINES_A_REPORT)
+        first, lines = attempt.take_lines(LINES_A_REPORT)
         body = {"node_id": self._node_id, "session": self._session, "attempt": attempt.number,
                 "progress": {**attempt.progress, "paused": attempt.paused}, "samples": attempt.samples(),
-                "lines": lines, "lines_from": attempt.lines_from}
+                "lines": lines, "lines_from": first}
         try:
             answer = self._client.progress(attempt.job_id, body)
         except ApiError as error:
@@ -2870,7 +2872,7 @@ class Agent:
                 return PROGRESS_S
             raise
         self._answered()
-        attempt.drop_lines(len(lines))
+        attempt.drop_lines(first + len(lines))
         if len(lines) == LINES_A_REPORT:
             return 0.0
         return max(0.2, min(60.0, float(answer.get("next_s") or PROGRESS_S)))
@@ -2977,7 +2979,7 @@ def build_parser(run: bool) -> argparse.ArgumentParser:
     return parser
 
 
-def _options(args: argparse.Namespace, log: logging.Logger) -> Options:
+def _options(args: argparse.Namespace) -> Options:
     state = args.state_dir or state_home() / "agent"
     root = os.path.abspath(args.media_root or os.getcwd())
     if not os.path.isdir(root):
@@ -3012,7 +3014,7 @@ def _may_work_here(args: argparse.Namespace, client: Client) -> str | None:
 def serve(args: argparse.Namespace) -> int:
     """Be a node of a fleet until stopped."""
     log = setup_logging(args.log_level, args.log_format, "ffdist.agent")
-    options = _options(args, log)
+    options = _options(args)
     refusal = _may_work_here(args, Client(options.master))
     if refusal:
         print(f"agent: {refusal}", file=sys.stderr)
@@ -3046,7 +3048,8 @@ def run_here(args: argparse.Namespace) -> int:
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: signals.append(received))
-    options = _options(args, setup_logging("warning", args.log_format, "ffdist.agent"))
+    setup_logging("warning", args.log_format, "ffdist.agent")
+    options = _options(args)
     parameters = parameters_of(args.parameters)
     for field, place in (("input", args.input), ("output", args.output_short or args.output)):
         if place:

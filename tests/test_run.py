@@ -628,7 +628,7 @@ class StandIns(RunCase):
         outcomes: list[agent.Outcome] = []
         worker = threading.Thread(target=lambda: outcomes.append(attempt.run()))
         worker.start()
-        wait_for(lambda: any("ready" in line for line in list(attempt.lines)), 20)
+        wait_for(lambda: any("ready" in line for _, line in list(attempt.lines)), 20)
         began = time.monotonic()
         attempt.stop(why)
         worker.join(10)
