@@ -472,6 +472,7 @@ class Client:
             self.host, self.port = parts.hostname, parts.port or 80
         except ValueError:
             raise ValueError(f"'{url}' has no valid port: write http://host:8080") from None
+        self.patience_s = 30.0  # for an answer, beside what was asked to wait
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
         self._handler = _KeepAlive()
         self._opener = urllib.request.OpenerDirector()  # no proxies, no redirects, no certificates to load
@@ -480,13 +481,13 @@ class Client:
             self._opener.add_handler(handler)
 
     def _call(self, method: str, path: str, body: Any = None, query: Mapping[str, Any] | None = None,
-              timeout: float = 30.0) -> Any:
+              wait_s: float | None = None) -> Any:
         known = {name: value for name, value in (query or {}).items() if value is not None}
         url = self.url + path + ("?" + urllib.parse.urlencode(known) if known else "")
         data = None if body is None else json.dumps(body, allow_nan=False).encode()
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
         try:
-            with self._opener.open(request, timeout=timeout) as answer:
+            with self._opener.open(request, timeout=self.patience_s + (wait_s or 0)) as answer:
                 raw = answer.read(ANSWER_LIMIT_BYTES)
         except urllib.error.HTTPError as error:
             with error:
@@ -505,11 +506,10 @@ class Client:
 
     def heartbeat(self, node_id: str, body: Json, wait_s: float | None = None) -> Json:
         return _object(self._call("POST", f"/nodes/{_quoted(node_id)}/heartbeat", body, {"wait": wait_s},
-                                  timeout=30 + (wait_s or 0)))
+                                  wait_s))
 
     def claim(self, query: Json, wait_s: float | None = None) -> Json:
-        return _object(self._call("GET", "/jobs/next", None, {**query, "wait": wait_s},
-                                  timeout=30 + (wait_s or 0)))
+        return _object(self._call("GET", "/jobs/next", None, {**query, "wait": wait_s}, wait_s))
 
     def progress(self, job_id: str, body: Json) -> Json:
         return _object(self._call("POST", f"/jobs/{_quoted(job_id)}/progress", body))
@@ -518,7 +518,7 @@ class Client:
         return _object(self._call("POST", "/results", result))
 
     def submit(self, job: Json | list[Json]) -> Json:
-        return _object(self._call("POST", "/jobs", job, timeout=120))
+        return _object(self._call("POST", "/jobs", job, wait_s=90))
 
     def nodes(self) -> Json:
         return _object(self._call("GET", "/nodes"))
@@ -540,7 +540,7 @@ class Client:
 
     def logs(self, job_id: str, after: int, wait_s: float | None = None) -> Json:
         return _object(self._call("GET", f"/jobs/{_quoted(job_id)}/logs", None,
-                                  {"after": after, "wait": wait_s}, timeout=30 + (wait_s or 0)))
+                                  {"after": after, "wait": wait_s}, wait_s))
 
 
 def _quoted(part: str) -> str:
@@ -2599,6 +2599,7 @@ class Agent:
             self._freed.clear()
         if self._over or not self._protocol:
             return
+        self._client.patience_s = LEAVE_S
         with contextlib.suppress(ApiError, Superseded):
             self._deliver()
             self._client.heartbeat(self._node_id or "", {"session": self._session, "leaving": True})

@@ -364,6 +364,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan = chosen(args.names)
     except ValueError as error:
         parser.error(str(error))
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    servers = [folder for folder in ("/usr/local/sbin", "/usr/sbin", "/sbin") if folder not in folders]
+    os.environ["PATH"] = os.pathsep.join([*folders, *servers])  # where nginx stands, and few users look
     if args.install:
         install()
     else:
