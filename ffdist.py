@@ -819,7 +819,10 @@ class Lanes:
 
     def put(self, seq: int, avoid: Iterable[str] = ()) -> None:
         """Put a number at its place in the lane of its needs."""
-        self._lanes.setdefault(frozenset(avoid), Lane()).put(seq)
+        needs = frozenset(avoid)
+        if needs not in self._lanes:
+            self._lanes[needs] = Lane()
+        self._lanes[needs].put(seq)
 
     def put_later(self, due: float, seq: int) -> None:
         """Keep a number until a moment of the monotonic clock."""
@@ -1839,8 +1842,7 @@ LINGER_S = 2.0
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (\S{1,8000}) HTTP/(\d)\.(\d)")
 _HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?(?:\n|\Z))+")
-_KNOWN_HEADERS = re.compile(rb"^(content-length|transfer-encoding|host|connection|expect):[ \t]*([^\r\n]*)",
-                            re.IGNORECASE | re.MULTILINE)
+_KNOWN_HEADERS = frozenset((b"content-length", b"transfer-encoding", b"host", b"connection", b"expect"))
 
 
 JSON_KIND = "application/json"
@@ -2088,7 +2090,7 @@ def decode_json(raw: bytes) -> Any:
     if raw.count(b"[") + raw.count(b"{") > NESTING_MOST and _depth(raw) > NESTING_MOST:
         raise ApiError(400, f"the body is nested deeper than {NESTING_MOST} levels")
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode().lstrip("\ufeff")
         value = _DECODER.decode(text)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate could not be stored
@@ -2139,11 +2141,13 @@ def parse_head(block: bytes) -> Head:
     if rest.count(b"\n") >= HEADERS_MOST:
         raise ApiError(431, f"there are more than {HEADERS_MOST} headers")
     headers: dict[bytes, bytes] = {}
-    for name, value in _KNOWN_HEADERS.findall(rest):
+    for row in rest.split(b"\n"):
+        name, _, value = row.partition(b":")
         name = name.lower()
         if name in headers:
             raise ApiError(400, f"the header {name.decode()} stands twice")
-        headers[name] = value.rstrip()
+        if name in _KNOWN_HEADERS:
+            headers[name] = value.strip()
     keep = line[4] != b"0" and headers.get(b"connection", b"").lower() != b"close"
     path, query = _target(line[2])
     return Head(line[1].decode(), path, query, headers, _length_of(headers), keep)
@@ -2157,7 +2161,7 @@ def _length_of(headers: Mapping[bytes, bytes]) -> int:
         raise ApiError(411, "a body needs a content-length: transfer codings are not accepted")
     if length is None:
         return 0
-    if not re.fullmatch(rb"\d{1,15}", length):
+    if not length.isdigit() or len(length) > 15:
         raise ApiError(400, "content-length must be a number of bytes")
     return int(length)
 
