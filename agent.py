@@ -1480,6 +1480,12 @@ def progress_json(done: Progress, expected_s: float | None, step: int, steps: in
             "out_time_s": done.out_time_s, "eta_s": None if eta is None else max(0.0, eta)}
 
 
+def phase_json(phase: str, percent: float | None) -> Json:
+    """Return progress of a phase that tells no frames and no speed."""
+    return {"phase": phase, "percent": percent, "frame": None, "fps": None, "speed": None,
+            "out_time_s": None, "eta_s": None}
+
+
 def stall_limit_s(frames: int, elapsed_s: float) -> float:
     """Return how long an encode may show no new frame: 5 min, or 60 frames' time of a slow one.
 
@@ -1868,7 +1874,7 @@ class Attempt:
                  confirm: Callable[[], bool] = lambda: True) -> None:
         self.job_id = job_id
         self.number = number
-        self.progress: Json = {"phase": "preparing", "percent": 0.0}
+        self.progress: Json = phase_json("preparing", 0.0)
         self.lines: deque[tuple[int, str]] = deque()  # numbered from 0, not yet acknowledged
         self._said = 0
         self.paused = False
@@ -1967,7 +1973,7 @@ class Attempt:
         if scheme_of(target) is None:
             outcome = self._inspect(outcome, settings, source, made)
             outcome = self._compare(outcome, settings, source, made)
-        self.progress = {**self.progress, "phase": "finishing"}
+        self.progress = phase_json("finishing", self.progress["percent"])
         if final is not None:
             self._deliver(target, final)
         return outcome
@@ -1987,7 +1993,7 @@ class Attempt:
                     latest = block
                     self._stall_s = stall_limit_s(block.frame, time.monotonic() - began)
                     self.progress = progress_json(block, made.duration_s, step, len(made.passes), phase)
-            self.progress = {**self.progress, "phase": phase}
+            self.progress = phase_json(phase, 100.0 * step / len(made.passes))
             self._moved, self._stall_s = time.monotonic(), stall_limit_s(0, 0)
             self._say("run: " + shlex.join(argv))
             self._expect(self._execute(argv, note, measured=True), settings)
@@ -2141,7 +2147,7 @@ class Attempt:
             os.link(kept, mine)
             os.utime(kept)
         except OSError:
-            self.progress = {"phase": "making the generated source", "percent": 0.0}
+            self.progress = phase_json("making the generated source", 0.0)
             encoder = "libx264" if self._place.machine.encoders.get("libx264", "") is None else "mpeg4"
             argv = clip_command(self._place.machine.ffmpeg, width, height, fps, encoder, str(mine))
             self._expect(self._execute(argv, lambda line: None), settings)
@@ -2216,7 +2222,7 @@ class Attempt:
             if ("libvmaf" if metric == "vmaf" else metric) not in self._place.filters:
                 scores[name], unknown[name] = None, f"this FFmpeg has no {metric} filter"
                 continue
-            self.progress = {"phase": f"measuring {metric}", "percent": self.progress.get("percent")}
+            self.progress = phase_json(f"measuring {metric}", self.progress["percent"])
             argv = quality_command(self._place.machine.ffmpeg, metric, made.target, source, made,
                                    max(1, self._place.machine.threads // self._place.machine.slots))
             exit_ = self._execute(argv, lambda line: None)
