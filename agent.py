@@ -1097,11 +1097,6 @@ class Plan:
     filters: str
     target: str
 
-    @property
-    def frames(self) -> int | None:
-        """Frames to expect, None where the end of the input is unknown."""
-        return None if self.duration_s is None else round(self.duration_s * self.fps)
-
 
 def plan(settings: Settings, machine: Machine, source: Source, target: str) -> Plan:
     """Return the commands that encode `source` to `target` on this machine; Failure says why not.

@@ -84,14 +84,19 @@ def exchange(port: int, raw: bytes, timeout: float = 20, close: bool = False) ->
             connection.sendall(raw)
             if close:
                 connection.shutdown(socket.SHUT_WR)
-        received = b""
-        with contextlib.suppress(OSError):
-            while True:
-                data = connection.recv(65536)
-                if not data:
-                    break
-                received += data
-        return received
+        return all_of(connection)
+
+
+def all_of(connection: socket.socket) -> bytes:
+    """Return all that comes until the peer closes or the connection's time is up."""
+    received = b""
+    with contextlib.suppress(OSError):
+        while True:
+            data = connection.recv(65536)
+            if not data:
+                break
+            received += data
+    return received
 
 
 class Program:

@@ -130,6 +130,48 @@ class ARunningFleet(FleetCase):
         self.assertEqual(list((self.folder / "media").iterdir()), [])
         self.assertEqual(self.short(master), "completed", "the slot is free again")
 
+    def test_a_paused_encode_stands_still_and_a_resumed_one_goes_on(self) -> None:
+        master, agent = self.fleet()
+        job = self.live(master, 4)
+        pids = self.encoding(agent)
+
+        def states() -> set[str]:
+            return {Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] for pid in pids}
+        paused = master.call("POST", f"/jobs/{job}/pause")
+        self.assertEqual((paused.status, paused.body["status"]), (200, "paused"))
+        wait_for(lambda: states() == {"T"}, 10, "FFmpeg stands still")
+        self.assertEqual(master.call("POST", f"/jobs/{job}/resume").body["status"], "running")
+        wait_for(lambda: "T" not in states(), 10, "FFmpeg goes on")
+        done = master.finished(job)
+        self.assertEqual((done["status"], done["attempt"]), ("completed", 1))
+        self.assertEqual(done["result"]["metrics"]["frames"], 100)
+
+    def test_a_drained_node_finishes_what_runs_and_takes_nothing_more(self) -> None:
+        master, agent = self.fleet()
+        node = master.get("/nodes")["nodes"][0]["id"]
+        running = self.live(master, 2)
+        self.encoding(agent)
+        self.assertEqual(master.call("POST", f"/nodes/{node}/drain").body["status"], "draining")
+        waiting = master.submit("64p25-h264", duration=0.2)["id"]
+        self.assertEqual(master.finished(running)["status"], "completed")
+        self.assertEqual(master.get(f"/jobs/{waiting}")["status"], "pending")
+        self.assertEqual(master.call("POST", f"/nodes/{node}/resume").status, 200)
+        self.assertEqual(master.finished(waiting)["status"], "completed")
+
+    def test_a_job_whose_ffmpeg_was_killed_is_done_on_the_other_node(self) -> None:
+        master, agent = self.fleet()
+        job = self.live(master, 3)
+        pids = self.encoding(agent)
+        self.agent(master, name="other")
+        wait_for(lambda: master.get("/nodes")["count"] == 2, 30)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        done = master.finished(job)
+        self.assertEqual((done["status"], done["attempt"], done["retry_count"]), ("completed", 2, 1))
+        self.assertEqual(done["attempts"][0]["failure_reason"], "killed")
+        self.assertIn("SIGKILL", done["attempts"][0]["error"])
+        self.assertEqual(done["result"]["node"], "other")
+
     def test_progress_and_log_lines_arrive_while_it_runs(self) -> None:
         master, _ = self.fleet()
         job = self.live(master, 6)
@@ -230,19 +272,17 @@ class Kills(FleetCase):
         self.assertEqual(master.get("/nodes")["nodes"][0]["status"], "offline")
         self.assertEqual(list((self.folder / "media").iterdir()), [])
 
-    def test_a_killed_ffmpeg_fails_only_its_job(self) -> None:
+    def test_a_killed_ffmpeg_ends_only_its_attempt(self) -> None:
         master, agent = self.fleet()
         job = self.live(master, 60)
         for pid in self.encoding(agent):
             os.kill(pid, signal.SIGKILL)
-        ended = wait_for(lambda: [job_ for job_ in [master.get(f"/jobs/{job}")]
-                                  if job_["status"] != "running" or job_["attempt"] > 1], 30)[0]
-        self.assertIn("SIGKILL", agent.words())
-        if ended["status"] == "failed":
-            self.assertEqual(ended["failure_reason"], "killed")
-        else:
-            master.call("POST", f"/jobs/{job}/cancel")
-            master.finished(job)
+        retried = wait_for(lambda: [found for found in [master.get(f"/jobs/{job}")]
+                                    if found["retry_count"]], 30)[0]
+        self.assertIn("SIGKILL", retried["attempts"][0]["error"])
+        self.assertEqual(retried["attempts"][0]["failure_reason"], "killed")
+        master.call("POST", f"/jobs/{job}/cancel")
+        self.assertEqual(master.finished(job)["status"], "canceled")
         self.assertEqual(self.short(master), "completed")
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import ffdist
 from agent import PARAMETERS
-from tests.support import Answer, Master, call, exchange, wait_for
+from tests.support import Answer, Master, all_of, call, exchange, wait_for
 from tests.test_api import NOBODY, Node
 
 SEED = int(os.environ.get("FFDIST_TEST_SEED", "20251229"))
@@ -408,14 +408,7 @@ class TestHttp(Fuzz):
                 if not stream:
                     break
                 time.sleep(pause_s)
-            received = b""
-            with contextlib.suppress(ConnectionError):
-                while True:
-                    data = connection.recv(65536)
-                    if not data:
-                        break
-                    received += data
-        return received
+            return all_of(connection)
 
     def test_garbage_gets_one_well_formed_answer_or_several(self) -> None:
         for number in range(400):
