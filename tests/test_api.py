@@ -718,6 +718,32 @@ class TestOrders(Served):
 class TestReports(Served):
     """Progress, log lines and results."""
 
+    def test_a_failure_that_may_pass_is_tried_again_elsewhere_and_only_there(self) -> None:
+        for node in self.master.get("/nodes")["nodes"]:
+            self.master.call("DELETE", f"/nodes/{node['id']}")
+        first, second = self.node("first"), self.node("second")
+        job = self.running(first)
+        self.assertEqual(first.report(job, "failed", error="ended", failure_reason="killed").status, 200)
+        again = self.job(job)
+        self.assertEqual((again["status"], again["retry_count"], again["retry_reason"]),
+                         ("pending", 1, "killed"))
+        self.assertIsNotNone(again["not_before"])
+        later = second.park()
+        self.assertEqual(later.answer().body["job"]["id"], job["id"])
+        taken = {"id": job["id"], "attempt": 2}
+        self.assertEqual(second.report(taken, "returned").status, 200)
+        self.assertIsNone(first.claim().body["job"], "it failed there, and there is another node")
+        self.assertEqual(self.master.call("POST", f"/nodes/{second.id}/drain").status, 200)
+        self.assertEqual(first.claim().body["job"]["attempt"], 3, "there is no other node now")
+        self.assertEqual(self.master.call("POST", f"/nodes/{second.id}/resume").status, 200)
+
+    def test_a_failure_that_would_come_again_ends_the_job_at_once(self) -> None:
+        node = self.node()
+        for reason in ("input", "parameters", "encoder", "timeout", "no_capability"):
+            job = self.running(node)
+            node.report(job, "failed", error="no", failure_reason=reason)
+            self.assertEqual((self.status(job), self.job(job)["failure_reason"]), ("failed", reason))
+
     def test_a_repeated_result_is_answered_the_same_and_counted_once(self) -> None:
         node = self.node()
         job = self.running(node)
