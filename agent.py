@@ -138,16 +138,16 @@ PARAMETERS: dict[str, Parameter] = {
     "extra_args": Parameter("words", 0, 0, (), "more FFmpeg arguments; only where the master allows it"),
 }
 
-_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
+_DURATION = re.compile("".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in ("d", "h", "m", "s?")))
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds of `10s`, `0.5s`, `1m30s`, `2h` or plain seconds; ValueError otherwise."""
+    """Return the seconds of `10s`, `0.5s`, `1m30s`, `2h`, `90d` or plain seconds; ValueError otherwise."""
     match = _DURATION.fullmatch(text.strip())
     if not match or not any(match.groups()):
         raise ValueError(f"'{text}' is no duration: write 10s, 0.5s, 1m30s or plain seconds")
-    hours, minutes, seconds = (float(part or 0) for part in match.groups())
-    return hours * 3600 + minutes * 60 + seconds
+    days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return days * _DAY_S + hours * 3600 + minutes * 60 + seconds
 
 
 def duration_text(seconds: float | None) -> str:
@@ -535,8 +535,9 @@ class Client:
     def order(self, job_id: str, verb: str) -> Json:
         return _object(self._call("POST", f"/jobs/{_quoted(job_id)}/{verb}"))
 
-    def order_node(self, node_id: str, verb: str) -> Json:
-        return _object(self._call("POST", f"/nodes/{_quoted(node_id)}/{verb}"))
+    def order_node(self, node_id: str, verb: str, deadline_s: float | None = None) -> Json:
+        return _object(self._call("POST", f"/nodes/{_quoted(node_id)}/{verb}", None,
+                                  {"deadline": deadline_s}))
 
     def logs(self, job_id: str, after: int, wait_s: float | None = None) -> Json:
         return _object(self._call("GET", f"/jobs/{_quoted(job_id)}/logs", None,

@@ -95,6 +95,11 @@ class Settings:
 
     node_timeout_s: float = 90.0
     max_retries: int = 3
+    retry_delay_s: float = 1.0
+    retry_delay_most_s: float = 300.0
+    quarantine_after: int = 3  # failures in a row; 0: never
+    keep_jobs: float = 1e6
+    keep_s: float = math.inf
 
 
 def bad(field: str, what: str) -> ApiError:
@@ -212,6 +217,7 @@ TRANSITIONS: dict[tuple[str, str], str] = {
     ("stopped", "end"): "canceled",
     ("stopped", "return"): "paused",
     ("stopped", "lose"): "paused",
+    ("stopped", "requeue"): "paused",
     ("stopped", "exhaust"): "paused",
     ("paused", "resume"): "pending",
     ("paused", "cancel"): "canceled",
@@ -222,9 +228,19 @@ TRANSITIONS: dict[tuple[str, str], str] = {
 }
 TRANSIENT = frozenset(("node_lost", "network", "out_of_disk", "out_of_memory", "killed", "stalled",
                        "agent"))
-BACKOFF_FIRST_S = 1.0
-BACKOFF_MOST_S = 300.0
+ELSEWHERE = frozenset(("no_capability",))  # tried again while there is a node where it was not yet tried
+JOBS_OWN = frozenset(("input", "parameters", "output", "timeout"))  # never a sign of a sick node
+BLAMELESS_NODES = 3  # a job that failed on so many nodes is to blame itself
+CANARY = "~canary"  # the scenario of hidden jobs: no submission can have it
 EVENT_OF_REPORT = {"completed": "complete", "failed": "fail", "canceled": "end", "returned": "return"}
+
+
+class Needs(NamedTuple):
+    """What a node must satisfy to run a job: not to be avoided, to be the only one, to be in quarantine."""
+
+    avoid: frozenset[str] = frozenset()
+    only: str | None = None
+    canary: bool = False
 
 
 class Job(NamedTuple):
@@ -233,8 +249,8 @@ class Job(NamedTuple):
     `spec` is the JSON of what was submitted and resolved; the journal keeps what comes after it as one
     JSON array, so fields may be added at the end only. `node_id` is the holder of the lease, or of the
     last one; `given_up` the node whose lease ended by its silence and may be taken back; `avoid` the
-    nodes where it failed; `result_seq` the number of the report that ended it. Times are seconds since
-    1970.
+    nodes where it failed; `result_seq` the number of the report that ended it; `only` the one node that
+    may run it. Times are seconds since 1970.
     """
 
     seq: int
@@ -259,6 +275,17 @@ class Job(NamedTuple):
     history: Sequence[tuple[float, str, str | None]] = ()
     avoid: Sequence[str] = ()
     result_seq: int | None = None
+    only: str | None = None
+
+    @property
+    def hidden(self) -> bool:
+        """Whether it is a canary: no list shows it, no total counts it, nothing of it is kept."""
+        return self.scenario == CANARY
+
+    @property
+    def needs(self) -> Needs:
+        """Which nodes may run it: the lane that it waits in."""
+        return Needs(frozenset(self.avoid), self.only, self.hidden)
 
     @property
     def status(self) -> str:
@@ -334,17 +361,31 @@ def _ended(job: Job, event: str, target: str, now: float, error: str | None, rea
     return changes
 
 
-def event_of_report(job: Job, status: str, failure_reason: str | None) -> str:
-    """Return what a report means to a job: a transient failure is tried again while retries are left."""
-    if status == "failed" and job.state == "running" and failure_reason in TRANSIENT \
+def event_of_report(job: Job, status: str, failure_reason: str | None, elsewhere: bool) -> str:
+    """Return what a report means to a job: a failure that may pass is tried again while retries are left.
+
+    `elsewhere` tells whether there is a node on which it has not failed yet.
+    """
+    passing = failure_reason in TRANSIENT or (failure_reason in ELSEWHERE and elsewhere)
+    if status == "failed" and job.state in ("running", "stopped") and passing \
             and job.retry_count < job.max_retries:
         return "requeue"
     return EVENT_OF_REPORT[status]
 
 
-def backoff_s(retry_count: int, chance: float) -> float:
-    """Return how long a retry waits: exponential with full jitter; `chance` is from 0 to 1."""
-    return chance * min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2.0 ** min(retry_count, 30))
+def backoff_most_s(retry_count: int, settings: Settings) -> float:
+    """Return the longest that the next retry may wait, in s: doubling with each one, up to a limit."""
+    return min(settings.retry_delay_most_s, settings.retry_delay_s * 2.0 ** min(retry_count, 30))
+
+
+def blames_node(job: Job, node_id: str, failure_reason: str | None) -> bool:
+    """Tell whether a failure speaks against its node: not the job's own, and no other node failed alike."""
+    others = {record["node_id"]: record.get("failure_reason") for record in job.attempts
+              if record["status"] == "failed" and record["node_id"] != node_id}
+    settings = json.loads(job.spec)["settings"] if failure_reason == "no_capability" else {}
+    return (failure_reason not in JOBS_OWN and failure_reason not in others.values()
+            and len(others) + 1 < BLAMELESS_NODES
+            and not (settings.get("encoder") or settings.get("hwaccel")))
 
 
 def job_text(job: Job, progress: Json | None = None) -> str:
@@ -381,6 +422,7 @@ class Draft(NamedTuple):
     scenario: str
     spec: str
     max_retries: int
+    node: str | None
 
 
 def draft_of(value: Any, max_retries: int) -> Draft:
@@ -396,7 +438,7 @@ def draft_of(value: Any, max_retries: int) -> Draft:
     spec = {**kept, "scenario": settings.scenario, "confidence": confidence,
             "parameters": body.get("parameters") or {}, "settings": settings.to_json()}
     return Draft(job_id, settings.scenario, json.dumps(spec),
-                 max_retries if retries is None else retries)
+                 max_retries if retries is None else retries, text_of(body, "node"))
 
 
 _OWN_FIELDS = frozenset(("id", "status", "node_id", "attempt", "cancel_requested", "progress", "error",
@@ -407,18 +449,24 @@ _OWN_FIELDS = frozenset(("id", "status", "node_id", "attempt", "cancel_requested
 
 # ---- 3 Journal ------------------------------------------------------------------------------------
 
-FORMAT = 1
+FORMAT = 2
+JOURNAL = "journal.db"
+DAMAGED = "journal.damaged"  # beside the journal: why it is to be recovered at the next start
+RECOVERED = "journal.recovered"  # a whole new one, to take the place of the damaged one
+BACKUP_PAGES = 1024
 APPLICATION_ID = 0x66666469
 READERS = 4
 TRANSACTIONS_MOST = 1000
 
 _SCHEMA = """
 CREATE TABLE jobs(seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, status TEXT NOT NULL,
-    scenario TEXT NOT NULL, node_id TEXT, spec TEXT NOT NULL, state TEXT NOT NULL);
+    scenario TEXT NOT NULL, node_id TEXT, spec TEXT NOT NULL, state TEXT NOT NULL, ended REAL);
 CREATE INDEX jobs_by_status ON jobs(status, seq);
 CREATE INDEX jobs_by_node ON jobs(node_id, seq) WHERE node_id IS NOT NULL;
+CREATE INDEX jobs_by_end ON jobs(ended) WHERE ended IS NOT NULL;
 CREATE TABLE results(seq INTEGER PRIMARY KEY, status TEXT NOT NULL, scenario TEXT NOT NULL,
-    node_id TEXT NOT NULL, body TEXT NOT NULL);
+    node_id TEXT NOT NULL, body TEXT NOT NULL, job_seq INTEGER);
+CREATE INDEX results_by_job ON results(job_seq);
 CREATE TABLE nodes(id TEXT PRIMARY KEY, record TEXT NOT NULL);
 CREATE TABLE claims(node_id TEXT PRIMARY KEY, words TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE logs(job_seq INTEGER NOT NULL, attempt INTEGER NOT NULL, first INTEGER NOT NULL,
@@ -428,18 +476,28 @@ CREATE TABLE totals(kind TEXT, status TEXT, scenario TEXT, node_id TEXT, count I
 CREATE TABLE heartbeat(id INTEGER PRIMARY KEY CHECK(id = 1), at REAL);
 """
 
+_FROM_FORMAT_1 = """
+ALTER TABLE jobs ADD COLUMN ended REAL;
+ALTER TABLE results ADD COLUMN job_seq INTEGER;
+CREATE INDEX jobs_by_end ON jobs(ended) WHERE ended IS NOT NULL;
+CREATE INDEX results_by_job ON results(job_seq);
+"""
+
 _WRITES = {
     "job": "INSERT INTO jobs(seq, id, status, scenario, node_id, spec, state) VALUES(?,?,?,?,?,?,?)",
-    "state": "UPDATE jobs SET status=?, node_id=?, state=? WHERE seq=?",
-    "result": "INSERT INTO results(seq, status, scenario, node_id, body) VALUES(?,?,?,?,?)",
+    "state": "UPDATE jobs SET status=?, node_id=?, state=?, ended=? WHERE seq=?",
+    "result": "INSERT INTO results(seq, status, scenario, node_id, body, job_seq) VALUES(?,?,?,?,?,?)",
     "node": "INSERT INTO nodes(id, record) VALUES(?,?) ON CONFLICT(id) DO UPDATE SET record=excluded.record",
     "claims": "INSERT OR REPLACE INTO claims(node_id, words) VALUES(?,?)",
     "forget": "DELETE FROM nodes WHERE id=?",
     "log": "INSERT OR REPLACE INTO logs(job_seq, attempt, first, count, lines) VALUES(?,?,?,?,?)",
     "alive": "INSERT OR REPLACE INTO heartbeat(id, at) VALUES(1, ?)",
+    "drop_job": "DELETE FROM jobs WHERE seq=?",
+    "drop_results": "DELETE FROM results WHERE job_seq=?",
+    "drop_logs": "DELETE FROM logs WHERE job_seq=?",
 }
 # Of these only the last write of a batch counts, for the same value at this place.
-_KEYED = {"state": 3, "claims": 0, "node": 0, "forget": 0}
+_KEYED = {"state": 4, "claims": 0, "node": 0, "forget": 0}
 _TOTAL = "INSERT OR REPLACE INTO totals(kind, status, scenario, node_id, count) VALUES(?,?,?,?,?)"
 _NO_TOTAL = "DELETE FROM totals WHERE kind=? AND status=? AND scenario=? AND node_id=?"
 
@@ -478,7 +536,7 @@ class Journal:
 
     def __init__(self, folder: Path, on_failure: Callable[[str], None]) -> None:
         self._folder = folder
-        self._path = folder / "journal.db"
+        self._path = folder / JOURNAL
         self._on_failure = on_failure
         self._queue: queue.SimpleQueue[tuple[list[Write], Ticket] | None] = queue.SimpleQueue()
         self._transaction: list[Write] = []
@@ -486,6 +544,8 @@ class Journal:
         self._done = 0
         self._closing = False
         self.trouble: str | None = None
+        self.damage: str | None = None  # what SQLite says of a file that is no longer whole
+        self.recovery: str | None = None  # what was done about it at the start
         self.commits = 0
         self.commit_seconds = 0.0
         self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
@@ -493,16 +553,35 @@ class Journal:
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
         self._lock_file = self._lock_folder()
         try:
-            self._writer = self._connect()
-            self._prepare()
-            for _ in range(READERS):
-                self._readers.put(self._connect())
+            self._open()
         except (sqlite3.Error, OSError, Unusable) as error:
             self.close()
             if isinstance(error, Unusable):
                 raise
             raise Unusable(f"{self._path} cannot be used as a journal: {error}; "
                            "free or repair it, or name another folder with --data-dir") from None
+
+    def _open(self) -> None:
+        """Open the journal; one that is damaged is set aside first, and what can be read of it kept."""
+        marker = self._folder / DAMAGED
+        if marker.exists():
+            self._recover(marker.read_text(errors="replace"))
+        try:
+            self._writer = self._connect()
+            self._prepare()
+        except sqlite3.DatabaseError as error:
+            if not is_damage(error):
+                raise
+            self._recover(str(error))
+            self._writer = self._connect()
+            self._prepare()
+
+    def _recover(self, why: str) -> None:
+        self._disconnect()
+        (self._folder / DAMAGED).write_text(why)
+        aside, kept = recover_journal(self._folder)
+        self.recovery = (f"the journal was damaged ({why.strip()}): it was set aside as {aside}, and {kept} "
+                         "were recovered from it")
 
     def _lock_folder(self) -> int:
         try:
@@ -520,11 +599,14 @@ class Journal:
         return descriptor
 
     def _connect(self) -> sqlite3.Connection:
-        with contextlib.suppress(FileExistsError):
-            os.close(os.open(self._path, os.O_CREAT | os.O_EXCL, 0o600))
-        connection = sqlite3.connect(self._path, timeout=10, isolation_level=None, check_same_thread=False)
+        connection = _connected(self._path)
         self._connections.append(connection)
         return connection
+
+    def _disconnect(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        self._connections.clear()
 
     def _prepare(self) -> None:
         """Make the tables; Unusable when the file is newer, or another program's."""
@@ -540,16 +622,25 @@ class Journal:
         execute("PRAGMA journal_mode=WAL")
         execute("PRAGMA synchronous=FULL")
         if found == 0:
-            self._writer.executescript(f"BEGIN;{_SCHEMA}PRAGMA application_id={APPLICATION_ID};"
-                                       f"PRAGMA user_version={FORMAT};COMMIT;")
+            _make_tables(self._writer)
+        elif found == 1:
+            _bring_to_format_2(self._writer)
         execute("BEGIN IMMEDIATE")
         execute("ROLLBACK")
+        execute("SELECT max(seq) FROM jobs").fetchall()
+        for _ in range(READERS):
+            self._readers.put(self._connect())
 
     # -- writing: put() and ticket() are called under the Master's lock
 
     def start(self) -> None:
         """Begin to commit."""
         self._thread.start()
+
+    def drop_job(self, seq: int) -> None:
+        """Add the removal of all that is kept of a job to the transaction."""
+        for kind in ("drop_job", "drop_results", "drop_logs"):
+            self.put(kind, seq)
 
     def put(self, kind: str, *values: Any) -> None:
         """Add one write of _WRITES, or of a total ("total", key, count), to the transaction."""
@@ -613,6 +704,7 @@ class Journal:
         except Exception as error:  # whatever it is: this thread must live, and nothing be half written
             with contextlib.suppress(sqlite3.Error):
                 execute("ROLLBACK")
+            self._note_damage(error)
             return f"{self._path}: {error}"
         self.commits += 1
         self.commit_seconds += time.perf_counter() - began
@@ -624,8 +716,7 @@ class Journal:
             self.ticket()
             self._queue.put(None)
             self._thread.join(10)
-        for connection in self._connections:
-            connection.close()
+        self._disconnect()
         os.close(self._lock_file)
 
     # -- reading: safe in any thread, never under the Master's lock
@@ -635,10 +726,28 @@ class Journal:
         connection = self._readers.get()
         try:
             yield connection
-        except sqlite3.Error as error:
+        except (sqlite3.Error, ValueError) as error:
+            self._note_damage(error)
             raise ApiError(503, f"the journal cannot be read: {self._path}: {error}") from None
         finally:
             self._readers.put(connection)
+
+    def _note_damage(self, error: Exception) -> None:
+        """Mark the journal for recovery at the next start, when it is no longer whole."""
+        if self.damage is None and is_damage(error):
+            with contextlib.suppress(OSError):
+                (self._folder / DAMAGED).write_text(str(error))
+            self.damage = str(error)
+
+    def check(self) -> None:
+        """Read the whole journal and look whether it is sound; `damage` tells when it is not."""
+        try:
+            with contextlib.closing(_connected(self._path)) as connection:
+                found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                raise sqlite3.DatabaseError(f"it is malformed: {' '.join(found.split())[:300]}")
+        except sqlite3.Error as error:
+            self._note_damage(error)
 
     def live_jobs(self) -> list[Job]:
         """Return the jobs that are not final, oldest first."""
@@ -693,27 +802,43 @@ class Journal:
         with self._reading() as connection:
             row = connection.execute("SELECT seq, id, scenario, spec, state FROM jobs WHERE id=?",
                                      (job_id,)).fetchone()
-        return _job_of_row(row) if row else None
+            return _job_of_row(row) if row else None
 
     def job_page(self, filters: Mapping[str, str], before: int | None, limit: int) -> list[Job]:
         """Return jobs, newest first."""
-        rows = self._page("jobs", "seq, id, scenario, spec, state", filters, before, limit)
-        return [_job_of_row(row) for row in rows]
+        return self._page("jobs", "seq, id, scenario, spec, state", filters, before, limit, _job_of_row)
 
     def result_page(self, filters: Mapping[str, str], before: int | None,
                     limit: int) -> list[tuple[int, Json]]:
         """Return (seq, result), newest first."""
-        return [(row[0], json.loads(row[1])) for row in
-                self._page("results", "seq, body", filters, before, limit)]
+        return self._page("results", "seq, body", filters, before, limit,
+                          lambda row: (row[0], json.loads(row[1])))
 
     def _page(self, table: str, columns: str, filters: Mapping[str, str], before: int | None,
-              limit: int) -> list[tuple[Any, ...]]:
-        conditions = [f"{name}=?" for name in filters] + (["seq<?"] if before is not None else [])
-        where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
-        values = [*filters.values(), *([before] if before is not None else []), limit]
+              limit: int, read: Callable[[Sequence[Any]], Any]) -> list[Any]:
+        conditions = ["scenario<>?", *(f"{name}=?" for name in filters)]
+        conditions += ["seq<?"] if before is not None else []
+        values = [CANARY, *filters.values(), *([before] if before is not None else []), limit]
         with self._reading() as connection:
-            return connection.execute(f"SELECT {columns} FROM {table}{where} ORDER BY seq DESC LIMIT ?",
-                                      values).fetchall()
+            rows = connection.execute(f"SELECT {columns} FROM {table} WHERE {' AND '.join(conditions)} "
+                                      "ORDER BY seq DESC LIMIT ?", values)
+            return [read(row) for row in rows]
+
+    def ended(self, most: int) -> list[tuple[int, float, TotalKey]]:
+        """Return the jobs that ended first, as (seq, when, key of their total)."""
+        with self._reading() as connection:
+            rows = connection.execute(
+                "SELECT seq, ended, status, scenario, node_id FROM jobs WHERE ended IS NOT NULL "
+                "ORDER BY ended LIMIT ?", (most,)).fetchall()
+        return [(row[0], row[1], ("jobs", row[2], row[3], row[4] or "")) for row in rows]
+
+    def result_keys(self, job_seqs: Sequence[int]) -> list[TotalKey]:
+        """Return the keys of the totals of all results of some jobs."""
+        marks = ",".join("?" * len(job_seqs))
+        with self._reading() as connection:
+            rows = connection.execute("SELECT status, scenario, node_id FROM results "
+                                      f"WHERE job_seq IN ({marks})", list(job_seqs)).fetchall()
+        return [("results", row[0], row[1], row[2]) for row in rows]
 
     def result(self, seq: int) -> Json | None:
         """Return an accepted report by its number."""
@@ -739,7 +864,7 @@ class Journal:
     def size_bytes(self) -> int:
         """Return the size of the journal's files."""
         total = 0
-        for name in ("journal.db", "journal.db-wal"):
+        for name in (JOURNAL, f"{JOURNAL}-wal"):
             with contextlib.suppress(OSError):
                 total += (self._folder / name).stat().st_size
         return total
@@ -765,13 +890,173 @@ def _grouped(writes: Iterable[Write]) -> list[tuple[str, list[tuple[Any, ...]]]]
 
 
 def _job_of_row(row: Sequence[Any]) -> Job:
-    return Job(row[0], row[1], row[2], row[3], *json.loads(row[4]))
+    try:
+        return Job(row[0], row[1], row[2], row[3], *json.loads(row[4]))
+    except (ValueError, TypeError):
+        raise sqlite3.DatabaseError(f"the row of job {row[1]} is malformed") from None
+
+
+def _connected(path: Path) -> sqlite3.Connection:
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+    return sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+
+
+def _make_tables(connection: sqlite3.Connection) -> None:
+    connection.executescript(f"BEGIN;{_SCHEMA}PRAGMA application_id={APPLICATION_ID};"
+                             f"PRAGMA user_version={FORMAT};COMMIT;")
+
+
+def _ended_at(state: str, status: str) -> float | None:
+    return json.loads(state)[_COMPLETED_AT] if status in FINAL else None
+
+
+_COMPLETED_AT = Job._fields.index("completed_at") - _STATE_FROM
+
+
+def _bring_to_format_2(connection: sqlite3.Connection) -> None:
+    """Say of each job when it ended, and of each result which job it is of."""
+    execute = connection.execute
+    connection.create_function("ended_at", 2, _ended_at)
+    connection.create_function("job_of", 1, lambda body: json.loads(body)["job_id"])
+    execute("BEGIN IMMEDIATE")
+    for statement in filter(None, map(str.strip, _FROM_FORMAT_1.split(";"))):
+        execute(statement)
+    execute("UPDATE jobs SET ended=ended_at(state, status)")
+    execute("UPDATE results SET job_seq=(SELECT seq FROM jobs WHERE id=job_of(body))")
+    execute(f"PRAGMA user_version={FORMAT}")
+    execute("COMMIT")
+
+
+def is_damage(error: Exception) -> bool:
+    """Tell whether SQLite means that the file is no longer whole (a full or read-only disk is no damage)."""
+    return isinstance(error, sqlite3.DatabaseError) and bool(
+        re.search(r"malformed|not a database|corrupt|decode", str(error)))
+
+
+def recover_journal(folder: Path) -> tuple[str, str]:
+    """Put what can be read of a damaged journal in its place; return the old one's new name, and the count.
+
+    A kill between any two lines is made good by the next call: the new journal is whole before the
+    damaged one moves, and that one's log goes before the new one could take it for its own.
+    """
+    path, whole = folder / JOURNAL, folder / RECOVERED
+    if not whole.exists():
+        scratch = folder / f"{RECOVERED}.tmp"
+        scratch.unlink(missing_ok=True)
+        with contextlib.closing(_connected(scratch)) as target, contextlib.closing(_connected(path)) as old:
+            _make_tables(target)
+            for table in _SALVAGED:
+                _salvage(old, target, table)
+            _count_anew(target)
+        os.replace(scratch, whole)
+    with contextlib.closing(_connected(whole)) as connection:
+        kept = _counts_text(connection, ("jobs", "results"))
+    aside = folder / f"journal-damaged-{path.stat().st_mtime_ns}.db"
+    with contextlib.suppress(FileExistsError):
+        os.link(path, aside)
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(f"{path}-wal", f"{aside}-wal")
+    Path(f"{path}-shm").unlink(missing_ok=True)
+    os.replace(whole, path)
+    (folder / DAMAGED).unlink()
+    return str(aside), kept
+
+
+def _counts_text(connection: sqlite3.Connection, tables: Sequence[str]) -> str:
+    counts = [connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in tables]
+    return ", ".join(f"{count} {table}" for count, table in zip(counts, tables))
+
+
+# Table -> what its rows are looked for by, and the columns that must hold JSON; totals are counted anew.
+_SALVAGED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "jobs": ("seq", ("spec", "state")), "results": ("seq", ("body",)), "nodes": ("rowid", ("record",)),
+    "claims": ("1", ("words",)), "logs": ("job_seq", ("lines",))}
+_NUMBERS = (0, 1 << 40)
+_FAILURES_FIRST = 2000  # reads that may fail before the first row is found, each row allows ten more
+
+
+def _salvage(source: sqlite3.Connection, target: sqlite3.Connection, table: str) -> None:
+    """Copy the rows that can be read, halving each stretch that cannot down to single numbers."""
+    key, parsed = _SALVAGED[table]
+    columns = [row[1] for row in target.execute(f"PRAGMA table_info({table})")]
+    with contextlib.suppress(sqlite3.DatabaseError):  # an older format has fewer
+        known = {row[1] for row in source.execute(f"PRAGMA table_info({table})")}
+        columns = [name for name in columns if name in known]
+    places = [columns.index(name) + 1 for name in parsed if name in columns]
+    query = f"SELECT {key}, {', '.join(columns)} FROM {table} WHERE {key} BETWEEN ? AND ? ORDER BY {key}"
+    insert = f"INSERT OR IGNORE INTO {table}({', '.join(columns)}) VALUES({', '.join('?' * len(columns))})"
+    stretches, patience = [_NUMBERS], _FAILURES_FIRST
+    target.execute("BEGIN")
+    while stretches and patience > 0:
+        low, high = stretches.pop()
+        try:
+            for row in source.execute(query, (low, high)):
+                low, patience = row[0] + 1, patience + 10
+                with contextlib.suppress(ValueError, TypeError):
+                    for place in places:
+                        json.loads(row[place])
+                    target.execute(insert, row[1:])
+        except sqlite3.DatabaseError as error:
+            patience -= 1
+            middle = (low + high) // 2
+            if is_damage(error) and "not a database" not in str(error) and low < high:
+                stretches += [(middle + 1, high), (low, middle)]
+    target.execute("COMMIT")
+
+
+def _count_anew(connection: sqlite3.Connection) -> None:
+    """Fill what is derived from the rows: when jobs ended, and the totals."""
+    connection.create_function("ended_at", 2, _ended_at)
+    connection.execute("BEGIN")
+    connection.execute("UPDATE jobs SET ended=ended_at(state, status)")
+    for kind in ("jobs", "results"):
+        connection.execute("INSERT INTO totals SELECT ?, status, scenario, ifnull(node_id, ''), count(*) "
+                           f"FROM {kind} WHERE scenario<>? GROUP BY 2, 3, 4", (kind, CANARY))
+    connection.execute("COMMIT")
+
+
+def copy_journal(folder: Path, target: Path, show: Callable[[float], None]) -> str:
+    """Copy a journal, in use or not, to a file as of one moment; return what is in the copy.
+
+    `show` is told the part that is done, from 0 to 1. An earlier file is replaced when the copy is whole.
+    """
+    path = folder / JOURNAL
+    if not path.is_file():
+        raise Unusable(f"there is no journal in {folder}: name the master's folder with --data-dir")
+    scratch = target.with_name(f".{target.name}.part")
+    try:
+        with contextlib.closing(_connected(path)) as source, contextlib.closing(_connected(scratch)) as copy:
+            source.execute("BEGIN")
+            source.execute("SELECT count(*) FROM heartbeat").fetchone()  # from here on one moment is seen
+            source.backup(copy, pages=BACKUP_PAGES, sleep=0.0,
+                          progress=lambda _, left, whole: show(1 - left / max(1, whole)))
+            copy.execute("PRAGMA journal_mode=DELETE")
+            found = copy.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                raise sqlite3.DatabaseError(found)
+            counts = _counts_text(copy, ("jobs", "results", "nodes"))
+        with open(scratch, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, target)
+    except (sqlite3.Error, OSError) as error:
+        raise Unusable(f"{path} cannot be copied to {target}: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+    return counts
 
 
 # ---- 4 Master -------------------------------------------------------------------------------------
 
 CLAIMS_KEPT = 16
 SESSIONS_KEPT = 8
+FAST_FAILURE_S = 120.0
+CANARY_FIRST_S = 10.0
+CANARY_MOST_S = 600.0
+CLOCK_JUMP_S = 3600.0
+_CANARY_DRAFT = draft_of({"scenario": "canary-180p25", "max_retries": 0,
+                          "parameters": {"duration": 1, "timeout": 120}}, 0)
 NODE_STATUSES = ("available", "busy", "draining", "quarantined", "offline")
 
 
@@ -811,18 +1096,21 @@ class Lane:
 
 
 class Lanes:
-    """All lanes, one for each set of nodes to avoid, and the jobs that wait for a moment."""
+    """All lanes, one for each Needs, and the jobs that wait for a moment.
+
+    Lanes of one node stand apart, so that a claim looks at its own and the common ones alone.
+    """
 
     def __init__(self) -> None:
-        self._lanes: dict[frozenset[str], Lane] = {}
+        self._lanes: dict[str | None, dict[Needs, Lane]] = {None: {}}
         self._due: list[tuple[float, int]] = []
 
-    def put(self, seq: int, avoid: Iterable[str] = ()) -> None:
+    def put(self, seq: int, needs: Needs) -> None:
         """Put a number at its place in the lane of its needs."""
-        needs = frozenset(avoid)
-        if needs not in self._lanes:
-            self._lanes[needs] = Lane()
-        self._lanes[needs].put(seq)
+        lanes = self._lanes.setdefault(needs.only, {})
+        if needs not in lanes:
+            lanes[needs] = Lane()
+        lanes[needs].put(seq)
 
     def put_later(self, due: float, seq: int) -> None:
         """Keep a number until a moment of the monotonic clock."""
@@ -835,21 +1123,25 @@ class Lanes:
             taken.append(heapq.heappop(self._due)[1])
         return taken
 
-    def pop(self, fits: Callable[[frozenset[str]], bool]) -> int | None:
-        """Take the oldest number of the lanes that fit; lanes that are empty go."""
-        best: tuple[int, frozenset[str]] | None = None
-        for needs, lane in list(self._lanes.items()):
-            head = lane.head()
-            if head is None:
-                if needs:
-                    del self._lanes[needs]
-            elif (best is None or head < best[0]) and fits(needs):
-                best = (head, needs)
-        return None if best is None else self._lanes[best[1]].pop()
+    def pop(self, node_id: str, fits: Callable[[Needs], bool]) -> int | None:
+        """Take the oldest number of the lanes that a node fits; lanes that are empty go."""
+        best: tuple[int, Lane] | None = None
+        for only in (None, node_id):
+            for needs, lane in list(self._lanes.get(only, {}).items()):
+                head = lane.head()
+                if head is None:
+                    if needs != Needs():
+                        del self._lanes[only][needs]
+                elif (best is None or head < best[0]) and fits(needs):
+                    best = (head, lane)
+        if node_id in self._lanes and not self._lanes[node_id]:
+            del self._lanes[node_id]
+        return None if best is None else best[1].pop()
 
-    def needs(self) -> list[frozenset[str]]:
+    def needs(self) -> list[Needs]:
         """Return the needs of all lanes that are not empty."""
-        return [needs for needs, lane in self._lanes.items() if lane.head() is not None]
+        return [needs for lanes in self._lanes.values() for needs, lane in lanes.items()
+                if lane.head() is not None]
 
 
 class Lease:
@@ -875,12 +1167,30 @@ class Parked:
         self.woken = False
 
 
-class Node:
-    """One registered machine. `facts` is the JSON of its registration; the rest is the master's own."""
+class Quarantine(NamedTuple):
+    """Why a node gets no jobs but canaries, and how many of those have failed; times since 1970."""
 
-    __slots__ = ("anonymous", "claims", "draining", "facts", "heard", "id", "last_heartbeat", "leases",
-                 "leaving", "name", "offline", "orders", "parked", "past", "protocol", "registered_at",
-                 "session", "slots", "standing")
+    reason: str
+    since: float
+    next_canary: float
+    canaries: int = 0
+
+    def to_json(self) -> Json:
+        return {"reason": self.reason, "since": wire.utc_text(self.since),
+                "next_canary": wire.utc_text(self.next_canary), "canaries_failed": self.canaries}
+
+
+class Node:
+    """One registered machine. `facts` is the JSON of its registration; the rest is the master's own.
+
+    `failures` are those in a row that speak against it, as (number of the job, reason); `drain_due` and
+    `canary_due` are moments of the monotonic clock.
+    """
+
+    __slots__ = ("anonymous", "canary_due", "claims", "drain_due", "drain_until", "draining", "facts",
+                 "failures", "heard", "id", "last_heartbeat", "leases", "leaving", "name", "offline",
+                 "orders", "parked", "past", "protocol", "quarantine", "registered_at", "session", "slots",
+                 "standing")
 
     def __init__(self, node_id: str, now: float) -> None:
         self.id = node_id
@@ -894,6 +1204,11 @@ class Node:
         self.offline = False
         self.leaving = False
         self.draining = False
+        self.drain_until: float | None = None
+        self.drain_due = math.inf
+        self.quarantine: Quarantine | None = None
+        self.canary_due = 0.0
+        self.failures: list[tuple[int, str]] = []
         self.orders = 0
         self.slots = 1
         self.claims: deque[str] = deque(maxlen=CLAIMS_KEPT)
@@ -902,12 +1217,22 @@ class Node:
         self.standing: set[int] = set()
         self.parked: Parked | None = None
 
-    DURABLE = ("anonymous", "draining", "facts", "last_heartbeat", "leaving", "name", "offline", "orders",
-               "past", "protocol", "registered_at", "session", "slots")
+    DURABLE = ("anonymous", "drain_until", "draining", "facts", "last_heartbeat", "leaving", "name",
+               "offline", "orders", "past", "protocol", "quarantine", "registered_at", "session", "slots")
 
     def record(self) -> str:
         """Return what the journal keeps."""
         return json.dumps({name: getattr(self, name) for name in self.DURABLE})
+
+    def restore(self, record: Mapping[str, Any], now: float, wall: float) -> None:
+        """Take what the journal kept; deadlines become moments of the monotonic clock."""
+        for name, value in record.items():
+            setattr(self, name, value)
+        if self.quarantine is not None:
+            self.quarantine = Quarantine(*self.quarantine)
+            self.canary_due = now + min(max(0.0, self.quarantine.next_canary - wall), CANARY_MOST_S)
+        if self.drain_until is not None:
+            self.drain_due = now + max(0.0, self.drain_until - wall)
 
     @property
     def status(self) -> str:
@@ -916,6 +1241,8 @@ class Node:
             return "offline"
         if self.draining or self.leaving:
             return "draining"
+        if self.quarantine is not None:
+            return "quarantined"
         return "busy" if len(self.leases) >= self.slots else "available"
 
     def to_json(self) -> Json:
@@ -924,7 +1251,9 @@ class Node:
         return {**facts, "id": self.id, "name": self.name, "status": self.status,
                 "last_heartbeat": wire.utc_text(self.last_heartbeat),
                 "registered_at": wire.utc_text(self.registered_at), "running": len(self.leases),
-                "max_concurrent_jobs": self.slots, "protocol": self.protocol}
+                "max_concurrent_jobs": self.slots, "protocol": self.protocol,
+                "drain_deadline": wire.utc_text(self.drain_until),
+                "quarantine": None if self.quarantine is None else self.quarantine.to_json()}
 
 
 class Ask(NamedTuple):
@@ -958,15 +1287,20 @@ class Master:
         self._archive_lock = threading.Lock()
         self._notes: list[tuple[int, str, tuple[Any, ...]]] = []
         self._closing = False
-        self._reaped = clock()
+        self._reaped = self._began = clock()
         self._watchers: dict[int, list[threading.Event]] = {}
-        self.journal = Journal(folder, self._rebuild)
         self._nodes: dict[str, Node] = {}
+        self.journal = Journal(folder, self._rebuild)
         try:
             self._load()
         except BaseException:
             self.journal.close()
-            raise
+            if self.journal.damage is None:
+                raise
+            self.journal = Journal(folder, self._rebuild)  # this time it is recovered first
+            self._load()
+        if self.journal.recovery is not None:
+            log.error("%s", self.journal.recovery)
         self.journal.start()
 
     # -- transactions
@@ -1001,11 +1335,11 @@ class Master:
         self._lanes = Lanes()
         self._idle: dict[str, Parked] = {}
         self._leases: dict[int, Lease] = {}
+        self._canaries: dict[str, int] = {}
         earlier, self._nodes = self._nodes, {}
         for node_id, record, claims in self.journal.nodes():
             node = self._nodes[node_id] = Node(node_id, self.wall())
-            for name, value in record.items():
-                setattr(node, name, value)
+            node.restore(record, now, self.wall())
             node.claims.extend(claims)
             node.heard = now
             if node_id in earlier:
@@ -1014,6 +1348,8 @@ class Master:
         for job in self.journal.live_jobs():
             self._jobs[job.seq] = job
             self._seq_of[job.id] = job.seq
+            if job.hidden:
+                self._canaries[job.only or ""] = job.seq
             if job.state == "pending":
                 self._line_up(job)
             elif job.state in LEASED:
@@ -1040,7 +1376,8 @@ class Master:
             self.journal.put("job", job.seq, job.id, job.status, job.scenario, job.node_id, job.spec,
                              job.state_json())
         else:
-            self.journal.put("state", job.status, job.node_id, job.state_json(), job.seq)
+            ended = job.completed_at if job.state in FINAL else None
+            self.journal.put("state", job.status, job.node_id, job.state_json(), ended, job.seq)
             self._count("jobs", old, -1)
         self._count("jobs", job, 1)
         if job.state in FINAL:
@@ -1053,11 +1390,16 @@ class Master:
             self._leases.pop(job.seq, None)
             if old is not None and old.node_id in self._nodes:
                 self._nodes[old.node_id].leases.discard(job.seq)
+        if job.hidden:
+            self._note_canary(job)
         for event in self._watchers.get(job.seq, ()):
             event.set()
 
     def _count(self, kind: str, job: Job, step: int) -> None:
-        key = (kind, job.status, job.scenario, job.node_id or "")
+        if not job.hidden:
+            self._count_key((kind, job.status, job.scenario, job.node_id or ""), step)
+
+    def _count_key(self, key: TotalKey, step: int) -> None:
         count = self._totals.get(key, 0) + step
         if count:
             self._totals[key] = count
@@ -1103,6 +1445,7 @@ class Master:
             if node.session is not None:
                 node.past = [*node.past, node.session][-SESSIONS_KEPT:]
             node.session = checked.session
+            node.canary_due = self.clock()  # whoever started it anew may have mended it
             self._release(node)
         node.facts, node.name, node.slots = checked.facts, checked.name, checked.slots
         node.protocol, node.anonymous = checked.protocol, checked.id is None
@@ -1162,7 +1505,7 @@ class Master:
             node = self._nodes[self._node_id(node_id)]
             return {**node.to_json(), "jobs": [self._jobs[seq].id for seq in sorted(node.leases)]}
 
-    def _node_id(self, given: str) -> str:
+    def _node_id(self, given: str, status: int = 404, field: str = "node_id") -> str:
         """Return the id for an id, a name that is unique, or a prefix of 4 or more characters."""
         if given in self._nodes:
             return given
@@ -1171,8 +1514,8 @@ class Master:
         if len(found) == 1:
             return found[0]
         shown = wire.printable(given[:64])
-        raise ApiError(404, f"node {shown} is ambiguous: give more of its id" if found else
-                       f"there is no node {shown}", "node_id")
+        raise ApiError(status, f"node {shown} is ambiguous: give more of its id" if found else
+                       f"there is no node {shown}", field)
 
     def forget(self, node_id: str) -> Json:
         """Remove a node; its jobs are pending again."""
@@ -1180,22 +1523,107 @@ class Master:
             node = self._nodes[self._node_id(node_id)]
             for seq in list(node.leases):
                 self._lose(self._jobs[seq], f"node {node.name} was removed")
+            self._end_canary(node)
             self._release(node)
             del self._nodes[node.id]
             self.journal.put("forget", node.id)
             self._note("node %s (%s) removed", node.name, node.id)
             return {"status": "removed", "id": node.id}
 
-    def drain(self, node_id: str, draining: bool) -> Json:
-        """Let a node take nothing more, or work again; survives its restarts."""
+    def drain(self, node_id: str, deadline_s: float | None) -> Json:
+        """Let a node take nothing more; what still runs after `deadline_s` is given back."""
         with self._transaction():
             node = self._nodes[self._node_id(node_id)]
-            if node.draining != draining:
-                node.draining = draining
-                self._write_node(node)
-                self._release(node)
-                self._note("node %s %s", node.name, "takes no more jobs" if draining else "works again")
+            node.draining = True
+            node.drain_until = None if deadline_s is None else self.wall() + deadline_s
+            node.drain_due = math.inf if deadline_s is None else self.clock() + deadline_s
+            self._write_node(node)
+            self._release(node)
+            self._note("node %s takes no more jobs", node.name)
             return node.to_json()
+
+    def resume_node(self, node_id: str) -> Json:
+        """Let a node work again that was drained or in quarantine."""
+        with self._transaction():
+            node = self._nodes[self._node_id(node_id)]
+            node.draining, node.drain_until, node.drain_due = False, None, math.inf
+            node.quarantine, node.failures = None, []
+            self._end_canary(node)
+            self._write_node(node)
+            self._release(node)
+            self._note("node %s works again", node.name)
+            return node.to_json()
+
+    # -- health of nodes
+
+    def _judge_health(self, node: Node, job: Job, report: Report) -> None:
+        """Note what an attempt's end says of its node; too many failures in a row put it in quarantine."""
+        if report.status == "completed":
+            node.failures = []
+        reason = report.failure_reason
+        if report.status != "failed" or reason is None or job.hidden or not self.settings.quarantine_after:
+            return
+        if not blames_node(job, node.id, reason):
+            for other in self._nodes.values():  # where it failed before, it was not the node either
+                other.failures = [failure for failure in other.failures if failure[0] != job.seq]
+        elif self.clock() - self._leases[job.seq].began <= FAST_FAILURE_S:
+            node.failures.append((job.seq, reason))
+            if len(node.failures) >= self.settings.quarantine_after and not self._fail_alike(node, reason):
+                self._quarantine(node, f"{len(node.failures)} failures in a row, the last ({reason}): "
+                                 f"{report.error or 'without a word'}")
+
+    def _fail_alike(self, node: Node, reason: str) -> bool:
+        """Tell whether most other nodes fail for the same reason: then it is no single node's."""
+        others = [other for other in self._nodes.values() if other is not node and not other.offline]
+        alike = sum(bool(other.failures) and other.failures[-1][1] == reason for other in others)
+        return alike > len(others) - alike
+
+    def _quarantine(self, node: Node, reason: str) -> None:
+        if node.quarantine is not None:
+            return
+        now = self.wall()
+        node.quarantine = Quarantine(reason[:1000], now, now + CANARY_FIRST_S)
+        node.canary_due = self.clock() + CANARY_FIRST_S
+        node.failures = []
+        self._write_node(node)
+        self._note("node %s is in quarantine: %s", node.name, reason, level=logging.WARNING)
+
+    def _send_canary(self, node: Node) -> None:
+        """Submit the small encode that lets a node out of quarantine, where none is under way."""
+        node.canary_due = math.inf
+        if node.id not in self._canaries:
+            self._accept(_CANARY_DRAFT._replace(scenario=CANARY, node=node.id))
+
+    def _note_canary(self, job: Job) -> None:
+        if job.state in FINAL:
+            self._canary_ended(job)
+        else:
+            self._canaries[job.only or ""] = job.seq
+
+    def _end_canary(self, node: Node) -> None:
+        if node.id in self._canaries:
+            self._ordered(self._jobs[self._canaries[node.id]], "cancel")
+
+    def _canary_ended(self, canary: Job) -> None:
+        """Let a node out of quarantine, or wait longer until the next canary; forget this one."""
+        node = self._nodes.get(canary.only or "")
+        self._canaries.pop(canary.only or "", None)
+        self.journal.drop_job(canary.seq)
+        if node is None or node.quarantine is None:
+            return
+        if canary.state == "completed":
+            node.quarantine = None
+            self._note("node %s is well again: its test encode succeeded", node.name)
+            self._release(node)
+        else:
+            failed = node.quarantine.canaries + 1
+            pause = min(CANARY_FIRST_S * 2.0 ** min(failed, 30), CANARY_MOST_S)
+            why = canary.error or node.quarantine.reason
+            node.quarantine = Quarantine(why[:1000], node.quarantine.since, self.wall() + pause, failed)
+            node.canary_due = self.clock() + pause
+            self._note("node %s stays in quarantine, next try in %s: %s", node.name,
+                       wire.duration_text(pause), why, level=logging.WARNING)
+        self._write_node(node)
 
     def _hear(self, node_id: str, session: str | None) -> Node:
         """Return the node that speaks, as heard now; ApiError 404 for a stranger, 409 for an old session."""
@@ -1313,6 +1741,8 @@ class Master:
         lease = self._leases[job.seq]
         stands = bool((lease.progress or {}).get("paused"))
         word = {"canceling": "cancel", "stopped": "pause"}.get(job.state, "resume" if stands else None)
+        if word != "cancel" and self.clock() >= self._nodes[job.node_id or ""].drain_due:
+            word = "return"
         return {"job_id": job.id, "attempt": job.attempt, "action": word} if word else None
 
     def _repeated(self, node: Node, word: str | None) -> Job | None:
@@ -1326,7 +1756,7 @@ class Master:
             return None
         job = None
         while job is None:
-            seq = self._lanes.pop(lambda avoid: self._fits(node, avoid))
+            seq = self._lanes.pop(node.id, lambda needs: self._fits(node, needs))
             if seq is None:
                 return None
             found = self._jobs.get(seq)
@@ -1341,17 +1771,23 @@ class Master:
         self._note("job %s attempt %d: %s takes it", job.id, taken.attempt, node.name)
         return taken
 
-    def _fits(self, node: Node, avoid: frozenset[str]) -> bool:
-        """Tell whether a node may take jobs that failed on some: not on those, while there is another."""
-        return node.id not in avoid or not any(
-            other.id not in avoid and other.status in ("available", "busy") for other in self._nodes.values())
+    def _fits(self, node: Node, needs: Needs) -> bool:
+        """Tell whether a node may take the jobs of a lane: where they failed only while there is no other."""
+        if needs.canary != (node.quarantine is not None):
+            return False
+        return node.id not in needs.avoid or needs.only is not None or not self._elsewhere(needs)
 
-    def _wake(self) -> None:
+    def _elsewhere(self, needs: Needs) -> bool:
+        """Tell whether there is a node on which jobs have not failed yet."""
+        return needs.only is None and any(node.id not in needs.avoid and node.status in ("available", "busy")
+                                          for node in self._nodes.values())
+
+    def _wake(self, needs: Needs | None = None) -> None:
         """Wake the node that has waited longest, where there is work that it may take."""
-        for avoid in self._lanes.needs():
-            for node_id, parked in self._idle.items():
-                if self._fits(self._nodes[node_id], avoid):
-                    del self._idle[node_id]
+        for lane in self._lanes.needs() if needs is None else (needs,):
+            for node_id in self._idle if lane.only is None else (lane.only,):
+                if node_id in self._idle and self._fits(self._nodes[node_id], lane):
+                    parked = self._idle.pop(node_id)
                     parked.woken = True
                     parked.event.set()
                     return
@@ -1360,14 +1796,15 @@ class Master:
         """Put a pending job in its lane, or where it waits for its moment (at most its longest backoff)."""
         left = (job.not_before or 0.0) - self.wall()
         if left > 0:
-            self._lanes.put_later(self.clock() + min(left, BACKOFF_MOST_S), job.seq)
+            most = backoff_most_s(job.retry_count - 1, self.settings)
+            self._lanes.put_later(self.clock() + min(left, most), job.seq)
         else:
-            self._lanes.put(job.seq, job.avoid)
+            self._lanes.put(job.seq, job.needs)
 
     def _pend(self, job: Job) -> None:
         """Line a pending job up and wake one node for it."""
         self._line_up(job)
-        self._wake()
+        self._wake(job.needs)
 
     def _order(self, job: Job) -> None:
         """Tell the holder of a lease that there is a new order for it."""
@@ -1388,7 +1825,7 @@ class Master:
             raise bad("id", "stands twice in one submission")
         if not named:
             with self._transaction():
-                jobs = [self._accept(draft) for draft in drafts]
+                jobs = [self._accept(draft) for draft in self._placed(drafts)]
             return True, jobs
         with self._archive_lock:
             with self._transaction():
@@ -1397,16 +1834,24 @@ class Master:
             archived = self.journal.known_ids([job_id for job_id in named if job_id not in live])
             known = {**live, **{job_id: self._archived(job_id) for job_id in archived}}
             with self._transaction():
-                jobs = [known[draft.id] if draft.id in known else self._accept(draft) for draft in drafts]
+                jobs = [known[draft.id] if draft.id in known else self._accept(draft)
+                        for draft in self._placed(drafts)]
         return any(draft.id not in known for draft in drafts), jobs
+
+    def _placed(self, drafts: Sequence[Draft]) -> list[Draft]:
+        """Return drafts with the ids of the nodes that they name; ApiError 400 before anything is changed."""
+        return [draft if draft.node is None else
+                draft._replace(node=self._node_id(draft.node, 400, "node")) for draft in drafts]
 
     def _accept(self, draft: Draft) -> Job:
         self._last_job += 1
         now = self.wall()
         job = Job(self._last_job, draft.id or str(uuid.uuid4()), draft.scenario, draft.spec, now,
-                  draft.max_retries, history=((now, "pending", None),))
+                  draft.max_retries, history=((now, "pending", None),), only=draft.node)
         self._save(None, job)
         self._pend(job)
+        if job.hidden:
+            return job
         self.counts["submitted"] += 1
         self._note("job %s submitted: %s", job.id, job.scenario)
         return job
@@ -1560,11 +2005,16 @@ class Master:
 
     def _end(self, node: Node, job: Job, report: Report, body: Json) -> None:
         self._take_lines(job, self._leases[job.seq], report)
-        event, now = event_of_report(job, report.status, report.failure_reason), self.wall()
-        due = now + backoff_s(job.retry_count, random.random()) if event == "requeue" else None
+        self._judge_health(node, job, report)
+        elsewhere = report.status == "failed" and self._elsewhere(
+            Needs(frozenset((*job.avoid, node.id)), job.only))
+        event, now = event_of_report(job, report.status, report.failure_reason, elsewhere), self.wall()
+        due = None
+        if event == "requeue":
+            due = now + random.random() * backoff_most_s(job.retry_count, self.settings)
         ended = advance(job, event, now, error=report.error, reason=report.failure_reason,
                         reported=report.status, not_before=due)
-        if report.status != "returned":
+        if report.status != "returned" and not job.hidden:
             self._keep_result(node, ended, report, body)
             ended = ended._replace(result_seq=self._last_result if ended.state in FINAL else None)
         self._save(job, ended)
@@ -1585,10 +2035,8 @@ class Master:
                   "scenario": job.scenario, "status": report.status,
                   "received_at": wire.utc_text(self.wall())}
         self.journal.put("result", self._last_result, report.status, job.scenario, node.id,
-                         json.dumps(result))
-        key = ("results", report.status, job.scenario, node.id)
-        self._totals[key] = self._totals.get(key, 0) + 1
-        self.journal.put("total", key, self._totals[key])
+                         json.dumps(result), job.seq)
+        self._count_key(("results", report.status, job.scenario, node.id), 1)
 
     def logs(self, given: str, after: int, wait_s: float, alive: Callable[[], bool]) -> Json:
         """Return log lines from number `after` on; with `wait_s`, stay until there are any, or the end."""
@@ -1624,18 +2072,29 @@ class Master:
                 for node in self._nodes.values():
                     node.heard += late
             for node in self._nodes.values():
-                if not node.offline and now - node.heard > self.settings.node_timeout_s:
-                    self._give_up(node)
+                self._look_after(node, now)
             for seq, lease in list(self._leases.items()):
                 if now - lease.began > lease.limit_s:
                     limit = wire.duration_text(lease.limit_s)
                     self._lose(self._jobs[seq], f"no report within the job's timeout of {limit}")
             for seq in self._lanes.due(now):
-                self._lanes.put(seq, self._jobs[seq].avoid if seq in self._jobs else ())
-                self._wake()
+                if seq in self._jobs:
+                    self._lanes.put(seq, self._jobs[seq].needs)
+                    self._wake(self._jobs[seq].needs)
             self._wake()  # a node that a job should avoid may be the last one by now
             if self.journal.trouble is not None:
                 self.journal.put("alive", self.wall())
+
+    def _look_after(self, node: Node, now: float) -> None:
+        """Do what is due for a node: give it up, end its drain, try whether it is well again."""
+        if not node.offline and now - node.heard > self.settings.node_timeout_s:
+            self._give_up(node)
+        if node.leases and -math.inf < node.drain_due <= now:
+            node.drain_due = -math.inf  # said once; the order stands until it is obeyed
+            for seq in node.leases:
+                self._order(self._jobs[seq])
+        if node.quarantine is not None and now >= node.canary_due and node.status == "quarantined":
+            self._send_canary(node)
 
     def _give_up(self, node: Node) -> None:
         node.offline = True
@@ -1661,8 +2120,32 @@ class Master:
         if node is not None:
             self._settle_leaving(node)
 
+    def expire(self, most: int = 200) -> bool:
+        """Remove finished jobs past the limits of age and number, a few; tell whether there may be more.
+
+        Age is not judged by a wall clock that has jumped since the start.
+        """
+        settings, wall = self.settings, self.wall()
+        jumped = abs((wall - self.started_at) - (self.clock() - self._began)) > CLOCK_JUMP_S
+        with self._archive_lock:
+            with self._transaction():
+                over = sum(count for key, count in self._totals.items()
+                           if key[0] == "jobs" and key[1] in FINAL) - settings.keep_jobs
+            oldest = self.journal.ended(most)
+            gone = [(seq, key) for number, (seq, ended, key) in enumerate(oldest)
+                    if number < over or (ended < wall - settings.keep_s and not jumped)]
+            keys = [*(key for _, key in gone), *self.journal.result_keys([seq for seq, _ in gone])]
+            with self._transaction():
+                for seq, _ in gone:
+                    self.journal.drop_job(seq)
+                for key in keys:
+                    self._count_key(key, -1)
+        return len(gone) == most
+
     def ready(self) -> Json:
         """Tell that the journal can be written; ApiError 503 names the cause when not."""
+        if self.journal.damage is not None:
+            raise ApiError(503, f"the journal is damaged: {self.journal.damage}; it is being recovered")
         if self.journal.trouble is not None:
             raise ApiError(503, f"the journal cannot be written: {self.journal.trouble}")
         return {"status": "ready"}
@@ -1912,8 +2395,12 @@ def _forget(master: Master, request: Request) -> tuple[int, Any]:
     return 200, master.forget(request.id)
 
 
-def _drain(draining: bool) -> Callable[[Master, Request], tuple[int, Any]]:
-    return lambda master, request: (200, master.drain(request.id, draining))
+def _drain(master: Master, request: Request) -> tuple[int, Any]:
+    return 200, master.drain(request.id, number_of(request.told, "deadline", 0, 30 * 86400))
+
+
+def _resume_node(master: Master, request: Request) -> tuple[int, Any]:
+    return 200, master.resume_node(request.id)
 
 
 def _ask_of(request: Request, node_id: str) -> Ask:
@@ -2016,8 +2503,8 @@ ROUTES = (
     Route("GET", "/nodes/{id}", _node, "one node with its running jobs"),
     Route("DELETE", "/nodes/{id}", _forget, "remove a node; its jobs are pending again"),
     Route("POST", "/nodes/{id}/heartbeat", _heartbeat, "a sign of life; wait=S parks it"),
-    Route("POST", "/nodes/{id}/drain", _drain(True), "let a node finish what runs and take nothing more"),
-    Route("POST", "/nodes/{id}/resume", _drain(False), "let a drained node work again"),
+    Route("POST", "/nodes/{id}/drain", _drain, "let a node finish what runs, for deadline=S at most"),
+    Route("POST", "/nodes/{id}/resume", _resume_node, "let a drained node, or one in quarantine, work again"),
     Route("POST", "/jobs", _submit, "submit a job, or an array of them"),
     Route("GET", "/jobs", _jobs, "jobs, newest first; status, scenario, node_id, limit, after"),
     Route("GET", "/jobs/next", _next_job, "hand out one job to node_id; wait=S parks it, claim=WORD"),
@@ -2498,6 +2985,7 @@ def percent_text(job: Mapping[str, Any]) -> str:
 # ---- 10 Service -----------------------------------------------------------------------------------
 
 BACKLOG = 4096
+HOUSEKEEPING_S = 30.0
 FILES_WANTED = 65_536
 
 
@@ -2561,7 +3049,8 @@ class Service:
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._server.server_port}"
         self._threads = [threading.Thread(target=self._server.serve_forever, args=(0.2,), daemon=True),
-                         threading.Thread(target=self._reap, daemon=True)]
+                         threading.Thread(target=self._reap, daemon=True),
+                         threading.Thread(target=self._keep_house, daemon=True)]
 
     def start(self) -> None:
         """Begin to serve and to reap."""
@@ -2574,6 +3063,16 @@ class Service:
                 self.master.reap()
             except ApiError as error:
                 self._log.debug("reap: %s", error.message)
+
+    def _keep_house(self) -> None:
+        """Check the journal once; then remove what is past the limits, now and then, a little at a time."""
+        self.master.journal.check()
+        while not self._stopping.wait(HOUSEKEEPING_S):
+            try:
+                while self.master.expire() and not self._stopping.wait(0.05):
+                    pass
+            except ApiError as error:
+                self._log.debug("housekeeping: %s", error.message)
 
     def stop(self) -> None:
         """Accept nothing more, answer what is parked, commit what is queued."""
@@ -2608,6 +3107,12 @@ MANAGERS = {
 }
 PACKAGES: Mapping[str, Mapping[str, str]] = {"ffmpeg": {"dnf": "ffmpeg-free"},
                                              "ffprobe": {"": "ffmpeg", "dnf": "ffmpeg-free"}}
+
+
+def start_again() -> None:
+    """Put a fresh start of this program in the place of this process, with the same words."""
+    words = getattr(sys, "orig_argv", [sys.executable, *sys.argv])[1:]
+    os.execv(sys.executable, [sys.executable, *words])
 
 
 def start_program(argv: Sequence[str], output: Any = None) -> subprocess.Popen[bytes]:
@@ -2697,23 +3202,62 @@ def _ago(text: str | None) -> str | None:
     return text
 
 
+def _data_dir(args: argparse.Namespace) -> Path:
+    return Path(args.data_dir or wire.state_home() / "master").absolute()
+
+
+def keep_of(text: str) -> tuple[float, float]:
+    """Argument type of --keep: how many finished jobs, and for how many seconds; inf is no limit."""
+    jobs = age_s = math.inf
+    for part in text.split(","):
+        word = part.strip()
+        if re.fullmatch(r"\d{1,12}", word):
+            jobs = float(word)
+        elif word != "forever":
+            try:
+                age_s = wire.parse_duration(word)
+            except ValueError:
+                raise argparse.ArgumentTypeError(
+                    f"'{text}' is no limit: write a number of jobs, an age such as 90d, both with a comma, "
+                    "or forever") from None
+    return jobs, age_s
+
+
+def cmd_backup(args: argparse.Namespace) -> int:
+    """Copy the journal of a master, which may be running, to a file."""
+    bar, target = wire.ProgressLine(), Path(args.file).absolute()
+    try:
+        counts = copy_journal(_data_dir(args), target,
+                              lambda part: bar.show(f"copying the journal … {100 * part:.0f} %"))
+    finally:
+        bar.close()
+    print(f"{target}: {counts}, {wire.size_text(target.stat().st_size)}")
+    return 0
+
+
 def cmd_master(args: argparse.Namespace) -> int:
     """Run the master until it is told to stop."""
     log = wire.setup_logging(args.log_level, args.log_format, "ffdist.master")
-    folder = Path(args.data_dir or wire.state_home() / "master").absolute()
+    folder = _data_dir(args)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    service = Service(args.host, args.port, folder, Settings(args.node_timeout, args.max_retries), log)
+    settings = Settings(args.node_timeout, args.max_retries, args.retry_delay, args.retry_delay_most,
+                        args.quarantine_after, *args.keep)
+    service = Service(args.host, args.port, folder, settings, log)
     shot = service.master.snapshot()
     waiting = sum(shot.totals.get(("jobs", word), 0) for word in ("pending", "running", "paused", "blocked"))
     service.start()
     log.info("ffdist %s master at %s, data in %s: %d nodes, %d open jobs", VERSION, service.url, folder,
              len(shot.nodes), waiting)
     log.warning("plain HTTP without tokens: whoever reaches this port may submit jobs")
-    while not stop.wait(0.5):
+    while not stop.wait(0.5) and service.master.journal.damage is None:
         pass  # a signal that another thread took is seen only when this one wakes
     service.stop()
+    if not stop.is_set():
+        log.error("the journal is damaged: %s; starting again to recover what can be read",
+                  service.master.journal.damage)
+        start_again()
     log.info("stopped; nothing is lost: agents work on and wait for the next start")
     return 0
 
@@ -2782,6 +3326,10 @@ def _show_job(job: Json) -> None:
     if job.get("error"):
         reason = job.get("failure_reason")
         rows.append(("error", f"{job['error']}{f' ({reason})' if reason else ''}"))
+    if len(job.get("attempts") or ()) > 1:
+        rows += [(f"attempt {record['attempt']}", " ".join(str(word) for word in (
+            record["status"], "on", record["node_id"], record.get("failure_reason"), record.get("error"))
+            if word)) for record in job["attempts"]]
     if job["retry_count"]:
         rows.append(("retries", f"{job['retry_count']} of {job['max_retries']}: {job.get('retry_reason')}"))
     if job["status"] == "running":
@@ -2862,7 +3410,12 @@ def cmd_nodes(args: argparse.Namespace) -> int:
               node.get("type"), node.get("cpu_threads"), wire.size_text(node.get("ram_bytes")),
               _ago(node["last_heartbeat"]), node.get("gpu_type"), node.get("cpu_model"))
              for node in page["nodes"]]
-    return _print_page(rows, page, "nodes", "register one with: python3 agent.py --register --master URL")
+    code = _print_page(rows, page, "nodes", "register one with: python3 agent.py --register --master URL")
+    for node in page["nodes"]:
+        if node.get("quarantine"):
+            said = f"{node['name']} is in quarantine: {node['quarantine']['reason']}"
+            print(f"{wire.printable(said)}; 'undrain {node['id'][:8]}' lets it work at once")
+    return code
 
 
 def cmd_logs(args: argparse.Namespace) -> int:
@@ -2895,7 +3448,7 @@ def cmd_order(verb: str) -> Callable[[argparse.Namespace], int]:
 def cmd_drain(verb: str) -> Callable[[argparse.Namespace], int]:
     """Return the command that drains a node, or ends that."""
     def command(args: argparse.Namespace) -> int:
-        node = _client(args).order_node(args.id, verb)
+        node = _client(args).order_node(args.id, verb, getattr(args, "deadline", None))
         if args.json:
             return _print_json(node)
         running = node["running"]
@@ -2985,15 +3538,24 @@ class Command(NamedTuple):
 _LOG_FLAGS = (Flag("--log-level", "info", wire.one_of("debug", "info", "warning", "error"),
                    "debug, info, warning or error"),
               Flag("--log-format", "text", wire.one_of("text", "json"), "text or json"))
+_DATA_FLAG = Flag("--data-dir", None, Path, "folder of the journal (~/.local/state/ffdist/master)")
 COMMANDS = {
     "master": Command(cmd_master, "run the master", (
         Flag("--port", "8080", wire.whole_number(0, 65535), "port to listen on (8080; 0: any free one)"),
         Flag("--host", "0.0.0.0", str, "address to listen on (0.0.0.0: all)"),
-        Flag("--data-dir", None, Path, "folder of the journal (~/.local/state/ffdist/master)"),
+        _DATA_FLAG,
         Flag("--node-timeout", "90s", wire.seconds, "silence after which a node is lost (90s)"),
         Flag("--max-retries", "3", wire.whole_number(0, 100),
              "how often a job is tried again after a lost node or a failure that may pass (3)"),
+        Flag("--retry-delay", "1s", wire.seconds, "longest wait before the first retry, doubling then (1s)"),
+        Flag("--retry-delay-most", "5m", wire.seconds, "longest wait before any retry (5m)"),
+        Flag("--quarantine-after", "3", wire.whole_number(0, 1000),
+             "failures in a row that put a node in quarantine (3; 0: never)"),
+        Flag("--keep", "1000000", keep_of,
+             "finished jobs to keep: a number, an age such as 90d, both, or forever (1000000)"),
         *_LOG_FLAGS)),
+    "backup": Command(cmd_backup, "copy the journal of a master, running or not, to a file", (_DATA_FLAG,),
+                      ("file",)),
     "demo": Command(cmd_demo, "a master, an agent and a real encode, here and now", (
         Flag("--install", False, None, "install ffmpeg where it is missing"),
         Flag("--input", None, str, "a film of yours (a generated source)"),
@@ -3014,9 +3576,11 @@ COMMANDS = {
     "retry": Command(cmd_order("retry"), "run a finished job again", (MASTER_FLAG, JSON_FLAG), ("id",)),
     "nodes": Command(cmd_nodes, "list nodes", (MASTER_FLAG, JSON_FLAG)),
     "drain": Command(cmd_drain("drain"), "let a node finish what runs and take nothing more",
-                     (MASTER_FLAG, JSON_FLAG), ("node",)),
-    "undrain": Command(cmd_drain("resume"), "let a drained node work again", (MASTER_FLAG, JSON_FLAG),
-                       ("node",)),
+                     (Flag("--deadline", None, wire.seconds,
+                           "what still runs then is given back to other nodes (never)"),
+                      MASTER_FLAG, JSON_FLAG), ("node",)),
+    "undrain": Command(cmd_drain("resume"), "let a node work again that was drained or in quarantine",
+                       (MASTER_FLAG, JSON_FLAG), ("node",)),
     "results": Command(cmd_results, "list results", (*PAGE_FLAGS, MASTER_FLAG, JSON_FLAG)),
 }
 EPILOG = """examples:
@@ -3049,6 +3613,7 @@ def build_parser() -> argparse.ArgumentParser:
 _WORDS: dict[str, Callable[[argparse.ArgumentParser], Any]] = {
     "id": lambda sub: sub.add_argument("id", metavar="ID",
                                        help="a job's id, or 4 or more of its first characters"),
+    "file": lambda sub: sub.add_argument("file", metavar="FILE", help="the copy; an earlier one is replaced"),
     "node": lambda sub: sub.add_argument("id", metavar="NODE", help="a node's name or id"),
     "follow": lambda sub: sub.add_argument("-f", "--follow", action="store_true",
                                            help="follow it to its end"),

@@ -739,7 +739,7 @@ class TestReports(Served):
 
     def test_a_failure_that_would_come_again_ends_the_job_at_once(self) -> None:
         node = self.node()
-        for reason in ("input", "parameters", "encoder", "timeout", "no_capability"):
+        for reason in ("input", "parameters", "encoder", "timeout"):
             job = self.running(node)
             node.report(job, "failed", error="no", failure_reason=reason)
             self.assertEqual((self.status(job), self.job(job)["failure_reason"]), ("failed", reason))

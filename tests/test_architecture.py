@@ -284,7 +284,7 @@ class Seams(unittest.TestCase):
                        r"os\.(system|popen|fork|forkpty|exec\w*|spawn\w*|posix_spawn\w*)")
         found = {name: sorted((section.title, who) for section, who, _ in source.uses(starts))
                  for name, source in SOURCES.items()}
-        self.assertEqual(found, {"ffdist": [("Service", "start_program")],
+        self.assertEqual(found, {"ffdist": [("Service", "start_again"), ("Service", "start_program")],
                                  "agent": [("Run", "Process"), ("Run", "launcher")],
                                  "hwdetect": [("Host", "_spawn")]})
 

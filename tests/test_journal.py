@@ -4,6 +4,10 @@ What was acknowledged is there after `kill -9`; what was not may be there or not
 """
 from __future__ import annotations
 
+import argparse
+import contextlib
+import logging
+import math
 import os
 import random
 import signal
@@ -16,11 +20,15 @@ import unittest
 import uuid
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ffdist
-from tests.support import TOP, Case, Master, call, run, wait_for
+from tests.support import TOP, Case, Master, call, free_port, run, wait_for
 from tests.test_api import Node
 
+LOG = logging.getLogger("ffdist.test-journal")
+LOG.addHandler(logging.NullHandler())
+LOG.propagate = False
 SEED = int(os.environ.get("FFDIST_TEST_SEED", "20251229"))
 
 
@@ -316,32 +324,6 @@ class TestRefusal(Case):
             self.assertIn(word, words)
         self.assertFalse((self.folder / "master").exists())
 
-    def test_a_journal_that_is_no_database(self) -> None:
-        for name, content in (("garbage", os.urandom(8192)), ("text", b"a letter, no database\n" * 99)):
-            with self.subTest(name):
-                folder = self.folder / name
-                folder.mkdir()
-                (folder / "journal.db").write_bytes(content)
-                (folder / "lock").touch()
-                self.assertIn(str(folder / "journal.db"), self.refused(folder=folder))
-
-    def test_a_journal_that_was_cut_or_overwritten(self) -> None:
-        whole = self.stopped(2000).read_bytes()
-        damaged = {"cut": whole[:len(whole) // 2], "one page": whole[:4096],
-                   "overwritten": whole[:4096] + b"\xff" * (len(whole) - 4096)}
-        for name, content in damaged.items():
-            with self.subTest(name):
-                folder = self.folder / name.replace(" ", "-")
-                folder.mkdir()
-                (folder / "journal.db").write_bytes(content)
-                (folder / "lock").touch()
-                before = (folder / "journal.db").read_bytes()
-                done = run(str(TOP / "ffdist.py"), "master", "--host", "127.0.0.1", "--port", "0",
-                           "--data-dir", str(folder), folder=self.folder, timeout=60)
-                self.assertEqual((done.returncode, len(done.stderr.splitlines())), (1, 1), done.stderr)
-                self.assertIn(str(folder / "journal.db"), done.stderr)
-                self.assertEqual((folder / "journal.db").read_bytes(), before)
-
     def test_a_database_of_another_program_is_left_alone(self) -> None:
         folder = self.folder / "master"
         folder.mkdir()
@@ -360,6 +342,306 @@ class TestRefusal(Case):
         self.master().submit()
         for path in (self.folder / "master", *(self.folder / "master").iterdir()):
             self.assertEqual(path.stat().st_mode & 0o077, 0, path)
+
+
+class TestRecovery(Case):
+    """A damaged journal is set aside, and what can be read of it goes on."""
+
+    def filled(self, jobs: int) -> tuple[Path, Master]:
+        """Return the journal of a stopped master, with a result for each second job."""
+        master = self.master()
+        worker = Node(master, "worker")
+        master.call("POST", "/jobs", [{"scenario": "a", "parameters": {"input": f"film-{n}.mov"}}
+                                      for n in range(jobs)])
+        for _ in range(jobs // 2):
+            worker.report(worker.claim().body["job"], metrics={"duration": 1.5}, lines=["end"], lines_from=0)
+        master.end()
+        return self.folder / "master" / "journal.db", master
+
+    def recovered(self, path: Path) -> Master:
+        """Start a master on what is left of a journal; check what it says and that it works."""
+        before = path.read_bytes()
+        master = self.master(port=0)
+        words = wait_for(lambda: "".join(line for line in master.words().splitlines() if "set aside" in line),
+                         why=master.words())
+        aside = Path(words.split("set aside as ")[1].split(",")[0])
+        self.assertEqual(aside.read_bytes(), before)
+        self.assertEqual(master.get("/ready"), {"status": "ready"})
+        jobs, results = master.get("/jobs?limit=1000"), master.get("/results?limit=1000")
+        self.assertEqual((jobs["total"], results["total"]), (jobs["count"], results["count"]))
+        self.assertIn(f"{jobs['total']} jobs, {results['total']} results were recovered", words)
+        self.assertEqual(master.submit()["status"], "pending")
+        return master
+
+    def test_what_is_no_database_is_set_aside(self) -> None:
+        path = self.folder / "master" / "journal.db"
+        path.parent.mkdir()
+        path.write_bytes(b"a letter, no database\n" * 99)
+        self.assertEqual(self.recovered(path).get("/jobs")["total"], 1)
+
+    def test_what_stands_in_whole_pages_of_a_damaged_one_goes_on(self) -> None:
+        path, _ = self.filled(600)
+        whole = path.read_bytes()
+        damaged = {"one page": whole[:4096],
+                   "all but the first": whole[:4096] + b"\xff" * (len(whole) - 4096),
+                   "cut": whole[:len(whole) // 2]}
+        for name, content in damaged.items():
+            with self.subTest(name):
+                for old in path.parent.iterdir():
+                    old.unlink()
+                path.write_bytes(content)
+                (path.parent.parent / "master.log").unlink()
+                self.recovered(path).end()
+
+    def test_single_damaged_pages_cost_no_more_than_what_stood_on_them(self) -> None:
+        path, _ = self.filled(900)
+        whole = bytearray(path.read_bytes())
+        pages = [number for number in range(2, len(whole) // 4096)
+                 if b"film-" in whole[number * 4096:number * 4096 + 4096]]
+        chance = random.Random(SEED)
+        for number in chance.sample(pages, 3):
+            whole[number * 4096:number * 4096 + 4096] = b"\xff" * 4096
+        path.write_bytes(whole)
+        master = self.recovered(path)
+        total = master.get("/jobs?limit=1")["total"] - 1
+        self.assertGreater(total, 850)
+        self.assertLess(total, 900)
+        worker = Node(master, "worker")
+        self.assertIsNotNone(worker.claim().body["job"])
+
+    def test_damage_found_while_it_runs_is_recovered_by_a_new_start_in_place(self) -> None:
+        path, _ = self.filled(400)
+        whole = bytearray(path.read_bytes())
+        page = next(number for number in range(2, len(whole) // 4096) if b'"metrics": {"duration": 1.5}'
+                    in whole[number * 4096:number * 4096 + 4096])
+        whole[page * 4096:page * 4096 + 4096] = b"\xff" * 4096
+        path.write_bytes(whole)
+        master = self.master(port=free_port())  # its start reads no finished results
+        pid = master.pid
+        wait_for(lambda: "set aside as" in master.words(), why=master.words())
+        self.assertIn("starting again to recover", master.words())
+
+        def answers() -> bool:
+            with contextlib.suppress(OSError):
+                return bool(master.call("GET", "/ready").status == 200)
+            return False
+        wait_for(answers, why=master.words())
+        self.assertEqual((master.pid, master.process.poll()), (pid, None))
+        self.assertEqual(master.get("/jobs?limit=1")["total"], 400)
+        self.assertTrue(150 < master.get("/results?limit=1")["total"] < 200)
+
+    def test_a_kill_between_any_two_lines_of_a_recovery_is_made_good_by_the_next(self) -> None:
+        path, _ = self.filled(60)
+        whole = bytearray(path.read_bytes())
+        page = next(number for number in range(2, len(whole) // 4096) if b"film-" in
+                    whole[number * 4096:number * 4096 + 4096])
+        whole[page * 4096:page * 4096 + 4096] = b"\xff" * 4096
+        outcomes = []
+        for number in range(1, 12):
+            folder = self.folder / f"kill-{number}"
+            folder.mkdir()
+            (folder / "journal.db").write_bytes(whole)
+            (folder / ffdist.DAMAGED).write_text("the test says so")
+            left = [number]
+
+            def killed(real: Any, left: list[int] = left) -> Any:
+                def step(*args: Any, **more: Any) -> Any:
+                    left[0] -= 1
+                    if left[0] == 0:
+                        raise KeyboardInterrupt
+                    return real(*args, **more)
+                return step
+            names = ("os.replace", "os.link", "ffdist.Path.unlink", "ffdist._salvage", "ffdist._count_anew")
+            with contextlib.ExitStack() as stack:
+                for name in names:
+                    module, _, attribute = name.rpartition(".")
+                    real = getattr(eval(module, {"os": os, "ffdist": ffdist}), attribute)
+                    stack.enter_context(mock.patch(name, killed(real)))
+                with contextlib.suppress(KeyboardInterrupt):
+                    ffdist.recover_journal(folder)
+            if (folder / ffdist.DAMAGED).exists():
+                ffdist.recover_journal(folder)
+            with contextlib.closing(sqlite3.connect(folder / "journal.db")) as journal:
+                counts = "SELECT count(*), sum(ended IS NOT NULL) FROM jobs"
+                outcomes.append(journal.execute(counts).fetchone())
+            aside = list(folder.glob("journal-damaged-*.db"))
+            self.assertEqual([file.read_bytes() for file in aside], [bytes(whole)], number)
+            self.assertEqual({file.name for file in folder.iterdir()} - {"journal.db", aside[0].name}, set())
+        self.assertEqual(len(set(outcomes)), 1, outcomes)
+        self.assertGreater(outcomes[0][0], 30)
+
+
+class TestBackup(Case):
+    def backup(self, file: Path, *flags: str) -> Any:
+        return run(str(TOP / "ffdist.py"), "backup", str(file), "--data-dir", str(self.folder / "master"),
+                   *flags, folder=self.folder)
+
+    def test_a_copy_of_a_master_at_work_is_whole_and_starts(self) -> None:
+        master = self.master()
+        stop = threading.Event()
+        acknowledged: list[str] = []
+
+        def submit() -> None:
+            while not stop.is_set():
+                acknowledged.append(master.submit()["id"])
+        workers = [threading.Thread(target=submit) for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        wait_for(lambda: len(acknowledged) > 200)
+        before = set(acknowledged)
+        done = self.backup(self.folder / "copy.db")
+        stop.set()
+        for worker in workers:
+            worker.join()
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertRegex(done.stdout, r"copy\.db: \d+ jobs, 0 results, 0 nodes, ")
+        self.assertEqual((self.folder / "copy.db").stat().st_mode & 0o077, 0)
+        other = self.folder / "other"
+        (other / "master").mkdir(parents=True)
+        (self.folder / "copy.db").rename(other / "master" / "journal.db")
+        copy = Master(other)
+        self.addCleanup(copy.end)
+        ids, after = set(), ""
+        while after is not None:
+            page = copy.get(f"/jobs?limit=1000{after and '&after=' + after}")
+            ids |= {job["id"] for job in page["jobs"]}
+            after = page["next"]
+        self.assertLessEqual(before, ids)
+        self.assertLessEqual(ids, set(acknowledged))
+
+    def test_a_copy_that_cannot_be_made_leaves_the_earlier_one(self) -> None:
+        self.master().end()
+        file = self.folder / "copy.db"
+        file.write_text("the earlier one")
+        (self.folder / "master" / "journal.db").rename(self.folder / "gone.db")
+        done = self.backup(file)
+        self.assertEqual((done.returncode, file.read_text()), (1, "the earlier one"))
+        self.assertIn("--data-dir", done.stderr)
+        (self.folder / "gone.db").rename(self.folder / "master" / "journal.db")
+        self.assertEqual(self.backup(file).returncode, 0)
+        done = self.backup(self.folder / "nowhere" / "copy.db")
+        self.assertEqual((done.returncode, len(done.stderr.splitlines())), (1, 1), done.stderr)
+        self.assertEqual([path.name for path in self.folder.iterdir() if path.name.endswith(".part")], [])
+
+
+class TestRetention(Case):
+    """What is past the limits goes, oldest first; memory, pages and totals agree, also after a restart."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.now, self.wall = 100.0, 1e9
+        self.master_of = ffdist.Master(self.folder / "m", ffdist.Settings(), LOG, lambda: self.now,
+                                       lambda: self.wall)
+        self.addCleanup(lambda: self.master_of.close())
+        self.node = self.master_of.register({"address": "worker"})[1]["id"]
+
+    def finish(self, count: int, status: str = "completed") -> list[str]:
+        ids = []
+        for _ in range(count):
+            self.now, self.wall = self.now + 10, self.wall + 10
+            job = self.master_of.submit([ffdist.draft_of({"scenario": "a", "max_retries": 0}, 0)])[1][0]
+            ask = ffdist.Ask(self.node, None, 0, 0, None, False, lambda: True)
+            self.assertEqual(self.master_of.claim(ask)["job"].id, job.id)
+            self.master_of.report({"job_id": job.id, "node_id": self.node, "status": status,
+                                   "lines": ["a line"]})
+            ids.append(job.id)
+        return ids
+
+    def keep(self, **limits: float) -> None:
+        self.master_of.settings = ffdist.Settings(**limits)  # type: ignore[arg-type]
+        while self.master_of.expire(3):
+            pass
+        self.check()
+        self.master_of.close()
+        self.master_of = ffdist.Master(self.folder / "m", ffdist.Settings(), LOG, lambda: self.now,
+                                       lambda: self.wall)
+        self.check()
+
+    def check(self) -> None:
+        for find in (self.master_of.jobs, self.master_of.results):
+            page, total, _ = find({}, None, 1000)
+            self.assertEqual(len(page), total)
+        jobs = {job["id"] for job in self.master_of.jobs({}, None, 1000)[0]}
+        results = {result["job_id"] for result in self.master_of.results({}, None, 1000)[0]}
+        self.assertLessEqual(results, jobs)
+
+    def ids(self) -> list[str]:
+        return [job["id"] for job in self.master_of.jobs({}, None, 1000)[0]][::-1]
+
+    def test_the_newest_so_many_stay_and_open_jobs_always(self) -> None:
+        waiting = self.master_of.submit([ffdist.draft_of({"scenario": "b", "node": self.node}, 0)])[1][0]
+        self.master_of.order(waiting.id, "pause")
+        ids = self.finish(10) + self.finish(2, "failed")
+        self.keep(keep_jobs=5)
+        self.assertEqual(self.ids(), [waiting.id, *ids[-5:]])
+        with self.assertRaises(ffdist.ApiError):
+            self.master_of.order(ids[0], "retry")
+
+    def test_what_ended_long_ago_goes(self) -> None:
+        ids = self.finish(10)
+        self.keep(keep_s=45.0)
+        self.assertEqual(self.ids(), ids[-5:])
+
+    def test_a_wall_clock_that_jumps_removes_nothing(self) -> None:
+        ids = self.finish(4)
+        self.wall += 400 * 86400
+        self.keep(keep_s=86400.0)
+        self.assertEqual(self.ids(), ids)
+
+    def test_a_job_that_runs_again_is_no_longer_finished(self) -> None:
+        ids = self.finish(4)
+        self.master_of.order(ids[0], "retry")
+        self.keep(keep_jobs=1)
+        self.assertEqual(self.ids(), [ids[0], ids[-1]])
+
+    def test_a_master_keeps_house_by_itself(self) -> None:
+        with mock.patch.object(ffdist, "HOUSEKEEPING_S", 0.05):
+            service = ffdist.Service("127.0.0.1", 0, self.folder / "s", ffdist.Settings(keep_jobs=2), LOG)
+            service.start()
+            self.addCleanup(service.stop)
+            self.master_of.close()
+            self.addCleanup(setattr, self, "master_of", mock.Mock())
+            self.master_of = service.master
+            self.node = self.master_of.register({"address": "worker"})[1]["id"]
+            ids = self.finish(6)
+            wait_for(lambda: self.ids() == ids[-2:])
+
+    def test_what_the_flag_means(self) -> None:
+        inf = math.inf
+        for text, limits in (("1000", (1000, inf)), ("90d", (inf, 90 * 86400)), ("500, 12h", (500, 43200)),
+                             ("forever", (inf, inf))):
+            self.assertEqual(ffdist.keep_of(text), limits)
+        with self.assertRaises(argparse.ArgumentTypeError):
+            ffdist.keep_of("a while")
+
+
+class TestOlderFormat(Case):
+    def test_a_journal_of_format_1_goes_on(self) -> None:
+        master = self.master()
+        worker = Node(master, "worker")
+        for _ in range(6):
+            master.submit()
+        for _ in range(3):
+            worker.report(worker.claim().body["job"], metrics={"duration": 1.0})
+        before = record_of(master)
+        master.end()
+        path = self.folder / "master" / "journal.db"
+        with contextlib.closing(sqlite3.connect(path)) as journal:
+            for table in ("jobs", "results"):
+                columns = [row[1] for row in journal.execute(f"PRAGMA table_info({table})")
+                           if row[1] not in ("ended", "job_seq")]
+                journal.executescript(
+                    f"CREATE TABLE old AS SELECT {', '.join(columns)} FROM {table}; DROP TABLE {table};"
+                    f"CREATE TABLE {table}({', '.join(columns)}, PRIMARY KEY(seq), "
+                    f"UNIQUE({'id' if 'id' in columns else 'seq'}));"
+                    f"INSERT INTO {table} SELECT * FROM old; DROP TABLE old;")
+            journal.execute("PRAGMA user_version=1")
+            journal.commit()
+        master = self.master("--keep", "2")
+        self.assertEqual(record_of(master), before)
+        with contextlib.closing(sqlite3.connect(path)) as journal:
+            for rows in ("jobs WHERE ended IS NOT NULL", "results WHERE job_seq IN (SELECT seq FROM jobs)"):
+                self.assertEqual(journal.execute(f"SELECT count(*) FROM {rows}").fetchone(), (3,), rows)
 
 
 class TestFullDisk(Case):

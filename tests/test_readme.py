@@ -209,7 +209,8 @@ class Exact(unittest.TestCase):
                          (1 << 20, 10 << 20, 32 << 10))
         self.assertEqual((ffdist.HEADERS_MOST, ffdist.HEAD_S, ffdist.NESTING_MOST, ffdist.LOG_LINES_MOST,
                           ffdist.BULK_MOST, ffdist.PAGE_MOST), (100, 10, 64, 20_000, 10_000, 1000))
-        self.assertEqual((ffdist.BACKOFF_FIRST_S, ffdist.BACKOFF_MOST_S), (1, 300))
+        settings = ffdist.Settings()
+        self.assertEqual((settings.retry_delay_s, settings.retry_delay_most_s), (1, 300))
 
 
 if __name__ == "__main__":

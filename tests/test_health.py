@@ -1,0 +1,370 @@
+"""Nodes that fail by themselves, and the way back: quarantine, canaries, drains with a deadline, pinned jobs.
+
+The master's own state runs in this process with a clock that the test turns; the agents are stand-ins that
+say what a real one says. The same on real processes: test_end_to_end.
+"""
+from __future__ import annotations
+
+import itertools
+import logging
+import unittest
+import uuid
+from typing import Any
+
+import ffdist
+from agent import ApiError
+from ffdist import Ask, Job, Master, Settings, backoff_most_s, blames_node, draft_of
+from tests.support import Case
+
+LOG = logging.getLogger("ffdist.test-health")
+LOG.addHandler(logging.NullHandler())
+LOG.propagate = False
+
+
+class Fleet(Case):
+    """A master whose clock the test turns, and nodes that it speaks for."""
+
+    settings = Settings(node_timeout_s=90.0)
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.now = 1000.0
+        self.offset = 1e9
+        self.words = itertools.count()
+        self.master = self.start()
+        self.addCleanup(lambda: self.master.close())
+        self.sick, self.well = self.node("sick"), self.node("well")
+
+    def start(self) -> Master:
+        return Master(self.folder / "master", self.settings, LOG, lambda: self.now,
+                      lambda: self.now + self.offset)
+
+    def restart(self) -> None:
+        self.master.close()
+        self.master = self.start()
+
+    def node(self, name: str, **more: Any) -> str:
+        node_id = str(uuid.uuid5(uuid.NAMESPACE_DNS, name))
+        self.master.register({"address": name, "id": node_id, "session": f"session of {name}",
+                              "protocol": 1, "holding": [], **more})
+        return node_id
+
+    def ask(self, node_id: str, seen: int = 0, **more: Any) -> dict[str, Any]:
+        name = next(node["name"] for node in self.master.nodes() if node["id"] == node_id)
+        ask = Ask(node_id, f"session of {name}", 0.0, seen, f"word {next(self.words)}", False, lambda: True)
+        return self.master.claim(ask._replace(**more))
+
+    def claim(self, node_id: str) -> Job | None:
+        return self.ask(node_id).get("job")
+
+    def beat(self) -> None:
+        for node in self.master.nodes():
+            self.master.heartbeat(Ask(node["id"], None, 0.0, 0, None, False, lambda: True))
+
+    def submit(self, **more: Any) -> Job:
+        return self.master.submit([draft_of({"scenario": "720p30-h264", **more}, 3)])[1][0]
+
+    def report(self, job: Job, node_id: str, status: str = "completed", **more: Any) -> None:
+        self.master.report({"job_id": job.id, "node_id": node_id, "attempt": job.attempt, "status": status,
+                            **more})
+
+    def end_badly(self, node_id: str, reason: str = "killed") -> Job | None:
+        """Let a node fail the next job that it gets, at once; return the job."""
+        job = self.claim(node_id)
+        if job is not None:
+            self.report(job, node_id, "failed", failure_reason=reason, error=f"ffmpeg: {reason}")
+        return job
+
+    def turn(self, seconds: float) -> None:
+        """Let time go by in steps in which every node gives a sign of life."""
+        for _ in range(round(seconds)):
+            self.now += 1
+            self.beat()
+            self.master.reap()
+
+    def status(self, node_id: str) -> str:
+        return str(self.master.node(node_id)["status"])
+
+
+class TestQuarantine(Fleet):
+    def make_sick(self) -> None:
+        for _ in range(3):
+            self.submit()
+            self.assertIsNotNone(self.end_badly(self.sick, "out_of_disk"))
+
+    def test_three_failures_in_a_row_put_a_node_in_quarantine_with_the_reason_shown(self) -> None:
+        self.make_sick()
+        node = self.master.node(self.sick)
+        self.assertEqual(node["status"], "quarantined")
+        self.assertIn("3 failures in a row", node["quarantine"]["reason"])
+        self.assertIn("ffmpeg: out_of_disk", node["quarantine"]["reason"])
+        self.assertTrue(node["quarantine"]["next_canary"].endswith("Z"))
+        self.assertIsNone(self.claim(self.sick))
+        self.assertEqual(self.status(self.well), "available")
+
+    def test_a_success_between_failures_begins_the_count_anew(self) -> None:
+        for _ in range(2):
+            self.submit()
+            self.end_badly(self.sick)
+        self.submit()
+        job = self.claim(self.sick)
+        assert job is not None
+        self.report(job, self.sick)
+        for _ in range(2):
+            self.submit()
+            self.end_badly(self.sick)
+        self.assertEqual(self.status(self.sick), "available")
+
+    def test_input_and_parameters_say_nothing_of_a_node(self) -> None:
+        for reason in ("input", "parameters", "input", "output", "timeout", "parameters"):
+            self.submit()
+            self.end_badly(self.sick, reason)
+        self.assertEqual(self.status(self.sick), "available")
+
+    def test_a_program_that_tells_no_reason_is_not_judged(self) -> None:
+        for _ in range(4):
+            self.submit()
+            job = self.claim(self.sick)
+            assert job is not None
+            self.report(job, self.sick, "failed")
+        self.assertEqual(self.status(self.sick), "available")
+
+    def test_slow_failures_say_nothing_of_a_node(self) -> None:
+        for _ in range(4):
+            self.submit()
+            job = self.claim(self.sick)
+            assert job is not None
+            self.turn(ffdist.FAST_FAILURE_S + 1)
+            self.report(job, self.sick, "failed", failure_reason="killed", error="killed")
+        self.assertEqual(self.status(self.sick), "available")
+
+    def test_a_job_that_fails_alike_elsewhere_is_to_blame_itself(self) -> None:
+        for _ in range(4):
+            self.submit()
+            self.end_badly(self.sick)
+            self.turn(5)
+            self.end_badly(self.well)
+            self.turn(5)
+        self.assertEqual((self.status(self.sick), self.status(self.well)), ("available", "available"))
+
+    def test_where_most_nodes_fail_alike_none_is_taken_out(self) -> None:
+        third = self.node("third")
+        for node_id in (self.sick, self.well, third) * 4:
+            self.submit(max_retries=0)
+            self.end_badly(node_id, "network")
+        self.assertEqual({self.status(one) for one in (self.sick, self.well, third)}, {"available"})
+
+    def test_a_canary_goes_to_the_sick_node_alone_is_hidden_and_lets_it_back(self) -> None:
+        self.make_sick()
+        self.turn(ffdist.CANARY_FIRST_S + 1)
+        while (job := self.claim(self.well)) is not None:
+            self.assertFalse(job.hidden)
+            self.report(job, self.well)
+        total = self.master.jobs({}, None, 100)[1]
+        canary = self.claim(self.sick)
+        assert canary is not None
+        self.assertTrue(canary.hidden)
+        self.assertEqual((len(self.master.jobs({}, None, 100)[0]), total), (3, 3))
+        self.report(canary, self.sick, metrics={"duration": 1})
+        self.assertEqual((self.status(self.sick), self.master.node(self.sick)["quarantine"]),
+                         ("available", None))
+        self.assertEqual(self.master.results({}, None, 100)[1], 6)
+        with self.assertRaises(ApiError) as caught:
+            self.master.job(canary.id)
+        self.assertEqual(caught.exception.status, 404)
+
+    def test_a_canary_that_fails_makes_the_next_one_wait_longer(self) -> None:
+        self.make_sick()
+        pauses = []
+        for _ in range(8):
+            waited = 0.0
+            while (canary := self.claim(self.sick)) is None:
+                self.turn(1)
+                waited += 1
+            pauses.append(waited)
+            self.report(canary, self.sick, "failed", failure_reason="out_of_disk", error="still full")
+        self.assertEqual(pauses, sorted(pauses))
+        self.assertAlmostEqual(pauses[0], 10, delta=1)
+        self.assertAlmostEqual(pauses[3], 80, delta=1)
+        self.assertAlmostEqual(pauses[-1], ffdist.CANARY_MOST_S, delta=1)
+        self.assertEqual(self.master.node(self.sick)["quarantine"]["reason"], "still full")
+
+    def test_quarantine_and_its_canary_survive_a_restart_of_the_master(self) -> None:
+        self.make_sick()
+        self.restart()
+        self.assertEqual(self.status(self.sick), "quarantined")
+        self.turn(ffdist.CANARY_FIRST_S + 1)
+        self.restart()
+        self.turn(1)
+        canary = self.claim(self.sick)
+        assert canary is not None
+        self.assertTrue(canary.hidden)
+        self.restart()
+        self.report(canary, self.sick)
+        self.assertEqual(self.status(self.sick), "available")
+
+    def test_a_lost_canary_is_followed_by_another(self) -> None:
+        self.make_sick()
+        self.turn(ffdist.CANARY_FIRST_S + 1)
+        canary = self.claim(self.sick)
+        assert canary is not None
+        for _ in range(95):
+            self.now += 1
+            self.master.reap()
+        self.assertEqual(self.status(self.sick), "offline")
+        self.turn(60)
+        self.assertEqual(self.status(self.sick), "quarantined")
+        again = self.claim(self.sick)
+        assert again is not None
+        self.assertNotEqual(again.id, canary.id)
+
+    def test_a_person_lets_a_node_out_and_its_canary_goes(self) -> None:
+        self.make_sick()
+        self.turn(ffdist.CANARY_FIRST_S + 1)
+        self.assertEqual(self.master.resume_node(self.sick)["status"], "available")
+        job = self.claim(self.sick)
+        self.assertTrue(job is None or not job.hidden)
+
+    def test_a_node_that_was_started_anew_gets_its_canary_at_once(self) -> None:
+        self.make_sick()
+        self.master.register({"address": "sick", "id": self.sick, "session": "session of sick, again",
+                              "protocol": 1, "holding": []})
+        self.assertEqual(self.status(self.sick), "quarantined")
+        self.master.reap()
+        job = self.ask(self.sick, session="session of sick, again").get("job")
+        assert job is not None
+        self.assertTrue(job.hidden)
+
+    def test_a_removed_node_leaves_no_canary(self) -> None:
+        self.make_sick()
+        self.turn(ffdist.CANARY_FIRST_S + 1)
+        self.master.forget(self.sick)
+        self.assertEqual([job for job in self.master.journal.live_jobs() if job.hidden], [])
+
+    def test_it_can_be_turned_off(self) -> None:
+        self.master.settings = Settings(quarantine_after=0)
+        for _ in range(5):
+            self.submit()
+            self.end_badly(self.sick)
+        self.assertEqual(self.status(self.sick), "available")
+
+
+class TestBlame(unittest.TestCase):
+    """The pure judgement: whose fault was it?"""
+
+    def job(self, *ends: tuple[str, str], **settings: Any) -> Job:
+        job = Job(1, str(uuid.uuid4()), "a", draft_of({"scenario": "a", "parameters": settings}, 3).spec, 1.0)
+        for node_id, reason in ends:
+            job = ffdist.advance(job, "claim", 2.0, node_id)
+            job = ffdist.advance(job, "requeue", 3.0, reason=reason, error=reason, reported="failed")
+        return ffdist.advance(job, "claim", 4.0, "here")
+
+    def test_a_failure_of_its_own_blames_the_node(self) -> None:
+        self.assertTrue(blames_node(self.job(), "here", "killed"))
+        self.assertTrue(blames_node(self.job(("other", "network")), "here", "killed"))
+
+    def test_the_jobs_own_reasons_and_those_met_elsewhere_do_not(self) -> None:
+        for reason in ("input", "parameters"):
+            self.assertFalse(blames_node(self.job(), "here", reason))
+        self.assertFalse(blames_node(self.job(("other", "killed")), "here", "killed"))
+
+    def test_a_job_that_failed_on_many_nodes_blames_none(self) -> None:
+        self.assertFalse(blames_node(self.job(("a", "network"), ("b", "stalled")), "here", "killed"))
+
+    def test_an_encoder_that_the_job_named_is_the_jobs_choice(self) -> None:
+        self.assertTrue(blames_node(self.job(), "here", "no_capability"))
+        self.assertFalse(blames_node(self.job(encoder="h264_nvenc"), "here", "no_capability"))
+
+    def test_backoff_doubles_up_to_its_limit(self) -> None:
+        settings = Settings(retry_delay_s=2.0, retry_delay_most_s=60.0)
+        self.assertEqual([backoff_most_s(count, settings) for count in range(7)], [2, 4, 8, 16, 32, 60, 60])
+        self.assertEqual(backoff_most_s(10**6, settings), 60)
+
+
+class TestElsewhere(Fleet):
+    def test_a_lack_that_another_node_may_not_have_is_tried_there_and_then_no_more(self) -> None:
+        job = self.submit(parameters={"encoder": "h264_nvenc"})
+        self.end_badly(self.sick, "no_capability")
+        self.assertEqual(self.master.job(job.id)["status"], "pending")
+        self.turn(2)
+        self.assertIsNone(self.claim(self.sick))
+        self.end_badly(self.well, "no_capability")
+        shown = self.master.job(job.id)
+        self.assertEqual((shown["status"], shown["failure_reason"]), ("failed", "no_capability"))
+        self.assertEqual([record["error"] for record in shown["attempts"]],
+                         ["ffmpeg: no_capability"] * 2)
+
+
+class TestDrainDeadline(Fleet):
+    def test_what_runs_past_the_deadline_is_asked_back(self) -> None:
+        job = self.submit()
+        taken = self.claim(self.sick)
+        assert taken is not None
+        self.assertEqual(self.master.drain(self.sick, 5.0)["status"], "draining")
+        self.turn(4)
+        self.assertNotIn("actions", self.ask(self.sick))
+        self.turn(2)
+        answer = self.ask(self.sick)
+        self.assertEqual(answer["actions"], [{"job_id": job.id, "attempt": 1, "action": "return"}])
+        self.assertIn("actions", self.ask(self.sick, seen=answer["orders"]), "it stands until it is obeyed")
+        self.report(taken, self.sick, "returned")
+        shown = self.master.job(job.id)
+        self.assertEqual((shown["status"], shown["retry_count"]), ("pending", 0))
+        self.assertIsNone(self.claim(self.sick))
+
+    def test_a_cancel_goes_before_and_a_restart_keeps_the_deadline(self) -> None:
+        job = self.submit()
+        self.claim(self.sick)
+        self.master.drain(self.sick, 5.0)
+        self.restart()
+        self.turn(7)
+        self.assertEqual(self.ask(self.sick)["actions"][0]["action"], "return")
+        self.master.order(job.id, "cancel")
+        self.assertEqual(self.ask(self.sick)["actions"][0]["action"], "cancel")
+
+    def test_a_node_that_works_again_has_no_deadline(self) -> None:
+        self.submit()
+        self.claim(self.sick)
+        self.master.drain(self.sick, 5.0)
+        self.assertIsNone(self.master.resume_node(self.sick)["drain_deadline"])
+        self.turn(7)
+        self.assertNotIn("actions", self.ask(self.sick))
+
+    def test_without_a_deadline_it_finishes_what_runs(self) -> None:
+        self.submit()
+        self.claim(self.sick)
+        self.master.drain(self.sick, None)
+        self.turn(500)
+        self.assertNotIn("actions", self.ask(self.sick))
+
+
+class TestPinned(Fleet):
+    def test_a_pinned_job_runs_on_its_node_alone_and_blocks_nobody(self) -> None:
+        pinned, free = self.submit(node="well"), self.submit()
+        self.assertEqual(getattr(self.claim(self.sick), "id", None), free.id)
+        self.assertIsNone(self.claim(self.sick))
+        self.assertEqual(getattr(self.claim(self.well), "id", None), pinned.id)
+
+    def test_it_is_tried_again_on_its_node_where_it_failed(self) -> None:
+        pinned = self.submit(node=self.well)
+        self.end_badly(self.well)
+        self.turn(3)
+        self.assertIsNone(self.claim(self.sick))
+        self.assertEqual(getattr(self.claim(self.well), "id", None), pinned.id)
+
+    def test_an_unknown_node_is_refused_and_nothing_is_accepted(self) -> None:
+        drafts = [draft_of({"scenario": "a"}, 3), draft_of({"scenario": "a", "node": "nowhere"}, 3)]
+        with self.assertRaises(ApiError) as caught:
+            self.master.submit(drafts)
+        self.assertEqual((caught.exception.status, caught.exception.field), (400, "node"))
+        self.assertEqual(self.master.jobs({}, None, 10)[1], 0)
+
+    def test_a_restart_keeps_the_pin(self) -> None:
+        self.submit(node="well")
+        self.restart()
+        self.assertIsNone(self.claim(self.sick))
+        self.assertIsNotNone(self.claim(self.well))
+
+
+if __name__ == "__main__":
+    unittest.main()
