@@ -348,13 +348,14 @@ def _ended(job: Job, event: str, target: str, now: float, error: str | None, rea
     last = {**job.attempts[-1], "ended_at": now, "status": reported or ("lost" if event in ("lose", "exhaust")
                                                                         else target),
             "error": error, "failure_reason": reason}
-    changes: Json = {"attempts": (*job.attempts[:-1], last), "claim": None}
+    # A claim that is repeated after its attempt was taken back finds it again.
+    changes: Json = {"attempts": (*job.attempts[:-1], last), "claim": job.claim if event == "lose" else None}
     if target in FINAL:
         kept = target != "completed"
         return {**changes, "completed_at": now, "error": error if kept else None,
                 "failure_reason": reason if target == "failed" else None}
     changes.update(node_id=None, started_at=None, error=error, failure_reason=reason)
-    if target == "pending" and event in ("lose", "requeue"):
+    if event == "requeue" or (target, event) == ("pending", "lose"):
         changes.update(retry_count=job.retry_count + 1, retry_reason=reason,
                        given_up=job.node_id if event == "lose" else None,
                        avoid=tuple(dict.fromkeys((*job.avoid, job.node_id or ""))))
@@ -1104,9 +1105,11 @@ class Lanes:
     def __init__(self) -> None:
         self._lanes: dict[str | None, dict[Needs, Lane]] = {None: {}}
         self._due: list[tuple[float, int]] = []
+        self._waiting: dict[int, float] = {}  # a number that waits counts nowhere else, wherever it stands
 
     def put(self, seq: int, needs: Needs) -> None:
         """Put a number at its place in the lane of its needs."""
+        self._waiting.pop(seq, None)
         lanes = self._lanes.setdefault(needs.only, {})
         if needs not in lanes:
             lanes[needs] = Lane()
@@ -1114,14 +1117,22 @@ class Lanes:
 
     def put_later(self, due: float, seq: int) -> None:
         """Keep a number until a moment of the monotonic clock."""
+        self._waiting[seq] = due
         heapq.heappush(self._due, (due, seq))
 
     def due(self, now: float) -> list[int]:
         """Take the numbers whose moment has come."""
         taken = []
         while self._due and self._due[0][0] <= now:
-            taken.append(heapq.heappop(self._due)[1])
+            due, seq = heapq.heappop(self._due)
+            if self._waiting.get(seq) == due:
+                del self._waiting[seq]
+                taken.append(seq)
         return taken
+
+    def waits(self, seq: int) -> bool:
+        """Tell whether a number waits for its moment."""
+        return seq in self._waiting
 
     def pop(self, node_id: str, fits: Callable[[Needs], bool]) -> int | None:
         """Take the oldest number of the lanes that a node fits; lanes that are empty go."""
@@ -1482,6 +1493,9 @@ class Master:
         back = advance(job, "reclaim", self.wall(), reason=f"{node.name} came back with it")
         self._save(job, back)
         self._lease(node, back, back.attempts[-1].get("lines", 0))
+        if node.offline:  # it was leaving: with something that runs on it, its silence counts again
+            node.offline = False
+            self._write_node(node)
         self._note("job %s attempt %d: %s came back with it", job.id, job.attempt, node.name)
         return True
 
@@ -1527,6 +1541,7 @@ class Master:
             self._release(node)
             del self._nodes[node.id]
             self.journal.put("forget", node.id)
+            self.journal.put("claims", node.id, "[]")  # who comes back by that id has claimed nothing yet
             self._note("node %s (%s) removed", node.name, node.id)
             return {"status": "removed", "id": node.id}
 
@@ -1760,7 +1775,10 @@ class Master:
             if seq is None:
                 return None
             found = self._jobs.get(seq)
-            job = found if found is not None and found.state == "pending" else None
+            # A job that was held or taken back may stand in a lane twice, once where it no longer belongs.
+            if found is not None and found.state == "pending" and not self._lanes.waits(seq) \
+                    and self._fits(node, found.needs):
+                job = found
         taken = advance(job, "claim", self.wall(), node.id, word)
         self._save(job, taken)
         self._lease(node, taken)
@@ -1793,11 +1811,11 @@ class Master:
                     return
 
     def _line_up(self, job: Job) -> None:
-        """Put a pending job in its lane, or where it waits for its moment (at most its longest backoff)."""
+        """Put a pending job in its lane, or where it waits for its moment: at most as long as was drawn."""
         left = (job.not_before or 0.0) - self.wall()
-        if left > 0:
-            most = backoff_most_s(job.retry_count - 1, self.settings)
-            self._lanes.put_later(self.clock() + min(left, most), job.seq)
+        if job.not_before is not None and job.attempts and left > 0:
+            length = job.not_before - (job.attempts[-1]["ended_at"] or 0.0)
+            self._lanes.put_later(self.clock() + min(left, length), job.seq)
         else:
             self._lanes.put(job.seq, job.needs)
 

@@ -4,6 +4,9 @@ A real master, a real agent and a bare `ThreadingHTTPServer` run as processes of
 load comes from one more process, a lean client over raw sockets that are kept open. Every figure stands
 beside its ratio to the bare server, which the same client has asked right before: figures of two machines,
 or of a busy one, cannot be compared, ratios can. Nothing here is asserted.
+
+`--soak JOBS` puts many jobs through one master instead and sets the last tenth of them beside the first;
+`--deep JOBS` sets dispatch with so many jobs queued beside that with 100.
 """
 from __future__ import annotations
 
@@ -253,20 +256,61 @@ def cycles(port: int, depth: int, clients: int, seconds: float) -> float:
     queued = json.loads(filler.ask(request("GET", "/jobs?status=pending&limit=1")))["total"]
     while spent < seconds:
         submit_many(filler, depth + a_round - queued)
-        left = a_round
-
-        def think(link: Link, body: bytes | None) -> bytes | None:
-            nonlocal left
-            job = claimed(body) if body else None
-            if job:
-                return report(link, job)
-            left -= 1
-            return next_job(link) if left >= 0 else None
-        began = time.perf_counter()
-        drive(links, think)
-        spent += time.perf_counter() - began
+        spent += work_off(links, a_round)
         done, queued = done + a_round, depth
     return done / spent
+
+
+def work_off(links: Sequence[Link], count: int) -> float:
+    """Claim and report so many jobs; return the seconds that it took."""
+    left = count
+
+    def think(link: Link, body: bytes | None) -> bytes | None:
+        nonlocal left
+        job = claimed(body) if body else None
+        if job:
+            return report(link, job)
+        left -= 1
+        return next_job(link) if left >= 0 else None
+    began = time.perf_counter()
+    drive(links, think)
+    return time.perf_counter() - began
+
+
+class Tenth(NamedTuple):
+    """One tenth of a soak: jobs/s in all; claim + result cycles/s and the s of one alone, each also as a
+    ratio to the requests of the bare server right after it; bytes."""
+
+    rate: float
+    cycles: float
+    cycles_ratio: float
+    alone: float
+    alone_ratio: float
+    memory: int
+    journal: int
+
+
+def soak(port: int, bare_port: int, pid: int, folder: Path, jobs: int) -> list[Tenth]:
+    """Put jobs through a master by eight stand-in agents, 2,000 queued at a time; tell each tenth."""
+    raw = request("POST", "/", json.dumps(RESULT).encode())
+    links, filler, found = register(port, 8), Link(port), []
+    for number in range(10):
+        began, spent, done, part = time.perf_counter(), 0.0, 0, jobs // 10
+        while done < part:
+            count = min(2000, part - done)
+            submit_many(filler, count)
+            spent += work_off(links, count)
+            done += count
+        took = time.perf_counter() - began
+        submit_many(filler, 200)
+        alone = statistics.median(work_off(links[:1], 1) for _ in range(200))
+        size = sum(path.stat().st_size for path in folder.glob("journal.db*"))
+        bare, single = rate(bare_port, 8, raw, 2), statistics.median(delays(bare_port, raw, 200))
+        found.append(Tenth(part / took, part / spent, 2 * part / spent / bare, alone, alone / (2 * single),
+                           memory_bytes(pid), size))
+        print(f"  {(number + 1) * part:,} jobs, {part / took:,.0f}/s, cycles {found[-1].cycles_ratio:.2f} of "
+              f"the bare server, {mib(found[-1].memory)}, journal {mib(size)}", file=sys.stderr, flush=True)
+    return found
 
 
 def starts(port: int, nodes: int, count: int) -> list[float]:
@@ -351,12 +395,12 @@ class Row(NamedTuple):
 class QuietMaster(Master):
     """A master that logs only warnings: the screen must not be part of the figures."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *flags: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         Program.__init__(self, [sys.executable, str(TOP / "ffdist.py"), "master", "--host", "127.0.0.1",
                                 "--port", str(self.port), "--data-dir", str(folder / "master"),
-                                "--log-level", "warning"], folder, "master")
+                                "--log-level", "warning", *flags], folder, "master")
         wait_for(lambda: answers(self.port) and self.get("/health"), 60, "the master answers")
 
 
@@ -418,11 +462,11 @@ class Bench:
                         partial(apart, cycles, self.port, depth, 8, self.seconds),
                         partial(apart, rate, self.bare_port, 8, raw, self.seconds), 2)
 
-    def restart(self) -> None:
+    def restart(self, *flags: str) -> None:
         """Go on with a fresh master on an empty folder."""
         self.master.end()
         self.folder = Path(tempfile.mkdtemp(dir=self.folder.parent))
-        self.master = QuietMaster(self.folder)
+        self.master = QuietMaster(self.folder, *flags)
         self.port = self.master.port
 
     def memory(self) -> None:
@@ -468,6 +512,39 @@ class Bench:
         own, base = quantile(found, 0.99), quantile(bare, 0.99)
         self.add(f"submission to start p99, {count:,} nodes parked", f"{1000 * own:.2f} ms",
                  f"{own / base:.1f}", f"{1000 * base:.2f} ms a request")
+
+    def soak(self, jobs: int, keep: str | None) -> None:
+        """Many jobs through one master: the last tenth beside the first."""
+        self.restart(*(["--keep", keep] if keep else []))
+        tenths = apart(soak, self.port, self.bare_port, self.master.pid, self.folder / "master", jobs)
+        first, last = tenths[0], tenths[-1]
+        mean = statistics.harmonic_mean([tenth.rate for tenth in tenths])
+        self.add(f"soak: {jobs:,} jobs submitted, claimed, reported", f"{mean:,.0f}/s", "-",
+                 f"{first.rate:,.0f}/s in the first tenth, {last.rate:,.0f}/s in the last")
+        self.add("soak: claim + result cycles/s, last tenth", f"{last.cycles:,.0f}",
+                 f"{last.cycles_ratio:.2f}", f"ratio {first.cycles_ratio:.2f} in the first tenth")
+        self.add("soak: one claim + result alone, last tenth", f"{1000 * last.alone:.2f} ms",
+                 f"{last.alone_ratio:.1f}", f"ratio {first.alone_ratio:.1f} in the first tenth")
+        self.add("soak: memory of the master, last tenth", mib(last.memory),
+                 f"{last.memory / first.memory:.2f}", f"{mib(first.memory)} in the first tenth")
+        self.add("soak: journal, bytes a job", f"{last.journal / jobs:,.0f}", "-",
+                 f"{mib(last.journal)} in all")
+
+    def deep(self, jobs: int) -> None:
+        """Dispatch with many jobs queued beside that with 100, in turns, on two masters."""
+        self.restart()
+        other = QuietMaster(Path(tempfile.mkdtemp(dir=self.folder.parent)))
+        try:
+            apart(lambda: submit_many(Link(other.port), jobs))
+            pairs = [(apart(cycles, self.port, 100, 8, self.seconds),
+                      apart(cycles, other.port, jobs, 8, self.seconds)) for _ in range(max(3, self.rounds))]
+            few, many = (statistics.median(pair[n] for pair in pairs) for n in range(2))
+            self.add(f"claim + result cycles/s, {jobs:,} queued", f"{many:,.0f}",
+                     f"{statistics.median(b / a for a, b in pairs):.2f}", f"{few:,.0f} with 100 queued")
+            self.add(f"memory with {jobs:,} jobs queued", mib(memory_bytes(other.pid)), "-",
+                     f"{mib(memory_bytes(self.master.pid))} with 100 queued")
+        finally:
+            other.end()
 
     @contextmanager
     def crowded(self, port: int, count: int, path: str | None) -> Iterator[None]:
@@ -564,24 +641,37 @@ PARTS = {"submissions": Bench.submissions, "dispatch": Bench.dispatch, "latency"
          "memory": Bench.memory, "parked": Bench.parked, "agent": Bench.agent}
 
 
+def wanted(args: argparse.Namespace) -> list[tuple[str, Callable[[Bench], None]]]:
+    """Return what to measure, by name."""
+    found: list[tuple[str, Callable[[Bench], None]]] = [(part, PARTS[part]) for part in args.parts]
+    if args.soak:
+        found.append(("soak", partial(Bench.soak, jobs=args.soak, keep=args.keep)))
+    if args.deep:
+        found.append(("deep", partial(Bench.deep, jobs=args.deep)))
+    return found or list(PARTS.items())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser("python3 -m tests.bench", description="Measure how fast this fleet is.")
     parser.add_argument("--quick", action="store_true", help="short rounds, a smaller crowd: about a minute")
+    parser.add_argument("--soak", type=int, metavar="JOBS", help="instead: so many jobs through one master")
+    parser.add_argument("--keep", help="with --soak: the master's --keep")
+    parser.add_argument("--deep", type=int, metavar="JOBS", help="instead: dispatch with so many jobs queued")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (all)")
     args = parser.parse_args(argv)
     unknown = [part for part in args.parts if part not in PARTS]
     if unknown:
         parser.error(f"there is no part {unknown[0]}; there are {', '.join(PARTS)}")
     load = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory(prefix="ffdist-bench-") as name:
-        (Path(name) / "first").mkdir()
-        bench = Bench(Path(name) / "first", args.quick)
+    with tempfile.TemporaryDirectory(prefix="ffdist-bench-") as top:
+        (Path(top) / "first").mkdir()
+        bench = Bench(Path(top) / "first", args.quick)
         try:
             assert call(bench.master.url, "GET", "/health").status == 200
-            for part in args.parts or PARTS:
-                print(f"{part} …", file=sys.stderr, flush=True)
-                PARTS[part](bench)
+            for name, measure in wanted(args):
+                print(f"{name} …", file=sys.stderr, flush=True)
+                measure(bench)
         finally:
             bench.end()
     print(f"Python {platform.python_version()}, {os.cpu_count()} cores, load average {load:.2f} at the start"
