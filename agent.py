@@ -30,11 +30,13 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import fcntl
 import fractions
 import functools
 import http.client
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -42,6 +44,7 @@ import os
 import queue
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -133,6 +136,8 @@ PARAMETERS: dict[str, Parameter] = {
     "realtime": Parameter("bool", 0, 0, (), "read the input at its own speed"),
     "hwaccel": Parameter("name", 0, 0, (), "FFmpeg's name of a hardware decoder, such as cuda or vaapi"),
     "threads": Parameter("whole", 1, 1024, (), "encoder threads"),
+    "max_memory_mb": Parameter("whole", 16, 1 << 24, (), "MiB that the job's processes may use"),
+    "max_cpu_percent": Parameter("number", 1, 102400, (), "CPU time that they may use; 100 is one core"),
     "quality": Parameter("words", 0, 0, QUALITY_METRICS, "metrics to take: psnr, ssim, vmaf, xpsnr"),
     "timeout": Parameter("number", 1, 30 * _DAY_S, (), "seconds the whole job may take"),
     "extra_args": Parameter("words", 0, 0, (), "more FFmpeg arguments; only where the master allows it"),
@@ -374,15 +379,24 @@ def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
                                 metavar=flag.name.lstrip("-").upper().replace("-", "_"))
 
 
-def seconds(text: str) -> float:
-    """Argument type of a duration that is more than nothing."""
+def seconds(text: str, none: bool = False) -> float:
+    """Argument type of a duration that is more than nothing, unless `none` allows for 0s too."""
     try:
         value = parse_duration(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    if not 0 < value <= 30 * _DAY_S:
-        raise argparse.ArgumentTypeError(f"'{text}' must be longer than nothing and at most 30 days")
+    if not (none or value > 0) or value > 30 * _DAY_S:
+        raise argparse.ArgumentTypeError(f"'{text}' must be {'' if none else 'longer than nothing and '}"
+                                         "at most 30 days")
     return value
+
+
+def size_bytes(text: str) -> int:
+    """Argument type of a size: 64M, 1.5G or plain bytes, in powers of 1024; 0 is none."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,3})?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"'{text}' is no size: write 256M, 2G or 0")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
@@ -617,7 +631,8 @@ GENERATED = {"width": 1280, "height": 720, "fps": 30, "duration": 10}
 class Settings:
     """What a job asks for, resolved; None means: as the input is, or the agent chooses.
 
-    duration and timeout in s, bitrate in bit/s, width and height in pixels, fps in 1/s.
+    duration and timeout in s, bitrate in bit/s, width and height in pixels, fps in 1/s, max_cpu_percent
+    of one core.
     """
 
     scenario: str
@@ -640,6 +655,8 @@ class Settings:
     realtime: bool = False
     hwaccel: str | None = None
     threads: int | None = None
+    max_memory_mb: int | None = None
+    max_cpu_percent: float | None = None
     quality: tuple[str, ...] = ()
     timeout: float | None = None
 
@@ -1109,7 +1126,7 @@ def plan(settings: Settings, machine: Machine, source: Source, target: str) -> P
     width, height = _output_size(settings, source)
     fps = settings.fps or source.fps or 25.0
     pixel_format = _pixel_format(settings, encoder, source)
-    threads = settings.threads or _threads(machine, height)
+    threads = settings.threads or _threads(machine, height, settings.max_cpu_percent)
     preset, preset_why = choose_preset(settings, name, width * height * fps, threads)
     rate, rate_args = _rate_control(settings, name, height, fps)
     filters = _filters(settings, source, width, height, fps)
@@ -1217,9 +1234,10 @@ def _pixel_format(settings: Settings, encoder: Encoder, source: Source) -> str:
     return encoder.ten_bit if deep and encoder.ten_bit else "yuv420p"
 
 
-def _threads(machine: Machine, height: int) -> int:
+def _threads(machine: Machine, height: int, quota_percent: float | None) -> int:
     worth = next(count for lines, count in THREADS_WORTH if height >= lines)
-    return max(1, min(worth, machine.threads // max(1, machine.slots)))
+    quota = math.ceil(quota_percent / 100) if quota_percent else worth
+    return max(1, min(worth, quota, machine.threads // max(1, machine.slots)))
 
 
 def _filters(settings: Settings, source: Source, width: int, height: int, fps: float) -> list[str]:
@@ -1482,12 +1500,12 @@ def phase_json(phase: str, percent: float | None) -> Json:
             "out_time_s": None, "eta_s": None}
 
 
-def stall_limit_s(frames: int, elapsed_s: float) -> float:
-    """Return how long an encode may show no new frame: 5 min, or 60 frames' time of a slow one.
+def stall_limit_s(frames: int, elapsed_s: float, limit_s: float = 300.0) -> float:
+    """Return how long an encode may show no new frame: the limit, or 60 frames' time of a slow one.
 
-    Before the first frame it is half an hour: slow encoders look far ahead.
+    Before the first frame it is six times the limit: slow encoders look far ahead.
     """
-    return 1800.0 if frames == 0 else max(300.0, 60 * elapsed_s / frames)
+    return 6 * limit_s if frames == 0 else max(limit_s, 60 * elapsed_s / frames)
 
 
 def last_words(lines: Iterable[str], most: int = 3) -> str:
@@ -1502,17 +1520,21 @@ def last_words(lines: Iterable[str], most: int = 3) -> str:
     return "; ".join(list(dict.fromkeys(telling or chosen))[:most])
 
 
+SIGNALLED = "Exiting normally, received signal"  # what FFmpeg says, as info, when it is told to end
 # What FFmpeg, the kernel and the exit status say, first match wins: pattern -> failure_reason.
 FAILURE_WORDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.IGNORECASE), reason) for pattern, reason in (
         (r"No space left on device|Disk quota exceeded|File too large", "out_of_disk"),
-        (r"Cannot allocate memory|out of memory|malloc .*failed", "out_of_memory"),
+        (r"Cannot allocate memory|out of memory|malloc .*failed|failed to map segment", "out_of_memory"),
         (r"Unknown encoder|Encoder not found|Cannot load lib|No capable devices|No device available|"
          r"Device creation failed|Failed to initialise VAAPI|unsupported \(-3\)", "no_capability"),
-        (r"Unable to parse option|Error setting option|Unrecognized option|Invalid argument.*option|"
-         r"Undefined constant|Option .* not found|incompatible pixel format", "parameters"),
-        (r"Connection refused|Connection reset|Connection timed out|Broken pipe|Network is unreachable|"
-         r"No route to host|Input/output error.*://|Server returned 5|Failed to resolve", "network"),
+        (r"Unable to parse option|Error setting (?:option|preset)|Unrecognized|Invalid argument.*option|"
+         r"Undefined constant|Option .* not found|incompatible pixel format|Unknown pixel format",
+         "parameters"),
+        (r"Connection refused|Connection reset|(?:Connection|Operation) timed out|Broken pipe|"
+         r"(?:Network|Host) is (?:unreachable|down)|No route to host|://.*: Input/output error|"
+         r"(?:Server returned|HTTP error) (?:5|408|429)|Failed to resolve|Stream ends prematurely",
+         "network"),
         (r"Invalid data found|moov atom not found|does not contain any stream|matches no streams|"
          r"No such file|Server returned 4|HTTP error 4|Protocol .* not on whitelist|Is a directory|"
          r"EBML header parsing failed|could not find codec parameters", "input"),
@@ -1524,17 +1546,20 @@ FAILURE_WORDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 def failure_reason(returncode: int, words: str) -> str:
     """Return the class of a failure from the exit status and FFmpeg's words.
 
-    Of a process that a signal ended only words about memory count: others may be stale.
+    Of a process that a signal ended only words about memory count: others may be stale. Status 126 and
+    127 are of a program that could not be started.
     """
     found = next((reason for pattern, reason in FAILURE_WORDS if pattern.search(words)), None)
-    if returncode < 0 or (returncode in (128 + signal.SIGKILL, 255) and not words):
+    if returncode < 0 or SIGNALLED in words or (returncode in (128 + signal.SIGKILL, 255) and not words):
         return "out_of_memory" if found == "out_of_memory" else "killed"
+    if returncode in (126, 127) and found != "out_of_memory":
+        return "no_capability"
     return found or "encoder"
 
 
 def telling_lines(lines: Iterable[str]) -> list[str]:
-    """Return the lines that tell of trouble: those with a level above info, and those without any."""
-    return [line for line in lines if "[info]" not in line[:60]]
+    """Return the lines that tell of trouble: a level above info or none at all, and a signal's."""
+    return [line for line in lines if "[info]" not in line[:60] or SIGNALLED in line]
 
 
 def parse_probe(text: str, url: str) -> Source:
@@ -1621,6 +1646,10 @@ UNSENT_LINES = 10_000
 CACHE_LIMIT_BYTES = 1 << 30
 PROBE_S = 60.0
 NICE = ("nice", "-n", "10")
+CRASHES = tuple(-number for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGTRAP))
+# Of an error of the operating system; any other is "agent".
+ERRNO_REASONS = {errno.ENOSPC: "out_of_disk", errno.EDQUOT: "out_of_disk", errno.EFBIG: "out_of_disk",
+                 errno.ENOMEM: "out_of_memory", errno.EROFS: "output", errno.EACCES: "output"}
 DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")  # util-linux 2.33; busybox has none
 _SLICE_S = 0.25
 
@@ -1694,6 +1723,68 @@ def _drain(pipe: Any, take: Callable[[str], None]) -> None:
     with pipe:
         for line in iter(lambda: pipe.readline(1 << 16), b""):
             take(line.decode("utf-8", "replace").rstrip("\r\n"))
+
+
+class Limits:
+    """What the processes of one attempt may use: by a control group of its own, else by plain limits."""
+
+    def __init__(self, settings: Settings, folder: Path, host: hwdetect.Host, node: str) -> None:
+        self._memory_bytes = (settings.max_memory_mb or 0) << 20
+        self._percent = settings.max_cpu_percent or 0
+        self._node = node
+        self._group: hwdetect.ControlGroup | None = None
+        self._grouped: dict[str, str | None] = {}
+        self.told: dict[str, str] = {}  # limit -> how it is enforced
+        if self._memory_bytes or self._percent:
+            group = self._group = hwdetect.ControlGroup(host, folder.name)
+            (folder / "groups").write_text("\n".join(group.folders))  # before one is made: see clear_work
+            for name, amount in (("memory", self._memory_bytes),
+                                 ("cpu", int(self._percent * hwdetect.CPU_PERIOD_US / 100))):
+                self._grouped[name] = group.limit(name, amount) if amount else None
+
+    def take(self, pid: int) -> str:
+        """Put a process that was just started under the limits; return how, in words, when that is news.
+
+        Raises Failure where one can't be enforced: rather no process than one without limits.
+        """
+        before, missed = dict(self.told), []
+        for name, parameter, asked, plain in (
+                ("memory", "max_memory_mb", self._memory_bytes, self._plain_memory),
+                ("cpu", "max_cpu_percent", self._percent, self._plain_cpu)):
+            if not asked or self._group is None:
+                continue
+            how = self._grouped[name]
+            try:
+                self.told[name] = how if how and self._group.take(name, pid) else plain(pid)
+            except (OSError, ValueError):
+                missed.append(parameter)
+        if missed:
+            raise Failure("no_capability", f"{' and '.join(missed)} cannot be enforced on {self._node}: "
+                          "neither a control group nor a plain limit is allowed to the agent")
+        return ", ".join(f"{name} by {how}" for name, how in self.told.items()) if self.told != before else ""
+
+    def _plain_memory(self, pid: int) -> str:
+        resource.prlimit(pid, resource.RLIMIT_AS, (self._memory_bytes, self._memory_bytes))
+        return "rlimit"
+
+    def _plain_cpu(self, pid: int) -> str:
+        mine = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(pid, random.sample(mine, min(len(mine), math.ceil(self._percent / 100))))
+        return "affinity"
+
+    def burst(self, exit_: Exit, reason: str) -> str:
+        """Return in words that a process failed for its limit of memory, "" where it did not."""
+        how = self.told.get("memory")
+        if how is None or exit_.returncode == 0 or not (
+                reason == "out_of_memory" or exit_.returncode in CRASHES if how == "rlimit"
+                else self._group is not None and self._group.killed()):
+            return ""
+        return f"it needs more than its max_memory_mb of {self._memory_bytes >> 20} ({how})"
+
+    def lift(self) -> None:
+        """Remove the control group."""
+        if self._group is not None:
+            self._group.remove()
 
 
 class Ledger:
@@ -1838,6 +1929,8 @@ class Workplace:
     media_root: str
     allow_address: tuple[str, ...] = ()
     filters: tuple[str, ...] = ()
+    min_free_bytes: int = 0
+    stall_limit_s: float = 300.0
 
 
 @dataclass(frozen=True)
@@ -1857,7 +1950,7 @@ class Outcome:
     damaged: int = 0
     error: str | None = None
     failure_reason: str | None = None
-    damage: str | None = None
+    limits: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Attempt:
@@ -1889,7 +1982,10 @@ class Attempt:
         self._stall_s = math.inf
         self._settings: Settings | None = None
         self._plan: Plan | None = None
+        self._limits: Limits | None = None
         self._damaged = 0
+        self._wanted: dict[str, float] = {}  # folder -> bytes that must be free
+        self._looked = 0.0
 
     # -- orders, from other threads
 
@@ -1947,24 +2043,28 @@ class Attempt:
         except ApiError as error:
             outcome = Outcome("failed", error=error.message, failure_reason="parameters")
         except OSError as error:
-            reason = "out_of_disk" if error.errno in (28, 122) else "output"
-            outcome = Outcome("failed", error=f"{error.filename or self._folder}: {_cause(error)}",
-                              failure_reason=reason)
+            node = self._place.machine.name
+            outcome = Outcome("failed", error=f"{error.filename or self._folder} on {node}: {_cause(error)}",
+                              failure_reason=ERRNO_REASONS.get(error.errno or 0, "agent"))
         finally:
             self._clean()
         return dataclasses.replace(outcome, wall_s=outcome.wall_s or time.monotonic() - started,
                                    settings=self._settings, plan=self._plan, ledger=self._ledger,
-                                   damaged=self._damaged)
+                                   damaged=self._damaged, limits=self._limits.told if self._limits else {})
 
     def _work(self) -> Outcome:
         settings = self._settings = resolve(self._job.get("scenario"), self._job.get("parameters"))
         self._deadline = time.monotonic() + (settings.timeout or math.inf)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True, mode=0o700)
+        self._want(str(self._place.work_dir))
+        self._limits = Limits(settings, self._folder, self._place.host, self._place.machine.name)
         source = self._source(settings)
         target, final = self._target(settings, source)
         made = self._plan = plan(settings, self._place.machine, source, target)
         self._say(f"plan: {made.reason}")
+        if scheme_of(target) is None:
+            self._want(os.path.dirname(target), (settings.bitrate or 0) / 8 * (made.duration_s or 0))
         outcome = self._encode(settings, made)
         if scheme_of(target) is None:
             outcome = self._inspect(outcome, settings, source, made)
@@ -1973,6 +2073,22 @@ class Attempt:
         if final is not None:
             self._deliver(target, final)
         return outcome
+
+    def _want(self, folder: str, output_bytes: float = 0) -> None:
+        """From now on a folder's file system must have room, at first for all of the output too."""
+        self._wanted[folder] = self._place.min_free_bytes + output_bytes
+        self._refuse_full()
+        self._wanted[folder] = self._place.min_free_bytes
+
+    def _refuse_full(self) -> None:
+        """Look at the free space at most once a second, or at once where a folder was added."""
+        self._looked = time.monotonic()
+        for folder, wanted in self._wanted.items() if self._place.min_free_bytes else ():
+            space = self._place.host.space(folder)
+            if space is not None and space[1] < wanted:
+                raise Failure("out_of_disk", f"{folder} on {self._place.machine.name} has "
+                              f"{size_text(space[1])} free and {size_text(wanted)} are wanted: make room "
+                              "there, or set that agent's --min-free")
 
     def _encode(self, settings: Settings, made: Plan) -> Outcome:
         parser, latest = ProgressParser(), Progress()
@@ -1987,10 +2103,11 @@ class Attempt:
                     if (block.frame, block.out_time_s) != (latest.frame, latest.out_time_s):
                         self._moved = time.monotonic()
                     latest = block
-                    self._stall_s = stall_limit_s(block.frame, time.monotonic() - began)
+                    self._stall_s = stall_limit_s(block.frame, time.monotonic() - began,
+                                                  self._place.stall_limit_s)
                     self.progress = progress_json(block, made.duration_s, step, len(made.passes), phase)
             self.progress = phase_json(phase, 100.0 * step / len(made.passes))
-            self._moved, self._stall_s = time.monotonic(), stall_limit_s(0, 0)
+            self._moved, self._stall_s = time.monotonic(), stall_limit_s(0, 0, self._place.stall_limit_s)
             self._say("run: " + shlex.join(argv))
             self._expect(self._execute(argv, note, measured=True), settings)
         self._moved = math.inf
@@ -2003,6 +2120,9 @@ class Attempt:
         self._tail.clear()
         process = self._process = Process(argv, self._folder, on_stdout, self._hear)
         try:
+            news = self._limits.take(process.pid) if self._limits else ""
+            if news:
+                self._say(f"limits: {news}")
             started = hwdetect.process_started(self._place.host, process.pid)
             (self._folder / "process").write_text(f"{process.pid} {started}")
             if measured:
@@ -2034,6 +2154,8 @@ class Attempt:
             assert self._settings is not None
             raise Failure("timeout", f"the job took longer than its timeout of "
                           f"{duration_text(self._settings.timeout)} on {self._place.machine.name}")
+        if time.monotonic() - self._looked > 1:
+            self._refuse_full()
         if time.monotonic() - self._moved > self._stall_s:
             raise Failure("stalled", f"{self._words_of_input()}: ffmpeg gave no new frame for "
                           f"{duration_text(self._stall_s)} on {self._place.machine.name}")
@@ -2059,13 +2181,23 @@ class Attempt:
         if exit_.returncode == 0 and not unwritten:
             return
         words = self._last_words()
-        reason = failure_reason(exit_.returncode, "\n".join(telling_lines(self._tail)))
+        reason, burst = self._reason(exit_)
         how = (f"was killed by {signal.Signals(-exit_.returncode).name}" if exit_.returncode < 0
                else f"ended with status {exit_.returncode}")
         names = [place for place in (settings.input, settings.output) if place]
         blamed = "" if any(os.path.basename(name) in words for name in names) else " and ".join(names)
         raise Failure(reason, f"{blamed + ': ' if blamed else ''}ffmpeg {how} on {self._place.machine.name}"
-                      f"{': ' + words if words else ' without a word'}")
+                      f"{': ' + (burst or words) if burst or words else ' without a word'}")
+
+    def _reason(self, exit_: Exit) -> tuple[str, str]:
+        """Return the class of a failure, and in words that a limit of the job was its cause ("" if not)."""
+        lines = telling_lines(self._tail)
+        reason = failure_reason(exit_.returncode, "\n".join(lines))
+        burst = self._limits.burst(exit_, reason) if self._limits else ""
+        target = self._plan.target if self._plan else None
+        if reason == "input" and target and any(target in line for line in lines):
+            reason = "output"
+        return ("out_of_memory" if burst else reason), burst
 
     def _last_words(self) -> str:
         """Return FFmpeg's reason, with the output's own name for the hidden one."""
@@ -2091,9 +2223,9 @@ class Attempt:
         answer: list[str] = []
         exit_ = self._execute(probe_command(self._place.ffprobe, url), answer.append, limit_s=PROBE_S)
         if exit_.returncode != 0:
-            words = last_words(self._tail) or f"ffprobe ended with status {exit_.returncode}"
-            reason = failure_reason(exit_.returncode, words)
-            raise Failure(reason if reason in ("network", "killed") else "input",
+            reason, burst = self._reason(exit_)
+            words = burst or last_words(self._tail) or f"ffprobe ended with status {exit_.returncode}"
+            raise Failure(reason if burst or reason in ("network", "killed", "no_capability") else "input",
                           f"input {settings.input} cannot be read on {self._place.machine.name}: {words}")
         try:
             return dataclasses.replace(parse_probe("\n".join(answer), settings.input), url=url)
@@ -2193,7 +2325,9 @@ class Attempt:
         answer: list[str] = []
         exit_ = self._execute(probe_command(self._place.ffprobe, made.target), answer.append, limit_s=PROBE_S)
         if exit_.returncode != 0:
-            raise Failure("encoder", f"{shown} cannot be read back on {node}: {self._last_words()}")
+            reason, burst = self._reason(exit_)
+            raise Failure(reason if burst or reason == "killed" else "encoder",
+                          f"{shown} cannot be read back on {node}: {burst or self._last_words()}")
         film = parse_probe("\n".join(answer), shown)
         self._refuse_short(film.duration_s, made, frames, settings, source)
         return dataclasses.replace(outcome, output_bytes=size, output_s=film.duration_s)
@@ -2205,7 +2339,9 @@ class Attempt:
         reached = length_s if length_s is not None else frames / made.fps
         if expected and reached < expected * 0.95 - 1.0 / made.fps - 0.1:
             words = last_words([line for line in self._tail if DAMAGE.search(line)])
-            raise Failure("input", f"{self._words_of_input()} ends after {reached:.1f} s of {expected:.1f} s "
+            lost = scheme_of(settings.input) and failure_reason(1, "\n".join(self._tail)) == "network"
+            raise Failure("network" if lost else "input",
+                          f"{self._words_of_input()} ends after {reached:.1f} s of {expected:.1f} s "
                           f"on {self._place.machine.name}: it is cut or damaged"
                           + (f" ({words})" if words else ""))
 
@@ -2241,6 +2377,8 @@ class Attempt:
         if self._partial:
             with contextlib.suppress(OSError):
                 os.unlink(self._partial)
+        if self._limits:
+            self._limits.lift()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -2287,6 +2425,7 @@ def clear_work(work_dir: Path, host: hwdetect.Host) -> int:
             if str(hwdetect.process_started(host, pid)) == words[1]:
                 with contextlib.suppress(OSError):
                     os.killpg(pid, signal.SIGKILL)
+        hwdetect.remove_groups(host, _read_words(folder / "groups"))
         with contextlib.suppress(OSError):
             partial = (folder / "partial").read_text()
             if os.path.basename(partial).startswith(".ffdist-"):
@@ -2438,7 +2577,8 @@ def result_of(attempt: Attempt, outcome: Outcome, machine: Machine) -> Json:
         result["encode"] = {"encoder": made.encoder, "preset": made.preset, "threads": made.threads,
                             "pixel_format": made.pixel_format, "rate": made.rate, "reason": made.reason,
                             "settings": f"{settings_text(told)} {made.rate}",
-                            "commands": [list(argv) for argv in made.passes]}
+                            "commands": [list(argv) for argv in made.passes],
+                            **({"limits": dict(outcome.limits)} if outcome.limits else {})}
         result["output"] = settings.output or "none (encoded, measured, discarded)"
     if outcome.status in ("completed", "failed"):
         result["metrics"] = metrics_of(outcome)
@@ -2471,6 +2611,9 @@ class Options:
     media_root: str
     name: str | None
     allow_address: tuple[str, ...]
+    min_free_bytes: int = 0
+    stall_limit_s: float = 300.0
+    drain_limit_s: float = 30.0
 
 
 class Superseded(Exception):
@@ -2485,26 +2628,12 @@ class Spool:
         folder.mkdir(parents=True, mode=0o700, exist_ok=True)
         for path in folder.glob("*.tmp"):
             path.unlink()
+        names = [match for path in folder.iterdir() if (match := re.match(r"\d{1,20}(?=-)", path.name))]
+        self._numbers = itertools.count(1 + max((int(name[0]) for name in names), default=0))
 
     def put(self, result: Json) -> None:
         """Write a report so that it survives a kill; raises OSError when the disk is full."""
-        path = self._folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.json"
-        partial = path.with_suffix(".tmp")
-        try:
-            with open(partial, "w", encoding="utf-8", opener=_private) as file:
-                json.dump(result, file, allow_nan=False)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise
-        folder = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _write_json(self._folder / f"{next(self._numbers):020d}-{uuid.uuid4().hex[:8]}.json", result)
 
     def entries(self) -> list[tuple[Path, Json]]:
         """Return what waits, oldest first; what cannot be read is set aside."""
@@ -2520,8 +2649,24 @@ class Spool:
         return found
 
 
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+def _write_json(path: Path, value: Json) -> None:
+    """Replace a file, for its owner alone, so that it survives a kill and a power cut."""
+    partial = path.with_suffix(".tmp")
+    try:
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(value, file, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 class Agent:
@@ -2550,6 +2695,8 @@ class Agent:
         self._seen = 0
         self._word = uuid.uuid4().hex
         self._away: float | None = None
+        self._signals = 0
+        self._leaving = threading.Event()
         self._stopping = threading.Event()
         self._over: str | None = None
         self._freed = threading.Event()
@@ -2563,20 +2710,23 @@ class Agent:
 
     def run(self) -> int:
         """Serve until stop() is called or the node is taken over; return the exit code."""
-        poller = threading.Thread(target=self._guarded, args=(self._poll,), name="poller", daemon=True)
-        reporter = threading.Thread(target=self._guarded, args=(self._report,), name="reporter", daemon=True)
-        poller.start()
-        reporter.start()
-        while not self._stopping.wait(0.5):
+        threads = [threading.Thread(target=self._guarded, args=(loop,), name=loop.__name__, daemon=True)
+                   for loop in (self._poll, self._report)]
+        for thread in threads:
+            thread.start()
+        while not self._signals and not self._stopping.wait(0.1):
             pass  # a signal that another thread took is seen only when this one wakes
-        self._give_back()
+        if not self._over:
+            self._drain()
+        self._stopping.set()
+        self._give_back(threads)
         if self._over:
             self._log.error("%s", self._over)
         return 1 if self._over else 0
 
     def stop(self) -> None:
-        """Ask for the end; safe in a signal handler."""
-        self._stopping.set()
+        """Ask for the end; a second time for an end at once. Safe in a signal handler."""
+        self._signals += 1
 
     def _guarded(self, loop: Callable[[], None]) -> None:
         try:
@@ -2585,27 +2735,51 @@ class Agent:
             self._over = str(error)
             self._stopping.set()
         except Exception as error:  # a thread that dies silently would freeze the node
-            self._log.debug("the %s ended", loop.__name__, exc_info=True)
+            self._log.debug("the thread of %s ended", loop.__name__, exc_info=True)
             self._over = f"the agent ends after an error of its own: {type(error).__name__}: {error}"
             self._stopping.set()
 
-    def _give_back(self) -> None:
+    def _drain(self) -> None:
+        """Take nothing more and finish what runs, for as long as the limit allows and nobody asks again."""
+        self._leaving.set()
+        count, limit_s = self._running_count(), self._options.drain_limit_s
+        if count and limit_s:
+            self._log.info("finishing %d job%s, for at most %s; a second signal gives %s back at once", count,
+                           "s" * (count > 1), duration_text(limit_s), "them" if count > 1 else "it")
+            threading.Thread(target=self._leave, daemon=True).start()
+        limit = time.monotonic() + limit_s
+        while (self._running_count() and self._signals < 2 and time.monotonic() < limit
+               and not self._stopping.wait(0.1)):
+            pass
+
+    def _leave(self) -> bool:
+        """Say that this node takes nothing more: the master answers its parked request empty."""
+        with contextlib.suppress(ApiError):
+            if self._protocol and not self._over:
+                self._client.heartbeat(self._node_id or "", {"session": self._session, "leaving": True})
+                return True
+        return False
+
+    def _give_back(self, threads: Sequence[threading.Thread]) -> None:
         """Stop what runs, say that it is given back and that this node leaves; bounded in time."""
-        limit = time.monotonic() + LEAVE_S
+        limit = time.monotonic() + 2 * LEAVE_S
         with self._lock:
             attempts = list(self._running.values())
         for attempt in attempts:
             attempt.stop("lost" if self._over else "returned")
-        while self._running_count() and time.monotonic() < limit + LEAVE_S:
+        self._client.patience_s = LEAVE_S
+        reached = self._leave()
+        for wake in (self._news, self._freed):
+            wake.set()
+        for thread in threads:  # one may just have been handed a job
+            thread.join(max(0.0, min(1.0, limit - time.monotonic())))
+        while self._running_count() and time.monotonic() < limit:
             self._freed.wait(0.1)
             self._freed.clear()
-        if self._over or not self._protocol:
-            return
-        self._client.patience_s = LEAVE_S
         with contextlib.suppress(ApiError, Superseded):
-            self._deliver()
-            self._client.heartbeat(self._node_id or "", {"session": self._session, "leaving": True})
-            self._log.info("left the fleet; %d jobs given back", len(attempts))
+            if reached:
+                self._deliver()
+                self._log.info("left the fleet; %d jobs given back", len(attempts))
 
     def _running_count(self) -> int:
         with self._lock:
@@ -2684,7 +2858,8 @@ class Agent:
 
     def _ask(self) -> None:
         """Ask once for work and orders; parks at the master where it can, else sleeps here."""
-        free = self._running_count() < self._options.max_concurrent_jobs
+        leaving = self._leaving.is_set()
+        free = not leaving and self._running_count() < self._options.max_concurrent_jobs
         if not self._protocol:
             self._ask_plainly(free)
             return
@@ -2696,7 +2871,7 @@ class Agent:
             answer = self._client.claim({**common, "node_id": self._node_id, "claim": self._word}, wait)
             self._word = uuid.uuid4().hex
         else:
-            answer = self._client.heartbeat(self._node_id, common, wait)
+            answer = self._client.heartbeat(self._node_id, {**common, "leaving": leaving}, wait)
         self._answered()
         self._log.debug("heartbeat: the master answers (%s)", "free" if free else "busy")
         self._obey(answer)
@@ -2735,12 +2910,13 @@ class Agent:
             self._carry_out(str(order.get("action")), key, attempt)
 
     def _carry_out(self, action: str, key: tuple[str, int], attempt: Attempt | None) -> None:
-        if action == "cancel" and attempt is not None:
-            attempt.stop("canceled")
-        elif action == "cancel":
+        status = {"cancel": "canceled", "return": "returned"}.get(action)
+        if status and attempt is not None:
+            attempt.stop(status)
+        elif status:
             waiting = {(result["job_id"], result["attempt"]) for _, result in self._spool.entries()}
             if key not in waiting:
-                self._keep({"job_id": key[0], "attempt": key[1], "status": "canceled",
+                self._keep({"job_id": key[0], "attempt": key[1], "status": status,
                             "error": "this node does not hold the job"})
         elif attempt is not None and action in ("pause", "resume") and attempt.paused != (action == "pause"):
             getattr(attempt, action)()
@@ -2756,6 +2932,8 @@ class Agent:
             if key in self._running:
                 return
             self._running[key] = attempt
+            if self._leaving.is_set():  # it crossed with our word that we take nothing more
+                attempt.stop("returned")
         self._log.info("job %s attempt %d: %s begins", job_id, number, job.get("scenario"))
         threading.Thread(target=self._work, args=(key, attempt), name=f"job-{job_id[:8]}",
                          daemon=True).start()
@@ -2888,7 +3066,8 @@ def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host
                       hardware.vaapi_device or Machine.vaapi_device,
                       rate_mode_of(hardware.ffmpeg_version))
     return Workplace(machine, hardware.ffprobe or "ffprobe", host, Meter(host, hardware), options.work_dir,
-                     options.media_root, options.allow_address, hardware.filters)
+                     options.media_root, options.allow_address, hardware.filters, options.min_free_bytes,
+                     options.stall_limit_s)
 
 
 def _remembered_id(path: Path) -> str | None:
@@ -2899,14 +3078,8 @@ def _remembered_id(path: Path) -> str | None:
 
 
 def _remember(path: Path, node_id: str) -> None:
-    if _remembered_id(path) == node_id:
-        return
-    partial = path.with_suffix(".tmp")
-    with open(partial, "w", encoding="utf-8", opener=_private) as file:
-        json.dump({"id": node_id}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    if _remembered_id(path) != node_id:
+        _write_json(path, {"id": node_id})
 
 
 def locked_folder(folder: Path, what: str) -> int:
@@ -2937,6 +3110,8 @@ COMMON_FLAGS = (
     Flag("--media-root", None, str, "inputs and outputs lie under this folder (where it is started)"),
     Flag("--name", None, str, "the node's name (the host name)"),
     Flag("--allow-address", "", str, "loopback or link-local addresses that jobs may open, comma-separated"),
+    Flag("--min-free", "64M", size_bytes, "bytes that a job's file systems must keep free (64M; 0: any)"),
+    Flag("--stall-limit", "5m", seconds, "longest time without a new frame; slow encoders get more (5m)"),
     Flag("--log-level", "info", one_of("debug", "info", "warning", "error"), "debug, info, warning or error"),
     Flag("--log-format", "text", one_of("text", "json"), "text or json"),
 )
@@ -2945,6 +3120,8 @@ AGENT_FLAGS = (
     Flag("--register", False, None, "register this machine as a node of the master"),
     Flag("--poll-interval", "10s", seconds, "how often to ask a master that cannot park requests (10s)"),
     Flag("--heartbeat-interval", "30s", seconds, "longest silence towards the master (30s)"),
+    Flag("--drain-limit", "30s", functools.partial(seconds, none=True),
+         "how long to go on with jobs after SIGTERM before they are given back (30s)"),
     Flag("--allow-master-as-worker", False, None, "work on the master's own machine (development)"),
     Flag("--yes", False, None, "answer the question of --allow-master-as-worker"),
     Flag("--no-probe", False, None, "do not prove the encoders by encoding a frame each"),
@@ -2994,7 +3171,8 @@ def _options(args: argparse.Namespace) -> Options:
                    getattr(args, "poll_interval", 10.0), getattr(args, "heartbeat_interval", 30.0),
                    args.max_concurrent_jobs, Path(state).absolute(),
                    Path(args.work_dir or Path(state) / "work").absolute(), root, name,
-                   tuple(entry.strip() for entry in args.allow_address.split(",") if entry.strip()))
+                   tuple(entry.strip() for entry in args.allow_address.split(",") if entry.strip()),
+                   args.min_free, args.stall_limit, getattr(args, "drain_limit", 0.0))
 
 
 def _may_work_here(args: argparse.Namespace, client: Client) -> str | None:

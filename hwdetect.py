@@ -550,6 +550,35 @@ class Host:
             return f"{_words(error)}: {path}"
         return None
 
+    def set(self, path: str, text: str) -> bool:
+        """Write into a file of the kernel, which must be there; say whether it was taken."""
+        try:
+            handle = os.open(self._real(path), os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                return os.write(handle, text.encode()) > 0
+            finally:
+                os.close(handle)
+        except (OSError, ValueError):
+            return False
+
+    def make(self, folder: str) -> bool:
+        """Make a folder below one that is there; say whether it is there now."""
+        with contextlib.suppress(OSError, ValueError):
+            os.mkdir(self._real(folder))
+        return os.path.isdir(self._real(folder))
+
+    def drop(self, folder: str) -> bool:
+        """Remove an empty folder, or a control group without processes; say whether it is gone."""
+        with contextlib.suppress(OSError, ValueError):
+            os.rmdir(self._real(folder))
+        return not self.exists(folder)
+
+    def kill(self, pid: int) -> None:
+        """End a process at once; one of a foreign root is not ours."""
+        with contextlib.suppress(OSError):
+            if not self.foreign:
+                os.kill(pid, signal.SIGKILL)
+
     def which(self, name: str) -> str | None:
         """Find a program, on PATH or in the usual folders of a foreign tree. Gives a path to run."""
         if not self.foreign:
@@ -956,6 +985,104 @@ def _cpu_quota(host: Host, folder: str) -> float | None:
     words = words or [host.read(f"{folder}/cpu.cfs_{name}_us") or "" for name in ("quota", "period")]
     quota, period = (parse_int(word) or 0 for word in words) if len(words) == 2 else (0, 0)
     return quota / period if quota > 0 and period > 0 else None
+
+
+GROUP_PREFIX = "ffdist-"
+GROUP_GONE_S = 2.0  # a process that was just killed may still stand in its group
+CPU_PERIOD_US = 100_000
+# controller -> (version, what to write in order; a "?" file may be missing), with the limit in its unit:
+# bytes, or µs of CPU in each period. Without swap, or a limit of memory would only move it to the disk.
+GROUP_FILES: Mapping[str, tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = {
+    "memory": (("v1", (("memory.limit_in_bytes", "{0}"), ("?memory.memsw.limit_in_bytes", "{0}"))),
+               ("v2", (("memory.max", "{0}"), ("?memory.swap.max", "0")))),
+    "cpu": (("v1", (("cpu.cfs_period_us", f"{CPU_PERIOD_US}"), ("cpu.cfs_quota_us", "{0}"))),
+            ("v2", (("cpu.max", f"{{0}} {CPU_PERIOD_US}"),))),
+}
+
+
+class ControlGroup:
+    """Control groups of one name for a process and its children: what they may use, what befell them.
+
+    Version 1 has a group for each controller, version 2 one for both; it is made as near to this
+    process's own as the kernel lets it be. Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst.
+    """
+
+    def __init__(self, host: Host, name: str) -> None:
+        self._host = host
+        self._made: dict[str, tuple[str, str]] = {}  # controller -> folder, version
+        mounts = parse_cgroup_mounts(host.read("/proc/self/mountinfo"))
+        self._places: dict[str, list[tuple[str, str]]] = {controller: [] for controller in GROUP_FILES}
+        for names, path in parse_cgroup(host.read("/proc/self/cgroup")):
+            for controller, places in self._places.items():
+                if not names or controller in names.split(","):
+                    places += [(f"{folder}/{GROUP_PREFIX}{name}", "v1" if names else "v2") for folder in
+                               _cgroup_folders(mounts, {controller} if names else set(), path)]
+
+    @property
+    def folders(self) -> list[str]:
+        """Every folder that may be made, to be remembered before it is."""
+        return list(dict.fromkeys(folder for places in self._places.values() for folder, _ in places))
+
+    def limit(self, controller: str, amount: int) -> str | None:
+        """Limit memory to bytes, or cpu to µs in each period; return "cgroup v1", "cgroup v2" or None.
+
+        A group beside this process's own is outside of that one's limits, so these hold for it too.
+        """
+        have = cgroup_limits(self._host)
+        most = have.memory_bytes if controller == "memory" else have.cpus and have.cpus * CPU_PERIOD_US
+        amount = min(amount, int(most or amount))
+        for folder, version in self._places[controller]:
+            parent = os.path.dirname(folder)
+            if version == "v2" and not self._enabled(parent, controller):
+                continue
+            known = folder in (made for made, _ in self._made.values())
+            files = dict(GROUP_FILES[controller])[version]
+            if self._host.make(folder) and self._written(folder, files, amount):
+                self._made[controller] = (folder, version)
+                return f"cgroup {version}"
+            if not known:
+                self._host.drop(folder)
+        return None
+
+    def _enabled(self, parent: str, controller: str) -> bool:
+        """Say whether a group's children have a controller; it is asked for where it may be."""
+        switch = f"{parent}/cgroup.subtree_control"
+        return controller in (self._host.read(switch) or "").split() or (
+            controller in (self._host.read(f"{parent}/cgroup.controllers") or "").split()
+            and self._host.set(switch, f"+{controller}"))
+
+    def _written(self, folder: str, files: Sequence[tuple[str, str]], amount: int) -> bool:
+        return all([self._host.set(f"{folder}/{name.lstrip('?')}", text.format(amount)) or name[0] == "?"
+                    for name, text in files])
+
+    def take(self, controller: str, pid: int) -> bool:
+        """Put a process under a limit that was set; say whether it is."""
+        folder = self._made.get(controller, ("",))[0]
+        return bool(folder) and self._host.set(f"{folder}/cgroup.procs", str(pid))
+
+    def killed(self) -> bool:
+        """Say whether the kernel ended a process for its memory (before Linux 4.13: refused it some)."""
+        folder, version = self._made.get("memory", ("", ""))
+        told = self._host.read(f"{folder}/{'memory.events' if version == 'v2' else 'memory.oom_control'}")
+        count = re.search(r"^oom_kill (\d+)$", told or "", re.MULTILINE)
+        return bool(int(count[1]) if count else parse_int(self._host.read(f"{folder}/memory.failcnt")))
+
+    def remove(self) -> None:
+        """End what is left in the groups that were made, and remove them."""
+        remove_groups(self._host, [folder for folder, _ in self._made.values()])
+        self._made.clear()
+
+
+def remove_groups(host: Host, folders: Iterable[str]) -> None:
+    """Remove control groups by their folders, with what is left in them; others than ours stay."""
+    for folder in folders:
+        until = time.monotonic() + GROUP_GONE_S
+        if not os.path.basename(folder).startswith(GROUP_PREFIX) or not host.exists(folder):
+            continue
+        while not host.drop(folder) and time.monotonic() < until:
+            for pid in (host.read(f"{folder}/cgroup.procs") or "").split():
+                host.kill(int(pid))
+            time.sleep(0.02)
 
 
 def _virtual(host: Host, hw: Hardware) -> Hardware:

@@ -199,7 +199,7 @@ class Agent(Program):
         argv = [python, "-W", "error", str(TOP / "agent.py"), "--register", "--master", master,
                 "--allow-master-as-worker", "--yes", "--state-dir", str(self.state),
                 "--media-root", str(media), "--name", name, *([] if probe else ["--no-probe"]), *flags]
-        super().__init__(argv, folder, name, env)
+        super().__init__(argv, folder, name, {"FFDIST_DRAIN_LIMIT": "0s", **(env or {})})
 
     def at_rest(self) -> bool:
         """Tell whether its work folder holds nothing but the cache."""
