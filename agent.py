@@ -17,7 +17,7 @@ Sections (each uses only those above it):
   5 Progress  line-fed parser of -progress and of FFmpeg's last words (pure)
   6 Run       processes, their groups, samplers and limits: owns everything that FFmpeg touches
   7 Analysis  metrics, quality, recommendation (pure)
-  8 Agent     registration, slots, heartbeat, spool
+  8 Agent     registration, slots, heartbeat, spool, drain
   9 CLI       flags, the single-node workflow, main
 
 Threads: the main thread holds the parked request; the reporter sends progress and empties the spool;
@@ -1426,8 +1426,8 @@ def probe_command(ffprobe: str, url: str) -> list[str]:
 
 # ---- 5 Progress -----------------------------------------------------------------------------------
 
-_LEVEL = re.compile(r"^(?:\[[^\]]*\] )?\[(fatal|error|panic|warning)\] ")
-_PREFIX = re.compile(r"\[(?:[^\]\s]+ @ 0x[0-9a-f]+|fatal|error|panic|warning|info)\] ?")
+_LEVEL = re.compile(r"^(?:\[[^\]]*\] |x26[45] )?\[(fatal|error|panic|warning)\]:? ")
+_PREFIX = re.compile(r"\[(?:[^\]\s]+ @ 0x[0-9a-f]+|fatal|error|panic|warning|info)\]:? ?")
 UNWRITTEN = re.compile(r"No space left on device|Disk quota exceeded|Error closing file|"
                        r"Error writing trailer|File too large", re.IGNORECASE)
 DAMAGE = re.compile(r"error while decoding|Invalid data found|corrupt|Invalid NAL|partial file|"
@@ -1525,7 +1525,8 @@ SIGNALLED = "Exiting normally, received signal"  # what FFmpeg says, as info, wh
 FAILURE_WORDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.IGNORECASE), reason) for pattern, reason in (
         (r"No space left on device|Disk quota exceeded|File too large", "out_of_disk"),
-        (r"Cannot allocate memory|out of memory|malloc .*failed|failed to map segment", "out_of_memory"),
+        (r"Cannot allocate memory|out of memory|malloc .*failed|failed to map segment|"
+         r"opening (?:de|en)coder.*Resource temporarily unavailable", "out_of_memory"),
         (r"Unknown encoder|Encoder not found|Cannot load lib|No capable devices|No device available|"
          r"Device creation failed|Failed to initialise VAAPI|unsupported \(-3\)", "no_capability"),
         (r"Unable to parse option|Error setting (?:option|preset)|Unrecognized|Invalid argument.*option|"
@@ -1533,7 +1534,7 @@ FAILURE_WORDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
          "parameters"),
         (r"Connection refused|Connection reset|(?:Connection|Operation) timed out|Broken pipe|"
          r"(?:Network|Host) is (?:unreachable|down)|No route to host|://.*: Input/output error|"
-         r"(?:Server returned|HTTP error) (?:5|408|429)|Failed to resolve|Stream ends prematurely",
+         r"(?:Server returned|HTTP error) (?:5|4XX|408|429)|Failed to resolve|Stream ends prematurely",
          "network"),
         (r"Invalid data found|moov atom not found|does not contain any stream|matches no streams|"
          r"No such file|Server returned 4|HTTP error 4|Protocol .* not on whitelist|Is a directory|"
@@ -1773,13 +1774,16 @@ class Limits:
         return "affinity"
 
     def burst(self, exit_: Exit, reason: str) -> str:
-        """Return in words that a process failed for its limit of memory, "" where it did not."""
+        """Return in words that a process failed for its limit of memory, "" where it did not.
+
+        Encoders that get no memory under a plain limit may fail without a word of it, or crash.
+        """
         how = self.told.get("memory")
         if how is None or exit_.returncode == 0 or not (
-                reason == "out_of_memory" or exit_.returncode in CRASHES if how == "rlimit"
+                reason in ("out_of_memory", "encoder") or exit_.returncode in CRASHES if how == "rlimit"
                 else self._group is not None and self._group.killed()):
             return ""
-        return f"it needs more than its max_memory_mb of {self._memory_bytes >> 20} ({how})"
+        return f"max_memory_mb of {self._memory_bytes >> 20} ({how}) is too little for it"
 
     def lift(self) -> None:
         """Remove the control group."""
@@ -2184,10 +2188,11 @@ class Attempt:
         reason, burst = self._reason(exit_)
         how = (f"was killed by {signal.Signals(-exit_.returncode).name}" if exit_.returncode < 0
                else f"ended with status {exit_.returncode}")
+        words = f"{burst}: {words}" if burst and words and exit_.returncode > 0 else burst or words
         names = [place for place in (settings.input, settings.output) if place]
         blamed = "" if any(os.path.basename(name) in words for name in names) else " and ".join(names)
         raise Failure(reason, f"{blamed + ': ' if blamed else ''}ffmpeg {how} on {self._place.machine.name}"
-                      f"{': ' + (burst or words) if burst or words else ' without a word'}")
+                      f"{': ' + words if words else ' without a word'}")
 
     def _reason(self, exit_: Exit) -> tuple[str, str]:
         """Return the class of a failure, and in words that a limit of the job was its cause ("" if not)."""
@@ -2322,6 +2327,7 @@ class Attempt:
         if size < 0.99 * (outcome.progress.total_bytes or 0):
             raise Failure("out_of_disk", f"{shown} has {size} of the {outcome.progress.total_bytes} bytes "
                           f"that ffmpeg wrote on {node}: is its disk full?")
+        heard = telling_lines(self._tail)
         answer: list[str] = []
         exit_ = self._execute(probe_command(self._place.ffprobe, made.target), answer.append, limit_s=PROBE_S)
         if exit_.returncode != 0:
@@ -2329,17 +2335,17 @@ class Attempt:
             raise Failure(reason if burst or reason == "killed" else "encoder",
                           f"{shown} cannot be read back on {node}: {burst or self._last_words()}")
         film = parse_probe("\n".join(answer), shown)
-        self._refuse_short(film.duration_s, made, frames, settings, source)
+        self._refuse_short(film.duration_s, made, frames, settings, heard)
         return dataclasses.replace(outcome, output_bytes=size, output_s=film.duration_s)
 
     def _refuse_short(self, length_s: float | None, made: Plan, frames: int, settings: Settings,
-                      source: Source) -> None:
+                      heard: list[str]) -> None:
         """Raise where the output ends before its input should: a cut or damaged film is no success."""
         expected = made.duration_s
         reached = length_s if length_s is not None else frames / made.fps
         if expected and reached < expected * 0.95 - 1.0 / made.fps - 0.1:
-            words = last_words([line for line in self._tail if DAMAGE.search(line)])
-            lost = scheme_of(settings.input) and failure_reason(1, "\n".join(self._tail)) == "network"
+            words = last_words([line for line in heard if DAMAGE.search(line)])
+            lost = scheme_of(settings.input) and failure_reason(1, "\n".join(heard)) == "network"
             raise Failure("network" if lost else "input",
                           f"{self._words_of_input()} ends after {reached:.1f} s of {expected:.1f} s "
                           f"on {self._place.machine.name}: it is cut or damaged"
@@ -2728,7 +2734,7 @@ class Agent:
         """Ask for the end; a second time for an end at once. Safe in a signal handler."""
         self._signals += 1
 
-    def _guarded(self, loop: Callable[[], None]) -> None:
+    def _guarded(self, loop: Callable[[], object]) -> None:
         try:
             loop()
         except Superseded as error:
@@ -2738,6 +2744,8 @@ class Agent:
             self._log.debug("the thread of %s ended", loop.__name__, exc_info=True)
             self._over = f"the agent ends after an error of its own: {type(error).__name__}: {error}"
             self._stopping.set()
+        finally:
+            self._client.close()
 
     def _drain(self) -> None:
         """Take nothing more and finish what runs, for as long as the limit allows and nobody asks again."""
@@ -2746,7 +2754,7 @@ class Agent:
         if count and limit_s:
             self._log.info("finishing %d job%s, for at most %s; a second signal gives %s back at once", count,
                            "s" * (count > 1), duration_text(limit_s), "them" if count > 1 else "it")
-            threading.Thread(target=self._leave, daemon=True).start()
+            threading.Thread(target=self._guarded, args=(self._leave,), daemon=True).start()
         limit = time.monotonic() + limit_s
         while (self._running_count() and self._signals < 2 and time.monotonic() < limit
                and not self._stopping.wait(0.1)):
@@ -2780,6 +2788,7 @@ class Agent:
             if reached:
                 self._deliver()
                 self._log.info("left the fleet; %d jobs given back", len(attempts))
+        self._client.close()
 
     def _running_count(self) -> int:
         with self._lock:

@@ -3498,7 +3498,7 @@ def _demo_with_agent(args: argparse.Namespace, url: str, film: Path | None, fold
     script = Path(__file__).resolve().parent / "agent.py"
     argv = [sys.executable, str(script), "--register", "--master", url, "--allow-master-as-worker", "--yes",
             "--state-dir", str(folder / "agent"), "--media-root", str(film.parent if film else folder),
-            "--log-format", "text"]
+            "--log-format", "text", "--drain-limit", "0s"]
     with open(folder / "agent.log", "wb") as output:
         process = start_program(argv, output)
     try:

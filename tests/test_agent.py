@@ -1,6 +1,7 @@
 """The agent's thinking: choices, plans, parsers, spool, client and shares; no encode, no master."""
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import errno
@@ -292,6 +293,11 @@ class Planning(unittest.TestCase):
         self.assertEqual(planned(on=dataclasses.replace(shared, slots=100)).threads, 1)
         self.assertEqual(planned(on=machine(threads=64), threads=3).threads, 3)
 
+    def test_threads_follow_a_quota_rounded_up_unless_the_job_names_them(self) -> None:
+        for percent, count in ((1, 1), (100, 1), (101, 2), (350, 4), (100000, 8)):
+            self.assertEqual(planned("1080p30-h264", max_cpu_percent=percent).threads, count, percent)
+        self.assertEqual(planned("1080p30-h264", max_cpu_percent=50, threads=3).threads, 3)
+
     def test_the_plan_says_why_in_words(self) -> None:
         reason = planned("1080p60-h265", on=machine(**REFUSED)).reason
         for word in ("libx265", "preset", "hevc_nvenc", "threads"):
@@ -386,6 +392,30 @@ REAL_WORDS = (
     (("[error] /films/o.mp4: Permission denied",), "Permission denied", "output"),
     (("[error] Could not write header for output file #0 (incorrect codec parameters ?): Invalid argument",),
      "Could not write header", "output"),
+    (("[srt @ 0x55d8c6f3af00] [error] Connection to srt://127.0.0.1:1 failed: Input/output error",
+      "[error] srt://127.0.0.1:1: Input/output error"), "srt://127.0.0.1:1", "network"),
+    (("[http @ 0x557669b698c0] [error] Stream ends prematurely at 52224, should be 104418",
+      "[error] http://127.0.0.1:56417/x.mp4: Input/output error"), "Input/output error", "network"),
+    (("[http @ 0x560b83c0e0c0] [warning] HTTP error 503 Service Unavailable",
+      "[error] http://127.0.0.1:1/x.mp4: Server returned 5XX Server Error reply"), "5XX", "network"),
+    (("http://127.0.0.1:1/x.mp4: Server returned 4XX Client Error, but not one of 40{0,1,3,4}",), "4XX",
+     "network"),
+    (("[error] http://127.0.0.1:1/x.mp4: Server returned 403 Forbidden (access denied)",), "403", "input"),
+    (("x264 [error]: invalid preset 'nope'",
+      "[libx264 @ 0x5576e3a50840] [error] Error setting preset/tune nope/(null).",
+      "[error] Error initializing output stream 0:0 -- Error while opening encoder for output stream #0:0 - "
+      "maybe incorrect parameters such as bit_rate, rate, width or height"), "nope", "parameters"),
+    (("[fatal] Unknown pixel format requested: nope.",), "nope", "parameters"),
+    (("[fatal] Unrecognized hwaccel: nope.",), "nope", "parameters"),
+    (("[AVHWDeviceContext @ 0x55e492d1c580] [error] Could not dynamically load CUDA",
+      "[error] Device creation failed: -1.",
+      "[h264 @ 0x55e492d1d180] [error] No device available for decoder: device type cuda needed for codec"),
+     "CUDA", "no_capability"),
+    (("x264 [error]: malloc of size 16386 failed",
+      "[error] Error initializing output stream 0:0 -- Error while opening encoder for output stream #0:0 - "
+      "maybe incorrect parameters such as bit_rate, rate, width or height"), "malloc", "out_of_memory"),
+    (("[error] Error while opening decoder for input stream #0:0 : Resource temporarily unavailable",),
+     "Resource temporarily unavailable", "out_of_memory"),
 )
 
 
@@ -394,6 +424,7 @@ class Patience(unittest.TestCase):
         self.assertEqual(agent.stall_limit_s(0, 0), 1800)
         self.assertEqual(agent.stall_limit_s(1000, 40), 300)
         self.assertEqual(agent.stall_limit_s(10, 100), 600)
+        self.assertEqual([agent.stall_limit_s(frames, 10, 4.0) for frames in (0, 1000, 100)], [24, 4, 6])
 
 
 class ReadingFfmpegsWords(unittest.TestCase):
@@ -412,6 +443,17 @@ class ReadingFfmpegsWords(unittest.TestCase):
         damaged = "[h264 @ 0x55] [error] Invalid data found when processing input"
         self.assertEqual(agent.failure_reason(-signal.SIGKILL, damaged), "killed",
                          "the kernel's OOM killer is no fault of the film: it must be tried elsewhere")
+
+    def test_an_ffmpeg_that_others_told_to_end_was_killed(self) -> None:
+        told = ["[info] frame=   21 fps=0.0", "[info] Exiting normally, received signal 15."]
+        self.assertEqual(agent.failure_reason(255, "\n".join(agent.telling_lines(told))), "killed")
+        self.assertEqual(agent.failure_reason(255, "[error] something new"), "encoder")
+
+    def test_a_program_that_could_not_be_started_is_no_missing_film(self) -> None:
+        missing = "nice: 'ffmpeg': No such file or directory"
+        self.assertEqual(agent.failure_reason(127, missing), "no_capability")
+        self.assertEqual(agent.failure_reason(127, "ffmpeg: error while loading shared libraries: libx.so: "
+                                              "failed to map segment from shared object"), "out_of_memory")
 
     def test_a_crash_is_no_network_trouble(self) -> None:
         self.assertEqual(agent.failure_reason(-signal.SIGSEGV, "[info] Stream mapping:"), "killed")
@@ -512,6 +554,20 @@ class ReadingWords(unittest.TestCase):
         for text in ("", "s", "-1", "10x", "1e3", "nan", "inf", "10 s s", "m", "1s1h"):
             with self.assertRaises(ValueError, msg=text):
                 agent.parse_duration(text)
+
+    def test_sizes(self) -> None:
+        for text, size in (("0", 0), ("1000", 1000), ("64M", 64 << 20), ("1.5g", 3 << 29), ("2GiB", 2 << 30),
+                           ("4kB", 4096), ("1T", 1 << 40)):
+            self.assertEqual(agent.size_bytes(text), size, text)
+        for text in ("", "M", "-1", "lots", "1 000", "1e9", "64MM", "∞", "1.2345M"):
+            with self.assertRaises(argparse.ArgumentTypeError, msg=text):
+                agent.size_bytes(text)
+
+    def test_a_duration_of_nothing_is_one_only_where_it_may_be(self) -> None:
+        self.assertEqual((agent.seconds("0s", none=True), agent.seconds("2s")), (0, 2))
+        for text, none in (("0s", False), ("31d", True), ("1000h", True)):
+            with self.assertRaises(argparse.ArgumentTypeError, msg=text):
+                agent.seconds(text, none=none)
 
     def test_a_duration_beyond_all_clocks_is_refused(self) -> None:
         with self.assertRaises((ValueError, agent.argparse.ArgumentTypeError)):
@@ -633,6 +689,14 @@ class Spooling(FolderCase):
         names = [f"job-{number}" for number in range(20)]
         self.put(*names)
         self.assertEqual(self.waiting(), names)
+
+    def test_a_clock_that_is_set_back_does_not_change_their_order(self) -> None:
+        for number, now in enumerate((2e9, 1e9, 3e9, 5e8)):
+            with mock.patch("agent.time.time", lambda now=now: now), mock.patch(
+                    "agent.time.time_ns", lambda now=now: int(now * 1e9)):
+                self.spool = agent.Spool(self.folder / "spool") if number == 2 else self.spool
+                self.put(f"job-{number}")
+        self.assertEqual(self.waiting(), [f"job-{number}" for number in range(4)])
 
     def test_reports_are_for_their_owner_alone(self) -> None:
         self.put("a")

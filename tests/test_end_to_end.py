@@ -272,6 +272,27 @@ class Kills(FleetCase):
         self.assertEqual(master.get("/nodes")["nodes"][0]["status"], "offline")
         self.assertEqual(list((self.folder / "media").iterdir()), [])
 
+    def test_five_results_of_a_dead_master_survive_the_agent_and_arrive_once_in_order(self) -> None:
+        master, agent = self.fleet("--max-concurrent-jobs", "5")
+        jobs = [self.live(master, seconds) for seconds in (3, 2.5, 2, 3.5, 1.5)]
+        wait_for(lambda: master.get("/jobs?status=running")["total"] == 5, 30, "all five are claimed")
+        master.kill()
+        spool = agent.state / "spool"
+        wait_for(lambda: len(list(spool.glob("*.json"))) == 5, 60, f"five in the spool: {agent.words()}")
+        agent.kill()
+        order = [json.loads(path.read_text())["job_id"] for path in sorted(spool.glob("*.json"))]
+        self.assertEqual(sorted(order), sorted(jobs))
+        master = self.restarted(master)
+        self.agent(master)
+        wait_for(lambda: not list(spool.glob("*.json")), 30, "the spool empties")
+        results = master.get("/results")
+        self.assertEqual([result["job_id"] for result in results["results"]], order[::-1])
+        for job in jobs:
+            told = master.get(f"/jobs/{job}")
+            self.assertEqual((told["status"], told["attempt"], told["retry_count"]), ("completed", 1, 0))
+            lines = master.get(f"/jobs/{job}/logs")["lines"]
+            self.assertEqual(len([line for line in lines if "kb/s:" in line]), 1, "its last lines, once")
+
     def test_a_killed_ffmpeg_ends_only_its_attempt(self) -> None:
         master, agent = self.fleet()
         job = self.live(master, 60)
@@ -284,6 +305,83 @@ class Kills(FleetCase):
         master.call("POST", f"/jobs/{job}/cancel")
         self.assertEqual(master.finished(job)["status"], "canceled")
         self.assertEqual(self.short(master), "completed")
+
+
+class Leaving(FleetCase):
+    """SIGTERM of an agent: it finishes what runs, within a limit, and gives back the rest."""
+
+    def told(self, limit: str, *flags: str, seconds: float = 60) -> tuple[Master, Agent, str]:
+        """Start a fleet with a live job, tell its agent to end, and wait until it says what it does."""
+        master, agent = self.fleet("--drain-limit", limit, *flags)
+        job = self.live(master, seconds, output="o.mp4")
+        self.encoding(agent)
+        agent.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: "finishing 1 job, for at most" in agent.words(), 10, agent.words())
+        self.assertIn("a second signal gives it back at once", agent.words())
+        return master, agent, job
+
+    def given_back(self, master: Master, agent: Agent, job: str) -> None:
+        self.assertEqual(agent.wait(20), 0, agent.words())
+        state = master.get(f"/jobs/{job}")
+        self.assertEqual((state["status"], state["retry_count"], state["error"]), ("pending", 0, None))
+        self.assertEqual(master.get("/nodes")["nodes"][0]["status"], "offline")
+        self.nothing_left(agent)
+
+    def test_what_runs_is_finished_and_nothing_more_is_taken(self) -> None:
+        master, agent, job = self.told("40s", seconds=4)
+        waiting = wait_for(lambda: master.get("/nodes")["nodes"][0]["status"] == "draining" and master.submit(
+            "64p25-h264", duration=0.2), 10, "the master knows at once")["id"]
+        self.assertEqual(agent.wait(30), 0, agent.words())
+        done = master.get(f"/jobs/{job}")
+        self.assertEqual((done["status"], done["attempt"], done["result"]["metrics"]["frames"]),
+                         ("completed", 1, 100))
+        self.assertEqual(master.get(f"/jobs/{waiting}")["status"], "pending")
+        self.assertEqual(master.get("/nodes")["nodes"][0]["status"], "offline")
+        self.nothing_left(agent)
+
+    def test_what_is_not_done_within_the_limit_is_given_back(self) -> None:
+        self.given_back(*self.told("1s"))
+
+    def test_a_second_signal_gives_back_at_once(self) -> None:
+        master, agent, job = self.told("10m")
+        agent.process.send_signal(signal.SIGINT)
+        self.given_back(master, agent, job)
+
+    def test_a_slot_that_is_free_is_not_filled_while_another_finishes(self) -> None:
+        master, agent, job = self.told("40s", "--max-concurrent-jobs", "2", seconds=4)
+        waiting = master.submit("64p25-h264", duration=0.2)["id"]
+        self.assertEqual(agent.wait(30), 0, agent.words())
+        states = [master.get(f"/jobs/{one}")["status"] for one in (job, waiting)]
+        self.assertEqual(states, ["completed", "pending"])
+
+    def test_orders_are_obeyed_until_the_end(self) -> None:
+        master, agent, job = self.told("10m")
+        self.assertEqual(master.call("POST", f"/jobs/{job}/cancel").status, 200)
+        self.assertEqual(master.finished(job, CANCEL_DEADLINE_S)["status"], "canceled")
+        self.assertEqual(agent.wait(20), 0, agent.words())
+        self.nothing_left(agent)
+
+    def without_its_master(self, seconds: float, limit: str) -> tuple[Any, ...]:
+        """Kill the master while an agent leaves; return what becomes of the job when both are back."""
+        master, agent, job = self.told(limit, seconds=seconds)
+        master.kill()
+        self.assertEqual(agent.wait(60), 0, agent.words())
+        spool = agent.state / "spool"
+        self.assertEqual(len(list(spool.glob("*.json"))), 1)
+        self.nothing_left(agent)
+        master = Master(self.folder, port=master.port)
+        self.addCleanup(master.end)
+        master.call("POST", f"/nodes/{master.get('/nodes')['nodes'][0]['id']}/drain")
+        self.agent(master)
+        wait_for(lambda: not list(spool.glob("*.json")), 30, "it is delivered")
+        state = master.get(f"/jobs/{job}")
+        return state["status"], state["attempt"], state["retry_count"]
+
+    def test_without_its_master_it_finishes_too_and_keeps_the_result(self) -> None:
+        self.assertEqual(self.without_its_master(3, "40s"), ("completed", 1, 0))
+
+    def test_without_its_master_it_ends_in_time_and_gives_back_later(self) -> None:
+        self.assertEqual(self.without_its_master(60, "1s"), ("pending", 1, 0))
 
 
 class Starting(FleetCase):
@@ -374,7 +472,8 @@ class Starting(FleetCase):
 
     def test_wrong_flags_are_one_sentence_each(self) -> None:
         cases = (("--master", "ftp://x"), ("--poll-interval", "soon"), ("--max-concurrent-jobs", "x"),
-                 ("--media-root", "/none"), ("--name", ""), ("--what", "--what"), ("--log-level", "loud"))
+                 ("--media-root", "/none"), ("--min-free", "lots"), ("--drain-limit", "soon"),
+                 ("--stall-limit", "0s"), ("--name", ""), ("--what", "--what"), ("--log-level", "loud"))
         for words in cases:
             with self.subTest(words):
                 done = run(str(TOP / "agent.py"), "--register", *words, folder=self.folder, timeout=30)
@@ -448,6 +547,51 @@ class SeedMaster(http.server.BaseHTTPRequestHandler):
             self.answer(200, {"status": "success"})
         else:
             self.answer(404, {"error": "not found"})
+
+
+class OrderingMaster(SeedMaster):
+    """A stand-in of a master that orders what the agent runs, and one that it does not, to be given back."""
+
+    calls: ClassVar[list[tuple[str, str, Any]]] = []
+    queue: ClassVar[list[dict[str, Any]]] = []
+    actions: ClassVar[list[dict[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        self.path = self.path.split("?")[0].replace("/progress", "/heartbeat")
+        super().do_POST()
+
+    def answer(self, status: int, body: Any) -> None:
+        more = {"protocol": 1} if status == 201 else {}
+        if "status" in body or "job" in body:
+            more = {**more, "actions": self.actions, "orders": 1}
+        time.sleep(0.05)  # it parks no request
+        super().answer(status, {**body, **more})
+
+
+class AnOrderToReturn(FleetCase):
+    def test_what_runs_and_what_is_not_held_is_reported_returned_once(self) -> None:
+        need("ffmpeg", "ffprobe")
+        ids = [f"550e8400-e29b-41d4-a716-44665544000{number}" for number in range(2)]
+        OrderingMaster.queue[:] = [{"id": ids[0], "attempt": 3, "scenario": "64p25-h264",
+                                    "parameters": {"duration": 60, "realtime": True, "output": "o.mp4"}}]
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), OrderingMaster)
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]  # an agent that leaves
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        agent = Agent(self.folder, f"http://127.0.0.1:{server.server_address[1]}")
+        self.addCleanup(agent.end)
+        self.encoding(agent)
+        OrderingMaster.actions[:] = [{"job_id": ids[0], "attempt": 3, "action": "return"},
+                                     {"job_id": ids[1], "attempt": 7, "action": "return"}]
+
+        def results() -> list[Any]:
+            return [body for _, path, body in OrderingMaster.calls if path == "/results"]
+        wait_for(lambda: {body["job_id"] for body in results()} == set(ids), 30, agent.words())
+        OrderingMaster.actions.clear()
+        told = {(body["job_id"], body["attempt"], body["status"]) for body in results()}
+        self.assertEqual(told, {(ids[0], 3, "returned"), (ids[1], 7, "returned")})
+        self.nothing_left(agent)
 
 
 class TheSeedsMaster(FleetCase):

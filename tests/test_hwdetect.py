@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -577,6 +578,91 @@ class Processes(TreeCase):
             self.assertGreater(usage.cpu_seconds, 0)
             self.assertGreater(usage.rss_bytes, 2**20)
             self.assertIsNotNone(hwdetect.process_started(Host(), process.pid))
+
+
+class KernelStandIn(Host):
+    """A tree in which making a folder gives it the files of a control group, as the kernel does."""
+
+    FILES = ("cgroup.procs", "memory.max", "memory.swap.max", "cpu.max", "memory.events")
+
+    def make(self, folder: str) -> bool:
+        made = super().make(folder)
+        for name in self.FILES if made else ():
+            Path(self._real(f"{folder}/{name}")).touch()
+        return made
+
+    def drop(self, folder: str) -> bool:
+        shutil.rmtree(self._real(folder), ignore_errors=True)
+        return not self.exists(folder)
+
+
+class ControlGroups(TreeCase):
+    def version_2(self, subtree: str) -> KernelStandIn:
+        """A tree of version 2, its process in a service; `subtree` is what the slice hands on."""
+        self.put("/proc/self/mountinfo", "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate")
+        self.put("/proc/self/cgroup", "0::/system.slice/ffdist.service")
+        self.put("/sys/fs/cgroup/system.slice/cgroup.controllers", "cpu memory")
+        self.put("/sys/fs/cgroup/system.slice/cgroup.subtree_control", subtree)
+        self.put("/sys/fs/cgroup/system.slice/ffdist.service/cgroup.controllers", "")
+        self.put("/sys/fs/cgroup/system.slice/ffdist.service/memory.max", 900 << 20)
+        return KernelStandIn(str(self.tree))
+
+    def words(self, folder: str, name: str) -> str:
+        return (self.tree / f"sys/fs/cgroup/{folder}/{name}").read_text(encoding="utf-8").strip()
+
+    def test_version_2_of_a_stand_in_gets_one_group_beside_the_agents_own(self) -> None:
+        group = hwdetect.ControlGroup(self.version_2("cpu memory"), "job-1")
+        told = [group.limit("memory", 64 << 20), group.limit("cpu", 50_000)]
+        self.assertEqual(told, ["cgroup v2", "cgroup v2"])
+        told = [self.words("system.slice/ffdist-job-1", name) for name in KernelStandIn.FILES[1:4]]
+        self.assertEqual(told, [str(64 << 20), "0", "50000 100000"])
+        self.assertTrue(group.take("memory", 4711))
+        self.assertEqual(self.words("system.slice/ffdist-job-1", "cgroup.procs"), "4711")
+        self.assertIn("/sys/fs/cgroup/system.slice/ffdist-job-1", group.folders)
+        self.assertFalse(group.killed())
+        self.put("/sys/fs/cgroup/system.slice/ffdist-job-1/memory.events", "low 0\noom 1\noom_kill 1")
+        self.assertTrue(group.killed())
+        group.remove()
+        self.assertFalse((self.tree / "sys/fs/cgroup/system.slice/ffdist-job-1").exists())
+
+    def test_version_2_of_a_stand_in_is_asked_for_a_controller_and_keeps_the_agents_own_limit(self) -> None:
+        group = hwdetect.ControlGroup(self.version_2("cpu"), "job-1")
+        self.assertEqual("cgroup v2", group.limit("memory", 2000 << 20))
+        self.assertEqual(self.words("system.slice", "cgroup.subtree_control")[:7], "+memory")
+        self.assertEqual(self.words("system.slice/ffdist-job-1", "memory.max"), str(900 << 20))
+
+    def test_a_limit_that_can_not_be_set_leaves_no_group(self) -> None:
+        host = self.version_2("cpu memory")
+        host.FILES = ("cgroup.procs",)
+        group = hwdetect.ControlGroup(host, "job-1")
+        self.assertEqual((None, None), (group.limit("memory", 64 << 20), group.limit("cpu", 50_000)))
+        self.assertFalse(group.take("memory", 1))
+        self.assertFalse((self.tree / "sys/fs/cgroup/system.slice/ffdist-job-1").exists())
+
+    def test_a_machine_without_control_groups_has_none(self) -> None:
+        group = hwdetect.ControlGroup(Host(str(self.tree)), "job-1")
+        self.assertIsNone(group.limit("cpu", 50_000))
+        self.assertFalse(group.take("cpu", 1))
+        group.remove()
+
+    def test_only_groups_of_ours_are_removed(self) -> None:
+        for name in ("ffdist-job-1", "system.slice"):
+            (self.tree / "sys/fs/cgroup" / name).mkdir(parents=True)
+        hwdetect.remove_groups(Host(str(self.tree)),
+                               ["/sys/fs/cgroup/ffdist-job-1", "/sys/fs/cgroup/system.slice"])
+        self.assertEqual([path.name for path in (self.tree / "sys/fs/cgroup").iterdir()], ["system.slice"])
+
+    def test_a_real_group_holds_a_process_and_is_removed_with_it(self) -> None:
+        group = hwdetect.ControlGroup(Host(), f"test-{os.getpid()}")
+        self.addCleanup(group.remove)
+        if not group.limit("memory", 256 << 20):
+            self.skipTest("no control group of memory can be made here (it needs root)")
+        with subprocess.Popen(["sleep", "600"]) as process:
+            self.assertTrue(group.take("memory", process.pid))
+            threading.Thread(target=process.wait, daemon=True).start()  # reaped at once, as init does
+            hwdetect.remove_groups(Host(), group.folders)
+            self.assertEqual(process.wait(10), -signal.SIGKILL)
+        self.assertEqual([folder for folder in group.folders if os.path.exists(folder)], [])
 
 
 @unittest.skipUnless(shutil.which("ffmpeg"), "ffmpeg is not installed")

@@ -1,6 +1,7 @@
 """One attempt with the real FFmpeg: what comes out, what each failure says, and that nothing is left."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -8,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -40,6 +42,21 @@ def ffmpeg(*words: str) -> None:
 def picture(size: str = "320x180", rate: str = "25", seconds: float = 1.0, more: str = "") -> list[str]:
     """Arguments of a moving test picture as an input."""
     return ["-f", "lavfi", "-i", f"testsrc2=size={size}:rate={rate}:duration={seconds}{more}"]
+
+
+class NoGroups(hwdetect.Host):
+    """This machine as an agent sees it that may make no control groups."""
+
+    def make(self, folder: str) -> bool:
+        return False
+
+
+def groups() -> list[str]:
+    """Control groups of attempts that are there now."""
+    found = []
+    for folder, below, _ in os.walk("/sys/fs/cgroup"):
+        found += [f"{folder}/{name}" for name in below if name.startswith("ffdist-")]
+    return found
 
 
 def interruptible() -> None:
@@ -100,6 +117,7 @@ class RunCase(unittest.TestCase):
         cls.place = agent.workplace(options, hardware, host, "worker-01")
 
     def setUp(self) -> None:
+        self.folders: list[str] = []  # of this test's attempts
         self.addCleanup(self.nothing_left)
 
     def nothing_left(self) -> None:
@@ -107,6 +125,9 @@ class RunCase(unittest.TestCase):
         self.assertEqual(left, [], "the work folder must be empty at rest")
         self.assertEqual([path for path in self.root.rglob(".ffdist-*")], [], "no hidden output may stay")
         self.assertEqual(processes_under(self.work), [], "no process may stay")
+        mine = {f"ffdist-{folder}" for folder in self.folders}
+        self.assertEqual([path for path in groups() if os.path.basename(path) in mine], [],
+                         "no control group may stay")
 
     def film(self, name: str, *words: str) -> str:
         """Make a film in the media root unless it is there; return its name."""
@@ -117,7 +138,9 @@ class RunCase(unittest.TestCase):
     def attempt(self, scenario: str = "transcode-h264", place: agent.Workplace | None = None,
                 **parameters: object) -> agent.Attempt:
         job = {"scenario": scenario, "parameters": parameters}
-        return agent.Attempt(str(uuid.uuid4()), 1, job, place or self.place)
+        job_id = str(uuid.uuid4())
+        self.folders.append(f"{job_id}-1")
+        return agent.Attempt(job_id, 1, job, place or self.place)
 
     def result(self, attempt: agent.Attempt) -> agent.Json:
         result = agent.result_of(attempt, attempt.run(), self.place.machine)
@@ -543,6 +566,48 @@ class BadOutput(RunCase):
         self.assertLessEqual({path.name for path in disk.iterdir()}, {"cache"})
         self.assertEqual([path for path in (disk / "cache").rglob("*")], [])
 
+    def test_a_disk_with_too_little_room_is_told_before_the_work(self) -> None:
+        place = dataclasses.replace(self.place, min_free_bytes=512 << 10)
+        disk = self.small_disk("low", self.media)
+        (disk / "fill").write_bytes(b"x" * (600 << 10))
+        name = self.film("plain.mp4")
+        result = self.fails("out_of_disk", str(disk), "worker-01", "424.0 KiB free", "512.0 KiB are wanted",
+                            "--min-free", place=place, input=name, output="low/o.mp4")
+        self.assertNotIn("frames", [key for key, value in result["metrics"].items() if value])
+        (disk / "fill").unlink()
+        self.completes(place=place, input=name, output="low/o.mp4")
+        self.fails("out_of_disk", "are wanted", place=place, input=name, output="low/p.mp4", bitrate="8M")
+        self.fails("out_of_disk", str(disk), scenario="64p25-h264", duration=0.2,
+                   place=dataclasses.replace(place, work_dir=disk, min_free_bytes=2 << 20))
+
+    def test_a_disk_that_is_filled_by_others_ends_the_encode_before_it_is_full(self) -> None:
+        disk = self.small_disk("shared", self.media)
+        place = dataclasses.replace(self.place, min_free_bytes=512 << 10)
+        attempt = self.attempt("64p25-h264", place, duration=60, realtime=True, output="shared/o.mkv")
+        results: list[agent.Json] = []
+        worker = threading.Thread(target=lambda: results.append(self.result(attempt)))
+        worker.start()
+        try:
+            wait_for(lambda: list(disk.glob(".ffdist-*")), 20, "the encode runs")
+            (disk / "fill").write_bytes(b"x" * (700 << 10))
+            worker.join(20)
+        finally:
+            attempt.stop("canceled")
+            worker.join(20)
+        self.assertEqual((results[0]["status"], results[0]["failure_reason"]), ("failed", "out_of_disk"))
+        self.assertIn(f"{disk} on worker-01 has", str(results[0]["error"]))
+        self.assertEqual([path.name for path in disk.iterdir()], ["fill"])
+
+    def test_a_folder_that_vanishes_is_no_fault_of_the_film(self) -> None:
+        (self.media / "gone").mkdir()
+        name, inside = self.film("plain.mp4"), agent.Attempt._encode
+
+        def late(attempt: agent.Attempt, settings: agent.Settings, made: agent.Plan) -> agent.Outcome:
+            shutil.rmtree(self.media / "gone")
+            return inside(attempt, settings, made)
+        with mock.patch("agent.Attempt._encode", late):
+            self.fails("output", "gone/o.mp4", "No such file", input=name, output="gone/o.mp4")
+
     def test_a_folder_without_permission(self) -> None:
         (self.media / "closed").mkdir(mode=0o500)
         if not os.geteuid():  # root may write everywhere but on a file system that is read-only
@@ -551,6 +616,117 @@ class BadOutput(RunCase):
             self.addCleanup(subprocess.run, ["umount", "-l", closed], check=True)
         self.fails("output", "closed/o.mp4", "permission denied", input=self.film("plain.mp4"),
                    output="closed/o.mp4")
+
+
+class JobLimits(RunCase):
+    """max_memory_mb and max_cpu_percent: by real control groups as root, and by plain limits."""
+
+    def grouped(self) -> str:
+        """Return what enforces memory here; skip where no group can be made."""
+        probe = hwdetect.ControlGroup(self.place.host, f"probe-{os.getpid()}")
+        how = probe.limit("memory", 64 << 20) and probe.limit("cpu", 50_000)
+        probe.remove()
+        if not how:
+            self.skipTest("no control groups of memory and CPU can be made here (it needs root)")
+        return str(how)
+
+    def plain(self) -> agent.Workplace:
+        return dataclasses.replace(self.place, host=NoGroups())
+
+    def test_an_encode_beyond_its_memory_is_ended_by_its_group_and_says_so(self) -> None:
+        how = self.grouped()
+        name = self.film("hd.mkv", *picture("1920x1080"), "-c:v", "libx264", "-preset", "ultrafast")
+        result = self.fails("out_of_memory", "max_memory_mb of 100", how, "worker-01", input=name,
+                            max_memory_mb=100, preset="medium", output="o.mp4")
+        self.assertEqual(result["encode"]["limits"], {"memory": how})
+
+    def test_an_encode_within_its_limits_is_whole_and_its_figures_are_right(self) -> None:
+        how = self.grouped()
+        self.completes("360p25-h264", duration=0.2)
+        attempt = self.attempt("360p25-h264", duration=2, max_memory_mb=500, max_cpu_percent=50,
+                               preset="slow")
+        result = self.result(attempt)
+        self.assertEqual(result["encode"]["limits"], {"memory": how, "cpu": how}, result["error"])
+        self.assertIn(f"limits: memory by {how}, cpu by {how}", [line for _, line in attempt.lines])
+        metrics = result["metrics"]
+        self.assertEqual((metrics["frames"], result["encode"]["threads"]), (50, 1))
+        self.assertGreater(metrics["cpu_seconds"], 0)
+        self.assertLess(metrics["cpu_seconds"], 0.5 * metrics["duration"] + 0.3, "half a core, and a period")
+
+    def test_where_no_group_may_be_made_plain_limits_hold(self) -> None:
+        place = self.plain()
+        result = self.completes("180p25-h264", place, duration=0.2, max_memory_mb=4000, max_cpu_percent=50)
+        self.assertEqual(result["encode"]["limits"], {"memory": "rlimit", "cpu": "affinity"})
+        name = self.film("hd.mkv", *picture("1920x1080"), "-c:v", "libx264", "-preset", "ultrafast")
+        for most in (16, 300, 400, 500):
+            with self.subTest(most):
+                self.fails("out_of_memory", f"max_memory_mb of {most} (rlimit)", place=place, input=name,
+                           max_memory_mb=most, preset="medium", output="o.mp4")
+
+    def test_affinity_is_of_as_many_cpus_as_the_quota_rounded_up(self) -> None:
+        attempt = self.attempt("64p25-h264", self.plain(), duration=60, realtime=True, max_cpu_percent=50)
+        worker = threading.Thread(target=attempt.run)
+        worker.start()
+        try:
+            pid = wait_for(lambda: attempt.progress.get("frame") and processes_under(self.work), 20)[0]
+            self.assertEqual(len(os.sched_getaffinity(pid)), 1)
+        finally:
+            attempt.stop("canceled")
+            worker.join(20)
+
+    def test_a_limit_that_nothing_enforces_fails_the_job_rather_than_run_it_without(self) -> None:
+        for call, parameter in (("agent.resource.prlimit", {"max_memory_mb": 500}),
+                                ("agent.os.sched_setaffinity", {"max_cpu_percent": 50})):
+            with self.subTest(call), mock.patch(call, side_effect=PermissionError(1, "not permitted")):
+                self.fails("no_capability", next(iter(parameter)), "worker-01", scenario="64p25-h264",
+                           place=self.plain(), duration=0.2, **parameter)
+
+    def test_a_group_left_by_a_killed_agent_is_removed_with_what_runs_in_it(self) -> None:
+        self.grouped()
+        folder = self.work / "left-1"
+        folder.mkdir()
+        settings = agent.resolve("64p25-h264", {"max_memory_mb": 100, "max_cpu_percent": 100})
+        limits = agent.Limits(settings, folder, self.place.host, "worker-01")
+        orphan = subprocess.Popen(["sleep", "600"])
+        limits.take(orphan.pid)
+        left = [path for path in groups() if path.endswith("ffdist-left-1")]
+        self.assertTrue(left)
+        threading.Thread(target=orphan.wait, daemon=True).start()  # reaped at once, as init does
+        self.assertEqual(agent.clear_work(self.work, self.place.host), 1)
+        self.assertEqual([path for path in left if os.path.exists(path)], [])
+        self.assertEqual(orphan.wait(10), -signal.SIGKILL)
+
+
+class Watchdogs(RunCase):
+    def disturbed(self, number: int, **parameters: object) -> agent.Json:
+        """Send a signal to the FFmpeg of a live encode; return the result."""
+        place = dataclasses.replace(self.place, stall_limit_s=1.0)
+        attempt = self.attempt("64p25-h264", place, duration=60, realtime=True, **parameters)
+        results: list[agent.Json] = []
+        worker = threading.Thread(target=lambda: results.append(self.result(attempt)))
+        worker.start()
+        try:
+            wait_for(lambda: (attempt.progress.get("frame") or 0) > 30, 20, "the encode runs")
+            for pid in processes_under(self.work):
+                os.kill(pid, number)
+            worker.join(20)
+        finally:
+            attempt.stop("canceled")
+            worker.join(20)
+        return results[0]
+
+    def test_an_ffmpeg_that_stands_still_is_ended_as_stalled(self) -> None:
+        result = self.disturbed(signal.SIGSTOP, output="o.mkv")
+        self.assertEqual((result["status"], result["failure_reason"]), ("failed", "stalled"), result["error"])
+        self.assertRegex(str(result["error"]), r"no new frame for \d\.\d s on worker-01")
+        self.nothing_left()
+
+    def test_an_ffmpeg_that_others_ended_is_killed_and_no_fault_of_the_film(self) -> None:
+        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSEGV):
+            with self.subTest(number):
+                result = self.disturbed(number)
+                self.assertEqual((result["status"], result["failure_reason"]), ("failed", "killed"),
+                                 result["error"])
 
 
 class Encoders(RunCase):
@@ -571,6 +747,9 @@ class Encoders(RunCase):
         machine = dataclasses.replace(self.place.machine, ffmpeg="ffmpeg-that-is-not-there")
         self.fails("no_capability", "ffmpeg-that-is-not-there", scenario="66p25-h264", duration=0.2,
                    place=dataclasses.replace(self.place, machine=machine))
+        place = dataclasses.replace(self.place, machine=dataclasses.replace(machine, ffmpeg="/vanished"))
+        with mock.patch("agent.shutil.which", lambda name: name):
+            self.fails("no_capability", "/vanished", scenario="66p25-h264", duration=0.2, place=place)
         self.fails("no_capability", "ffprobe-not-there", input=self.film("plain.mp4"),
                    place=dataclasses.replace(self.place, ffprobe="ffprobe-not-there"))
 
@@ -693,6 +872,24 @@ class Network(RunCase):
         self.fails("network", "nohost.invalid", place=self.local(), input="http://nohost.invalid/x.mp4",
                    output="o.mp4")
 
+    def test_a_film_whose_server_breaks_off_may_be_tried_again(self) -> None:
+        cut = self.film("index-first.mp4", *picture("640x360", seconds=4), "-movflags", "+faststart")
+        raw = (self.media / cut).read_bytes()
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(listener.close)
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    peer = listener.accept()[0]
+                    with contextlib.suppress(OSError), peer:
+                        peer.recv(65536)
+                        peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(raw)
+                                     + raw[:len(raw) // 2])
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/{cut}"
+        self.fails("network", url, "of 4.0 s", place=self.local(), input=url, output="o.mp4")
+
     def rtmp_server(self) -> tuple[subprocess.Popen[bytes], int, Path]:
         need("nginx")
         if not NGINX_RTMP.exists():
@@ -719,7 +916,6 @@ class Network(RunCase):
 
     @staticmethod
     def accepts(port: int) -> bool:
-        import socket
         try:
             socket.create_connection(("127.0.0.1", port), timeout=2).close()
         except OSError:
