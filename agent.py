@@ -1648,9 +1648,9 @@ CACHE_LIMIT_BYTES = 1 << 30
 PROBE_S = 60.0
 NICE = ("nice", "-n", "10")
 CRASHES = tuple(-number for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGTRAP))
-# Of an error of the operating system; any other is "agent".
+# Of an error of the operating system; any other is "output" at the output, "agent" elsewhere.
 ERRNO_REASONS = {errno.ENOSPC: "out_of_disk", errno.EDQUOT: "out_of_disk", errno.EFBIG: "out_of_disk",
-                 errno.ENOMEM: "out_of_memory", errno.EROFS: "output", errno.EACCES: "output"}
+                 errno.ENOMEM: "out_of_memory"}
 DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")  # util-linux 2.33; busybox has none
 _SLICE_S = 0.25
 
@@ -2047,14 +2047,19 @@ class Attempt:
         except ApiError as error:
             outcome = Outcome("failed", error=error.message, failure_reason="parameters")
         except OSError as error:
-            node = self._place.machine.name
-            outcome = Outcome("failed", error=f"{error.filename or self._folder} on {node}: {_cause(error)}",
-                              failure_reason=ERRNO_REASONS.get(error.errno or 0, "agent"))
+            outcome = self._broken(error)
         finally:
             self._clean()
         return dataclasses.replace(outcome, wall_s=outcome.wall_s or time.monotonic() - started,
                                    settings=self._settings, plan=self._plan, ledger=self._ledger,
                                    damaged=self._damaged, limits=self._limits.told if self._limits else {})
+
+    def _broken(self, error: OSError) -> Outcome:
+        """Return what an error of the operating system makes of the attempt, hidden names left out."""
+        mine = error.filename is not None and error.filename == self._partial
+        shown = self._settings.output if mine and self._settings else error.filename or self._folder
+        return Outcome("failed", error=f"{shown} on {self._place.machine.name}: {_cause(error)}",
+                       failure_reason=ERRNO_REASONS.get(error.errno or 0, "output" if mine else "agent"))
 
     def _work(self) -> Outcome:
         settings = self._settings = resolve(self._job.get("scenario"), self._job.get("parameters"))
@@ -2068,7 +2073,8 @@ class Attempt:
         made = self._plan = plan(settings, self._place.machine, source, target)
         self._say(f"plan: {made.reason}")
         if scheme_of(target) is None:
-            self._want(os.path.dirname(target), (settings.bitrate or 0) / 8 * (made.duration_s or 0))
+            bits = settings.bitrate if settings.crf is None else None  # with crf it is but a ceiling
+            self._want(os.path.dirname(target), (bits or 0) / 8 * (made.duration_s or 0))
         outcome = self._encode(settings, made)
         if scheme_of(target) is None:
             outcome = self._inspect(outcome, settings, source, made)
@@ -2164,7 +2170,9 @@ class Attempt:
             raise Failure("stalled", f"{self._words_of_input()}: ffmpeg gave no new frame for "
                           f"{duration_text(self._stall_s)} on {self._place.machine.name}")
         if time.monotonic() > limit:
-            raise Failure("timeout", f"{self._words_of_input()}: no answer from ffprobe in {PROBE_S:.0f} s")
+            remote = scheme_of(self._settings.input if self._settings else None)
+            raise Failure("network" if remote else "timeout",
+                          f"{self._words_of_input()}: no answer from ffprobe in {PROBE_S:.0f} s")
 
     def _hear(self, line: str) -> None:
         self._tail.append(line)

@@ -262,6 +262,11 @@ def served(folder: Path) -> Iterator[str]:
         server.server_close()
 
 
+def control_groups() -> set[str]:
+    """Return the names of the control groups of attempts that are there now."""
+    return {name for _, below, _ in os.walk("/sys/fs/cgroup") for name in below if name.startswith("ffdist-")}
+
+
 def free_port() -> int:
     """Return a port that was free a moment ago."""
     with socket.socket() as probe:

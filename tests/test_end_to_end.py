@@ -18,7 +18,8 @@ import unittest
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tests.support import TOP, Agent, Case, Master, Program, free_port, need, run, served, wait_for
+from tests.support import (TOP, Agent, Case, Master, Program, control_groups, free_port, need, run, served,
+                           wait_for)
 
 CANCEL_DEADLINE_S = 10.0
 GPU = {  # what the stand-in of nvidia-smi is asked for, and answers
@@ -235,7 +236,7 @@ class Kills(FleetCase):
         """Kill an agent hard in mid-job, start it again: the job is done by the next attempt."""
         master, agent = self.fleet(**more)
         film = self.film("in.mp4", 60)
-        job = self.live(master, 60, input=film.name, output="o.mp4")
+        job = self.live(master, 60, input=film.name, output="o.mp4", max_memory_mb=4000)
         pids = self.encoding(agent)
         wait_for(lambda: list((self.folder / "media").glob(".ffdist-*")), 20, "the hidden output")
         agent.kill()
@@ -247,6 +248,7 @@ class Kills(FleetCase):
         ended = master.finished(job)
         self.assertEqual((ended["status"], ended["attempt"], ended["retry_count"]), ("completed", 2, 1))
         self.assertEqual(master.get("/nodes")["count"], 1, "it is the same node")
+        self.assertEqual({name for name in control_groups() if job in name}, set())
         self.nothing_left(again)
 
     def test_a_killed_agent_leaves_no_orphan_and_its_job_is_done_by_the_next_attempt(self) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -23,7 +24,7 @@ from unittest import mock
 
 import agent
 import hwdetect
-from tests.support import FILM, TOP, free_port, need, run, served, wait_for
+from tests.support import FILM, TOP, control_groups, free_port, need, run, served, wait_for
 
 SIZES = ("4K60", "4K30", "1080p60", "1080p30", "720p60", "720p30", "480p30")
 SCENARIOS = [f"{size}-{codec}" for size in SIZES for codec in ("h264", "h265")]
@@ -49,14 +50,6 @@ class NoGroups(hwdetect.Host):
 
     def make(self, folder: str) -> bool:
         return False
-
-
-def groups() -> list[str]:
-    """Control groups of attempts that are there now."""
-    found = []
-    for folder, below, _ in os.walk("/sys/fs/cgroup"):
-        found += [f"{folder}/{name}" for name in below if name.startswith("ffdist-")]
-    return found
 
 
 def interruptible() -> None:
@@ -126,8 +119,7 @@ class RunCase(unittest.TestCase):
         self.assertEqual([path for path in self.root.rglob(".ffdist-*")], [], "no hidden output may stay")
         self.assertEqual(processes_under(self.work), [], "no process may stay")
         mine = {f"ffdist-{folder}" for folder in self.folders}
-        self.assertEqual([path for path in groups() if os.path.basename(path) in mine], [],
-                         "no control group may stay")
+        self.assertEqual(control_groups() & mine, set(), "no control group may stay")
 
     def film(self, name: str, *words: str) -> str:
         """Make a film in the media root unless it is there; return its name."""
@@ -608,6 +600,15 @@ class BadOutput(RunCase):
         with mock.patch("agent.Attempt._encode", late):
             self.fails("output", "gone/o.mp4", "No such file", input=name, output="gone/o.mp4")
 
+    def test_an_output_that_cannot_get_its_name_and_a_work_folder_that_is_closed(self) -> None:
+        def closed_stand_in(place: str, *_: object, **__: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        name = self.film("plain.mp4")
+        with mock.patch("agent.os.replace", closed_stand_in):
+            self.fails("output", "o.mp4", "worker-01", "Permission denied", input=name, output="o.mp4")
+        with mock.patch("agent.Path.mkdir", closed_stand_in):
+            self.fails("agent", str(self.work), "worker-01", "Permission denied", input=name, output="o.mp4")
+
     def test_a_folder_without_permission(self) -> None:
         (self.media / "closed").mkdir(mode=0o500)
         if not os.geteuid():  # root may write everywhere but on a file system that is read-only
@@ -689,11 +690,10 @@ class JobLimits(RunCase):
         limits = agent.Limits(settings, folder, self.place.host, "worker-01")
         orphan = subprocess.Popen(["sleep", "600"])
         limits.take(orphan.pid)
-        left = [path for path in groups() if path.endswith("ffdist-left-1")]
-        self.assertTrue(left)
+        self.assertIn("ffdist-left-1", control_groups())
         threading.Thread(target=orphan.wait, daemon=True).start()  # reaped at once, as init does
         self.assertEqual(agent.clear_work(self.work, self.place.host), 1)
-        self.assertEqual([path for path in left if os.path.exists(path)], [])
+        self.assertNotIn("ffdist-left-1", control_groups())
         self.assertEqual(orphan.wait(10), -signal.SIGKILL)
 
 
