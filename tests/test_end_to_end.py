@@ -18,8 +18,19 @@ import unittest
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tests.support import (TOP, Agent, Case, Master, Program, control_groups, free_port, need, run, served,
-                           wait_for)
+from tests.support import (
+    TOP,
+    Agent,
+    Case,
+    Master,
+    Program,
+    control_groups,
+    free_port,
+    need,
+    run,
+    served,
+    wait_for,
+)
 
 CANCEL_DEADLINE_S = 10.0
 GPU = {  # what the stand-in of nvidia-smi is asked for, and answers

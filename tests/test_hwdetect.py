@@ -657,11 +657,12 @@ class ControlGroups(TreeCase):
         self.addCleanup(group.remove)
         if not group.limit("memory", 256 << 20):
             self.skipTest("no control group of memory can be made here (it needs root)")
-        with subprocess.Popen(["sleep", "600"]) as process:
-            self.assertTrue(group.take("memory", process.pid))
-            threading.Thread(target=process.wait, daemon=True).start()  # reaped at once, as init does
-            hwdetect.remove_groups(Host(), group.folders)
-            self.assertEqual(process.wait(10), -signal.SIGKILL)
+        process = subprocess.Popen(["sleep", "600"])
+        self.addCleanup(process.kill)
+        self.assertTrue(group.take("memory", process.pid))
+        threading.Thread(target=process.wait, daemon=True).start()  # reaped at once, as init does
+        hwdetect.remove_groups(Host(), group.folders)
+        self.assertEqual(process.wait(10), -signal.SIGKILL)
         self.assertEqual([folder for folder in group.folders if os.path.exists(folder)], [])
 
 

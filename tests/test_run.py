@@ -689,6 +689,7 @@ class JobLimits(RunCase):
         settings = agent.resolve("64p25-h264", {"max_memory_mb": 100, "max_cpu_percent": 100})
         limits = agent.Limits(settings, folder, self.place.host, "worker-01")
         orphan = subprocess.Popen(["sleep", "600"])
+        self.addCleanup(orphan.kill)
         limits.take(orphan.pid)
         self.assertIn("ffdist-left-1", control_groups())
         threading.Thread(target=orphan.wait, daemon=True).start()  # reaped at once, as init does
