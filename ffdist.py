@@ -1852,8 +1852,8 @@ class Master:
             archived = self.journal.known_ids([job_id for job_id in named if job_id not in live])
             known = {**live, **{job_id: self._archived(job_id) for job_id in archived}}
             with self._transaction():
-                jobs = [known[draft.id] if draft.id in known else self._accept(draft)
-                        for draft in self._placed(drafts)]
+                new = iter(self._placed([draft for draft in drafts if draft.id not in known]))
+                jobs = [known[draft.id] if draft.id in known else self._accept(next(new)) for draft in drafts]
         return any(draft.id not in known for draft in drafts), jobs
 
     def _placed(self, drafts: Sequence[Draft]) -> list[Draft]:

@@ -83,6 +83,7 @@ class Work:
     number: int
     most: int
     timeout: float | None
+    pin: int | None = None
     status: str = "pending"
     holder: int | None = None
     canceling: bool = False
@@ -234,14 +235,15 @@ class Promises:
     # -- work
 
     def _submit(self, told: Told, body: Any) -> int:
-        numbers = [number for number, _, _ in told["jobs"]]
-        if len(set(numbers)) != len(numbers):
-            return 400
+        numbers = [entry[0] for entry in told["jobs"]]
         new = [entry for entry in told["jobs"] if entry[0] not in self.jobs]
-        for number, most, timeout in new:
-            work = self.jobs[number] = Work(number, RETRIES if most is None else most, timeout)
+        pins = {pin for entry in new for pin in entry[3:]}
+        if len(set(numbers)) != len(numbers) or not pins <= set(self.nodes):
+            return 400
+        for number, most, timeout, *pin in new:
+            work = self.jobs[number] = Work(number, RETRIES if most is None else most, timeout, *pin)
             self.pure.begin(work)
-        found = body["jobs"] if told["bulk"] else [body]
+        found = body.get("jobs", []) if told["bulk"] else [body] if body else []
         agree("the jobs of the answer", [uuid_of("job", number) for number in numbers],
               [job["id"] for job in found])
         return 201 if new else 200
@@ -275,6 +277,8 @@ class Promises:
                 and (work.due <= at or work.uncertain)]
 
     def _fits(self, work: Work, node: Machine) -> bool:
+        if work.pin is not None:
+            return node.number == work.pin
         return node.number not in work.failed_on or not any(
             other.number not in work.failed_on and self.node_status(other) in ("available", "busy")
             for other in self.nodes.values())
@@ -295,7 +299,7 @@ class Promises:
     def _hand_out(self, work: Work, node: Machine, word: str | None) -> None:
         work.status, work.holder, work.shown_node, work.gave_up = "running", node.number, node.number, None
         work.attempt += 1
-        work.word, work.uncertain = word, False
+        work.word, work.due, work.uncertain = word, 0.0, False
         work.records.append([work.attempt, node.number, "running"])
         node.words += [word] if word else []
         self._lease(work, node)
@@ -548,8 +552,9 @@ def request_of(kind: str, told: Told) -> tuple[str, str, Any]:
     if kind == "submit":
         bodies = [{"scenario": "model", "id": uuid_of("job", number),
                    **({} if most is None else {"max_retries": most}),
-                   "parameters": {} if timeout is None else {"timeout": timeout}}
-                  for number, most, timeout in told["jobs"]]
+                   "parameters": {} if timeout is None else {"timeout": timeout},
+                   **({"node": uuid_of("node", pin[0])} if pin else {})}
+                  for number, most, timeout, *pin in told["jobs"]]
         return "POST", "/jobs", bodies if told["bulk"] else bodies[0]
     if kind == "register":
         holding = [{"job_id": uuid_of("job", number), "attempt": attempt} for number, attempt in
@@ -627,7 +632,7 @@ class Chooser:
             fresh = len(known) < JOBS_MOST and self._likely(0.85)
             number = len(known) + at if fresh or not known else self.source.choice(known)
             entries.append([number, self._one(None, 0, 1, 5), self._one(None, None, JOB_TIMEOUT_S)
-                            if self.timed else None])
+                            if self.timed else None, *([self._node()] if self._likely(0.15) else [])])
         return {"jobs": entries, "bulk": bulk}
 
     def _claim(self) -> Told:
@@ -966,6 +971,9 @@ FOUND: dict[str, Sequence[Event]] = {
     "a node that was removed and comes back has claimed nothing, after a restart either": (
         *LOST[:3], event("forget"), event("register"), event("restart"), event("submit", jobs=[[1, 0, None]]),
         event("claim", word="w")),
+    "a job that was pinned to a node is submitted again, after the node was removed": (
+        event("register"), event("submit", jobs=[[0, 5, None, 0]]), event("forget"),
+        event("submit", jobs=[[0, 5, None, 0]]), event("submit", jobs=[[1, 5, None, 0]])),
     "a paused attempt that is killed leaves its job paused, to be tried again": (
         event("register"), event("submit", jobs=[[0, 5, None]]), event("claim"), event("order", verb="pause"),
         event("report", status="failed", reason="killed"), event("order", verb="resume"), event("claim"),
@@ -1083,7 +1091,8 @@ class TestCrash(unittest.TestCase):
     def _check_lanes(self, master: ffdist.Master, model: Promises, why: str) -> None:
         """A new node gets all that waits, in the order of submission, and nothing that it may not have."""
         send_to(master, *request_of(*event("register", node=99, session="new")))
-        sure = [work for work in model.jobs.values() if work.status == "pending" and not work.uncertain]
+        sure = [work for work in model.jobs.values() if work.status == "pending" and not work.uncertain
+                and work.pin is None]
         wanted = [uuid_of("job", work.number) for work in sure if work.due <= model.now - model.slack_s]
         later = [uuid_of("job", work.number) for work in sure if work.due > model.now + model.slack_s]
         got = []
