@@ -2686,7 +2686,8 @@ def _write_json(path: Path, value: Json) -> None:
 class Agent:
     """One node of a fleet: its identity, its slots, its talk with the master.
 
-    The lock guards `_running`; it is never held during I/O. `_seen`, `_word` and `_hasty` are the poller's.
+    The lock guards `_running`, `_doubted` and `_heard`; it is never held during I/O. `_seen`, `_word` and
+    `_hasty` are the poller's.
     """
 
     def __init__(self, options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host,
@@ -2697,6 +2698,7 @@ class Agent:
         self._client = Client(options.master)
         self._lock = threading.Lock()
         self._running: dict[tuple[str, int], Attempt] = {}
+        self._doubted: set[tuple[str, int]] = set()
         self._session = uuid.uuid4().hex
         self._node_file = options.state_dir / "node.json"
         self._spool = Spool(options.state_dir / "spool")
@@ -2818,7 +2820,7 @@ class Agent:
                 registered = self._weigh(error, registered)
                 if error.status != 404:
                     self._stopping.wait(random.uniform(backoff / 2, backoff))
-                    backoff = min(BACKOFF_MOST_S, backoff * 2)
+                    backoff = min(BACKOFF_MOST_S, self._node_timeout_s / 3, backoff * 2)
 
     def _weigh(self, error: ApiError, registered: bool) -> bool:
         """Note a refusal or a silence; return whether the node is still registered."""
@@ -2834,13 +2836,20 @@ class Agent:
             self._stopping.wait(BACKOFF_MOST_S)
         return registered
 
-    def _answered(self) -> None:
+    def _answered(self, asked: float) -> None:
+        """Note an answer; the master's patience runs from when it was asked, not from its answer.
+
+        After a silence that is longer each lease is in doubt until progress has confirmed it.
+        """
         now = time.monotonic()
         if self._away is not None:
             self._log.info("the master answers again after %s", duration_text(now - self._away))
             self._away = None
             self._news.set()
-        self._heard = now
+        with self._lock:
+            if asked - self._heard > self._node_timeout_s:
+                self._doubted.update(self._running)
+            self._heard = max(self._heard, asked)
 
     def _register(self) -> None:
         waiting = [(result["job_id"], result["attempt"]) for _, result in self._spool.entries()]
@@ -2853,8 +2862,9 @@ class Agent:
                 "holding": [{"job_id": job_id, "attempt": number} for job_id, number in holding]}
         if self._node_id is None:
             self._node_id = body["id"] = str(uuid.uuid4())
+        asked = time.monotonic()
         answer = self._client.register(body)
-        self._answered()
+        self._answered(asked)
         self._protocol = answer.get("protocol") if isinstance(answer.get("protocol"), int) else None
         self._node_id = str(answer.get("id") or self._node_id)
         _remember(self._node_file, self._node_id)
@@ -2886,14 +2896,15 @@ class Agent:
         asked = time.monotonic()
         if free:
             answer = self._client.claim({**common, "node_id": self._node_id, "claim": self._word}, wait)
-            self._word = uuid.uuid4().hex
+            if answer.get("job") or answer.get("claim"):  # else a copy on its way may yet get a job for it
+                self._word = uuid.uuid4().hex
         else:
             answer = self._client.heartbeat(self._node_id, {**common, "leaving": leaving}, wait)
-        self._answered()
+        self._answered(asked)
         self._log.debug("heartbeat: the master answers (%s)", "free" if free else "busy")
-        self._obey(answer)
         if isinstance(answer.get("job"), dict):
             self._start(answer["job"])
+        self._obey(answer)  # after the start: an order may be for this very job
         empty = not answer.get("job") and not answer.get("actions") and time.monotonic() - asked < wait / 10
         self._hasty = self._hasty + 1 if empty else 0
         if self._hasty > HASTY_MOST:  # a master that says to park and does not
@@ -2906,7 +2917,7 @@ class Agent:
         if now - self._beat >= self._options.heartbeat_interval_s:
             self._client.heartbeat(self._node_id, {})
             self._beat = now
-            self._answered()
+            self._answered(now)
             self._log.debug("heartbeat: the master answers")
         job = self._client.claim({"node_id": self._node_id}).get("job") if free else None
         if isinstance(job, dict):
@@ -2970,6 +2981,7 @@ class Agent:
             self._keep({**result, "lines": lines, "lines_from": first})
         with self._lock:
             self._running.pop(key, None)
+            self._doubted.discard(key)
         self._log.info("job %s attempt %d: %s%s", *key, outcome.status,
                        f": {outcome.error}" if outcome.error else "")
         self._freed.set()
@@ -2994,8 +3006,11 @@ class Agent:
 
     def _confirm(self, attempt: Attempt) -> bool:
         """Tell whether the lease is surely ours; after a long silence only the master can say."""
+        key = (attempt.job_id, attempt.number)
         while True:
-            if time.monotonic() - self._heard <= self._node_timeout_s or not self._protocol:
+            with self._lock:
+                sure = key not in self._doubted and time.monotonic() - self._heard <= self._node_timeout_s
+            if sure or not self._protocol:
                 return True
             try:
                 self._send_progress(attempt)
@@ -3028,6 +3043,7 @@ class Agent:
     def _deliver(self) -> None:
         """Send what the spool holds, oldest first; a report that was judged leaves it."""
         for path, result in self._spool.entries():
+            asked = time.monotonic()
             try:
                 self._client.report({**result, "session": self._session} if self._protocol else result)
                 self._log.info("job %s: result delivered (%s)", result["job_id"], result["status"])
@@ -3045,7 +3061,7 @@ class Agent:
                 self._log.warning("job %s attempt %s: result not taken: %s", result["job_id"],
                                   result["attempt"], error.message)
             path.unlink(missing_ok=True)
-            self._answered()
+            self._answered(asked)
 
     def _send_all_progress(self) -> float:
         with self._lock:
@@ -3060,6 +3076,7 @@ class Agent:
         body = {"node_id": self._node_id, "session": self._session, "attempt": attempt.number,
                 "progress": {**attempt.progress, "paused": attempt.paused}, "samples": attempt.samples(),
                 "lines": lines, "lines_from": first}
+        asked = time.monotonic()
         try:
             answer = self._client.progress(attempt.job_id, body)
         except ApiError as error:
@@ -3069,7 +3086,10 @@ class Agent:
                 self._abandon(lambda key: key == (attempt.job_id, attempt.number))
                 return PROGRESS_S
             raise
-        self._answered()
+        self._answered(asked)
+        with self._lock:
+            self._doubted.discard((attempt.job_id, attempt.number))
+        self._obey(answer)  # a master that was started again knows only from this report what stands still
         attempt.drop_lines(first + len(lines))
         if len(lines) == LINES_A_REPORT:
             return 0.0

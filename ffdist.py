@@ -1690,7 +1690,8 @@ class Master:
                 if parked is not None and parked.woken and "job" not in answer:
                     self._wake()  # the job it was woken for is another's
                 left = deadline - self.clock() if present else 0.0
-                if answer.get("job") or (ask.seen < node.orders and "actions" in answer) or left <= 0:
+                if answer.get("job") or "claim" in answer or left <= 0 or (
+                        ask.seen < node.orders and "actions" in answer):
                     return answer
                 parked = node.parked = Parked()
                 if for_work and not node.leaving and not node.draining:
@@ -1749,6 +1750,8 @@ class Master:
             job = self._repeated(node, ask.claim) or self._next(node, ask.claim)
             if job is not None:
                 answer["job"] = job
+            elif ask.claim in node.claims:
+                answer["claim"] = "spent"
         return answer
 
     def _action(self, job: Job) -> Json | None:
