@@ -111,7 +111,7 @@ class Fleet:
             self.jobs[job_id] = False
             for proxy in self.proxies[:3]:
                 with contextlib.suppress(*NO_ANSWER):
-                    self.jobs[job_id] = call(proxy.url, "POST", "/jobs", body, timeout=10).status in (200, 201)
+                    self.jobs[job_id] = call(proxy.url, "POST", "/jobs", body, timeout=10).status < 300
                     break
 
     def page(self, status: str) -> Any:
@@ -382,9 +382,10 @@ class TestChaos(Case):
 
 def frames_of(film: Path) -> str:
     """Count the frames that are really in a film."""
-    return subprocess.run(["ffprobe", "-v", "error", "-count_frames", "-select_streams", "v:0", "-show_entries",
-                           "stream=nb_read_frames", "-of", "csv=p=0", str(film)], capture_output=True,
-                          text=True).stdout.strip().rstrip(",")
+    done = subprocess.run(["ffprobe", "-v", "error", "-count_frames", "-select_streams", "v:0",
+                           "-show_entries", "stream=nb_read_frames", "-of", "csv=p=0", str(film)],
+                          capture_output=True, text=True)
+    return done.stdout.strip().rstrip(",")
 
 
 if __name__ == "__main__":

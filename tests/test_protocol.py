@@ -336,6 +336,24 @@ class Orders(BadNetwork):
         self.once_done(master, job)
 
 
+    def test_a_paused_job_whose_attempt_failed_for_the_moment_stays_paused_and_may_go_on(self) -> None:
+        master = self.master()
+        node = Node(master)
+        master.submit()
+        job = node.claim().body["job"]
+        master.call("POST", f"/jobs/{job['id']}/pause")
+        self.assertEqual(node.report(job, "failed", failure_reason="killed", error="signal 9").status, 200)
+        shown = master.get(f"/jobs/{job['id']}")
+        self.assertEqual((shown["status"], shown["retry_count"], shown["error"], shown["completed_at"]),
+                         ("paused", 1, "signal 9", None))
+        self.assertEqual(node.shown()["running"], 0)
+        self.assertIsNone(node.claim().body["job"])
+        self.assertEqual(master.call("POST", f"/jobs/{job['id']}/resume").body["status"], "pending")
+        again = node.park(wait=60).answer().body["job"]
+        self.assertEqual((again["id"], again["attempt"]), (job["id"], 2))
+        self.assertEqual(node.report(again).status, 200)
+
+
 class NodesGivenUp(BadNetwork):
     """A node that was out of reach for longer than the master waits, and comes back."""
 
