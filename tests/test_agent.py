@@ -445,7 +445,8 @@ class ReadingFfmpegsWords(unittest.TestCase):
                          "the kernel's OOM killer is no fault of the film: it must be tried elsewhere")
 
     def test_an_ffmpeg_that_others_told_to_end_was_killed(self) -> None:
-        told = ["[swscaler @ 0x55] [warning] deprecated pixel format used", "[info] Exiting normally, received signal 15."]
+        told = ["[swscaler @ 0x55] [warning] deprecated pixel format used",
+                "[info] Exiting normally, received signal 15."]
         self.assertEqual(agent.failure_reason(255, "\n".join(agent.telling_lines(told))), "killed")
         self.assertEqual(agent.failure_reason(255, "[error] something new"), "encoder")
 
