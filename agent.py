@@ -27,6 +27,7 @@ holding it.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import dataclasses
 import difflib
@@ -556,6 +557,49 @@ class Client:
     def logs(self, job_id: str, after: int, wait_s: float | None = None) -> Json:
         return _object(self._call("GET", f"/jobs/{_quoted(job_id)}/logs", None,
                                   {"after": after, "wait": wait_s}, wait_s))
+
+
+@functools.lru_cache(maxsize=1)
+def _plain_opener() -> urllib.request.OpenerDirector:
+    """Return what opens http and https without proxies and redirects; made once: it loads certificates."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (urllib.request.HTTPHandler(), urllib.request.HTTPSHandler(),
+                    urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor()):
+        opener.add_handler(handler)
+    return opener
+
+
+def exchange_text(url: str, text: bytes | None = None, timeout_s: float = CONNECT_S) -> str:
+    """GET an address of another server (VictoriaMetrics, say), or POST text there; return what it answers.
+
+    A user and a password in the address become basic authentication and stand in no message. ApiError.
+    """
+    parts = urllib.parse.urlsplit(url)
+    user, _, place = parts.netloc.rpartition("@")
+    shown = urllib.parse.urlunsplit((parts.scheme, place, *parts[2:]))
+    request = urllib.request.Request(shown, text, {"Content-Type": "text/plain; charset=utf-8"})
+    if user:
+        word = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        request.add_header("Authorization", f"Basic {word}")
+    try:
+        with _plain_opener().open(request, timeout=timeout_s) as answer:
+            return answer.read(1 << 20).decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        with error:
+            words = error.read(1 << 10).decode(errors="replace").strip()
+            raise ApiError(error.code, f"{shown} answers {error.code}: {words or error.reason}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ApiError(0, f"no answer from {shown}: {_cause(getattr(error, 'reason', error))}") from None
+
+
+def web_address(text: str) -> str:
+    """Argument type of an http or https address, with or without a path."""
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(text)
+        if parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port) \
+                and not parts.query and not parts.fragment and text.isprintable() and " " not in text:
+            return text.rstrip("/")
+    raise argparse.ArgumentTypeError(f"'{text}' is no address: write http://host:8428")
 
 
 def _quoted(part: str) -> str:

@@ -83,6 +83,7 @@ BODY_LIMIT_BYTES = 1 << 20
 BULK_LIMIT_BYTES = 10 << 20
 NESTING_MOST = 64
 LOG_LINES_MOST = 20_000
+SAMPLES_MOST = 50_000
 LOG_LINE_CHARS = 4000
 PROGRESS_FIELDS_MOST = 32
 LEASE_WITHOUT_SESSION_S = 24 * 3600.0
@@ -847,6 +848,13 @@ class Journal:
             row = connection.execute("SELECT body FROM results WHERE seq=?", (seq,)).fetchone()
         return json.loads(row[0]) if row else None
 
+    def results_after(self, seq: int, limit: int) -> list[tuple[int, Json]]:
+        """Return (seq, result) of those above a number, oldest first."""
+        with self._reading() as connection:
+            rows = connection.execute("SELECT seq, body FROM results WHERE seq>? ORDER BY seq LIMIT ?",
+                                      (seq, limit)).fetchall()
+        return [(row[0], json.loads(row[1])) for row in rows]
+
     def logs(self, job_seq: int, after: int, most: int = 5000) -> tuple[list[str], int]:
         """Return the log lines from number `after` on (a bounded part), and the number of the next."""
         lines: list[str] = []
@@ -869,6 +877,11 @@ class Journal:
             with contextlib.suppress(OSError):
                 total += (self._folder / name).stat().st_size
         return total
+
+    def disk_bytes(self) -> tuple[int, int]:
+        """Return what is free and what there is on the file system of the data folder."""
+        disk = os.statvfs(self._folder)
+        return disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
 
 
 def _grouped(writes: Iterable[Write]) -> list[tuple[str, list[tuple[Any, ...]]]]:
@@ -1292,7 +1305,9 @@ class Master:
         self.wall = wall
         self.started_at = wall()
         self.counts: dict[str, int] = {"submitted": 0, "claims": 0, "reports": 0, "heartbeats": 0,
-                                       "lost_leases": 0, "refused_reports": 0}
+                                       "lost_leases": 0, "refused_reports": 0, "push_lines": 0,
+                                       "push_failures": 0, "push_dropped": 0, "push_spool_bytes": 0}
+        self.samples: queue.Queue[Sampled] | None = None  # there is one while somebody takes from it
         self._log = log
         self._lock = threading.Lock()
         self._archive_lock = threading.Lock()
@@ -1969,6 +1984,7 @@ class Master:
                 told = {**(lease.progress or {}), **report.progress}
                 lease.progress = told if len(told) <= PROGRESS_FIELDS_MOST else report.progress
                 self._take_lines(job, lease, report)
+                self._take_samples(node, job, body.get("samples"))
                 action = self._action(job)
                 return {"status": "ok", "next_s": round(max(1.0, len(self._leases) / 250), 1),
                         **({"actions": [action]} if action else {})}
@@ -2023,6 +2039,15 @@ class Master:
         lease.lines += len(lines)
         for event in self._watchers.get(job.seq, ()):
             event.set()
+
+    def _take_samples(self, node: Node, job: Job, samples: Any) -> None:
+        """Hand an attempt's samples on; when nobody keeps up, the oldest go."""
+        if self.samples is None or not isinstance(samples, list) or not samples:
+            return
+        if self.samples.full():
+            with contextlib.suppress(queue.Empty):
+                self.counts["push_dropped"] += len(self.samples.get_nowait().samples)
+        self.samples.put_nowait(Sampled(node.name, node.id, job.id, samples))
 
     def _end(self, node: Node, job: Job, report: Report, body: Json) -> None:
         self._take_lines(job, self._leases[job.seq], report)
@@ -2163,6 +2188,14 @@ class Master:
                     self._count_key(key, -1)
         return len(gone) == most
 
+    def ended_after(self, seq: int, limit: int) -> list[tuple[int, Json, Json]]:
+        """Return (number, result, its job's specification) of results above a number, oldest first."""
+        found = []
+        for number, result in self.journal.results_after(seq, limit):
+            job = self.journal.job(result["job_id"])
+            found.append((number, result, json.loads(job.spec) if job else {}))
+        return found
+
     def ready(self) -> Json:
         """Tell that the journal can be written; ApiError 503 names the cause when not."""
         if self.journal.damage is not None:
@@ -2180,8 +2213,10 @@ class Master:
             nodes = [(node.name, node.id, node.status, len(node.leases)) for node in self._nodes.values()]
             parked = sum(node.parked is not None for node in self._nodes.values())
             counts = dict(self.counts)
+            last_result = self._last_result
         return Snapshot(totals, nodes, parked, counts, self.journal.commits, self.journal.commit_seconds,
-                        self.journal.size_bytes(), self.started_at, self.journal.trouble is None)
+                        self.journal.size_bytes(), self.started_at, self.journal.trouble is None,
+                        *self.journal.disk_bytes(), last_result)
 
     def close(self) -> None:
         """Answer what is parked, commit what is queued, let the folder go."""
@@ -2223,6 +2258,18 @@ class Snapshot(NamedTuple):
     journal_bytes: int
     started_at: float
     ready: bool
+    disk_free_bytes: int
+    disk_bytes: int
+    last_result: int
+
+
+class Sampled(NamedTuple):
+    """Samples of one message: the node's name and id, the job's id, and what the agent sent."""
+
+    node: str
+    node_id: str
+    job_id: str
+    samples: list[Any]
 
 
 class Registration(NamedTuple):
@@ -2874,16 +2921,33 @@ def _head_end(buffer: bytearray) -> tuple[int, int]:
 
 
 class Metric(NamedTuple):
-    """One metric: its Prometheus type, its help, and its samples out of a Snapshot."""
+    """One metric: its Prometheus type and its help, and where its values come from.
+
+    `samples` makes them out of a Snapshot, for /metrics; `field` names them in a result's `metrics` or in
+    a sample, for the push alone, and `kept` says that what /metrics shows is pushed too.
+    """
 
     name: str
     kind: str
     about: str
-    samples: Callable[[Snapshot], list[tuple[dict[str, str], float]]]
+    samples: Callable[[Snapshot], list[tuple[dict[str, str], float]]] | None = None
+    field: str = ""
+    kept: bool = False
+
+    @property
+    def place(self) -> str:
+        """Where it is found: /metrics, pushed, or both."""
+        return "pushed" if self.samples is None else "both" if self.kept else "/metrics"
 
 
 def _counter(name: str) -> Callable[[Snapshot], list[tuple[dict[str, str], float]]]:
     return lambda shot: [({}, shot.counts[name])]
+
+
+def _of_nodes(value: Callable[[str, int], float]) -> Callable[[Snapshot], list[tuple[dict[str, str], float]]]:
+    """Return the samples of a metric with one series a node, from its status and its running jobs."""
+    return lambda shot: [({"node": name, "node_id": key}, value(status, running))
+                         for name, key, status, running in shot.nodes]
 
 
 METRICS = (
@@ -2902,10 +2966,14 @@ METRICS = (
            lambda shot: [({"status": word}, sum(node[2] == word for node in shot.nodes))
                          for word in NODE_STATUSES]),
     Metric("ffdist_node_up", "gauge", "1 when the node is not offline, else 0.",
-           lambda shot: [({"node": name, "node_id": key}, float(status != "offline"))
-                         for name, key, status, _ in shot.nodes]),
+           _of_nodes(lambda status, _: float(status != "offline")), kept=True),
     Metric("ffdist_node_running_jobs", "gauge", "Jobs that a node holds.",
-           lambda shot: [({"node": name, "node_id": key}, running) for name, key, _, running in shot.nodes]),
+           _of_nodes(lambda _, running: running), kept=True),
+    Metric("ffdist_node_status", "gauge", "A node's status: "
+           + ", ".join(f"{code} {word}" for code, word in enumerate(NODE_STATUSES)) + ".",
+           _of_nodes(lambda status, _: NODE_STATUSES.index(status)), kept=True),
+    Metric("ffdist_node_quarantined", "gauge", "1 while a node is in quarantine, else 0.",
+           _of_nodes(lambda status, _: float(status == "quarantined")), kept=True),
     Metric("ffdist_parked_requests", "gauge", "Agents' requests that wait for work or orders.",
            lambda shot: [({}, shot.parked)]),
     Metric("ffdist_submissions_total", "counter", "Jobs accepted since the start.", _counter("submitted")),
@@ -2924,22 +2992,416 @@ METRICS = (
            lambda shot: [({}, shot.commit_seconds)]),
     Metric("ffdist_journal_size_bytes", "gauge", "Size of the journal's files.",
            lambda shot: [({}, shot.journal_bytes)]),
+    Metric("ffdist_disk_free_bytes", "gauge", "Free space on the file system of the data folder.",
+           lambda shot: [({}, shot.disk_free_bytes)]),
+    Metric("ffdist_disk_size_bytes", "gauge", "Size of the file system of the data folder.",
+           lambda shot: [({}, shot.disk_bytes)]),
+    Metric("ffdist_push_lines_total", "counter", "Values that VictoriaMetrics took.",
+           _counter("push_lines")),
+    Metric("ffdist_push_failures_total", "counter", "Pushes that VictoriaMetrics did not take.",
+           _counter("push_failures")),
+    Metric("ffdist_push_dropped_total", "counter", "Values given up: past the spool's limit, or refused.",
+           _counter("push_dropped")),
+    Metric("ffdist_push_spool_bytes", "gauge", "What waits on disk for VictoriaMetrics, results aside.",
+           _counter("push_spool_bytes")),
+    *(Metric(f"ffdist_job_{name}", "gauge", about, field=field or name) for name, field, about in (
+        ("info", "info", "Always 1: one for each accepted report."),
+        ("duration_seconds", "duration", "Wall time of the encode."),
+        ("frames", "", "Frames encoded."),
+        ("fps", "", "Frames per second of wall time."),
+        ("speed", "", "Seconds of film per second of wall time."),
+        ("dropped_frames", "", "Frames that FFmpeg dropped."),
+        ("cpu_usage", "", "% of the whole machine, mean over the run."),
+        ("cpu_seconds", "", "CPU time of the job's processes."),
+        ("background_cpu_percent", "", "% of the machine that others used meanwhile."),
+        ("memory_mib", "memory_usage", "Peak memory of the job's processes."),
+        ("gpu_usage", "", "% of the GPU."),
+        ("gpu_memory_mib", "gpu_memory_usage", "Peak memory used on the GPU."),
+        ("gpu_energy_joules", "", "Energy of the GPU."),
+        ("power_watts", "", "Mean power while it ran."),
+        ("idle_watts", "", "What the idle machine draws."),
+        ("energy_joules", "", "Energy, this job's share of the machine."),
+        ("net_energy_joules", "", "Energy above that of the idle machine."),
+        ("energy_cost", "", "Price of the energy, in the tariff's currency."),
+        ("carbon_g", "", "gCO2e of the energy."),
+        ("joules_per_frame", "", "Energy for each frame."),
+        ("pixels_per_joule", "", "Pixels encoded for each joule."),
+        ("energy_wh_per_minute", "", "Wh for each minute of output."),
+        ("cost_per_minute", "", "Price of the energy for each minute of output."),
+        ("carbon_g_per_minute", "", "gCO2e for each minute of output."),
+        ("output_bytes", "", "Size of the output."),
+        ("output_seconds", "", "Length of the output."),
+        ("bitrate_kbps", "", "kbit/s of the whole output."),
+        ("bits_per_pixel", "", "Bits for each pixel of the output."),
+        ("psnr_db", "", "PSNR against the source, mean."),
+        ("psnr_min_db", "", "PSNR of the worst frame."),
+        ("ssim", "", "SSIM against the source, mean."),
+        ("ssim_min", "", "SSIM of the worst frame."),
+        ("vmaf", "", "VMAF against the source, mean."),
+        ("vmaf_min", "", "VMAF of the worst frame."),
+        ("xpsnr_db", "", "XPSNR against the source, mean."))),
+    *(Metric(f"ffdist_sample_{name}", "gauge", about, field=field) for name, field, about in (
+        ("cpu_usage_percent", "cpu_usage", "% of the node's CPU while a job runs."),
+        ("memory_bytes", "memory_used_bytes", "Memory used on the node while a job runs."),
+        ("power_watts", "power_watts", "Power of the node while a job runs."),
+        ("temperature_celsius", "temperature_c", "Temperature of the node while a job runs."))),
 )
+_BY_NAME = {metric.name: metric for metric in METRICS}
+_OF_RESULTS = tuple(metric for metric in METRICS if metric.name.startswith("ffdist_job_"))
+_OF_SAMPLES = tuple(metric for metric in METRICS if metric.name.startswith("ffdist_sample_"))
+RESULT_LATE_S = 24 * 3600.0
 
 
 def metrics_view(shot: Snapshot) -> Text:
     """Return the Prometheus text format 0.0.4 of a snapshot."""
     lines = []
     for metric in METRICS:
-        lines += [f"# HELP {metric.name} {metric.about}", f"# TYPE {metric.name} {metric.kind}"]
-        for labels, value in metric.samples(shot):
-            inner = ",".join(f'{name}="{_escaped(text)}"' for name, text in labels.items())
-            lines.append(f"{metric.name}{'{' + inner + '}' if inner else ''} {value:.15g}")
+        if metric.samples is not None:
+            lines += [f"# HELP {metric.name} {metric.about}", f"# TYPE {metric.name} {metric.kind}"]
+            lines += [_line(metric.name, _labels_text(labels), value)
+                      for labels, value in metric.samples(shot)]
     return Text("\n".join(lines), "text/plain; version=0.0.4; charset=utf-8")
 
 
 def _escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _labels_text(labels: Mapping[str, Any]) -> str:
+    """Return labels in braces; those without a value are left out."""
+    inner = ",".join(f'{name}="{_escaped(str(value)[:255])}"' for name, value in labels.items()
+                     if value not in (None, ""))
+    return f"{{{inner}}}" if inner else ""
+
+
+def _line(name: str, labels: str, value: float, at_ms: int | None = None) -> str:
+    return f"{name}{labels} {value:.15g}" + ("" if at_ms is None else f" {at_ms}")
+
+
+def epoch_of(text: Any) -> float | None:
+    """Return the seconds since 1970 of an RFC 3339 time; None when it is none."""
+    with contextlib.suppress(ValueError, TypeError, AttributeError, OverflowError):
+        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    return None
+
+
+def _field_lines(metrics: Iterable[Metric], values: Mapping[str, Any], labels: str, at: float) -> list[str]:
+    """Return a line for each field that is a finite number; what is unknown has none."""
+    lines = []
+    for metric in metrics:
+        value = values.get(metric.field)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300:
+            lines.append(_line(metric.name, labels, value, round(at * 1000)))
+    return lines
+
+
+def result_lines(result: Json, spec: Json) -> list[str]:
+    """Return the lines of one result, at the time when it was completed.
+
+    An agent's clock is trusted when it says at most a day before the master's.
+    """
+    received = epoch_of(result.get("received_at")) or 0.0
+    completed = epoch_of(result.get("completed_at"))
+    at = completed if completed is not None and received - RESULT_LATE_S < completed < received else received
+    settings, experiment = spec.get("settings") or {}, spec.get("experiment")
+    labels = _labels_text({
+        "job_id": result.get("job_id"), "node": result.get("node"), "node_id": result.get("node_id"),
+        "scenario": result.get("scenario"), "status": result.get("status"), "codec": settings.get("codec"),
+        "encoder": _inner(result, "encode", "encoder"), "preset": _inner(result, "encode", "preset"),
+        "experiment": _inner(spec, "experiment", "name") or _inner(spec, "experiment", "id")
+        or (experiment if isinstance(experiment, str) else None)})
+    return _field_lines(_OF_RESULTS, {**(result.get("metrics") or {}), "info": 1}, labels, at)
+
+
+def _inner(value: Json, outer: str, name: str) -> Any:
+    found = value.get(outer)
+    return found.get(name) if isinstance(found, dict) else None
+
+
+def sample_lines(told: Sampled) -> list[str]:
+    """Return the lines of the samples of one message, each at its own time."""
+    labels = _labels_text({"node": told.node, "node_id": told.node_id, "job_id": told.job_id})
+    lines = []
+    for sample in told.samples:
+        at = epoch_of(sample.get("time")) if isinstance(sample, dict) else None
+        lines += _field_lines(_OF_SAMPLES, sample, labels, at) if at is not None else []
+    return lines
+
+
+def node_lines(shot: Snapshot, at: float, known: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    """Return the lines of the nodes that differ from what is known of them."""
+    fresh = shot._replace(nodes=[node for node in shot.nodes if known.get(node[1]) != node])
+    return [_line(metric.name, _labels_text(labels), value, round(at * 1000)) for metric in METRICS
+            if metric.kept and metric.samples for labels, value in metric.samples(fresh)]
+
+
+def promql(text: str) -> str:
+    """Return an expression where each `@name` is a metric of the table; KeyError when there is none."""
+    return re.sub(r"@(\w+)", lambda match: _BY_NAME[f"ffdist_{match[1]}"].name, text)
+
+
+class Panel(NamedTuple):
+    """One picture: its title, its unit as Grafana calls it, its expressions, what labels its lines.
+
+    `kind` is timeseries, stat or table; a table has a row for each set of labels, and a column for each
+    expression, under the names of `legend`.
+    """
+
+    kind: str
+    title: str
+    unit: str
+    exprs: tuple[str, ...]
+    legend: tuple[str, ...] = ("",)
+
+
+def _graph(title: str, unit: str, expr: str, *labels: str) -> Panel:
+    """Return a picture of one expression, with a line for each value of its labels."""
+    return Panel("timeseries", title, unit, (expr,), (" ".join(f"{{{{{label}}}}}" for label in labels),))
+
+
+def _graphs(by: str, *rows: tuple[str, str, str]) -> tuple[Panel, ...]:
+    """Return pictures of results' figures, as (title, unit, name), by one label."""
+    return tuple(_graph(f"{title} by {by}", unit, _figure(name, by), by) for title, unit, name in rows)
+
+
+def _figure(name: str, by: str, over: str = "avg") -> str:
+    """Return the expression of a result's figure by one label, in each interval of a picture."""
+    outer = "sum" if over == "count" else over
+    return f'{outer} by ({by}) ({over}_over_time(@job_{name}{{node=~"$node"}}[$__interval]))'
+
+
+def _whole(title: str, unit: str, name: str, status: str = "") -> Panel:
+    """Return the sum over all results in the range of a page, or the count of those of one status."""
+    match, over, none = (f',status="{status}"', "count", " or vector(0)") if status else ("", "sum", "")
+    return Panel("stat", title, unit,
+                 (f'sum({over}_over_time(@job_{name}{{node=~"$node"{match}}}[$__range])){none}',))
+
+
+def _columns(**columns: str) -> Panel:
+    """Return the table of the jobs' figures in the range of a page: name of the metric, head."""
+    by = "job_id, node, scenario, encoder, status"
+    return Panel("table", "Results", "short", tuple(
+        f'max by ({by}) (last_over_time(@job_{name}{{node=~"$node"}}[$__range]))' for name in columns),
+        tuple(columns.values()))
+
+
+def _now(name: str, by: str = "node") -> str:
+    return f'max by ({by}) (@{name}{{node=~"$node"}})'
+
+
+_ENDED = _graph("Results in each interval", "short", _figure("info", "status", "count"), "status")
+DASHBOARDS: Mapping[str, tuple[Panel, ...]] = {
+    "Fleet": (
+        Panel("stat", "Nodes up", "short", ("sum(max by (node_id) (@node_up))",)),
+        Panel("stat", "Nodes offline", "short", ("count(max by (node_id) (@node_up) == 0) or vector(0)",)),
+        Panel("stat", "Jobs waiting", "short", ('max(@jobs{status="pending"})',)),
+        Panel("stat", "Jobs running", "short", ('max(@jobs{status="running"})',)),
+        _graph("Open jobs", "short", 'max by (status) (@jobs{status=~"blocked|pending|running|paused"})',
+               "status"),
+        _ENDED,
+        _graph("Running jobs", "short", _now("node_running_jobs"), "node"),
+        _graph("Nodes by status", "short", "max by (status) (@nodes)", "status"),
+        Panel("timeseries", "Submissions, claims and reports per second", "reqps",
+              tuple(f"max(rate(@{name}_total[5m]))" for name in ("submissions", "claims", "reports")),
+              ("submissions", "claims", "reports")),
+        Panel("timeseries", "Lost leases and refused reports in an hour", "short",
+              ("max(increase(@lost_leases_total[1h]))", "max(increase(@refused_reports_total[1h]))"),
+              ("lost leases", "refused reports")),
+        Panel("timeseries", "The master's disk", "bytes",
+              ("max(@disk_free_bytes)", "max(@journal_size_bytes)", "max(@push_spool_bytes)"),
+              ("free", "journal", "waits for VictoriaMetrics")),
+        _graph("Mean commit of the journal", "s",
+               "max(rate(@journal_commit_seconds_total[5m])) / max(rate(@journal_commits_total[5m]))"),
+        Panel("table", "Nodes", "short",
+              (_now("node_status", "node, node_id"), _now("node_running_jobs", "node, node_id")),
+              ("status", "running"))),
+    "Jobs": (
+        _whole("Completed", "short", "info", "completed"), _whole("Failed", "short", "info", "failed"),
+        _whole("Film encoded", "s", "output_seconds"), _whole("CPU time", "s", "cpu_seconds"),
+        *_graphs("scenario", ("Wall time", "s", "duration_seconds"), ("CPU %", "percent", "cpu_usage"),
+                 ("Peak memory", "mbytes", "memory_mib")),
+        *_graphs("encoder", ("Speed", "x", "speed"), ("Frames per second", "short", "fps")), _ENDED,
+        _columns(duration_seconds="s", speed="speed", fps="fps", cpu_usage="CPU %", output_bytes="bytes")),
+    "Energy & cost": (
+        _whole("Energy", "joule", "energy_joules"), _whole("Above idle", "joule", "net_energy_joules"),
+        _whole("Cost", "short", "energy_cost"), _whole("Carbon, gCO2e", "short", "carbon_g"),
+        _graph("Power while jobs run", "watt", _now("sample_power_watts"), "node"),
+        _graph("Energy by node", "joule", _figure("energy_joules", "node", "sum"), "node"),
+        *_graphs("encoder", ("Joules per frame", "joule", "joules_per_frame"),
+                 ("Pixels per joule", "short", "pixels_per_joule")),
+        *_graphs("scenario", ("Wh per minute of output", "watth", "energy_wh_per_minute"),
+                 ("Cost per minute of output", "short", "cost_per_minute")),
+        _columns(energy_joules="J", net_energy_joules="J above idle", power_watts="W", energy_cost="cost",
+                 carbon_g="gCO2e")),
+    "Quality": (
+        *_graphs("encoder", ("PSNR", "dB", "psnr_db"), ("PSNR of the worst frame", "dB", "psnr_min_db"),
+                 ("SSIM", "short", "ssim"), ("SSIM of the worst frame", "short", "ssim_min"),
+                 ("VMAF", "short", "vmaf"), ("VMAF of the worst frame", "short", "vmaf_min"),
+                 ("XPSNR", "dB", "xpsnr_db"), ("Bitrate", "Kbits", "bitrate_kbps"),
+                 ("Bits per pixel", "short", "bits_per_pixel")),
+        _columns(psnr_db="PSNR dB", ssim="SSIM", vmaf="VMAF", bitrate_kbps="kbit/s", energy_joules="J")),
+    "One node": (
+        Panel("stat", "Status", "short", (_now("node_status"),)),
+        Panel("stat", "In quarantine", "short", (_now("node_quarantined"),)),
+        Panel("stat", "Running jobs", "short", (_now("node_running_jobs"),)),
+        _whole("Failed jobs", "short", "info", "failed"),
+        _graph("CPU", "percent", _now("sample_cpu_usage_percent"), "node"),
+        _graph("Memory", "bytes", _now("sample_memory_bytes"), "node"),
+        Panel("timeseries", "Power", "watt", (_now("sample_power_watts"), _now("job_idle_watts")),
+              ("{{node}}", "{{node}}, idle")),
+        _graph("Temperature", "celsius", _now("sample_temperature_celsius"), "node"),
+        _graph("Up", "short", _now("node_up"), "node"),
+        *_graphs("node", ("CPU that others used during jobs", "percent", "background_cpu_percent")),
+        _columns(duration_seconds="s", speed="speed", energy_joules="J")),
+}
+_SIZES = {"stat": (6, 4), "timeseries": (12, 8), "table": (24, 10)}
+_SOURCE: Json = {"type": "prometheus", "uid": "ffdist"}
+
+
+def _panel_json(panel: Panel, number: int, x: int, y: int) -> Json:
+    width, height = _SIZES[panel.kind]
+    table, stat = panel.kind == "table", panel.kind == "stat"
+    targets = [{"refId": chr(65 + place), "datasource": _SOURCE, "expr": promql(expr),
+                "legendFormat": panel.legend[place], "instant": table or stat, "range": not (table or stat),
+                "format": "table" if table else "time_series"} for place, expr in enumerate(panel.exprs)]
+    made: Json = {"id": number, "type": panel.kind, "title": panel.title, "datasource": _SOURCE,
+                  "gridPos": {"x": x, "y": y, "w": width, "h": height}, "targets": targets,
+                  "fieldConfig": {"defaults": {"unit": panel.unit}, "overrides": []}, "options": {}}
+    if panel.kind == "timeseries":
+        made["fieldConfig"]["defaults"]["custom"] = {"spanNulls": True, "showPoints": "auto"}
+        made["options"] = {"legend": {"showLegend": True, "displayMode": "list", "placement": "bottom"},
+                           "tooltip": {"mode": "multi", "sort": "desc"}}
+    if any("node_status" in expr for expr in panel.exprs):
+        words = {str(code): {"text": word, "index": code} for code, word in enumerate(NODE_STATUSES)}
+        mapping = [{"type": "value", "options": words}]
+        made["fieldConfig"]["overrides" if table else "defaults"] = (
+            [{"matcher": {"id": "byName", "options": "status"},
+              "properties": [{"id": "mappings", "value": mapping}]}] if table
+            else {"unit": panel.unit, "mappings": mapping})
+    if table:
+        names = {f"Value #{target['refId']}": panel.legend[place] for place, target in enumerate(targets)}
+        made["transformations"] = [{"id": "merge", "options": {}}, {"id": "organize", "options": {
+            "excludeByName": {"Time": True}, "renameByName": names}}]
+    return made
+
+
+def dashboard_json(title: str) -> Json:
+    """Return one of DASHBOARDS as Grafana reads it, laid out from left to right."""
+    panels, x, y, tall = [], 0, 0, 0
+    for number, panel in enumerate(DASHBOARDS[title], 1):
+        width, height = _SIZES[panel.kind]
+        if x + width > 24:
+            x, y, tall = 0, y + tall, 0
+        panels.append(_panel_json(panel, number, x, y))
+        x, tall = x + width, max(tall, height)
+    single = title == "One node"
+    node: Json = {"type": "query", "name": "node", "label": "Node", "datasource": _SOURCE, "refresh": 2,
+                  "query": {"query": promql("label_values(@node_up, node)"), "refId": "node"}, "sort": 1,
+                  "multi": not single, "includeAll": not single, "options": []}
+    if not single:
+        node.update(allValue=".*", current={"selected": True, "text": ["All"], "value": ["$__all"]})
+    return {"uid": dashboard_uid(title), "title": f"ffdist: {title}", "tags": ["ffdist"],
+            "schemaVersion": 39, "editable": True, "refresh": "30s", "timezone": "browser",
+            "time": {"from": "now-6h", "to": "now"}, "templating": {"list": [node]},
+            "links": [{"title": "ffdist", "type": "dashboards", "tags": ["ffdist"], "asDropdown": True,
+                       "icon": "external link", "includeVars": True, "keepTime": True,
+                       "targetBlank": False, "tooltip": "", "url": ""}], "panels": panels}
+
+
+def dashboard_uid(title: str) -> str:
+    """Return the name of a dashboard in addresses and of its file."""
+    return "ffdist-" + re.sub(r"\W+", "-", title.lower())
+
+
+class Rule(NamedTuple):
+    """One alert: when, for how long, and one sentence with the next step."""
+
+    name: str
+    expr: str
+    lasts: str
+    severity: str
+    summary: str
+
+
+RULES = (
+    Rule("NodeOffline", "max by (node, node_id) (@node_up) == 0", "1m", "warning",
+         "Node {{ $labels.node }} is offline: see whether its machine and its agent run."),
+    Rule("NodeQuarantined", "max by (node, node_id) (@node_quarantined) == 1", "1m", "warning",
+         "Node {{ $labels.node }} is in quarantine: 'ffdist.py nodes' has the reason."),
+    Rule("QueueGrowing", 'max(@jobs{status="pending"}) > 100 '
+         'and max(delta(@jobs{status="pending"}[15m])) > 0', "15m", "warning",
+         "{{ $value }} jobs wait and their number grows: add nodes, or see which are away."),
+    Rule("FailuresInARow", 'sum by (node, node_id) (count_over_time(@job_info{status="failed"}[15m])) >= 5 '
+         'unless sum by (node, node_id) (count_over_time(@job_info{status="completed"}[15m])) > 0',
+         "0s", "warning", "{{ $value }} jobs failed on {{ $labels.node }} in 15 min and none was completed: "
+         "drain it, and read 'ffdist.py logs' of one."),
+    Rule("PowerOverLimit", "max by (node, node_id) (avg_over_time(@sample_power_watts[2m])) > POWER_LIMIT",
+         "1m", "warning",
+         "Node {{ $labels.node }} draws {{ $value }} W, more than the limit of POWER_LIMIT W."),
+    Rule("MasterDiskFilling", "max(@disk_free_bytes) < 1e9 "
+         "or max(@disk_free_bytes / @disk_size_bytes) < 0.05", "5m", "critical",
+         "The disk of the master's data folder is nearly full: make room, or nothing more is accepted."),
+    Rule("MasterCannotWrite", "max(@ready) == 0", "30s", "critical",
+         "The master's journal cannot be written: GET /ready names the cause."),
+    Rule("MasterAway", "absent(@ready)", "2m", "critical",
+         "No metrics come from the master: see whether it runs, and whether /metrics is scraped."),
+    Rule("PushDropping", "max(increase(@push_dropped_total[15m])) > 0", "0s", "warning",
+         "{{ $value }} values for VictoriaMetrics were given up in 15 min: see the master's log."),
+)
+
+
+def rules_json(power_limit_w: float) -> Json:
+    """Return the alerts as Prometheus and vmalert read them."""
+    def said(text: str) -> str:
+        return text.replace("POWER_LIMIT", f"{power_limit_w:g}")
+    return {"groups": [{"name": "ffdist", "interval": "15s", "rules": [
+        {"alert": f"Ffdist{rule.name}", "expr": said(promql(rule.expr)), "for": rule.lasts,
+         "labels": {"severity": rule.severity}, "annotations": {"summary": said(rule.summary)}}
+        for rule in RULES]}]}
+
+
+class Site(NamedTuple):
+    """Where the parts of the monitoring are; addresses as host:port, no password for files alone."""
+
+    folder: str
+    master: str
+    victoriametrics: str
+    vmalert: str
+    grafana: str
+    power_limit_w: float
+    alertmanager: str | None = None
+    password: str | None = None
+
+
+def monitoring_files(site: Site) -> dict[str, str]:
+    """Return the files of the monitoring by their path under its folder; JSON is YAML."""
+    master = urllib.parse.urlsplit(site.master)
+    scrape = {"scrape_configs": [{"job_name": "ffdist", "scrape_interval": "15s", "scheme": master.scheme,
+                                  "metrics_path": f"{master.path.rstrip('/')}/metrics",
+                                  "static_configs": [{"targets": [master.netloc]}]}]}
+    source = {"apiVersion": 1, "datasources": [{
+        "name": "ffdist", "uid": "ffdist", "type": "prometheus", "access": "proxy", "isDefault": True,
+        "url": site.victoriametrics, "jsonData": {"httpMethod": "POST", "timeInterval": "15s"}}]}
+    provider = {"apiVersion": 1, "providers": [{
+        "name": "ffdist", "folder": "ffdist", "type": "file", "updateIntervalSeconds": 60,
+        "options": {"path": f"{site.folder}/grafana/dashboards"}}]}
+    host, _, port = site.grafana.rpartition(":")
+    grafana = {"server": {"http_addr": host.strip("[]"), "http_port": port},
+               "paths": {"data": f"{site.folder}/grafana/data", "logs": f"{site.folder}/grafana/logs",
+                         "plugins": f"{site.folder}/grafana/plugins",
+                         "provisioning": f"{site.folder}/grafana/provisioning"},
+               "analytics": {"reporting_enabled": "false", "check_for_updates": "false"},
+               "security": {"admin_password": site.password} if site.password else {}}
+    known = {"scrape.yml": scrape, "alerts.yml": rules_json(site.power_limit_w),
+             "notifier.yml": {"static_configs": []},
+             "grafana/provisioning/datasources/ffdist.yml": source,
+             "grafana/provisioning/dashboards/ffdist.yml": provider,
+             **{f"grafana/dashboards/{dashboard_uid(title)}.json": dashboard_json(title)
+                for title in DASHBOARDS}}
+    ini = "".join(f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in rows.items())
+                  for name, rows in grafana.items())
+    return {**{path: json.dumps(value, indent=2) + "\n" for path, value in known.items()},
+            "grafana/grafana.ini": ini}
 
 
 # ---- 9 Pages --------------------------------------------------------------------------------------
@@ -3008,6 +3470,13 @@ def percent_text(job: Mapping[str, Any]) -> str:
 BACKLOG = 4096
 HOUSEKEEPING_S = 30.0
 FILES_WANTED = 65_536
+PUSH_S = 5.0
+NODES_AGAIN_S = 30.0
+PUSH_LINES_MOST = 20_000
+PUSH_RESULTS_MOST = 500
+BACKFILL_MOST = 10_000
+SPOOL_LIMIT_BYTES = 256 << 20
+REFUSED_STATUSES = (400, 413, 415, 422)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -3049,10 +3518,156 @@ class Server(http.server.ThreadingHTTPServer):
         self.log.debug("a connection failed", exc_info=True)
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file for the owner alone that is either there as a whole or as it was before."""
+    partial = path.with_name(f".{path.name}.part")
+    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(data)
+    os.replace(partial, path)
+
+
+class Pusher:
+    """Pushes to VictoriaMetrics what a master learns; one thread calls loop(), then shut_down().
+
+    Results are read from the journal, after the last one that was taken (its number is in the folder), so
+    that no outage and no kill -9 loses any. Samples and states of nodes are known to memory alone: what is
+    not taken waits in files of the folder, up to a limit, past which the oldest go.
+    """
+
+    def __init__(self, url: str, folder: Path, master: Master, log: logging.Logger,
+                 limit_bytes: int = SPOOL_LIMIT_BYTES) -> None:
+        self._url = f"{url}/api/v1/import/prometheus"
+        self._folder = folder
+        self._master = master
+        self._log = log
+        self._limit_bytes = limit_bytes
+        self._told = False
+        self._known: dict[str, tuple[Any, ...]] = {}
+        self._all_nodes_at = 0.0
+        self._samples: queue.Queue[Sampled] = queue.Queue(SAMPLES_MOST)
+        self._stopping = threading.Event()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._sizes = {path: path.stat().st_size for path in sorted(folder.glob("[0-9]" * 12 + ".txt"))}
+        self._number = max((int(path.stem) for path in self._sizes), default=0)
+        self._cursor = self._read_cursor()
+        write_whole(folder / "pushed", b"%d" % self._cursor)
+        self._tell_size()
+        master.samples = self._samples
+
+    def _read_cursor(self) -> int:
+        last = self._master.snapshot().last_result
+        with contextlib.suppress(OSError, ValueError):
+            return min(last, int((self._folder / "pushed").read_text()))  # a recovered journal may be shorter
+        return max(0, last - BACKFILL_MOST)
+
+    def run(self) -> None:
+        """Push every PUSH_S until end() is called."""
+        while not self._stopping.wait(PUSH_S):
+            self.loop(self._master.wall())
+        self.shut_down(self._master.wall())
+
+    def end(self) -> None:
+        """Let run() come to its end."""
+        self._stopping.set()
+
+    def loop(self, now: float) -> None:
+        """Push all there is at this moment of the wall clock: what waits on disk first."""
+        batches = self._gather(now)
+        try:
+            while self._sizes and not self._stopping.is_set():
+                oldest = next(iter(self._sizes))
+                self._push(oldest.read_bytes() if oldest.exists() else b"")
+                self._forget(oldest)
+            while batches:
+                self._push(batches[0])
+                del batches[0]
+            while self._push_results():
+                pass
+            if self._told:
+                self._log.info("VictoriaMetrics takes values again")
+            self._told = False
+        except (ApiError, OSError) as error:
+            self._master.counts["push_failures"] += 1
+            if not self._told:
+                self._log.warning("nothing is pushed to VictoriaMetrics, values wait in %s: %s", self._folder,
+                                  getattr(error, "message", error))
+            self._told = True
+        self._spool(batches)
+
+    def shut_down(self, now: float) -> None:
+        """Keep what only memory knows for the next start."""
+        self._spool(self._gather(now))
+
+    def _gather(self, now: float) -> list[bytes]:
+        """Take the samples that came, and the nodes that changed; now and then all nodes."""
+        lines: list[str] = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                lines += sample_lines(self._samples.get_nowait())
+        shot = self._master.snapshot()
+        if now - self._all_nodes_at >= NODES_AGAIN_S:
+            self._known, self._all_nodes_at = {}, now
+        lines += node_lines(shot, now, self._known)
+        self._known = {node[1]: node for node in shot.nodes}
+        return [_body(lines[start:start + PUSH_LINES_MOST])
+                for start in range(0, len(lines), PUSH_LINES_MOST)]
+
+    def _push_results(self) -> bool:
+        """Push some results of the journal; return whether there may be more."""
+        found = self._master.ended_after(self._cursor, PUSH_RESULTS_MOST)
+        if found:
+            self._push(_body([line for _, result, spec in found for line in result_lines(result, spec)]))
+            self._cursor = found[-1][0]
+            write_whole(self._folder / "pushed", b"%d" % self._cursor)
+        return len(found) == PUSH_RESULTS_MOST and not self._stopping.is_set()
+
+    def _push(self, body: bytes) -> None:
+        """Push lines; those that can never be taken are given up. ApiError when to try again."""
+        count = body.count(b"\n")
+        try:
+            wire.exchange_text(self._url, body)
+            self._master.counts["push_lines"] += count
+        except ApiError as error:
+            if error.status not in REFUSED_STATUSES:
+                raise
+            self._master.counts["push_dropped"] += count
+            self._log.error("VictoriaMetrics refuses %d values, they are given up: %s", count, error.message)
+
+    def _spool(self, batches: Sequence[bytes]) -> None:
+        """Keep batches on disk; past the limit the oldest are given up."""
+        for body in batches:
+            self._number += 1
+            path = self._folder / f"{self._number:012d}.txt"
+            try:
+                write_whole(path, body)
+                self._sizes[path] = len(body)
+            except OSError as error:
+                self._master.counts["push_dropped"] += body.count(b"\n")
+                self._log.error("values for VictoriaMetrics are lost: %s: %s", path, error.strerror)
+        while sum(self._sizes.values()) > self._limit_bytes:
+            oldest = next(iter(self._sizes))
+            with contextlib.suppress(OSError):
+                self._master.counts["push_dropped"] += oldest.read_bytes().count(b"\n")
+            self._forget(oldest)
+        self._tell_size()
+
+    def _forget(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self._sizes.pop(path, None)
+
+    def _tell_size(self) -> None:
+        self._master.counts["push_spool_bytes"] = sum(self._sizes.values())
+
+
+def _body(lines: Iterable[str]) -> bytes:
+    return "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
+
+
 class Service:
     """A running master: its socket, its state, its background threads; start() and stop()."""
 
-    def __init__(self, host: str, port: int, folder: Path, settings: Settings, log: logging.Logger) -> None:
+    def __init__(self, host: str, port: int, folder: Path, settings: Settings, log: logging.Logger,
+                 victoriametrics: str | None = None) -> None:
         _raise_file_limit()
         self._log = log
         self._stopping = threading.Event()
@@ -3072,6 +3687,10 @@ class Service:
         self._threads = [threading.Thread(target=self._server.serve_forever, args=(0.2,), daemon=True),
                          threading.Thread(target=self._reap, daemon=True),
                          threading.Thread(target=self._keep_house, daemon=True)]
+        self._pusher = (Pusher(victoriametrics, folder / "push", self.master, log) if victoriametrics
+                        else None)
+        if self._pusher is not None:
+            self._threads.append(threading.Thread(target=self._pusher.run, daemon=True))
 
     def start(self) -> None:
         """Begin to serve and to reap."""
@@ -3100,6 +3719,9 @@ class Service:
         self._stopping.set()
         self._server.shutdown()
         self._server.server_close()
+        if self._pusher is not None:
+            self._pusher.end()
+            self._threads[-1].join(wire.CONNECT_S + 2)
         self.master.close()
 
 
@@ -3136,11 +3758,15 @@ def start_again() -> None:
     os.execv(sys.executable, [sys.executable, *words])
 
 
-def start_program(argv: Sequence[str], output: Any = None) -> subprocess.Popen[bytes]:
-    """Start another program in a group of its own, without ffdist's own environment variables."""
+def start_program(argv: Sequence[str], output: Any = None,
+                  keep: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+    """Start another program in a group of its own, without ffdist's own environment variables.
+
+    It inherits the descriptors of `keep`, and with them their locks.
+    """
     clean = {name: value for name, value in os.environ.items() if not name.startswith("FFDIST_")}
     return subprocess.Popen(list(argv), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                            start_new_session=True, env=clean)
+                            start_new_session=True, env=clean, pass_fds=keep)
 
 
 def install_commands(programs: Iterable[str],
@@ -3182,6 +3808,153 @@ def provide(programs: Iterable[str], install: bool,
         raise Unusable(f"{names} is still missing after '{shown}'")
 
 
+HEALTHY_S = 60.0
+ENDING_S = 20.0
+GRAFANA_HOMES = ("/usr/share/grafana", "/usr/local/share/grafana", "/opt/grafana")
+
+
+class Part(NamedTuple):
+    """One program of the monitoring: its names on PATH, its words, where it tells that it is well.
+
+    `about` says what to do where the program is missing; the first part is needed, the others are not.
+    """
+
+    name: str
+    programs: tuple[str, ...]
+    words: tuple[str, ...]
+    url: str
+    health: str
+    about: str
+
+
+def parts_of(site: Site) -> tuple[Part, ...]:
+    """Return the programs of the monitoring."""
+    store, base = site.victoriametrics, site.folder
+    binaries = ("with 'apt-get install victoria-metrics', or from "
+                "github.com/VictoriaMetrics/VictoriaMetrics/releases")
+    notifier = (f"-notifier.url={site.alertmanager}" if site.alertmanager
+                else f"-notifier.config={base}/notifier.yml")
+    home = next((path for path in GRAFANA_HOMES if os.path.isdir(path)), GRAFANA_HOMES[0])
+    return (
+        Part("victoria-metrics", ("victoria-metrics", "victoria-metrics-prod"),
+             (f"-httpListenAddr={urllib.parse.urlsplit(store).netloc}",
+              f"-storageDataPath={base}/victoria-metrics", "-retentionPeriod=12",
+              "-dedup.minScrapeInterval=1ms", "-search.latencyOffset=1ms",
+              f"-promscrape.config={base}/scrape.yml"), store, f"{store}/health", binaries),
+        Part("vmalert", ("vmalert", "vmalert-prod"),
+             (f"-rule={base}/alerts.yml", notifier, f"-datasource.url={store}",
+              f"-remoteWrite.url={store}", f"-remoteRead.url={store}", f"-httpListenAddr={site.vmalert}"),
+             f"http://{site.vmalert}", f"http://{site.vmalert}/health", binaries),
+        Part("grafana", ("grafana-server", "grafana"),
+             ("server", "--homepath", home, "--config", f"{base}/grafana/grafana.ini"),
+             f"http://{site.grafana}", f"http://{site.grafana}/api/health",
+             "from grafana.com/grafana/download"))
+
+
+def write_monitoring(site: Site) -> list[Path]:
+    """Write the files of the monitoring; return their paths."""
+    written = []
+    for name, text in monitoring_files(site).items():
+        path = Path(site.folder, name)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_whole(path, text.encode())
+        written.append(path)
+    return written
+
+
+def _hold(path: Path) -> int | None:
+    """Lock the file of a part; None while its program runs: that has inherited the lock, whatever its pid."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def answers(url: str) -> bool:
+    """Tell whether a server answers at an address, whatever it says."""
+    try:
+        wire.exchange_text(url, timeout_s=2)
+    except ApiError as error:
+        return error.status != 0
+    return True
+
+
+def start_monitoring(site: Site) -> tuple[list[Part], list[Part]]:
+    """Start what is installed and wait until it is well; return what runs, and what is missing."""
+    parts = parts_of(site)
+    found = {part: next(filter(None, map(shutil.which, part.programs)), None) for part in parts}
+    if found[parts[0]] is None:
+        raise Unusable(f"{parts[0].name} is missing: install it {parts[0].about}")
+    for part in parts:
+        lock = _hold(Path(site.folder, f"{part.name}.pid"))
+        if lock is None:
+            raise Unusable(f"{part.name} runs already for {site.folder}: "
+                           "stop it with 'ffdist.py monitoring down'")
+        os.close(lock)
+        if found[part] is not None and answers(part.health):
+            raise Unusable(f"something else answers at {part.url} already: end it, or choose another port")
+    running = [part for part in parts if found[part] is not None]
+    try:
+        for part in running:
+            _start_part(site, part, str(found[part]))
+    except BaseException:
+        stop_monitoring(site)
+        raise
+    return running, [part for part in parts if found[part] is None]
+
+
+def _start_part(site: Site, part: Part, program: str) -> None:
+    words = part.words[1:] if Path(program).name == "grafana-server" else part.words
+    output = Path(site.folder, f"{part.name}.log")
+    lock = _hold(Path(site.folder, f"{part.name}.pid"))
+    if lock is None:
+        raise Unusable(f"{part.name} was just started by somebody else")
+    try:
+        with open(output, "wb") as file:
+            process = start_program((program, *words), file, (lock,))
+        os.truncate(lock, 0)
+        os.pwrite(lock, json.dumps({"pid": process.pid, "started_at": wire.utc_text(time.time()),
+                                    "program": program}).encode(), 0)
+    finally:
+        os.close(lock)
+    bar, began = wire.ProgressLine(), time.monotonic()
+    while True:
+        with contextlib.suppress(ApiError):
+            wire.exchange_text(part.health, timeout_s=2)
+            break
+        waited = time.monotonic() - began
+        if process.poll() is not None or waited > HEALTHY_S:
+            said = output.read_text(errors="replace").strip().splitlines() or ["no word"]
+            how = f"does not answer at {part.health}" if process.poll() is None else "ended"
+            raise Unusable(f"{part.name} {how}: {said[-1]} ({output})")
+        bar.show(f"{part.name} starts … {waited:.0f} s")
+        time.sleep(0.1)
+    bar.close()
+
+
+def stop_monitoring(site: Site) -> list[str]:
+    """End the programs that start_monitoring() started, the last one first; return their names."""
+    stopped = []
+    for part in reversed(parts_of(site)):
+        path = Path(site.folder, f"{part.name}.pid")
+        lock = _hold(path) if path.exists() else -1
+        began = time.monotonic()
+        while lock is None:
+            pid = json.loads(path.read_text())["pid"]
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGTERM if time.monotonic() - began < ENDING_S else signal.SIGKILL)
+            stopped += [] if part.name in stopped else [part.name]
+            time.sleep(0.1)
+            lock = _hold(path)
+        if lock >= 0:
+            os.close(lock)
+            path.unlink()
+    return stopped
+
+
 # ---- 11 CLI ---------------------------------------------------------------------------------------
 
 MASTER_FLAG = Flag("--master", "http://localhost:8080", str, "the master's address (http://localhost:8080)")
@@ -3217,10 +3990,8 @@ def _ago(text: str | None) -> str | None:
     """Return an API time for people: how long ago it was."""
     if not text:
         return None
-    with contextlib.suppress(ValueError):
-        at = datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
-        return f"{wire.duration_text(max(0.0, time.time() - at))} ago"
-    return text
+    at = epoch_of(text)
+    return text if at is None else f"{wire.duration_text(max(0.0, time.time() - at))} ago"
 
 
 def _data_dir(args: argparse.Namespace) -> Path:
@@ -3265,7 +4036,7 @@ def cmd_master(args: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: stop.set())
     settings = Settings(args.node_timeout, args.max_retries, args.retry_delay, args.retry_delay_most,
                         args.quarantine_after, *args.keep)
-    service = Service(args.host, args.port, folder, settings, log)
+    service = Service(args.host, args.port, folder, settings, log, args.victoriametrics)
     shot = service.master.snapshot()
     waiting = sum(shot.totals.get(("jobs", word), 0) for word in ("pending", "running", "paused", "blocked"))
     service.start()
@@ -3547,6 +4318,37 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def cmd_monitoring(args: argparse.Namespace) -> int:
+    """Start or stop VictoriaMetrics, vmalert and Grafana, or write their files."""
+    if (args.action == "files") != (args.folder is not None):
+        raise ValueError("write 'monitoring up', 'monitoring down' or 'monitoring files DIR'")
+    data = _data_dir(args)
+    folder = Path(args.folder).absolute() if args.folder else data / "monitoring"
+    listen = f"[{args.listen}]" if ":" in args.listen else args.listen
+    master = args.master if "://" in args.master else f"http://{args.master}"
+    site = Site(str(folder), master, args.victoriametrics, f"127.0.0.1:{args.vmalert_port}",
+                f"{listen}:{args.grafana_port}", args.power_limit, args.alertmanager)
+    if args.action == "down":
+        stopped = stop_monitoring(site)
+        print(f"stopped: {', '.join(stopped) or 'nothing ran'}; the data stays in {folder}")
+        return 0
+    if args.action == "files":
+        return _print_table([(path,) for path in write_monitoring(site)])
+    secret = folder / "grafana" / "password"
+    for place in (data, folder, secret.parent):
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not secret.exists():
+        write_whole(secret, uuid.uuid4().hex.encode())
+    write_monitoring(site._replace(password=secret.read_text()))
+    running, missing = start_monitoring(site)
+    rows = [(part.name, part.url) for part in running]
+    rows += [(part.name, f"is not installed: get it {part.about}") for part in missing]
+    rows += [("its user", f"admin, with the password in {secret}")] if len(running) == 3 else []
+    rows.append(("the master", f"python3 ffdist.py master --victoriametrics {site.victoriametrics}"))
+    _print_table(rows)
+    return 0
+
+
 class Command(NamedTuple):
     """One subcommand: what it does, its flags, and its own positional words."""
 
@@ -3574,6 +4376,7 @@ COMMANDS = {
              "failures in a row that put a node in quarantine (3; 0: never)"),
         Flag("--keep", "1000000", keep_of,
              "finished jobs to keep: a number, an age such as 90d, both, or forever (1000000)"),
+        Flag("--victoriametrics", None, wire.web_address, "address of a VictoriaMetrics to push to (none)"),
         *_LOG_FLAGS)),
     "backup": Command(cmd_backup, "copy the journal of a master, running or not, to a file", (_DATA_FLAG,),
                       ("file",)),
@@ -3603,6 +4406,17 @@ COMMANDS = {
     "undrain": Command(cmd_drain("resume"), "let a node work again that was drained or in quarantine",
                        (MASTER_FLAG, JSON_FLAG), ("node",)),
     "results": Command(cmd_results, "list results", (*PAGE_FLAGS, MASTER_FLAG, JSON_FLAG)),
+    "monitoring": Command(cmd_monitoring, "start or stop VictoriaMetrics, vmalert and Grafana", (
+        _DATA_FLAG,
+        Flag("--victoriametrics", "http://127.0.0.1:8428", wire.web_address,
+             "where VictoriaMetrics listens (http://127.0.0.1:8428)"),
+        Flag("--listen", "127.0.0.1", str, "address that Grafana listens on (127.0.0.1; 0.0.0.0: all)"),
+        Flag("--grafana-port", "3000", wire.whole_number(1, 65535), "port of Grafana (3000)"),
+        Flag("--vmalert-port", "8880", wire.whole_number(1, 65535), "port of vmalert on 127.0.0.1 (8880)"),
+        Flag("--alertmanager", None, wire.web_address, "address that alerts are sent to (none)"),
+        Flag("--power-limit", "1000", wire.whole_number(1, 1_000_000),
+             "W of one node that raise an alert (1000)"),
+        MASTER_FLAG), ("action", "folder")),
 }
 EPILOG = """examples:
   python3 ffdist.py demo --install
@@ -3635,6 +4449,10 @@ _WORDS: dict[str, Callable[[argparse.ArgumentParser], Any]] = {
     "id": lambda sub: sub.add_argument("id", metavar="ID",
                                        help="a job's id, or 4 or more of its first characters"),
     "file": lambda sub: sub.add_argument("file", metavar="FILE", help="the copy; an earlier one is replaced"),
+    "action": lambda sub: sub.add_argument("action", choices=("up", "down", "files"), metavar="ACTION",
+                                           help="up, down, or files with a folder"),
+    "folder": lambda sub: sub.add_argument("folder", nargs="?", metavar="DIR",
+                                           help="where 'files' writes to"),
     "node": lambda sub: sub.add_argument("id", metavar="NODE", help="a node's name or id"),
     "follow": lambda sub: sub.add_argument("-f", "--follow", action="store_true",
                                            help="follow it to its end"),

@@ -135,8 +135,12 @@ class Complete(unittest.TestCase):
         self.assertEqual(listed, agent.RECOMMENDATIONS)
 
     def test_every_metric_of_the_master(self) -> None:
-        listed = re.findall(r"^\| `(ffdist_\w+)` \| (\w+) \|", TEXT, re.MULTILINE)
-        self.assertEqual(listed, [(metric.name, metric.kind) for metric in ffdist.METRICS])
+        listed = re.findall(r"^\| `(ffdist_\w+)` \| (.+?) \| (.+?) \| (.+) \|$", TEXT, re.MULTILINE)
+        self.assertEqual(listed, [(metric.name, metric.kind, metric.place, metric.about)
+                                  for metric in ffdist.METRICS])
+
+    def test_every_alert(self) -> None:
+        self.assertEqual([row[0] for row in rows("Alert")], [f"`Ffdist{rule.name}`" for rule in ffdist.RULES])
 
     def test_every_status_and_reason(self) -> None:
         for word in (*ffdist.STATUSES, *ffdist.TRANSIENT, *ffdist.CONFIDENCES):
@@ -174,7 +178,7 @@ class Exact(unittest.TestCase):
                     self.assertLessEqual({word for word in words if word.startswith("--")},
                                          {flag for flag, _, _ in hwdetect.FLAGS})
                 else:
-                    self.assertIn(words[0], ("curl", "scp", "ping", "ss", "python3"))
+                    self.assertIn(words[0], ("curl", "scp", "ping", "ss", "ssh", "python3"))
                 seen += 1
         self.assertGreater(seen, 20)
 
