@@ -3346,7 +3346,7 @@ RULES = (
     Rule("MasterAway", "absent(@ready)", "2m", "critical",
          "No metrics come from the master: see whether it runs, and whether /metrics is scraped."),
     Rule("PushDropping", "max(increase(@push_dropped_total[15m])) > 0", "0s", "warning",
-         "{{ $value }} values for VictoriaMetrics were given up in 15 min: see the master's log."),
+         "Values for VictoriaMetrics were given up in the last 15 min: see the master's log."),
 )
 
 
@@ -3561,7 +3561,8 @@ class Pusher:
         return max(0, last - BACKFILL_MOST)
 
     def run(self) -> None:
-        """Push every PUSH_S until end() is called."""
+        """Push now and every PUSH_S until end() is called."""
+        self.loop(self._master.wall())
         while not self._stopping.wait(PUSH_S):
             self.loop(self._master.wall())
         self.shut_down(self._master.wall())
@@ -3950,8 +3951,8 @@ def stop_monitoring(site: Site) -> list[str]:
             time.sleep(0.1)
             lock = _hold(path)
         if lock >= 0:
-            os.close(lock)
             path.unlink()
+            os.close(lock)
     return stopped
 
 

@@ -43,9 +43,15 @@ PACKAGES: Mapping[str, Mapping[str, str | None]] = {
     "nginx": {"apt-get": "nginx-light"},
     "nginx-rtmp": {"apt-get": "libnginx-mod-rtmp", "apk": "nginx-mod-rtmp", "": None},
     "promtool": {"apt-get": "prometheus", "apk": "prometheus", "pacman": "prometheus", "": None},
+    "openssl": {},
+    "victoria-metrics": {"apt-get": "victoria-metrics", "apk": "victoria-metrics",
+                         "pacman": "victoriametrics", "": None},
+    "vmalert": {"apt-get": "victoria-metrics", "apk": "victoria-metrics-tools", "pacman": "vmutils",
+                "": None},
 }
 # What a package may start or enable when it is installed, and the tests do not want to run.
-SERVICES = {"nginx": "nginx", "nginx-rtmp": "nginx", "promtool": "prometheus"}
+SERVICES = {"nginx": "nginx", "nginx-rtmp": "nginx", "promtool": "prometheus",
+            "victoria-metrics": "victoria-metrics"}
 RTMP_MODULES = ("/usr/lib/nginx/modules/ngx_rtmp_module.so", "/usr/lib64/nginx/modules/ngx_rtmp_module.so",
                 "/usr/share/nginx/modules/ngx_rtmp_module.so")
 
