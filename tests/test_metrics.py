@@ -506,7 +506,8 @@ class Fleet(Case):
                            f"-datasource.url={self.victoria.url}", f"-httpListenAddr=127.0.0.1:{alerts}",
                            f"-notifier.config={self.folder}/notifier.yml"], self.folder, "vmalert")
         self.addCleanup(vmalert.end)
-        self.fed = self.master("--victoriametrics", self.victoria.url, "--node-timeout", "2s", port=port)
+        self.fed = self.master("--victoriametrics", self.victoria.url, "--node-timeout", "2s",
+                               "--quarantine-after", "6", port=port)
 
     def feed(self) -> None:
         """Let five nodes do their work: good results, then one that fails all and one that falls silent."""
