@@ -13,7 +13,7 @@ Sections (each uses only those above it):
   3 Journal     the only SQL: schema, group commit, replay, pages
   4 Master      one lock; registry, lanes, leases
   6 HTTP API    ROUTES, the handler: the API document
-  7 Metrics     the one table of metrics
+  7 Metrics     the one table of metrics: text, what is pushed, dashboards, alerts
   9 Pages       the plain page of nodes and jobs
   10 Service    server, background threads, other programs
   11 CLI        one table of subcommands
@@ -2976,16 +2976,18 @@ METRICS = (
            _of_nodes(lambda status, _: float(status == "quarantined")), kept=True),
     Metric("ffdist_parked_requests", "gauge", "Agents' requests that wait for work or orders.",
            lambda shot: [({}, shot.parked)]),
-    Metric("ffdist_submissions_total", "counter", "Jobs accepted since the start.", _counter("submitted")),
-    Metric("ffdist_claims_total", "counter", "Attempts handed out since the start.", _counter("claims")),
-    Metric("ffdist_reports_total", "counter", "Attempts ended by a report since the start.",
-           _counter("reports")),
-    Metric("ffdist_refused_reports_total", "counter", "Reports of attempts that held no lease.",
-           _counter("refused_reports")),
-    Metric("ffdist_lost_leases_total", "counter", "Attempts ended without a report.",
-           _counter("lost_leases")),
-    Metric("ffdist_heartbeats_total", "counter", "Signs of life and questions for work.",
-           _counter("heartbeats")),
+    *(Metric(f"ffdist_{name}_total", "counter", about, _counter(key)) for name, key, about in (
+        ("submissions", "submitted", "Jobs accepted since the start."),
+        ("claims", "claims", "Attempts handed out since the start."),
+        ("reports", "reports", "Attempts ended by a report since the start."),
+        ("refused_reports", "refused_reports", "Reports of attempts that held no lease."),
+        ("lost_leases", "lost_leases", "Attempts ended without a report."),
+        ("heartbeats", "heartbeats", "Signs of life and questions for work."),
+        ("push_lines", "push_lines", "Values that VictoriaMetrics took."),
+        ("push_failures", "push_failures", "Pushes that VictoriaMetrics did not take."),
+        ("push_dropped", "push_dropped", "Values given up: past the spool's limit, or refused."))),
+    Metric("ffdist_push_spool_bytes", "gauge", "What waits on disk for VictoriaMetrics, results aside.",
+           _counter("push_spool_bytes")),
     Metric("ffdist_journal_commits_total", "counter", "Commits of the journal.",
            lambda shot: [({}, shot.commits)]),
     Metric("ffdist_journal_commit_seconds_total", "counter", "Time spent in commits of the journal.",
@@ -2996,14 +2998,6 @@ METRICS = (
            lambda shot: [({}, shot.disk_free_bytes)]),
     Metric("ffdist_disk_size_bytes", "gauge", "Size of the file system of the data folder.",
            lambda shot: [({}, shot.disk_bytes)]),
-    Metric("ffdist_push_lines_total", "counter", "Values that VictoriaMetrics took.",
-           _counter("push_lines")),
-    Metric("ffdist_push_failures_total", "counter", "Pushes that VictoriaMetrics did not take.",
-           _counter("push_failures")),
-    Metric("ffdist_push_dropped_total", "counter", "Values given up: past the spool's limit, or refused.",
-           _counter("push_dropped")),
-    Metric("ffdist_push_spool_bytes", "gauge", "What waits on disk for VictoriaMetrics, results aside.",
-           _counter("push_spool_bytes")),
     *(Metric(f"ffdist_job_{name}", "gauge", about, field=field or name) for name, field, about in (
         ("info", "info", "Always 1: one for each accepted report."),
         ("duration_seconds", "duration", "Wall time of the encode."),

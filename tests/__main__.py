@@ -44,10 +44,8 @@ PACKAGES: Mapping[str, Mapping[str, str | None]] = {
     "nginx-rtmp": {"apt-get": "libnginx-mod-rtmp", "apk": "nginx-mod-rtmp", "": None},
     "promtool": {"apt-get": "prometheus", "apk": "prometheus", "pacman": "prometheus", "": None},
     "openssl": {},
-    "victoria-metrics": {"apt-get": "victoria-metrics", "apk": "victoria-metrics",
-                         "pacman": "victoriametrics", "": None},
-    "vmalert": {"apt-get": "victoria-metrics", "apk": "victoria-metrics-tools", "pacman": "vmutils",
-                "": None},
+    "victoria-metrics": {"apt-get": "victoria-metrics", "": None},
+    "vmalert": {"apt-get": "victoria-metrics", "": None},
 }
 # What a package may start or enable when it is installed, and the tests do not want to run.
 SERVICES = {"nginx": "nginx", "nginx-rtmp": "nginx", "promtool": "prometheus",

@@ -640,7 +640,7 @@ class Monitoring(Case):
         need("victoria-metrics", "vmalert")
         ports, home = self.ports(), self.folder / "master" / "monitoring"
         self.addCleanup(self.monitoring, "down")
-        done = self.monitoring("up", *ports)
+        done = self.monitoring("up", *ports, "--alertmanager", "http://127.0.0.1:9/am/")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn(f"master --victoriametrics {self.url}", done.stdout)
         for path in (self.folder / "master", home):
@@ -648,6 +648,8 @@ class Monitoring(Case):
         wire.exchange_text(f"{self.url}/api/v1/import/prometheus", b"ffdist_kept 7\n")
         pids = [json.loads(path.read_text())["pid"] for path in home.glob("*.pid") if path.stat().st_size]
         self.assertEqual(len(pids), 2)
+        words = "".join(Path(f"/proc/{pid}/cmdline").read_text() for pid in pids)
+        self.assertIn("-notifier.url=http://127.0.0.1:9/am\0", words)
         again = self.monitoring("up", *self.ports())
         self.assertEqual(again.returncode, 1)
         self.assertIn("runs already", again.stderr)
