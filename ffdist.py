@@ -3530,7 +3530,7 @@ class Pusher:
 
     def __init__(self, url: str, folder: Path, master: Master, log: logging.Logger,
                  limit_bytes: int = SPOOL_LIMIT_BYTES) -> None:
-        self._url = f"{url}/api/v1/import/prometheus"
+        self._url = url
         self._folder = folder
         self._master = master
         self._log = log
@@ -3576,8 +3576,11 @@ class Pusher:
             while batches:
                 self._push(batches[0])
                 del batches[0]
+            before = self._cursor
             while self._push_results():
                 pass
+            if self._cursor > before:
+                self._show()
             if self._told:
                 self._log.info("VictoriaMetrics takes values again")
             self._told = False
@@ -3616,11 +3619,16 @@ class Pusher:
             write_whole(self._folder / "pushed", b"%d" % self._cursor)
         return len(found) == PUSH_RESULTS_MOST and not self._stopping.is_set()
 
+    def _show(self) -> None:
+        """Let queries see what came: VictoriaMetrics looks for new series only every 10 s by itself."""
+        with contextlib.suppress(ApiError):
+            wire.exchange_text(f"{self._url}/internal/force_flush")
+
     def _push(self, body: bytes) -> None:
         """Push lines; those that can never be taken are given up. ApiError when to try again."""
         count = body.count(b"\n")
         try:
-            wire.exchange_text(self._url, body)
+            wire.exchange_text(f"{self._url}/api/v1/import/prometheus", body)
             self._master.counts["push_lines"] += count
         except ApiError as error:
             if error.status not in REFUSED_STATUSES:

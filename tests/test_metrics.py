@@ -162,10 +162,15 @@ class Store:
     def __init__(self, certificate: Path | None = None) -> None:
         self.status = 204
         self.bodies: list[str] = []
+        self.asked: list[str] = []
         self.heads: list[tuple[str, str | None]] = []
         store = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                store.asked.append(self.path)
+                self.send_error(404)
+
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"])).decode()
                 store.heads.append((self.path, self.headers["Authorization"]))
@@ -254,7 +259,7 @@ class Pushing(unittest.TestCase):
         self.assertEqual(self.store.lines(), lines)
         self.pusher.loop(1031.0)
         self.assertEqual(len(self.store.lines()), len(lines) + 4)
-        self.assertEqual(self.said, [])
+        self.assertEqual((self.said, self.store.asked), ([], ["/internal/force_flush"]))
 
     def test_an_outage_is_said_once_and_nothing_is_lost_by_it(self) -> None:
         self.store.status = 503
@@ -407,7 +412,8 @@ class Victoria(Program):
         wait_for(lambda: ffdist.answers(f"{self.url}/health"), why=f"VictoriaMetrics: {self.words()}")
 
     def query(self, expression: str, at: float | None = None) -> list[Any]:
-        """Return the vector of an expression, at a moment (now)."""
+        """Return the vector of an expression, at a moment (now); series just made are seen at once."""
+        call(self.url, "GET", "/internal/force_flush")
         told = urllib.parse.urlencode({"query": expression, "time": time.time() if at is None else at,
                                        "nocache": 1})
         answer = call(self.url, "GET", f"/api/v1/query?{told}")
@@ -417,6 +423,7 @@ class Victoria(Program):
     def stored(self, match: str) -> dict[str, tuple[dict[str, str], dict[int, float]]]:
         """Return by name the labels and the raw values by time of the series that match."""
         told = urllib.parse.urlencode({"match[]": match})
+        call(self.url, "GET", "/internal/force_flush")
         series = map(json.loads, call(self.url, "GET", f"/api/v1/export?{told}").text.splitlines())
         return {one["metric"].pop("__name__"): (one["metric"], dict(zip(one["timestamps"], one["values"])))
                 for one in series}
@@ -457,6 +464,8 @@ class Real(Case):
         self.master(*flags, port=master.port)
         vmaf = f'ffdist_job_vmaf{{job_id="{job["id"]}"}}'
         wait_for(lambda: victoria.query(vmaf, now), why=victoria.words())
+        count = len(EVERY_FIELD) + 1 + 4
+        wait_for(lambda: len(victoria.stored(f'{{job_id="{job["id"]}"}}')) == count)
         found = victoria.stored(f'{{job_id="{job["id"]}"}}')
         results = {name: values for name, values in found.items() if name.startswith("ffdist_job_")}
         labels = {"job_id": job["id"], "node": node.name, "node_id": node.id, "scenario": "720p30-h264",
@@ -467,8 +476,8 @@ class Real(Case):
         self.assertEqual(found["ffdist_sample_power_watts"], (
             {"node": node.name, "node_id": node.id, "job_id": job["id"]},
             {epoch_ms(text): 100 + number for number, text in enumerate(times)}))
-        self.assertEqual(len([name for name in found if name.startswith("ffdist_sample_")]), 4)
-        up = victoria.stored(f'{{__name__="ffdist_node_up",node_id="{node.id}"}}')["ffdist_node_up"][1]
+        match = f'{{__name__="ffdist_node_up",node_id="{node.id}"}}'
+        up = wait_for(lambda: victoria.stored(match), why="the node's state")["ffdist_node_up"][1]
         self.assertEqual(set(up.values()), {1})
         self.assertTrue([at for at in up if at < began_ms], "states from the time of the outage")
 
