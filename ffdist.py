@@ -231,6 +231,8 @@ TRANSIENT = frozenset(("node_lost", "network", "out_of_disk", "out_of_memory", "
                        "agent"))
 ELSEWHERE = frozenset(("no_capability",))  # tried again while there is a node where it was not yet tried
 JOBS_OWN = frozenset(("input", "parameters", "output", "timeout"))  # never a sign of a sick node
+# Reasons that are the job's own choice where it has one of these parameters.
+_CHOSEN = {"no_capability": ("encoder", "hwaccel"), "out_of_memory": ("max_memory_mb",)}
 BLAMELESS_NODES = 3  # a job that failed on so many nodes is to blame itself
 CANARY = "~canary"  # the scenario of hidden jobs: no submission can have it
 EVENT_OF_REPORT = {"completed": "complete", "failed": "fail", "canceled": "end", "returned": "return"}
@@ -384,10 +386,10 @@ def blames_node(job: Job, node_id: str, failure_reason: str | None) -> bool:
     """Tell whether a failure speaks against its node: not the job's own, and no other node failed alike."""
     others = {record["node_id"]: record.get("failure_reason") for record in job.attempts
               if record["status"] == "failed" and record["node_id"] != node_id}
-    settings = json.loads(job.spec)["settings"] if failure_reason == "no_capability" else {}
+    chosen = _CHOSEN.get(failure_reason or "", ())
+    settings = json.loads(job.spec)["settings"] if chosen else {}
     return (failure_reason not in JOBS_OWN and failure_reason not in others.values()
-            and len(others) + 1 < BLAMELESS_NODES
-            and not (settings.get("encoder") or settings.get("hwaccel")))
+            and len(others) + 1 < BLAMELESS_NODES and not any(settings.get(name) for name in chosen))
 
 
 def job_text(job: Job, progress: Json | None = None) -> str:

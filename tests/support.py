@@ -206,6 +206,25 @@ class Agent(Program):
         return not self.work.exists() or {path.name for path in self.work.iterdir()} <= {"cache"}
 
 
+def mounted_small(folder: Path, size: str) -> bool:
+    """Make a folder and mount a small tmpfs on it; return whether that was possible."""
+    folder.mkdir()
+    done = os.geteuid() == 0 and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "ffdist-test", str(folder)],
+        capture_output=True).returncode == 0
+    if not done:
+        folder.rmdir()
+    return done
+
+
+def small_disk(case: unittest.TestCase, folder: Path, size: str = "1m") -> Path:
+    """Make a folder that is a small file system of its own for a test; skip where that cannot be had."""
+    if not mounted_small(folder, size):
+        case.skipTest("a small tmpfs cannot be mounted here (it takes root)")
+    case.addCleanup(subprocess.run, ["umount", "-l", str(folder)], check=True)
+    return folder
+
+
 class Case(unittest.TestCase):
     """A test with a folder of its own, and real processes that end with it."""
 

@@ -34,7 +34,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.proxy import Proxy, Sometimes, passing
-from tests.support import Agent, Case, Master, call, free_port, need, wait_for
+from tests.support import Agent, Case, Master, call, free_port, mounted_small, need, wait_for
 
 AGENTS = 4
 FRAMES = 20
@@ -78,10 +78,7 @@ class Fleet:
     def mount(self) -> Path | None:
         """Return the first agent's work folder on a disk of a few MB, where that can be had."""
         disk = self.folder / "small-disk"
-        disk.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=0700", "ffdist-test",
-                               str(disk)], capture_output=True) if os.geteuid() == 0 else None
-        if done is None or done.returncode != 0:
+        if not mounted_small(disk, str(DISK_BYTES)):
             print("chaos: no full disk among the faults: mounting a small one takes root", file=sys.stderr)
             return None
         return disk

@@ -1,6 +1,7 @@
 """Real masters, real agents, the real FFmpeg and real kills: what a user of a fleet relies on."""
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import os
@@ -29,6 +30,7 @@ from tests.support import (
     need,
     run,
     served,
+    small_disk,
     wait_for,
 )
 
@@ -194,6 +196,33 @@ class ARunningFleet(FleetCase):
         self.assertEqual(master.get(f"/jobs/{job}")["status"], "running")
         master.call("POST", f"/jobs/{job}/cancel")
         master.finished(job)
+
+
+class ASickNode(FleetCase):
+    def test_a_node_whose_disk_is_full_is_taken_out_and_comes_back_when_it_is_well(self) -> None:
+        master = self.master("--retry-delay", "0.2s", "--retry-delay-most", "1s")
+        disk = small_disk(self, self.folder / "disk", "8m")
+        ballast = disk / "ballast"
+        with contextlib.suppress(OSError):
+            ballast.write_bytes(bytes(16 << 20))
+        self.agent(master, "--work-dir", str(disk / "work"), "--min-free", "4M", name="sick")
+        self.agent(master, name="well")
+
+        def node(name: str) -> Any:
+            return next((node for node in master.get("/nodes")["nodes"] if node["name"] == name), None)
+        wait_for(lambda: node("sick") and node("well"), 30)
+        jobs = [master.submit("64p25-h264", duration=0.2)["id"] for _ in range(10)]
+        for job in jobs:
+            done = master.finished(job)
+            self.assertEqual((done["status"], done["result"]["node"]), ("completed", "well"))
+        sick = wait_for(lambda: node("sick")["status"] == "quarantined" and node("sick"), 30)
+        self.assertIn("out_of_disk", sick["quarantine"]["reason"])
+        self.assertIn(str(disk), sick["quarantine"]["reason"])
+        shown = run(str(TOP / "ffdist.py"), "nodes", "--master", master.url, folder=self.folder).stdout
+        self.assertIn("sick is in quarantine: 3 failures in a row", shown)
+        ballast.unlink()
+        wait_for(lambda: node("sick")["status"] == "available", 60, "a canary that succeeds")
+        self.assertEqual(master.get("/jobs")["total"], 10, "canaries are not shown")
 
 
 class Kills(FleetCase):

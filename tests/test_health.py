@@ -271,9 +271,11 @@ class TestBlame(unittest.TestCase):
     def test_a_job_that_failed_on_many_nodes_blames_none(self) -> None:
         self.assertFalse(blames_node(self.job(("a", "network"), ("b", "stalled")), "here", "killed"))
 
-    def test_an_encoder_that_the_job_named_is_the_jobs_choice(self) -> None:
+    def test_an_encoder_or_a_limit_that_the_job_named_is_the_jobs_choice(self) -> None:
         self.assertTrue(blames_node(self.job(), "here", "no_capability"))
         self.assertFalse(blames_node(self.job(encoder="h264_nvenc"), "here", "no_capability"))
+        self.assertTrue(blames_node(self.job(), "here", "out_of_memory"))
+        self.assertFalse(blames_node(self.job(max_memory_mb=64), "here", "out_of_memory"))
 
     def test_backoff_doubles_up_to_its_limit(self) -> None:
         settings = Settings(retry_delay_s=2.0, retry_delay_most_s=60.0)

@@ -13,7 +13,6 @@ import random
 import signal
 import socket
 import sqlite3
-import subprocess
 import threading
 import time
 import unittest
@@ -23,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 import ffdist
-from tests.support import TOP, Case, Master, call, free_port, run, wait_for
+from tests.support import TOP, Case, Master, call, free_port, run, small_disk, wait_for
 from tests.test_api import Node
 
 LOG = logging.getLogger("ffdist.test-journal")
@@ -649,14 +648,7 @@ class TestFullDisk(Case):
 
     def setUp(self) -> None:
         super().setUp()
-        disk = self.folder / "master"
-        disk.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "ffdist-test", str(disk)],
-                              capture_output=True) if os.geteuid() == 0 else None
-        if done is None or done.returncode != 0:
-            self.skipTest("a small tmpfs cannot be mounted here (it takes root)")
-        self.addCleanup(subprocess.run, ["umount", "-l", str(disk)], check=True)
-        self.ballast = disk / "ballast"
+        self.ballast = small_disk(self, self.folder / "master") / "ballast"
         self.ballast.write_bytes(b"\0" * 500_000)
 
     def fill(self, master: Master) -> tuple[set[str], set[str]]:

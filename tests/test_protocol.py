@@ -30,7 +30,6 @@ import itertools
 import os
 import shutil
 import signal
-import subprocess
 import threading
 import time
 import unittest
@@ -40,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.proxy import Message, Once, Proxy
-from tests.support import Agent, Master, call, need, wait_for
+from tests.support import Agent, Master, call, need, small_disk, wait_for
 from tests.test_api import Node
 from tests.test_end_to_end import FleetCase, processes_under
 
@@ -545,14 +544,7 @@ class Silence(BadNetwork):
 
 class FullDisk(BadNetwork):
     def test_a_result_that_finds_the_masters_disk_full_waits_and_counts_once(self) -> None:
-        disk = self.folder / "master"
-        disk.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "ffdist-test", str(disk)],
-                              capture_output=True) if os.geteuid() == 0 else None
-        if done is None or done.returncode != 0:
-            self.skipTest("a small tmpfs cannot be mounted here (it takes root)")
-        self.addCleanup(subprocess.run, ["umount", "-l", str(disk)], check=True)
-        ballast = disk / "ballast"
+        ballast = small_disk(self, self.folder / "master") / "ballast"
         ballast.write_bytes(b"\0" * 400_000)
         master, proxy, agent = self.network()
         job = self.live(master, 1.5, output="o.mp4")

@@ -24,7 +24,7 @@ from unittest import mock
 
 import agent
 import hwdetect
-from tests.support import FILM, TOP, control_groups, free_port, need, run, served, wait_for
+from tests.support import FILM, TOP, control_groups, free_port, need, run, served, small_disk, wait_for
 
 SIZES = ("4K60", "4K30", "1080p60", "1080p30", "720p60", "720p30", "480p30")
 SCENARIOS = [f"{size}-{codec}" for size in SIZES for codec in ("h264", "h265")]
@@ -528,20 +528,9 @@ class BadOutput(RunCase):
         result = self.fails("output", output[:50], input=self.film("plain.mp4"), output=output)
         self.assertNotIn("encode", result, "hours of encoding would be lost")
 
-    def small_disk(self, name: str, folder: Path) -> Path:
-        """A file system of 1 MB, mounted for this test."""
-        disk = folder / name
-        disk.mkdir()
-        if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)],
-                                          capture_output=True).returncode:
-            disk.rmdir()
-            self.skipTest("mounting a small disk needs root")
-        self.addCleanup(subprocess.run, ["umount", "-l", str(disk)], check=True)
-        return disk
-
     def test_a_disk_that_fills_up(self) -> None:
         name = self.film("big.mkv", *picture("1280x720", seconds=2), "-c:v", "libx264", "-crf", "1")
-        disk = self.small_disk("disk", self.media)
+        disk = small_disk(self, self.media / "disk")
         for output in ("disk/o.mp4", "disk/o.mkv", "disk/o.ts"):
             with self.subTest(output):
                 self.fails("out_of_disk", output, "No space left on device", input=name, output=output, crf=1,
@@ -549,7 +538,7 @@ class BadOutput(RunCase):
                 self.assertEqual(list(disk.iterdir()), [])
 
     def test_a_work_folder_that_fills_up(self) -> None:
-        disk = self.small_disk("work-disk", self.root)
+        disk = small_disk(self, self.root / "work-disk")
         place = dataclasses.replace(self.place, work_dir=disk)
         self.fails("out_of_disk", "No space left on device", scenario="720p30-h264", place=place, duration=1)
         name = self.film("big.mkv", *picture("1280x720", seconds=2), "-c:v", "libx264", "-crf", "1")
@@ -560,7 +549,7 @@ class BadOutput(RunCase):
 
     def test_a_disk_with_too_little_room_is_told_before_the_work(self) -> None:
         place = dataclasses.replace(self.place, min_free_bytes=512 << 10)
-        disk = self.small_disk("low", self.media)
+        disk = small_disk(self, self.media / "low")
         (disk / "fill").write_bytes(b"x" * (600 << 10))
         name = self.film("plain.mp4")
         result = self.fails("out_of_disk", str(disk), "worker-01", "424.0 KiB free", "512.0 KiB are wanted",
@@ -573,7 +562,7 @@ class BadOutput(RunCase):
                    place=dataclasses.replace(place, work_dir=disk, min_free_bytes=2 << 20))
 
     def test_a_disk_that_is_filled_by_others_ends_the_encode_before_it_is_full(self) -> None:
-        disk = self.small_disk("shared", self.media)
+        disk = small_disk(self, self.media / "shared")
         place = dataclasses.replace(self.place, min_free_bytes=512 << 10)
         attempt = self.attempt("64p25-h264", place, duration=60, realtime=True, output="shared/o.mkv")
         results: list[agent.Json] = []
