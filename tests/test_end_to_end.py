@@ -172,6 +172,17 @@ class ARunningFleet(FleetCase):
         self.assertEqual(master.call("POST", f"/nodes/{node}/resume").status, 200)
         self.assertEqual(master.finished(waiting)["status"], "completed")
 
+    def test_what_a_drained_node_has_not_done_by_the_deadline_is_given_back(self) -> None:
+        master, agent = self.fleet()
+        node = master.get("/nodes")["nodes"][0]["id"]
+        job = self.live(master, 60, output="o.mp4")
+        self.encoding(agent)
+        self.assertEqual(master.call("POST", f"/nodes/{node}/drain?deadline=1").status, 200)
+        state = wait_for(lambda: [found for found in [master.get(f"/jobs/{job}")]
+                                  if found["status"] == "pending"], 20)[0]
+        self.assertEqual(state["retry_count"], 0)
+        self.nothing_left(agent)
+
     def test_a_job_whose_ffmpeg_was_killed_is_done_on_the_other_node(self) -> None:
         master, agent = self.fleet()
         job = self.live(master, 3)
