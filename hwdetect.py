@@ -38,7 +38,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Callable
+from typing import Callable, ClassVar
 
 # ---- 1 Facts --------------------------------------------------------------------------------------
 
@@ -115,7 +115,18 @@ LOCAL_FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bca
 
 SMI_IDENTITY = ("index", "name", "uuid", "pci.bus_id", "driver_version", "memory.total", "power.limit")
 SMI_READING = ("timestamp", "index", "power.draw", "utilization.gpu", "utilization.encoder", "memory.used",
-               "temperature.gpu")
+               "temperature.gpu", "clocks_throttle_reasons.active")
+SMI_TOO_HOT = 0x8 | 0x20 | 0x40  # nvml.h: HwSlowdown, SwThermalSlowdown, HwThermalSlowdown
+
+# power source -> how finely it tells
+POWER_SOURCES = {
+    "rapl": "energy counters that move about every millisecond",
+    "hwmon": "the machine's power meter, asked at each sample",
+    "battery": "the battery's discharge, asked at each sample; its own chip renews it every few seconds",
+    "nvidia-smi": f"the GPU's power, asked every {SMI_INTERVAL_MS} ms; on some cards it covers a part of "
+                  "the time only",
+    "gpu-hwmon": "the GPU's own sensor, asked at each sample",
+    "model": "an estimate by CPU use between two given powers"}
 
 # drive -> (options before the input, options after it); {node} is a render node of /dev/dri
 DRIVES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -304,8 +315,10 @@ class GpuReading:
     encoder_usage: float | None = None
     memory_used_bytes: int | None = None
     temperature_c: float | None = None
-    source: str | None = None  # nvidia-smi or hwmon
-    in_package: bool = False  # True: RAPL's package holds it already, never add the two
+    source: str | None = None  # nvidia-smi or gpu-hwmon
+    in_package: bool = False  # True: the machine's figure holds it already, never add the two
+    covered_s: float = 0.0  # time that energy_joules is of, by the source's own clock
+    too_hot: bool | None = None  # slowed down by heat, as nvidia-smi says
 
 
 @dataclass(frozen=True)
@@ -318,19 +331,29 @@ class Reading:
     power_watts: float | None = None
     energy_joules: float | None = None
     zones: dict[str, float] = field(default_factory=dict)  # joules
-    power_source: str | None = None  # rapl, hwmon or battery
+    power_source: str | None = None  # rapl, hwmon, battery or model
     gpus: tuple[GpuReading, ...] = ()
     temperature_c: float | None = None
     unknown: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def total_watts(self) -> float | None:
+        """Watts of the machine with the GPUs that its own figure does not hold."""
+        apart = [gpu.power_watts for gpu in self.gpus if not gpu.in_package and gpu.power_watts is not None]
+        return None if self.power_watts is None else self.power_watts + sum(apart)
+
 
 @dataclass(frozen=True)
 class ProcessUsage:
-    """CPU seconds and resident bytes (shared pages counted in each process) of a process group."""
+    """CPU seconds and resident bytes (shared pages counted in each process) of a process group.
+
+    `gpu_seconds` is of all engines; 0 where the driver does not count them, as NVIDIA's.
+    """
 
     cpu_seconds: float
     rss_bytes: int
     pids: tuple[int, ...]
+    gpu_seconds: float = 0.0
 
 
 # ---- 2 Host ---------------------------------------------------------------------------------------
@@ -784,10 +807,24 @@ def parse_process(text: str | None) -> dict[str, int]:
         return {}
 
 
+def parse_engines(text: str | None) -> dict[str, int]:
+    """Give {client: ns that it kept a GPU's engines busy} of a descriptor's fdinfo, {} of another file's."""
+    client = re.search(r"^drm-client-id:\s*([0-9]{1,18})$", text or "", re.MULTILINE)
+    device = re.search(r"^drm-pdev:\s*(\S+)$", text or "", re.MULTILINE)
+    busy = re.findall(r"^drm-engine-(?!capacity-)\S+:\s*([0-9]{1,18}) ns$", text or "", re.MULTILINE)
+    return {f"{device and device.group(1)} {client.group(1)}": sum(map(int, busy))} if client else {}
+
+
 def parse_csv(text: str, fields: Sequence[str]) -> list[dict[str, str]]:
     """Read nvidia-smi's csv,noheader,nounits; lines of another shape are left out."""
     rows = [[word.strip() for word in line.split(",")] for line in text.splitlines()]
     return [dict(zip(fields, row)) for row in rows if len(row) == len(fields)]
+
+
+def parse_refused(text: str) -> str:
+    """Name the field that nvidia-smi does not know, "" where it complains of none."""
+    found = re.search(r'Field "([\w.]+)" is not a valid field', text)
+    return found.group(1) if found else ""
 
 
 def parse_pci_address(text: str | None) -> str | None:
@@ -1503,13 +1540,15 @@ class _Integral:
     """Joules of a power that is read now and then: the mean of two neighbours times their distance."""
 
     def __init__(self) -> None:
-        self.joules = 0.0
+        self.joules = self.covered_s = 0.0
         self._last: tuple[float, float] | None = None
 
-    def add(self, when: float, watts: float) -> float:
-        if self._last is not None and when > self._last[0]:
+    def add(self, when: float, watts: float | None) -> float:
+        """Add a reading; None leaves a gap that nothing is booked for."""
+        if self._last is not None and watts is not None and when > self._last[0]:
             self.joules += (when - self._last[0]) * (watts + self._last[1]) / 2
-        self._last = (when, watts)
+            self.covered_s += when - self._last[0]
+        self._last = None if watts is None else (when, watts)
         return self.joules
 
 
@@ -1524,6 +1563,7 @@ class _Rapl:
         self._then: float | None = None  # time of the last sample that could be read
         self.zones: dict[str, float] = {}
         self.joules = 0.0
+        self.whole = False  # psys counts: it holds the GPUs too
 
     def sample(self, now: float, unknown: dict[str, str]) -> float | None:
         """Add what came since the previous sample. Gives its watts, None when there is none yet."""
@@ -1570,28 +1610,33 @@ class _Rapl:
     def _total(self, moved: Mapping[str, float], counters: Mapping[str, int]) -> float:
         """Add up without counting twice: psys holds the packages, a package its cores; DRAM is apart.
 
-        On boards that do not wire psys up it stands at zero for ever.
+        On boards that do not wire psys up it stands at zero for ever, or below what it should hold.
         """
         kinds = {name: self._zones[name].kind for name in moved}
         wired = any(kind == "psys" and counters[name] > 0 for name, kind in kinds.items())
-        counted = ("psys",) if wired else ("package", "dram")
-        return sum(joules for name, joules in moved.items() if kinds[name] in counted)
+        sums = [sum(joules for name, joules in moved.items() if kinds[name] in counted)
+                for counted in (("package", "dram"), ("psys",))]
+        self.whole = wired and sums[1] >= sums[0]
+        return sums[self.whole]
 
     def reason(self) -> str | None:
         """Say why there is no total; None when there is one."""
         whole = [zone for zone in self._zones.values() if zone.kind in ("package", "psys")]
-        if any(zone.name in self._counters for zone in whole):
-            return None
-        return why_closed(self._host, whole[0]) if whole else why_no_rapl(self._host)
+        closed = [zone for zone in whole if zone.name not in self._counters]
+        if whole and (self.whole or not any(zone.kind == "package" for zone in closed)):
+            return None if len(closed) < len(whole) else why_closed(self._host, whole[0])
+        return why_closed(self._host, closed[0]) if whole else why_no_rapl(self._host)
 
 
 class _Smi:
     """The long-running nvidia-smi, integrated over its own time stamps."""
 
+    refused: ClassVar[set[tuple[str | None, str]]] = set()  # (program, field that it does not know)
+
     def __init__(self, host: Host, interval_ms: int) -> None:
         self._host, self._interval_ms = host, interval_ms
         self._program = host.which("nvidia-smi")
-        self._fields = list(SMI_READING)
+        self._fields = [name for name in SMI_READING if (self._program, name) not in self.refused]
         self._energy: dict[int, _Integral] = {}
         self._rows: dict[int, dict[str, str]] = {}
         self._said: list[str] = []
@@ -1615,34 +1660,38 @@ class _Smi:
                                   parse_float(row["power.draw"]))
             if index is not None and when is not None:
                 self._rows[index] = row
-                if watts is not None:
-                    self._energy.setdefault(index, _Integral()).add(when, watts)
+                self._energy.setdefault(index, _Integral()).add(when, watts)
         if ended:
             self._ended()
 
     def _ended(self) -> None:
         self.close()
         self._rows.clear()
-        refused = re.search(r'Field "([\w.]+)" is not a valid field', "\n".join(self._said))
+        refused = parse_refused("\n".join(self._said))
         self._reason = f"nvidia-smi ended: {(self._said or ['no words'])[-1][:160]}"
         self._said = []
-        if refused and refused.group(1) in self._fields[3:]:  # an older driver: ask again without it
-            self._fields.remove(refused.group(1))
+        if refused in self._fields[3:]:  # an older driver: ask again without it
+            self._fields.remove(refused)
+            self.refused.add((self._program, refused))  # the next one starts without a detour
             self._start()
 
     def reading(self, gpu: Gpu, key: str, unknown: dict[str, str]) -> GpuReading:
         index = -1 if gpu.index is None else gpu.index
-        row, energy = self._rows.get(index), self._energy.get(index)
-        joules = energy.joules if energy else None
+        row, energy = self._rows.get(index), self._energy.get(index, _Integral())
+        watts = parse_float(row["power.draw"]) if row else None
+        joules = energy.joules if energy.covered_s or watts is not None else None
         if row is None:
             unknown[key] = self._reason
-            return GpuReading(gpu.title, gpu.index, energy_joules=joules)
-        watts, used, heat, mib, coding = (parse_float(row.get(name)) for name in (
-            "power.draw", "utilization.gpu", "temperature.gpu", "memory.used", "utilization.encoder"))
+            return GpuReading(gpu.title, gpu.index, energy_joules=joules, covered_s=energy.covered_s)
+        used, heat, mib, coding = (parse_float(row.get(name)) for name in (
+            "utilization.gpu", "temperature.gpu", "memory.used", "utilization.encoder"))
+        slowed = re.fullmatch(r"0x([0-9a-fA-F]{1,16})", row.get("clocks_throttle_reasons.active", ""))
         if watts is None:
             unknown[f"{key}.power_watts"] = f"nvidia-smi says {row['power.draw'] or 'nothing'}"
         return GpuReading(gpu.title, gpu.index, watts, joules, used, coding,
-                          None if mib is None else int(mib * 2**20), heat, "nvidia-smi")
+                          None if mib is None else int(mib * 2**20), heat, "nvidia-smi",
+                          covered_s=energy.covered_s,
+                          too_hot=bool(int(slowed.group(1), 16) & SMI_TOO_HOT) if slowed else None)
 
     def close(self) -> None:
         if self.stream is not None:
@@ -1654,8 +1703,9 @@ class Sampler:
     """Takes readings, each over the time since the previous one. Close it: nvidia-smi runs until then."""
 
     def __init__(self, host: Host, hardware: Hardware | None = None, gpu: bool = True,
-                 smi_interval_ms: int = SMI_INTERVAL_MS) -> None:
-        self._host = host
+                 smi_interval_ms: int = SMI_INTERVAL_MS, model: tuple[float, float] | None = None) -> None:
+        """Make one; `model` (W of the idle machine, W with all CPUs busy) stands in where nothing tells."""
+        self._host, self._model = host, model
         hw = hardware or _sensors(host, Hardware(rapl=rapl_zones(host)))
         hw = _gpus(host, hw) if gpu and hardware is None else hw
         self._gpus = hw.gpus if gpu else ()
@@ -1667,6 +1717,7 @@ class Sampler:
         self._heat = list({os.path.dirname(s.path): s.path for s in reversed(heat)}.values())
         self._batteries = battery_names(host)
         self._measured = {"hwmon": _Integral(), "battery": _Integral()}
+        self._modelled: tuple[float, float] | None = None  # when, and joules by then
         self._gpu_energy = [_Integral() for _ in self._gpus]
         self._gpu_counters: dict[int, tuple[float, int]] = {}
         self._cpu: tuple[int, int] | None = None
@@ -1674,7 +1725,11 @@ class Sampler:
     def sample(self, now: float) -> Reading:
         """Read everything once; `now` in seconds of a monotonic clock."""
         unknown: dict[str, str] = {}
-        source, watts, joules = self._power(now, unknown)
+        usage = self._usage(unknown)
+        source, watts, joules = self._power(now, usage, unknown)
+        gpus = self._read_gpus(now, unknown)
+        if self._rapl.whole or source in self._measured:  # what measures the machine holds its GPUs
+            gpus = tuple(replace(gpu, in_package=True) for gpu in gpus)
         info = parse_sizes(self._host.read("/proc/meminfo"))
         used = info["MemTotal"] - info["MemAvailable"] if {"MemTotal", "MemAvailable"} <= set(info) else None
         if used is None:
@@ -1683,10 +1738,17 @@ class Sampler:
         if not heat:
             unknown["temperature_c"] = "no sensor of the processor's temperature"
         return Reading(
-            time=now, cpu_usage=self._usage(unknown), memory_used_bytes=used, power_watts=watts,
-            energy_joules=joules, power_source=source, gpus=self._read_gpus(now, unknown),
+            time=now, cpu_usage=usage, memory_used_bytes=used, power_watts=watts,
+            energy_joules=joules, power_source=source, gpus=gpus,
             zones={name: round(value, 6) for name, value in self._rapl.zones.items()},
             temperature_c=max(heat, default=None), unknown=unknown)
+
+    def throttles(self) -> int | None:
+        """How often CPUs were slowed down by heat since boot; None where the kernel does not count it."""
+        counted = self._numbers(f"{CPUS}/{name}/thermal_throttle/{what}_throttle_count"
+                                for name in self._host.list(CPUS) if re.fullmatch("cpu[0-9]{1,5}", name)
+                                for what in ("core", "package"))
+        return sum(counted) if counted else None
 
     def close(self) -> None:
         """End nvidia-smi, if it was started."""
@@ -1709,7 +1771,8 @@ class Sampler:
             return round(min(100.0, max(0.0, 100 * (times[0] - before[0]) / (times[1] - before[1]))), 3)
         return None
 
-    def _power(self, now: float, unknown: dict[str, str]) -> tuple[str | None, float | None, float | None]:
+    def _power(self, now: float, usage: float | None, unknown: dict[str, str],
+               ) -> tuple[str | None, float | None, float | None]:
         """Give (source, watts, joules) of the machine, from the best source that answers."""
         watts, reason = self._rapl.sample(now, unknown), self._rapl.reason()
         if reason is None:
@@ -1718,12 +1781,28 @@ class Sampler:
             return "rapl", watts, round(self._rapl.joules, 6)
         metered = self._numbers(self._meters)
         sources = {"hwmon": sum(metered) / 1e6 if metered else None, "battery": self._discharge()}
+        joules = {source: self._measured[source].add(now, drawn) for source, drawn in sources.items()}
         for source, drawn in sources.items():
             if drawn is not None:
-                return source, drawn, round(self._measured[source].add(now, drawn), 6)
+                return source, drawn, round(joules[source], 6)
+        if self._model is not None:
+            return self._estimate(self._model, now, usage, unknown)
         reason += "; the battery tells only while it discharges" if self._batteries else ""
         unknown["power_watts"] = unknown["energy_joules"] = reason
         return None, None, None
+
+    def _estimate(self, model: tuple[float, float], now: float, usage: float | None, unknown: dict[str, str],
+                  ) -> tuple[str, float | None, float]:
+        """Give (source, watts, joules) by the CPU use since the previous sample."""
+        then, joules = self._modelled or (now, 0.0)
+        watts = None if usage is None else model[0] + (model[1] - model[0]) * usage / 100
+        if watts is None:
+            unknown["power_watts"] = unknown["cpu_usage"]
+        else:
+            joules += watts * (now - then)
+        if watts is not None or self._modelled is None:
+            self._modelled = (now, joules)
+        return "model", watts, round(joules, 6)
 
     def _discharge(self) -> float | None:
         """Watts that the batteries give: µW, or µA times µV."""
@@ -1755,9 +1834,10 @@ class Sampler:
         if counter is not None:  # a counter knows better than an integral
             then, before = self._gpu_counters.get(at, (now, counter))
             energy.joules += max(0, counter - before) / 1e6
+            energy.covered_s += now - then
             watts = (counter - before) / 1e6 / (now - then) if now > then and counter >= before else watts
             self._gpu_counters[at] = (now, counter)
-        elif watts is not None:
+        else:
             energy.add(now, watts)
         if watts is None:
             inside = " of its own: it is inside the processor's package" if gpu.integrated else ""
@@ -1768,12 +1848,16 @@ class Sampler:
             gpu.title, power_watts=watts, energy_joules=round(energy.joules, 6) if told else None,
             usage=float(usage[0]) if usage else None, temperature_c=None if heat is None else heat / 1000,
             memory_used_bytes=_int(self._host, f"{gpu.path}/mem_info_vram_used"),
-            source="hwmon" if told else None, in_package=bool(gpu.integrated))
+            source="gpu-hwmon" if told else None, in_package=bool(gpu.integrated), covered_s=energy.covered_s)
 
 
-def process_group(host: Host, pgid: int) -> ProcessUsage:
-    """Add up a process group: CPU of its processes and of the children they waited for, memory now."""
+def process_group(host: Host, pgid: int, gpu: bool = False) -> ProcessUsage:
+    """Add up a process group: CPU of its processes and of the children they waited for, memory now.
+
+    `gpu` asks for their time on GPUs too: Documentation/gpu/drm-usage-stats.rst.
+    """
     ticks, rss, pids = 0, 0, []
+    engines: dict[str, int] = {}  # ns by client, which several descriptors may stand for
     for pid in (int(name) for name in host.list("/proc") if name.isascii() and name.isdigit()):
         if host.group(pid) not in (None, pgid):
             continue
@@ -1782,7 +1866,9 @@ def process_group(host: Host, pgid: int) -> ProcessUsage:
             pids.append(pid)
             ticks += found["ticks"]
             rss += parse_sizes(host.read(f"/proc/{pid}/status")).get("VmRSS", 0)
-    return ProcessUsage(ticks / USER_HZ, rss, tuple(pids))
+            for name in host.list(f"/proc/{pid}/fdinfo") if gpu else ():
+                engines.update(parse_engines(host.read(f"/proc/{pid}/fdinfo/{name}")))
+    return ProcessUsage(ticks / USER_HZ, rss, tuple(pids), sum(engines.values()) / 1e9)
 
 
 def process_started(host: Host, pid: int) -> int | None:
@@ -1936,6 +2022,9 @@ def _record(host: Host, file: str) -> int:
     program, fields = recorder.which("nvidia-smi"), list(dict.fromkeys((*SMI_IDENTITY, *SMI_READING)))
     if program is not None:
         said = recorder.run(smi_argv(program, fields), PROGRAM_S)
+        while parse_refused(said.stdout + said.stderr) in fields:
+            fields.remove(parse_refused(said.stdout + said.stderr))
+            said = recorder.run(smi_argv(program, fields), PROGRAM_S)
         recorder.entries["/recorded/nvidia-smi"] = (
             "file", f"{','.join(fields)}\n{scrub('', said.stdout)}{said.stderr}")
     text = archive(recorder.entries)

@@ -367,6 +367,31 @@ class Energy(TreeCase):
         *_, last = self.readings(dict(rapl_0=5_000_000, mmio_0=5_000_000))
         self.assertEqual((5.0, {"package-0": 5.0}), (last.energy_joules, last.zones))
 
+    def test_psys_below_what_it_should_hold_does_not_count(self) -> None:
+        self.zone("intel-rapl:0", "package-0", 0)
+        self.zone("intel-rapl:1", "psys", 7)
+        *_, last = self.readings(dict(rapl_0=9_000_000, rapl_1=2_000_007))
+        self.assertEqual(9.0, last.energy_joules)
+
+    def test_one_socket_of_two_is_no_total(self) -> None:
+        for socket in (0, 1):
+            self.zone(f"intel-rapl:{socket}", f"package-{socket}", 0)
+        (self.tree / "sys/class/powercap/intel-rapl:1/energy_uj").chmod(0)
+        *_, last = self.readings(dict(rapl_0=4_000_000))
+        self.assertIsNone(last.energy_joules)
+        self.assertIn("intel-rapl:1", last.unknown["energy_joules"])
+
+    def test_what_measures_the_machine_holds_its_gpus(self) -> None:
+        for psys, total in ((False, 41.0), (True, 12.0)):
+            self.setUp()
+            self.machine("desktop-amdgpu")
+            self.zone("intel-rapl:0", "package-0", 0)
+            self.feed(rapl_0=0)
+            if psys:
+                self.zone("intel-rapl:7", "psys", 7)
+            *_, last = self.readings(dict(rapl_0=10_000_000, **({"rapl_7": 12_000_007} if psys else {})))
+            self.assertEqual((total, [psys]), (last.total_watts, [gpu.in_package for gpu in last.gpus]))
+
     def test_mmio_alone_counts(self) -> None:
         self.zone("intel-rapl-mmio:0", "package-0", 0)
         *_, last = self.readings(dict(mmio_0=5_000_000))
@@ -443,6 +468,33 @@ class Energy(TreeCase):
         )
         self.put(f"{base}/status", "Full")
         self.assertIn("only while it discharges", sampler.sample(11.0).unknown["energy_joules"])
+        self.put(f"{base}/status", "Discharging")
+        self.assertEqual(120.0, sampler.sample(71.0).energy_joules, "a minute on mains is no discharge")
+        self.put(f"{base}/power_now", 20_000_000)
+        self.assertEqual(136.0, sampler.sample(72.0).energy_joules)
+
+    def test_a_model_only_where_it_is_given_and_nothing_tells(self) -> None:
+        def sampled(model: tuple[float, float] | None) -> Reading:
+            self.put("/proc/stat", "cpu  100 0 0 100 0 0 0 0 0 0")
+            sampler = Sampler(Host(str(self.tree)), model=model)
+            sampler.sample(0.0)
+            self.put("/proc/stat", "cpu  150 0 0 250 0 0 0 0 0 0")  # 50 of 200 ticks
+            return sampler.sample(4.0)
+
+        self.assertIsNone(sampled(None).energy_joules)
+        last = sampled((20.0, 100.0))
+        self.assertEqual((40.0, 160.0, "model"), (last.power_watts, last.energy_joules, last.power_source))
+        self.zone("intel-rapl:0", "package-0", 0)
+        self.assertEqual("rapl", sampled((20.0, 100.0)).power_source)
+
+    def test_throttling_by_heat_is_counted(self) -> None:
+        sampler = self.sampler()
+        self.assertIsNone(sampler.throttles())
+        for cpu in (0, 1):
+            base = f"/sys/devices/system/cpu/cpu{cpu}/thermal_throttle"
+            self.put(f"{base}/core_throttle_count", 3 + cpu)
+            self.put(f"{base}/package_throttle_count", 10)
+        self.assertEqual(27, sampler.throttles())
 
     def test_cpu_memory_and_temperature(self) -> None:
         self.machine("desktop-amdgpu")
@@ -461,7 +513,7 @@ class Energy(TreeCase):
         sampler.sample(0.0)
         gpu = sampler.sample(4.0).gpus[0]
         self.assertEqual(
-            (31.0, 124.0, 3.0, 41.0, "hwmon", False),
+            (31.0, 124.0, 3.0, 41.0, "gpu-hwmon", False),
             (gpu.power_watts, gpu.energy_joules, gpu.usage, gpu.temperature_c, gpu.source, gpu.in_package),
         )
 
@@ -469,14 +521,14 @@ class Energy(TreeCase):
         self.smi()
         fields = (
             "index,name,uuid,pci.bus_id,driver_version,memory.total,power.limit,timestamp,power.draw,"
-            "utilization.gpu,memory.used,temperature.gpu"
+            "utilization.gpu,memory.used,temperature.gpu,clocks_throttle_reasons.active"
         )  # no utilization.encoder: an older driver
 
         def say(moment: str, watts: str) -> None:
             self.put(
                 "/recorded/nvidia-smi",
                 f"{fields}\n0, Tesla T4, GPU-0, 00000000:3B:00.0, 535, 15360, 70.00, "
-                f"2023/05/17 14:23:{moment}, {watts}, 17, 100, 41",
+                f"2023/05/17 14:23:{moment}, {watts}, 17, 100, 41, 0x0000000000000020",
             )
 
         say("11.000", "30.00")
@@ -489,8 +541,9 @@ class Energy(TreeCase):
         reading = sampler.sample(0.0)
         gpu = reading.gpus[0]
         self.assertEqual(
-            (80.0, 17.0, None, 100 * 2**20),
-            (gpu.energy_joules, gpu.usage, gpu.encoder_usage, gpu.memory_used_bytes),
+            (80.0, 2.0, 17.0, None, 100 * 2**20, True),
+            (gpu.energy_joules, gpu.covered_s, gpu.usage, gpu.encoder_usage, gpu.memory_used_bytes,
+             gpu.too_hot),
         )
         self.assertIn("[N/A]", reading.unknown["gpus.0.power_watts"])
         stream = sampler._smi.stream if sampler._smi else None
