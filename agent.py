@@ -50,6 +50,7 @@ import shlex
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -115,6 +116,7 @@ CODEC_ALIASES = {"hevc": "h265", "x264": "h264", "x265": "h265", "avc": "h264"}
 CONTAINERS = ("mp4", "mov", "matroska", "webm", "flv", "mpegts")
 CONTAINER_ALIASES = {"mkv": "matroska", "ts": "mpegts", "m4v": "mp4"}
 QUALITY_METRICS = ("psnr", "ssim", "vmaf", "xpsnr")
+NOTHING_ENCODED = "nothing was encoded"
 _DAY_S = 86400
 
 PARAMETERS: dict[str, Parameter] = {
@@ -140,6 +142,8 @@ PARAMETERS: dict[str, Parameter] = {
     "max_memory_mb": Parameter("whole", 16, 1 << 24, (), "MiB that the job's processes may use"),
     "max_cpu_percent": Parameter("number", 1, 102400, (), "CPU time that they may use; 100 is one core"),
     "quality": Parameter("words", 0, 0, QUALITY_METRICS, "metrics to take: psnr, ssim, vmaf, xpsnr"),
+    "settle": Parameter("number", 0, _DAY_S, (), "seconds of rest before each encode, not measured"),
+    "cooldown": Parameter("number", 0, _DAY_S, (), "seconds of rest after each encode, not measured"),
     "timeout": Parameter("number", 1, 30 * _DAY_S, (), "seconds the whole job may take"),
     "extra_args": Parameter("words", 0, 0, (), "more FFmpeg arguments; only where the master allows it"),
 }
@@ -232,22 +236,61 @@ def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("CPU", figure("cpu_usage", "{:.0f} % of the machine") + ", "
              + figure("cpu_seconds", "{:.1f} CPU s")),
             ("memory", figure("memory_usage", "{:.0f} MiB peak")),
-            ("energy", figure("energy_joules", "{:.0f} J") if metrics.get("power_watts") is None
-             else figure("energy_joules", "{:.0f} J") + ", " + figure("power_watts", "{:.1f} W")),
+            ("energy", _energy_text(metrics, figure)),
             ("size", size_text(metrics["output_bytes"]) + ", " + figure("bitrate_kbps", "{:.0f} kbit/s")
              if metrics.get("output_bytes") is not None else figure("output_bytes", "{}")),
             ("quality", _quality_text(metrics, unknown))]
+    rows += _runs_rows(result)
     analysis = result.get("analyzer_output") or {}
     if analysis.get("recommendation"):
         reasons = "; ".join(analysis.get("reasons") or ())
         rows.append(("verdict", f"{analysis['recommendation']}{': ' + reasons if reasons else ''}"))
-    return [(name, str(value)) for name, value in rows if value]
+    none = f"unknown ({NOTHING_ENCODED})"  # of a baseline, which has no film to tell of
+    texts = [(name, str(value).replace(f", {none}", "")) for name, value in rows if value]
+    return [(name, text) for name, text in texts if NOTHING_ENCODED not in text]
+
+
+def _energy_text(metrics: Mapping[str, Any], figure: Callable[[str, str], str]) -> str:
+    """Return energy for people: gross, net of what the idle machine draws, mean power; estimates say so."""
+    if metrics.get("energy_joules") is None:
+        return figure("energy_joules", "{}")
+    about = "about " if metrics.get("energy_estimated") else ""
+    net, idle = metrics.get("net_energy_joules"), metrics.get("idle_watts") or 0.0
+    net = f" ({about}{net:.0f} J above idle at {idle:.1f} W)" if net is not None else ""
+    frame = metrics.get("joules_per_frame")
+    parts = [figure("energy_joules", about + "{:.0f} J") + net,
+             figure("power_watts", about + "{:.1f} W") if metrics.get("power_watts") is not None else "",
+             f"{about}{frame:.3g} J a frame" if frame is not None else "",
+             "estimated by CPU use" if about else str(metrics.get("power_source") or "")]
+    return ", ".join(part for part in parts if part)
+
+
+def _runs_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows of a job that was repeated, and of the confidence that was reached."""
+    repeats, analysis = result.get("repeats") or (), result.get("analyzer_output") or {}
+    rows = []
+    if len(repeats) > 1:
+        times = [f"{row['duration']:.2f} s" + " (warm-up)" * bool(row.get("warm_up"))
+                 + " (outlier)" * bool(row.get("outlier")) for row in repeats]
+        rows.append(("runs", ", ".join(times)))
+    for name, row in (result.get("statistics") or {}).items():
+        unit = "s" if name == "duration" else "J"
+        rows.append((f"mean {name.split('_')[0]}", f"{row['ci95_low']:.2f} to {row['ci95_high']:.2f} {unit} "
+                     f"with 95 % certainty"))
+    if analysis.get("confidence"):
+        rows.append(("confidence", str(analysis["confidence"])))
+    return rows
 
 
 def _quality_text(metrics: Mapping[str, Any], unknown: Mapping[str, str]) -> str:
     forms = (("psnr_db", "PSNR {:.2f} dB"), ("ssim", "SSIM {:.4f}"), ("vmaf", "VMAF {:.1f}"),
              ("xpsnr_db", "XPSNR {:.2f} dB"))
-    known = [form.format(metrics[name]) for name, form in forms if metrics.get(name) is not None]
+    known = []
+    for name, form in forms:
+        lowest = metrics.get(f"{name[:-3]}_min_db" if name.endswith("_db") else f"{name}_min")
+        if metrics.get(name) is not None:
+            least = "" if lowest is None else f" (lowest {form.split()[1].format(lowest)})"
+            known.append(form.format(metrics[name]) + least)
     missed = [f"{form.split()[0]} unknown ({unknown[name]})" for name, form in forms
               if unknown.get(name) not in (None, "not asked for")]
     return ", ".join([*known, *missed]) or "unknown (not asked for)"
@@ -407,6 +450,14 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {low} to {high}")
         return int(text)
     return check
+
+
+def power_model(text: str) -> tuple[float, float]:
+    """Argument type of a power model: W of the idle machine and W with all its CPUs busy."""
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?),(\d{1,6}(?:\.\d{1,3})?)", text.strip())
+    if not match or not 0 < float(match[2]) >= float(match[1]):
+        raise argparse.ArgumentTypeError(f"'{text}' is no power model: write W idle,W busy, as 35,120")
+    return float(match[1]), float(match[2])
 
 
 def one_of(*words: str) -> Callable[[str], str]:
@@ -669,6 +720,15 @@ CONTAINER_OF_SCHEME = {"rtmp": "flv", "rtmps": "flv", "srt": "mpegts", "http": "
 CONTAINER_CODECS = {"webm": ("vp9", "av1"), "flv": ("h264",), "mpegts": ("h264", "h265"),
                     "mov": ("h264", "h265", "av1")}
 GENERATED = {"width": 1280, "height": 720, "fps": 30, "duration": 10}
+BASELINE = "baseline"  # the word of a scenario that measures the idle machine and encodes nothing
+BASELINE_S = 60
+CONFIDENCES = ("auto", "low", "medium", "high")
+INTERVAL_MOST = {"high": 0.02, "medium": 0.05}  # half the 95 % interval over the mean
+RUNS_LEAST = 3  # without the warm-up
+RUNS_MOST = {"high": 20, "medium": 10}
+REPEATS_S = 3600.0  # no run begins that would end after so long
+# Student's t, 97.5 %, for 1 to 10 degrees of freedom
+_STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 
 
 @dataclass(frozen=True)
@@ -702,7 +762,14 @@ class Settings:
     max_memory_mb: int | None = None
     max_cpu_percent: float | None = None
     quality: tuple[str, ...] = ()
+    settle: float = 0.0
+    cooldown: float = 0.0
     timeout: float | None = None
+
+    @property
+    def baseline(self) -> bool:
+        """Whether the idle machine is to be measured, and nothing encoded."""
+        return BASELINE in self.scenario.lower().split("-")
 
     @property
     def live(self) -> bool:
@@ -733,6 +800,8 @@ def resolve(scenario: object, parameters: object = None) -> Settings:
     given = _checked_parameters(parameters)
     values: Json = {**named, **given}
     values.setdefault("codec", _codec_of_encoder(values.get("encoder")) or "h264")
+    if BASELINE in str(scenario).lower().split("-"):
+        values.setdefault("duration", BASELINE_S)
     if values.get("input") is None:
         values.update({name: value for name, value in GENERATED.items()
                        if name not in values and not (name in ("width", "height") and _sized(values))})
@@ -949,6 +1018,35 @@ _CHECKS: dict[str, Callable[[str, object, Parameter], Any]] = {
     "number": _number, "whole": _whole, "size": _even, "rate": _rate, "bitrate": _bits, "bool": _bool,
     "word": _word, "words": _words, "name": _plain_name, "preset": _preset, "place": _place,
 }
+
+
+def interval(values: Sequence[float]) -> Json:
+    """Return n, mean, stdev and the 95 % interval of the mean by Student's t, of two values or more.
+
+    `relative` is half the interval over the mean, None where the mean is 0.
+    """
+    mean, stdev, free = statistics.fmean(values), statistics.stdev(values), len(values) - 1
+    z = 1.959964
+    student = _STUDENT[free - 1] if free <= len(_STUDENT) else (  # Abramowitz & Stegun 26.7.5
+        z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3))
+    half = student * stdev / math.sqrt(len(values))
+    return {"n": len(values), "mean": mean, "stdev": stdev, "ci95_low": mean - half, "ci95_high": mean + half,
+            "relative": half / abs(mean) if mean else None}
+
+
+def confidence_of(intervals: Iterable[Mapping[str, Any]]) -> str:
+    """Return low, medium or high: what all these intervals are narrow enough for."""
+    widths = [math.inf if row["relative"] is None else row["relative"] for row in intervals]
+    return next((word for word, most in INTERVAL_MOST.items() if widths and max(widths) <= most), "low")
+
+
+def outliers(values: Sequence[float]) -> list[bool]:
+    """Tell of each value whether it lies beyond 3 scaled median absolute deviations; of few, none does."""
+    middle = statistics.median(values) if values else 0.0
+    spread = statistics.median(abs(value - middle) for value in values) if values else 0.0
+    limit = max(3 * 1.4826 * spread, 0.001 * abs(middle))  # of equal values a hair is no outlier
+    return [len(values) > RUNS_LEAST and abs(value - middle) > limit for value in values]
 
 
 def parameters_of(pairs: Iterable[str]) -> Json:
@@ -1443,23 +1541,34 @@ def clip_duration_s(fps: float) -> float:
     return max(2, round(GENERATED_CLIP_S * fps)) / fps
 
 
+def comparison_format(source: str) -> str:
+    """Return the pixel format to compare in: the source's own depth and chroma, planar."""
+    chroma = re.match(r"yuvj?(422|444)p", source)
+    depth = re.search(r"(\d\d)(?:le|be)$", source)
+    bits = "" if depth is None else "10le" if int(depth[1]) <= 10 else "12le"
+    return f"yuv{chroma[1] if chroma else '420'}p{bits}"
+
+
+FRAME_LOG = "frames.log"
+
+
 def quality_command(ffmpeg: str, metric: str, encoded: str, source: Source, made: Plan,
                     threads: int) -> list[str]:
-    """Return the command that compares an output with its source, scaled and paced like the output.
+    """Return the command that compares an output with its source, which is filtered as it was to encode it.
 
-    Where the rate is the input's own, frames are paired by their number: a film of changing rate too.
+    Frames are paired by their number: so a film of changing rate, or one that begins late, is too. Each
+    frame's score goes to FRAME_LOG in the current folder.
     """
-    paced = f"fps={rational(made.fps)}" in made.filters
-    pace = f"setpts=PTS-STARTPTS,fps={rational(made.fps)}" if paced else "setpts=N/(25*TB)"
-    reference = ",".join(part for part in (made.filters, "setpts=PTS-STARTPTS" if paced else pace) if part)
-    compare = {"psnr": "psnr=", "ssim": "ssim=", "xpsnr": "xpsnr=",
-               "vmaf": f"libvmaf=n_threads={threads}:"}[metric] + "shortest=1"
-    graph = (f"[0:V:0]{pace},format=yuv420p[a];[1:V:0]{reference},format=yuv420p[b];[a][b]{compare}")
+    log = {"vmaf": f"libvmaf=n_threads={threads}:log_fmt=csv:log_path="}.get(metric, f"{metric}=stats_file=")
+    number = f"settb=AVTB,setpts=N/(25*TB),format={comparison_format(source.pixel_format)}"
+    reference = ",".join(part for part in (made.filters, number) if part)
+    graph = f"[0:V:0]{number}[a];[1:V:0]{reference}[b];[a][b]{log}{FRAME_LOG}:shortest=1"
     loop = ["-stream_loop", "-1"] if source.loop else []
     limit = ["-t", f"{made.duration_s:.6f}"] if made.duration_s else []
     return [ffmpeg, "-hide_banner", "-nostdin", "-loglevel", "repeat+level+info", "-threads", str(threads),
             "-i", named_file(encoded), *loop, *limit, *whitelist_args(source.url),
-            "-i", named_file(source.url), "-lavfi", graph, "-an", "-f", "null", *PROGRESS_ARGS, "-"]
+            "-i", named_file(source.url), "-lavfi", graph, "-an", "-sn", "-dn", "-f", "null",
+            *PROGRESS_ARGS, "-"]
 
 
 def probe_command(ffprobe: str, url: str) -> list[str]:
@@ -1666,25 +1775,66 @@ def _fraction(text: object) -> float | None:
         return None
 
 
-_SCORES = {"psnr": ("psnr_db", re.compile(r"PSNR .*average:(inf|[\d.]+)")),
-           "ssim": ("ssim", re.compile(r"SSIM .*All:([\d.]+)")),
-           "vmaf": ("vmaf", re.compile(r"VMAF score: ([\d.]+)")),
-           "xpsnr": ("xpsnr_db", re.compile(r"XPSNR .*y: *(inf|[\d.]+)"))}
+class Score(NamedTuple):
+    """One row of the table of quality metrics; the patterns are FFmpeg's words."""
+
+    name: str
+    lowest: str
+    harmonic: str
+    mean: re.Pattern[str]  # in the summary
+    frame: re.Pattern[str]  # in a line of FRAME_LOG
+
+
+SCORES = {
+    "psnr": Score("psnr_db", "psnr_min_db", "psnr_harmonic_db",
+                  re.compile(r"PSNR .*average:(inf|[\d.]+)"), re.compile(r"psnr_avg:(inf|[\d.]+)")),
+    "ssim": Score("ssim", "ssim_min", "ssim_harmonic",
+                  re.compile(r"SSIM .*All:(-?[\d.]+)"), re.compile(r"All:(-?[\d.]+)")),
+    "vmaf": Score("vmaf", "vmaf_min", "vmaf_harmonic",
+                  re.compile(r"VMAF score: ([\d.]+)"), re.compile(r",([\d.]+),?$")),
+    "xpsnr": Score("xpsnr_db", "xpsnr_min_db", "xpsnr_harmonic_db",
+                   re.compile(r"XPSNR .*y: *(inf|[\d.]+)"), re.compile(r"XPSNR y: *(inf|[\d.]+)")),
+}
+SCORE_NAMES = tuple(name for row in SCORES.values() for name in row[:3])
 PERFECT_PSNR_DB = 100.0
 
 
-def parse_score(metric: str, lines: Iterable[str]) -> tuple[str, float | None]:
-    """Return a quality metric's name and its mean; identical pictures have a PSNR of 100 dB here."""
-    name, pattern = _SCORES[metric]
-    found = [match[1] for line in lines if (match := pattern.search(line))]
-    if not found:
-        return name, None
-    return name, PERFECT_PSNR_DB if found[-1] == "inf" else float(found[-1])
+def _score(text: str) -> float:
+    return PERFECT_PSNR_DB if text == "inf" else float(text)
+
+
+def parse_scores(metric: str, words: Iterable[str], frames: Iterable[str]) -> tuple[dict[str, float], int]:
+    """Return a quality metric's mean, minimum and harmonic mean by name, and how many frames were compared.
+
+    `words` is what FFmpeg said at the end, `frames` its log of each frame, read line by line. Identical
+    pictures have a PSNR of 100 dB here. What cannot be read is left out.
+    """
+    row = SCORES[metric]
+    means = [_score(match[1]) for line in words if (match := row.mean.search(line))]
+    ease = 1 if metric == "vmaf" else 0  # as libvmaf pools, so that one black frame is not all
+    count, lowest, inverse = 0, math.inf, 0.0
+    for line in frames:
+        match = row.frame.search(line.rstrip())
+        if match:
+            value = _score(match[1])
+            count, lowest = count + 1, min(lowest, value)
+            inverse += 1 / (value + ease) if value + ease > 0 else math.inf
+    found = {row.name: means[-1]} if means else {}
+    if count:
+        found.update({row.lowest: lowest, row.harmonic: round(count / inverse - ease, 6)})
+    return found, count
 
 
 # ---- 6 Run ----------------------------------------------------------------------------------------
 
 SAMPLE_S = 1.0
+SERIES_MOST = 240  # points; even
+IDLE_FIRST_S = 3.0  # the first idle baseline, at the start
+IDLE_S = 10.0  # a later one
+IDLE_REST_S = 30.0  # without an attempt before one
+IDLE_EVERY_S = 600.0
+IDLE_RETRY_S = 60.0
+IDLE_BUSY_PERCENT = 10.0  # of the machine's CPUs: what is still called idle
 GRACE_S = 1.0
 KEPT_LINES = 60
 UNSENT_LINES = 10_000
@@ -1835,25 +1985,71 @@ class Limits:
             self._group.remove()
 
 
-class Ledger:
-    """What one attempt used, filled by the meter: energy in J, CPU in s, memory in bytes."""
+class Series:
+    """Figures over time in a bounded number of points: when it is full, neighbours become their mean."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = SERIES_MOST) -> None:
+        self.points: list[tuple[float | None, ...]] = []
+        self._most = most
+        self._stride = 1
+        self._waiting: list[tuple[float | None, ...]] = []
+
+    def add(self, *values: float | None) -> None:
+        """Add a point: the time in s first."""
+        self._waiting.append(values)
+        if len(self._waiting) < self._stride:
+            return
+        if len(self.points) == self._most:
+            self.points = [_middle(self.points[at:at + 2]) for at in range(0, self._most, 2)]
+            self._stride *= 2
+            return
+        self.points.append(_middle(self._waiting))
+        self._waiting = []
+
+
+def _middle(points: Sequence[tuple[float | None, ...]]) -> tuple[float | None, ...]:
+    known = [[value for value in column if value is not None] for column in zip(*points)]
+    return tuple(sum(column) / len(column) if column else None for column in known)
+
+
+class Ledger:
+    """What one run used, filled by the meter: energy in J, CPU in s, memory in bytes.
+
+    `uses_gpu` says that it works with the GPU; its `samples` may go on from an earlier run's.
+    """
+
+    def __init__(self, samples: deque[Json] | None = None, uses_gpu: bool = False) -> None:
         self.pgid: int | None = None
+        self.paused = False
+        self.uses_gpu = uses_gpu
         self.ended_cpu_s = 0.0
         self.peak_rss_bytes = 0
         self.cpu_s = 0.0
+        self.started: float | None = None  # epoch
         self.measured_s = 0.0
+        self.busy_s = 0.0  # of them with the machine's CPU use known
         self.busy_percent_s = 0.0
         self.energy_joules: float | None = None
+        self.energy_s = 0.0  # of them with energy known
+        self.idle_joules = 0.0
+        self.idle_s = 0.0
+        self.idle_watts: float | None = None
         self.gpu_joules: float | None = None
+        self.gpu_s = 0.0
+        self.gpu_covered_s = 0.0
         self.gpu_usage_s = 0.0
         self.gpu_seen_s = 0.0
         self.gpu_memory_bytes: int | None = None
         self.power_source: str | None = None
+        self.gpu_source: str | None = None
+        self.gpu_silent: str | None = None  # why the energy of a GPU beside the processor is unknown
+        self.throttles: int | None = None  # the machine's count at the start
+        self.throttled: bool | None = None
         self.beside = 0
         self.unknown: dict[str, str] = {}
-        self.samples: deque[Json] = deque(maxlen=600)
+        self.samples: deque[Json] = deque(maxlen=600) if samples is None else samples
+        self.series = Series()  # s, W, % of the machine
+        self.pace = Series()  # s, frames per second
 
     def ended(self, exit_: Exit) -> None:
         """Note a process of this attempt that has ended."""
@@ -1862,17 +2058,87 @@ class Ledger:
         self.peak_rss_bytes = max(self.peak_rss_bytes, exit_.peak_rss_bytes)
 
 
-class Meter:
-    """Samples this machine while an attempt runs, and at no other time; one thread does it all."""
+class Idle(NamedTuple):
+    """Power of the machine at rest in W, its standard deviation from sample to sample, when (epoch s)."""
 
-    def __init__(self, host: hwdetect.Host, hardware: hwdetect.Hardware) -> None:
+    watts: float
+    spread: float
+    at: float
+
+
+class Baseline:
+    """When idle power is to be measured, and what came of it; fed with readings and times, no clock."""
+
+    def __init__(self, now: float) -> None:
+        self.idle: Idle | None = None
+        self.why = "no idle baseline yet: the node had no rest"
+        self._due = now
+        self._readings: list[hwdetect.Reading] = []
+
+    def wait_s(self, now: float) -> float:
+        """Return how long it needs no reading."""
+        return SAMPLE_S if self._readings else max(0.0, self._due - now)
+
+    def disturb(self, now: float) -> None:
+        """Begin the rest anew: an attempt begins or ends, so what was taken in part is void."""
+        self._end(max(self._due, now + IDLE_REST_S))
+
+    def take(self, reading: hwdetect.Reading, epoch_s: float) -> bool:
+        """Take a reading of the resting machine; return whether no more is wanted for now."""
+        if reading.energy_joules is None:
+            self.why = reading.unknown.get("energy_joules") or "no energy counter was read"
+            return self._end(reading.time + IDLE_EVERY_S)
+        self._readings.append(reading)
+        if reading.time - self._readings[0].time < (IDLE_S if self.idle else IDLE_FIRST_S):
+            return False
+        rows = self._readings[1:]
+        busy = [row.cpu_usage for row in rows if row.cpu_usage is not None]
+        if busy and sum(busy) / len(busy) > IDLE_BUSY_PERCENT:
+            self.why = f"the machine was {sum(busy) / len(busy):.0f} % busy when its idle power was due"
+            return self._end(reading.time + IDLE_RETRY_S)
+        told = [sum(gpu.power_watts is not None for gpu in row.gpus) for row in rows]
+        watts = [row.total_watts for row, known in zip(rows, told)
+                 if row.total_watts is not None and known == max(told)]  # nvidia-smi speaks up late
+        if watts:
+            spread = statistics.stdev(watts) if len(watts) > 1 else 0.0
+            self.idle = Idle(round(statistics.fmean(watts), 3), round(spread, 3), epoch_s)
+        return self._end(reading.time + (IDLE_EVERY_S if watts else IDLE_RETRY_S))
+
+    def _end(self, due: float) -> bool:
+        self._readings.clear()
+        self._due = due
+        return True
+
+
+class Meter:
+    """Samples this machine while an attempt runs, and now and then at rest; one thread does it all."""
+
+    def __init__(self, host: hwdetect.Host, hardware: hwdetect.Hardware,
+                 model: tuple[float, float] | None = None, clock: Callable[[], float] = time.monotonic,
+                 ) -> None:
         self._host = host
         self._hardware = hardware
+        self._model = model
+        self._clock = clock
         self._messages: queue.SimpleQueue[tuple[str, Ledger, threading.Event]] = queue.SimpleQueue()
         self._ledgers: list[Ledger] = []
         self._sampler: hwdetect.Sampler | None = None
         self._last: hwdetect.Reading | None = None
+        self._baseline = Baseline(clock())
+        self.rested = threading.Event()  # the first idle baseline was tried
         threading.Thread(target=self._loop, name="meter", daemon=True).start()
+
+    @property
+    def idle(self) -> Idle | None:
+        """The newest idle baseline."""
+        return self._baseline.idle
+
+    def facts(self) -> Json:
+        """Return the idle baseline as a registration has it."""
+        idle = self._baseline.idle
+        return {"idle_watts": idle and idle.watts, "idle_watts_spread": idle and idle.spread,
+                "idle_measured_at": idle and utc_text(idle.at),
+                "idle_unknown": None if idle else self._baseline.why}
 
     def join(self, ledger: Ledger) -> None:
         """Begin to measure for a ledger; returns when the first reading is taken."""
@@ -1889,76 +2155,137 @@ class Meter:
 
     def _loop(self) -> None:
         while True:
+            wait = SAMPLE_S if self._ledgers else self._baseline.wait_s(self._clock())
             try:
-                message = self._messages.get(timeout=SAMPLE_S if self._ledgers else None)
+                message = self._messages.get(timeout=wait)
             except queue.Empty:
                 message = None
             try:
-                if self._sampler is None:
-                    self._sampler, self._last = hwdetect.Sampler(self._host, self._hardware), None
-                self._tick(self._sampler.sample(time.monotonic()))
+                self._sample(message)
             except Exception as error:  # a driver's whim must not end an encode
+                self._baseline.disturb(self._clock())
                 for ledger in [*self._ledgers, *([message[1]] if message else [])]:
                     ledger.unknown["energy_joules"] = f"the sampler failed: {type(error).__name__}: {error}"
             if message:
                 self._admit(message[0], message[1])
                 message[2].set()
 
+    def _sample(self, message: tuple[str, Ledger, threading.Event] | None) -> None:
+        if self._sampler is None:
+            self._sampler = hwdetect.Sampler(self._host, self._hardware, model=self._model)
+            self._last = None
+        reading = self._sampler.sample(self._clock())
+        self._tick(reading)
+        if message:
+            _note_heat(message[1], self._sampler.throttles())
+        elif not self._ledgers and self._baseline.take(reading, time.time()):
+            self.rested.set()
+            self._close()
+
+    def _close(self) -> None:
+        sampler, self._sampler = self._sampler, None
+        if sampler is not None:
+            with contextlib.suppress(Exception):
+                sampler.close()
+
     def _admit(self, what: str, ledger: Ledger) -> None:
+        self._baseline.disturb(self._clock())
+        self.rested.set()
         self._ledgers = [other for other in self._ledgers if other is not ledger]
         if what == "join":
+            ledger.started = time.time()
             self._ledgers.append(ledger)
-        if not self._ledgers and self._sampler is not None:
-            with contextlib.suppress(Exception):
-                self._sampler.close()
-            self._sampler = None
+        if not self._ledgers:
+            self._close()
 
     def _tick(self, reading: hwdetect.Reading) -> None:
         last, self._last = self._last, reading
-        shares = self._shares()
-        for ledger, share in zip(self._ledgers, shares):
-            ledger.beside = max(ledger.beside, len(shares) - 1)
+        active = [ledger for ledger in self._ledgers if not ledger.paused]
+        for ledger, (share, gpu_share) in zip(active, self._shares(active)):
+            ledger.beside = max(ledger.beside, len(active) - 1)
             ledger.unknown.update(reading.unknown)
             ledger.power_source = reading.power_source or ledger.power_source
             if last is not None:
-                _book(ledger, last, reading, share)
+                _book(ledger, last, reading, share, self._baseline)
+                _book_gpus(ledger, last, reading, gpu_share)
 
-    def _shares(self) -> list[float]:
-        """Return each ledger's part of this interval: by CPU time, evenly where none was used."""
-        used = []
-        for ledger in self._ledgers:
-            total = ledger.ended_cpu_s
+    def _shares(self, ledgers: Sequence[Ledger]) -> list[tuple[float, float]]:
+        """Return each ledger's part of this interval, and of its GPUs': by CPU and by GPU time.
+
+        A GPU whose driver counts no time goes evenly to those who use it, like the rest if nobody does.
+        """
+        used, gpu_used = [], []
+        for ledger in ledgers:
+            total, gpu_total = ledger.ended_cpu_s, ledger.gpu_s
             if ledger.pgid is not None:
-                usage = hwdetect.process_group(self._host, ledger.pgid)
-                total += usage.cpu_seconds
+                usage = hwdetect.process_group(self._host, ledger.pgid, ledger.uses_gpu)
+                total, gpu_total = total + usage.cpu_seconds, usage.gpu_seconds
                 ledger.peak_rss_bytes = max(ledger.peak_rss_bytes, usage.rss_bytes)
             used.append(max(0.0, total - ledger.cpu_s))
-            ledger.cpu_s = max(ledger.cpu_s, total)
-        whole = sum(used)
-        return [part / whole if whole else 1 / len(used) for part in used]
+            gpu_used.append(max(0.0, gpu_total - ledger.gpu_s))
+            ledger.cpu_s, ledger.gpu_s = max(ledger.cpu_s, total), max(ledger.gpu_s, gpu_total)
+        users = [float(ledger.uses_gpu) for ledger in ledgers]
+        return list(zip(_parts(used), _parts(next(filter(any, (gpu_used, users)), used))))
 
 
-def _book(ledger: Ledger, last: hwdetect.Reading, now: hwdetect.Reading, share: float) -> None:
+def _parts(used: Sequence[float]) -> list[float]:
+    """Return each one's part of the whole; equal parts of nothing."""
+    whole = sum(used)
+    return [part / whole if whole else 1 / len(used) for part in used]
+
+
+def _note_heat(ledger: Ledger, throttles: int | None) -> None:
+    """Note the machine's count of slow-downs by heat, at a ledger's start and at its end."""
+    if ledger.started is None:
+        ledger.throttles = throttles
+    elif throttles is not None and ledger.throttles is not None:
+        ledger.throttled = bool(ledger.throttled) or throttles > ledger.throttles
+
+
+def _book(ledger: Ledger, last: hwdetect.Reading, now: hwdetect.Reading, share: float,
+          baseline: Baseline) -> None:
     """Book one interval between two readings; `share` is this attempt's part of the energy."""
     span = now.time - last.time
+    ledger.measured_s += span
     if now.cpu_usage is not None:
-        ledger.measured_s += span
+        ledger.busy_s += span
         ledger.busy_percent_s += now.cpu_usage * span
-    if now.energy_joules is not None and last.energy_joules is not None:
+    alike = now.power_source == last.power_source
+    if now.energy_joules is not None and last.energy_joules is not None and alike:
         used = share * (now.energy_joules - last.energy_joules)
         ledger.energy_joules = (ledger.energy_joules or 0.0) + used
-    for gpu, before in zip(now.gpus, last.gpus):
+        ledger.energy_s += span
+    if baseline.idle is None:
+        ledger.unknown["idle_watts"] = baseline.why
+    else:
+        ledger.idle_watts = baseline.idle.watts
+        ledger.idle_joules += share * baseline.idle.watts * span
+        ledger.idle_s += span
+    ledger.series.add(ledger.measured_s, now.total_watts, now.cpu_usage)
+    ledger.samples.append({"time": utc_text(time.time()), "cpu_usage": now.cpu_usage,
+                           "memory_used_bytes": now.memory_used_bytes, "power_watts": now.total_watts,
+                           "temperature_c": now.temperature_c})
+
+
+def _book_gpus(ledger: Ledger, last: hwdetect.Reading, now: hwdetect.Reading, share: float) -> None:
+    """Book what the GPUs did in an interval; those inside the machine's own figure add no energy."""
+    span, covered = now.time - last.time, 0.0
+    for at, (gpu, before) in enumerate(zip(now.gpus, last.gpus)):
         if gpu.energy_joules is not None and not gpu.in_package:
             more = share * (gpu.energy_joules - (before.energy_joules or 0.0))
             ledger.gpu_joules = (ledger.gpu_joules or 0.0) + more
+            ledger.gpu_source = gpu.source or ledger.gpu_source
+            covered = max(covered, gpu.covered_s - before.covered_s)
+        elif not gpu.in_package:
+            ledger.gpu_silent = now.unknown.get(f"gpus.{at}.power_watts") or now.unknown.get(f"gpus.{at}")
         if gpu.usage is not None:
             ledger.gpu_usage_s += gpu.usage * span
             ledger.gpu_seen_s += span
         if gpu.memory_used_bytes is not None:
             ledger.gpu_memory_bytes = max(ledger.gpu_memory_bytes or 0, gpu.memory_used_bytes)
-    ledger.samples.append({"time": utc_text(time.time()), "cpu_usage": now.cpu_usage,
-                           "memory_used_bytes": now.memory_used_bytes, "power_watts": now.power_watts,
-                           "temperature_c": now.temperature_c})
+        if gpu.too_hot is not None:
+            ledger.throttled = bool(ledger.throttled) or gpu.too_hot
+    ledger.gpu_covered_s += covered
 
 
 class Stopped(Exception):
@@ -1993,12 +2320,77 @@ class Outcome:
     wall_s: float = 0.0
     output_bytes: int | None = None
     output_s: float | None = None
+    runs: tuple[Outcome, ...] = ()  # of a job that was repeated: all, the warm-up first
+    confidence: str = "low"  # what was asked for
     quality: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
     unknown: Mapping[str, str] = dataclasses.field(default_factory=dict)
     damaged: int = 0
     error: str | None = None
     failure_reason: str | None = None
     limits: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def runs_most(confidence: str) -> int:
+    """Return how often a job of this confidence is encoded at most, with the warm-up."""
+    return RUNS_MOST[confidence] + 1 if confidence in RUNS_MOST else 1
+
+
+def measured_runs(runs: Sequence[Outcome]) -> list[Outcome]:
+    """Return the runs that count: the first of several is a warm-up."""
+    return list(runs[1:] or runs)
+
+
+def intervals_of(runs: Sequence[Outcome]) -> dict[str, Json]:
+    """Return the statistics of time and, where it is known, of energy, of runs that count."""
+    energies = [energy_of(run.ledger or Ledger()).joules for run in runs]
+    known = [joules for joules in energies if joules is not None]
+    if len(runs) < 2:
+        return {}
+    found = {"duration": interval([run.wall_s for run in runs])}
+    return {**found, "energy_joules": interval(known)} if len(known) == len(runs) else found
+
+
+def wants_another(confidence: str, runs: Sequence[Outcome], elapsed_s: float, left_s: float) -> bool:
+    """Tell whether to encode once more; `elapsed_s` is of all runs so far, `left_s` until the timeout."""
+    one_s = elapsed_s / len(runs)
+    if len(runs) >= runs_most(confidence) or elapsed_s + one_s > REPEATS_S or one_s * 1.1 > left_s:
+        return False
+    counted = measured_runs(runs) if len(runs) > 1 else []
+    reached = confidence_of(intervals_of(counted).values()) if len(counted) >= RUNS_LEAST else "low"
+    return CONFIDENCES.index(reached) < CONFIDENCES.index(confidence)
+
+
+class Energy(NamedTuple):
+    """Energy of one run: J, where it was read (both None where unknown), and why it is unknown."""
+
+    joules: float | None
+    source: str | None
+    gpu_joules: float | None
+    why: str
+
+
+def energy_of(ledger: Ledger) -> Energy:
+    """Return a run's energy: the machine's figure and the GPUs that it does not hold.
+
+    A figure of less than 90 % of the run (of a GPU, which is sampled: half) is none of the run.
+    """
+    part = ledger.gpu_covered_s / ledger.measured_s if ledger.measured_s else 0.0
+    told = ledger.gpu_joules is not None and part >= 0.5
+    gpu = ledger.gpu_joules / part if told and ledger.gpu_joules is not None else None
+    why = ""
+    if ledger.energy_joules is None:
+        why = (ledger.unknown.get("energy_joules") or ledger.unknown.get("power_watts")
+               or "no energy counter was read") + ("; gpu_energy_joules is known" if told else "")
+    elif ledger.energy_s < 0.9 * ledger.measured_s:
+        why = f"its source told for {ledger.energy_s:.0f} s of {ledger.measured_s:.0f} s only"
+    elif ledger.gpu_joules is not None and not told:
+        why = "of the GPU too little is known, see gpu_energy_joules"
+    elif ledger.uses_gpu and ledger.gpu_joules is None and ledger.gpu_silent:
+        why = f"the job used a GPU whose power is unknown: {ledger.gpu_silent}"
+    if why:
+        return Energy(None, None, gpu, why)
+    sources = [ledger.power_source or "unknown", *([ledger.gpu_source or "gpu"] if told else [])]
+    return Energy((ledger.energy_joules or 0.0) + (gpu or 0.0), "+".join(sources), gpu, "")
 
 
 class Attempt:
@@ -2019,7 +2411,8 @@ class Attempt:
         self._place = place
         self._confirm = confirm
         self._folder = place.work_dir / f"{re.sub(r'[^A-Za-z0-9-]', '_', job_id)[:64]}-{number}"
-        self._ledger = Ledger()
+        self._samples: deque[Json] = deque(maxlen=600)
+        self._ledger = Ledger(self._samples)
         self._process: Process | None = None
         self._tail: deque[str] = deque(maxlen=KEPT_LINES)
         self._stop: str | None = None
@@ -2037,6 +2430,11 @@ class Attempt:
 
     # -- orders, from other threads
 
+    @property
+    def parameters(self) -> Json:
+        """The job's own parameters, as they were given."""
+        return _dict(self._job.get("parameters"))
+
     def stop(self, why: str) -> None:
         """End the attempt as canceled, returned or lost; run() returns when nothing is left of it."""
         self._stop = self._stop or why
@@ -2048,14 +2446,14 @@ class Attempt:
 
     def pause(self) -> None:
         """Stop the clock of the attempt: its processes stand still, its timeout waits."""
-        self.paused = True
+        self.paused = self._ledger.paused = True
         process = self._process
         if process is not None:
             process.signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         """Let it go on after a pause."""
-        self.paused = False
+        self.paused = self._ledger.paused = False
         process = self._process
         if process is not None:
             process.signal(signal.SIGCONT)
@@ -2073,8 +2471,8 @@ class Attempt:
     def samples(self) -> list[Json]:
         """Return the machine's readings since the last call."""
         taken: list[Json] = []
-        while self._ledger.samples:
-            taken.append(self._ledger.samples.popleft())
+        while self._samples:
+            taken.append(self._samples.popleft())
         return taken
 
     # -- the attempt itself
@@ -2112,6 +2510,8 @@ class Attempt:
         self._folder.mkdir(parents=True, mode=0o700)
         self._want(str(self._place.work_dir))
         self._limits = Limits(settings, self._folder, self._place.host, self._place.machine.name)
+        if settings.baseline:
+            return self._measure_idle(settings)
         source = self._source(settings)
         target, final = self._target(settings, source)
         made = self._plan = plan(settings, self._place.machine, source, target)
@@ -2119,9 +2519,8 @@ class Attempt:
         if scheme_of(target) is None:
             bits = settings.bitrate if settings.crf is None else None  # with crf it is but a ceiling
             self._want(os.path.dirname(target), (bits or 0) / 8 * (made.duration_s or 0))
-        outcome = self._encode(settings, made)
+        outcome = self._repeat(settings, source, made)
         if scheme_of(target) is None:
-            outcome = self._inspect(outcome, settings, source, made)
             outcome = self._compare(outcome, settings, source, made)
         self.progress = phase_json("finishing", self.progress["percent"])
         if final is not None:
@@ -2144,23 +2543,75 @@ class Attempt:
                               f"{size_text(space[1])} free and {size_text(wanted)} are wanted: make room "
                               "there, or set that agent's --min-free")
 
-    def _encode(self, settings: Settings, made: Plan) -> Outcome:
-        parser, latest = ProgressParser(), Progress()
+    def _repeat(self, settings: Settings, source: Source, made: Plan) -> Outcome:
+        """Encode once, or until the confidence asked for is reached; each output replaces the one before."""
+        said = self._job.get("confidence")
+        confidence = said if said in CONFIDENCES else "auto"
+        file = scheme_of(made.target) is None
+        most = runs_most(confidence) if file else 1  # a stream is sent once
+        runs: list[Outcome] = []
         began = time.monotonic()
+        while True:
+            self._rest(settings.settle, "settling")
+            self._ledger = Ledger(self._samples, ENCODERS[made.encoder].hardware or bool(settings.hwaccel))
+            self._ledger.paused = self.paused
+            outcome = self._encode(settings, made, len(runs), most)
+            if file:
+                outcome = self._inspect(outcome, settings, source, made)
+            runs.append(dataclasses.replace(outcome, ledger=self._ledger, confidence=confidence))
+            self._rest(settings.cooldown, "cooling down")
+            now = time.monotonic()
+            if not file or not wants_another(confidence, runs, now - began, self._deadline - now):
+                return dataclasses.replace(runs[-1], runs=tuple(runs))
+
+    def _rest(self, seconds: float, phase: str) -> None:
+        """Let the machine rest; a pause makes it longer."""
+        self._moved = math.inf
+        rested = 0.0
+        while rested < seconds:
+            self.progress = phase_json(phase, self.progress["percent"])
+            self._check(math.inf)
+            time.sleep(min(_SLICE_S, seconds - rested))
+            rested += 0 if self.paused else _SLICE_S
+
+    def _measure_idle(self, settings: Settings) -> Outcome:
+        """Measure the machine for a while without any work of this job."""
+        self._rest(settings.settle, "settling")
+        self._place.meter.join(self._ledger)
+        try:
+            self._rest(settings.duration or BASELINE_S, "measuring the idle machine")
+        finally:
+            self._place.meter.leave(self._ledger)
+        self._rest(settings.cooldown, "cooling down")
+        ledger, joules = self._ledger, energy_of(self._ledger).joules
+        if joules is not None:  # what was measured is idle power, whatever the node's own baseline says
+            ledger.idle_joules, ledger.idle_s, ledger.idle_watts = joules, ledger.measured_s, (
+                joules / ledger.measured_s)
+        return Outcome("completed", wall_s=ledger.measured_s)
+
+    def _encode(self, settings: Settings, made: Plan, run: int, most: int) -> Outcome:
+        """Run the commands of one encode, the `run`-th from 0 of at most `most`."""
+        parser, latest = ProgressParser(), Progress()
+        began = shown = time.monotonic()
+        self._paused_s = 0.0
         for step, argv in enumerate(made.passes):
             phase = "encoding" if len(made.passes) == 1 else f"pass {step + 1} of {len(made.passes)}"
+            phase = phase if most == 1 else f"run {run + 1}{' (warm-up)' if run == 0 else ''}, {phase}"
+            at, steps = run * len(made.passes) + step, most * len(made.passes)
 
-            def note(line: str, step: int = step, phase: str = phase) -> None:
-                nonlocal latest
+            def note(line: str, at: int = at, steps: int = steps, phase: str = phase) -> None:
+                nonlocal latest, shown
                 block = parser.feed(line)
                 if block is not None:
+                    now = time.monotonic()
                     if (block.frame, block.out_time_s) != (latest.frame, latest.out_time_s):
-                        self._moved = time.monotonic()
-                    latest = block
-                    self._stall_s = stall_limit_s(block.frame, time.monotonic() - began,
-                                                  self._place.stall_limit_s)
-                    self.progress = progress_json(block, made.duration_s, step, len(made.passes), phase)
-            self.progress = phase_json(phase, 100.0 * step / len(made.passes))
+                        self._moved = now
+                    if block.frame > latest.frame and now > shown:
+                        self._ledger.pace.add(now - began, (block.frame - latest.frame) / (now - shown))
+                    latest, shown = block, now
+                    self._stall_s = stall_limit_s(block.frame, now - began, self._place.stall_limit_s)
+                    self.progress = progress_json(block, made.duration_s, at, steps, phase)
+            self.progress = phase_json(phase, 100.0 * at / steps)
             self._moved, self._stall_s = time.monotonic(), stall_limit_s(0, 0, self._place.stall_limit_s)
             self._say("run: " + shlex.join(argv))
             self._expect(self._execute(argv, note, measured=True), settings)
@@ -2408,18 +2859,36 @@ class Attempt:
         scores: dict[str, float | None] = {}
         unknown: dict[str, str] = {}
         for metric in settings.quality:
-            name, _ = parse_score(metric, ())
-            if ("libvmaf" if metric == "vmaf" else metric) not in self._place.filters:
-                scores[name], unknown[name] = None, f"this FFmpeg has no {metric} filter"
-                continue
             self.progress = phase_json(f"measuring {metric}", self.progress["percent"])
-            argv = quality_command(self._place.machine.ffmpeg, metric, made.target, source, made,
-                                   max(1, self._place.machine.threads // self._place.machine.slots))
-            exit_ = self._execute(argv, lambda line: None)
-            name, scores[name] = parse_score(metric, self._tail)
-            if exit_.returncode != 0 or scores[name] is None:
-                unknown[name] = f"the comparison failed: {last_words(self._tail)}"
+            found, why = self._scores(metric, source, made, outcome.progress.frame)
+            for name in SCORES[metric][:3]:
+                scores[name] = found.get(name)
+                if scores[name] is None:
+                    unknown[name] = why or "FFmpeg did not tell"
         return dataclasses.replace(outcome, quality=scores, unknown=unknown)
+
+    def _scores(self, metric: str, source: Source, made: Plan, frames: int) -> tuple[dict[str, float], str]:
+        """Return what one comparison found by name, or why it found nothing."""
+        if ("libvmaf" if metric == "vmaf" else metric) not in self._place.filters:
+            return {}, f"this FFmpeg has no {metric} filter"
+        machine, log = self._place.machine, self._folder / FRAME_LOG
+        argv = quality_command(machine.ffmpeg, metric, made.target, source, made,
+                               max(1, machine.threads // machine.slots))
+        kept, self._ledger = self._ledger, Ledger()  # so that no job beside this one is booked its energy
+        try:
+            exit_ = self._execute(argv, lambda line: None, measured=True)
+        finally:
+            self._ledger = kept
+        found: dict[str, float] = {}
+        count = 0
+        with contextlib.suppress(FileNotFoundError), open(log, encoding="utf-8") as lines:
+            found, count = parse_scores(metric, self._tail, lines)
+            log.unlink()
+        if exit_.returncode != 0 or not found:
+            return {}, f"the comparison failed: {last_words(self._tail)}"
+        if count < 0.98 * frames - 1:
+            return {}, f"the source gave {count} frames to compare with the output's {frames}"
+        return found, ""
 
     def _deliver(self, target: str, final: str) -> None:
         """Give the output its name: from here on it is the user's. Only a holder of the lease may."""
@@ -2505,120 +2974,243 @@ def _read_words(path: Path) -> list[str]:
 RECOMMENDATIONS = {
     "optimal": "nothing cheaper or faster was found in this run",
     "faster_preset": "the encode was slower than real time: a faster preset would keep up",
+    "other_node": "it was slower than real time with the fastest preset: this machine cannot keep up",
     "hardware_encoder": "a hardware encoder was proved on this machine and not used",
     "more_threads": "the machine was mostly idle while few threads were asked for",
+    "fewer_threads": "many of the threads had nothing to do: fewer are as fast",
     "check_input": "FFmpeg found damage in the input",
+    "not_enough_evidence": "the run was too short, disturbed or slowed down by heat: measure again",
 }
+
+# Figures that follow from others, as they are computed: README lists them. `quality` is the first known of
+# vmaf, psnr_db and xpsnr_db.
+FORMULAS = {
+    "fps": "frames / duration",
+    "speed": "output_seconds / duration",
+    "headroom_percent": "100 - 100 * duration / output_seconds",
+    "bitrate_kbps": "8 * output_bytes / (1000 * output_seconds)",
+    "bits_per_pixel": "8 * output_bytes / (width * height * frames)",
+    "power_watts": "energy_joules / duration",
+    "net_energy_joules": "energy_joules - idle_joules",
+    "energy_wh": "energy_joules / 3600",
+    "joules_per_frame": "energy_joules / frames",
+    "pixels_per_joule": "width * height * frames / energy_joules",
+    "quality_per_wh": "quality / energy_wh",
+}
+# Of several runs the mean counts, or the most; of the rest the last run's.
+MOST = ("memory_usage", "throttled", "jobs_beside")
+MEANED = ("duration", "cpu_usage", "background_cpu_percent", "cpu_seconds", "energy_joules", "idle_watts",
+          "idle_joules", "gpu_usage", "gpu_energy_joules")
+SHORT_S = 1.0  # a shorter run tells nothing of speed
+BACKGROUND_PERCENT = 20.0  # more than this of the machine used by others disturbs a run
+
+
+def evaluate(formula: str, facts: Mapping[str, Any]) -> float | None:
+    """Return what a formula gives: products over products, and differences of them; None of an unknown."""
+    total: float | None = None
+    for term in formula.replace("(", "").replace(")", "").split(" - "):
+        above, below = ([float(word) if word[0].isdigit() else facts.get(word) for word in part.split(" * ")]
+                        for part in (term.split(" / ") if " / " in term else (term, "1")))
+        if None in above or None in below or 0 in below:
+            return None
+        value = math.prod(above) / math.prod(below)  # type: ignore[arg-type]
+        total = value if total is None else total - value
+    return total
 
 
 def metrics_of(outcome: Outcome) -> Json:
     """Return the metrics of an outcome; what is unknown is null, with a reason in `unknown`."""
-    ledger, done = outcome.ledger or Ledger(), outcome.progress
-    frames = done.frame or None
-    wall = outcome.wall_s
-    unknown = dict(outcome.unknown)
-    length = outcome.output_s or done.out_time_s
-    energy, source = _energy(ledger, unknown)
-    cpu_seconds = ledger.ended_cpu_s or None
-    metrics: Json = {
-        "cpu_usage": _cpu_usage(ledger, wall),
-        "memory_usage": _ratio(ledger.peak_rss_bytes or None, 1 << 20, 1),
-        "duration": round(wall, 3), "frames": frames, "fps": _ratio(frames, wall, 2),
-        "speed": _ratio(length, wall, 3), "dropped_frames": done.dropped_frames if frames else None,
-        "duplicated_frames": done.duplicated_frames if frames else None,
-        "output_bytes": outcome.output_bytes,
-        "output_seconds": length,
-        "bitrate_kbps": _ratio((outcome.output_bytes or 0) * 8 / 1000 or None, length, 1),
-        "cpu_seconds": None if cpu_seconds is None else round(cpu_seconds, 3),
-        "energy_joules": energy, "power_watts": _ratio(energy, wall, 2), "power_source": source,
-        "idle_watts": None, "joules_per_frame": _ratio(energy, done.frame, 4),
-        "gpu_usage": _ratio(ledger.gpu_usage_s or None, ledger.gpu_seen_s, 1),
-        "gpu_energy_joules": None if ledger.gpu_joules is None else round(ledger.gpu_joules, 2),
-        "gpu_memory_usage": _ratio(ledger.gpu_memory_bytes, 1 << 20, 1),
-        "damaged_packets": outcome.damaged, "jobs_beside": ledger.beside,
-        "psnr_db": None, "ssim": None, "vmaf": None, "xpsnr_db": None, **outcome.quality,
-    }
-    _explain(metrics, unknown, ledger)
+    done, unknown = outcome.progress, dict(outcome.unknown)
+    runs = measured_runs(outcome.runs or (outcome,))
+    rows = [_measured(run, unknown) for run in runs]
+    facts: Json = dict(rows[-1])
+    for name in (*MEANED, *MOST):
+        known = [row[name] for row in rows if row[name] is not None]
+        facts[name] = None if len(known) < len(rows) else (
+            max(known) if name in MOST else statistics.fmean(known))
+    facts.update({
+        "frames": done.frame or None, "dropped_frames": done.dropped_frames if done.frame else None,
+        "duplicated_frames": done.duplicated_frames if done.frame else None,
+        "output_bytes": outcome.output_bytes, "output_seconds": outcome.output_s or done.out_time_s,
+        "damaged_packets": outcome.damaged, **dict.fromkeys(SCORE_NAMES), **outcome.quality})
+    scores = [facts[word] for word in ("vmaf", "psnr_db", "xpsnr_db") if facts[word] is not None]
+    beside: Json = {"quality": scores[0] if scores else None}
+    if outcome.plan:
+        beside.update(width=outcome.plan.width, height=outcome.plan.height)
+    for name, formula in FORMULAS.items():
+        facts[name] = evaluate(formula, {**facts, **beside})
+    metrics = {name: _rounded(value) for name, value in facts.items()}
+    _explain(metrics, unknown, outcome)
     return {**metrics, "unknown": {name: why for name, why in unknown.items()
                                    if name in metrics and metrics[name] is None}}
 
 
-def _energy(ledger: Ledger, unknown: dict[str, str]) -> tuple[float | None, str | None]:
-    """Return J of the machine's counters and its discrete GPUs, and the names of the sources."""
-    if ledger.energy_joules is None:
-        unknown["energy_joules"] = ledger.unknown.get("energy_joules") or ledger.unknown.get(
-            "power_watts") or "no energy counter was read"
-        return None, None
-    if ledger.gpu_joules is None:
-        return round(ledger.energy_joules, 3), ledger.power_source
-    return round(ledger.energy_joules + ledger.gpu_joules, 3), f"{ledger.power_source}+gpu"
+def _rounded(value: Any) -> Any:
+    """Return a figure with 6 significant digits, but none of its whole ones lost."""
+    return float(f"{value:.6g}") if isinstance(value, float) and abs(value) < 1e6 else (
+        round(value, 1) if isinstance(value, float) else value)
 
 
-def _cpu_usage(ledger: Ledger, wall_s: float) -> float | None:
-    """Return % of the whole machine; by the job's own CPU time where the run was too short to sample."""
-    if ledger.measured_s > 0:
-        return round(ledger.busy_percent_s / ledger.measured_s, 1)
-    return _ratio(100 * ledger.ended_cpu_s or None, wall_s * (os.cpu_count() or 1), 1)
+def _measured(run: Outcome, unknown: dict[str, str]) -> Json:
+    """Return what was measured of one run."""
+    ledger, energy = run.ledger or Ledger(), energy_of(run.ledger or Ledger())
+    if energy.why:
+        unknown["energy_joules"] = energy.why
+    if ledger.gpu_joules is not None and energy.gpu_joules is None:
+        unknown["gpu_energy_joules"] = (f"nvidia-smi told for {ledger.gpu_covered_s:.1f} s of "
+                                        f"{ledger.measured_s:.1f} s only")
+    idle = ledger.idle_s > 0 and ledger.idle_s >= 0.9 * ledger.measured_s and energy.joules is not None
+    cpu_usage, background = _cpu_usage(ledger, run.wall_s)
+    return {
+        "duration": run.wall_s, "cpu_usage": cpu_usage, "background_cpu_percent": background,
+        "memory_usage": ledger.peak_rss_bytes / 2**20 or None, "cpu_seconds": ledger.ended_cpu_s or None,
+        "energy_joules": energy.joules, "power_source": energy.source,
+        "power_resolution": "; ".join(hwdetect.POWER_SOURCES.get(name, name) for name in
+                                      energy.source.split("+")) if energy.source else None,
+        "energy_estimated": None if energy.source is None else "model" in energy.source,
+        "idle_watts": ledger.idle_watts if idle else None,
+        "idle_joules": ledger.idle_joules if idle else None,
+        "gpu_usage": ledger.gpu_usage_s / ledger.gpu_seen_s if ledger.gpu_seen_s else None,
+        "gpu_energy_joules": energy.gpu_joules,
+        "gpu_memory_usage": None if ledger.gpu_memory_bytes is None else ledger.gpu_memory_bytes / 2**20,
+        "throttled": ledger.throttled, "jobs_beside": ledger.beside,
+    }
 
 
-def _ratio(above: float | None, below: float | None, digits: int) -> float | None:
-    return round(above / below, digits) if above is not None and below else None
+def _cpu_usage(ledger: Ledger, wall_s: float) -> tuple[float | None, float | None]:
+    """Return % of the whole machine, and of them what others used.
+
+    By the job's own CPU time where the run was too short to sample.
+    """
+    capacity = os.cpu_count() or 1
+    if ledger.busy_s > 0:
+        usage = ledger.busy_percent_s / ledger.busy_s
+        own = 100 * ledger.cpu_s / (capacity * ledger.measured_s)
+        return usage, max(0.0, usage - own)
+    own = 100 * ledger.ended_cpu_s / (wall_s * capacity) if wall_s else 0.0
+    return min(100.0, own) or None, None
 
 
-def _explain(metrics: Json, unknown: dict[str, str], ledger: Ledger) -> None:
-    """Give a reason to every figure that is null."""
+def _explain(metrics: Json, unknown: dict[str, str], outcome: Outcome) -> None:
+    """Give a reason to every figure that is null: one of the machine, or one of the film."""
+    ledger = outcome.ledger or Ledger()
     why_energy = unknown.get("energy_joules", "unknown energy")
-    why_gpu = ledger.unknown.get("gpus") or "no GPU that tells"
-    reasons = {"power_watts": why_energy, "power_source": why_energy, "joules_per_frame": why_energy,
-               "idle_watts": "no idle baseline is measured yet" if metrics["energy_joules"] is not None
-               else why_energy,
-               "gpu_usage": why_gpu, "gpu_energy_joules": why_gpu, "gpu_memory_usage": why_gpu,
-               "output_bytes": "the output went to a stream", "bitrate_kbps": "the output's size is unknown",
-               "cpu_usage": "the run was too short to sample", "speed": "the length is unknown",
-               **dict.fromkeys(("psnr_db", "ssim", "vmaf", "xpsnr_db"), "not asked for")}
+    known = metrics["energy_joules"] is not None
+    why_idle = ledger.unknown.get("idle_watts", "no idle baseline of this run") if known else why_energy
+    short, silent = "the run was too short to sample", ledger.unknown.get("gpus") or "no GPU that tells"
+    energy = ("power_watts", "power_source", "power_resolution", "energy_wh", "energy_estimated")
+    machine = {**dict.fromkeys(energy, why_energy),
+               **dict.fromkeys(("idle_watts", "idle_joules", "net_energy_joules"), why_idle),
+               **dict.fromkeys(("gpu_usage", "gpu_energy_joules", "gpu_memory_usage"), silent),
+               "throttled": "the kernel does not count it here", "cpu_usage": short,
+               "background_cpu_percent": short}
+    film = {**dict.fromkeys(SCORE_NAMES, "not asked for"),
+            **dict.fromkeys(("joules_per_frame", "pixels_per_joule"), why_energy),
+            "quality_per_wh": "no quality was measured" if known else why_energy,
+            "output_bytes": "the output went to a stream",
+            **dict.fromkeys(("bitrate_kbps", "bits_per_pixel"), "the output's size is unknown"),
+            **dict.fromkeys(("speed", "headroom_percent"), "the length is unknown")}
+    if not metrics["frames"]:
+        idle_only = outcome.settings is not None and outcome.settings.baseline
+        film = dict.fromkeys(metrics, NOTHING_ENCODED if idle_only else "the attempt failed")
     for name, value in metrics.items():
-        if value is None and metrics["frames"]:
-            unknown.setdefault(name, reasons.get(name, "not measured"))
-        elif value is None:
-            unknown.setdefault(name, "the attempt failed")
+        if value is None:
+            unknown.setdefault(name, machine.get(name) or film.get(name) or "not measured")
 
 
-def analyze(settings: Settings, made: Plan, metrics: Json, machine: Machine) -> Json:
+def confidence_reached(outcome: Outcome) -> tuple[str, list[str]]:
+    """Return the confidence that the runs, or the samples of a single one, are good for, and how so."""
+    runs = measured_runs(outcome.runs)
+    if len(runs) > 1:
+        found = intervals_of(runs)
+        word = confidence_of(found.values()) if len(runs) >= RUNS_LEAST else "low"
+        words = [f"{name.split('_')[0]} ±{100 * (row['relative'] or 0):.1f} %" for name, row in found.items()]
+        missed = [] if outcome.confidence == "auto" or word == outcome.confidence or word == "high" else [
+            f"{outcome.confidence} confidence was not reached"]
+        return word, [f"{len(runs)} runs and a warm-up: {', '.join(words)} at 95 %", *missed]
+    if outcome.confidence == "low" or outcome.ledger is None:
+        return "low", []
+    columns = {"speed": [point[1] for point in outcome.ledger.pace.points],
+               "power": [point[1] for point in outcome.ledger.series.points]}
+    found = {name: interval(batches) for name, column in columns.items()
+             if (batches := batch_means([value for value in column if value is not None]))}
+    if "speed" not in found:
+        return "low", ["one run, with too few samples to tell how steady it was"]
+    words = [f"{name} ±{100 * (row['relative'] or 0):.1f} %" for name, row in found.items()]
+    return confidence_of(found.values()), [f"one run, its samples: {', '.join(words)} at 95 %"]
+
+
+def batch_means(values: Sequence[float], batches: int = 10) -> list[float]:
+    """Return the means of ten equal stretches of a run ([] of fewer samples), for neighbours are alike."""
+    if len(values) < batches:
+        return []
+    edges = [len(values) * at // batches for at in range(batches + 1)]
+    return [statistics.fmean(values[low:high]) for low, high in zip(edges, edges[1:])]
+
+
+def analyze(settings: Settings, made: Plan, metrics: Json, machine: Machine, given: Json) -> Json:
     """Return scenario, recommendation (a word of RECOMMENDATIONS), reasons and a suggestion to submit.
 
-    A suggestion is parameters to add to the job's own; confidence is what one run can give: low.
+    A suggestion is the job's own parameters, `given`, with a change; None where there is none.
     """
     word, reasons, change = _verdict(settings, made, metrics, machine)
-    suggestion = {"scenario": settings.scenario, "parameters": change} if change else None
+    kept = dict(given)
+    if "encoder" in change:  # an encoder's own words mean nothing to another
+        kept = {name: value for name, value in given.items() if name != "threads" and not (
+            name == "preset" and value not in PRESET_WORDS)}
+    suggestion = {"scenario": settings.scenario, "parameters": {**kept, **change}} if change else None
     return {"scenario": settings.scenario, "recommendation": word, "reasons": reasons,
-            "suggestion": suggestion, "confidence": "low", "runs": 1}
+            "suggestion": suggestion}
+
+
+def _disturbances(metrics: Json) -> list[str]:
+    """Return what makes a run's figures doubtful."""
+    background, wall = metrics.get("background_cpu_percent") or 0.0, metrics.get("duration") or math.inf
+    return [words for true, words in (
+        (wall < SHORT_S, f"the run took only {wall:.1f} s"),
+        (background > BACKGROUND_PERCENT, f"{background:.0f} % of the machine worked for others"),
+        (metrics.get("throttled"), "the processor or GPU was slowed down by heat")) if true]
 
 
 def _verdict(settings: Settings, made: Plan, metrics: Json, machine: Machine) -> tuple[str, list[str], Json]:
-    speed, usage = metrics.get("speed"), metrics.get("cpu_usage")
-    row = ENCODERS[made.encoder]
+    row, speed = ENCODERS[made.encoder], metrics.get("speed")
     if metrics.get("damaged_packets"):
         return "check_input", [f"FFmpeg told of damage {metrics['damaged_packets']} times"], {}
     hardware = next((name for name, why in machine.encoders.items() if why is None and name in ENCODERS
-                     and ENCODERS[name].hardware and ENCODERS[name].codec == row.codec), None)
+                     and ENCODERS[name].hardware and ENCODERS[name].codec == row.codec
+                     and not (settings.crf is not None and ENCODERS[name].crf is None)), None)
     if hardware and not row.hardware and not settings.two_pass:
         return "hardware_encoder", [f"{hardware} was proved on this machine"], {"encoder": hardware}
-    faster = _faster_preset(made, row)
-    if speed is not None and speed < 0.98 and faster:
-        slow = "live" if settings.live else "encoding"
-        return "faster_preset", [f"{slow} at {speed:.2f}x real time with preset {made.preset}"], {
-            "preset": faster}
+    doubts = _disturbances(metrics) or ([] if speed is not None else ["the speed is unknown"])
+    if doubts:
+        return "not_enough_evidence", doubts, {}
+    if speed is not None and speed < 0.98:
+        slow = (f"{'live' if settings.live else 'encoding'} at {speed:.2f}x real time"
+                + (f" with preset {made.preset}" if made.preset else ""))
+        faster = _faster_preset(made, row)
+        return ("faster_preset", [slow], {"preset": faster}) if faster else ("other_node", [slow], {})
+    return _threads_verdict(settings, made, metrics, machine)
+
+
+def _threads_verdict(settings: Settings, made: Plan, metrics: Json, machine: Machine,
+                     ) -> tuple[str, list[str], Json]:
+    speed, usage = metrics.get("speed") or 0.0, metrics.get("cpu_usage")
     if settings.threads and usage is not None and usage < 40 and settings.threads < machine.threads // 2:
         return "more_threads", [f"{usage:.0f} % of the machine was busy with {settings.threads} of "
                                 f"{machine.threads} threads"], {"threads": machine.threads}
-    reasons = [f"{speed:.2f}x real time" if speed is not None else "the speed is unknown",
-               f"{usage:.0f} % of the machine busy" if usage is not None else "CPU use is unknown"]
-    return "optimal", reasons, {}
+    busy = (metrics.get("cpu_seconds") or 0.0) / metrics["duration"] if metrics.get("duration") else 0.0
+    enough = math.ceil(busy) + 1
+    if made.threads and not settings.live and busy and 2 * enough <= made.threads:
+        return "fewer_threads", [f"{busy:.1f} of {made.threads} threads were busy"], {"threads": enough}
+    return "optimal", [f"{speed:.2f}x real time", f"{usage:.0f} % of the machine busy" if usage is not None
+                       else "CPU use is unknown"], {}
 
 
 def _faster_preset(made: Plan, row: Encoder) -> str | None:
-    if made.preset not in row.presets:
-        return None
+    """Return the next faster preset word; from a strange own word, such as placebo, it is the middle one."""
+    own = made.preset or ""
+    if own not in row.presets:
+        return "medium" if row.presets and own and not (own.isdigit() and own > row.presets[0]) else None
     at = row.presets.index(made.preset)
     return PRESET_WORDS[at - 1] if at > 0 else None
 
@@ -2640,9 +3232,39 @@ def result_of(attempt: Attempt, outcome: Outcome, machine: Machine) -> Json:
         result["output"] = settings.output or "none (encoded, measured, discarded)"
     if outcome.status in ("completed", "failed"):
         result["metrics"] = metrics_of(outcome)
+        result.update(_history(outcome))
     if outcome.status == "completed" and made and settings:
-        result["analyzer_output"] = analyze(settings, made, result["metrics"], machine)
+        analysis = analyze(settings, made, result["metrics"], machine, attempt.parameters)
+        word, reasons = confidence_reached(outcome)
+        strays = sum(row["outlier"] for row in result["repeats"])
+        reasons += [f"{strays} of the runs lie{'s' * (strays == 1)} far from the others"] if strays else []
+        doubts = [words for words in _disturbances(result["metrics"]) if words not in analysis["reasons"]]
+        result["analyzer_output"] = {**analysis, "reasons": [*analysis["reasons"], *doubts, *reasons],
+                                     "confidence": word, "runs": max(1, len(outcome.runs))}
     return result
+
+
+def _history(outcome: Outcome) -> Json:
+    """Return the runs of an outcome, their statistics, and the samples of the last one."""
+    runs, ledger = outcome.runs, outcome.ledger or Ledger()
+    counted = measured_runs(runs)
+    energies = [energy_of(run.ledger or Ledger()).joules for run in runs]
+    warm = len(runs) - len(counted)
+    strays = [False] * warm + outliers([run.wall_s for run in counted])
+    if counted and None not in energies:
+        far = [False] * warm + outliers([joules or 0.0 for joules in energies[warm:]])
+        strays = [one or other for one, other in zip(strays, far)]
+    repeats = [{"duration": _rounded(run.wall_s), "energy_joules": _rounded(joules),
+                "cpu_usage": _rounded(_cpu_usage(run.ledger or Ledger(), run.wall_s)[0]),
+                "warm_up": at < warm, "outlier": stray}
+               for at, (run, joules, stray) in enumerate(zip(runs, energies, strays))]
+    columns = list(zip(*ledger.series.points)) or [(), (), ()]
+    series = {name: [_rounded(value) for value in column]
+              for name, column in zip(("seconds", "power_watts", "cpu_usage"), columns)}
+    statistics_ = {name: {key: _rounded(value) for key, value in row.items()}
+                   for name, row in intervals_of(counted).items()}
+    return {"repeats": repeats, "statistics": statistics_,
+            "series": {"start": utc_text(ledger.started), **series}}
 
 
 # ---- 8 Agent --------------------------------------------------------------------------------------
@@ -2672,6 +3294,7 @@ class Options:
     min_free_bytes: int = 0
     stall_limit_s: float = 300.0
     drain_limit_s: float = 30.0
+    power_model: tuple[float, float] | None = None
 
 
 class Superseded(Exception):
@@ -2762,6 +3385,7 @@ class Agent:
         self._freed = threading.Event()
         self._news = threading.Event()
         self._refused: set[Path] = set()
+        self._idle: Idle | None = None  # as the master was told
         name = options.name or hardware.address or os.uname().nodename
         self._name = name
         self._place = workplace(options, hardware, host, name)
@@ -2853,9 +3477,11 @@ class Agent:
     def _poll(self) -> None:
         backoff = BACKOFF_FIRST_S
         registered = False
+        self._place.meter.rested.wait(IDLE_FIRST_S + 2)
         while not self._stopping.is_set():
             try:
-                if not registered:
+                if not registered or (self._protocol and self._place.meter.idle is not self._idle):
+                    self._idle = self._place.meter.idle
                     self._register()
                     registered = True
                 self._ask()
@@ -2902,7 +3528,7 @@ class Agent:
         body = {**self._hardware.to_json(), "name": self._name, "protocol": PROTOCOL,
                 "address": self._hardware.address or self._name,
                 "version": VERSION, "session": self._session, "id": self._node_id,
-                "max_concurrent_jobs": self._options.max_concurrent_jobs,
+                "max_concurrent_jobs": self._options.max_concurrent_jobs, **self._place.meter.facts(),
                 "holding": [{"job_id": job_id, "attempt": number} for job_id, number in holding]}
         if self._node_id is None:
             self._node_id = body["id"] = str(uuid.uuid4())
@@ -3146,7 +3772,8 @@ def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host
                       options.max_concurrent_jobs, hardware.encoders,
                       hardware.vaapi_device or Machine.vaapi_device,
                       rate_mode_of(hardware.ffmpeg_version))
-    return Workplace(machine, hardware.ffprobe or "ffprobe", host, Meter(host, hardware), options.work_dir,
+    meter = Meter(host, hardware, options.power_model)
+    return Workplace(machine, hardware.ffprobe or "ffprobe", host, meter, options.work_dir,
                      options.media_root, options.allow_address, hardware.filters, options.min_free_bytes,
                      options.stall_limit_s)
 
@@ -3193,6 +3820,8 @@ COMMON_FLAGS = (
     Flag("--allow-address", "", str, "loopback or link-local addresses that jobs may open, comma-separated"),
     Flag("--min-free", "64M", size_bytes, "bytes that a job's file systems must keep free (64M; 0: any)"),
     Flag("--stall-limit", "5m", seconds, "longest time without a new frame; slow encoders get more (5m)"),
+    Flag("--power-model", None, power_model, "W idle,W busy: estimate power by CPU use where nothing can be "
+         "read (none)"),
     Flag("--log-level", "info", one_of("debug", "info", "warning", "error"), "debug, info, warning or error"),
     Flag("--log-format", "text", one_of("text", "json"), "text or json"),
 )
@@ -3210,6 +3839,7 @@ AGENT_FLAGS = (
 RUN_FLAGS = (
     Flag("--input", None, str, "film or URL (a generated source)"),
     Flag("--output", None, str, "file or URL (encoded, measured, discarded)"),
+    Flag("--confidence", "auto", one_of(*CONFIDENCES), "auto, low, medium or high: how often to repeat"),
     Flag("--json", False, None, "print the result as JSON"),
     Flag("--no-probe", False, None, "do not prove the encoders by encoding a frame each"),
 )
@@ -3253,7 +3883,7 @@ def _options(args: argparse.Namespace) -> Options:
                    args.max_concurrent_jobs, Path(state).absolute(),
                    Path(args.work_dir or Path(state) / "work").absolute(), root, name,
                    tuple(entry.strip() for entry in args.allow_address.split(",") if entry.strip()),
-                   args.min_free, args.stall_limit, getattr(args, "drain_limit", 0.0))
+                   args.min_free, args.stall_limit, getattr(args, "drain_limit", 0.0), args.power_model)
 
 
 def _may_work_here(args: argparse.Namespace, client: Client) -> str | None:
@@ -3316,7 +3946,7 @@ def run_here(args: argparse.Namespace) -> int:
     for field, place in (("input", args.input), ("output", args.output_short or args.output)):
         if place:
             parameters[field] = place if scheme_of(place) else os.path.abspath(place)
-    job = {"scenario": args.scenario, "parameters": parameters}
+    job = {"scenario": args.scenario, "parameters": parameters, "confidence": args.confidence}
     resolve(job["scenario"], parameters)
     options.work_dir.mkdir(parents=True, mode=0o700, exist_ok=True)
     try:
@@ -3331,6 +3961,7 @@ def _run_and_print(args: argparse.Namespace, job: Json, options: Options, signal
     hardware = hwdetect.detect(host, not args.no_probe, str(options.state_dir))
     options = dataclasses.replace(options, allow_address=("0.0.0.0/0", "::/0"))
     place = workplace(options, hardware, host, options.name or hardware.address or "this machine")
+    place.meter.rested.wait(IDLE_FIRST_S + 2)  # so that the idle share is known
     attempt = Attempt(str(uuid.uuid4()), 1, job, place)
     outcomes: list[Outcome] = []
     ended = threading.Event()

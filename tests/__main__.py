@@ -22,6 +22,7 @@ import threading
 import time
 import traceback
 import unittest
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -29,8 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import ffdist
+from tests.support import CACHE, newer_ffmpeg
 
 TOP = Path(__file__).resolve().parent.parent
+NEWER_FFMPEG = "imageio-ffmpeg==0.8.1"  # its wheel carries a static binary
 MODULE_S = 600.0
 SLOW = ("test_run", "test_end_to_end", "test_chaos")  # begin first, or the others wait for them at the end
 
@@ -82,7 +85,31 @@ def install() -> None:
                 ffdist.start_program(command, sys.stderr).wait()
     except ffdist.Unusable as error:
         say(f"{error}")
+    install_newer_ffmpeg()
     stop_services({SERVICES[program] for program in wanted if program in SERVICES})
+
+
+def install_newer_ffmpeg() -> None:
+    """Fetch an FFmpeg with libvmaf and xpsnr, which few hosts have, into a cache of our own."""
+    if newer_ffmpeg() is not None:
+        return
+    with tempfile.TemporaryDirectory(prefix="ffdist-tests-") as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+                   "--no-deps", "--only-binary", ":all:", "--dest", folder, NEWER_FFMPEG]
+        say(f"+ {' '.join(command)}")
+        with contextlib.suppress(OSError):
+            ffdist.start_program(command, sys.stderr).wait()
+        for wheel in Path(folder).glob("*.whl"):
+            CACHE.mkdir(parents=True, exist_ok=True)
+            with zipfile.ZipFile(wheel) as archive:
+                for name in (name for name in archive.namelist() if "/binaries/ffmpeg-" in name):
+                    partial = CACHE / f".{os.getpid()}.part"
+                    with archive.open(name) as packed, open(partial, "wb") as unpacked:
+                        shutil.copyfileobj(packed, unpacked)
+                    partial.chmod(0o755)
+                    os.replace(partial, CACHE / Path(name).name)
+    if newer_ffmpeg() is None:
+        say(f"{NEWER_FFMPEG}: not to be had; tests that need libvmaf and xpsnr are skipped")
 
 
 def stop_services(names: set[str]) -> None:
@@ -103,6 +130,7 @@ def stop_services(names: set[str]) -> None:
 def say_missing() -> None:
     """Name the programs that are missing, and what to do."""
     missing = [program for program in PACKAGES if not present(program)]
+    missing += [] if newer_ffmpeg() else ["an ffmpeg with libvmaf and xpsnr"]
     if missing:
         say(f"missing: {', '.join(missing)}; tests that need them are skipped (--install fetches them)")
 

@@ -35,6 +35,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hwdetect
+from agent import SAMPLE_S
+from tests import archive
 from tests.support import TOP, Agent, Master, Program, call, free_port, need, wait_for
 
 FORK = multiprocessing.get_context("fork")
@@ -559,6 +562,21 @@ class Bench:
             process.kill()
             process.join()
 
+    def sampling(self) -> None:
+        """CPU of the readings that an agent takes once a second while a job runs."""
+        count = 50 if self.quick else 500
+        archive.unpack((TOP / "tests/hosts/xeon-t4.txt").read_text(encoding="utf-8"), self.folder / "xeon")
+        places = {"this machine": hwdetect.Host(), "two sockets": hwdetect.Host(f"{self.folder}/xeon")}
+        for where, host in places.items():
+            sampler = hwdetect.Sampler(host, hwdetect.detect(host, probe=False), gpu=False)
+            sampler.throttles()
+            began = time.process_time()
+            for number in range(count):
+                sampler.sample(float(number))
+                hwdetect.process_group(hwdetect.Host(), os.getpgid(self.master.pid))
+            each = (time.process_time() - began) / count
+            self.add(f"sampling once a second, {where}", f"{100 * each / SAMPLE_S:.3f} % of a core", "-", "")
+
     def agent(self) -> None:
         """A real agent: idle, and its wall time over the very same FFmpeg commands run alone."""
         need("ffmpeg", "ffprobe")
@@ -638,7 +656,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 PARTS = {"submissions": Bench.submissions, "dispatch": Bench.dispatch, "latency": Bench.latency,
-         "memory": Bench.memory, "parked": Bench.parked, "agent": Bench.agent}
+         "memory": Bench.memory, "parked": Bench.parked, "agent": Bench.agent,
+         "sampling": Bench.sampling}
 
 
 def wanted(args: argparse.Namespace) -> list[tuple[str, Callable[[Bench], None]]]:

@@ -43,6 +43,15 @@ def need(*programs: str) -> None:
             raise unittest.SkipTest(f"{program} is not installed")
 
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ffdist-tests"
+
+
+def newer_ffmpeg() -> str | None:
+    """Return an FFmpeg with libvmaf and xpsnr: FFDIST_TEST_FFMPEG, else the one that --install fetched."""
+    found = [os.environ.get("FFDIST_TEST_FFMPEG", ""), *map(str, sorted(CACHE.glob("ffmpeg-*")))]
+    return next((path for path in found if path and os.access(path, os.X_OK)), None)
+
+
 class Answer:
     """An HTTP answer: `status`, `body` (JSON when it is some), `text`."""
 

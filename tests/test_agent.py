@@ -468,22 +468,34 @@ class ReadingFfmpegsWords(unittest.TestCase):
     def test_a_repeated_error_is_told_once(self) -> None:
         self.assertEqual(agent.last_words(["[error] broken"] * 40 + ["[error] gone"]), "broken; gone")
 
-    def test_a_score_in_ffmpegs_words(self) -> None:
-        self.assertEqual(agent.parse_score("psnr", [
-            "[Parsed_psnr_4 @ 0x55] [info] PSNR y:41.2 u:44.1 v:44.0 average:41.93 min:38.0 max:50.1"]),
-            ("psnr_db", 41.93))
-        same = agent.parse_score("psnr", ["[info] PSNR y:inf u:inf v:inf average:inf min:inf max:inf"])
-        self.assertEqual(same, ("psnr_db", agent.PERFECT_PSNR_DB))
-        self.assertEqual(agent.parse_score("ssim", [
-            "[Parsed_ssim_0 @ 0x55] [info] SSIM Y:0.98 (17.6) U:0.99 (20) V:0.99 (20) All:0.984217 (18.0)"]),
-            ("ssim", 0.984217))
-        self.assertEqual(agent.parse_score("vmaf", ["[Parsed_libvmaf_0 @ 0x5] [info] VMAF score: 93.125"]),
-                         ("vmaf", 93.125))
-        self.assertEqual(agent.parse_score("xpsnr", [
-            "[Parsed_xpsnr_0 @ 0x5] [info] XPSNR  y: 40.1234  u: 43.0  v: 43.1  (minimum: 40.1)"]),
-            ("xpsnr_db", 40.1234))
-        for metric in agent.QUALITY_METRICS:
-            self.assertIsNone(agent.parse_score(metric, ["[error] no such filter", "PSNR", ""])[1])
+    def test_scores_in_ffmpegs_words(self) -> None:
+        frames = ["n:1 mse_avg:0.00 psnr_avg:inf psnr_y:inf ", "n:2 mse_avg:1.00 psnr_avg:25.00 psnr_y:9 "]
+        words = ["[Parsed_psnr_2 @ 0x5] [info] PSNR y:40.1 u:44 v:44 average:41.25 min:39.0 max:45.1"]
+        self.assertEqual(agent.parse_scores("psnr", words, frames),
+                         ({"psnr_db": 41.25, "psnr_min_db": 25.0, "psnr_harmonic_db": 40.0}, 2))
+        same = agent.parse_scores("psnr", ["[info] PSNR y:inf u:inf v:inf average:inf min:inf max:inf"],
+                                  ["psnr_avg:inf"])
+        self.assertEqual(set(same[0].values()), {agent.PERFECT_PSNR_DB})
+        found, _ = agent.parse_scores(
+            "ssim", ["[Parsed_ssim_2 @ 0x5] [info] SSIM Y:0.98 (18.1) U:0.99 (20) All:0.985417 (18.4)"],
+            ["n:1 Y:0.911767 U:0.953611 All:0.500000 (3.0)", "n:2 Y:1.0 U:1.0 V:1.0 All:1.000000 (inf)"])
+        self.assertEqual(found, {"ssim": 0.985417, "ssim_min": 0.5, "ssim_harmonic": 0.666667})
+        found, count = agent.parse_scores("vmaf", ["[Parsed_libvmaf_0 @ 0x5] [info] VMAF score: 93.125"],
+                                          ["Frame,integer_adm2,vmaf,", "0,0.9,0.000000,", "1,0.9,99.000000,"])
+        self.assertEqual((found, count), ({"vmaf": 93.125, "vmaf_min": 0.0, "vmaf_harmonic": 0.980198}, 2))
+        found, _ = agent.parse_scores("xpsnr", ["[info] XPSNR  y: 38.2  u: 41  v: 41  (minimum: 38.2)"],
+                                      ["n:    1  XPSNR y: 31.8241  XPSNR u: 35.8520  XPSNR v: 34.8800"])
+        self.assertEqual((found["xpsnr_db"], found["xpsnr_min_db"]), (38.2, 31.8241))
+        for metric in agent.SCORES:
+            found = agent.parse_scores(metric, ["[error] no such filter", "PSNR", ""], ["", "n:1"])
+            self.assertEqual(found, ({}, 0))
+
+    def test_pictures_are_compared_in_the_depth_of_the_source(self) -> None:
+        for source, compared in (
+                ("yuv420p", "yuv420p"), ("yuvj420p", "yuv420p"), ("yuv420p10le", "yuv420p10le"),
+                ("p010le", "yuv420p10le"), ("yuv422p", "yuv422p"), ("yuv444p12le", "yuv444p12le"),
+                ("rgb24", "yuv420p"), ("gbrp10le", "yuv420p10le"), ("yuv422p16be", "yuv422p12le")):
+            self.assertEqual(agent.comparison_format(source), compared, source)
 
 
 class ReadingProbes(unittest.TestCase):
@@ -817,25 +829,27 @@ class Metering(FolderCase):
         self.put(f"{zone}/name", "package-0")
         self.put(f"{zone}/max_energy_range_uj", self.RANGE_UJ)
         self.put("proc/meminfo", "MemTotal: 1000 kB\nMemFree: 500 kB\nMemAvailable: 600 kB")
-        self.used_uj, self.busy = 5_000_000, 0
+        self.used_uj, self.busy, self.free, self.load, self.now = 5_000_000, 0, 0, 50, 1000.0
         self.energy(0)
         self.host = hwdetect.Host(str(self.folder))
         patch = mock.patch("agent.SAMPLE_S", 3600)
         patch.start()
         self.addCleanup(patch.stop)
-        self.meter = agent.Meter(self.host, hwdetect.Hardware(rapl=hwdetect.rapl_zones(self.host)))
+        self.hardware = hwdetect.Hardware(rapl=hwdetect.rapl_zones(self.host))
+        self.meter = agent.Meter(self.host, self.hardware, clock=lambda: self.now)
 
     def put(self, path: str, text: object) -> None:
         place = self.folder / path
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(f"{text}\n")
 
-    def energy(self, joules: float) -> None:
-        """Let the machine have used so much more."""
+    def energy(self, joules: float, seconds: float = 1.0) -> None:
+        """Let the machine have used so much more in so long."""
+        self.now += seconds
         self.used_uj = (self.used_uj + int(joules * 1e6)) % self.RANGE_UJ
-        self.busy += 50
+        self.busy, self.free = self.busy + self.load, self.free + 100 - self.load
         self.put("sys/class/powercap/intel-rapl:0/energy_uj", self.used_uj)
-        self.put("proc/stat", f"cpu  {self.busy} 0 0 {self.busy} 0 0 0 0 0 0")
+        self.put("proc/stat", f"cpu  {self.busy} 0 0 {self.free} 0 0 0 0 0 0")
 
     def process(self, pid: int, cpu_s: float) -> None:
         ticks = int(cpu_s * os.sysconf("SC_CLK_TCK"))
@@ -893,6 +907,135 @@ class Metering(FolderCase):
         total = sum(ledger.energy_joules or 0 for ledger in (first, second, third))
         self.assertAlmostEqual(total, 30, places=3)
 
+    def test_idle_power_is_shared_like_the_gross_and_the_net_sums_too(self) -> None:
+        self.meter._baseline.idle = agent.Idle(10.0, 0.5, 0.0)
+        first, second = self.ledger(10), self.ledger(20)
+        self.process(10, 3.0)
+        self.process(20, 1.0)
+        self.energy(500, 20)
+        self.meter.leave(second)
+        self.meter.leave(first)
+        rows = [agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=20.0))
+                for ledger in (first, second)]
+        self.assertEqual([row["idle_joules"] for row in rows], [150.0, 50.0])
+        self.assertEqual([row["net_energy_joules"] for row in rows], [225.0, 75.0])
+        self.assertEqual([row["idle_watts"] for row in rows], [10.0, 10.0])
+        self.assertEqual((rows[0]["power_watts"], rows[0]["power_source"], rows[0]["energy_estimated"]),
+                         (18.75, "rapl", False))
+        self.assertTrue(rows[0]["power_resolution"])
+
+    def test_without_a_baseline_net_is_unknown_and_gross_is_not(self) -> None:
+        ledger = self.ledger(10)
+        self.energy(500, 20)
+        self.meter.leave(ledger)
+        metrics = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=20.0))
+        self.assertEqual((metrics["energy_joules"], metrics["net_energy_joules"]), (500.0, None))
+        self.assertIn("no rest", metrics["unknown"]["idle_watts"])
+
+    def test_a_paused_run_is_booked_nothing(self) -> None:
+        first, second = self.ledger(10), self.ledger(20)
+        self.energy(10)
+        first.paused = True
+        self.energy(40)
+        self.meter.leave(second)
+        self.assertEqual((first.energy_joules, second.energy_joules), (0.0, 50.0))
+
+    def test_the_meter_measures_a_resting_machine_by_itself(self) -> None:
+        """A clock that goes on by half a second at each look, and a machine that draws 10 W."""
+        def clock() -> float:
+            self.energy(5, 0.5)
+            return self.now
+        with mock.patch("agent.SAMPLE_S", 0.001):
+            busy = agent.Meter(self.host, self.hardware, clock=clock)
+            self.assertTrue(busy.rested.wait(20))
+            self.assertIn("50 % busy", busy._baseline.why)
+            self.assertIsNone(busy.idle)
+        with mock.patch("agent.SAMPLE_S", 0.001):
+            self.load = 1
+            meter = agent.Meter(self.host, self.hardware, clock=clock)
+            self.assertTrue(meter.rested.wait(20))
+        self.assertEqual(meter.idle and meter.idle[:2], (10.0, 0.0))
+        self.assertEqual(meter.facts()["idle_watts"], 10.0)
+        self.assertIn("50 % busy", busy.facts()["idle_unknown"])
+
+    def test_a_gpu_s_joules_go_to_those_who_use_it(self) -> None:
+        def reading(now: float, gpu_joules: float, covered_s: float) -> hwdetect.Reading:
+            gpu = hwdetect.GpuReading("T4", 0, 30.0, gpu_joules, source="nvidia-smi", covered_s=covered_s)
+            return hwdetect.Reading(now, 50.0, None, 100.0, now * 100.0, power_source="rapl", gpus=(gpu,))
+        coder, other, late = agent.Ledger(uses_gpu=True), agent.Ledger(), agent.Ledger(uses_gpu=True)
+        coder.power_source = other.power_source = "rapl"
+        shares = [gpu for _, gpu in self.meter._shares([coder, other])]
+        self.assertEqual((shares, self.meter._shares([other])), ([1.0, 0.0], [(1.0, 1.0)]))
+        last, now = reading(0.0, 0.0, 0.0), reading(10.0, 240.0, 8.0)
+        for ledger, share in zip((coder, other), shares):
+            agent._book(ledger, last, now, 0.5, agent.Baseline(0.0))
+            agent._book_gpus(ledger, last, now, share)
+        found = [agent.energy_of(ledger) for ledger in (coder, other)]
+        self.assertEqual([row.joules for row in found], [500 + 300, 500], "8 s of 10 s stand for all")
+        self.assertEqual(found[0].source, "rapl+nvidia-smi")
+        agent._book(late, last, reading(10.0, 240.0, 2.0), 1.0, agent.Baseline(0.0))
+        agent._book_gpus(late, last, reading(10.0, 240.0, 2.0), 1.0)
+        self.assertIsNone(agent.energy_of(late).joules)
+        metrics = agent.metrics_of(agent.Outcome("completed", ledger=late, wall_s=10.0))
+        self.assertIn("2.0 s of 10.0 s", metrics["unknown"]["gpu_energy_joules"])
+        self.assertIn("GPU", metrics["unknown"]["energy_joules"])
+
+    def test_a_gpu_is_shared_by_the_time_that_its_driver_counts(self) -> None:
+        for pid, busy_ns in ((10, 3_000_000_000), (20, 1_000_000_000)):
+            self.process(pid, 1.0)
+            for descriptor in (4, 5):  # two descriptors of one client
+                self.put(f"proc/{pid}/fdinfo/{descriptor}", f"pos:\t0\ndrm-pdev:\t0000:03:00.0\n"
+                         f"drm-client-id:\t{pid}\ndrm-engine-enc:\t{busy_ns} ns\ndrm-engine-capacity-enc:\t2")
+        ledgers = [agent.Ledger(uses_gpu=True), agent.Ledger(uses_gpu=True)]
+        ledgers[0].pgid, ledgers[1].pgid = 10, 20
+        self.assertEqual(self.meter._shares(ledgers), [(0.5, 0.75), (0.5, 0.25)])
+        self.assertEqual([ledger.gpu_s for ledger in ledgers], [3.0, 1.0])
+
+    def test_a_source_that_changes_is_no_energy(self) -> None:
+        ledger = agent.Ledger()
+        rows = [hwdetect.Reading(0.0, 5.0, None, 9.0, 900.0, power_source="battery"),
+                hwdetect.Reading(5.0, 5.0, None, 9.0, 3.0, power_source="hwmon"),
+                hwdetect.Reading(10.0, 5.0, None, 9.0, 48.0, power_source="hwmon")]
+        for last, now in zip(rows, rows[1:]):
+            agent._book(ledger, last, now, 1.0, agent.Baseline(0.0))
+        self.assertEqual((ledger.energy_joules, agent.energy_of(ledger).joules), (45.0, None))
+        self.assertIn("5 s of 10 s", agent.energy_of(ledger).why)
+
+    def test_an_estimate_is_marked_wherever_it_is_shown(self) -> None:
+        shutil.rmtree(self.folder / "sys")
+        meter = agent.Meter(self.host, hwdetect.Hardware(), (20.0, 100.0), lambda: self.now)
+        ledger = agent.Ledger()
+        meter.join(ledger)
+        self.busy += 50
+        self.put("proc/stat", f"cpu  {self.busy} 0 0 {self.free} 0 0 0 0 0 0")
+        self.now += 10
+        meter.leave(ledger)
+        metrics = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=10.0,
+                                                 progress=agent.Progress(100, out_time_s=4.0)))
+        self.assertEqual((metrics["energy_joules"], metrics["power_source"], metrics["energy_estimated"]),
+                         (1000.0, "model", True))
+        shown = dict(agent.result_rows({"metrics": metrics}))["energy"]
+        self.assertIn("about 1000 J", shown)
+        self.assertIn("estimated", shown)
+
+    def test_throttling_by_heat_during_the_run_is_told(self) -> None:
+        place = "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count"
+        for after, told in ((7, False), (9, True)):
+            self.put(place, 7)
+            ledger = self.ledger(10)
+            self.put(place, after)
+            self.energy(4)
+            self.meter.leave(ledger)
+            self.assertEqual(ledger.throttled, told)
+
+    def test_load_of_others_is_what_the_job_did_not_use(self) -> None:
+        ledger = self.ledger(10)
+        self.process(10, 0.25 * 10 * (os.cpu_count() or 1))
+        self.energy(40, 10)  # half of the machine busy
+        self.meter.leave(ledger)
+        metrics = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=10.0))
+        self.assertEqual((metrics["cpu_usage"], metrics["background_cpu_percent"]), (50.0, 25.0))
+
     def test_a_counter_that_wraps_is_not_lost(self) -> None:
         self.energy((self.RANGE_UJ - self.used_uj) / 1e6 - 2)
         ledger = self.ledger(10)
@@ -935,17 +1078,188 @@ class Metering(FolderCase):
                 self.assertIn(name, metrics)
 
 
+class Resting(unittest.TestCase):
+    """When idle power is measured, from readings with times of their own."""
+
+    def feed(self, baseline: agent.Baseline, start: float, watts: list[float], busy: float = 1.0) -> bool:
+        done, joules = False, 0.0
+        for at, drawn in enumerate([0.0, *watts]):
+            joules += drawn
+            reading = hwdetect.Reading(start + at, busy, None, drawn, joules, power_source="rapl")
+            done = baseline.take(reading, 7.0)
+        return done
+
+    def test_the_first_is_short_and_at_once_and_later_ones_wait_for_rest(self) -> None:
+        baseline = agent.Baseline(100.0)
+        self.assertEqual(baseline.wait_s(100.0), 0.0)
+        self.assertTrue(self.feed(baseline, 100.0, [12.0, 15.0, 18.0]))
+        self.assertEqual(baseline.idle, agent.Idle(15.0, 3.0, 7.0))
+        self.assertEqual(baseline.wait_s(103.0), agent.IDLE_EVERY_S)
+        baseline.disturb(690.0)
+        self.assertEqual(baseline.wait_s(690.0), agent.IDLE_REST_S)
+        self.assertFalse(self.feed(baseline, 720.0, [1.0] * 3), "later ones take longer")
+        baseline.disturb(724.0)
+        self.assertEqual(baseline.wait_s(724.0), agent.IDLE_REST_S, "what was taken in part is void")
+        self.assertTrue(self.feed(baseline, 760.0, [20.0] * 10))
+        self.assertEqual(baseline.idle, agent.Idle(20.0, 0.0, 7.0))
+
+    def test_a_busy_machine_is_not_called_idle(self) -> None:
+        baseline = agent.Baseline(0.0)
+        self.assertTrue(self.feed(baseline, 0.0, [90.0] * 3, busy=60.0))
+        self.assertIsNone(baseline.idle)
+        self.assertIn("60 % busy", baseline.why)
+        self.assertEqual(baseline.wait_s(3.0), agent.IDLE_RETRY_S)
+
+    def test_a_machine_that_tells_nothing_is_asked_once(self) -> None:
+        baseline = agent.Baseline(0.0)
+        self.assertTrue(baseline.take(hwdetect.Reading(0.0, unknown={"energy_joules": "no RAPL"}), 7.0))
+        self.assertEqual((baseline.why, baseline.wait_s(0.0)), ("no RAPL", agent.IDLE_EVERY_S))
+
+
+class Counting(unittest.TestCase):
+    """Intervals, outliers, the rule that ends the repeats."""
+
+    def runs(self, *seconds: float, joules: float | None = None) -> list[agent.Outcome]:
+        made = []
+        for wall in seconds:
+            ledger = agent.Ledger()
+            ledger.measured_s = ledger.energy_s = wall
+            ledger.energy_joules = joules and joules * wall
+            ledger.power_source = "rapl"
+            made.append(agent.Outcome("completed", wall_s=wall, ledger=ledger))
+        return made
+
+    def test_the_interval_is_student_s(self) -> None:
+        """Ten values of mean 5 and standard deviation 1: half the interval is 2.2622 / sqrt(10)."""
+        values = [5 + (1 if at % 2 else -1) * (9 / 10) ** 0.5 for at in range(10)]
+        found = agent.interval(values)
+        self.assertAlmostEqual(found["stdev"], 1.0)
+        self.assertAlmostEqual(found["ci95_high"] - found["mean"], 2.2622 / 10**0.5, places=4)
+        self.assertAlmostEqual(found["relative"], 2.2622 / 10**0.5 / 5, places=4)
+        for count, student in ((2, 12.7062), (12, 2.2010), (31, 2.0423), (121, 1.9799)):
+            values = [float(at % 2) for at in range(count)]
+            found = agent.interval(values)
+            half = found["ci95_high"] - found["mean"]
+            self.assertAlmostEqual(half * count**0.5 / found["stdev"], student, 3)
+
+    def test_outliers_are_told_and_few_values_have_none(self) -> None:
+        self.assertEqual(agent.outliers([10.0, 10.1, 9.9, 10.0, 14.0]), [False] * 4 + [True])
+        self.assertEqual(agent.outliers([10.0, 10.0, 10.0, 10.001]), [False] * 4)
+        self.assertEqual((agent.outliers([1.0, 9.0, 1.0]), agent.outliers([])), ([False] * 3, []))
+
+    def test_repeats_end_when_the_interval_is_narrow_or_the_cap_is_reached(self) -> None:
+        steady, wild = self.runs(30.0, 10.0, 10.1, 9.9), self.runs(30.0, 10.0, 15.0, 9.0)
+        for confidence, runs, more in (
+                ("auto", steady[:1], False), ("low", steady[:1], False), ("medium", steady[:1], True),
+                ("medium", steady[:3], True), ("medium", steady, False), ("high", steady, True),
+                ("medium", wild, True), ("medium", wild + wild * 2, False)):
+            self.assertEqual(agent.wants_another(confidence, runs, 60.0, 1e9), more, (confidence, len(runs)))
+        self.assertFalse(agent.wants_another("high", steady, 3500.0, 1e9), "none ends after an hour")
+        self.assertFalse(agent.wants_another("high", steady, 60.0, 12.0), "nor after the job's timeout")
+
+    def test_energy_counts_where_it_is_known(self) -> None:
+        runs = self.runs(10.0, 10.0, 10.0, 10.0, joules=5.0)
+        runs[-1].ledger.energy_joules = 80.0  # type: ignore[union-attr]
+        self.assertTrue(agent.wants_another("medium", runs, 60.0, 1e9))
+        self.assertEqual(set(agent.intervals_of(runs)), {"duration", "energy_joules"})
+        runs[-1].ledger.energy_joules = None  # type: ignore[union-attr]
+        self.assertEqual(set(agent.intervals_of(runs)), {"duration"})
+
+    def test_a_result_of_repeats_counts_all_but_the_warm_up(self) -> None:
+        runs = self.runs(30.0, 10.0, 10.0, 11.0, 10.0, 20.0, joules=5.0)
+        outcome = dataclasses.replace(runs[-1], runs=tuple(runs), confidence="high",
+                                      progress=agent.Progress(122, out_time_s=61.0))
+        metrics, told = agent.metrics_of(outcome), agent._history(outcome)
+        self.assertAlmostEqual(metrics["duration"], 12.2)
+        self.assertAlmostEqual(metrics["energy_joules"], 61.0)
+        self.assertEqual((metrics["fps"], metrics["speed"], metrics["power_watts"]), (10.0, 5.0, 5.0))
+        self.assertEqual([row["warm_up"] for row in told["repeats"]], [True] + [False] * 5)
+        self.assertEqual([row["outlier"] for row in told["repeats"]], [False] * 3 + [True, False, True])
+        self.assertEqual(told["statistics"]["duration"]["n"], 5)
+        word, reasons = agent.confidence_reached(outcome)
+        self.assertEqual(word, "low")
+        self.assertIn("high confidence was not reached", reasons)
+        shown = dict(agent.result_rows({"metrics": metrics, **told}))
+        self.assertIn("30.00 s (warm-up)", shown["runs"])
+
+    def test_one_run_is_as_good_as_its_samples(self) -> None:
+        outcome = self.runs(20.0)[0]
+        ledger = outcome.ledger or agent.Ledger()
+        outcome = dataclasses.replace(outcome, runs=(outcome,), confidence="auto")
+        self.assertEqual(agent.confidence_reached(outcome)[0], "low", "no samples")
+        for at in range(40):
+            ledger.pace.add(at / 2, 50.0 + at % 2)
+            ledger.series.add(at / 2, 100.0, 90.0)
+        self.assertEqual(agent.confidence_reached(outcome)[0], "high")
+        for at in range(40):
+            ledger.series.add(20 + at / 2, 100.0 + 2 * at, 90.0)
+        self.assertEqual(agent.confidence_reached(outcome)[0], "low", "power was not steady")
+        outcome = dataclasses.replace(outcome, confidence="low")
+        self.assertEqual(agent.confidence_reached(outcome), ("low", []))
+
+    def test_a_series_keeps_its_span_and_its_mean_in_few_points(self) -> None:
+        series = agent.Series(240)
+        for at in range(100_000):
+            series.add(float(at), None if at % 2 else 30.0, float(at % 4))
+        self.assertLessEqual(len(series.points), 240)
+        self.assertGreater(len(series.points), 100)
+        self.assertEqual({round(point[1] or 0) for point in series.points}, {30})
+        self.assertEqual({point[2] for point in series.points}, {1.5})
+        self.assertGreater(series.points[-1][0] or 0, 98_000)
+
+
 class Judging(unittest.TestCase):
+    def test_formulas_are_what_they_say(self) -> None:
+        """Each formula, read as Python would, gives the figure that is reported."""
+        settings = agent.resolve("1080p30-h264", {"input": "in.mp4", "output": "out.mp4"})
+        ledger = agent.Ledger()
+        ledger.measured_s = ledger.energy_s = ledger.idle_s = ledger.busy_s = 40.0
+        ledger.energy_joules, ledger.idle_joules, ledger.idle_watts = 3000.0, 800.0, 20.0
+        ledger.power_source = "rapl"
+        made = agent.plan(settings, machine(), FILM, "out.mp4")
+        metrics = agent.metrics_of(agent.Outcome(
+            "completed", settings, made, ledger, agent.Progress(1500, out_time_s=60.0), 40.0, 9_000_000, 60.0,
+            quality={"vmaf": 93.0}))
+        facts = {**metrics, "width": made.width, "height": made.height, "quality": 93.0}
+        for name, formula in agent.FORMULAS.items():
+            self.assertAlmostEqual(metrics[name], eval(formula, {}, facts), 3, name)
+        self.assertEqual((metrics["speed"], metrics["net_energy_joules"], metrics["joules_per_frame"]),
+                         (1.5, 2200.0, 2.0))
+        self.assertIsNone(agent.evaluate("frames / duration", {"frames": 3, "duration": 0.0}))
+        self.assertIsNone(agent.evaluate("frames - duration", {"frames": 3}))
+
+    def test_too_little_evidence_is_said_to_be(self) -> None:
+        good = {"speed": 0.5, "cpu_usage": 90.0, "duration": 30.0}
+        for doubt, said in (({"duration": 0.3}, "0.3 s"), ({"background_cpu_percent": 45.0}, "45 %"),
+                            ({"throttled": True}, "heat"), ({"speed": None}, "unknown")):
+            told = self.judge({**good, **doubt}, preset="slow")
+            self.assertEqual(told["recommendation"], "not_enough_evidence", doubt)
+            self.assertIn(said, told["reasons"][0])
+            self.assertIsNone(told["suggestion"])
+        self.assertEqual(self.judge(good, preset="slow")["recommendation"], "faster_preset")
+
+    def test_a_suggestion_is_the_whole_job(self) -> None:
+        told = self.judge({"speed": 0.5}, preset="slow", crf=20)
+        self.assertEqual(told["suggestion"]["parameters"],
+                         {"input": "in.mp4", "output": "out.mp4", "preset": "medium", "crf": 20})
+        told = self.judge({"speed": 3.0}, machine(h264_nvenc=None), encoder="libx264", preset="placebo",
+                          threads=4)
+        self.assertEqual(told["suggestion"]["parameters"],
+                         {"input": "in.mp4", "output": "out.mp4", "encoder": "h264_nvenc"})
+
     def judge(self, metrics: agent.Json, on: Machine | None = None, **parameters: object) -> agent.Json:
         settings = agent.resolve("1080p30-h264", {"input": "in.mp4", "output": "out.mp4", **parameters})
         on = on or machine()
-        return agent.analyze(settings, agent.plan(settings, on, FILM, "out.mp4"), metrics, on)
+        given = {"input": "in.mp4", "output": "out.mp4", **parameters}
+        return agent.analyze(settings, agent.plan(settings, on, FILM, "out.mp4"), metrics, on, given)
 
     def test_every_word_is_a_documented_one_and_every_suggestion_can_be_submitted(self) -> None:
         cases = (({"speed": 2.0, "cpu_usage": 90.0}, {}, None), ({"speed": 0.5}, {"preset": "slow"}, None),
                  ({"damaged_packets": 3}, {}, None),
                  ({"speed": 1.0}, {"encoder": "libx264"}, machine(h264_nvenc=None)),
-                 ({"speed": 2.0, "cpu_usage": 10.0}, {"threads": 1}, None), ({}, {}, None))
+                 ({"speed": 2.0, "cpu_usage": 10.0}, {"threads": 1}, None), ({}, {}, None),
+                 ({"speed": 0.5}, {"preset": "ultrafast"}, None),
+                 ({"speed": 2.0, "cpu_seconds": 22.0, "duration": 10.0}, {"threads": 8}, None))
         seen = set()
         for metrics, parameters, on in cases:
             told = self.judge(metrics, on, **parameters)
@@ -953,8 +1267,7 @@ class Judging(unittest.TestCase):
             self.assertIn(told["recommendation"], agent.RECOMMENDATIONS)
             self.assertTrue(told["reasons"])
             if told["suggestion"]:
-                change = {**parameters, **told["suggestion"]["parameters"]}
-                agent.resolve(told["suggestion"]["scenario"], {"input": "in.mp4", **change})
+                agent.resolve(**told["suggestion"])
         self.assertEqual(seen, set(agent.RECOMMENDATIONS))
 
 

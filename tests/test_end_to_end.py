@@ -38,7 +38,8 @@ CANCEL_DEADLINE_S = 10.0
 GPU = {  # what the stand-in of nvidia-smi is asked for, and answers
     "timestamp": "now", "index": "0", "name": "Tesla T4", "uuid": "GPU-0", "driver_version": "535.129.03",
     "pci.bus_id": "00000000:FF:1E.0", "memory.total": "15360", "memory.used": "512", "power.draw": "70.00",
-    "power.limit": "70.00", "utilization.gpu": "42", "utilization.encoder": "30", "temperature.gpu": "55"}
+    "power.limit": "70.00", "utilization.gpu": "42", "utilization.encoder": "30", "temperature.gpu": "55",
+    "clocks_throttle_reasons.active": "0x0000000000000001"}
 SEED_FIELDS = ("address", "type", "cpu_threads", "cpu_model", "has_gpu", "gpu_type", "ram_bytes", "labels")
 
 
@@ -557,7 +558,10 @@ class Starting(FleetCase):
             metrics = master.finished(job)["result"]["metrics"]
             self.assertEqual(processes_called(called), set(), "it ends with the job")
             self.assertEqual((metrics["gpu_usage"], metrics["gpu_memory_usage"]), (42.0, 512.0))
-            self.assertGreater(metrics["gpu_energy_joules"], 0)
+            if metrics["gpu_energy_joules"] is None:  # a busy machine starts even a stand-in late
+                self.assertIn("nvidia-smi told for", metrics["unknown"]["gpu_energy_joules"])
+            else:
+                self.assertGreater(metrics["gpu_energy_joules"], 0)
 
 
 SEED_NODE = "660e8400-e29b-41d4-a716-446655440001"

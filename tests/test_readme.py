@@ -128,7 +128,19 @@ class Complete(unittest.TestCase):
 
     def test_every_metric_of_a_result(self) -> None:
         made = agent.metrics_of(agent.Outcome("completed"))
-        self.assertEqual(names_of([row for row in rows("Metric") if row]), set(made) - {"unknown"})
+        listed = names_of([row for row in rows("Metric") if row]) | names_of(rows("Figure"))
+        self.assertEqual(listed, set(made) - {"unknown"})
+
+    def test_every_formula(self) -> None:
+        listed = {row[0].strip("`"): row[1].strip("`") for row in rows("Figure")}
+        self.assertEqual(listed, agent.FORMULAS)
+
+    def test_limits_of_measuring(self) -> None:
+        self.assertEqual((agent.IDLE_FIRST_S, agent.IDLE_S, agent.IDLE_REST_S, agent.IDLE_EVERY_S,
+                          agent.IDLE_BUSY_PERCENT), (3, 10, 30, 600, 10))
+        self.assertEqual((agent.RUNS_LEAST, agent.RUNS_MOST, agent.INTERVAL_MOST, agent.REPEATS_S),
+                         (3, {"medium": 10, "high": 20}, {"medium": 0.05, "high": 0.02}, 3600))
+        self.assertEqual((agent.SERIES_MOST, agent.BASELINE_S), (240, 60))
 
     def test_every_recommendation(self) -> None:
         listed = {row[0].strip("`"): row[1] for row in rows("Recommendation")}

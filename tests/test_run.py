@@ -24,7 +24,18 @@ from unittest import mock
 
 import agent
 import hwdetect
-from tests.support import FILM, TOP, control_groups, free_port, need, run, served, small_disk, wait_for
+from tests.support import (
+    FILM,
+    TOP,
+    control_groups,
+    free_port,
+    need,
+    newer_ffmpeg,
+    run,
+    served,
+    small_disk,
+    wait_for,
+)
 
 SIZES = ("4K60", "4K30", "1080p60", "1080p30", "720p60", "720p30", "480p30")
 SCENARIOS = [f"{size}-{codec}" for size in SIZES for codec in ("h264", "h265")]
@@ -583,9 +594,9 @@ class BadOutput(RunCase):
         (self.media / "gone").mkdir()
         name, inside = self.film("plain.mp4"), agent.Attempt._encode
 
-        def late(attempt: agent.Attempt, settings: agent.Settings, made: agent.Plan) -> agent.Outcome:
+        def late(attempt: agent.Attempt, *more: Any) -> agent.Outcome:
             shutil.rmtree(self.media / "gone")
-            return inside(attempt, settings, made)
+            return inside(attempt, *more)
         with mock.patch("agent.Attempt._encode", late):
             self.fails("output", "gone/o.mp4", "No such file", input=name, output="gone/o.mp4")
 
@@ -750,6 +761,155 @@ class Encoders(RunCase):
         self.assertIsNone(metrics["vmaf"])
         self.assertIn("vmaf", metrics["unknown"]["vmaf"])
         self.assertGreater(metrics["psnr_db"], 20)
+
+
+class Quality(RunCase):
+    """Known pairs have their known scores, and what is off is noticed."""
+
+    def flat(self, name: str, luma: int | str, pixel_format: str = "yuv420p") -> str:
+        """A film of one grey, lossless."""
+        words = (f"color=black:size=64x64:rate=25:duration=0.4,format={pixel_format},"
+                 f"lutyuv=y={luma}:u=128:v=128")
+        return self.film(name, "-f", "lavfi", "-i", words, "-c:v", "ffv1", "-pix_fmt", pixel_format)
+
+    def compared(self, metric: str, encoded: str, source: str, pixel_format: str = "yuv420p",
+                 ffmpeg: str = "ffmpeg") -> dict[str, float]:
+        """Scores of one film against another, by the agent's own command."""
+        film = agent.Source(str(self.media / source), 64, 64, 25.0, 0.4, pixel_format)
+        made = agent.plan(agent.resolve("h264", {"input": source}), agent.Machine("m", ffmpeg, 2), film, "o")
+        folder = Path(tempfile.mkdtemp(dir=self.root))
+        argv = agent.quality_command(ffmpeg, metric, str(self.media / encoded), film, made, 2)
+        done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        with open(folder / agent.FRAME_LOG) as frames:
+            return agent.parse_scores(metric, done.stderr.splitlines(), frames)[0]
+
+    def test_a_known_distortion_has_its_known_psnr(self) -> None:
+        """Luma off by 10: a mean square error of 100 in four of six samples, 29.89 dB."""
+        found = self.compared("psnr", self.flat("off.mkv", 110), self.flat("grey.mkv", 100))
+        for value in found.values():
+            self.assertAlmostEqual(value, 29.89, 2)
+
+    def test_ten_bits_are_compared_as_ten(self) -> None:
+        """One step of 1023 in the luma would be lost in eight bits: 61.96 dB."""
+        source = self.flat("grey10.mkv", 400, "yuv420p10le")
+        found = self.compared("psnr", self.flat("off10.mkv", 401, "yuv420p10le"), source, "yuv420p10le")
+        self.assertAlmostEqual(found["psnr_db"], 61.96, 2)
+
+    def test_a_film_that_is_encoded_without_loss_is_perfect_whatever_was_changed(self) -> None:
+        self.film("moves.mp4", *picture("160x90", seconds=2))
+        late = self.film("late.mkv", *picture("160x90"), *TONE, "-filter_complex",
+                         "[0:v]setpts=PTS+0.3/TB[v]", "-map", "[v]", "-map", "1:a", "-c:a", "aac")
+        for change in ({"width": 80}, {"fps": 10}, {"fps": 50}, {"duration": 0.72},
+                       {"fps": 29.97, "height": 180}, {"input": late}, {"input": late, "fps": 10}):
+            with self.subTest(**change):
+                metrics = self.completes(**{"input": "moves.mp4", "crf": 0, "audio": False,
+                                            "preset": "ultrafast", "quality": ["psnr"], **change})["metrics"]
+                found = [metrics[name] for name in ("psnr_db", "psnr_min_db", "psnr_harmonic_db")]
+                self.assertEqual(found, [100.0, 100.0, 100.0], metrics["unknown"])
+
+    def test_one_frame_shifted_is_noticed(self) -> None:
+        source = self.film("walk.mkv", *picture("64x64", seconds=1), "-c:v", "ffv1")
+        shifted = self.film("shifted.mkv", *picture("64x64", seconds=1), "-vf", "trim=start_frame=1",
+                            "-c:v", "ffv1")
+        same, other = (self.compared("psnr", film, source) for film in (source, shifted))
+        self.assertEqual(same["psnr_min_db"], 100.0)
+        self.assertLess(other["psnr_db"], 40)
+
+    def test_a_comparison_is_booked_to_nobody(self) -> None:
+        """Neither to its own job, nor to one beside it, which it would be if the meter did not know of it."""
+        joined: list[agent.Ledger] = []
+        join = agent.Meter.join
+
+        def noted(meter: agent.Meter, ledger: agent.Ledger) -> None:
+            joined.append(ledger)
+            join(meter, ledger)
+        with mock.patch("agent.Meter.join", noted):
+            attempt = self.attempt(input=self.film("plain.mp4"), quality="psnr")
+            outcome = attempt.run()
+        self.assertEqual((len(joined), outcome.status), (2, "completed"))
+        self.assertIs(outcome.ledger, joined[0])
+        self.assertIsNot(outcome.ledger, joined[1])
+
+    def test_a_source_with_fewer_frames_is_no_comparison(self) -> None:
+        attempt = self.attempt(input=self.film("plain.mp4"), quality="psnr")
+        with mock.patch("agent.quality_command", side_effect=lambda *words: [
+                word.replace("settb", "trim=end_frame=9,settb") for word in QUALITY_COMMAND(*words)]):
+            metrics = self.result(attempt)["metrics"]
+        self.assertIsNone(metrics["psnr_db"])
+        self.assertIn("9 frames to compare with the output's 25", metrics["unknown"]["psnr_db"])
+
+    def test_vmaf_and_xpsnr_where_this_ffmpeg_has_them(self) -> None:
+        program = newer_ffmpeg()
+        if program is None:
+            self.skipTest("no ffmpeg with libvmaf and xpsnr here (python3 -m tests --install fetches one)")
+        place = dataclasses.replace(self.place, filters=("psnr", "libvmaf", "xpsnr"),
+                                    machine=dataclasses.replace(self.place.machine, ffmpeg=program))
+        self.film("moving.mp4", *picture("640x360", seconds=2))
+        worse = {}
+        for crf in (0, 45):
+            metrics = self.completes("h264", place, input="moving.mp4", crf=crf, width=320, duration=0.6,
+                                     quality=["vmaf", "xpsnr"], preset="ultrafast")["metrics"]
+            worse[crf] = metrics
+            self.assertLessEqual(metrics["vmaf_min"], metrics["vmaf_harmonic"])
+            self.assertLessEqual(metrics["vmaf_harmonic"], metrics["vmaf"] + 1e-6)
+        self.assertEqual((worse[0]["xpsnr_db"], worse[0]["xpsnr_min_db"]), (100.0, 100.0))
+        self.assertGreater(worse[0]["vmaf"], 95)
+        self.assertLess(worse[45]["vmaf"], worse[0]["vmaf"] - 10)
+        self.assertLess(worse[45]["xpsnr_db"], 40)
+        source = self.film("walk.mkv", *picture("64x64", seconds=1), "-c:v", "ffv1")
+        self.assertEqual(set(self.compared("xpsnr", source, source, ffmpeg=program).values()), {100.0})
+
+
+QUALITY_COMMAND = agent.quality_command
+
+
+class Repeats(RunCase):
+    def test_a_job_is_repeated_and_only_the_last_output_stays(self) -> None:
+        job = {"scenario": "64p25-h264", "confidence": "medium",
+               "parameters": {"duration": 0.2, "output": "again.mp4", "quality": "psnr"}}
+        attempt = agent.Attempt(str(uuid.uuid4()), 1, job, self.place)
+        phases: set[str] = set()
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.01):
+                phases.add(attempt.progress["phase"])
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            result = self.result(attempt)
+        finally:
+            done.set()
+            watcher.join()
+        self.assertEqual(result["status"], "completed", result["error"])
+        repeats = result["repeats"]
+        self.assertTrue(4 <= len(repeats) <= 11, repeats)
+        self.assertEqual([row["warm_up"] for row in repeats], [True] + [False] * (len(repeats) - 1))
+        mean = sum(row["duration"] for row in repeats[1:]) / (len(repeats) - 1)
+        self.assertAlmostEqual(result["metrics"]["duration"], mean, 4)
+        self.assertEqual(result["statistics"]["duration"]["n"], len(repeats) - 1)
+        self.assertEqual(result["analyzer_output"]["runs"], len(repeats))
+        self.assertEqual(int(streams(self.media / "again.mp4")[0]["nb_read_packets"]), 5)
+        self.assertIn("run 3, encoding", phases)
+        self.assertIsNotNone(result["metrics"]["psnr_db"])
+
+    def test_a_baseline_encodes_nothing(self) -> None:
+        result = self.completes("baseline", duration=0.5, settle=0.3, cooldown=0.3)
+        metrics = result["metrics"]
+        self.assertNotIn("encode", result)
+        self.assertTrue(0.4 < metrics["duration"] < 5, metrics["duration"])
+        self.assertEqual((metrics["frames"], metrics["fps"]), (None, None))
+        self.assertEqual(metrics["unknown"]["frames"], "nothing was encoded")
+        self.assertGreaterEqual(len(result["series"]["seconds"]), 1)
+        self.assertEqual(len(result["series"]["seconds"]), len(result["series"]["power_watts"]))
+        self.assertEqual(agent.resolve("idle-baseline").duration, 60)
+        self.assertLessEqual({name for name, _ in agent.result_rows(result)}, {"time", "CPU", "energy"})
+
+    def test_rest_is_not_measured(self) -> None:
+        began = time.monotonic()
+        metrics = self.completes("64p25-h264", duration=0.2, settle=0.75, cooldown=0.75)["metrics"]
+        self.assertLess(metrics["duration"], time.monotonic() - began - 1.5)
 
 
 class StandIns(RunCase):
