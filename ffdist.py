@@ -14,10 +14,12 @@ Sections (each uses only those above it):
   4 Master      one lock; registry, lanes, leases
   6 HTTP API    ROUTES, the handler: the API document
   7 Metrics     the one table of metrics: text, what is pushed, dashboards, alerts
+  7 Metrics     the one table of metrics
+  8 Reports     experiments, tables and plots over many results: pure
   9 Pages       the plain page of nodes and jobs
   10 Service    server, background threads, other programs
   11 CLI        one table of subcommands
-(5 Access and 8 Reports are numbers kept for what they will hold.)
+(5 Access is a number kept for what it will hold.)
 
 A job's life (SHOWN tells how two inner states look from outside):
 
@@ -36,6 +38,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import fcntl
 import heapq
 import html
@@ -90,6 +93,163 @@ LEASE_WITHOUT_SESSION_S = 24 * 3600.0
 REAP_S = 1.0
 
 
+class Rate(NamedTuple):
+    """A price or a carbon intensity per kWh: `always` one figure, or one for each hour of UTC.
+
+    The keys of `by_hour` are hours of the day where it is `daily`, else hours since 1970.
+    """
+
+    always: float | None = None
+    by_hour: Mapping[int, float] = {}
+    daily: bool = False
+
+    def mean(self, start_s: float, length_s: float) -> float:
+        """Return the mean over a stretch of time in s since 1970; LookupError names the missing hour."""
+        if self.always is not None:
+            return self.always
+        at, end, total = start_s, start_s + max(length_s, 1.0), 0.0
+        while at < end:
+            hour = int(at // 3600)
+            key, until = hour % 24 if self.daily else hour, min(end, (hour + 1) * 3600.0)
+            if key not in self.by_hour:
+                raise LookupError((wire.utc_text(hour * 3600) or "")[:13] + "Z")
+            total += self.by_hour[key] * (until - at)
+            at = until
+        return total / (end - start_s)
+
+
+def hourly_rate_of(text: str, low: float) -> Rate:
+    """Return the rate that a CSV file tells by hour; ValueError names the line.
+
+    Its first line is a header: `time` (the beginning of an hour, RFC 3339) or `hour` (0 to 23, of UTC),
+    then a word for the value; what follows in a line is ignored.
+    """
+    found: dict[int, float] = {}
+    reader = csv.reader(text.splitlines())
+    kind = (next(reader, [""]) or [""])[0].strip().lstrip("\ufeff").lower()
+    if kind not in ("time", "hour"):
+        raise ValueError("line 1: the header must begin with time or hour, such as 'hour,price'")
+    for cells in reader:
+        if not any(cell.strip() for cell in cells):
+            continue
+        try:
+            key, value = _hour_of(kind, cells[0].strip()), float(cells[1])
+        except (ValueError, IndexError, OverflowError):
+            what = "an hour from 0 to 23" if kind == "hour" else "a whole hour such as 2025-12-29T19:00:00Z"
+            raise ValueError(f"line {reader.line_num}: {','.join(cells)[:60]!r} must be {what}, a comma "
+                             "and a number") from None
+        if not low <= value < math.inf:
+            raise ValueError(f"line {reader.line_num}: {value:g} is no value from {low:g} on")
+        if key in found:
+            raise ValueError(f"line {reader.line_num}: {cells[0].strip()} stands there twice")
+        found[key] = value
+    if not found:
+        raise ValueError("line 2: there must be a value after the header")
+    return Rate(None, found, kind == "hour")
+
+
+def _hour_of(kind: str, text: str) -> int:
+    if kind == "hour":
+        return range(24)[int(text)] if text.isdigit() else int("")
+    at = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text))
+    if at.tzinfo is None or at.timestamp() % 3600:
+        raise ValueError
+    return int(at.timestamp() // 3600)
+
+
+def rates_of(text: str, read: Callable[[str], str], low: float = 0.0) -> Mapping[str, Rate]:
+    """Return the rates by node ("" is every other) of `0.30,worker-01=0.22,worker-02=prices.csv`.
+
+    `read` returns the text of a file; ValueError tells in one sentence what is wrong.
+    """
+    rates: dict[str, Rate] = {}
+    for part in text.split(","):
+        node, _, value = part.rpartition("=")
+        if node in rates or not value.strip():
+            raise ValueError(f"'{text}' must be numbers or files with commas between, one for each node")
+        try:
+            number = float(value)
+        except ValueError:
+            try:
+                rates[node] = hourly_rate_of(read(value), low)
+            except OSError as error:
+                raise ValueError(f"'{value}' is no number, and no file to read: {error.strerror}") from None
+            except ValueError as error:
+                raise ValueError(f"{value}: {error}") from None
+            continue
+        if not low <= number < math.inf:
+            raise ValueError(f"'{value}' must be a number from {low:g} on")
+        rates[node] = Rate(number)
+    return rates
+
+
+PRICE_LOWEST = -1e6  # at some hours electricity is given away, and more
+JOULES_PER_WH = 3600.0
+PRICED = ("energy_cost", "carbon_g", "energy_wh_per_minute", "cost_per_minute", "carbon_g_per_minute")
+
+
+class Tariff(NamedTuple):
+    """What energy costs, by node ("" is every other): in a currency and in g CO2e, both per kWh."""
+
+    prices: Mapping[str, Rate] = {}
+    carbon: Mapping[str, Rate] = {}
+    currency: str | None = None
+
+    def priced(self, metrics: Json, nodes: Sequence[str], start_s: float) -> Json:
+        """Return metrics with PRICED added; `nodes` are the names that the attempt's node goes by.
+
+        The gross energy is spread evenly over `duration` from `start_s` (s since 1970); a minute is one
+        of output. Metrics without a word of energy stay as they are when nothing is priced.
+        """
+        if "energy_joules" not in metrics and not self.prices and not self.carbon:
+            return metrics
+        told = metrics.get("unknown")
+        unknown = dict(told) if isinstance(told, dict) else {}
+        energy, minutes = finite(metrics, "energy_joules"), (finite(metrics, "output_seconds") or 0) / 60
+        why = str(unknown.get("energy_joules") or "the node tells no energy")[:200]
+        figures: Json = dict.fromkeys(PRICED)
+        reasons = dict.fromkeys(PRICED, why)
+        if energy is not None:
+            length = finite(metrics, "duration") or 0.0
+            figures["energy_cost"], reasons["energy_cost"] = _cost(
+                self.prices, nodes, energy, start_s, length, "--energy-price")
+            figures["carbon_g"], reasons["carbon_g"] = _cost(
+                self.carbon, nodes, energy, start_s, length, "--carbon-intensity")
+            for name, whole, source in (("energy_wh_per_minute", energy / JOULES_PER_WH, ""),
+                                        ("cost_per_minute", figures["energy_cost"], "energy_cost"),
+                                        ("carbon_g_per_minute", figures["carbon_g"], "carbon_g")):
+                figures[name] = whole / minutes if whole is not None and minutes > 0 else None
+                reasons[name] = reasons[source] if whole is None else "the output's length is unknown"
+        figures = {name: None if value is None else float(f"{value:.6g}") for name, value in figures.items()}
+        unknown.update({name: reasons[name] for name, value in figures.items() if value is None})
+        if self.currency and figures["energy_cost"] is not None:
+            figures["currency"] = self.currency
+        return {**metrics, **figures, "unknown": unknown}
+
+
+def _cost(rates: Mapping[str, Rate], nodes: Sequence[str], energy: float, start_s: float, length_s: float,
+          flag: str) -> tuple[float | None, str]:
+    """Return what so many J cost at a node's rate, or why that is unknown."""
+    rate = next((rates[name] for name in (*nodes, "") if name in rates), None)
+    if rate is None:
+        return None, f"the master has no {flag} for this node"
+    try:
+        return energy / JOULES_PER_WH / 1000 * rate.mean(start_s, min(length_s, 31 * 86400.0)), ""
+    except LookupError as missing:
+        return None, f"the file of {flag} has no {missing.args[0]}"
+
+
+def finite(values: Mapping[str, Any], name: str) -> float | None:
+    """Return a figure that may be missing; None for what is no finite number from 0 on."""
+    value = values.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        return None
+    return float(value)
+
+
+NO_TARIFF = Tariff()
+
+
 @dataclass(frozen=True)
 class Settings:
     """The master's own settings; times in s."""
@@ -101,6 +261,7 @@ class Settings:
     quarantine_after: int = 3  # failures in a row; 0: never
     keep_jobs: float = 1e6
     keep_s: float = math.inf
+    tariff: Tariff = NO_TARIFF
 
 
 def bad(field: str, what: str) -> ApiError:
@@ -2082,6 +2243,9 @@ class Master:
         result = {**kept, "job_id": job.id, "node_id": node.id, "node": node.name, "attempt": job.attempt,
                   "scenario": job.scenario, "status": report.status,
                   "received_at": wire.utc_text(self.wall())}
+        if body.get("metrics"):
+            result["metrics"] = self.settings.tariff.priced(body["metrics"], (node.name, node.id),
+                                                            job.attempts[-1]["started_at"])
         self.journal.put("result", self._last_result, report.status, job.scenario, node.id,
                          json.dumps(result), job.seq)
         self._count_key(("results", report.status, job.scenario, node.id), 1)
@@ -3398,6 +3562,39 @@ def monitoring_files(site: Site) -> dict[str, str]:
                   for name, rows in grafana.items())
     return {**{path: json.dumps(value, indent=2) + "\n" for path, value in known.items()},
             "grafana/grafana.ini": ini}
+# ---- 8 Reports ------------------------------------------------------------------------------------
+
+
+def amount_text(value: float | None, unit: str = "") -> str | None:
+    """Return a figure of any size with three digits and its unit: `0.00123 EUR`, `45.7 Wh`, `12300 J`."""
+    if value is None:
+        return None
+    digits = 2 if value == 0 else min(12, max(0, 2 - math.floor(math.log10(abs(value)))))
+    return f"{value:.{digits}f} {unit}".rstrip()
+
+
+def energy_text(metrics: Mapping[str, Any], name: str = "energy_joules") -> str | None:
+    """Return energy for people, in Wh; an estimate says so."""
+    joules = finite(metrics, name)
+    text = amount_text(None if joules is None else joules / JOULES_PER_WH, "Wh")
+    return f"~{text}" if text and metrics.get("energy_estimated") else text
+
+
+def money_text(metrics: Mapping[str, Any], name: str) -> str | None:
+    """Return a cost with its currency; it may be below nothing."""
+    value = metrics.get(name)
+    return amount_text(value if isinstance(value, (int, float)) else None, str(metrics.get("currency") or ""))
+
+
+def cost_text(metrics: Mapping[str, Any]) -> str | None:
+    """Return what an attempt's energy cost, as one phrase; None where the master priced nothing."""
+    parts = [energy_text(metrics), money_text(metrics, "energy_cost"),
+             amount_text(finite(metrics, "carbon_g"), "g CO2e")]
+    minute = [amount_text(finite(metrics, "energy_wh_per_minute"), "Wh"),
+              money_text(metrics, "cost_per_minute"),
+              amount_text(finite(metrics, "carbon_g_per_minute"), "g CO2e")]
+    shown, per = (", ".join(part for part in some if part) for some in (parts, minute))
+    return f"{shown}; a minute of output: {per}" if shown and per else shown or None
 
 
 # ---- 9 Pages --------------------------------------------------------------------------------------
@@ -4032,6 +4229,13 @@ def cmd_backup(args: argparse.Namespace) -> int:
     return 0
 
 
+def _rates(flag: str, text: str | None, low: float) -> Mapping[str, Rate]:
+    try:
+        return rates_of(text, lambda name: Path(name).read_text(encoding="utf-8"), low) if text else {}
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from None
+
+
 def cmd_master(args: argparse.Namespace) -> int:
     """Run the master until it is told to stop."""
     log = wire.setup_logging(args.log_level, args.log_format, "ffdist.master")
@@ -4042,6 +4246,10 @@ def cmd_master(args: argparse.Namespace) -> int:
     settings = Settings(args.node_timeout, args.max_retries, args.retry_delay, args.retry_delay_most,
                         args.quarantine_after, *args.keep)
     service = Service(args.host, args.port, folder, settings, log, args.victoriametrics)
+    tariff = Tariff(_rates("--energy-price", args.energy_price, PRICE_LOWEST),
+                    _rates("--carbon-intensity", args.carbon_intensity, 0), args.currency)
+    settings = Settings(args.node_timeout, args.max_retries, tariff)
+    service = Service(args.host, args.port, folder, settings, log)
     shot = service.master.snapshot()
     waiting = sum(shot.totals.get(("jobs", word), 0) for word in ("pending", "running", "paused", "blocked"))
     service.start()
@@ -4133,6 +4341,7 @@ def _show_job(job: Json) -> None:
         rows.append(("progress", wire.progress_text(job.get("progress") or {"phase": "starting"})))
     if result.get("metrics") and job["status"] == "completed":
         rows += wire.result_rows(result)
+        rows += [("cost", text) for text in (cost_text(result["metrics"]),) if text]
     else:
         rows.append(("settings", wire.settings_text(job.get("settings") or {})))
     _print_table(rows)
@@ -4168,7 +4377,8 @@ def cmd_results(args: argparse.Namespace) -> int:
     if args.json:
         return _print_json(page)
     rows: list[tuple[Any, ...]] = [
-        ("JOB", "STATUS", "NODE", "TIME", "SPEED", "CPU", "ENERGY", "SIZE", "SCENARIO", "VERDICT")]
+        ("JOB", "STATUS", "NODE", "TIME", "SPEED", "CPU", "ENERGY", "COST", "CO2E", "SIZE", "SCENARIO",
+         "VERDICT")]
     rows += [_result_row(result) for result in page["results"]]
     return _print_page(rows, page, "results", "they come when jobs have run")
 
@@ -4181,7 +4391,8 @@ def _result_row(result: Json) -> tuple[Any, ...]:
         return form.format(value) if isinstance(value, (int, float)) else None
     size = metrics.get("output_bytes")
     return (result["job_id"][:8], result["status"], result.get("node"), figure("duration", "{:.1f} s"),
-            figure("speed", "{:.2f}x"), figure("cpu_usage", "{:.0f} %"), figure("energy_joules", "{:.0f} J"),
+            figure("speed", "{:.2f}x"), figure("cpu_usage", "{:.0f} %"), energy_text(metrics),
+            money_text(metrics, "energy_cost"), amount_text(finite(metrics, "carbon_g"), "g"),
             wire.size_text(size) if isinstance(size, (int, float)) else None, result["scenario"],
             (result.get("analyzer_output") or {}).get("recommendation") or result.get("error"))
 
@@ -4363,6 +4574,12 @@ class Command(NamedTuple):
     words: tuple[str, ...] = ()
 
 
+def _currency(text: str) -> str:
+    if not 0 < len(text) <= 16 or wire.printable(text) != text:
+        raise argparse.ArgumentTypeError("a currency is a word of at most 16 characters, such as EUR")
+    return text
+
+
 _LOG_FLAGS = (Flag("--log-level", "info", wire.one_of("debug", "info", "warning", "error"),
                    "debug, info, warning or error"),
               Flag("--log-format", "text", wire.one_of("text", "json"), "text or json"))
@@ -4382,6 +4599,9 @@ COMMANDS = {
         Flag("--keep", "1000000", keep_of,
              "finished jobs to keep: a number, an age such as 90d, both, or forever (1000000)"),
         Flag("--victoriametrics", None, wire.web_address, "address of a VictoriaMetrics to push to (none)"),
+        Flag("--energy-price", None, str, "price of a kWh, or a CSV file by hour"),
+        Flag("--carbon-intensity", None, str, "g CO2e of a kWh, or a CSV file by hour"),
+        Flag("--currency", None, _currency, "what the price is in, such as EUR"),
         *_LOG_FLAGS)),
     "backup": Command(cmd_backup, "copy the journal of a master, running or not, to a file", (_DATA_FLAG,),
                       ("file",)),

@@ -142,6 +142,9 @@ class Complete(unittest.TestCase):
                          (3, {"medium": 10, "high": 20}, {"medium": 0.05, "high": 0.02}, 3600))
         self.assertEqual((agent.SERIES_MOST, agent.BASELINE_S), (240, 60))
 
+    def test_every_metric_that_the_master_adds(self) -> None:
+        self.assertEqual(names_of(rows("Added by the master")), set(ffdist.PRICED))
+
     def test_every_recommendation(self) -> None:
         listed = {row[0].strip("`"): row[1] for row in rows("Recommendation")}
         self.assertEqual(listed, agent.RECOMMENDATIONS)
