@@ -39,11 +39,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import difflib
 import fcntl
 import heapq
 import html
 import http
 import http.server
+import itertools
 import json
 import logging
 import math
@@ -67,7 +69,7 @@ import time
 import urllib.parse
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -3565,6 +3567,276 @@ def monitoring_files(site: Site) -> dict[str, str]:
 # ---- 8 Reports ------------------------------------------------------------------------------------
 
 
+class Group(NamedTuple):
+    """Jobs of an experiment that run side by side: on one node (`lane`) or, where that is "", on any.
+
+    While an `alone` one runs, nothing else of the experiment may run where it does.
+    """
+
+    lane: str
+    alone: bool
+    jobs: tuple[Json, ...]
+
+
+class Experiment(NamedTuple):
+    """A matrix of jobs, in the order in which they are to run."""
+
+    id: str
+    name: str
+    groups: tuple[Group, ...]
+
+    @property
+    def jobs(self) -> list[Json]:
+        """All submissions."""
+        return [job for group in self.groups for job in group.jobs]
+
+
+_AXES = {"inputs": "input", "codecs": "codec", "encoders": "encoder", "presets": "preset"}
+_RATES = {"bitrates": "bitrate", "crfs": "crf"}
+_SECONDS = ("duration", "settle", "cooldown", "timeout")
+_FILE_FIELDS = ("name", "id", "scenarios", *_AXES, *_RATES, "nodes", "streams", "repeats", "baseline",
+                "quality", "confidence", "settle", "cooldown", "parameters")
+_ENTRY_FIELDS = ("scenario", "name", "type", "count", "stabilization", "resolution", "frame_rate",
+                 "output_mode", "rtmp_url", "stream_key", *wire.PARAMETERS)
+_TYPES = ("single", "multi", "baseline")
+STREAMS_MOST = 256
+
+
+class _Entry(NamedTuple):
+    """One scenario of an experiment file: its own parameters, and where each of them stands."""
+
+    place: str
+    scenario: str
+    name: str | None
+    streams: tuple[int, ...]
+    parameters: Json
+    baseline: bool = False
+
+
+def experiment_of(value: Any, stem: str) -> Experiment:
+    """Return the experiment of a file's JSON; ValueError tells the place of what is wrong in it.
+
+    `stem` names it where the file does not. A job's id follows from the experiment's id and from all that
+    the job is, so that the same file means the same jobs, and a changed line only its own.
+    """
+    if not isinstance(value, dict):
+        raise ValueError("the file must hold a JSON object with scenarios")
+    _known(value, "", _FILE_FIELDS)
+    name = _text(value, "name", "", stem[:64] or "experiment")
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", _text(value, "id", "", name)).strip("-")[:64] or "experiment"
+    if value.get("confidence", "auto") not in CONFIDENCES:
+        raise ValueError(f"confidence must be one of {', '.join(CONFIDENCES)}")
+    nodes = _list(value, "nodes", str, "names of nodes") or [None]
+    streams = tuple(_wholes(value, "streams", STREAMS_MOST))
+    given = _list(value, "scenarios", (str, dict), "scenarios")
+    if not given and any(name in value for name in (*_AXES, *_RATES)):
+        given = ["transcode"]
+    entries = [_entry(item, f"scenarios[{number}]", streams) for number, item in enumerate(given)]
+    if value.get("baseline") not in (None, False, 0):
+        length = {} if value["baseline"] is True else {"duration": _seconds(value["baseline"], "baseline")}
+        entries.insert(0, _Entry("baseline", "baseline", None, (1,), length, True))
+    elif not entries:
+        raise ValueError("scenarios must be a list of at least one, such as [\"1080p30\"]")
+    cells = list(itertools.islice(((node, entry, cell) for entry in entries for cell in _cells(value, entry)
+                                   for node in nodes), BULK_MOST + 1))
+    repeats = _wholes(value, "repeats", 1000)[0]
+    if repeats * sum(sum(entry.streams) for _, entry, _ in cells) > BULK_MOST:
+        raise ValueError(f"the file asks for more than {BULK_MOST} jobs")
+    groups = tuple(_group(slug, name, value, entry, cell, node, size, repeat if repeats > 1 else None)
+                   for repeat in range(1, repeats + 1) for node, entry, cell in cells
+                   for size in entry.streams)
+    made = Experiment(slug, name, groups)
+    outputs = [job["parameters"]["output"] for job in made.jobs if job["parameters"].get("output")]
+    if len(set(outputs)) < len(outputs):
+        raise ValueError("parameters.output would be written by several jobs: leave it out to discard them")
+    if len({job["id"] for job in made.jobs}) < len(made.jobs):
+        raise ValueError("the file asks twice for the same job: use repeats to run all of it more than once")
+    return made
+
+
+def _known(value: Json, place: str, names: Sequence[str]) -> None:
+    for name in value:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1, 0.6)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
+            raise ValueError(f"{place}{wire.printable(name)[:64]} is no field of an experiment: {hint}")
+
+
+def _text(value: Json, name: str, place: str, default: str) -> str:
+    text = value.get(name, default)
+    if not isinstance(text, str) or not 0 < len(text) <= 64 or wire.printable(text) != text:
+        raise ValueError(f"{place}{name} must be a text of 1 to 64 characters")
+    return text
+
+
+def _list(value: Json, name: str, kinds: Any, what: str) -> list[Any]:
+    found = value.get(name, [])
+    if not isinstance(found, list) or (name in value and not found):
+        raise ValueError(f"{name} must be a list of {what}")
+    for number, item in enumerate(found):
+        if not isinstance(item, kinds) or isinstance(item, bool):
+            raise ValueError(f"{name}[{number}] must be one of the {what}, not {json.dumps(item)[:40]}")
+    return found
+
+
+def _wholes(value: Json, name: str, most: int, place: str = "") -> list[int]:
+    """Return one whole number or a list of them; 1 where there is none."""
+    given = value.get(name, 1)
+    found = given if isinstance(given, list) and given else [given]
+    for number in found:
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= most:
+            raise ValueError(f"{place}{name} must be a whole number from 1 to {most}")
+    return found
+
+
+def _seconds(value: Any, place: str) -> Any:
+    """Return s of a number or a duration; resolve() judges what is neither."""
+    if isinstance(value, str):
+        try:
+            return wire.parse_duration(value)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+    return value
+
+
+def _entry(item: Any, place: str, streams: tuple[int, ...]) -> _Entry:
+    """Return a scenario of the file: a word, or an object with parameters as in the seed's files."""
+    if isinstance(item, str):
+        return _Entry(place, item, None, streams, {})
+    _known(item, f"{place}.", _ENTRY_FIELDS)
+    kind = item.get("type", "multi" if "count" in item else "single")
+    if kind not in _TYPES:
+        raise ValueError(f"{place}.type must be one of {', '.join(_TYPES)}")
+    name = _text(item, "name", f"{place}.", "") if "name" in item else None
+    given = {"settle": item["stabilization"]} if "stabilization" in item else {}
+    given.update({word: item[word] for word in item
+                  if word not in ("scenario", "name", "type", "count", "stabilization")})
+    given = {word: _seconds(given[word], f"{place}.{'stabilization' if word not in item else word}")
+             if word in _SECONDS else given[word] for word in given}
+    if kind == "baseline":
+        kept = {word: given[word] for word in ("duration", "settle", "cooldown") if word in given}
+        return _Entry(place, "baseline", name, (1,), kept, True)
+    if "count" in item:
+        streams = tuple(_wholes(item, "count", STREAMS_MOST, f"{place}."))
+    return _Entry(place, item.get("scenario", name if _resolves(name) else "transcode"), name, streams, given)
+
+
+def _resolves(name: str | None) -> bool:
+    with contextlib.suppress(ApiError):
+        wire.resolve(name)
+        return True
+    return False
+
+
+def _cells(value: Json, entry: _Entry) -> Iterator[Json]:
+    """Yield the parameters that the axes give to the cells of one scenario, each with its place.
+
+    What the scenario says itself is no axis for it.
+    """
+    if entry.baseline:
+        yield {}
+        return
+    axes = [[{name: (item, f"{plural}[{number}]")} for number, item in
+             enumerate(_list(value, plural, (str, int, float), plural))] or [{}]
+            for plural, name in _AXES.items() if name not in entry.parameters]
+    for parts in itertools.product(*axes):
+        cell = {name: found for part in parts for name, found in part.items()}
+        yield from ({**cell, **rate} for rate in _rates_of(value, entry, cell))
+
+
+def _rates_of(value: Json, entry: _Entry, cell: Json) -> list[Json]:
+    """Return the bitrates and crfs that a cell is to be encoded at; they may stand by codec."""
+    rates: list[Json] = []
+    if any(name in entry.parameters for name in _RATES.values()):
+        return [{}]
+    for plural, name in _RATES.items():
+        given, place = value, plural
+        if isinstance(value.get(plural), dict):
+            place = str(_settings(entry, {**entry.parameters, **_bare(cell)}, cell).codec)
+            given, place = {f"{plural}.{place}": value[plural].get(place)}, f"{plural}.{place}"
+            _known(value[plural], f"{plural}.", wire.CODECS)
+        rates += [{name: (item, f"{place}[{number}]")} for number, item in
+                  enumerate(_list(given, place, (str, int, float), "rates"))]
+    return rates or [{}]
+
+
+def _bare(cell: Json) -> Json:
+    return {name: item for name, (item, _) in cell.items()}
+
+
+def _settings(entry: _Entry, parameters: Json, cell: Json) -> wire.Settings:
+    """Return what a job resolves to; ValueError names the place in the file that is to blame."""
+    try:
+        return wire.resolve(entry.scenario, parameters)
+    except ApiError as error:
+        name = (error.field or "").replace("parameters.", "", 1)
+        place = (cell[name][1] if name in cell else f"{entry.place}.{name}" if name in entry.parameters
+                 else entry.place if name == "scenario" else f"parameters.{name}" if name else entry.place)
+        words = error.message.replace(error.field or "\0", place, 1)
+        raise ValueError(words if words.startswith(place) else f"{place}: {words}") from None
+
+
+def _group(slug: str, title: str, value: Json, entry: _Entry, cell: Json, node: str | None, size: int,
+           repeat: int | None) -> Group:
+    common = typed_of(value, "parameters", dict, "an object of parameters") or {}
+    if entry.baseline:
+        common = {}
+    rests = {name: _seconds(value[name], name) for name in ("settle", "cooldown") if value.get(name)}
+    quality = {"quality": value["quality"]} if "quality" in value and not entry.baseline else {}
+    parameters = {**common, **quality, **rests, **_bare(cell), **entry.parameters}
+    settings = _settings(entry, parameters, cell)
+    told = {"name": entry.name, "scenario": entry.scenario, **_bare(cell), "node": node, "repeat": repeat,
+            "streams": size if size > 1 else None}
+    told = {name: item for name, item in told.items() if item is not None}
+    jobs = []
+    for number in range(1, size + 1):
+        job: Json = {"scenario": entry.scenario, "confidence": value.get("confidence", "auto"),
+                     "parameters": parameters, **({"node": node} if node else {})}
+        mark = {**told, **({"stream": number} if size > 1 else {})}
+        same = json.dumps([slug, mark, job], sort_keys=True)
+        jobs.append({"id": str(uuid.uuid5(uuid.NAMESPACE_OID, same)), **job,
+                     "experiment": {"id": slug, "name": title, "cell": mark}})
+    alone = bool(size > 1 or entry.baseline or settings.settle or settings.cooldown)
+    return Group(node or "", alone, tuple(jobs))
+
+
+def due_groups(groups: Iterable[Group], final: Container[str]) -> list[Group]:
+    """Return the groups that may run now, in order; `final` has the ids of jobs that have ended.
+
+    A group waits for those before it on its node where it or they must be alone.
+    """
+    due = []
+    taken: set[str] = set()
+    alone: set[str] = set()
+    for group in groups:
+        if all(job["id"] in final for job in group.jobs):
+            continue
+        before = taken if group.alone else alone
+        if not before & {group.lane, ""} and (group.lane or not before):
+            due.append(group)
+        taken.add(group.lane)
+        if group.alone:
+            alone.add(group.lane)
+    return due
+
+
+def experiment_progress(jobs: Iterable[Json], total: int) -> Json:
+    """Return how far an experiment is, as a job's progress: what ended, what runs, the time left."""
+    known = list(jobs)
+    count = {word: sum(job["status"] == word for job in known) for word in STATUSES}
+    spans = [_epoch(job["completed_at"]) - _epoch(job["started_at"]) for job in known
+             if job["status"] == "completed" and job.get("started_at") and job.get("completed_at")]
+    ended = sum(count[word] for word in FINAL)
+    parts = [f"{ended} of {total} jobs ended"]
+    parts += [f"{count[word]} {word}" for word in ("running", "paused", "failed", "canceled") if count[word]]
+    left = (sum(spans) / len(spans) * (total - ended) / max(1, count["running"])) if spans else None
+    return {"phase": ", ".join(parts), "percent": 100 * ended / max(1, total), "eta_s": left}
+
+
+def _epoch(text: str) -> float:
+    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+
+
 def amount_text(value: float | None, unit: str = "") -> str | None:
     """Return a figure of any size with three digits and its unit: `0.00123 EUR`, `45.7 Wh`, `12300 J`."""
     if value is None:
@@ -4397,6 +4669,13 @@ def _result_row(result: Json) -> tuple[Any, ...]:
             (result.get("analyzer_output") or {}).get("recommendation") or result.get("error"))
 
 
+def _print_report(jobs: Iterable[Json]) -> None:
+    """Print jobs with what came out of them as one table."""
+    rows: list[tuple[Any, ...]] = [("JOB", "STATUS", "NODE", "WHAT")]
+    rows += [(job["id"][:8], job["status"], job.get("node_id"), job["scenario"]) for job in jobs]
+    _print_table(rows)
+
+
 def _print_page(rows: Sequence[Sequence[Any]], page: Json, what: str, hint: str) -> int:
     if len(rows) == 1:
         print(f"no {what}; {hint}")
@@ -4405,6 +4684,109 @@ def _print_page(rows: Sequence[Sequence[Any]], page: Json, what: str, hint: str)
     if page.get("next"):
         print(f"{page['count']} of {page['total']} {what}; the next with --after {page['next']}")
     return 0
+
+
+def load_experiment(path: str) -> Experiment:
+    """Return the experiment of a file; ValueError tells what is wrong with it, and where."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}: name an experiment file") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    try:
+        return experiment_of(value, Path(path).stem)
+    except (ValueError, ApiError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def cmd_experiment(args: argparse.Namespace) -> int:
+    """Submit the jobs of an experiment as they fit, follow them to the end, and show what came out."""
+    experiment = load_experiment(args.file)
+    jobs = experiment.jobs
+    if args.dry_run:
+        return _print_json({"experiment": experiment.id, "jobs": jobs}) if args.json else _plan(experiment)
+    client = _client(args)
+    _check_nodes(experiment, client.nodes()["nodes"])
+    again = f"python3 ffdist.py experiment {shlex.quote(args.file)}"
+    _say(f"experiment {experiment.id}: {len(jobs)} jobs")
+    try:
+        known = _follow(client, experiment, not args.no_wait)
+    except KeyboardInterrupt:
+        _say(f"what was submitted goes on; follow it, and submit the rest, with: {again}")
+        return 130
+    if args.no_wait and len(known) < len(jobs):
+        _say(f"{len(known)} of {len(jobs)} jobs are submitted; others must not disturb them: "
+             f"submit more, when these have ended, with: {again}")
+    details = [client.job(job["id"]) if job["status"] in FINAL else job for job in known.values()]
+    if args.json:
+        _print_json({"experiment": experiment.id, "jobs": details})
+    else:
+        _print_report(details)
+        _say(f"plots: python3 ffdist.py report --experiment {shlex.quote(args.file)} -o report.html")
+    bad_ones = [job["id"][:8] for job in details if job["status"] in ("failed", "canceled")]
+    if bad_ones:
+        _say(f"{len(bad_ones)} jobs did not complete; once more with: python3 ffdist.py retry {bad_ones[0]}")
+    return 1 if bad_ones else 0
+
+
+def _plan(experiment: Experiment) -> int:
+    rows: list[tuple[Any, ...]] = [("JOB", "NODE", "STREAMS", "REPEAT", "WHAT")]
+    for group in experiment.groups:
+        job, cell = group.jobs[0], group.jobs[0]["experiment"]["cell"]
+        settings = wire.resolve(job["scenario"], job["parameters"]).to_json()
+        what = [cell.get("name"), job["scenario"], settings["input"], settings["encoder"],
+                settings["preset"], wire.settings_text(settings)]
+        rows.append((job["id"][:8], group.lane or "any", len(group.jobs), cell.get("repeat"),
+                     " ".join(str(word) for word in what if word)))
+    _print_table(rows)
+    _say(f"experiment {experiment.id}: {len(experiment.jobs)} jobs; nothing was submitted")
+    return 0
+
+
+def _check_nodes(experiment: Experiment, nodes: Sequence[Json]) -> None:
+    """Refuse nodes that are not registered, and warn of streams that cannot run side by side."""
+    slots = {key: node["max_concurrent_jobs"] for node in nodes for key in (node["id"], node["name"])}
+    for lane, size in sorted({(group.lane, len(group.jobs)) for group in experiment.groups}):
+        if lane and lane not in slots:
+            near = difflib.get_close_matches(lane, slots, 1, 0.5)
+            raise Unusable(f"nodes: there is no node {wire.printable(lane)}"
+                           f"{f', did you mean {near[0]}?' if near else '; see them with: ffdist.py nodes'}")
+        room = slots.get(lane, 0) if lane else sum(node["max_concurrent_jobs"] for node in nodes)
+        if size > max(1, room):
+            _say(f"{lane or 'the fleet'} has {room} slots, so {size} streams cannot run side by side there: "
+                 "start its agent with --max-concurrent-jobs")
+
+
+def _follow(client: wire.Client, experiment: Experiment, wait: bool) -> dict[str, Json]:
+    """Submit what may run, again and again, until all has ended; a job that is known is not run twice.
+
+    Submitting a job again answers what has become of it, so this one call is the question too.
+    """
+    known: dict[str, Json] = {}
+    final: set[str] = set()
+    bar, total = wire.ProgressLine(), len(experiment.jobs)
+    try:
+        while True:
+            due = [job for group in due_groups(experiment.groups, final) for job in group.jobs
+                   if job["id"] not in final]
+            before = len(final)
+            try:
+                for start in range(0, len(due), 500):
+                    answer = client.submit(due[start:start + 500])
+                    known.update((job["id"], job) for job in answer["jobs"])
+            except ApiError as error:
+                if not error.retryable or not known:
+                    raise
+                bar.show(f"{error.message}; waiting")
+            final = {job_id for job_id, job in known.items() if job["status"] in FINAL}
+            if len(final) == total or (not wait and len(final) == before):
+                return known
+            bar.show(wire.progress_text(experiment_progress(known.values(), total)))
+            if len(final) == before:
+                time.sleep(max(POLL_S, len(due) / 1000))
+    finally:
+        bar.close()
 
 
 def cmd_nodes(args: argparse.Namespace) -> int:
@@ -4623,6 +5005,10 @@ COMMANDS = {
                      ("id",)),
     "resume": Command(cmd_order("resume"), "let a paused job go on", (MASTER_FLAG, JSON_FLAG), ("id",)),
     "retry": Command(cmd_order("retry"), "run a finished job again", (MASTER_FLAG, JSON_FLAG), ("id",)),
+    "experiment": Command(cmd_experiment, "run a matrix of jobs from a file, or go on with it", (
+        Flag("--dry-run", False, None, "check the file and show the jobs; submit nothing"),
+        Flag("--no-wait", False, None, "submit what may run now, and do not follow it"),
+        MASTER_FLAG, JSON_FLAG), ("file",)),
     "nodes": Command(cmd_nodes, "list nodes", (MASTER_FLAG, JSON_FLAG)),
     "drain": Command(cmd_drain("drain"), "let a node finish what runs and take nothing more",
                      (Flag("--deadline", None, wire.seconds,
@@ -4678,6 +5064,7 @@ _WORDS: dict[str, Callable[[argparse.ArgumentParser], Any]] = {
                                            help="up, down, or files with a folder"),
     "folder": lambda sub: sub.add_argument("folder", nargs="?", metavar="DIR",
                                            help="where 'files' writes to"),
+    "file": lambda sub: sub.add_argument("file", metavar="FILE", help="an experiment, as JSON"),
     "node": lambda sub: sub.add_argument("id", metavar="NODE", help="a node's name or id"),
     "follow": lambda sub: sub.add_argument("-f", "--follow", action="store_true",
                                            help="follow it to its end"),

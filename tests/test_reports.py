@@ -1,12 +1,17 @@
 """What jobs cost, experiments and reports: pure functions first, then real masters and real encodes."""
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
 import unittest
 from typing import Any
 
+import agent
 import ffdist
-from ffdist import NO_TARIFF, PRICED, Rate, Tariff, hourly_rate_of, rates_of
-from tests.support import TOP, Case, run
+from ffdist import NO_TARIFF, PRICED, Experiment, Rate, Tariff, due_groups, experiment_of, rates_of
+from tests.support import TOP, Case, run, wait_for
 
 NOON = 1_767_009_600.0  # 2025-12-29T12:00:00Z
 METRICS = {"energy_joules": 7200.0, "duration": 60.0, "output_seconds": 120.0}
@@ -23,15 +28,15 @@ class TestRates(unittest.TestCase):
         self.assertEqual(Rate(0.3).mean(NOON, 1e6), 0.3)
 
     def test_hours_count_by_their_share_of_the_time(self) -> None:
-        rate = hourly_rate_of("hour,price\n12,1\n13,4\n", 0)
+        rate = ffdist.hourly_rate_of("hour,price\n12,1\n13,4\n", 0)
         self.assertAlmostEqual(rate.mean(NOON + 1800, 3600), 2.5)
         self.assertAlmostEqual(rate.mean(NOON + 3000, 1200), 2.5)
         self.assertAlmostEqual(rate.mean(NOON + 2700, 3600), 1 * 0.25 + 4 * 0.75)
         self.assertEqual(rate.mean(NOON, 0), 1)
 
     def test_an_hour_of_the_day_is_that_of_every_day_and_a_dated_one_is_not(self) -> None:
-        self.assertEqual(hourly_rate_of("hour,x\n12,7", 0).mean(NOON + 86400 * 40, 5), 7)
-        dated = hourly_rate_of("time,g,note\n2025-12-29T13:00:00+01:00,7,cold\n\n2025-12-29T13:00:00Z,9\n", 0)
+        self.assertEqual(ffdist.hourly_rate_of("hour,x\n12,7", 0).mean(NOON + 86400 * 40, 5), 7)
+        dated = ffdist.hourly_rate_of("time,g,note\n2025-12-29T13:00:00+01:00,7,cold\n\n2025-12-29T13:00:00Z,9\n", 0)
         self.assertEqual((dated.mean(NOON, 5), dated.mean(NOON + 3600, 5)), (7, 9))
         with self.assertRaisesRegex(LookupError, "2025-12-30T12Z"):
             dated.mean(NOON + 86400, 5)
@@ -48,10 +53,10 @@ class TestRates(unittest.TestCase):
                 ("time,price\n2025-12-29T12:30:00Z,1\n", "line 2.*whole hour"),
                 ("time,price\n2025-12-29T12:00:00,1\n", "line 2"), ("time,price\nnoon,1\n", "line 2")):
             with self.subTest(text), self.assertRaisesRegex(ValueError, words):
-                hourly_rate_of(text, 0)
+                ffdist.hourly_rate_of(text, 0)
 
     def test_a_price_may_be_below_nothing(self) -> None:
-        self.assertEqual(hourly_rate_of("hour,price\n1,-0.02", ffdist.PRICE_LOWEST).by_hour, {1: -0.02})
+        self.assertEqual(ffdist.hourly_rate_of("hour,price\n1,-0.02", ffdist.PRICE_LOWEST).by_hour, {1: -0.02})
 
     def test_rates_by_node(self) -> None:
         rates = rates_of("0.30,worker-01=0.22,b=day.csv", {"day.csv": "hour,p\n3,9\n"}.__getitem__)
@@ -170,6 +175,223 @@ class TestPricesOfARealMaster(Case):
                    folder=self.folder)
         self.assertEqual(made.returncode, 2)
         self.assertRegex(made.stderr, r"^ffdist: --energy-price day.csv: line 3: '1,cheap' must be .*\n$")
+
+
+SEED_FILE = {"scenarios": [
+    {"type": "baseline", "name": "idle", "duration": 5},
+    {"type": "multi", "name": "2 streams at 500k", "count": 2, "bitrate": "500k", "resolution": "320x180",
+     "fps": 25, "stabilization": 3, "duration": 2, "cooldown": "4s"}]}
+
+
+def cells_of(experiment: Experiment) -> list[Any]:
+    return [job["experiment"]["cell"] for job in experiment.jobs]
+
+
+class TestExperimentFiles(unittest.TestCase):
+    """A file of JSON becomes groups of submissions, or a sentence that names the place."""
+
+    def test_a_matrix_is_the_product_of_its_axes_in_order(self) -> None:
+        made = experiment_of({"scenarios": ["360p25"], "codecs": ["h264", "vp9"], "crfs": [20, 30],
+                              "presets": ["fast"], "nodes": ["a", "b"], "quality": ["psnr"],
+                              "parameters": {"duration": 1}}, "mine")
+        self.assertEqual((made.id, made.name, len(made.groups)), ("mine", "mine", 8))
+        self.assertEqual([(cell["codec"], cell["crf"], cell["node"]) for cell in cells_of(made)],
+                         [(codec, crf, node) for codec in ("h264", "vp9") for crf in (20, 30)
+                          for node in ("a", "b")])
+        first = made.jobs[0]
+        self.assertEqual(first["parameters"], {"duration": 1, "quality": ["psnr"], "codec": "h264",
+                                               "preset": "fast", "crf": 20})
+        self.assertEqual((first["node"], first["scenario"], first["confidence"]), ("a", "360p25", "auto"))
+        self.assertFalse(any(group.alone for group in made.groups))
+        for job in made.jobs:
+            self.assertEqual(ffdist.draft_of(job, 3).id, job["id"])
+
+    def test_bitrates_and_crfs_are_one_axis_and_may_stand_by_codec(self) -> None:
+        made = experiment_of({"scenarios": ["360p"], "codecs": ["h264", "av1"], "bitrates": ["1M"],
+                              "crfs": {"h264": [20], "av1": [30, 40]}}, "x")
+        self.assertEqual([(cell["codec"], cell.get("bitrate"), cell.get("crf")) for cell in cells_of(made)],
+                         [("h264", "1M", None), ("h264", None, 20), ("av1", "1M", None), ("av1", None, 30),
+                          ("av1", None, 40)])
+
+    def test_axes_alone_are_enough(self) -> None:
+        self.assertEqual([job["scenario"] for job in experiment_of({"crfs": [20, 30]}, "x").jobs],
+                         ["transcode"] * 2)
+
+    def test_what_a_scenario_says_itself_is_no_axis_for_it(self) -> None:
+        made = experiment_of({"scenarios": [{"scenario": "360p", "bitrate": "1M"}, "480p"],
+                              "crfs": [20, 30]}, "x")
+        self.assertEqual([(cell["scenario"], cell.get("crf")) for cell in cells_of(made)],
+                         [("360p", None), ("480p", 20), ("480p", 30)])
+
+    def test_files_of_the_seed(self) -> None:
+        made = experiment_of(SEED_FILE, "batch")
+        idle, first, second = made.jobs
+        self.assertEqual((idle["scenario"], idle["parameters"]), ("baseline", {"duration": 5}))
+        self.assertEqual(first["scenario"], "transcode")
+        self.assertEqual(first["parameters"], {"settle": 3, "bitrate": "500k", "resolution": "320x180",
+                                               "fps": 25, "duration": 2, "cooldown": 4.0})
+        self.assertEqual(first["parameters"], second["parameters"])
+        self.assertEqual([cell["stream"] for cell in cells_of(made)[1:]], [1, 2])
+        self.assertEqual([(group.alone, len(group.jobs)) for group in made.groups], [(True, 1), (True, 2)])
+
+    def test_streams_settle_repeats_and_an_idle_baseline(self) -> None:
+        made = experiment_of({"scenarios": ["360p"], "streams": [1, 3], "settle": "2s", "cooldown": 1,
+                              "repeats": 2, "baseline": 10, "nodes": ["a", "b"]}, "x")
+        cells = [group.jobs[0]["experiment"]["cell"] for group in made.groups]
+        self.assertEqual([(group.lane, len(group.jobs), cell["scenario"], cell["repeat"])
+                          for group, cell in zip(made.groups, cells)],
+                         [(node, size, scenario, repeat) for repeat in (1, 2) for scenario, node, size in (
+                             ("baseline", "a", 1), ("baseline", "b", 1), ("360p", "a", 1), ("360p", "a", 3),
+                             ("360p", "b", 1), ("360p", "b", 3))])
+        self.assertTrue(all(group.alone for group in made.groups))
+        self.assertEqual(made.groups[2].jobs[0]["parameters"], {"settle": 2.0, "cooldown": 1})
+
+    def test_ids_follow_from_what_a_job_is(self) -> None:
+        file = {"scenarios": ["360p"], "crfs": [20, 30]}
+        ids = [job["id"] for job in experiment_of(file, "x").jobs]
+        self.assertEqual(ids, [job["id"] for job in experiment_of(file, "x").jobs])
+        self.assertEqual(len({*ids, *(job["id"] for job in experiment_of(file, "y").jobs)}), 4)
+        more = [job["id"] for job in experiment_of({**file, "crfs": [20, 25, 30]}, "x").jobs]
+        self.assertEqual([ids[0], ids[1]], [more[0], more[2]])
+        other = [job["id"] for job in experiment_of({**file, "parameters": {"duration": 3}}, "x").jobs]
+        self.assertFalse(set(ids) & set(other))
+
+    def test_a_bad_file_is_a_sentence_with_the_place(self) -> None:
+        one = {"scenarios": ["360p"]}
+        for file, words in (
+                ([], "the file must hold a JSON object"), ({}, "scenarios must be a list of at least one"),
+                ({"scenarios": []}, "scenarios must be a list"), ({"scenarios": "360p"}, "scenarios must be"),
+                ({"scenarios": [3]}, r"scenarios\[0\] must be one of the scenarios, not 3"),
+                ({"scenarios": ["360p", "720p-1080p"]}, r"^scenarios\[1\].* names two sizes"),
+                ({**one, "codec": ["h264"]}, "^codec is no field of an experiment: did you mean codecs?"),
+                ({"scenarios": [{"bitrat": "1M"}]}, r"^scenarios\[0\].bitrat is no field .* mean bitrate"),
+                ({"scenarios": ["360p", {}, {"bitrate": "fast"}]}, r"^scenarios\[2\].bitrate must be"),
+                ({"scenarios": [{"type": "mutli"}]}, r"^scenarios\[0\].type must be one of single, multi"),
+                ({"scenarios": [{"count": 0}]}, r"^scenarios\[0\].count must be a whole number from 1"),
+                ({"scenarios": [{"stabilization": "soon"}]}, r"^scenarios\[0\].stabilization: 'soon' is no"),
+                ({**one, "codecs": ["h264", "x26"]}, r"^codecs\[1\] must be one of h264"),
+                ({**one, "crfs": [20, 99]}, r"^crfs\[1\] must be from 0 to 63"),
+                ({**one, "codecs": ["av1"], "crfs": {"av1": [64]}}, r"^crfs.av1\[0\] must be"),
+                ({**one, "crfs": {"x264": [20]}}, "^crfs.x264 is no field"),
+                ({**one, "presets": [[]]}, r"^presets\[0\] must be one of the presets, not \[\]"),
+                ({**one, "quality": ["pnsr"]}, "^parameters.quality must be"),
+                ({**one, "parameters": {"duraton": 3}}, "^parameters.duraton .*duration"),
+                ({**one, "parameters": 3}, "parameters must be an object"),
+                ({**one, "confidence": "very"}, "confidence must be one of auto"),
+                ({**one, "repeats": 0}, "repeats must be a whole number"),
+                ({**one, "streams": [1, True]}, "streams must be a whole number"),
+                ({**one, "nodes": [1]}, r"nodes\[0\] must be one of the names of nodes"),
+                ({**one, "name": ""}, "name must be a text"), ({**one, "settle": "x"}, "settle: 'x' is no"),
+                ({**one, "crfs": [20, 20]}, "asks twice for the same job"),
+                ({**one, "crfs": [20, 30], "parameters": {"output": "a.mp4"}}, "written by several jobs"),
+                ({**one, "bitrates": list(range(1000, 2000)), "presets": ["fast"] * 1000},
+                 "more than 10000 jobs")):
+            with self.subTest(str(file)[:90]), self.assertRaisesRegex((ValueError, agent.ApiError), words):
+                experiment_of(file, "x")
+
+
+class TestDueGroups(unittest.TestCase):
+    """Groups that must be alone wait for each other, per node or on the whole fleet."""
+
+    def waves(self, experiment: Experiment) -> list[list[str]]:
+        """Return what is handed out, each time when all that was before has ended."""
+        final: set[str] = set()
+        found = []
+        while due := due_groups(experiment.groups, final):
+            found.append([group.lane for group in due])
+            final |= {job["id"] for group in due for job in group.jobs}
+        return found
+
+    def test_what_need_not_be_alone_goes_all_at_once(self) -> None:
+        made = experiment_of({"scenarios": ["360p"], "crfs": [20, 30], "nodes": ["a", "b"]}, "x")
+        self.assertEqual(self.waves(made), [["a", "b", "a", "b"]])
+
+    def test_alone_on_each_node(self) -> None:
+        made = experiment_of({"scenarios": ["360p"], "crfs": [20, 30], "nodes": ["a", "b"], "settle": 1}, "x")
+        self.assertEqual(self.waves(made), [["a", "b"], ["a", "b"]])
+
+    def test_alone_on_the_whole_fleet(self) -> None:
+        made = experiment_of({"scenarios": ["360p"], "crfs": [20, 30], "streams": 2}, "x")
+        self.assertEqual(self.waves(made), [[""], [""]])
+
+    def test_others_wait_for_one_that_is_alone_and_it_for_them(self) -> None:
+        made = experiment_of({"scenarios": ["360p", "480p", {"scenario": "720p", "settle": 1}, "1080p"]}, "x")
+        self.assertEqual(self.waves(made), [["", ""], [""], [""]])
+
+    def test_a_group_is_due_until_its_last_job_has_ended(self) -> None:
+        made = experiment_of({"scenarios": ["360p"], "crfs": [20, 30], "streams": 2}, "x")
+        self.assertEqual(due_groups(made.groups, {made.jobs[0]["id"]}), [made.groups[0]])
+        self.assertEqual(due_groups(made.groups, {job["id"] for job in made.jobs[:2]}), [made.groups[1]])
+
+    def test_progress_counts_and_tells_the_time_left(self) -> None:
+        done = {"status": "completed", "started_at": "2025-12-29T12:00:00.000Z",
+                "completed_at": "2025-12-29T12:00:10.000Z"}
+        told = ffdist.experiment_progress([done, {"status": "running"}, {"status": "failed"}], 10)
+        self.assertEqual(told, {"phase": "2 of 10 jobs ended, 1 running, 1 failed", "percent": 20.0,
+                                "eta_s": 80.0})
+        self.assertIsNone(ffdist.experiment_progress([{"status": "pending"}], 2)["eta_s"])
+
+
+class TestRealExperiment(Case):
+    """The command line with a real master, a real agent and real encodes."""
+
+    def write(self, **file: Any) -> str:
+        (self.folder / "mine.json").write_text(json.dumps(file))
+        return "mine.json"
+
+    def ffdist(self, *words: str, url: str = "") -> Any:
+        return run(str(TOP / "ffdist.py"), *words, *(("--master", url) if url else ()), folder=self.folder)
+
+    def test_it_runs_once_however_often_it_is_asked_for(self) -> None:
+        master, _ = self.fleet()
+        name = self.write(scenarios=["144p25"], codecs=["h264", "vp9"], crfs=[30, 40], streams=2,
+                          quality=["psnr"], parameters={"duration": 0.2}, nodes=["agent"])
+        begun = self.ffdist("experiment", name, "--no-wait", url=master.url)
+        self.assertEqual(begun.returncode, 0)
+        self.assertIn("2 of 8 jobs are submitted", begun.stderr)
+        made = self.ffdist("experiment", name, url=master.url)
+        self.assertEqual(made.returncode, 0, made.stderr)
+        self.assertEqual(made.stdout.count("completed"), 8)
+        self.assertIn("agent has 1 slots, so 2 streams cannot run side by side", made.stderr)
+        self.assertEqual(master.get("/jobs")["total"], 8)
+        again = self.ffdist("experiment", name, "--json", url=master.url)
+        jobs = json.loads(again.stdout)["jobs"]
+        self.assertEqual((master.get("/results")["total"], len(jobs)), (8, 8))
+        self.assertGreater(jobs[0]["result"]["metrics"]["psnr_db"], 20)
+        self.assertEqual(jobs[0]["experiment"]["cell"]["node"], "agent")
+
+    def test_ctrl_c_leaves_the_jobs_and_says_how_to_go_on(self) -> None:
+        master = self.master()
+        master.register("idle")
+        name = self.write(scenarios=["144p25"], crfs=[20, 30])
+        argv = [sys.executable, str(TOP / "ffdist.py"), "experiment", name, "--master", master.url]
+        with subprocess.Popen(argv, cwd=self.folder, stderr=subprocess.PIPE, text=True) as process:
+            wait_for(lambda: master.get("/jobs")["total"] == 2)
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=30)[1]
+        self.assertEqual(process.returncode, 130)
+        self.assertIn("follow it, and submit the rest, with: python3 ffdist.py experiment mine.json", said)
+        self.assertEqual(master.get("/jobs?status=pending")["count"], 2)
+
+    def test_what_is_wrong_is_found_before_anything_is_submitted(self) -> None:
+        master = self.master()
+        master.register("worker-01")
+        for file, code, words in (
+                ({"scenarios": ["144p25", {"crf": "x"}]}, 2, r"^ffdist: mine.json: scenarios\[1\].crf must"),
+                ({"scenarios": ["144p25"], "nodes": ["worker-1"]}, 1, "no node worker-1, did you mean "
+                 "worker-01")):
+            made = self.ffdist("experiment", self.write(**file), url=master.url)
+            self.assertEqual(made.returncode, code)
+            self.assertRegex(made.stderr, words)
+        (self.folder / "mine.json").write_text("{")
+        self.assertRegex(self.ffdist("experiment", "mine.json").stderr, "^ffdist: mine.json is no JSON")
+        self.assertRegex(self.ffdist("experiment", "gone.json").stderr, "^ffdist: gone.json: No such file")
+        self.assertEqual(master.get("/jobs")["total"], 0)
+
+    def test_a_dry_run_needs_no_master_and_shows_every_job(self) -> None:
+        made = self.ffdist("experiment", self.write(**SEED_FILE), "--dry-run")
+        self.assertEqual(made.returncode, 0, made.stderr)
+        self.assertRegex(made.stdout, r"any +2 +- +2 streams at 500k transcode h264 320x180 25 fps 500k")
 
 
 if __name__ == "__main__":
