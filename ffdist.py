@@ -45,6 +45,7 @@ import heapq
 import html
 import http
 import http.server
+import io
 import itertools
 import json
 import logging
@@ -73,7 +74,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import agent as wire
 from agent import ApiError, Flag, Json
@@ -3837,12 +3838,12 @@ def _epoch(text: str) -> float:
     return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
 
 
-def amount_text(value: float | None, unit: str = "") -> str | None:
-    """Return a figure of any size with three digits and its unit: `0.00123 EUR`, `45.7 Wh`, `12300 J`."""
+def amount_text(value: float | None, unit: str = "", digits: int = 3) -> str | None:
+    """Return a figure of any size with three digits and its unit: `0.00123 EUR`, `45.7 Wh`, `12345 J`."""
     if value is None:
         return None
-    digits = 2 if value == 0 else min(12, max(0, 2 - math.floor(math.log10(abs(value)))))
-    return f"{value:.{digits}f} {unit}".rstrip()
+    places = digits - 1 - (math.floor(math.log10(abs(value))) if value else 0)
+    return f"{value:.{min(12, max(0, places))}f} {unit}".rstrip()
 
 
 def energy_text(metrics: Mapping[str, Any], name: str = "energy_joules") -> str | None:
@@ -3867,6 +3868,702 @@ def cost_text(metrics: Mapping[str, Any]) -> str | None:
               amount_text(finite(metrics, "carbon_g_per_minute"), "g CO2e")]
     shown, per = (", ".join(part for part in some if part) for some in (parts, minute))
     return f"{shown}; a minute of output: {per}" if shown and per else shown or None
+
+
+class Row(NamedTuple):
+    """One job and what came out of it, as tables and plots see it.
+
+    `content` is what was encoded (only equal ones are compared), `curve` how, `rate` at which rate.
+    """
+
+    job: str
+    status: str
+    node: str
+    content: str
+    rendition: str
+    curve: str
+    rate: str
+    streams: int
+    repeat: int
+    error: str
+    verdict: str
+    metrics: Json
+    statistics: Json
+    series: Json
+
+    @property
+    def label(self) -> str:
+        """What was done, for people."""
+        beside = f" ×{self.streams}" if self.streams > 1 else ""
+        return f"{self.curve} {self.rate}".strip() + beside
+
+    def figure(self, name: str) -> float | None:
+        """Return a figure of the metrics; None where it is unknown."""
+        if name in ("energy_cost", "cost_per_minute"):
+            value = self.metrics.get(name)
+            return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+        return finite(self.metrics, name)
+
+    def why(self, name: str) -> str:
+        """Return the reason why a figure is unknown."""
+        told = self.metrics.get("unknown")
+        why = told.get(name) if isinstance(told, dict) else None
+        return str(why or self.error or ("not measured" if self.status == "completed" else self.status))
+
+
+def row_of(job: Json) -> Row:
+    """Return the row of a job as GET /jobs/{id} shows it."""
+    settings, result = _part(job, "settings"), _part(job, "result")
+    encode, cell = _part(result, "encode"), _part(_part(job, "experiment"), "cell")
+    metrics = dict(_part(result, "metrics"))
+    joules = finite(metrics, "energy_joules")
+    if joules is not None:
+        metrics["energy_wh"] = joules / JOULES_PER_WH
+    size = re.search(r"\b\d+x\d+\b", str(encode.get("settings"))) or re.search(
+        r"\b\d+x\d+\b", wire.settings_text(settings))
+    rate = f" {settings['fps']:g} fps" if finite(settings, "fps") else ""
+    rendition = (size[0] if size else "size of the input") + rate
+    length = f", {settings['duration']:g} s" if finite(settings, "duration") else ""
+    film = str(settings.get("input") or "generated source").rpartition("/")[2]
+    if "baseline" in str(job.get("scenario")).lower().split("-"):
+        film, rendition, length, encode, settings = "idle machine", "", length[2:], {}, {"encoder": "idle"}
+    rates = [f"crf {settings['crf']:g}" if finite(settings, "crf") is not None else "",
+             str(settings.get("bitrate") or "")]
+    coder = [encode.get("encoder") or settings.get("encoder") or settings.get("codec"),
+             encode.get("preset") or settings.get("preset")]
+    return Row(
+        str(job.get("id"))[:8], str(job.get("status")), str(result.get("node") or job.get("node") or ""),
+        f"{film} {rendition}{length}".strip(), rendition, " ".join(str(part) for part in coder if part),
+        " ".join(part for part in rates if part), int(finite(cell, "streams") or 1),
+        int(finite(cell, "repeat") or 1), str(job.get("error") or ""),
+        str(_part(result, "analyzer_output").get("recommendation") or ""), metrics,
+        _part(result, "statistics"), _part(result, "series"))
+
+
+def _part(value: Mapping[str, Any], name: str) -> Json:
+    found = value.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+class Column(NamedTuple):
+    """One column of the tables: the metric, its head, unit and how many digits count."""
+
+    name: str
+    head: str
+    unit: str = ""
+    digits: int = 3
+
+
+_MONEY = "Energy, money and carbon"
+TABLES = {
+    "Speed and size": (
+        Column("duration", "time", "s"), Column("speed", "speed", "x"), Column("fps", "frames/s"),
+        Column("cpu_usage", "CPU", "%"), Column("memory_usage", "memory", "MiB"),
+        Column("bitrate_kbps", "rate", "kbit/s", 4), Column("bits_per_pixel", "bit/pixel"),
+        Column("output_bytes", "size")),
+    "Quality": tuple(
+        Column(f"{name}{part}{end}", f"{name.upper()}{word}", unit, digits)
+        for name, end, unit, digits in (("psnr", "_db", "dB", 4), ("ssim", "", "", 5), ("vmaf", "", "", 4),
+                                        ("xpsnr", "_db", "dB", 4))
+        for part, word in (("", ""), ("_min", " least"), ("_harmonic", " harmonic mean"))),
+    _MONEY: (
+        Column("energy_joules", "energy", "J"), Column("net_energy_joules", "above idle", "J"),
+        Column("energy_wh", "energy", "Wh"), Column("energy_cost", "cost"), Column("carbon_g", "CO2e", "g"),
+        Column("energy_wh_per_minute", "Wh a minute"), Column("cost_per_minute", "cost a minute"),
+        Column("carbon_g_per_minute", "g CO2e a minute"), Column("power_watts", "power", "W"),
+        Column("idle_watts", "idle", "W"), Column("joules_per_frame", "a frame", "J"),
+        Column("pixels_per_joule", "pixels/J", "", 4)),
+}
+QUALITIES = {"vmaf": "VMAF", "xpsnr_db": "XPSNR, dB", "psnr_db": "PSNR, dB", "ssim": "SSIM"}
+COSTS = {"bitrate_kbps": ("rate", "rate, kbit/s"), "energy_joules": ("energy", "energy, J"),
+         "duration": ("time", "time, s")}
+OVERLAP_LEAST = 0.25
+POINTS_LEAST = 4
+PANELS_MOST = 12
+LABELS_MOST = 40
+
+Points = Sequence[tuple[float, float]]
+
+
+class Delta(NamedTuple):
+    """What a curve costs more than another at equal quality, in percent; `why` where it is unknown."""
+
+    content: str
+    cost: str
+    quality: str
+    anchor: str
+    test: str
+    cubic: float | None
+    pchip: float | None
+    why: str = ""
+
+
+def bd_percent(anchor: Points, test: Points, pchip: bool = False) -> float:
+    """Return by how many percent `test` costs more than `anchor` at equal quality; ValueError tells why not.
+
+    Points are (cost, quality). After G. Bjøntegaard, VCEG-M33 (2001): a cubic polynomial fits the logarithm
+    of the cost over the quality (by least squares for more than four points), the mean distance is taken
+    where both have points, never outside. `pchip` takes the monotone piecewise cubic of Fritsch and Carlson
+    in its place, as JCTVC-L1100 and the JVET common test conditions do.
+    """
+    low, high = (pick(side(q for _, q in points) for points in (anchor, test) if points)
+                 for pick, side in ((max, min), (min, max)))
+    spans = []
+    for points in (anchor, test):
+        qualities = sorted(q for _, q in points)
+        if len(points) < POINTS_LEAST:
+            raise ValueError(f"fewer than {POINTS_LEAST} points")
+        if any(a >= b for a, b in zip(qualities, qualities[1:])) or min(cost for cost, _ in points) <= 0:
+            raise ValueError("points of the same quality, or without cost")
+        spans.append(qualities[-1] - qualities[0])
+    if high - low < OVERLAP_LEAST * max(spans):
+        raise ValueError("not enough overlap of the qualities")
+    area = _pchip_area if pchip else _cubic_area
+    sums = [area(sorted((q, math.log10(cost)) for cost, q in points), low, high) for points in (anchor, test)]
+    mean = (sums[1] - sums[0]) / (high - low)
+    if abs(mean) > 6:
+        raise ValueError("the fit is no curve of these points")
+    return (10 ** mean - 1) * 100
+
+
+def _cubic_area(points: Points, low: float, high: float) -> float:
+    """Integrate the cubic that fits points best, over x scaled to -1 … 1 for the sake of the digits."""
+    middle, half = (points[0][0] + points[-1][0]) / 2, (points[-1][0] - points[0][0]) / 2
+    scaled = [((x - middle) / half, y) for x, y in points]
+    rows = [[sum(x ** (i + j) for x, _ in scaled) for j in range(4)] + [sum(y * x ** i for x, y in scaled)]
+            for i in range(4)]
+    for i in range(4):  # Gauss and Jordan, with the largest pivot
+        pivot = max(range(i, 4), key=lambda k: abs(rows[k][i]))
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        rows[i] = [value / rows[i][i] for value in rows[i]]
+        for k in range(4):
+            if k != i:
+                rows[k] = [a - rows[k][i] * b for a, b in zip(rows[k], rows[i])]
+    ends = [sum(rows[i][4] * ((x - middle) / half) ** (i + 1) / (i + 1) for i in range(4))
+            for x in (low, high)]
+    return half * (ends[1] - ends[0])
+
+
+def _pchip_area(points: Points, low: float, high: float) -> float:
+    """Integrate the monotone cubic through points: Fritsch and Carlson 1980, Fritsch and Butland 1984."""
+    steps = [b[0] - a[0] for a, b in zip(points, points[1:])]
+    rises = [(b[1] - a[1]) / step for a, b, step in zip(points, points[1:], steps)]
+    slopes = [_end_slope(steps[0], steps[1], rises[0], rises[1])]
+    for h0, h1, d0, d1 in zip(steps, steps[1:], rises, rises[1:]):
+        weights = (2 * h1 + h0, h1 + 2 * h0)
+        slopes.append(0.0 if d0 * d1 <= 0 else sum(weights) / (weights[0] / d0 + weights[1] / d1))
+    slopes.append(_end_slope(steps[-1], steps[-2], rises[-1], rises[-2]))
+    total = 0.0
+    for (x, y), step, rise, m0, m1 in zip(points, steps, rises, slopes, slopes[1:]):
+        start, end = (min(max(edge - x, 0.0), step) / step for edge in (low, high))
+        parts = (y, m0 * step / 2, (3 * rise - 2 * m0 - m1) * step / 3, (m0 + m1 - 2 * rise) * step / 4)
+        total += step * sum(part * (end ** n - start ** n) for n, part in enumerate(parts, 1))
+    return total
+
+
+def _end_slope(h0: float, h1: float, d0: float, d1: float) -> float:
+    slope = ((2 * h0 + h1) * d0 - h0 * d1) / (h0 + h1)
+    if slope * d0 <= 0:
+        return 0.0
+    return 3 * d0 if d0 * d1 <= 0 and abs(slope) > 3 * abs(d0) else slope
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+_Item = TypeVar("_Item")
+
+
+def _by(rows: Iterable[_Item], key: Callable[[_Item], Any]) -> dict[Any, list[_Item]]:
+    groups: dict[Any, list[_Item]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def curves_of(rows: Iterable[Row], cost: str, quality: str) -> dict[str, list[tuple[float, float]]]:
+    """Return (cost, quality) of each rate on each curve, means where a cell was repeated.
+
+    Time and energy are of one node, and of so many streams: those stand in the curve's name there.
+    """
+    known = [row for row in rows if row.figure(cost) is not None and row.figure(quality) is not None]
+    several = len({row.node for row in known}) > 1 and cost != "bitrate_kbps"
+
+    def name(row: Row) -> str:
+        beside = f" ×{row.streams}" if row.streams > 1 and cost != "bitrate_kbps" else ""
+        return f"{row.curve}{beside}{f' on {row.node}' if several else ''}"
+    made = {}
+    for label, group in _by(known, name).items():
+        cells = _by(group, lambda row: row.rate).values()
+        made[label] = sorted((_mean(row.figure(cost) for row in cell) or 0.0,
+                              _mean(row.figure(quality) for row in cell) or 0.0) for cell in cells)
+    return made
+
+
+def deltas_of(rows: Sequence[Row]) -> list[Delta]:
+    """Return BD-rate, BD-energy and BD-time between the curves of each content, pair by pair.
+
+    Above four curves each is compared with the first alone.
+    """
+    made = []
+    for content, group in _by(rows, lambda row: row.content).items():
+        for (cost, (word, _)), quality in itertools.product(COSTS.items(), QUALITIES):
+            curves = curves_of(group, cost, quality)
+            pairs = itertools.combinations(curves, 2)
+            for one, other in pairs if len(curves) <= 4 else ((next(iter(curves)), name) for name in
+                                                             list(curves)[1:]):
+                found: list[float | None] = [None, None]
+                why = ""
+                try:
+                    found = [bd_percent(curves[one], curves[other], pchip) for pchip in (False, True)]
+                except ValueError as error:
+                    why = str(error)
+                made.append(Delta(content, word, quality, one, other, found[0], found[1], why))
+    return made
+
+
+def front_of(points: Sequence[tuple[float, ...]]) -> set[int]:
+    """Return the numbers of the points that no other beats; in each dimension less is better."""
+    front: list[int] = []
+    for number in sorted(range(len(points)), key=lambda n: points[n]):
+        mine = points[number]
+        better = (all(a <= b for a, b in zip(points[best], mine)) for best in front if points[best] != mine)
+        if not any(better):
+            front.append(number)
+    return set(front)
+
+
+def interval_of(rows: Sequence[Row], name: str) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean of repeated jobs, or of the runs inside one; None of one run."""
+    values = [value for row in rows if (value := row.figure(name)) is not None]
+    count = len(values)
+    if count < 2:
+        told = _part(rows[0].statistics, name)
+        low, high = finite(told, "ci95_low"), finite(told, "ci95_high")
+        return (low, high) if low is not None and high is not None and low <= high else None
+    mean = sum(values) / count
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    half = (_T95[count - 2] if count < 11 else 1.96 + 2.65 / (count - 1)) * spread / math.sqrt(count)
+    return max(0.0, mean - half), mean + half
+
+
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 to 9 degrees
+
+
+class Curve(NamedTuple):
+    """One series of a plot: joined points, or markers alone; `spans` are intervals in x, `hollow` numbers."""
+
+    label: str
+    points: Points
+    joined: bool = True
+    marked: bool = True
+    spans: Sequence[tuple[float, float] | None] = ()
+    hollow: frozenset[int] = frozenset()
+
+
+class Plot(NamedTuple):
+    """A plot: title, names of the axes, curves; with `names` the y axis counts these from the top."""
+
+    title: str
+    x: str
+    y: str
+    curves: Sequence[Curve]
+    names: Sequence[str] = ()
+    log: bool = False
+    zero: bool = False
+    note: str = ""
+
+
+# colours of Okabe and Ito (2008), which people with any colour vision tell apart; the last is the text's
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "currentColor")
+_DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4")
+_MARKERS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z", "M-3.5-3.5h7v7h-7z", "M0-5l5 9h-10z",
+            "M0-5.5l4.5 5.5l-4.5 5.5l-4.5-5.5z", "M0 5l5-9h-10z",
+            "M-5-1.5h3.5v-3.5h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5z", "M-4-2l4-3l4 3l-2 6h-4z",
+            "M-4-4l4 2l4-2l-2 4l2 4l-4-2l-4 2l2-4z")
+_WIDTH, _HEIGHT = 480, 300
+
+
+def _ticks(low: float, high: float, log: bool) -> list[float]:
+    """Return round numbers within a range."""
+    if log:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        found = [m * 10.0 ** p for p in powers for m in (1, 2, 5) if low <= m * 10.0 ** p <= high]
+        if len(found) >= 3:
+            return found if len(found) <= 7 else found[::-(-len(found) // 6)]
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = power * next(m for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _range(values: Sequence[float], zero: bool, log: bool) -> tuple[float, float]:
+    low, high = (0.0 if zero else min(values)), max(values)
+    if log:
+        return low / 1.12, high * 1.12
+    room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    return (0.0 if zero else low - room), high + room
+
+
+def plot_svg(plot: Plot) -> str:
+    """Return a plot as an SVG of its own size that scales with the page."""
+    xs = [x for curve in plot.curves for x, _ in curve.points]
+    xs += [edge for curve in plot.curves for span in curve.spans if span for edge in span]
+    log = plot.log and min(xs) > 0
+    x_low, x_high = _range(xs, plot.zero, log)
+    y_low, y_high = _range([y for curve in plot.curves for _, y in curve.points], False, False)
+    left = 58
+    bottom = _HEIGHT - 44
+    if plot.names:
+        left, bottom = min(230, 14 + 6 * max(len(name) for name in plot.names)), 12 + 22 * len(plot.names)
+        y_low, y_high = len(plot.names) - 0.5, -0.5
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        part = (math.log(x / x_low) / math.log(x_high / x_low)) if log else (x - x_low) / (x_high - x_low)
+        return (round(left + part * (_WIDTH - 14 - left), 1),
+                round(bottom - (y - y_low) / (y_high - y_low) * (bottom - 10), 1))
+    lines = [_axis(plot, at, left, bottom, _ticks(x_low, x_high, log),
+                   [] if plot.names else _ticks(y_low, y_high, False))]
+    lines += [_curve(curve, number, at) for number, curve in enumerate(plot.curves)]
+    return (f'<svg viewBox="0 0 {_WIDTH} {bottom + 44}" role="img" aria-label="{html.escape(plot.title)}">'
+            f'{"".join(lines)}</svg>')
+
+
+def _axis(plot: Plot, at: Callable[[float, float], tuple[float, float]], left: float, bottom: float,
+          x_ticks: Sequence[float], y_ticks: Sequence[float]) -> str:
+    parts = []
+    for tick in x_ticks:
+        x = at(tick, 0)[0]
+        parts.append(f'<path class="grid" d="M{x} 10V{bottom}"/><text x="{x}" y="{bottom + 16}" '
+                     f'text-anchor="middle">{tick:.6g}</text>')
+    names = [(float(number), name if len(name) < 37 else name[:35] + "…")
+             for number, name in enumerate(plot.names)]
+    for tick, word in names or [(tick, f"{tick:.6g}") for tick in y_ticks]:
+        y = at(1, tick)[1]
+        parts.append(f'<path class="grid" d="M{left} {y}H{_WIDTH - 14}"/><text x="{left - 6}" y="{y + 4}" '
+                     f'text-anchor="end">{html.escape(word)}</text>')
+    return (f'{"".join(parts)}<path class="axis" d="M{left} 10V{bottom}H{_WIDTH - 14}"/>'
+            f'<text x="{(left + _WIDTH - 14) / 2}" y="{bottom + 36}" text-anchor="middle">'
+            f'{html.escape(plot.x)}</text>'
+            f'<text transform="translate(13 {(10 + bottom) / 2}) rotate(-90)" text-anchor="middle">'
+            f'{html.escape(plot.y)}</text>')
+
+
+def _curve(curve: Curve, number: int, at: Callable[[float, float], tuple[float, float]]) -> str:
+    spots = [at(x, y) for x, y in curve.points]
+    parts = []
+    if curve.joined and len(spots) > 1:
+        parts.append(f'<path class="line" stroke-dasharray="{_DASHES[number % len(_DASHES)]}" '
+                     f'd="M{"L".join(f"{x} {y}" for x, y in spots)}"/>')
+    for (_, y), span in zip(spots, curve.spans):
+        if span:
+            low, high = (at(edge, 0)[0] for edge in span)
+            parts.append(f'<path class="line" d="M{low} {y}H{high}M{low} {y - 4}v8M{high} {y - 4}v8"/>')
+    for spot, (x, y) in enumerate(spots if curve.marked else ()):
+        hollow = ' class="hollow"' if spot in curve.hollow else ""
+        told = f"{curve.label}: {', '.join(f'{value:.6g}' for value in curve.points[spot])}"
+        parts.append(f'<path{hollow} d="{_MARKERS[number % len(_MARKERS)]}" transform="translate({x} {y})">'
+                     f'<title>{html.escape(told)}</title></path>')
+    return f'<g class="c{number % len(_COLOURS)}">{"".join(parts)}</g>'
+
+
+def _figure_html(plot: Plot) -> str:
+    """Return a plot with its title, and a legend where there is more than one curve."""
+    keys = []
+    for number, curve in enumerate(plot.curves):
+        dash = f' stroke-dasharray="{_DASHES[number % len(_DASHES)]}"' if curve.joined else ' stroke="none"'
+        mark = f'<path d="{_MARKERS[number % len(_MARKERS)]}" transform="translate(17 7)"/>' * curve.marked
+        keys.append(f'<li><svg class="key" viewBox="0 0 34 14"><g class="c{number % len(_COLOURS)}">'
+                    f'<path class="line"{dash} d="M1 7H33"/>{mark}</g></svg>{html.escape(curve.label)}</li>')
+    legend = f'<ul class="keys">{"".join(keys)}</ul>' if len(keys) > 1 else ""
+    note = f'<p class="note">{html.escape(plot.note)}</p>' if plot.note else ""
+    title = f"<figcaption>{html.escape(plot.title)}</figcaption>"
+    return f"<figure>{title}{plot_svg(plot)}{legend}{note}</figure>"
+
+
+def _rate_plots(content: str, rows: Sequence[Row]) -> list[Plot]:
+    plots = []
+    for quality, name in QUALITIES.items():
+        curves = curves_of(rows, "bitrate_kbps", quality)
+        if any(len(points) > 1 for points in curves.values()):
+            plots.append(Plot(f"{name.split(',')[0]} over rate", "rate, kbit/s", name, [
+                Curve(label, points) for label, points in curves.items()], log=True))
+    return plots
+
+
+def _front_plots(content: str, rows: Sequence[Row]) -> list[Plot]:
+    """Return quality over time and over energy; what no other beats in all three is filled and joined."""
+    quality, *axes = [name for name in (*QUALITIES, "duration", "energy_joules")
+                      if any(row.figure(name) is not None for row in rows)] or [""]
+    axes = [name for name in axes if name in COSTS]
+    whole = [row for row in rows if all(row.figure(name) is not None for name in (quality, *axes))]
+    cells = _by(whole, lambda row: (row.curve, row.rate, row.streams, row.node))
+    spots = [(group[0].curve, tuple(_mean(row.figure(name) for row in group) or 0.0
+                                    for name in (quality, *axes))) for group in cells.values()]
+    if len(spots) < 3 or quality not in QUALITIES:
+        return []
+    front = front_of([(-spot[0], *spot[1:]) for _, spot in spots])
+    missing = "" if len(axes) == 2 else ("energy is unknown, so the front is of quality and time: "
+                                         + rows[0].why("energy_joules"))
+    plots = []
+    for axis, name in enumerate(axes, 1):
+        curves = []
+        for label in dict.fromkeys(label for label, _ in spots):
+            mine = [number for number, spot in enumerate(spots) if spot[0] == label]
+            curves.append(Curve(label, [(spots[n][1][axis], spots[n][1][0]) for n in mine], joined=False,
+                                hollow=frozenset(k for k, n in enumerate(mine) if n not in front)))
+        curves.append(Curve("the front (filled): no other is better in all",
+                            sorted((spots[n][1][axis], spots[n][1][0]) for n in front), marked=False))
+        plots.append(Plot(f"Pareto front: {QUALITIES[quality].split(',')[0]} over {COSTS[name][0]}",
+                          COSTS[name][1], QUALITIES[quality], curves, zero=True, note=missing))
+    return plots
+
+
+def _node_plots(content: str, rows: Sequence[Row]) -> list[Plot]:
+    plots = []
+    for name in ("duration", "energy_joules"):
+        known = [row for row in rows if row.figure(name) is not None]
+        labels = list(dict.fromkeys(row.label for row in known))
+        shown = labels[:LABELS_MOST]
+        curves = []
+        for node, group in _by(known, lambda row: row.node).items():
+            cells = {label: cell for label, cell in _by(group, lambda row: row.label).items()
+                     if label in shown}
+            points = [(_mean(row.figure(name) for row in cell) or 0.0, float(shown.index(label)))
+                      for label, cell in cells.items()]
+            curves.append(Curve(node, points, joined=False,
+                                spans=[interval_of(cell, name) for cell in cells.values()]))
+        if shown:
+            bars = any(span for curve in curves for span in curve.spans)
+            note = "bars: 95 % interval of the mean" if bars else "each ran once: no interval is known"
+            more = f"; the first {LABELS_MOST} of {len(labels)}" if len(labels) > LABELS_MOST else ""
+            plots.append(Plot(f"{COSTS[name][0].capitalize()} by node: {', '.join(c.label for c in curves)}",
+                              COSTS[name][1], "", curves, shown, zero=True, note=note + more))
+    return plots
+
+
+def _power_plots(rows: Sequence[Row]) -> tuple[list[Plot], str]:
+    """Return power and CPU use over time of the longest sampled job, or why there are none."""
+    def samples(row: Row, name: str) -> list[tuple[float, float]]:
+        lists = [row.series.get(key) for key in ("seconds", name)]
+        if not all(isinstance(values, list) for values in lists):
+            return []
+        pairs = [(finite({"v": x}, "v"), finite({"v": y}, "v")) for x, y in zip(*lists)]
+        return [(x, y) for x, y in pairs if x is not None and y is not None]
+    named = [(name, row) for name in _SAMPLED for row in rows if len(samples(row, name)) > 1]
+    if not named:
+        return [], "no result holds samples"
+    first = named[0][0]
+    row = max((row for name, row in named if name == first), key=lambda row: samples(row, first)[-1][0])
+    plots = []
+    for name, (title, unit) in _SAMPLED.items():
+        points = samples(row, name)
+        if len(points) > 1:
+            curves = [Curve(title, points, marked=False)]
+            idle = row.figure("idle_watts") if name == "power_watts" else None
+            if idle is not None:
+                curves.append(Curve("idle", [(points[0][0], idle), (points[-1][0], idle)], marked=False))
+            what = f"{title} of job {row.job}: {row.label} on {row.node}"
+            plots.append(Plot(what, "time, s", unit, curves))
+    return plots, f"power is unknown: {row.why('power_watts')}" if first == "cpu_usage" else ""
+
+
+_SAMPLED = {"power_watts": ("Power", "power, W"), "cpu_usage": ("CPU use", "CPU, % of the machine")}
+
+
+class _Notes:
+    """The numbered reasons under a table."""
+
+    def __init__(self) -> None:
+        self.words: dict[str, int] = {}
+
+    def mark(self, why: str) -> str:
+        number = self.words.setdefault(why, len(self.words) + 1)
+        return f'<span class="none">unknown<sup>{number}</sup></span>'
+
+    def html(self) -> str:
+        items = "".join(f"<li>{html.escape(why)}</li>" for why in self.words)
+        return f'<ol class="note">{items}</ol>' if items else ""
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int) -> str:
+    """Return a table of cells that are HTML already; the first `texts` columns are words."""
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f'<{tag}{"" if at < texts else " class=n"}>{cell}</{tag}>'
+                                for at, cell in enumerate(cells)) + "</tr>"
+    body = "".join(line(cells, "td") for cells in rows)
+    head = line([html.escape(word) for word in heads], "th")
+    return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+
+
+def _shown_columns(rows: Sequence[Row], columns: Iterable[Column]) -> list[Column]:
+    """Return the columns that say something: a figure, or why it is unknown though it was asked for."""
+    return [column for column in columns if any(
+        row.figure(column.name) is not None or _part(row.metrics, "unknown").get(column.name)
+        not in (None, "not asked for") for row in rows)]
+
+
+def _jobs_table(rows: Sequence[Row], columns: Sequence[Column], currency: str) -> str:
+    notes = _Notes()
+
+    def cell(row: Row, column: Column) -> str:
+        value = row.figure(column.name)
+        if value is None:
+            return notes.mark(row.why(column.name))
+        about = "~" if row.metrics.get("energy_estimated") and column in TABLES[_MONEY] else ""
+        if column.name == "output_bytes":
+            return wire.size_text(value)
+        return about + (amount_text(value, "", column.digits) or "")
+    heads = [f"{column.head}{', ' if column.unit else ''}{column.unit}" if "cost" not in column.name
+             else f"{column.head}{', ' if currency else ''}{currency}" for column in columns]
+    cells = [[html.escape(row.label), html.escape(row.node), html.escape(row.job),
+              *(cell(row, column) for column in columns)] for row in rows]
+    return _table(["what", "node", "job", *heads], cells, 3) + notes.html()
+
+
+def _rendition_table(rows: Sequence[Row], currency: str) -> str:
+    """Return energy, money and carbon by rendition: of all its jobs, of one, of a minute of output."""
+    notes, lines = _Notes(), []
+    for (rendition, curve), group in _by(rows, lambda row: (row.rendition, row.curve)).items():
+        cells = [html.escape(rendition), html.escape(curve), str(len(group))]
+        minutes = _mean(row.figure("output_seconds") for row in group)
+        for name in ("energy_joules", "energy_wh", "energy_cost", "carbon_g"):
+            mean = _mean(row.figure(name) for row in group)
+            why = next((row.why(name if name != "energy_wh" else "energy_joules") for row in group
+                        if row.figure(name) is None), "")
+            cells.append(notes.mark(why) if mean is None else amount_text(mean) or "")
+            per = mean / minutes * 60 if mean is not None and minutes else None
+            cells.append(notes.mark(why or "the output's length is unknown") if per is None
+                         else amount_text(per) or "")
+        lines.append(cells)
+    units = [unit for unit in ("J", "Wh", currency or "cost", "g CO2e")]
+    heads = [head for unit in units for head in (f"{unit} a job", f"{unit} a minute")]
+    return _table(["rendition", "encoder", "jobs", *heads], lines, 2) + notes.html()
+
+
+def _delta_table(deltas: Sequence[Delta]) -> str:
+    notes, lines = _Notes(), []
+    qualities = list(dict.fromkeys(delta.quality for delta in deltas))
+    for (cost, test, anchor), group in _by(deltas, lambda d: (d.cost, d.test, d.anchor)).items():
+        cells = [f"BD-{cost}", html.escape(test), html.escape(anchor)]
+        by_quality = {delta.quality: delta for delta in group}
+        for delta in (by_quality.get(quality) for quality in qualities):
+            values = (None, None) if delta is None else (delta.cubic, delta.pchip)
+            cells += [notes.mark(delta.why if delta else "not measured") if value is None
+                      else f"{value:+.1f} %" for value in values]
+        lines.append(cells)
+    heads = [f"equal {QUALITIES[name].split(',')[0]}, {fit}" for name in qualities
+             for fit in ("cubic", "PCHIP")]
+    return _table(["", "this", "against", *heads], lines, 3) + notes.html()
+
+
+_REPORT_STYLE = """
+:root{color-scheme:light dark;--text:#1b1f24;--soft:#57606a;--rule:#d8dee4;--back:#fff}
+body{font:15px/1.45 system-ui,sans-serif;margin:1.5rem auto;max-width:68rem;padding:0 1rem;
+color:var(--text);background:var(--back)}h1{margin:0 0 .2rem}h3{margin:1.4rem 0 .2rem}
+h2{margin:2.2rem 0 .6rem;border-bottom:1px solid var(--rule)}
+.note,.lead,.none{color:var(--soft);font-size:13px}.none{font-size:12px}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.2rem 1.5rem}
+figure{margin:0;break-inside:avoid;max-width:36rem}figcaption{font-weight:600}
+svg{width:100%;height:auto;display:block}svg text{font:12px system-ui,sans-serif;fill:var(--text)}
+.grid{stroke:var(--rule);stroke-width:.7}.axis{stroke:var(--soft);fill:none}
+g[class]{stroke:var(--c);fill:var(--c)}g .line{fill:none;stroke-width:2}
+g .hollow{fill:var(--back);stroke-width:1.5}
+.keys{list-style:none;display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;margin:.2rem 0;padding:0;font-size:13px}
+.keys li{display:flex;align-items:center}.key{width:34px;height:14px;margin-right:.4rem;flex:none}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:13px;margin:.4rem 0}
+th,td{text-align:left;padding:.2rem .8rem .2rem 0;border-bottom:1px solid var(--rule);vertical-align:top}
+td{white-space:nowrap}.n{text-align:right;font-variant-numeric:tabular-nums}sup{line-height:0}
+@media screen and (prefers-color-scheme:dark){
+:root{--text:#e6edf3;--soft:#9aa4ae;--rule:#30363d;--back:#0d1117}}
+@media print{@page{margin:14mm}:root{color-scheme:light}body{margin:0;max-width:none;font-size:11px}
+table{font-size:8.5px}th,td{padding:.1rem .4rem .1rem 0}tr{break-inside:avoid}.wide{overflow:visible}
+.plots{grid-template-columns:1fr 1fr}h2,h3{break-after:avoid}.keys,.note,.lead,.none{font-size:8.5px}}
+""" + "".join(f".c{number}{{--c:{colour}}}" for number, colour in enumerate(_COLOURS))
+
+
+def report_html(title: str, rows: Sequence[Row], made_at: str) -> str:
+    """Return the whole report as one page that fetches nothing and runs no script."""
+    done = [row for row in rows if row.status == "completed"]
+    currency = next((str(row.metrics["currency"]) for row in rows if row.metrics.get("currency")), "")
+    count = ", ".join(f"{len(group)} {word}" for word, group in
+                      _by(rows, lambda row: row.status).items()) or "no jobs"
+    nodes = ", ".join(dict.fromkeys(row.node for row in rows if row.node)) or "no node"
+    parts = [f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(count)} on {html.escape(nodes)}; '
+             f"made {html.escape(made_at)} by ffdist {VERSION}</p>"]
+    if any(row.metrics.get("energy_estimated") for row in rows):
+        parts.append('<p class="lead">~ marks energy that is estimated by a power model, not measured.</p>')
+    deltas = deltas_of(done)
+    contents = _by((row for row in done if row.rendition), lambda row: row.content)
+    for content, group in list(contents.items())[:PANELS_MOST]:
+        figures = [_figure_html(plot) for make in (_rate_plots, _front_plots, _node_plots)
+                   for plot in make(content, group)]
+        table = [delta for delta in deltas if delta.content == content]
+        parts.append(f'<h2>{html.escape(content)}</h2><div class="plots">{"".join(figures)}</div>')
+        if table:
+            parts.append("<h3>What one costs more or less than another, at equal quality</h3>"
+                         + _delta_table(table))
+    if len(contents) > PANELS_MOST:
+        parts.append(f'<p class="note">{len(contents) - PANELS_MOST} more are only in the tables.</p>')
+    power, why = _power_plots(done)
+    parts.append(f'<h2>Power over time</h2><div class="plots">{"".join(map(_figure_html, power))}</div>'
+                 + (f'<p class="note">{html.escape(why)}</p>' if why else ""))
+    if done:
+        parts.append("<h2>By rendition</h2>"
+                     + _rendition_table([row for row in done if row.rendition], currency))
+    for name, columns in TABLES.items():
+        shown = _shown_columns(done, columns)
+        if shown:
+            parts.append(f"<h2>{name}</h2>" + _jobs_table(done, shown, currency))
+    failed = [row for row in rows if row.status != "completed"]
+    if failed:
+        cells = [[html.escape(text) for text in (row.label, row.node, row.job, row.status, row.error)]
+                 for row in failed]
+        parts.append("<h2>Not completed</h2>" + _table(["what", "node", "job", "status", "error"], cells, 5))
+    return ('<!doctype html><html lang="en"><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width"><title>'
+            f"{html.escape(title)}</title><style>{_REPORT_STYLE}</style>{''.join(parts)}</html>\n")
+
+
+_WORDS_OF_ROW = Row._fields[:Row._fields.index("metrics")]
+
+
+def report_json(title: str, rows: Iterable[Row], made_at: str) -> Json:
+    """Return the report as data: the rows with all their figures, and the differences at equal quality."""
+    known = list(rows)
+    return {"title": title, "made_at": made_at, "rows": [row._asdict() for row in known],
+            "deltas": [delta._asdict() for delta in deltas_of([row for row in known
+                                                               if row.status == "completed"])]}
+
+
+def report_csv(rows: Iterable[Row]) -> str:
+    """Return the rows as CSV; no text begins a formula, what is unknown is empty, its reason stands last."""
+    columns = [column.name for columns in TABLES.values() for column in columns]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*_WORDS_OF_ROW, *columns, "currency", "unknown"])
+    for row in rows:
+        words = [str(getattr(row, name)) for name in _WORDS_OF_ROW]
+        words = [f"'{word}" if word.startswith(("=", "+", "-", "@")) else word for word in words]
+        figures = [row.figure(name) for name in columns]
+        why = {name: row.why(name) for name, value in zip(columns, figures) if value is None}
+        writer.writerow([*words, *figures, row.metrics.get("currency", ""), json.dumps(why)])
+    return out.getvalue()
+
+
+def report_rows(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
+    """Return the rows as a table for a terminal, without the columns that nothing is known for."""
+    heads = ("JOB", "STATUS", "NODE", "TIME", "SPEED", "RATE", "QUALITY", "ENERGY", "COST", "CO2E", "WHAT")
+    cells = [(row.job, row.status, row.node, amount_text(row.figure("duration"), "s"),
+              amount_text(row.figure("speed"), "x"), amount_text(row.figure("bitrate_kbps"), "kbit/s"),
+              next((f"{word.split(',')[0]} {amount_text(row.figure(name), '', 4)}" for name, word in
+                    QUALITIES.items() if row.figure(name) is not None), None), energy_text(row.metrics),
+              money_text(row.metrics, "energy_cost"), amount_text(row.figure("carbon_g"), "g"),
+              f"{row.label}{f': {row.error}' if row.error else ''}") for row in rows]
+    shown = [at for at in range(len(heads)) if any(line[at] for line in cells)]
+    return [tuple(line[at] for at in shown) for line in (heads, *cells)]
 
 
 # ---- 9 Pages --------------------------------------------------------------------------------------
@@ -4669,13 +5366,6 @@ def _result_row(result: Json) -> tuple[Any, ...]:
             (result.get("analyzer_output") or {}).get("recommendation") or result.get("error"))
 
 
-def _print_report(jobs: Iterable[Json]) -> None:
-    """Print jobs with what came out of them as one table."""
-    rows: list[tuple[Any, ...]] = [("JOB", "STATUS", "NODE", "WHAT")]
-    rows += [(job["id"][:8], job["status"], job.get("node_id"), job["scenario"]) for job in jobs]
-    _print_table(rows)
-
-
 def _print_page(rows: Sequence[Sequence[Any]], page: Json, what: str, hint: str) -> int:
     if len(rows) == 1:
         print(f"no {what}; {hint}")
@@ -4722,12 +5412,73 @@ def cmd_experiment(args: argparse.Namespace) -> int:
     if args.json:
         _print_json({"experiment": experiment.id, "jobs": details})
     else:
-        _print_report(details)
+        _print_table(report_rows(row_of(job) for job in details))
         _say(f"plots: python3 ffdist.py report --experiment {shlex.quote(args.file)} -o report.html")
     bad_ones = [job["id"][:8] for job in details if job["status"] in ("failed", "canceled")]
     if bad_ones:
         _say(f"{len(bad_ones)} jobs did not complete; once more with: python3 ffdist.py retry {bad_ones[0]}")
     return 1 if bad_ones else 0
+
+
+REPORT_KINDS = {".html": "html", ".htm": "html", ".csv": "csv", ".json": "json"}
+
+
+def cmd_report(args: argparse.Namespace) -> int:
+    """Report on an experiment, or on all results that were accepted: a table, or a file."""
+    kind = REPORT_KINDS.get(Path(args.output).suffix.lower()) if args.output else None
+    if args.output and kind is None:
+        raise ValueError(f"--output {args.output} must end with {', '.join(REPORT_KINDS)}")
+    client = _client(args)
+    title, ids = _reported(client, args)
+    rows = [row_of(client.job(job_id)) for job_id in ids]
+    made_at = wire.utc_text(time.time()) or ""
+    if args.json or kind == "json":
+        text = json.dumps(report_json(title, rows, made_at), indent=2) + "\n"
+    elif kind is None:
+        return _print_report(rows)
+    else:
+        text = report_csv(rows) if kind == "csv" else report_html(title, rows, made_at)
+    if not args.output:
+        sys.stdout.write(text)
+        return 0
+    Path(args.output).write_text(text, encoding="utf-8")
+    _say(f"{args.output}: {title}, {len(rows)} jobs")
+    return 0
+
+
+def _print_report(rows: Sequence[Row]) -> int:
+    _print_page(report_rows(rows), {}, "results", "they come when jobs have run")
+    lines: list[tuple[Any, ...]] = [("BD", "AT EQUAL", "COSTS", "THIS", "AGAINST", "WHAT")]
+    lines += [(delta.cost, delta.quality, f"{delta.cubic:+.1f} %" if delta.cubic is not None else None,
+               delta.test, delta.anchor, delta.why or delta.content)
+              for delta in deltas_of([row for row in rows if row.status == "completed"])]
+    if len(lines) > 1:
+        print()
+        _print_table(lines)
+    return 0
+
+
+def _reported(client: wire.Client, args: argparse.Namespace) -> tuple[str, list[str]]:
+    """Return the title and the ids of the jobs that a report is about, oldest first."""
+    if not args.experiment:
+        page = client.results(_page_query(args))
+        return "Results", list(dict.fromkeys(result["job_id"] for result in reversed(page["results"])))
+    if Path(args.experiment).is_file():
+        experiment = load_experiment(args.experiment)
+        return f"Experiment {experiment.name}", [job["id"] for job in experiment.jobs]
+    found: list[str] = []
+    query: Json = {"limit": PAGE_MOST}
+    while True:
+        page = client.jobs(query)
+        found += [job["id"] for job in page["jobs"]
+                  if (job.get("experiment") or {}).get("id") == args.experiment]
+        if not page.get("next"):
+            break
+        query["after"] = page["next"]
+    if not found:
+        raise Unusable(f"no job belongs to an experiment {wire.printable(args.experiment)}, "
+                       "and there is no such file")
+    return f"Experiment {args.experiment}", found[::-1]
 
 
 def _plan(experiment: Experiment) -> int:
@@ -5009,6 +5760,11 @@ COMMANDS = {
         Flag("--dry-run", False, None, "check the file and show the jobs; submit nothing"),
         Flag("--no-wait", False, None, "submit what may run now, and do not follow it"),
         MASTER_FLAG, JSON_FLAG), ("file",)),
+    "report": Command(cmd_report, "tables and plots over many results", (
+        Flag("--experiment", None, str, "an experiment's file or id (all results)"),
+        Flag("--output", None, str, "a file to write: .html, .csv or .json (a table on the terminal)"),
+        *(flag._replace(default="1000", about="at most so many (1000)") if flag.name == "--limit" else flag
+          for flag in PAGE_FLAGS), MASTER_FLAG, JSON_FLAG), ("output",)),
     "nodes": Command(cmd_nodes, "list nodes", (MASTER_FLAG, JSON_FLAG)),
     "drain": Command(cmd_drain("drain"), "let a node finish what runs and take nothing more",
                      (Flag("--deadline", None, wire.seconds,
@@ -5073,7 +5829,8 @@ _WORDS: dict[str, Callable[[argparse.ArgumentParser], Any]] = {
     "parameters": lambda sub: (
         sub.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
                          help="a parameter, such as -p bitrate=5M; may be repeated"),
-        sub.add_argument("-o", dest="output", metavar="OUTPUT", help="short for --output")),
+        _WORDS["output"](sub)),
+    "output": lambda sub: sub.add_argument("-o", dest="output", metavar="OUTPUT", help="short for --output"),
 }
 
 

@@ -1,16 +1,21 @@
 """What jobs cost, experiments and reports: pure functions first, then real masters and real encodes."""
 from __future__ import annotations
 
+import csv
+import html.parser
+import io
 import json
+import re
 import signal
 import subprocess
 import sys
 import unittest
+import xml.etree.ElementTree
 from typing import Any
 
 import agent
 import ffdist
-from ffdist import NO_TARIFF, PRICED, Experiment, Rate, Tariff, due_groups, experiment_of, rates_of
+from ffdist import NO_TARIFF, PRICED, Experiment, Rate, Row, Tariff, due_groups, experiment_of, rates_of
 from tests.support import TOP, Case, run, wait_for
 
 NOON = 1_767_009_600.0  # 2025-12-29T12:00:00Z
@@ -36,7 +41,8 @@ class TestRates(unittest.TestCase):
 
     def test_an_hour_of_the_day_is_that_of_every_day_and_a_dated_one_is_not(self) -> None:
         self.assertEqual(ffdist.hourly_rate_of("hour,x\n12,7", 0).mean(NOON + 86400 * 40, 5), 7)
-        dated = ffdist.hourly_rate_of("time,g,note\n2025-12-29T13:00:00+01:00,7,cold\n\n2025-12-29T13:00:00Z,9\n", 0)
+        dated = ffdist.hourly_rate_of("time,g,note\n2025-12-29T13:00:00+01:00,7,cold\n\n"
+                                      "2025-12-29T13:00:00Z,9\n", 0)
         self.assertEqual((dated.mean(NOON, 5), dated.mean(NOON + 3600, 5)), (7, 9))
         with self.assertRaisesRegex(LookupError, "2025-12-30T12Z"):
             dated.mean(NOON + 86400, 5)
@@ -56,7 +62,8 @@ class TestRates(unittest.TestCase):
                 ffdist.hourly_rate_of(text, 0)
 
     def test_a_price_may_be_below_nothing(self) -> None:
-        self.assertEqual(ffdist.hourly_rate_of("hour,price\n1,-0.02", ffdist.PRICE_LOWEST).by_hour, {1: -0.02})
+        rate = ffdist.hourly_rate_of("hour,price\n1,-0.02", ffdist.PRICE_LOWEST)
+        self.assertEqual(rate.by_hour, {1: -0.02})
 
     def test_rates_by_node(self) -> None:
         rates = rates_of("0.30,worker-01=0.22,b=day.csv", {"day.csv": "hour,p\n3,9\n"}.__getitem__)
@@ -358,6 +365,17 @@ class TestRealExperiment(Case):
         jobs = json.loads(again.stdout)["jobs"]
         self.assertEqual((master.get("/results")["total"], len(jobs)), (8, 8))
         self.assertGreater(jobs[0]["result"]["metrics"]["psnr_db"], 20)
+        for words in (("--experiment", "mine.json"), ("--experiment", "mine"), ("--scenario", "144p25")):
+            said = self.ffdist("report", *words, "-o", "r.html", url=master.url)
+            self.assertEqual(said.returncode, 0, said.stderr)
+            self.assertIn("8 completed", (self.folder / "r.html").read_text())
+        shown = self.ffdist("report", "--experiment", "mine", url=master.url).stdout
+        self.assertEqual(len(re.findall("^[0-9a-f]{8} +completed +agent ", shown, re.MULTILINE)), 8, shown)
+        self.assertIn("fewer than 4 points", shown)
+        made = self.ffdist("report", "--experiment", "other", url=master.url)
+        self.assertEqual((made.returncode, "no such file" in made.stderr), (1, True))
+        made = self.ffdist("report", "-o", "r.pdf", url=master.url)
+        self.assertEqual((made.returncode, "must end with .html" in made.stderr), (2, True))
         self.assertEqual(jobs[0]["experiment"]["cell"]["node"], "agent")
 
     def test_ctrl_c_leaves_the_jobs_and_says_how_to_go_on(self) -> None:
@@ -392,6 +410,233 @@ class TestRealExperiment(Case):
         made = self.ffdist("experiment", self.write(**SEED_FILE), "--dry-run")
         self.assertEqual(made.returncode, 0, made.stderr)
         self.assertRegex(made.stdout, r"any +2 +- +2 streams at 500k transcode h264 320x180 25 fps 500k")
+
+
+# rates and PSNR that implementations of BD-rate have long been tried with (Anserw/Bjontegaard_metric), and
+# the example of FAU-LMS/bjontegaard, whose PCHIP agrees with the JVET's sheet; the results below were
+# computed with that package, and once more with numpy and scipy alone
+CLASSIC = ([(686.76, 40.28), (309.58, 37.18), (157.11, 34.24), (85.95, 31.42)],
+           [(893.34, 40.39), (407.8, 37.21), (204.93, 34.17), (112.75, 31.24)])
+PUBLISHED = ([(9487.76, 40.037), (4593.60, 38.615), (2486.44, 36.845), (1358.24, 34.851)],
+             [(9787.80, 40.121), (4469.00, 38.651), (2451.52, 36.970), (1356.24, 34.987)])
+
+
+class TestBdRate(unittest.TestCase):
+    """The mean difference in cost at equal quality."""
+
+    def test_published_examples(self) -> None:
+        for curves, cubic, pchip in ((CLASSIC, 31.397374054909, 31.379878202398),
+                                     (PUBLISHED, -4.420462706026, -4.417485350589)):
+            self.assertAlmostEqual(ffdist.bd_percent(*curves), cubic, 7)
+            self.assertAlmostEqual(ffdist.bd_percent(*curves, True), pchip, 7)
+            self.assertAlmostEqual(ffdist.bd_percent(*(points[::-1] for points in curves)), cubic, 7)
+
+    def test_a_constant_factor_is_found_exactly_and_the_other_way_round_is_its_inverse(self) -> None:
+        points = [(100 * 2.0 ** n, 30 + 3 * n + 0.1 * n * n) for n in range(6)]
+        dearer = [(cost * 1.25, quality) for cost, quality in points]
+        for pchip in (False, True):
+            self.assertAlmostEqual(ffdist.bd_percent(points, dearer, pchip), 25)
+            self.assertAlmostEqual(ffdist.bd_percent(dearer, points, pchip), -20)
+            self.assertAlmostEqual(ffdist.bd_percent(points, points, pchip), 0)
+
+    def test_it_says_why_not_rather_than_extrapolate(self) -> None:
+        points = CLASSIC[0]
+        for other, words in (
+                ([(cost, quality + 8) for cost, quality in points], "not enough overlap"),
+                ([(cost, quality + 20) for cost, quality in points], "not enough overlap"),
+                (points[:3], "fewer than 4 points"), ([], "fewer than 4 points"),
+                ([*points[:3], (90.0, points[0][1])], "same quality"),
+                ([(0, 50.0), *points[1:]], "without cost")):
+            for pair in ((points, other), (other, points)):
+                with self.subTest(words), self.assertRaisesRegex(ValueError, words):
+                    ffdist.bd_percent(*pair)
+
+
+def job_of(encoder: str = "libx264", crf: float = 20, node: str = "worker-01", joules: float | None = 100.0,
+           **more: Any) -> Any:
+    """Return a job with a result, as GET /jobs/{id} shows them: dearer and better with a lower crf."""
+    seconds = 10 + (35 - crf) / 5
+    metrics = {"duration": seconds, "bitrate_kbps": 8000 * 2 ** ((20 - crf) / 6), "psnr_db": 45 - crf / 2,
+               "output_seconds": 10.0, "energy_joules": None if joules is None else joules * seconds,
+               "unknown": {"vmaf": "not asked for", "psnr_min_db": "no <log> of frames"}}
+    if joules is None:
+        metrics["unknown"]["energy_joules"] = "no RAPL: a virtual machine"
+    metrics.update(more.pop("metrics", {}))
+    job = {"id": "550e8400-e29b-41d4-a716-446655440000", "status": "completed", "scenario": "transcode",
+           "settings": {"input": "films/a.mov", "codec": "h264", "crf": crf, "fps": 25, "duration": 10},
+           "result": {"node": node, "metrics": metrics, "statistics": more.pop("statistics", {}),
+                      "series": more.pop("series", {}), "encode": {
+                          "encoder": encoder, "preset": "fast", "settings": "h264 1280x720 25 fps crf 20"}},
+           "experiment": {"id": "x", "cell": more.pop("cell", {})}}
+    return {**job, **more}
+
+
+def rows_of(*jobs: Any) -> list[Row]:
+    return [ffdist.row_of(job) for job in jobs]
+
+
+class TestRows(unittest.TestCase):
+    """What reports compare: what was encoded, how, at which rate, and on which node."""
+
+    def test_a_job_is_told_by_content_curve_and_rate(self) -> None:
+        row = ffdist.row_of(job_of(cell={"streams": 3, "repeat": 2}))
+        self.assertEqual((row.content, row.rendition, row.curve, row.rate, row.label, row.repeat),
+                         ("a.mov 1280x720 25 fps, 10 s", "1280x720 25 fps", "libx264 fast", "crf 20",
+                          "libx264 fast crf 20 ×3", 2))
+        self.assertEqual(row.metrics["energy_wh"], 1300 / 3600)
+
+    def test_a_job_without_a_result_or_with_nonsense_in_it_is_a_row_too(self) -> None:
+        row = ffdist.row_of({"id": "x", "status": "failed", "error": "no such film", "result": None})
+        self.assertEqual((row.figure("duration"), row.why("duration")), (None, "no such film"))
+        row = ffdist.row_of(job_of(series=[1], statistics=3, metrics={"duration": "long", "unknown": 3}))
+        self.assertEqual((row.series, row.statistics, row.figure("duration")), ({}, {}, None))
+
+    def test_repeats_are_one_point_and_nodes_are_apart_where_they_matter(self) -> None:
+        rows = rows_of(job_of(metrics={"bitrate_kbps": 100.0}), job_of(metrics={"bitrate_kbps": 300.0}),
+                       job_of(crf=30, node="worker-02"))
+        self.assertEqual(ffdist.curves_of(rows, "bitrate_kbps", "psnr_db"),
+                         {"libx264 fast": [(200.0, 35.0), (8000 * 2 ** (-10 / 6), 30.0)]})
+        self.assertEqual(set(ffdist.curves_of(rows, "duration", "psnr_db")),
+                         {"libx264 fast on worker-01", "libx264 fast on worker-02"})
+
+    def test_deltas_of_rate_energy_and_time(self) -> None:
+        rows = rows_of(*(job_of(crf=crf) for crf in (20, 25, 30, 35)),
+                       *(job_of("libx265", crf, joules=200.0, metrics={"bitrate_kbps": 4000 * 2 ** (
+                           (20 - crf) / 6)}) for crf in (20, 25, 30, 35)))
+        found = {delta.cost: delta for delta in ffdist.deltas_of(rows)}
+        self.assertEqual({cost: round(delta.cubic or 0, 6) for cost, delta in found.items()},
+                         {"rate": -50, "energy": 100, "time": 0})
+        self.assertEqual((found["rate"].anchor, found["rate"].test), ("libx264 fast", "libx265 fast"))
+        short = ffdist.deltas_of(rows[:3] + rows[4:])
+        self.assertEqual({delta.why for delta in short}, {"fewer than 4 points"})
+
+    def test_the_front_holds_what_no_other_beats(self) -> None:
+        self.assertEqual(ffdist.front_of([(1, 5), (2, 2), (3, 3), (5, 1), (2, 2), (5, 2)]), {0, 1, 3, 4})
+        self.assertEqual(ffdist.front_of([(1, 2, 3), (1, 2, 2), (0, 9, 9)]), {1, 2})
+        self.assertEqual(ffdist.front_of([]), set())
+
+    def test_intervals_of_repeats_and_of_a_jobs_own_runs(self) -> None:
+        rows = rows_of(*(job_of(metrics={"duration": value}) for value in (9.0, 10.0, 11.0)))
+        low, high = ffdist.interval_of(rows, "duration") or (0, 0)
+        self.assertAlmostEqual(low, 10 - 4.303 / 3 ** 0.5, 3)
+        self.assertAlmostEqual(high, 10 + 4.303 / 3 ** 0.5, 3)
+        told = rows_of(job_of(statistics={"duration": {"n": 5, "ci95_low": 9.5, "ci95_high": 10.5}}))
+        self.assertEqual(ffdist.interval_of(told, "duration"), (9.5, 10.5))
+        self.assertIsNone(ffdist.interval_of(rows[:1], "duration"))
+
+    def test_ticks_are_round_and_within(self) -> None:
+        self.assertEqual(ffdist._ticks(0, 22, False), [0, 5, 10, 15, 20])
+        self.assertEqual(ffdist._ticks(900, 12000, True), [1000, 2000, 5000, 10000])
+        for low, high in ((0.9851, 0.9952), (33.9, 45.3), (1e-6, 3e-6), (0, 1), (7, 7.0001)):
+            ticks = ffdist._ticks(low, high, False)
+            self.assertTrue(2 <= len(ticks) <= 7, ticks)
+            self.assertTrue(low <= ticks[0] and ticks[-1] <= high * (1 + 1e-9), ticks)
+
+
+class Page(html.parser.HTMLParser):
+    """The tags and the text of a page, and whether every tag is closed in its order."""
+
+    VOID = ("meta", "!doctype")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == [], self._open
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+class TestPages(unittest.TestCase):
+    def ladder(self, **more: Any) -> list[Row]:
+        return rows_of(*(job_of(encoder, crf, node, joules * (1 + crf / 100), **more)
+                         for encoder, joules in (("libx264", 90.0), ("libx265", 150.0))
+                         for node in ("worker-01", "worker-02") for crf in (20, 25, 30, 35)))
+
+    def test_a_page_holds_every_plot_and_table_and_fetches_nothing(self) -> None:
+        series = {"seconds": [0, 1, 2, 3], "power_watts": [90, None, 100.5, 95], "cpu_usage": [5, 6, 7, 8]}
+        rows = self.ladder(series=series, metrics={"idle_watts": 30.0})
+        text = ffdist.report_html("Experiment x", rows, "now")
+        page = Page(text)
+        said = " ".join(page.text)
+        for words in ("PSNR over rate", "Pareto front: PSNR over time", "Pareto front: PSNR over energy",
+                      "Time by node: worker-01, worker-02", "Energy by node", "Power of job 550e8400",
+                      "CPU use of job", "By rendition", "Speed and size", "Quality",
+                      "Energy, money and carbon", "BD-rate", "BD-energy", "BD-time", "no <log> of frames", "16 completed"):
+            self.assertIn(words, said)
+        self.assertEqual(set(page.tags) & {"script", "link", "img", "iframe", "object", "base"}, set())
+        self.assertEqual(re.findall(r"https?://|url\(|@import|src=", text), [])
+
+    def test_plots_are_well_formed_and_told_apart_without_colour(self) -> None:
+        text = ffdist.report_html("x", self.ladder(), "now")
+        for svg in re.findall(r"<svg.*?</svg>", text):
+            xml.etree.ElementTree.fromstring(svg)
+            self.assertNotRegex(svg, "nan|inf")
+        plot = re.findall(r"<svg viewBox=\"0 0 480.*?</svg>", text)[0]
+        lines = re.findall(r'stroke-dasharray="(.*?)"', plot)
+        marks = set(re.findall(r'<path d="(.*?)" transform', plot))
+        self.assertEqual((len(lines), len(set(lines)), len(marks)), (2, 2, 2))
+
+    def test_every_text_is_escaped(self) -> None:
+        evil = "<script>alert(1)</script>&"
+        text = ffdist.report_html(evil, rows_of(
+            *(job_of(evil, crf, evil, metrics={"currency": evil, "energy_cost": 1, "unknown": {"ssim": evil}})
+              for crf in (20, 25, 30, 35)), job_of(status="failed", error=evil),
+            job_of(settings={"input": evil, "codec": evil})), evil)
+        self.assertNotIn("<script", text)
+        self.assertNotIn("script", Page(text).tags)
+        self.assertGreater(text.count("&lt;script&gt;alert(1)"), 20)
+
+    def test_unknown_energy_is_shown_with_its_reason(self) -> None:
+        rows = rows_of(*(job_of(crf=crf, joules=None, series={"seconds": [0, 1], "cpu_usage": [3, 4]})
+                         for crf in (20, 25, 30)))
+        said = " ".join(Page(ffdist.report_html("x", rows, "now")).text)
+        self.assertIn("so the front is of quality and time: no RAPL: a virtual machine", said)
+        self.assertIn("power is unknown: ", said)
+        self.assertNotIn("Energy by node", said)
+
+    def test_an_estimate_is_marked_wherever_it_stands(self) -> None:
+        rows = rows_of(job_of(metrics={"energy_estimated": True}))
+        text = ffdist.report_html("x", rows, "now")
+        self.assertIn("~ marks energy that is estimated", text)
+        self.assertIn(">~1300<", text)
+        self.assertIn("~0.361 Wh", str(ffdist.report_rows(rows)))
+
+    def test_few_or_no_results_make_a_page_too(self) -> None:
+        for rows in ([], rows_of(job_of()), rows_of(job_of(joules=None)), rows_of(job_of(metrics={
+                "duration": 0, "bitrate_kbps": 0, "psnr_db": 0})), rows_of(job_of(scenario="baseline"))):
+            Page(ffdist.report_html("x", rows, "now"))
+
+    def test_csv_has_every_figure_and_no_formula(self) -> None:
+        rows = rows_of(job_of("=cmd()", joules=None))
+        line, = csv.DictReader(io.StringIO(ffdist.report_csv(rows)))
+        self.assertEqual((line["curve"], line["psnr_db"]), ("'=cmd() fast", "35.0"))
+        self.assertEqual(line["energy_joules"], "")
+        self.assertEqual(json.loads(line["unknown"])["energy_joules"], "no RAPL: a virtual machine")
+
+    def test_json_has_rows_and_deltas(self) -> None:
+        made = json.loads(json.dumps(ffdist.report_json("x", self.ladder(), "now")))
+        self.assertEqual((len(made["rows"]), made["rows"][0]["metrics"]["psnr_db"]), (16, 35.0))
+        self.assertIn("rate", {delta["cost"] for delta in made["deltas"]})
+
+    def test_the_terminal_has_no_column_that_nothing_is_known_for(self) -> None:
+        heads = ffdist.report_rows(rows_of(job_of(joules=None)))[0]
+        self.assertEqual(heads, ("JOB", "STATUS", "NODE", "TIME", "RATE", "QUALITY", "WHAT"))
 
 
 if __name__ == "__main__":
