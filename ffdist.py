@@ -3595,7 +3595,7 @@ class Experiment(NamedTuple):
 _AXES = {"inputs": "input", "codecs": "codec", "encoders": "encoder", "presets": "preset"}
 _RATES = {"bitrates": "bitrate", "crfs": "crf"}
 _SECONDS = ("duration", "settle", "cooldown", "timeout")
-_FILE_FIELDS = ("name", "id", "scenarios", *_AXES, *_RATES, "nodes", "streams", "repeats", "baseline",
+EXPERIMENT_FIELDS = ("name", "id", "scenarios", *_AXES, *_RATES, "nodes", "streams", "repeats", "baseline",
                 "quality", "confidence", "settle", "cooldown", "parameters")
 _ENTRY_FIELDS = ("scenario", "name", "type", "count", "stabilization", "resolution", "frame_rate",
                  "output_mode", "rtmp_url", "stream_key", *wire.PARAMETERS)
@@ -3622,7 +3622,7 @@ def experiment_of(value: Any, stem: str) -> Experiment:
     """
     if not isinstance(value, dict):
         raise ValueError("the file must hold a JSON object with scenarios")
-    _known(value, "", _FILE_FIELDS)
+    _known(value, "", EXPERIMENT_FIELDS)
     name = _text(value, "name", "", stem[:64] or "experiment")
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", _text(value, "id", "", name)).strip("-")[:64] or "experiment"
     if value.get("confidence", "auto") not in CONFIDENCES:
@@ -3719,14 +3719,7 @@ def _entry(item: Any, place: str, streams: tuple[int, ...]) -> _Entry:
         return _Entry(place, "baseline", name, (1,), kept, True)
     if "count" in item:
         streams = tuple(_wholes(item, "count", STREAMS_MOST, f"{place}."))
-    return _Entry(place, item.get("scenario", name if _resolves(name) else "transcode"), name, streams, given)
-
-
-def _resolves(name: str | None) -> bool:
-    with contextlib.suppress(ApiError):
-        wire.resolve(name)
-        return True
-    return False
+    return _Entry(place, item.get("scenario", "transcode"), name, streams, given)
 
 
 def _cells(value: Json, entry: _Entry) -> Iterator[Json]:
@@ -3812,8 +3805,7 @@ def due_groups(groups: Iterable[Group], final: Container[str]) -> list[Group]:
     for group in groups:
         if all(job["id"] in final for job in group.jobs):
             continue
-        before = taken if group.alone else alone
-        if not before & {group.lane, ""} and (group.lane or not before):
+        if group.lane not in (taken if group.alone else alone):
             due.append(group)
         taken.add(group.lane)
         if group.alone:
@@ -3884,18 +3876,28 @@ class Row(NamedTuple):
     curve: str
     rate: str
     streams: int
-    repeat: int
     error: str
     verdict: str
     metrics: Json
     statistics: Json
     series: Json
+    jobs: int = 1
+
+    @property
+    def beside(self) -> str:
+        """How many ran side by side, where it was more than one."""
+        return f" ×{self.streams}" if self.streams > 1 else ""
 
     @property
     def label(self) -> str:
         """What was done, for people."""
-        beside = f" ×{self.streams}" if self.streams > 1 else ""
-        return f"{self.curve} {self.rate}".strip() + beside
+        return f"{self.curve} {self.rate}".strip() + self.beside
+
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """Return the 95 % interval of a mean; None of a single run."""
+        told = _part(self.statistics, name)
+        low, high = finite(told, "ci95_low"), finite(told, "ci95_high")
+        return None if low is None or high is None else (low, high)
 
     def figure(self, name: str) -> float | None:
         """Return a figure of the metrics; None where it is unknown."""
@@ -3935,9 +3937,8 @@ def row_of(job: Json) -> Row:
         str(job.get("id"))[:8], str(job.get("status")), str(result.get("node") or job.get("node") or ""),
         f"{film} {rendition}{length}".strip(), rendition, " ".join(str(part) for part in coder if part),
         " ".join(part for part in rates if part), int(finite(cell, "streams") or 1),
-        int(finite(cell, "repeat") or 1), str(job.get("error") or ""),
-        str(_part(result, "analyzer_output").get("recommendation") or ""), metrics,
-        _part(result, "statistics"), _part(result, "series"))
+        str(job.get("error") or ""), str(_part(result, "analyzer_output").get("recommendation") or ""),
+        metrics, _part(result, "statistics"), _part(result, "series"))
 
 
 def _part(value: Mapping[str, Any], name: str) -> Json:
@@ -3974,6 +3975,7 @@ TABLES = {
         Column("idle_watts", "idle", "W"), Column("joules_per_frame", "a frame", "J"),
         Column("pixels_per_joule", "pixels/J", "", 4)),
 }
+_FIGURES = [column.name for columns in TABLES.values() for column in columns]
 QUALITIES = {"vmaf": "VMAF", "xpsnr_db": "XPSNR, dB", "psnr_db": "PSNR, dB", "ssim": "SSIM"}
 COSTS = {"bitrate_kbps": ("rate", "rate, kbit/s"), "energy_joules": ("energy", "energy, J"),
          "duration": ("time", "time, s")}
@@ -4068,19 +4070,42 @@ def _end_slope(h0: float, h1: float, d0: float, d1: float) -> float:
     return 3 * d0 if d0 * d1 <= 0 and abs(slope) > 3 * abs(d0) else slope
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
 _Item = TypeVar("_Item")
 
 
-def _by(rows: Iterable[_Item], key: Callable[[_Item], Any]) -> dict[Any, list[_Item]]:
+def _by(items: Iterable[_Item], key: Callable[[_Item], Any]) -> dict[Any, list[_Item]]:
     groups: dict[Any, list[_Item]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return groups
+
+
+def merged(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[Row]:
+    """Return one row for all that are alike: means of what is known, and 95 % intervals of these means.
+
+    A row that stands alone keeps the intervals of its own repeats.
+    """
+    made = []
+    for group in _by(rows, key).values():
+        metrics, statistics = dict(group[0].metrics), dict(group[0].statistics)
+        for name in (*_FIGURES, "output_seconds"):
+            values = [value for row in group if (value := row.figure(name)) is not None]
+            mean = metrics[name] = sum(values) / len(values) if values else None
+            if mean is not None and len(values) > 1:
+                spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+                student = _T95[len(values) - 2] if len(values) < 11 else 1.96 + 2.65 / (len(values) - 1)
+                half = student * spread / math.sqrt(len(values))
+                statistics[name] = {"ci95_low": max(0.0, mean - half), "ci95_high": mean + half}
+        made.append(group[0]._replace(metrics=metrics, statistics=statistics, jobs=len(group)))
+    return made
+
+
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 to 9 degrees
+
+
+def points_of(rows: Iterable[Row], x: str, y: str) -> list[tuple[float, float]]:
+    """Return two figures of the rows that know both."""
+    return [(a, b) for row in rows if (a := row.figure(x)) is not None and (b := row.figure(y)) is not None]
 
 
 def curves_of(rows: Iterable[Row], cost: str, quality: str) -> dict[str, list[tuple[float, float]]]:
@@ -4088,18 +4113,15 @@ def curves_of(rows: Iterable[Row], cost: str, quality: str) -> dict[str, list[tu
 
     Time and energy are of one node, and of so many streams: those stand in the curve's name there.
     """
-    known = [row for row in rows if row.figure(cost) is not None and row.figure(quality) is not None]
-    several = len({row.node for row in known}) > 1 and cost != "bitrate_kbps"
+    known = [row for row in rows if points_of([row], cost, quality)]
+    several = len({row.node for row in known}) > 1
 
     def name(row: Row) -> str:
-        beside = f" ×{row.streams}" if row.streams > 1 and cost != "bitrate_kbps" else ""
-        return f"{row.curve}{beside}{f' on {row.node}' if several else ''}"
-    made = {}
-    for label, group in _by(known, name).items():
-        cells = _by(group, lambda row: row.rate).values()
-        made[label] = sorted((_mean(row.figure(cost) for row in cell) or 0.0,
-                              _mean(row.figure(quality) for row in cell) or 0.0) for cell in cells)
-    return made
+        if cost == "bitrate_kbps":
+            return row.curve
+        return f"{row.curve}{row.beside}{f' on {row.node}' if several else ''}"
+    cells = merged(known, lambda row: (name(row), row.rate))
+    return {label: sorted(points_of(group, cost, quality)) for label, group in _by(cells, name).items()}
 
 
 def deltas_of(rows: Sequence[Row]) -> list[Delta]:
@@ -4133,23 +4155,6 @@ def front_of(points: Sequence[tuple[float, ...]]) -> set[int]:
         if not any(better):
             front.append(number)
     return set(front)
-
-
-def interval_of(rows: Sequence[Row], name: str) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean of repeated jobs, or of the runs inside one; None of one run."""
-    values = [value for row in rows if (value := row.figure(name)) is not None]
-    count = len(values)
-    if count < 2:
-        told = _part(rows[0].statistics, name)
-        low, high = finite(told, "ci95_low"), finite(told, "ci95_high")
-        return (low, high) if low is not None and high is not None and low <= high else None
-    mean = sum(values) / count
-    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    half = (_T95[count - 2] if count < 11 else 1.96 + 2.65 / (count - 1)) * spread / math.sqrt(count)
-    return max(0.0, mean - half), mean + half
-
-
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 to 9 degrees
 
 
 class Curve(NamedTuple):
@@ -4283,7 +4288,7 @@ def _figure_html(plot: Plot) -> str:
     return f"<figure>{title}{plot_svg(plot)}{legend}{note}</figure>"
 
 
-def _rate_plots(content: str, rows: Sequence[Row]) -> list[Plot]:
+def _rate_plots(rows: Sequence[Row]) -> list[Plot]:
     plots = []
     for quality, name in QUALITIES.items():
         curves = curves_of(rows, "bitrate_kbps", quality)
@@ -4293,81 +4298,72 @@ def _rate_plots(content: str, rows: Sequence[Row]) -> list[Plot]:
     return plots
 
 
-def _front_plots(content: str, rows: Sequence[Row]) -> list[Plot]:
+def _front_plots(rows: Sequence[Row]) -> list[Plot]:
     """Return quality over time and over energy; what no other beats in all three is filled and joined."""
-    quality, *axes = [name for name in (*QUALITIES, "duration", "energy_joules")
-                      if any(row.figure(name) is not None for row in rows)] or [""]
-    axes = [name for name in axes if name in COSTS]
+    known = [name for name in (*QUALITIES, "duration", "energy_joules")
+             if any(row.figure(name) is not None for row in rows)]
+    quality, axes = known[0] if known else "", [name for name in known if name in COSTS]
     whole = [row for row in rows if all(row.figure(name) is not None for name in (quality, *axes))]
-    cells = _by(whole, lambda row: (row.curve, row.rate, row.streams, row.node))
-    spots = [(group[0].curve, tuple(_mean(row.figure(name) for row in group) or 0.0
-                                    for name in (quality, *axes))) for group in cells.values()]
-    if len(spots) < 3 or quality not in QUALITIES:
+    cells = merged(whole, lambda row: (row.curve, row.rate, row.streams, row.node))
+    if len(cells) < 3 or quality not in QUALITIES:
         return []
-    front = front_of([(-spot[0], *spot[1:]) for _, spot in spots])
-    missing = "" if len(axes) == 2 else ("energy is unknown, so the front is of quality and time: "
-                                         + rows[0].why("energy_joules"))
+    front = front_of([(-(row.figure(quality) or 0), *(row.figure(name) or 0 for name in axes))
+                      for row in cells])
+    note = "" if len(axes) == 2 else ("energy is unknown, so the front is of quality and time: "
+                                      + rows[0].why("energy_joules"))
     plots = []
-    for axis, name in enumerate(axes, 1):
-        curves = []
-        for label in dict.fromkeys(label for label, _ in spots):
-            mine = [number for number, spot in enumerate(spots) if spot[0] == label]
-            curves.append(Curve(label, [(spots[n][1][axis], spots[n][1][0]) for n in mine], joined=False,
-                                hollow=frozenset(k for k, n in enumerate(mine) if n not in front)))
-        curves.append(Curve("the front (filled): no other is better in all",
-                            sorted((spots[n][1][axis], spots[n][1][0]) for n in front), marked=False))
+    for name in axes:
+        curves = [Curve(label, points_of((cells[n] for n in mine), name, quality), joined=False,
+                        hollow=frozenset(k for k, n in enumerate(mine) if n not in front))
+                  for label, mine in _by(range(len(cells)), lambda n: cells[n].curve).items()]
+        best = sorted(points_of((cells[n] for n in front), name, quality))
+        curves.append(Curve("the front (filled): no other is better in all", best, marked=False))
         plots.append(Plot(f"Pareto front: {QUALITIES[quality].split(',')[0]} over {COSTS[name][0]}",
-                          COSTS[name][1], QUALITIES[quality], curves, zero=True, note=missing))
+                          COSTS[name][1], QUALITIES[quality], curves, zero=True, note=note))
     return plots
 
 
-def _node_plots(content: str, rows: Sequence[Row]) -> list[Plot]:
+def _node_plots(rows: Sequence[Row]) -> list[Plot]:
     plots = []
     for name in ("duration", "energy_joules"):
         known = [row for row in rows if row.figure(name) is not None]
-        labels = list(dict.fromkeys(row.label for row in known))
-        shown = labels[:LABELS_MOST]
-        curves = []
-        for node, group in _by(known, lambda row: row.node).items():
-            cells = {label: cell for label, cell in _by(group, lambda row: row.label).items()
-                     if label in shown}
-            points = [(_mean(row.figure(name) for row in cell) or 0.0, float(shown.index(label)))
-                      for label, cell in cells.items()]
-            curves.append(Curve(node, points, joined=False,
-                                spans=[interval_of(cell, name) for cell in cells.values()]))
+        cells = merged(known, lambda row: (row.node, row.label))
+        labels = list(dict.fromkeys(row.label for row in cells))
+        shown = {label: float(at) for at, label in enumerate(labels[:LABELS_MOST])}
+        nodes = _by((row for row in cells if row.label in shown), lambda row: row.node)
+        curves = [Curve(node, [(row.figure(name) or 0.0, shown[row.label]) for row in group], joined=False,
+                        spans=[row.interval(name) for row in group]) for node, group in nodes.items()]
         if shown:
             bars = any(span for curve in curves for span in curve.spans)
             note = "bars: 95 % interval of the mean" if bars else "each ran once: no interval is known"
             more = f"; the first {LABELS_MOST} of {len(labels)}" if len(labels) > LABELS_MOST else ""
-            plots.append(Plot(f"{COSTS[name][0].capitalize()} by node: {', '.join(c.label for c in curves)}",
-                              COSTS[name][1], "", curves, shown, zero=True, note=note + more))
+            title = f"{COSTS[name][0].capitalize()} by node: {', '.join(nodes)}"
+            plots.append(Plot(title, COSTS[name][1], "", curves, list(shown), zero=True, note=note + more))
     return plots
 
 
 def _power_plots(rows: Sequence[Row]) -> tuple[list[Plot], str]:
     """Return power and CPU use over time of the longest sampled job, or why there are none."""
-    def samples(row: Row, name: str) -> list[tuple[float, float]]:
+    found: dict[str, list[tuple[float, Row, list[tuple[float, float]]]]] = {name: [] for name in _SAMPLED}
+    for name, row in itertools.product(_SAMPLED, rows):
         lists = [row.series.get(key) for key in ("seconds", name)]
-        if not all(isinstance(values, list) for values in lists):
-            return []
-        pairs = [(finite({"v": x}, "v"), finite({"v": y}, "v")) for x, y in zip(*lists)]
-        return [(x, y) for x, y in pairs if x is not None and y is not None]
-    named = [(name, row) for name in _SAMPLED for row in rows if len(samples(row, name)) > 1]
-    if not named:
-        return [], "no result holds samples"
-    first = named[0][0]
-    row = max((row for name, row in named if name == first), key=lambda row: samples(row, first)[-1][0])
-    plots = []
-    for name, (title, unit) in _SAMPLED.items():
-        points = samples(row, name)
+        pairs = zip(*lists) if all(isinstance(values, list) for values in lists) else ()
+        points = points_of((row._replace(metrics={"x": x, "y": y}) for x, y in pairs), "x", "y")
         if len(points) > 1:
+            found[name].append((points[-1][0], row, points))
+    longest = max(found["power_watts"] or found["cpu_usage"], key=lambda one: one[0], default=None)
+    if longest is None:
+        return [], "no result holds samples"
+    row, plots = longest[1], []
+    for name, (title, unit) in _SAMPLED.items():
+        for points in (points for _, other, points in found[name] if other is row):
             curves = [Curve(title, points, marked=False)]
             idle = row.figure("idle_watts") if name == "power_watts" else None
             if idle is not None:
                 curves.append(Curve("idle", [(points[0][0], idle), (points[-1][0], idle)], marked=False))
             what = f"{title} of job {row.job}: {row.label} on {row.node}"
             plots.append(Plot(what, "time, s", unit, curves))
-    return plots, f"power is unknown: {row.why('power_watts')}" if first == "cpu_usage" else ""
+    return plots, "" if found["power_watts"] else f"power is unknown: {row.why('power_watts')}"
 
 
 _SAMPLED = {"power_watts": ("Power", "power, W"), "cpu_usage": ("CPU use", "CPU, % of the machine")}
@@ -4398,49 +4394,30 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int) -> s
     return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
 
-def _shown_columns(rows: Sequence[Row], columns: Iterable[Column]) -> list[Column]:
-    """Return the columns that say something: a figure, or why it is unknown though it was asked for."""
-    return [column for column in columns if any(
+def _jobs_table(rows: Sequence[Row], columns: Iterable[Column],
+                heads: Sequence[str] = ("what", "node", "job"),
+                words: Callable[[Row], Sequence[str]] = lambda row: (row.label, row.node, row.job)) -> str:
+    """Return a table of the columns that say something: a figure, or why one that was wanted is unknown."""
+    notes = _Notes()
+    shown = [column for column in columns if any(
         row.figure(column.name) is not None or _part(row.metrics, "unknown").get(column.name)
         not in (None, "not asked for") for row in rows)]
-
-
-def _jobs_table(rows: Sequence[Row], columns: Sequence[Column], currency: str) -> str:
-    notes = _Notes()
+    if not shown:
+        return ""
 
     def cell(row: Row, column: Column) -> str:
         value = row.figure(column.name)
         if value is None:
             return notes.mark(row.why(column.name))
-        about = "~" if row.metrics.get("energy_estimated") and column in TABLES[_MONEY] else ""
         if column.name == "output_bytes":
             return wire.size_text(value)
+        about = "~" if row.metrics.get("energy_estimated") and column in TABLES[_MONEY] else ""
         return about + (amount_text(value, "", column.digits) or "")
-    heads = [f"{column.head}{', ' if column.unit else ''}{column.unit}" if "cost" not in column.name
-             else f"{column.head}{', ' if currency else ''}{currency}" for column in columns]
-    cells = [[html.escape(row.label), html.escape(row.node), html.escape(row.job),
-              *(cell(row, column) for column in columns)] for row in rows]
-    return _table(["what", "node", "job", *heads], cells, 3) + notes.html()
-
-
-def _rendition_table(rows: Sequence[Row], currency: str) -> str:
-    """Return energy, money and carbon by rendition: of all its jobs, of one, of a minute of output."""
-    notes, lines = _Notes(), []
-    for (rendition, curve), group in _by(rows, lambda row: (row.rendition, row.curve)).items():
-        cells = [html.escape(rendition), html.escape(curve), str(len(group))]
-        minutes = _mean(row.figure("output_seconds") for row in group)
-        for name in ("energy_joules", "energy_wh", "energy_cost", "carbon_g"):
-            mean = _mean(row.figure(name) for row in group)
-            why = next((row.why(name if name != "energy_wh" else "energy_joules") for row in group
-                        if row.figure(name) is None), "")
-            cells.append(notes.mark(why) if mean is None else amount_text(mean) or "")
-            per = mean / minutes * 60 if mean is not None and minutes else None
-            cells.append(notes.mark(why or "the output's length is unknown") if per is None
-                         else amount_text(per) or "")
-        lines.append(cells)
-    units = [unit for unit in ("J", "Wh", currency or "cost", "g CO2e")]
-    heads = [head for unit in units for head in (f"{unit} a job", f"{unit} a minute")]
-    return _table(["rendition", "encoder", "jobs", *heads], lines, 2) + notes.html()
+    currency = next((str(row.metrics["currency"]) for row in rows if row.metrics.get("currency")), "")
+    units = [currency if "cost" in column.name else column.unit for column in shown]
+    names = [f"{column.head}, {unit}".rstrip(", ") for column, unit in zip(shown, units)]
+    cells = [[*map(html.escape, words(row)), *(cell(row, column) for column in shown)] for row in rows]
+    return _table([*heads, *names], cells, 3) + notes.html()
 
 
 def _delta_table(deltas: Sequence[Delta]) -> str:
@@ -4487,69 +4464,63 @@ table{font-size:8.5px}th,td{padding:.1rem .4rem .1rem 0}tr{break-inside:avoid}.w
 def report_html(title: str, rows: Sequence[Row], made_at: str) -> str:
     """Return the whole report as one page that fetches nothing and runs no script."""
     done = [row for row in rows if row.status == "completed"]
-    currency = next((str(row.metrics["currency"]) for row in rows if row.metrics.get("currency")), "")
-    count = ", ".join(f"{len(group)} {word}" for word, group in
-                      _by(rows, lambda row: row.status).items()) or "no jobs"
+    count = ", ".join(f"{len(group)} {word}" for word, group in _by(rows, lambda row: row.status).items())
     nodes = ", ".join(dict.fromkeys(row.node for row in rows if row.node)) or "no node"
-    parts = [f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(count)} on {html.escape(nodes)}; '
-             f"made {html.escape(made_at)} by ffdist {VERSION}</p>"]
+    parts = [f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(count or "no jobs")} on '
+             f"{html.escape(nodes)}; made {html.escape(made_at)} by ffdist {VERSION}</p>"]
     if any(row.metrics.get("energy_estimated") for row in rows):
         parts.append('<p class="lead">~ marks energy that is estimated by a power model, not measured.</p>')
-    deltas = deltas_of(done)
-    contents = _by((row for row in done if row.rendition), lambda row: row.content)
+    deltas = _by(deltas_of(done), lambda delta: delta.content)
+    encodes = [row for row in done if row.rendition]
+    contents = _by(encodes, lambda row: row.content)
     for content, group in list(contents.items())[:PANELS_MOST]:
-        figures = [_figure_html(plot) for make in (_rate_plots, _front_plots, _node_plots)
-                   for plot in make(content, group)]
-        table = [delta for delta in deltas if delta.content == content]
-        parts.append(f'<h2>{html.escape(content)}</h2><div class="plots">{"".join(figures)}</div>')
-        if table:
+        plots = [*_rate_plots(group), *_front_plots(group), *_node_plots(group)]
+        parts.append(_plots_html(content, plots))
+        if content in deltas:
             parts.append("<h3>What one costs more or less than another, at equal quality</h3>"
-                         + _delta_table(table))
+                         + _delta_table(deltas[content]))
     if len(contents) > PANELS_MOST:
         parts.append(f'<p class="note">{len(contents) - PANELS_MOST} more are only in the tables.</p>')
     power, why = _power_plots(done)
-    parts.append(f'<h2>Power over time</h2><div class="plots">{"".join(map(_figure_html, power))}</div>'
-                 + (f'<p class="note">{html.escape(why)}</p>' if why else ""))
-    if done:
-        parts.append("<h2>By rendition</h2>"
-                     + _rendition_table([row for row in done if row.rendition], currency))
-    for name, columns in TABLES.items():
-        shown = _shown_columns(done, columns)
-        if shown:
-            parts.append(f"<h2>{name}</h2>" + _jobs_table(done, shown, currency))
-    failed = [row for row in rows if row.status != "completed"]
+    parts.append(_plots_html("Power over time", power, why))
+    means = merged(encodes, lambda row: (row.rendition, row.curve))
+    sections = {"Means by rendition": _jobs_table(means, TABLES[_MONEY], ("rendition", "encoder", "jobs"),
+                                                  lambda row: (row.rendition, row.curve, str(row.jobs))),
+                **{name: _jobs_table(done, columns) for name, columns in TABLES.items()}}
+    failed = [[html.escape(text) for text in (row.label, row.node, row.job, row.status, row.error)]
+              for row in rows if row.status != "completed"]
     if failed:
-        cells = [[html.escape(text) for text in (row.label, row.node, row.job, row.status, row.error)]
-                 for row in failed]
-        parts.append("<h2>Not completed</h2>" + _table(["what", "node", "job", "status", "error"], cells, 5))
+        sections["Not completed"] = _table(["what", "node", "job", "status", "error"], failed, 5)
+    parts += [f"<h2>{name}</h2>{table}" for name, table in sections.items() if table]
     return ('<!doctype html><html lang="en"><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width"><title>'
             f"{html.escape(title)}</title><style>{_REPORT_STYLE}</style>{''.join(parts)}</html>\n")
 
 
-_WORDS_OF_ROW = Row._fields[:Row._fields.index("metrics")]
+def _plots_html(title: str, plots: Iterable[Plot], note: str = "") -> str:
+    words = f'<p class="note">{html.escape(note)}</p>' if note else ""
+    return f'<h2>{html.escape(title)}</h2><div class="plots">{"".join(map(_figure_html, plots))}</div>{words}'
 
 
-def report_json(title: str, rows: Iterable[Row], made_at: str) -> Json:
+def report_json(title: str, rows: Sequence[Row], made_at: str) -> Json:
     """Return the report as data: the rows with all their figures, and the differences at equal quality."""
-    known = list(rows)
-    return {"title": title, "made_at": made_at, "rows": [row._asdict() for row in known],
-            "deltas": [delta._asdict() for delta in deltas_of([row for row in known
-                                                               if row.status == "completed"])]}
+    deltas = deltas_of([row for row in rows if row.status == "completed"])
+    return {"title": title, "made_at": made_at, "rows": [row._asdict() for row in rows],
+            "deltas": [delta._asdict() for delta in deltas]}
 
 
 def report_csv(rows: Iterable[Row]) -> str:
     """Return the rows as CSV; no text begins a formula, what is unknown is empty, its reason stands last."""
-    columns = [column.name for columns in TABLES.values() for column in columns]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*_WORDS_OF_ROW, *columns, "currency", "unknown"])
+    heads = Row._fields[:Row._fields.index("metrics")]
+    writer.writerow([*heads, *_FIGURES, "currency", "unknown"])
     for row in rows:
-        words = [str(getattr(row, name)) for name in _WORDS_OF_ROW]
-        words = [f"'{word}" if word.startswith(("=", "+", "-", "@")) else word for word in words]
-        figures = [row.figure(name) for name in columns]
-        why = {name: row.why(name) for name, value in zip(columns, figures) if value is None}
-        writer.writerow([*words, *figures, row.metrics.get("currency", ""), json.dumps(why)])
+        words = [f"'{word}" if word.startswith(("=", "+", "-", "@")) else word
+                 for word in (str(getattr(row, name)) for name in heads)]
+        why = {name: row.why(name) for name in _FIGURES if row.figure(name) is None}
+        writer.writerow([*words, *map(row.figure, _FIGURES), row.metrics.get("currency", ""),
+                         json.dumps(why)])
     return out.getvalue()
 
 

@@ -145,6 +145,10 @@ class Complete(unittest.TestCase):
     def test_every_metric_that_the_master_adds(self) -> None:
         self.assertEqual(names_of(rows("Added by the master")), set(ffdist.PRICED))
 
+    def test_every_field_of_an_experiment(self) -> None:
+        self.assertEqual(names_of([[row[0]] for row in rows("Field of an experiment")]),
+                         set(ffdist.EXPERIMENT_FIELDS))
+
     def test_every_recommendation(self) -> None:
         listed = {row[0].strip("`"): row[1] for row in rows("Recommendation")}
         self.assertEqual(listed, agent.RECOMMENDATIONS)
@@ -172,7 +176,8 @@ class Exact(unittest.TestCase):
     """What the README shows is accepted by the program as it stands."""
 
     def test_json_examples_are_accepted(self) -> None:
-        job, node, result = (json.loads(block) for block in blocks("json"))
+        experiment, job, node, result = (json.loads(block) for block in blocks("json"))
+        self.assertEqual(len(ffdist.experiment_of(experiment, "codecs").jobs), 102)
         self.assertEqual(ffdist.draft_of(job, 3).scenario, "4K60-h264")
         self.assertEqual(ffdist.registration_of(node).name, "worker-01")
         self.assertEqual(ffdist.report_of(result).status, "completed")

@@ -431,6 +431,13 @@ class TestBdRate(unittest.TestCase):
             self.assertAlmostEqual(ffdist.bd_percent(*curves, True), pchip, 7)
             self.assertAlmostEqual(ffdist.bd_percent(*(points[::-1] for points in curves)), cubic, 7)
 
+    def test_curves_that_turn_are_as_scipy_has_them(self) -> None:
+        qualities = (30, 33, 36, 37, 41)
+        for one, found in (((100, 80, 300, 500, 900), -4.215925023538),
+                           ((500, 10, 300, 310, 305), 115.708171645683)):
+            pair = [list(zip(costs, qualities)) for costs in (one, (200, 210, 190, 220, 400))]
+            self.assertAlmostEqual(ffdist.bd_percent(pair[0], pair[1], True), found, 7)
+
     def test_a_constant_factor_is_found_exactly_and_the_other_way_round_is_its_inverse(self) -> None:
         points = [(100 * 2.0 ** n, 30 + 3 * n + 0.1 * n * n) for n in range(6)]
         dearer = [(cost * 1.25, quality) for cost, quality in points]
@@ -480,9 +487,9 @@ class TestRows(unittest.TestCase):
 
     def test_a_job_is_told_by_content_curve_and_rate(self) -> None:
         row = ffdist.row_of(job_of(cell={"streams": 3, "repeat": 2}))
-        self.assertEqual((row.content, row.rendition, row.curve, row.rate, row.label, row.repeat),
+        self.assertEqual((row.content, row.rendition, row.curve, row.rate, row.label),
                          ("a.mov 1280x720 25 fps, 10 s", "1280x720 25 fps", "libx264 fast", "crf 20",
-                          "libx264 fast crf 20 ×3", 2))
+                          "libx264 fast crf 20 ×3"))
         self.assertEqual(row.metrics["energy_wh"], 1300 / 3600)
 
     def test_a_job_without_a_result_or_with_nonsense_in_it_is_a_row_too(self) -> None:
@@ -517,12 +524,14 @@ class TestRows(unittest.TestCase):
 
     def test_intervals_of_repeats_and_of_a_jobs_own_runs(self) -> None:
         rows = rows_of(*(job_of(metrics={"duration": value}) for value in (9.0, 10.0, 11.0)))
-        low, high = ffdist.interval_of(rows, "duration") or (0, 0)
+        mean, = ffdist.merged(rows, lambda row: row.label)
+        low, high = mean.interval("duration") or (0, 0)
+        self.assertEqual((mean.figure("duration"), mean.jobs), (10, 3))
         self.assertAlmostEqual(low, 10 - 4.303 / 3 ** 0.5, 3)
         self.assertAlmostEqual(high, 10 + 4.303 / 3 ** 0.5, 3)
         told = rows_of(job_of(statistics={"duration": {"n": 5, "ci95_low": 9.5, "ci95_high": 10.5}}))
-        self.assertEqual(ffdist.interval_of(told, "duration"), (9.5, 10.5))
-        self.assertIsNone(ffdist.interval_of(rows[:1], "duration"))
+        self.assertEqual(ffdist.merged(told, lambda row: row.label)[0].interval("duration"), (9.5, 10.5))
+        self.assertIsNone(ffdist.merged(rows[:1], lambda row: row.label)[0].interval("duration"))
 
     def test_ticks_are_round_and_within(self) -> None:
         self.assertEqual(ffdist._ticks(0, 22, False), [0, 5, 10, 15, 20])
@@ -576,8 +585,9 @@ class TestPages(unittest.TestCase):
         said = " ".join(page.text)
         for words in ("PSNR over rate", "Pareto front: PSNR over time", "Pareto front: PSNR over energy",
                       "Time by node: worker-01, worker-02", "Energy by node", "Power of job 550e8400",
-                      "CPU use of job", "By rendition", "Speed and size", "Quality",
-                      "Energy, money and carbon", "BD-rate", "BD-energy", "BD-time", "no <log> of frames", "16 completed"):
+                      "CPU use of job", "Means by rendition", "Speed and size", "Quality",
+                      "Energy, money and carbon", "BD-rate", "BD-energy", "BD-time", "no <log> of frames",
+                      "16 completed"):
             self.assertIn(words, said)
         self.assertEqual(set(page.tags) & {"script", "link", "img", "iframe", "object", "base"}, set())
         self.assertEqual(re.findall(r"https?://|url\(|@import|src=", text), [])
