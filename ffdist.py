@@ -14,7 +14,6 @@ Sections (each uses only those above it):
   4 Master      one lock; registry, lanes, leases
   6 HTTP API    ROUTES, the handler: the API document
   7 Metrics     the one table of metrics: text, what is pushed, dashboards, alerts
-  7 Metrics     the one table of metrics
   8 Reports     experiments, tables and plots over many results: pure
   9 Pages       the plain page of nodes and jobs
   10 Service    server, background threads, other programs
@@ -3817,17 +3816,13 @@ def experiment_progress(jobs: Iterable[Json], total: int) -> Json:
     """Return how far an experiment is, as a job's progress: what ended, what runs, the time left."""
     known = list(jobs)
     count = {word: sum(job["status"] == word for job in known) for word in STATUSES}
-    spans = [_epoch(job["completed_at"]) - _epoch(job["started_at"]) for job in known
-             if job["status"] == "completed" and job.get("started_at") and job.get("completed_at")]
+    spans = [(epoch_of(job.get("completed_at")) or 0.0) - (epoch_of(job.get("started_at")) or 0.0)
+             for job in known if job["status"] == "completed"]
     ended = sum(count[word] for word in FINAL)
     parts = [f"{ended} of {total} jobs ended"]
     parts += [f"{count[word]} {word}" for word in ("running", "paused", "failed", "canceled") if count[word]]
     left = (sum(spans) / len(spans) * (total - ended) / max(1, count["running"])) if spans else None
     return {"phase": ", ".join(parts), "percent": 100 * ended / max(1, total), "eta_s": left}
-
-
-def _epoch(text: str) -> float:
-    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
 
 
 def amount_text(value: float | None, unit: str = "", digits: int = 3) -> str | None:
@@ -5183,13 +5178,11 @@ def cmd_master(args: argparse.Namespace) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    settings = Settings(args.node_timeout, args.max_retries, args.retry_delay, args.retry_delay_most,
-                        args.quarantine_after, *args.keep)
-    service = Service(args.host, args.port, folder, settings, log, args.victoriametrics)
     tariff = Tariff(_rates("--energy-price", args.energy_price, PRICE_LOWEST),
                     _rates("--carbon-intensity", args.carbon_intensity, 0), args.currency)
-    settings = Settings(args.node_timeout, args.max_retries, tariff)
-    service = Service(args.host, args.port, folder, settings, log)
+    settings = Settings(args.node_timeout, args.max_retries, args.retry_delay, args.retry_delay_most,
+                        args.quarantine_after, args.keep[0], args.keep[1], tariff)
+    service = Service(args.host, args.port, folder, settings, log, args.victoriametrics)
     shot = service.master.snapshot()
     waiting = sum(shot.totals.get(("jobs", word), 0) for word in ("pending", "running", "paused", "blocked"))
     service.start()
@@ -5730,7 +5723,7 @@ COMMANDS = {
     "experiment": Command(cmd_experiment, "run a matrix of jobs from a file, or go on with it", (
         Flag("--dry-run", False, None, "check the file and show the jobs; submit nothing"),
         Flag("--no-wait", False, None, "submit what may run now, and do not follow it"),
-        MASTER_FLAG, JSON_FLAG), ("file",)),
+        MASTER_FLAG, JSON_FLAG), ("matrix",)),
     "report": Command(cmd_report, "tables and plots over many results", (
         Flag("--experiment", None, str, "an experiment's file or id (all results)"),
         Flag("--output", None, str, "a file to write: .html, .csv or .json (a table on the terminal)"),
@@ -5791,7 +5784,7 @@ _WORDS: dict[str, Callable[[argparse.ArgumentParser], Any]] = {
                                            help="up, down, or files with a folder"),
     "folder": lambda sub: sub.add_argument("folder", nargs="?", metavar="DIR",
                                            help="where 'files' writes to"),
-    "file": lambda sub: sub.add_argument("file", metavar="FILE", help="an experiment, as JSON"),
+    "matrix": lambda sub: sub.add_argument("file", metavar="FILE", help="an experiment, as JSON"),
     "node": lambda sub: sub.add_argument("id", metavar="NODE", help="a node's name or id"),
     "follow": lambda sub: sub.add_argument("-f", "--follow", action="store_true",
                                            help="follow it to its end"),
