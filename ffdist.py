@@ -4164,7 +4164,10 @@ class Curve(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """A plot: title, names of the axes, curves; with `names` the y axis counts these from the top."""
+    """A plot: title, names of the axes, curves; with `names` the y axis counts these from the top.
+
+    `zero` names the axis that begins at 0.
+    """
 
     title: str
     x: str
@@ -4172,7 +4175,7 @@ class Plot(NamedTuple):
     curves: Sequence[Curve]
     names: Sequence[str] = ()
     log: bool = False
-    zero: bool = False
+    zero: str = ""
     note: str = ""
 
 
@@ -4212,8 +4215,8 @@ def plot_svg(plot: Plot) -> str:
     xs = [x for curve in plot.curves for x, _ in curve.points]
     xs += [edge for curve in plot.curves for span in curve.spans if span for edge in span]
     log = plot.log and min(xs) > 0
-    x_low, x_high = _range(xs, plot.zero, log)
-    y_low, y_high = _range([y for curve in plot.curves for _, y in curve.points], False, False)
+    x_low, x_high = _range(xs, plot.zero == "x", log)
+    y_low, y_high = _range([y for curve in plot.curves for _, y in curve.points], plot.zero == "y", False)
     left = 58
     bottom = _HEIGHT - 44
     if plot.names:
@@ -4314,7 +4317,7 @@ def _front_plots(rows: Sequence[Row]) -> list[Plot]:
         best = sorted(points_of((cells[n] for n in front), name, quality))
         curves.append(Curve("the front (filled): no other is better in all", best, marked=False))
         plots.append(Plot(f"Pareto front: {QUALITIES[quality].split(',')[0]} over {COSTS[name][0]}",
-                          COSTS[name][1], QUALITIES[quality], curves, zero=True, note=note))
+                          COSTS[name][1], QUALITIES[quality], curves, zero="x", note=note))
     return plots
 
 
@@ -4333,7 +4336,7 @@ def _node_plots(rows: Sequence[Row]) -> list[Plot]:
             note = "bars: 95 % interval of the mean" if bars else "each ran once: no interval is known"
             more = f"; the first {LABELS_MOST} of {len(labels)}" if len(labels) > LABELS_MOST else ""
             title = f"{COSTS[name][0].capitalize()} by node: {', '.join(nodes)}"
-            plots.append(Plot(title, COSTS[name][1], "", curves, list(shown), zero=True, note=note + more))
+            plots.append(Plot(title, COSTS[name][1], "", curves, list(shown), zero="x", note=note + more))
     return plots
 
 
@@ -4357,7 +4360,7 @@ def _power_plots(rows: Sequence[Row]) -> tuple[list[Plot], str]:
             if idle is not None:
                 curves.append(Curve("idle", [(points[0][0], idle), (points[-1][0], idle)], marked=False))
             what = f"{title} of job {row.job}: {row.label} on {row.node}"
-            plots.append(Plot(what, "time, s", unit, curves))
+            plots.append(Plot(what, "time, s", unit, curves, zero="y"))
     return plots, "" if found["power_watts"] else f"power is unknown: {row.why('power_watts')}"
 
 
@@ -4397,8 +4400,9 @@ def _jobs_table(rows: Sequence[Row], columns: Iterable[Column],
     shown = [column for column in columns if any(
         row.figure(column.name) is not None or _part(row.metrics, "unknown").get(column.name)
         not in (None, "not asked for") for row in rows)]
-    if not shown:
-        return ""
+    if not any(row.figure(column.name) is not None for row in rows for column in shown):
+        why = dict.fromkeys(row.why(column.name) for row in rows for column in shown)
+        return f'<p class="note">unknown: {html.escape("; ".join(why))}</p>' if why else ""
 
     def cell(row: Row, column: Column) -> str:
         value = row.figure(column.name)
@@ -5394,7 +5398,16 @@ def cmd_report(args: argparse.Namespace) -> int:
         raise ValueError(f"--output {args.output} must end with {', '.join(REPORT_KINDS)}")
     client = _client(args)
     title, ids = _reported(client, args)
-    rows = [row_of(client.job(job_id)) for job_id in ids]
+    rows = []
+    for job_id in ids:
+        try:
+            rows.append(row_of(client.job(job_id)))
+        except ApiError as error:
+            if error.status != 404:
+                raise
+    if len(rows) < len(ids):
+        _say(f"{len(ids) - len(rows)} of {len(ids)} jobs are not known to the master: not submitted yet, or "
+             "no longer kept")
     made_at = wire.utc_text(time.time()) or ""
     if args.json or kind == "json":
         text = json.dumps(report_json(title, rows, made_at), indent=2) + "\n"
