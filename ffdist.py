@@ -3966,10 +3966,12 @@ TABLES = {
         Column("energy_joules", "energy", "J"), Column("net_energy_joules", "above idle", "J"),
         Column("energy_wh", "energy", "Wh"), Column("energy_cost", "cost"), Column("carbon_g", "CO2e", "g"),
         Column("energy_wh_per_minute", "Wh a minute"), Column("cost_per_minute", "cost a minute"),
-        Column("carbon_g_per_minute", "g CO2e a minute"), Column("power_watts", "power", "W"),
-        Column("idle_watts", "idle", "W"), Column("joules_per_frame", "a frame", "J"),
-        Column("pixels_per_joule", "pixels/J", "", 4)),
+        Column("carbon_g_per_minute", "g CO2e a minute")),
+    "Power": (
+        Column("power_watts", "power", "W"), Column("idle_watts", "idle", "W"),
+        Column("joules_per_frame", "a frame", "J"), Column("pixels_per_joule", "pixels/J", "", 4)),
 }
+_ESTIMATED = (*TABLES[_MONEY], *TABLES["Power"])
 _FIGURES = [column.name for columns in TABLES.values() for column in columns]
 QUALITIES = {"vmaf": "VMAF", "xpsnr_db": "XPSNR, dB", "psnr_db": "PSNR, dB", "ssim": "SSIM"}
 COSTS = {"bitrate_kbps": ("rate", "rate, kbit/s"), "energy_joules": ("energy", "energy, J"),
@@ -4217,10 +4219,10 @@ def plot_svg(plot: Plot) -> str:
     log = plot.log and min(xs) > 0
     x_low, x_high = _range(xs, plot.zero == "x", log)
     y_low, y_high = _range([y for curve in plot.curves for _, y in curve.points], plot.zero == "y", False)
-    left = 58
-    bottom = _HEIGHT - 44
+    left, bottom = 58.0, _HEIGHT - 44
     if plot.names:
-        left, bottom = min(230, 14 + 6 * max(len(name) for name in plot.names)), 12 + 22 * len(plot.names)
+        left = min(250, 14 + 6.8 * max(len(name) for name in plot.names))
+        bottom = 12 + 22 * len(plot.names)
         y_low, y_high = len(plot.names) - 0.5, -0.5
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -4410,7 +4412,7 @@ def _jobs_table(rows: Sequence[Row], columns: Iterable[Column],
             return notes.mark(row.why(column.name))
         if column.name == "output_bytes":
             return wire.size_text(value)
-        about = "~" if row.metrics.get("energy_estimated") and column in TABLES[_MONEY] else ""
+        about = "~" if row.metrics.get("energy_estimated") and column in _ESTIMATED else ""
         return about + (amount_text(value, "", column.digits) or "")
     currency = next((str(row.metrics["currency"]) for row in rows if row.metrics.get("currency")), "")
     units = [currency if "cost" in column.name else column.unit for column in shown]
@@ -4480,7 +4482,7 @@ def report_html(title: str, rows: Sequence[Row], made_at: str) -> str:
                          + _delta_table(deltas[content]))
     if len(contents) > PANELS_MOST:
         parts.append(f'<p class="note">{len(contents) - PANELS_MOST} more are only in the tables.</p>')
-    power, why = _power_plots(done)
+    power, why = _power_plots(encodes or done)
     parts.append(_plots_html("Power over time", power, why))
     means = merged(encodes, lambda row: (row.rendition, row.curve))
     sections = {"Means by rendition": _jobs_table(means, TABLES[_MONEY], ("rendition", "encoder", "jobs"),
@@ -5481,7 +5483,7 @@ def _check_nodes(experiment: Experiment, nodes: Sequence[Json]) -> None:
             raise Unusable(f"nodes: there is no node {wire.printable(lane)}"
                            f"{f', did you mean {near[0]}?' if near else '; see them with: ffdist.py nodes'}")
         room = slots.get(lane, 0) if lane else sum(node["max_concurrent_jobs"] for node in nodes)
-        if size > max(1, room):
+        if size > room > 0:
             _say(f"{lane or 'the fleet'} has {room} slots, so {size} streams cannot run side by side there: "
                  "start its agent with --max-concurrent-jobs")
 
