@@ -37,6 +37,7 @@ NODES = [("a", "id-a", "busy", 1), ('b "quoted" \\ back', "id-b", "offline", 0)]
 SHOT = ffdist.Snapshot({}, NODES, 0, dict.fromkeys(
     ("submitted", "claims", "reports", "heartbeats", "lost_leases", "refused_reports", "push_lines",
      "push_failures", "push_dropped", "push_spool_bytes"), 0), 0, 0.0, 0, 0.0, True, 1, 2, 0)
+TARIFF = ("--energy-price", "0.3", "--carbon-intensity", "400")
 EVERY_FIELD = {metric.field: 10.0 + number / 4 for number, metric in enumerate(ffdist.METRICS)
                if metric.name.startswith("ffdist_job_") and metric.field != "info"}
 
@@ -441,7 +442,7 @@ class Real(Case):
 
     def test_an_outage_and_a_kill_of_the_master_lose_nothing_that_was_spooled(self) -> None:
         port = free_port()
-        flags = ("--victoriametrics", f"http://127.0.0.1:{port}")
+        flags = ("--victoriametrics", f"http://127.0.0.1:{port}", *TARIFF)
         master = self.master(*flags)
         node = Node(master, 'w "1" \\ ü')
         job = master.submit("720p30-h264", codec="h264")
@@ -461,7 +462,7 @@ class Real(Case):
         began_ms = round(time.time() * 1000)
         self.assertEqual(oct(push.stat().st_mode)[-3:], "700")
         victoria = self.victoria(port)
-        self.master(*flags, port=master.port)
+        kept = self.master(*flags, port=master.port).get("/results")["results"][0]["metrics"]
         vmaf = f'ffdist_job_vmaf{{job_id="{job["id"]}"}}'
         wait_for(lambda: victoria.query(vmaf, now), why=victoria.words())
         count = len(EVERY_FIELD) + 1 + 4
@@ -471,7 +472,7 @@ class Real(Case):
         labels = {"job_id": job["id"], "node": node.name, "node_id": node.id, "scenario": "720p30-h264",
                   "status": "completed", "codec": "h264", "encoder": "libx264", "preset": "fast"}
         self.assertEqual(results, {
-            metric.name: (labels, {epoch_ms(completed): {**EVERY_FIELD, "info": 1}[metric.field]})
+            metric.name: (labels, {epoch_ms(completed): {**kept, "info": 1}[metric.field]})
             for metric in ffdist.METRICS if metric.name.startswith("ffdist_job_")})
         self.assertEqual(found["ffdist_sample_power_watts"], (
             {"node": node.name, "node_id": node.id, "job_id": job["id"]},
@@ -515,7 +516,7 @@ class Fleet(Case):
                            f"-datasource.url={self.victoria.url}", f"-httpListenAddr=127.0.0.1:{alerts}",
                            f"-notifier.config={self.folder}/notifier.yml"], self.folder, "vmalert")
         self.addCleanup(vmalert.end)
-        self.fed = self.master("--victoriametrics", self.victoria.url, "--node-timeout", "2s",
+        self.fed = self.master("--victoriametrics", self.victoria.url, *TARIFF, "--node-timeout", "2s",
                                "--quarantine-after", "6", port=port)
 
     def feed(self) -> None:
