@@ -3532,6 +3532,7 @@ class Agent:
                 "holding": [{"job_id": job_id, "attempt": number} for job_id, number in holding]}
         if self._node_id is None:
             self._node_id = body["id"] = str(uuid.uuid4())
+            _remember(self._node_file, self._node_id)  # before the master does, or a kill makes a second node
         asked = time.monotonic()
         answer = self._client.register(body)
         self._answered(asked)

@@ -91,7 +91,7 @@ class Fleet:
         work = ["--work-dir", str(self.disk)] if self.disk and number == 0 else []
         agent = Agent(self.folder, self.proxies[number].url, "--heartbeat-interval", "1s",
                       "--max-concurrent-jobs", str(self.slots), *work, name=f"agent{number}",
-                      env={"FFDIST_MIN_FREE": "0"})
+                      env={"FFDIST_MIN_FREE": "0", "FFDIST_DRAIN_LIMIT": f"{number % 2 * 3}s"})
         agent.work = Path(work[1]) if work else agent.work
         return agent
 

@@ -77,7 +77,7 @@ class BadNetwork(FleetCase):
         master = self.master("--node-timeout", timeout)
         proxy = self.proxied(master, rule)
         agent = self.worker(proxy, *flags)
-        wait_for(lambda: master.get("/nodes")["count"], why=f"the agent registers: {agent.words()}")
+        wait_for(lambda: "registered with" in agent.words(), why="the agent registers")
         return master, proxy, agent
 
     def again(self, master: Master, *flags: str) -> Master:
@@ -129,6 +129,18 @@ class OneSession(BadNetwork):
             wait_for(lost.hit.is_set, why=f"the fault {fault}")
             wait_for(lambda agent=agent: "registered with" in agent.words(), why="it registers after all")
             self.assertEqual(master.get("/nodes")["count"], number, agent.words())
+
+
+    def test_an_agent_killed_before_it_heard_that_it_is_registered_is_the_same_node(self) -> None:
+        lost = Once("mute", REGISTER)
+        master = self.master()
+        proxy = self.proxied(master, lost)
+        agent = self.worker(proxy)
+        wait_for(lost.hit.is_set, why="the answer is lost")
+        agent.kill()
+        again = self.worker(proxy)
+        wait_for(lambda: again.words().count("registered with") == 1, why="it registers again")
+        self.assertEqual(master.get("/nodes")["count"], 1)
 
 
 class LostMessages(BadNetwork):
@@ -510,17 +522,17 @@ class Leaving(BadNetwork):
 
 class Silence(BadNetwork):
     def test_a_master_that_slept_or_was_dead_for_longer_than_the_nodes_time_loses_no_lease(self) -> None:
-        master, _, agent = self.network(timeout="2s")
-        job = self.live(master, 8)
+        master, _, agent = self.network(timeout="4s")
+        job = self.live(master, 11)
         self.encoding(agent)
         os.kill(master.pid, signal.SIGSTOP)
-        time.sleep(3)  # the silence itself: longer than the node's time
+        time.sleep(5)  # the silence itself: longer than the node's time
         os.kill(master.pid, signal.SIGCONT)
         wait_for(lambda: master.get(f"/jobs/{job}")["progress"], why="the master is awake")
         self.assertEqual(self.counted(master, "ffdist_lost_leases"), 0)
         master.kill()
-        time.sleep(3)
-        master = self.again(master, "--node-timeout", "2s")
+        time.sleep(5)
+        master = self.again(master, "--node-timeout", "4s")
         done = self.once_done(master, job)
         self.assertEqual((done["retry_count"], self.counted(master, "ffdist_lost_leases")), (0, 0))
         self.assertEqual(len(done["attempts"]), 1)
