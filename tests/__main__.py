@@ -35,7 +35,8 @@ from tests.support import CACHE, newer_ffmpeg
 TOP = Path(__file__).resolve().parent.parent
 NEWER_FFMPEG = "imageio-ffmpeg==0.8.1"  # its wheel carries a static binary
 MODULE_S = 600.0
-SLOW = ("test_protocol", "test_run", "test_end_to_end", "test_chaos")  # begin first, or the others wait for them at the end
+# These begin first, or the others wait for them at the end.
+SLOW = ("test_protocol", "test_run", "test_end_to_end", "test_chaos")
 
 # Programs that the tests drive -> the package that brings each, by package manager; "" is any other
 # manager, None means that its repositories have no such package.
