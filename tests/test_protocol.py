@@ -567,7 +567,8 @@ class FullDisk(BadNetwork):
         wait_for(lambda: any(seen.asked.line.startswith("POST /results") and seen.answer is not None
                              and seen.answer.status == 503 for seen in proxy.seen), why="the report gets 503")
         self.assertEqual(len(list((agent.state / "spool").glob("*.json"))), 1)
-        self.assertEqual(master.get(f"/jobs/{job}")["status"], "running")
+        status = wait_for(lambda: (master.call("GET", f"/jobs/{job}").body or {}).get("status"))
+        self.assertEqual(status, "running")
         wait_for(lambda: "full" in str(master.call("GET", "/ready").body.get("error")), why="/ready says so")
         ballast.unlink()
         self.once_done(master, job)
