@@ -1752,20 +1752,31 @@ class Master:
     # -- health of nodes
 
     def _judge_health(self, node: Node, job: Job, report: Report) -> None:
-        """Note what an attempt's end says of its node; too many failures in a row put it in quarantine."""
+        """Note what an attempt's end says of its node; too many failures in a row put it in quarantine.
+
+        One of the network says nothing until the job is completed elsewhere: its address may be to blame.
+        """
         if report.status == "completed":
             node.failures = []
+            for record in job.attempts[-1 - job.retry_count:]:
+                other = self._nodes.get(record["node_id"])
+                if other is not None and other is not node and record.get("failure_reason") == "network" \
+                        and record["ended_at"] - record["started_at"] <= FAST_FAILURE_S:
+                    self._blame(other, job, "network", record["error"])
         reason = report.failure_reason
-        if report.status != "failed" or reason is None or job.hidden or not self.settings.quarantine_after:
+        if report.status != "failed" or reason in (None, "network") or job.hidden:
             return
         if not blames_node(job, node.id, reason):
             for other in self._nodes.values():  # where it failed before, it was not the node either
                 other.failures = [failure for failure in other.failures if failure[0] != job.seq]
         elif self.clock() - self._leases[job.seq].began <= FAST_FAILURE_S:
-            node.failures.append((job.seq, reason))
-            if len(node.failures) >= self.settings.quarantine_after and not self._fail_alike(node, reason):
-                self._quarantine(node, f"{len(node.failures)} failures in a row, the last ({reason}): "
-                                 f"{report.error or 'without a word'}")
+            self._blame(node, job, str(reason), report.error)
+
+    def _blame(self, node: Node, job: Job, reason: str, error: str | None) -> None:
+        node.failures.append((job.seq, reason))
+        if 0 < self.settings.quarantine_after <= len(node.failures) and not self._fail_alike(node, reason):
+            self._quarantine(node, f"{len(node.failures)} failures in a row, the last ({reason}): "
+                             f"{error or 'without a word'}")
 
     def _fail_alike(self, node: Node, reason: str) -> bool:
         """Tell whether most other nodes fail for the same reason: then it is no single node's."""

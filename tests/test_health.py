@@ -147,6 +147,32 @@ class TestQuarantine(Fleet):
             self.turn(5)
         self.assertEqual((self.status(self.sick), self.status(self.well)), ("available", "available"))
 
+    def test_the_network_is_a_nodes_own_only_where_the_job_was_completed_elsewhere(self) -> None:
+        for _ in range(4):  # their host is down, and nobody else has a slot to find that out
+            self.submit(max_retries=0)
+            self.end_badly(self.sick, "network")
+        self.assertEqual(self.status(self.sick), "available")
+        for _ in range(3):
+            self.submit()
+            self.end_badly(self.sick, "network")
+            self.turn(5)
+            job = self.claim(self.well)
+            assert job is not None
+            self.report(job, self.well)
+        self.assertEqual((self.status(self.sick), self.status(self.well)), ("quarantined", "available"))
+        self.assertIn("(network): ffmpeg: network", self.master.node(self.sick)["quarantine"]["reason"])
+
+    def test_an_old_failure_of_the_network_is_not_counted_again(self) -> None:
+        job = self.submit()
+        self.end_badly(self.sick, "network")
+        self.turn(5)
+        for _ in range(4):
+            taken = self.claim(self.well)
+            assert taken is not None
+            self.report(taken, self.well)
+            self.master.order(job.id, "retry")
+        self.assertEqual(self.status(self.sick), "available")
+
     def test_where_most_nodes_fail_alike_none_is_taken_out(self) -> None:
         third = self.node("third")
         for node_id in (self.sick, self.well, third) * 4:
