@@ -1203,6 +1203,9 @@ def copy_journal(folder: Path, target: Path, show: Callable[[float], None]) -> s
     path = folder / JOURNAL
     if not path.is_file():
         raise Unusable(f"there is no journal in {folder}: name the master's folder with --data-dir")
+    if target.resolve().parent == folder.resolve():
+        raise Unusable(f"{target} is in the data folder, where it could take the place of what the master "
+                       "works with: name a file in another folder")
     scratch = target.with_name(f".{target.name}.part")
     try:
         with contextlib.closing(_connected(path)) as source, contextlib.closing(_connected(scratch)) as copy:
@@ -1221,8 +1224,9 @@ def copy_journal(folder: Path, target: Path, show: Callable[[float], None]) -> s
     except (sqlite3.Error, OSError) as error:
         raise Unusable(f"{path} cannot be copied to {target}: {error}") from None
     finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
+        for ending in ("", "-journal", "-wal", "-shm"):
+            with contextlib.suppress(OSError):
+                os.unlink(f"{scratch}{ending}")
     return counts
 
 

@@ -522,6 +522,27 @@ class TestBackup(Case):
         self.assertEqual((done.returncode, len(done.stderr.splitlines())), (1, 1), done.stderr)
         self.assertEqual([path.name for path in self.folder.iterdir() if path.name.endswith(".part")], [])
 
+    def test_a_full_disk_is_told_and_nothing_is_left_on_it(self) -> None:
+        small = small_disk(self, self.folder / "small", "64k")
+        self.master().end()
+        done = self.backup(small / "copy.db")
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertEqual(list(small.iterdir()), [])
+
+    def test_a_copy_never_takes_the_place_of_what_a_master_works_with(self) -> None:
+        master = self.master()
+        job = master.submit()["id"]
+        (self.folder / "link.db").symlink_to(self.folder / "master" / "journal.db")
+        for file in (self.folder / "master" / "journal.db", self.folder / "master" / "copy.db",
+                     self.folder / "link.db"):
+            done = self.backup(file)
+            self.assertEqual((done.returncode, len(done.stderr.splitlines())), (1, 1), done.stderr)
+            self.assertIn("data folder", done.stderr)
+        later = master.submit()["id"]
+        master.kill()
+        master = self.master()
+        self.assertEqual({found["id"] for found in master.get("/jobs")["jobs"]}, {job, later})
+
 
 class TestRetention(Case):
     """What is past the limits goes, oldest first; memory, pages and totals agree, also after a restart."""
