@@ -795,6 +795,7 @@ class Journal:
         execute("BEGIN IMMEDIATE")
         execute("ROLLBACK")
         execute("SELECT max(seq) FROM jobs").fetchall()
+        self._inode = self._path.stat().st_ino
         for _ in range(READERS):
             self._readers.put(self._connect())
 
@@ -864,6 +865,7 @@ class Journal:
         began = time.perf_counter()
         execute = self._writer.execute
         try:
+            self._keep_place()
             execute("BEGIN IMMEDIATE")
             for statement, rows in _grouped(writes):
                 self._writer.executemany(statement, rows)
@@ -876,6 +878,25 @@ class Journal:
         self.commits += 1
         self.commit_seconds += time.perf_counter() - began
         return None
+
+    def _keep_place(self) -> None:
+        """Raise OSError where the file is not in its place: a commit would be lost at the next start.
+
+        One that was removed is put back, for all of it lives on in what is open, and a new start opens it.
+        """
+        if self._path.exists():
+            if self._path.stat().st_ino != self._inode:
+                raise OSError("another file has taken its place; stop the master before you put one there")
+            return
+        scratch = self._folder / f"{RECOVERED}.tmp"
+        scratch.unlink(missing_ok=True)
+        with contextlib.closing(_connected(scratch)) as copy:
+            self._writer.backup(copy)
+        for ending in ("-wal", "-shm"):
+            Path(f"{self._path}{ending}").unlink(missing_ok=True)
+        os.replace(scratch, self._path)
+        self.damage = "somebody removed it while the master worked, and it was put back"
+        raise OSError(self.damage)
 
     def close(self) -> None:
         """Commit what is queued, then let the folder go."""

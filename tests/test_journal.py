@@ -392,6 +392,37 @@ class TestRecovery(Case):
                 (path.parent.parent / "master.log").unlink()
                 self.recovered(path).end()
 
+    def test_a_journal_that_is_removed_while_it_runs_is_put_back(self) -> None:
+        master = self.master(port=free_port())
+        ids = {master.submit()["id"] for _ in range(3)}
+        for file in (self.folder / "master").glob("journal.db*"):
+            file.unlink()
+        refused = master.call("POST", "/jobs", {"scenario": "x"})
+        self.assertEqual(refused.status, 503)
+        self.assertIn("removed", refused.body["error"])
+
+        def accepts() -> Any:
+            with contextlib.suppress(OSError):
+                answer = master.call("POST", "/jobs", {"scenario": "x"})
+                return answer.status == 201 and answer.body["id"]
+        ids.add(wait_for(accepts, why=master.words()))
+        master.kill()
+        master = self.master()
+        self.assertEqual({job["id"] for job in master.get("/jobs")["jobs"]}, ids)
+        self.assertEqual(list((self.folder / "master").glob("*recovered*")), [])
+
+    def test_nothing_is_acknowledged_while_another_file_is_in_the_place_of_the_journal(self) -> None:
+        master = self.master()
+        master.submit()
+        path = self.folder / "master" / "journal.db"
+        (self.folder / "other.db").write_bytes(path.read_bytes())
+        path.rename(self.folder / "kept.db")
+        (self.folder / "other.db").rename(path)
+        self.assertEqual(master.call("POST", "/jobs", {"scenario": "x"}).status, 503)
+        self.assertIn("another file", master.call("GET", "/ready").body["error"])
+        (self.folder / "kept.db").rename(path)
+        self.assertEqual(master.call("POST", "/jobs", {"scenario": "x"}).status, 201)
+
     def test_single_damaged_pages_cost_no_more_than_what_stood_on_them(self) -> None:
         path, _ = self.filled(900)
         whole = bytearray(path.read_bytes())
