@@ -731,8 +731,13 @@ class Journal:
     def _open(self) -> None:
         """Open the journal; one that is damaged is set aside first, and what can be read of it kept."""
         marker = self._folder / DAMAGED
+        if self._path.exists() and not os.access(self._path, os.W_OK):
+            raise Unusable(f"{self._path} may not be written by this user: give it to the one that runs the "
+                           "master, or name another folder with --data-dir")
         if marker.exists():
             self._recover(marker.read_text(errors="replace"))
+        elif _size(self._path) == 0 and _size(Path(f"{self._path}-wal")):
+            self._recover("it is empty or missing, and its log is not")
         try:
             self._writer = self._connect()
             self._prepare()

@@ -13,6 +13,7 @@ import random
 import signal
 import socket
 import sqlite3
+import subprocess
 import threading
 import time
 import unittest
@@ -312,6 +313,16 @@ class TestRefusal(Case):
         if os.geteuid() != 0:
             (self.folder / "closed").mkdir(mode=0o500)
             self.assertIn("closed", self.refused(folder=self.folder / "closed" / "data"))
+
+    def test_a_journal_that_may_only_be_read(self) -> None:
+        path = self.stopped()
+        path.chmod(0o400)
+        if os.geteuid() == 0:
+            for mount in (("--bind", str(path), str(path)), ("-o", "remount,bind,ro", str(path))):
+                if subprocess.run(["mount", *mount], capture_output=True).returncode:
+                    self.skipTest("a file cannot be mounted read-only here")
+            self.addCleanup(subprocess.run, ["umount", "-l", str(path)], check=True)
+        self.assertIn("may not be written", self.refused())
 
     def test_a_port_that_is_taken(self) -> None:
         with socket.socket() as taken:
