@@ -5191,7 +5191,7 @@ def keep_of(text: str) -> tuple[float, float]:
             jobs = float(word)
         elif word != "forever":
             try:
-                age_s = wire.parse_duration(word)
+                age_s = wire.parse_duration(word if word[-1:].isalpha() else "")  # 1.5 is no seconds here
             except ValueError:
                 raise argparse.ArgumentTypeError(
                     f"'{text}' is no limit: write a number of jobs, an age such as 90d, both with a comma, "

@@ -673,8 +673,9 @@ class TestRetention(Case):
         for text, limits in (("1000", (1000, inf)), ("90d", (inf, 90 * 86400)), ("500, 12h", (500, 43200)),
                              ("forever", (inf, inf))):
             self.assertEqual(ffdist.keep_of(text), limits)
-        with self.assertRaises(argparse.ArgumentTypeError):
-            ffdist.keep_of("a while")
+        for text in ("a while", "1.5", "1000.", "90d,", ""):
+            with self.subTest(text), self.assertRaises(argparse.ArgumentTypeError):
+                ffdist.keep_of(text)
 
 
 class TestOlderFormat(Case):
