@@ -5812,7 +5812,8 @@ EPILOG = """examples:
   python3 ffdist.py submit 1080p30-h264 --input movie.mov -o movie.mp4 --wait
   python3 ffdist.py jobs --status running
   python3 ffdist.py results --json
-exit codes: 0 done; 1 the job failed, or it does not exist; 2 wrong usage; 3 no master there; 130 interrupted
+exit codes: 0 done; 1 the job failed, or it does not exist; 2 wrong usage;
+            3 no master there; 130 interrupted
 """
 
 
