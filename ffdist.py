@@ -1101,6 +1101,10 @@ def _job_of_row(row: Sequence[Any]) -> Job:
         raise sqlite3.DatabaseError(f"the row of job {row[1]} is malformed") from None
 
 
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def _connected(path: Path) -> sqlite3.Connection:
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
@@ -1119,16 +1123,20 @@ def _ended_at(state: str, status: str) -> float | None:
 _COMPLETED_AT = Job._fields.index("completed_at") - _STATE_FROM
 
 
+def _link_rows(connection: sqlite3.Connection) -> None:
+    connection.create_function("ended_at", 2, _ended_at)
+    connection.create_function("job_of", 1, lambda body: json.loads(body)["job_id"])
+    connection.execute("UPDATE jobs SET ended=ended_at(state, status)")
+    connection.execute("UPDATE results SET job_seq=(SELECT seq FROM jobs WHERE id=job_of(body))")
+
+
 def _bring_to_format_2(connection: sqlite3.Connection) -> None:
     """Say of each job when it ended, and of each result which job it is of."""
     execute = connection.execute
-    connection.create_function("ended_at", 2, _ended_at)
-    connection.create_function("job_of", 1, lambda body: json.loads(body)["job_id"])
     execute("BEGIN IMMEDIATE")
     for statement in filter(None, map(str.strip, _FROM_FORMAT_1.split(";"))):
         execute(statement)
-    execute("UPDATE jobs SET ended=ended_at(state, status)")
-    execute("UPDATE results SET job_seq=(SELECT seq FROM jobs WHERE id=job_of(body))")
+    _link_rows(connection)
     execute(f"PRAGMA user_version={FORMAT}")
     execute("COMMIT")
 
@@ -1147,13 +1155,20 @@ def recover_journal(folder: Path) -> tuple[str, str]:
     """
     path, whole = folder / JOURNAL, folder / RECOVERED
     if not whole.exists():
-        scratch = folder / f"{RECOVERED}.tmp"
-        scratch.unlink(missing_ok=True)
-        with contextlib.closing(_connected(scratch)) as target, contextlib.closing(_connected(path)) as old:
+        scratch, headed = folder / f"{RECOVERED}.tmp", folder / f"{RECOVERED}.head"
+        for name in (scratch, f"{scratch}-journal", headed, f"{headed}-wal"):
+            Path(name).unlink(missing_ok=True)
+        path.touch(0o600)
+        with contextlib.closing(_connected(scratch)) as target:
             _make_tables(target)
-            for table in _SALVAGED:
-                _salvage(old, target, table)
+            if path.stat().st_size:  # SQLite throws the log of an empty file away
+                _salvage(path, target)
+            if _counts_text(target, ("jobs", "results")) == "0 jobs, 0 results":
+                _give_new_head(path, headed)
+                _salvage(headed, target)
             _count_anew(target)
+        for name in (headed, f"{headed}-wal", f"{headed}-shm"):
+            Path(name).unlink(missing_ok=True)
         os.replace(scratch, whole)
     with contextlib.closing(_connected(whole)) as connection:
         kept = _counts_text(connection, ("jobs", "results"))
@@ -1181,7 +1196,31 @@ _NUMBERS = (0, 1 << 40)
 _FAILURES_FIRST = 2000  # reads that may fail before the first row is found, each row allows ten more
 
 
-def _salvage(source: sqlite3.Connection, target: sqlite3.Connection, table: str) -> None:
+def _give_new_head(path: Path, copy: Path) -> None:
+    """Copy a journal and its log, with the first page of a new one: its tables begin at the same places.
+
+    Bytes 18 and 19 say that there is a log; 92 to 95 being no copy of 24 to 27, the length of the file
+    counts and not what its first page says (sqlite.org/fileformat.html).
+    """
+    with contextlib.closing(_connected(copy)) as connection:
+        _make_tables(connection)
+    head = bytearray(copy.read_bytes()[:struct.unpack(">H", copy.read_bytes()[16:18])[0]])
+    head[18:20], head[92:96] = b"\2\2", bytes(4)
+    shutil.copyfile(path, copy)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copyfile(f"{path}-wal", f"{copy}-wal")
+    with open(copy, "r+b") as file:
+        file.write(head)
+
+
+def _salvage(path: Path, target: sqlite3.Connection) -> None:
+    """Copy all rows that can be read."""
+    with contextlib.closing(_connected(path)) as source:
+        for table in _SALVAGED:
+            _salvage_table(source, target, table)
+
+
+def _salvage_table(source: sqlite3.Connection, target: sqlite3.Connection, table: str) -> None:
     """Copy the rows that can be read, halving each stretch that cannot down to single numbers."""
     key, parsed = _SALVAGED[table]
     columns = [row[1] for row in target.execute(f"PRAGMA table_info({table})")]
@@ -1211,10 +1250,10 @@ def _salvage(source: sqlite3.Connection, target: sqlite3.Connection, table: str)
 
 
 def _count_anew(connection: sqlite3.Connection) -> None:
-    """Fill what is derived from the rows: when jobs ended, and the totals."""
-    connection.create_function("ended_at", 2, _ended_at)
+    """Fill what is derived from the rows; what is left of lost jobs is not to be new ones'."""
     connection.execute("BEGIN")
-    connection.execute("UPDATE jobs SET ended=ended_at(state, status)")
+    _link_rows(connection)
+    connection.execute("DELETE FROM logs WHERE job_seq NOT IN (SELECT seq FROM jobs)")
     for kind in ("jobs", "results"):
         connection.execute("INSERT INTO totals SELECT ?, status, scenario, ifnull(node_id, ''), count(*) "
                            f"FROM {kind} WHERE scenario<>? GROUP BY 2, 3, 4", (kind, CANARY))
@@ -2125,6 +2164,8 @@ class Master:
         """Return one job with its attempts, its transitions and its result."""
         job = self._find(given)
         result = None if job.result_seq is None else self.journal.result(job.result_seq)
+        if result is not None and result["job_id"] != job.id:
+            result = None  # it was lost with a damaged journal, and its number is another's now
         return {**self._shown(job), **job_detail_json(job), "result": result}
 
     def _shown(self, job: Job) -> Json:

@@ -403,6 +403,40 @@ class TestRecovery(Case):
                 (path.parent.parent / "master.log").unlink()
                 self.recovered(path).end()
 
+    def test_a_lost_first_page_or_end_costs_no_more_than_what_stood_there(self) -> None:
+        path, _ = self.filled(200)
+        whole = path.read_bytes()
+        for name, content, least in (("the head", b"\xff" * 100 + whole[100:], 200),
+                                     ("the first page", bytes(4096) + whole[4096:], 200),
+                                     ("the last quarter", whole[:len(whole) * 3 // 4], 100)):
+            with self.subTest(name):
+                for old in path.parent.iterdir():
+                    old.unlink()
+                path.write_bytes(content)
+                (path.parent.parent / "master.log").unlink()
+                master = self.recovered(path)
+                self.assertGreaterEqual(master.get("/jobs?limit=1")["total"], least + 1)
+                self.assertEqual({file.name for file in path.parent.glob("*recovered*")}, set())
+                master.end()
+
+    def test_the_log_of_an_empty_or_missing_journal_is_not_thrown_away(self) -> None:
+        master = self.master()
+        ids = {master.submit()["id"] for _ in range(3)}
+        master.kill()
+        path = self.folder / "master" / "journal.db"
+        log = Path(f"{path}-wal").read_bytes()
+        for leave in (path.unlink, lambda: os.truncate(path, 0)):
+            for old in path.parent.glob("journal*"):
+                old.unlink()
+            path.touch()
+            leave()
+            Path(f"{path}-wal").write_bytes(log)
+            master = self.master()
+            self.assertEqual({job["id"] for job in master.get("/jobs")["jobs"]}, ids)
+            self.assertIn("its log is not", master.words())
+            self.assertEqual([file.read_bytes() for file in path.parent.glob("journal-damaged-*-wal")], [log])
+            master.kill()
+
     def test_a_journal_that_is_removed_while_it_runs_is_put_back(self) -> None:
         master = self.master(port=free_port())
         ids = {master.submit()["id"] for _ in range(3)}
@@ -433,6 +467,25 @@ class TestRecovery(Case):
         self.assertIn("another file", master.call("GET", "/ready").body["error"])
         (self.folder / "kept.db").rename(path)
         self.assertEqual(master.call("POST", "/jobs", {"scenario": "x"}).status, 201)
+
+    def test_what_is_left_of_lost_jobs_is_no_new_ones(self) -> None:
+        path, _ = self.filled(60)
+        with contextlib.closing(sqlite3.connect(path)) as journal:  # as if the newest rows could not be read
+            journal.execute("DELETE FROM jobs WHERE seq > 20")
+            journal.execute("DELETE FROM results WHERE job_seq BETWEEN 11 AND 20")
+            journal.execute("UPDATE results SET seq = seq - 10 WHERE job_seq > 20")
+            journal.commit()
+        (path.parent / ffdist.DAMAGED).write_text("the test says so")
+        lost = self.recovered(path)
+        self.assertEqual(lost.get("/results?limit=1")["total"], 20)
+        newest = lost.get("/jobs?limit=1")["jobs"][0]["id"]
+        self.assertEqual(lost.get(f"/jobs/{newest}/logs")["lines"], [])
+        for job in lost.get("/jobs?limit=1000")["jobs"]:
+            result = lost.get(f"/jobs/{job['id']}")["result"]
+            self.assertIn(result and result["job_id"], (None, job["id"]))
+        with contextlib.closing(sqlite3.connect(path)) as journal:
+            orphans = "SELECT count(*) FROM results WHERE job_seq > 20"
+            self.assertEqual(journal.execute(orphans).fetchone(), (0,))
 
     def test_single_damaged_pages_cost_no_more_than_what_stood_on_them(self) -> None:
         path, _ = self.filled(900)
