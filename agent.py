@@ -2254,7 +2254,7 @@ def _book(ledger: Ledger, last: hwdetect.Reading, now: hwdetect.Reading, share: 
     if now.energy_joules is not None and last.energy_joules is not None and alike:
         used = share * (now.energy_joules - last.energy_joules)
         ledger.energy_joules = (ledger.energy_joules or 0.0) + used
-        ledger.energy_s += span
+        ledger.energy_s += now.covered_s - last.covered_s
     if baseline.idle is None:
         ledger.unknown["idle_watts"] = baseline.why
     else:
@@ -2382,7 +2382,7 @@ def energy_of(ledger: Ledger) -> Energy:
         why = (ledger.unknown.get("energy_joules") or ledger.unknown.get("power_watts")
                or "no energy counter was read") + ("; gpu_energy_joules is known" if told else "")
     elif ledger.energy_s < 0.9 * ledger.measured_s:
-        why = f"its source told for {ledger.energy_s:.0f} s of {ledger.measured_s:.0f} s only"
+        why = f"its source told for {ledger.energy_s:.1f} s of {ledger.measured_s:.1f} s only"
     elif ledger.gpu_joules is not None and not told:
         why = "of the GPU too little is known, see gpu_energy_joules"
     elif ledger.uses_gpu and ledger.gpu_joules is None and ledger.gpu_silent:

@@ -53,7 +53,7 @@ PROBE_TOTAL_S = 4.5
 PROBE_EACH_S = 4.0
 PROGRAM_S = 10.0
 SMI_INTERVAL_MS = 500
-COUNTER_RESET_W = 50_000  # a counter that "wrapped" at more than this was reset
+COUNTER_RESET_W = 5_000  # a counter that "wrapped" at more than this was reset: no zone draws as much
 POWERCAP = "/sys/class/powercap"
 SUPPLY = "/sys/class/power_supply"
 CPUS = "/sys/devices/system/cpu"
@@ -330,6 +330,7 @@ class Reading:
     memory_used_bytes: int | None = None
     power_watts: float | None = None
     energy_joules: float | None = None
+    covered_s: float = 0.0  # time that energy_joules is of
     zones: dict[str, float] = field(default_factory=dict)  # joules
     power_source: str | None = None  # rapl, hwmon, battery or model
     gpus: tuple[GpuReading, ...] = ()
@@ -1560,20 +1561,22 @@ class _Rapl:
         self._may_mirror = may_mirror(host, zones)
         self._counters: dict[str, int] = {}
         self._alike: dict[str, str] = {}  # zones that showed another's counter at the previous sample
-        self._then: float | None = None  # time of the last sample that could be read
+        self._whole_at: float | None = None  # time of the last sample in which all that count were read
+        self._since = 0.0  # joules since then
         self.zones: dict[str, float] = {}
-        self.joules = 0.0
+        self.joules = self.covered_s = 0.0
         self.whole = False  # psys counts: it holds the GPUs too
 
     def sample(self, now: float, unknown: dict[str, str]) -> float | None:
         """Add what came since the previous sample. Gives its watts, None when there is none yet."""
         counters, again = self._read()
         zones = [zone for name, zone in self._zones.items() if name in counters]
-        elapsed = 0.0 if self._then is None else now - self._then
+        elapsed = 0.0 if self._whole_at is None else now - self._whole_at
         deltas = {zone.name: self._delta(zone, counters[zone.name], elapsed, unknown) for zone in zones}
         moved = {name: joules for name, joules in deltas.items() if joules is not None}
         alike = mirrored(zones, counters, again) if self._may_mirror else {}
-        for name in [name for name in alike if alike[name] == self._alike.get(name)]:
+        twins = [name for name in alike if alike[name] == self._alike.get(name)]
+        for name in twins:
             # Alike at both ends of an interval is no chance: one counter, seen twice.
             unknown[f"zones.{name}"] = f"the same counter as {alike[name]}, counted once"
             moved.pop(name, None)
@@ -1584,10 +1587,27 @@ class _Rapl:
             self.zones[name] = self.zones.get(name, 0.0) + moved.get(name, 0.0)
         gained = self._total(moved, counters)
         self.joules += gained
+        self._since += gained
+        needed = self._needed(unknown, counters, twins)
+        told = elapsed > 0 and set(needed) <= set(moved)
+        watts = self._since / elapsed if told and needed else None
         self._counters.update(again)
         self._alike = alike
-        self._then = now if counters else self._then
-        return gained / elapsed if elapsed > 0 and moved else None
+        if set(needed) <= set(counters):
+            self.covered_s += elapsed if told else 0.0
+            self._whole_at, self._since = now, 0.0
+        return watts
+
+    def _needed(self, unknown: dict[str, str], counters: Mapping[str, int], twins: Sequence[str],
+                ) -> list[str]:
+        """Name the zones without which the total is not whole; notes why one cannot be read now."""
+        kinds = ("psys",) if self.whole else ("package", "dram")
+        needed = [name for name, zone in self._zones.items() if zone.kind in kinds and name not in twins
+                  and (name in self._counters or zone.kind == "package")]
+        for name in needed:
+            if name not in counters:
+                unknown[f"zones.{name}"] = self._host.why(f"{POWERCAP}/{self._zones[name].zone}/energy_uj")
+        return needed
 
     def _read(self) -> tuple[dict[str, int], dict[str, int]]:
         if self._may_mirror:
@@ -1717,7 +1737,7 @@ class Sampler:
         self._heat = list({os.path.dirname(s.path): s.path for s in reversed(heat)}.values())
         self._batteries = battery_names(host)
         self._measured = {"hwmon": _Integral(), "battery": _Integral()}
-        self._modelled: tuple[float, float] | None = None  # when, and joules by then
+        self._modelled: tuple[float, float, float] | None = None  # when; joules by then, and seconds
         self._gpu_energy = [_Integral() for _ in self._gpus]
         self._gpu_counters: dict[int, tuple[float, int]] = {}
         self._cpu: tuple[int, int] | None = None
@@ -1726,7 +1746,7 @@ class Sampler:
         """Read everything once; `now` in seconds of a monotonic clock."""
         unknown: dict[str, str] = {}
         usage = self._usage(unknown)
-        source, watts, joules = self._power(now, usage, unknown)
+        source, watts, joules, covered_s = self._power(now, usage, unknown)
         gpus = self._read_gpus(now, unknown)
         if self._rapl.whole or source in self._measured:  # what measures the machine holds its GPUs
             gpus = tuple(replace(gpu, in_package=True) for gpu in gpus)
@@ -1739,7 +1759,7 @@ class Sampler:
             unknown["temperature_c"] = "no sensor of the processor's temperature"
         return Reading(
             time=now, cpu_usage=usage, memory_used_bytes=used, power_watts=watts,
-            energy_joules=joules, power_source=source, gpus=gpus,
+            energy_joules=joules, covered_s=covered_s, power_source=source, gpus=gpus,
             zones={name: round(value, 6) for name, value in self._rapl.zones.items()},
             temperature_c=max(heat, default=None), unknown=unknown)
 
@@ -1772,37 +1792,40 @@ class Sampler:
         return None
 
     def _power(self, now: float, usage: float | None, unknown: dict[str, str],
-               ) -> tuple[str | None, float | None, float | None]:
-        """Give (source, watts, joules) of the machine, from the best source that answers."""
+               ) -> tuple[str | None, float | None, float | None, float]:
+        """Give (source, watts, joules, s that these are of) of the machine, from the best source there is."""
         watts, reason = self._rapl.sample(now, unknown), self._rapl.reason()
         if reason is None:
             if watts is None:
-                unknown["power_watts"] = "no counter can be read now" if self._rapl.joules else FIRST_SAMPLE
-            return "rapl", watts, round(self._rapl.joules, 6)
+                unknown["power_watts"] = "not all counters told of it" if self._rapl.joules else FIRST_SAMPLE
+            return "rapl", watts, round(self._rapl.joules, 6), self._rapl.covered_s
         metered = self._numbers(self._meters)
         sources = {"hwmon": sum(metered) / 1e6 if metered else None, "battery": self._discharge()}
-        joules = {source: self._measured[source].add(now, drawn) for source, drawn in sources.items()}
+        for source, drawn in sources.items():
+            self._measured[source].add(now, drawn)
         for source, drawn in sources.items():
             if drawn is not None:
-                return source, drawn, round(joules[source], 6)
+                known = self._measured[source]
+                return source, drawn, round(known.joules, 6), known.covered_s
         if self._model is not None:
             return self._estimate(self._model, now, usage, unknown)
         reason += "; the battery tells only while it discharges" if self._batteries else ""
         unknown["power_watts"] = unknown["energy_joules"] = reason
-        return None, None, None
+        return None, None, None, 0.0
 
     def _estimate(self, model: tuple[float, float], now: float, usage: float | None, unknown: dict[str, str],
-                  ) -> tuple[str, float | None, float]:
-        """Give (source, watts, joules) by the CPU use since the previous sample."""
-        then, joules = self._modelled or (now, 0.0)
+                  ) -> tuple[str, float | None, float, float]:
+        """Give (source, watts, joules, their s) by the CPU use since the previous sample."""
+        then, joules, covered_s = self._modelled or (now, 0.0, 0.0)
         watts = None if usage is None else model[0] + (model[1] - model[0]) * usage / 100
         if watts is None:
             unknown["power_watts"] = unknown["cpu_usage"]
         else:
             joules += watts * (now - then)
+            covered_s += now - then
         if watts is not None or self._modelled is None:
-            self._modelled = (now, joules)
-        return "model", watts, round(joules, 6)
+            self._modelled = (now, joules, covered_s)
+        return "model", watts, round(joules, 6), covered_s
 
     def _discharge(self) -> float | None:
         """Watts that the batteries give: µW, or µA times µV."""

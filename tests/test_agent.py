@@ -961,7 +961,7 @@ class Metering(FolderCase):
     def test_a_gpu_s_joules_go_to_those_who_use_it(self) -> None:
         def reading(now: float, gpu_joules: float, covered_s: float) -> hwdetect.Reading:
             gpu = hwdetect.GpuReading("T4", 0, 30.0, gpu_joules, source="nvidia-smi", covered_s=covered_s)
-            return hwdetect.Reading(now, 50.0, None, 100.0, now * 100.0, power_source="rapl", gpus=(gpu,))
+            return hwdetect.Reading(now, 50.0, None, 100.0, now * 100.0, now, power_source="rapl", gpus=(gpu,))
         coder, other, late = agent.Ledger(uses_gpu=True), agent.Ledger(), agent.Ledger(uses_gpu=True)
         coder.power_source = other.power_source = "rapl"
         shares = [gpu for _, gpu in self.meter._shares([coder, other])]
@@ -995,11 +995,29 @@ class Metering(FolderCase):
         ledger = agent.Ledger()
         rows = [hwdetect.Reading(0.0, 5.0, None, 9.0, 900.0, power_source="battery"),
                 hwdetect.Reading(5.0, 5.0, None, 9.0, 3.0, power_source="hwmon"),
-                hwdetect.Reading(10.0, 5.0, None, 9.0, 48.0, power_source="hwmon")]
+                hwdetect.Reading(10.0, 5.0, None, 9.0, 48.0, 5.0, power_source="hwmon")]
         for last, now in zip(rows, rows[1:]):
             agent._book(ledger, last, now, 1.0, agent.Baseline(0.0))
         self.assertEqual((ledger.energy_joules, agent.energy_of(ledger).joules), (45.0, None))
-        self.assertIn("5 s of 10 s", agent.energy_of(ledger).why)
+        self.assertIn("5.0 s of 10.0 s", agent.energy_of(ledger).why)
+
+    def test_a_counter_that_goes_away_or_is_reset_during_a_run_is_no_energy(self) -> None:
+        zone = self.folder / "sys/class/powercap/intel-rapl:0/energy_uj"
+        for what in ("away", "reset"):
+            self.energy(0)
+            ledger = self.ledger(10)
+            for _ in range(3):
+                self.energy(30)
+                self.meter.join(ledger)  # a reading
+            self.energy(30)
+            if what == "away":
+                zone.unlink()
+            else:
+                self.put(str(zone.relative_to(self.folder)), 0)
+            self.meter.leave(ledger)
+            metrics = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=4.0))
+            self.assertIsNone(metrics["energy_joules"], what)
+            self.assertIn("told for 3.0 s of 4.0 s", metrics["unknown"]["energy_joules"])
 
     def test_an_estimate_is_marked_wherever_it_is_shown(self) -> None:
         shutil.rmtree(self.folder / "sys")

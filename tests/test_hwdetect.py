@@ -431,6 +431,29 @@ class Energy(TreeCase):
         last = sampler.sample(3.0)
         self.assertEqual((6.0, 2.0), (last.energy_joules, last.power_watts))
 
+    def test_a_counter_that_goes_away_leaves_a_gap_until_it_is_back(self) -> None:
+        """Half a machine is no figure of it: power is unknown, and the joules are of less time."""
+        for socket in (0, 1):
+            self.zone(f"intel-rapl:{socket}", f"package-{socket}", socket * 500)
+        sampler = self.sampler()
+        sampler.sample(0.0)
+        self.feed(rapl_0=10_000_000, rapl_1=20_000_500)
+        whole = sampler.sample(1.0)
+        self.assertEqual((30.0, 30.0, 1.0), (whole.power_watts, whole.energy_joules, whole.covered_s))
+        (self.tree / "sys/class/powercap/intel-rapl:1/energy_uj").unlink()
+        self.feed(rapl_0=20_000_000)
+        half = sampler.sample(2.0)
+        self.assertEqual((None, 1.0), (half.power_watts, half.covered_s))
+        self.assertIn("missing: /sys", half.unknown["zones.package-1"])
+        self.feed(rapl_0=30_000_000, rapl_1=60_000_500)
+        back = sampler.sample(3.0)
+        self.assertEqual((30.0, 90.0, 3.0), (back.power_watts, back.energy_joules, back.covered_s))
+        self.feed(rapl_0=31_000_000, rapl_1=0)
+        reset = sampler.sample(4.0)
+        self.assertEqual((None, 3.0), (reset.power_watts, reset.covered_s))
+        self.feed(rapl_0=32_000_000, rapl_1=2_000_000)
+        self.assertEqual((3.0, 4.0), (sampler.sample(5.0).power_watts, sampler.sample(5.0).covered_s))
+
     def test_permission_denied_names_the_lasting_fix(self) -> None:
         self.zone("intel-rapl:0", "package-0", 0)
         (self.tree / "sys/class/powercap/intel-rapl:0/energy_uj").chmod(0)
