@@ -438,6 +438,8 @@ class Stream:
 
 def natural(name: str) -> list[tuple[int, str]]:
     """Sort key that counts: card2 before card10."""
+    if name.isascii() and name.isdigit() and len(name) < 19:  # a process: there are hundreds
+        return [(-1, ""), (int(name), ""), (-1, "")]
     parts = re.split(r"([0-9]{1,18})", name)
     return [(int(part), "") if part.isascii() and part.isdigit() else (-1, part) for part in parts]
 
@@ -627,9 +629,10 @@ class Host:
 
     def group(self, pid: int) -> int | None:
         """Ask for a process's group, twenty times as quick as its stat; None when that can't be asked."""
-        with contextlib.suppress(OSError):
+        try:
             return None if self.foreign else os.getpgid(pid)
-        return None
+        except OSError:
+            return None
 
 
 class Recorder(Host):
