@@ -53,6 +53,8 @@ PROBE_TOTAL_S = 4.5
 PROBE_EACH_S = 4.0
 PROGRAM_S = 10.0
 SMI_INTERVAL_MS = 500
+SMI_STEP_MOST_S = 10.0  # its clock was set, or it stood still, where two answers are further apart
+SMI_AGAIN_S = 60.0  # after its end, as when the driver is renewed
 COUNTER_RESET_W = 5_000  # a counter that "wrapped" at more than this was reset: no zone draws as much
 POWERCAP = "/sys/class/powercap"
 SUPPLY = "/sys/class/power_supply"
@@ -1543,13 +1545,15 @@ FIRST_SAMPLE = "the first sample: a rate needs two"
 class _Integral:
     """Joules of a power that is read now and then: the mean of two neighbours times their distance."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_s: float = math.inf) -> None:
+        """Make one; neighbours that are more than `most_s` apart leave a gap between them."""
         self.joules = self.covered_s = 0.0
+        self._most_s = most_s
         self._last: tuple[float, float] | None = None
 
     def add(self, when: float, watts: float | None) -> float:
         """Add a reading; None leaves a gap that nothing is booked for."""
-        if self._last is not None and watts is not None and when > self._last[0]:
+        if self._last is not None and watts is not None and 0 < when - self._last[0] <= self._most_s:
             self.joules += (when - self._last[0]) * (watts + self._last[1]) / 2
             self.covered_s += when - self._last[0]
         self._last = None if watts is None else (when, watts)
@@ -1665,6 +1669,7 @@ class _Smi:
         self._said: list[str] = []
         self._reason = "nvidia-smi has not answered yet" if self._program else "nvidia-smi is not installed"
         self.stream: Stream | None = None
+        self._again = math.inf  # when to start it anew
         self._start()
 
     def _start(self) -> None:
@@ -1672,8 +1677,11 @@ class _Smi:
             argv = [*smi_argv(self._program, self._fields), "-lms", str(self._interval_ms)]
             self.stream = self._host.stream(argv)
 
-    def poll(self) -> None:
-        """Take in what nvidia-smi said since the last time."""
+    def poll(self, now: float) -> None:
+        """Take in what nvidia-smi said since the last time; start it anew a while after its end."""
+        if self.stream is None and now >= self._again:
+            self._again = math.inf
+            self._start()
         if self.stream is None:
             return
         ended, lines = self.stream.ended, self.stream.lines()
@@ -1683,12 +1691,13 @@ class _Smi:
                                   parse_float(row["power.draw"]))
             if index is not None and when is not None:
                 self._rows[index] = row
-                self._energy.setdefault(index, _Integral()).add(when, watts)
+                self._energy.setdefault(index, _Integral(SMI_STEP_MOST_S)).add(when, watts)
         if ended:
-            self._ended()
+            self._ended(now)
 
-    def _ended(self) -> None:
+    def _ended(self, now: float) -> None:
         self.close()
+        self._again = now + SMI_AGAIN_S
         self._rows.clear()
         refused = parse_refused("\n".join(self._said))
         self._reason = f"nvidia-smi ended: {(self._said or ['no words'])[-1][:160]}"
@@ -1697,6 +1706,7 @@ class _Smi:
             self._fields.remove(refused)
             self.refused.add((self._program, refused))  # the next one starts without a detour
             self._start()
+            self._again = math.inf
 
     def reading(self, gpu: Gpu, key: str, unknown: dict[str, str]) -> GpuReading:
         index = -1 if gpu.index is None else gpu.index
@@ -1842,7 +1852,7 @@ class Sampler:
 
     def _read_gpus(self, now: float, unknown: dict[str, str]) -> tuple[GpuReading, ...]:
         if self._smi is not None:
-            self._smi.poll()
+            self._smi.poll(now)
         return tuple(
             self._smi.reading(gpu, f"gpus.{at}", unknown) if self._smi and gpu.vendor == "NVIDIA"
             else self._hwmon_gpu(at, gpu, now, unknown) for at, gpu in enumerate(self._gpus))
@@ -1854,13 +1864,15 @@ class Sampler:
         def first(*names: str) -> int | None:
             return next(iter(self._numbers(f"{chip}/{name}" for chip in chips for name in names)), None)
 
-        micro, counter = first("power1_average", "power1_input"), first("energy1_input")
+        micro = first("power1_average", "power1_input")
+        counter = first("energy1_input", "energy2_input")  # the card's, or where xe has none its package's
         heat, usage = first("temp1_input"), self._numbers([f"{gpu.path}/gpu_busy_percent"])
         watts, energy = None if micro is None else micro / 1e6, self._gpu_energy[at]
         if counter is not None:  # a counter knows better than an integral
             then, before = self._gpu_counters.get(at, (now, counter))
-            energy.joules += max(0, counter - before) / 1e6
-            energy.covered_s += now - then
+            if counter >= before:  # else it was reset
+                energy.joules += (counter - before) / 1e6
+                energy.covered_s += now - then
             watts = (counter - before) / 1e6 / (now - then) if now > then and counter >= before else watts
             self._gpu_counters[at] = (now, counter)
         else:

@@ -540,6 +540,22 @@ class Energy(TreeCase):
             (gpu.power_watts, gpu.energy_joules, gpu.usage, gpu.temperature_c, gpu.source, gpu.in_package),
         )
 
+    def test_intel_gpu_s_counter_of_the_card_or_else_of_its_package(self) -> None:
+        card = "/sys/bus/pci/devices/0000:03:00.0"
+        for name, text in (("class", "0x030000"), ("vendor", "0x8086"), ("device", "0x56a0")):
+            self.put(f"{card}/{name}", text)
+        for counters in ((2,), (2, 1)):
+            for number in counters:  # the card's holds the package's
+                self.put(f"{card}/hwmon/hwmon3/energy{number}_input", 1_000_000 * number)
+            sampler = self.sampler()
+            sampler.sample(0.0)
+            self.put(f"{card}/hwmon/hwmon3/energy{counters[-1]}_input", 9_000_000)
+            gpu = sampler.sample(2.0).gpus[0]
+            self.assertEqual((9.0 - counters[-1], 2.0), (gpu.energy_joules, gpu.covered_s))
+            self.put(f"{card}/hwmon/hwmon3/energy{counters[-1]}_input", 0)
+            gpu = sampler.sample(4.0).gpus[0]
+            self.assertEqual((9.0 - counters[-1], 2.0), (gpu.energy_joules, gpu.covered_s), "it was reset")
+
     def test_nvidia_over_its_own_time_stamps(self) -> None:
         self.smi()
         fields = (
@@ -574,6 +590,34 @@ class Energy(TreeCase):
         sampler.close()
         with self.assertRaises(ProcessLookupError):
             os.kill(stream.pid, 0)
+
+    def test_nvidia_smi_whose_clock_is_set_or_that_ends(self) -> None:
+        """Its stamps are local time: an hour that never was is not integrated. It is started anew."""
+        self.smi()
+
+        def say(moment: str, watts: str) -> None:
+            fields = ("index,name,uuid,pci.bus_id,driver_version,memory.total,power.limit,timestamp,power.draw,"
+                      "utilization.gpu,utilization.encoder,memory.used,temperature.gpu,"
+                      "clocks_throttle_reasons.active")
+            self.put("/recorded/nvidia-smi", f"{fields}\n0, T4, GPU-0, 00000000:3B:00.0, 535, 15360, 70.00, "
+                     f"2023/03/26 {moment}, {watts}, 17, 0, 100, 41, 0x0")
+
+        say("01:59:59.000", "30.00")
+        sampler = self.sampler()
+        until(lambda: sampler.sample(0.0).gpus[0].power_watts == 30.0, "a first line")
+        say("03:00:00.000", "50.00")
+        until(lambda: sampler.sample(0.0).gpus[0].power_watts == 50.0, "a line of summer time")
+        say("03:00:02.000", "52.00")
+        until(lambda: sampler.sample(0.0).gpus[0].power_watts == 52.0, "a line 2 s later")
+        gpu = sampler.sample(0.0).gpus[0]
+        self.assertEqual((102.0, 2.0), (gpu.energy_joules, gpu.covered_s))
+        stream = sampler._smi.stream if sampler._smi else None
+        assert stream is not None
+        os.kill(stream.pid, 9)
+        until(lambda: sampler.sample(1.0).gpus[0].source is None, "its end is noticed")
+        self.assertIn("nvidia-smi ended", sampler.sample(2.0).unknown["gpus.0"])
+        until(lambda: sampler.sample(62.0).gpus[0].source == "nvidia-smi", "it is started anew")
+        self.assertEqual(102.0, sampler.sample(62.0).gpus[0].energy_joules)
 
     def test_watch_on_a_tree_that_is_fed(self) -> None:
         self.zone("intel-rapl:0", "package-0", RANGE_UJ - 1_000_000)
