@@ -2148,6 +2148,10 @@ class Meter:
         """Stop measuring for a ledger; returns when the last reading is in it."""
         self._tell("leave", ledger)
 
+    def pause(self, ledger: Ledger, paused: bool) -> None:
+        """Stop or go on booking to a ledger; what came before is booked when this returns."""
+        self._tell("pause" if paused else "resume", ledger)
+
     def _tell(self, what: str, ledger: Ledger) -> None:
         done = threading.Event()
         self._messages.put((what, ledger, done))
@@ -2191,7 +2195,10 @@ class Meter:
     def _admit(self, what: str, ledger: Ledger) -> None:
         self._baseline.disturb(self._clock())
         self.rested.set()
-        self._ledgers = [other for other in self._ledgers if other is not ledger]
+        if what in ("pause", "resume"):
+            ledger.paused = what == "pause"
+        else:
+            self._ledgers = [other for other in self._ledgers if other is not ledger]
         if what == "join":
             ledger.started = time.time()
             self._ledgers.append(ledger)
@@ -2446,14 +2453,17 @@ class Attempt:
 
     def pause(self) -> None:
         """Stop the clock of the attempt: its processes stand still, its timeout waits."""
-        self.paused = self._ledger.paused = True
+        self.paused, self._paused_at = True, time.monotonic()
         process = self._process
         if process is not None:
             process.signal(signal.SIGSTOP)
+        self._place.meter.pause(self._ledger, True)
 
     def resume(self) -> None:
         """Let it go on after a pause."""
-        self.paused = self._ledger.paused = False
+        self._place.meter.pause(self._ledger, False)
+        self._paused_s += time.monotonic() - self._paused_at
+        self.paused = False
         process = self._process
         if process is not None:
             process.signal(signal.SIGCONT)
@@ -2593,7 +2603,7 @@ class Attempt:
         """Run the commands of one encode, the `run`-th from 0 of at most `most`."""
         parser, latest = ProgressParser(), Progress()
         began = shown = time.monotonic()
-        self._paused_s = 0.0
+        self._paused_s, self._paused_at = 0.0, began
         for step, argv in enumerate(made.passes):
             phase = "encoding" if len(made.passes) == 1 else f"pass {step + 1} of {len(made.passes)}"
             phase = phase if most == 1 else f"run {run + 1}{' (warm-up)' if run == 0 else ''}, {phase}"
@@ -2650,7 +2660,6 @@ class Attempt:
             raise Stopped(self._stop)
         if self.paused:
             self._deadline += _SLICE_S
-            self._paused_s += _SLICE_S
             self._moved += _SLICE_S
             if self._process is not None:
                 self._process.signal(signal.SIGSTOP)

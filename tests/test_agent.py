@@ -935,10 +935,15 @@ class Metering(FolderCase):
     def test_a_paused_run_is_booked_nothing(self) -> None:
         first, second = self.ledger(10), self.ledger(20)
         self.energy(10)
-        first.paused = True
+        self.meter.pause(first, True)
         self.energy(40)
+        self.meter.pause(first, False)
+        self.energy(20)
         self.meter.leave(second)
-        self.assertEqual((first.energy_joules, second.energy_joules), (0.0, 50.0))
+        self.energy(7)
+        self.meter.leave(first)
+        self.assertEqual((first.energy_joules, second.energy_joules), (5.0 + 10.0 + 7.0, 5.0 + 40.0 + 10.0))
+        self.assertEqual((first.measured_s, second.measured_s), (3.0, 3.0))
 
     def test_the_meter_measures_a_resting_machine_by_itself(self) -> None:
         """A clock that goes on by half a second at each look, and a machine that draws 10 W."""
