@@ -1800,14 +1800,14 @@ PERFECT_PSNR_DB = 100.0
 
 
 def _score(text: str) -> float:
-    return PERFECT_PSNR_DB if text == "inf" else float(text)
+    return min(PERFECT_PSNR_DB, float(text))  # inf: identical; one sample of a large picture has more
 
 
 def parse_scores(metric: str, words: Iterable[str], frames: Iterable[str]) -> tuple[dict[str, float], int]:
     """Return a quality metric's mean, minimum and harmonic mean by name, and how many frames were compared.
 
     `words` is what FFmpeg said at the end, `frames` its log of each frame, read line by line. Identical
-    pictures have a PSNR of 100 dB here. What cannot be read is left out.
+    pictures have a PSNR of 100 dB here, and none more. What cannot be read is left out.
     """
     row = SCORES[metric]
     means = [_score(match[1]) for line in words if (match := row.mean.search(line))]

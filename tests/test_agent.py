@@ -476,6 +476,9 @@ class ReadingFfmpegsWords(unittest.TestCase):
         same = agent.parse_scores("psnr", ["[info] PSNR y:inf u:inf v:inf average:inf min:inf max:inf"],
                                   ["psnr_avg:inf"])
         self.assertEqual(set(same[0].values()), {agent.PERFECT_PSNR_DB})
+        near, _ = agent.parse_scores("psnr", ["[info] PSNR y:122.09 u:inf average:123.85 max:inf"],
+                                     ["psnr_avg:inf", "psnr_avg:119.08", "psnr_avg:99.00"])
+        self.assertEqual((near["psnr_db"], near["psnr_min_db"]), (100.0, 99.0), "no better than identical")
         found, _ = agent.parse_scores(
             "ssim", ["[Parsed_ssim_2 @ 0x5] [info] SSIM Y:0.98 (18.1) U:0.99 (20) All:0.985417 (18.4)"],
             ["n:1 Y:0.911767 U:0.953611 All:0.500000 (3.0)", "n:2 Y:1.0 U:1.0 V:1.0 All:1.000000 (inf)"])
@@ -966,7 +969,8 @@ class Metering(FolderCase):
     def test_a_gpu_s_joules_go_to_those_who_use_it(self) -> None:
         def reading(now: float, gpu_joules: float, covered_s: float) -> hwdetect.Reading:
             gpu = hwdetect.GpuReading("T4", 0, 30.0, gpu_joules, source="nvidia-smi", covered_s=covered_s)
-            return hwdetect.Reading(now, 50.0, None, 100.0, now * 100.0, now, power_source="rapl", gpus=(gpu,))
+            return hwdetect.Reading(now, 50.0, None, 100.0, now * 100.0, now, power_source="rapl",
+                                    gpus=(gpu,))
         coder, other, late = agent.Ledger(uses_gpu=True), agent.Ledger(), agent.Ledger(uses_gpu=True)
         coder.power_source = other.power_source = "rapl"
         shares = [gpu for _, gpu in self.meter._shares([coder, other])]

@@ -596,8 +596,8 @@ class Energy(TreeCase):
         self.smi()
 
         def say(moment: str, watts: str) -> None:
-            fields = ("index,name,uuid,pci.bus_id,driver_version,memory.total,power.limit,timestamp,power.draw,"
-                      "utilization.gpu,utilization.encoder,memory.used,temperature.gpu,"
+            fields = ("index,name,uuid,pci.bus_id,driver_version,memory.total,power.limit,timestamp,"
+                      "power.draw,utilization.gpu,utilization.encoder,memory.used,temperature.gpu,"
                       "clocks_throttle_reasons.active")
             self.put("/recorded/nvidia-smi", f"{fields}\n0, T4, GPU-0, 00000000:3B:00.0, 535, 15360, 70.00, "
                      f"2023/03/26 {moment}, {watts}, 17, 0, 100, 41, 0x0")
