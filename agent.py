@@ -3011,6 +3011,7 @@ MOST = ("memory_usage", "throttled", "jobs_beside")
 MEANED = ("duration", "cpu_usage", "background_cpu_percent", "cpu_seconds", "energy_joules", "idle_watts",
           "idle_joules", "gpu_usage", "gpu_energy_joules")
 SHORT_S = 1.0  # a shorter run tells nothing of speed
+LIVE_LATE_S = 1.0  # a live encode ends later than its film by FFmpeg's start alone
 BACKGROUND_PERCENT = 20.0  # more than this of the machine used by others disturbs a run
 
 
@@ -3187,13 +3188,15 @@ def _verdict(settings: Settings, made: Plan, metrics: Json, machine: Machine) ->
         return "check_input", [f"FFmpeg told of damage {metrics['damaged_packets']} times"], {}
     hardware = next((name for name, why in machine.encoders.items() if why is None and name in ENCODERS
                      and ENCODERS[name].hardware and ENCODERS[name].codec == row.codec
-                     and not (settings.crf is not None and ENCODERS[name].crf is None)), None)
+                     and not (settings.crf is not None and ENCODERS[name].crf is None)
+                     and _takes(ENCODERS[name], settings.pixel_format or "yuv420p")), None)
     if hardware and not row.hardware and not settings.two_pass:
         return "hardware_encoder", [f"{hardware} was proved on this machine"], {"encoder": hardware}
     doubts = _disturbances(metrics) or ([] if speed is not None else ["the speed is unknown"])
     if doubts:
         return "not_enough_evidence", doubts, {}
-    if speed is not None and speed < 0.98:
+    late_s = (metrics.get("duration") or 0.0) - (metrics.get("output_seconds") or 0.0)
+    if speed is not None and speed < 0.98 and not (settings.live and late_s < LIVE_LATE_S):
         slow = (f"{'live' if settings.live else 'encoding'} at {speed:.2f}x real time"
                 + (f" with preset {made.preset}" if made.preset else ""))
         faster = _faster_preset(made, row)
@@ -3204,13 +3207,17 @@ def _verdict(settings: Settings, made: Plan, metrics: Json, machine: Machine) ->
 def _threads_verdict(settings: Settings, made: Plan, metrics: Json, machine: Machine,
                      ) -> tuple[str, list[str], Json]:
     speed, usage = metrics.get("speed") or 0.0, metrics.get("cpu_usage")
-    if settings.threads and usage is not None and usage < 40 and settings.threads < machine.threads // 2:
+    words = dict(zip(ENCODERS[made.encoder].presets[::-1], PRESET_WORDS[::-1]))
+    same = {"preset": words.get(made.preset, made.preset)} if made.preset else {}  # else threads decide it
+    if (settings.threads and not settings.live and usage is not None and usage < 40
+            and settings.threads < machine.threads // 2):
         return "more_threads", [f"{usage:.0f} % of the machine was busy with {settings.threads} of "
-                                f"{machine.threads} threads"], {"threads": machine.threads}
+                                f"{machine.threads} threads"], {"threads": machine.threads, **same}
     busy = (metrics.get("cpu_seconds") or 0.0) / metrics["duration"] if metrics.get("duration") else 0.0
     enough = math.ceil(busy) + 1
     if made.threads and not settings.live and busy and 2 * enough <= made.threads:
-        return "fewer_threads", [f"{busy:.1f} of {made.threads} threads were busy"], {"threads": enough}
+        return "fewer_threads", [f"{busy:.1f} of {made.threads} threads were busy"], {
+            "threads": enough, **same}
     return "optimal", [f"{speed:.2f}x real time", f"{usage:.0f} % of the machine busy" if usage is not None
                        else "CPU use is unknown"], {}
 

@@ -1274,6 +1274,21 @@ class Judging(unittest.TestCase):
         self.assertEqual(told["suggestion"]["parameters"],
                          {"input": "in.mp4", "output": "out.mp4", "encoder": "h264_nvenc"})
 
+    def test_a_suggestion_can_be_done_and_changes_nothing_else(self) -> None:
+        """Threads decide the preset that nobody names; not every format is one for hardware."""
+        told = self.judge({"speed": 2.0, "cpu_seconds": 22.0, "duration": 10.0}, machine(threads=16))
+        self.assertEqual(told["recommendation"], "fewer_threads")
+        self.assertEqual(told["suggestion"]["parameters"]["preset"], "medium")
+        for form, word in (("yuv420p", "hardware_encoder"), ("yuv444p", "optimal")):
+            told = self.judge({"speed": 3.0}, machine(h264_nvenc=None), encoder="libx264", pixel_format=form)
+            self.assertEqual(told["recommendation"], word, form)
+
+    def test_a_live_encode_is_late_by_ffmpegs_start_alone(self) -> None:
+        for took, word in ((10.4, "optimal"), (11.2, "faster_preset")):
+            found = {"speed": 10 / took, "duration": took, "output_seconds": 10.0, "cpu_usage": 10.0}
+            told = self.judge(found, realtime=True, preset="slow", threads=1)
+            self.assertEqual(told["recommendation"], word)
+
     def judge(self, metrics: agent.Json, on: Machine | None = None, **parameters: object) -> agent.Json:
         settings = agent.resolve("1080p30-h264", {"input": "in.mp4", "output": "out.mp4", **parameters})
         on = on or machine()
