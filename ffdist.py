@@ -2620,9 +2620,9 @@ def _repeats(job: Job, report: Report) -> bool:
 def summary_of(status: str, body: Json) -> str:
     """Return a result as one phrase for the log."""
     metrics, analysis = body.get("metrics") or {}, body.get("analyzer_output") or {}
-    parts = [status]
+    parts, about = [status], "~" if metrics.get("energy_estimated") else ""
     for name, form in (("duration", "{:.1f} s"), ("speed", "{:.2f}x real time"),
-                       ("cpu_usage", "CPU {:.0f} %"), ("energy_joules", "{:.0f} J")):
+                       ("cpu_usage", "CPU {:.0f} %"), ("energy_joules", about + "{:.0f} J")):
         value = metrics.get(name)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             parts.append(form.format(value))
@@ -3352,6 +3352,7 @@ def result_lines(result: Json, spec: Json) -> list[str]:
         "job_id": result.get("job_id"), "node": result.get("node"), "node_id": result.get("node_id"),
         "scenario": result.get("scenario"), "status": result.get("status"), "codec": settings.get("codec"),
         "encoder": _inner(result, "encode", "encoder"), "preset": _inner(result, "encode", "preset"),
+        "power_source": _inner(result, "metrics", "power_source"),
         "experiment": _inner(spec, "experiment", "name") or _inner(spec, "experiment", "id")
         or (experiment if isinstance(experiment, str) else None)})
     return _field_lines(_OF_RESULTS, {**(result.get("metrics") or {}), "info": 1}, labels, at)
@@ -3423,7 +3424,7 @@ def _whole(title: str, unit: str, name: str, status: str = "") -> Panel:
 
 def _columns(**columns: str) -> Panel:
     """Return the table of the jobs' figures in the range of a page: name of the metric, head."""
-    by = "job_id, node, scenario, encoder, status"
+    by = "job_id, node, scenario, encoder, power_source, status"
     return Panel("table", "Results", "short", tuple(
         f'max by ({by}) (last_over_time(@job_{name}{{node=~"$node"}}[$__range]))' for name in columns),
         tuple(columns.values()))

@@ -111,7 +111,8 @@ class Lines(unittest.TestCase):
         "job_id": "j1", "node": 'n "1"\\', "node_id": "i1", "scenario": "720p", "status": "completed",
         "received_at": RECEIVED, "completed_at": COMPLETED, "encode": {"encoder": "libx264", "preset": 0},
         "metrics": {"duration": 2.5, "fps": None, "speed": True, "vmaf": "93", "ssim": float("nan"),
-                    "energy_joules": 10 ** 400, "frames": 75, "unknown": {"fps": "no"}}}
+                    "energy_joules": 10 ** 400, "frames": 75, "power_source": "model",
+                    "unknown": {"fps": "no"}}}
     SPEC: Mapping[str, Any] = {"settings": {"codec": "h264"}, "experiment": {"id": "e1", "name": "presets"}}
 
     def lines(self, **more: Any) -> list[str]:
@@ -119,12 +120,17 @@ class Lines(unittest.TestCase):
 
     def test_a_result_has_a_line_for_each_finite_number(self) -> None:
         labels = ('{job_id="j1",node="n \\"1\\"\\\\",node_id="i1",scenario="720p",status="completed",'
-                  'codec="h264",encoder="libx264",preset="0",experiment="presets"}')
+                  'codec="h264",encoder="libx264",preset="0",power_source="model",experiment="presets"}')
         at = epoch_ms(COMPLETED)
         self.assertEqual(at % 1000, 125)
         self.assertEqual(self.lines(), [f"ffdist_job_info{labels} 1 {at}",
                                         f"ffdist_job_duration_seconds{labels} 2.5 {at}",
                                         f"ffdist_job_frames{labels} 75 {at}"])
+
+    def test_an_estimate_is_marked_in_the_log(self) -> None:
+        for estimated, word in ((True, "~12 J"), (False, " 12 J")):
+            metrics = {"energy_joules": 12.0, "energy_estimated": estimated}
+            self.assertIn(word, ffdist.summary_of("completed", {"metrics": metrics}))
 
     def test_a_clock_that_is_off_gives_way_to_the_masters(self) -> None:
         for word, want in (("2026-05-04T10:00:31.000Z", RECEIVED), ("2026-05-01T10:00:00Z", RECEIVED),
