@@ -2042,6 +2042,7 @@ class Ledger:
         self.gpu_memory_bytes: int | None = None
         self.power_source: str | None = None
         self.gpu_source: str | None = None
+        self.gpu_inside = False  # the machine's figure holds a GPU's energy
         self.gpu_silent: str | None = None  # why the energy of a GPU beside the processor is unknown
         self.throttles: int | None = None  # the machine's count at the start
         self.throttled: bool | None = None
@@ -2285,6 +2286,8 @@ def _book_gpus(ledger: Ledger, last: hwdetect.Reading, now: hwdetect.Reading, sh
             covered = max(covered, gpu.covered_s - before.covered_s)
         elif not gpu.in_package:
             ledger.gpu_silent = now.unknown.get(f"gpus.{at}.power_watts") or now.unknown.get(f"gpus.{at}")
+        elif gpu.energy_joules is not None:
+            ledger.gpu_inside = True
         if gpu.usage is not None:
             ledger.gpu_usage_s += gpu.usage * span
             ledger.gpu_seen_s += span
@@ -3107,11 +3110,14 @@ def _explain(metrics: Json, unknown: dict[str, str], outcome: Outcome) -> None:
     why_energy = unknown.get("energy_joules", "unknown energy")
     known = metrics["energy_joules"] is not None
     why_idle = ledger.unknown.get("idle_watts", "no idle baseline of this run") if known else why_energy
-    short, silent = "the run was too short to sample", ledger.unknown.get("gpus") or "no GPU that tells"
+    short, silent = "the run was too short to sample", "no GPU that tells"
+    silent = next((why for key, why in ledger.unknown.items() if re.fullmatch(r"gpus\.\d+", key)), silent)
+    apart = next((why for key, why in ledger.unknown.items() if key.startswith("gpus.")), silent)
+    apart = ledger.gpu_silent or ("energy_joules holds it already" if ledger.gpu_inside else apart)
     energy = ("power_watts", "power_source", "power_resolution", "energy_wh", "energy_estimated")
     machine = {**dict.fromkeys(energy, why_energy),
                **dict.fromkeys(("idle_watts", "idle_joules", "net_energy_joules"), why_idle),
-               **dict.fromkeys(("gpu_usage", "gpu_energy_joules", "gpu_memory_usage"), silent),
+               "gpu_usage": silent, "gpu_memory_usage": silent, "gpu_energy_joules": apart,
                "throttled": "the kernel does not count it here", "cpu_usage": short,
                "background_cpu_percent": short}
     film = {**dict.fromkeys(SCORE_NAMES, "not asked for"),

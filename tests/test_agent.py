@@ -989,6 +989,21 @@ class Metering(FolderCase):
         self.assertIn("2.0 s of 10.0 s", metrics["unknown"]["gpu_energy_joules"])
         self.assertIn("GPU", metrics["unknown"]["energy_joules"])
 
+    def test_a_gpu_that_does_not_tell_says_why(self) -> None:
+        told = hwdetect.GpuReading("T4", 0, 30.0, 5.0, source="nvidia-smi", in_package=True, covered_s=1.0)
+        none = hwdetect.GpuReading("T4")
+        small = hwdetect.GpuReading("UHD", in_package=True)
+        for gpu, why, reasons in (
+                (told, {}, ["energy_joules holds it already", "no GPU that tells"]),
+                (none, {"gpus.0": "nvidia-smi is not installed"}, ["nvidia-smi is not installed"] * 2),
+                (small, {"gpus.0.power_watts": "no power sensor"}, ["no power sensor", "no GPU that tells"])):
+            ledger = agent.Ledger()
+            now = hwdetect.Reading(1.0, gpus=(gpu,), unknown=why)
+            ledger.unknown.update(now.unknown)
+            agent._book_gpus(ledger, now, now, 1.0)
+            unknown = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=1.0))["unknown"]
+            self.assertEqual([unknown[name] for name in ("gpu_energy_joules", "gpu_usage")], reasons)
+
     def test_a_gpu_is_shared_by_the_time_that_its_driver_counts(self) -> None:
         for pid, busy_ns in ((10, 3_000_000_000), (20, 1_000_000_000)):
             self.process(pid, 1.0)
