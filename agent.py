@@ -54,6 +54,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import urllib.error
@@ -310,14 +311,9 @@ def table_text(rows: Sequence[Sequence[str]], width: int, colours: Mapping[str, 
     for row in rows:
         head = "".join(_painted(cell, colours) + " " * (size - len(cell) + 2)
                        for cell, size in zip(row, widths))
-        words, line = row[-1].split(" "), ""
-        for word in words:
-            if line and len(line) + 1 + len(word) > room:
-                lines.append((head + line).rstrip())
-                head, line = " " * indent, word
-            else:
-                line = f"{line} {word}" if line else word
-        lines.append((head + line).rstrip())
+        for line in textwrap.wrap(row[-1], room, break_long_words=False, break_on_hyphens=False) or [""]:
+            lines.append((head + line).rstrip())
+            head = " " * indent
     return "\n".join(lines)
 
 
