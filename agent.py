@@ -104,10 +104,10 @@ class Parameter(NamedTuple):
     """One row of the parameter table: its kind, its limits (inclusive) and what it means."""
 
     kind: str
-    low: float
-    high: float
-    words: tuple[str, ...]
     about: str
+    low: float = 0
+    high: float = 0
+    words: tuple[str, ...] = ()
 
 
 PRESET_WORDS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower",
@@ -121,32 +121,32 @@ NOTHING_ENCODED = "nothing was encoded"
 _DAY_S = 86400
 
 PARAMETERS: dict[str, Parameter] = {
-    "input": Parameter("place", 0, 0, (), "path under the media root, or URL; none: a generated source"),
-    "output": Parameter("place", 0, 0, (), "path, or rtmp/srt/http URL; none: encoded, measured, discarded"),
-    "duration": Parameter("number", 0.04, 30 * _DAY_S, (), "seconds; of a real input its first so many"),
-    "bitrate": Parameter("bitrate", 1000, 2e9, (), "video bit/s: 15000k, 5M or a number"),
-    "crf": Parameter("number", 0, 63, (), "constant quality, lower is better (with bitrate: its ceiling)"),
-    "codec": Parameter("word", 0, 0, CODECS, "h264, h265, av1 or vp9"),
-    "encoder": Parameter("name", 0, 0, (), "FFmpeg's name of an encoder, chosen by the agent unless said"),
-    "preset": Parameter("preset", 0, 13, (), "ultrafast … veryslow for every codec, or the encoder's own"),
-    "width": Parameter("size", 16, 16384, (), "pixels, even"),
-    "height": Parameter("size", 16, 16384, (), "pixels, even"),
-    "fps": Parameter("rate", 1, 480, (), "frames per second: 30, 29.97 or 30000/1001"),
-    "pixel_format": Parameter("name", 0, 0, (), "FFmpeg's name, such as yuv420p10le"),
-    "audio": Parameter("bool", 0, 0, (), "false drops the sound"),
-    "container": Parameter("word", 0, 0, CONTAINERS, "mp4, mov, matroska, webm, flv or mpegts"),
-    "gop": Parameter("whole", 1, 100000, (), "frames from one key frame to the next, at most"),
-    "two_pass": Parameter("bool", 0, 0, (), "two passes; needs a bitrate"),
-    "realtime": Parameter("bool", 0, 0, (), "read the input at its own speed"),
-    "hwaccel": Parameter("name", 0, 0, (), "FFmpeg's name of a hardware decoder, such as cuda or vaapi"),
-    "threads": Parameter("whole", 1, 1024, (), "encoder threads"),
-    "max_memory_mb": Parameter("whole", 16, 1 << 24, (), "MiB that the job's processes may use"),
-    "max_cpu_percent": Parameter("number", 1, 102400, (), "CPU time that they may use; 100 is one core"),
-    "quality": Parameter("words", 0, 0, QUALITY_METRICS, "metrics to take: psnr, ssim, vmaf, xpsnr"),
-    "settle": Parameter("number", 0, _DAY_S, (), "seconds of rest before each encode, not measured"),
-    "cooldown": Parameter("number", 0, _DAY_S, (), "seconds of rest after each encode, not measured"),
-    "timeout": Parameter("number", 1, 30 * _DAY_S, (), "seconds the whole job may take"),
-    "extra_args": Parameter("words", 0, 0, (), "more FFmpeg arguments; only where the master allows it"),
+    "input": Parameter("place", "path under the media root, or URL; none: a generated source"),
+    "output": Parameter("place", "path, or rtmp/srt/http URL; none: encoded, measured, discarded"),
+    "duration": Parameter("number", "seconds; of a real input its first so many", 0.04, 30 * _DAY_S),
+    "bitrate": Parameter("bitrate", "video bit/s: 15000k, 5M or a number", 1000, 2e9),
+    "crf": Parameter("number", "constant quality, lower is better (with bitrate: its ceiling)", 0, 63),
+    "codec": Parameter("word", "h264, h265, av1 or vp9", words=CODECS),
+    "encoder": Parameter("name", "FFmpeg's name of an encoder, chosen by the agent unless said"),
+    "preset": Parameter("preset", "ultrafast … veryslow for every codec, or the encoder's own", 0, 13),
+    "width": Parameter("size", "pixels, even", 16, 16384),
+    "height": Parameter("size", "pixels, even", 16, 16384),
+    "fps": Parameter("rate", "frames per second: 30, 29.97 or 30000/1001", 1, 480),
+    "pixel_format": Parameter("name", "FFmpeg's name, such as yuv420p10le"),
+    "audio": Parameter("bool", "false drops the sound"),
+    "container": Parameter("word", "mp4, mov, matroska, webm, flv or mpegts", words=CONTAINERS),
+    "gop": Parameter("whole", "frames from one key frame to the next, at most", 1, 100000),
+    "two_pass": Parameter("bool", "two passes; needs a bitrate"),
+    "realtime": Parameter("bool", "read the input at its own speed"),
+    "hwaccel": Parameter("name", "FFmpeg's name of a hardware decoder, such as cuda or vaapi"),
+    "threads": Parameter("whole", "encoder threads", 1, 1024),
+    "max_memory_mb": Parameter("whole", "MiB that the job's processes may use", 16, 1 << 24),
+    "max_cpu_percent": Parameter("number", "CPU time that they may use; 100 is one core", 1, 102400),
+    "quality": Parameter("words", "metrics to take: psnr, ssim, vmaf, xpsnr", words=QUALITY_METRICS),
+    "settle": Parameter("number", "seconds of rest before each encode, not measured", 0, _DAY_S),
+    "cooldown": Parameter("number", "seconds of rest after each encode, not measured", 0, _DAY_S),
+    "timeout": Parameter("number", "seconds the whole job may take", 1, 30 * _DAY_S),
+    "extra_args": Parameter("words", "more FFmpeg arguments; only where the master allows it"),
 }
 
 _DURATION = re.compile("".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in ("d", "h", "m", "s?")))
