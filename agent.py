@@ -543,20 +543,15 @@ class Client:
             self._opener.add_handler(handler)
 
     def _call(self, method: str, path: str, body: Any = None, query: Mapping[str, Any] | None = None,
-              wait_s: float | None = None) -> Any:
+              wait_s: float | None = None) -> Json:
         known = {name: value for name, value in (query or {}).items() if value is not None}
         url = self.url + path + ("?" + urllib.parse.urlencode(known) if known else "")
         data = None if body is None else json.dumps(body, allow_nan=False).encode()
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
-        try:
-            with self._opener.open(request, timeout=self.patience_s + (wait_s or 0)) as answer:
-                raw = answer.read(ANSWER_LIMIT_BYTES)
-        except urllib.error.HTTPError as error:
-            with error:
-                raise _refusal(error.code, error.read(1 << 20)) from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise ApiError(0, f"no answer from the master at {self.url}: {_cause(reason)}") from None
+        status, _, raw = _exchange(self._opener, request, self.patience_s + (wait_s or 0),
+                                   f"the master at {self.url}", ANSWER_LIMIT_BYTES)
+        if status >= 300:
+            raise _refusal(status, raw)
         return _decode(raw, self.url)
 
     def close(self) -> None:
@@ -564,46 +559,44 @@ class Client:
         self._handler.close()
 
     def register(self, registration: Json) -> Json:
-        return _object(self._call("POST", "/nodes/register", registration))
+        return self._call("POST", "/nodes/register", registration)
 
     def heartbeat(self, node_id: str, body: Json, wait_s: float | None = None) -> Json:
-        return _object(self._call("POST", f"/nodes/{_quoted(node_id)}/heartbeat", body, {"wait": wait_s},
-                                  wait_s))
+        return self._call("POST", f"/nodes/{_quoted(node_id)}/heartbeat", body, {"wait": wait_s}, wait_s)
 
     def claim(self, query: Json, wait_s: float | None = None) -> Json:
-        return _object(self._call("GET", "/jobs/next", None, {**query, "wait": wait_s}, wait_s))
+        return self._call("GET", "/jobs/next", None, {**query, "wait": wait_s}, wait_s)
 
     def progress(self, job_id: str, body: Json) -> Json:
-        return _object(self._call("POST", f"/jobs/{_quoted(job_id)}/progress", body))
+        return self._call("POST", f"/jobs/{_quoted(job_id)}/progress", body)
 
     def report(self, result: Json) -> Json:
-        return _object(self._call("POST", "/results", result))
+        return self._call("POST", "/results", result)
 
     def submit(self, job: Json | list[Json]) -> Json:
-        return _object(self._call("POST", "/jobs", job, wait_s=90))
+        return self._call("POST", "/jobs", job, wait_s=90)
 
     def nodes(self) -> Json:
-        return _object(self._call("GET", "/nodes"))
+        return self._call("GET", "/nodes")
 
     def jobs(self, query: Json) -> Json:
-        return _object(self._call("GET", "/jobs", None, query))
+        return self._call("GET", "/jobs", None, query)
 
     def results(self, query: Json) -> Json:
-        return _object(self._call("GET", "/results", None, query))
+        return self._call("GET", "/results", None, query)
 
     def job(self, job_id: str) -> Json:
-        return _object(self._call("GET", f"/jobs/{_quoted(job_id)}"))
+        return self._call("GET", f"/jobs/{_quoted(job_id)}")
 
     def order(self, job_id: str, verb: str) -> Json:
-        return _object(self._call("POST", f"/jobs/{_quoted(job_id)}/{verb}"))
+        return self._call("POST", f"/jobs/{_quoted(job_id)}/{verb}")
 
     def order_node(self, node_id: str, verb: str, deadline_s: float | None = None) -> Json:
-        return _object(self._call("POST", f"/nodes/{_quoted(node_id)}/{verb}", None,
-                                  {"deadline": deadline_s}))
+        return self._call("POST", f"/nodes/{_quoted(node_id)}/{verb}", None, {"deadline": deadline_s})
 
     def logs(self, job_id: str, after: int, wait_s: float | None = None) -> Json:
-        return _object(self._call("GET", f"/jobs/{_quoted(job_id)}/logs", None,
-                                  {"after": after, "wait": wait_s}, wait_s))
+        query = {"after": after, "wait": wait_s}
+        return self._call("GET", f"/jobs/{_quoted(job_id)}/logs", None, query, wait_s)
 
 
 @functools.lru_cache(maxsize=1)
@@ -628,15 +621,25 @@ def exchange_text(url: str, text: bytes | None = None, timeout_s: float = CONNEC
     if user:
         word = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
         request.add_header("Authorization", f"Basic {word}")
+    status, reason, raw = _exchange(_plain_opener(), request, timeout_s, shown, 1 << 20)
+    if status >= 300:
+        words = raw[:1 << 10].decode(errors="replace").strip()
+        raise ApiError(status, f"{shown} answers {status}: {words or reason}")
+    return raw.decode(errors="replace")
+
+
+def _exchange(opener: urllib.request.OpenerDirector, request: urllib.request.Request, timeout_s: float,
+              whom: str, most_bytes: int) -> tuple[int, str, bytes]:
+    """Return status, reason and body of an answer, a refusal's too; ApiError where none came."""
     try:
-        with _plain_opener().open(request, timeout=timeout_s) as answer:
-            return answer.read(1 << 20).decode(errors="replace")
-    except urllib.error.HTTPError as error:
-        with error:
-            words = error.read(1 << 10).decode(errors="replace").strip()
-            raise ApiError(error.code, f"{shown} answers {error.code}: {words or error.reason}") from None
+        try:
+            answer = opener.open(request, timeout=timeout_s)
+        except urllib.error.HTTPError as error:
+            answer, most_bytes = error, min(most_bytes, 1 << 20)
+        with answer:
+            return answer.code, answer.reason, answer.read(most_bytes)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ApiError(0, f"no answer from {shown}: {_cause(getattr(error, 'reason', error))}") from None
+        raise ApiError(0, f"no answer from {whom}: {_cause(getattr(error, 'reason', error))}") from None
 
 
 def web_address(text: str) -> str:
@@ -653,14 +656,11 @@ def _quoted(part: str) -> str:
     return urllib.parse.quote(part, safe="")
 
 
-def _decode(raw: bytes, url: str) -> Any:
+def _decode(raw: bytes, url: str) -> Json:
     try:
-        return json.loads(raw) if raw else {}
+        value = json.loads(raw) if raw else {}
     except (ValueError, RecursionError):
         raise ApiError(0, f"what answers at {url} is no ffdist master") from None
-
-
-def _object(value: Any) -> Json:
     if not isinstance(value, dict):
         raise ApiError(0, "the master's answer is not a JSON object")
     return value

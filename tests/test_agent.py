@@ -1446,6 +1446,15 @@ class Calling(unittest.TestCase):
             self.assertTrue(caught.exception.retryable)
             self.assertEqual(client.nodes(), {"nodes": [1]})
 
+    def test_half_a_refusal_is_no_answer_and_retryable(self) -> None:
+        """A body that does not come in time is a silence, not an error of the agent's own."""
+        cut = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 500\r\n\r\n{"
+        with self.server(cut, b"") as (_, client):
+            client.patience_s = 0.2
+            with self.assertRaises(agent.ApiError) as caught:
+                client.nodes()
+            self.assertEqual((caught.exception.status, caught.exception.retryable), (0, True))
+
     def test_bytes_that_are_no_http_are_told_in_a_sentence(self) -> None:
         for raw in (b"SSH-2.0-OpenSSH_9.2\r\n", b"\r\n\r\n", b"HTTP/1.1 abc\r\n\r\n", b"\x00" * 100 + b"\r\n",
                     b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n{}"):
