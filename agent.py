@@ -15,10 +15,11 @@ Sections (each uses only those above it):
   3 Scenario  scenario and parameters -> resolved Settings (pure; the master uses it too)
   4 Command   settings + machine + source -> Plan of argv lists (pure)
   5 Progress  line-fed parser of -progress and of FFmpeg's last words (pure)
-  6 Run       processes, their groups, samplers and limits: owns everything that FFmpeg touches
-  7 Analysis  metrics, quality, recommendation (pure)
-  8 Agent     registration, slots, heartbeat, spool, drain
-  9 CLI       flags, the single-node workflow, main
+  6 Meter     samples, what each run used, the idle baseline, what repeated figures are worth
+  7 Run       processes, their groups and limits, the attempt: owns everything that FFmpeg touches
+  8 Analysis  metrics, confidence, recommendation (pure)
+  9 Agent     registration, slots, heartbeat, spool, drain
+ 10 CLI       flags, the single-node workflow, main
 
 Threads: the main thread holds the parked request; the reporter sends progress and empties the spool;
 each slot runs one attempt. They share the state in Agent under its one lock; nothing blocks while
@@ -718,13 +719,6 @@ CONTAINER_CODECS = {"webm": ("vp9", "av1"), "flv": ("h264",), "mpegts": ("h264",
 GENERATED = {"width": 1280, "height": 720, "fps": 30, "duration": 10}
 BASELINE = "baseline"  # the word of a scenario that measures the idle machine and encodes nothing
 BASELINE_S = 60
-CONFIDENCES = ("auto", "low", "medium", "high")
-INTERVAL_MOST = {"high": 0.02, "medium": 0.05}  # half the 95 % interval over the mean
-RUNS_LEAST = 3  # without the warm-up
-RUNS_MOST = {"high": 20, "medium": 10}
-REPEATS_S = 3600.0  # no run begins that would end after so long
-# Student's t, 97.5 %, for 1 to 10 degrees of freedom
-_STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 
 
 @dataclass(frozen=True)
@@ -1014,35 +1008,6 @@ _CHECKS: dict[str, Callable[[str, object, Parameter], Any]] = {
     "number": _number, "whole": _whole, "size": _even, "rate": _rate, "bitrate": _bits, "bool": _bool,
     "word": _word, "words": _words, "name": _plain_name, "preset": _preset, "place": _place,
 }
-
-
-def interval(values: Sequence[float]) -> Json:
-    """Return n, mean, stdev and the 95 % interval of the mean by Student's t, of two values or more.
-
-    `relative` is half the interval over the mean, None where the mean is 0.
-    """
-    mean, stdev, free = statistics.fmean(values), statistics.stdev(values), len(values) - 1
-    z = 1.959964
-    student = _STUDENT[free - 1] if free <= len(_STUDENT) else (  # Abramowitz & Stegun 26.7.5
-        z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3))
-    half = student * stdev / math.sqrt(len(values))
-    return {"n": len(values), "mean": mean, "stdev": stdev, "ci95_low": mean - half, "ci95_high": mean + half,
-            "relative": half / abs(mean) if mean else None}
-
-
-def confidence_of(intervals: Iterable[Mapping[str, Any]]) -> str:
-    """Return low, medium or high: what all these intervals are narrow enough for."""
-    widths = [math.inf if row["relative"] is None else row["relative"] for row in intervals]
-    return next((word for word, most in INTERVAL_MOST.items() if widths and max(widths) <= most), "low")
-
-
-def outliers(values: Sequence[float]) -> list[bool]:
-    """Tell of each value whether it lies beyond 3 scaled median absolute deviations; of few, none does."""
-    middle = statistics.median(values) if values else 0.0
-    spread = statistics.median(abs(value - middle) for value in values) if values else 0.0
-    limit = max(3 * 1.4826 * spread, 0.001 * abs(middle))  # of equal values a hair is no outlier
-    return [len(values) > RUNS_LEAST and abs(value - middle) > limit for value in values]
 
 
 def parameters_of(pairs: Iterable[str]) -> Json:
@@ -1821,7 +1786,7 @@ def parse_scores(metric: str, words: Iterable[str], frames: Iterable[str]) -> tu
     return found, count
 
 
-# ---- 6 Run ----------------------------------------------------------------------------------------
+# ---- 6 Meter --------------------------------------------------------------------------------------
 
 SAMPLE_S = 1.0
 SERIES_MOST = 240  # points; even
@@ -1831,154 +1796,10 @@ IDLE_REST_S = 30.0  # without an attempt before one
 IDLE_EVERY_S = 600.0
 IDLE_RETRY_S = 60.0
 IDLE_BUSY_PERCENT = 10.0  # of the machine's CPUs: what is still called idle
-GRACE_S = 1.0
-KEPT_LINES = 60
-UNSENT_LINES = 10_000
-CACHE_LIMIT_BYTES = 1 << 30
-PROBE_S = 60.0
-NICE = ("nice", "-n", "10")
-CRASHES = tuple(-number for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGTRAP))
-# Of an error of the operating system; any other is "output" at the output, "agent" elsewhere.
-ERRNO_REASONS = {errno.ENOSPC: "out_of_disk", errno.EDQUOT: "out_of_disk", errno.EFBIG: "out_of_disk",
-                 errno.ENOMEM: "out_of_memory"}
-DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")  # util-linux 2.33; busybox has none
-_SLICE_S = 0.25
-
-
-class Exit(NamedTuple):
-    """How a process ended: status (negative: the signal), CPU s and peak memory of it and its children."""
-
-    returncode: int
-    cpu_seconds: float
-    peak_rss_bytes: int
-
-
-@functools.lru_cache(maxsize=1)
-def launcher() -> tuple[str, ...]:
-    """Return the words before a command: low priority, and where possible an end with the agent's own."""
-    words: tuple[str, ...] = ()
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        tried = subprocess.run([*DIE_WITH_PARENT, "true"], stdin=subprocess.DEVNULL, capture_output=True,
-                               timeout=10)
-        words = DIE_WITH_PARENT if tried.returncode == 0 else ()
-    return (*words, *NICE) if shutil.which(NICE[0]) else words
-
-
-class Process:
-    """One program in a process group of its own, niced, both its pipes always drained."""
-
-    def __init__(self, argv: Sequence[str], folder: Path, on_stdout: Callable[[str], None],
-                 on_stderr: Callable[[str], None]) -> None:
-        if shutil.which(argv[0]) is None:
-            raise Failure("no_capability", f"{argv[0]} is not there or not executable on this node")
-        self._popen = subprocess.Popen([*launcher(), *argv], cwd=folder, stdin=subprocess.DEVNULL,
-                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-        self.pid = self._popen.pid
-        self.ended = threading.Event()
-        self.exit: Exit | None = None
-        drains = [threading.Thread(target=_drain, args=pair, daemon=True)
-                  for pair in ((self._popen.stdout, on_stdout), (self._popen.stderr, on_stderr))]
-        for drain in drains:
-            drain.start()
-        threading.Thread(target=self._reap, args=(drains,), daemon=True).start()
-
-    def _reap(self, drains: list[threading.Thread]) -> None:
-        # The zombie keeps the group's number from being given to a stranger while the rest is killed.
-        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        self.signal(signal.SIGKILL)
-        for drain in drains:
-            drain.join(2)
-        _, status, usage = os.wait4(self.pid, 0)
-        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-        self._popen.returncode = code
-        self.exit = Exit(code, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
-        self.ended.set()
-
-    def signal(self, number: int) -> None:
-        """Send a signal to the whole group; one that has gone already is no error."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, number)
-
-    def end(self) -> None:
-        """End the group: TERM, then KILL; returns when it is gone."""
-        if self.ended.is_set():
-            return
-        self.signal(signal.SIGTERM)
-        self.signal(signal.SIGCONT)
-        if not self.ended.wait(GRACE_S):
-            self.signal(signal.SIGKILL)
-            self.ended.wait(10)
-
-
-def _drain(pipe: Any, take: Callable[[str], None]) -> None:
-    with pipe:
-        for line in iter(lambda: pipe.readline(1 << 16), b""):
-            take(line.decode("utf-8", "replace").rstrip("\r\n"))
-
-
-class Limits:
-    """What the processes of one attempt may use: by a control group of its own, else by plain limits."""
-
-    def __init__(self, settings: Settings, folder: Path, host: hwdetect.Host, node: str) -> None:
-        self._memory_bytes = (settings.max_memory_mb or 0) << 20
-        self._percent = settings.max_cpu_percent or 0
-        self._node = node
-        self._group: hwdetect.ControlGroup | None = None
-        self._grouped: dict[str, str | None] = {}
-        self.told: dict[str, str] = {}  # limit -> how it is enforced
-        if self._memory_bytes or self._percent:
-            group = self._group = hwdetect.ControlGroup(host, folder.name)
-            (folder / "groups").write_text("\n".join(group.folders))  # before one is made: see clear_work
-            for name, amount in (("memory", self._memory_bytes),
-                                 ("cpu", int(self._percent * hwdetect.CPU_PERIOD_US / 100))):
-                self._grouped[name] = group.limit(name, amount) if amount else None
-
-    def take(self, pid: int) -> str:
-        """Put a process that was just started under the limits; return how, in words, when that is news.
-
-        Raises Failure where one can't be enforced: rather no process than one without limits.
-        """
-        before, missed = dict(self.told), []
-        for name, parameter, asked, plain in (
-                ("memory", "max_memory_mb", self._memory_bytes, self._plain_memory),
-                ("cpu", "max_cpu_percent", self._percent, self._plain_cpu)):
-            if not asked or self._group is None:
-                continue
-            how = self._grouped[name]
-            try:
-                self.told[name] = how if how and self._group.take(name, pid) else plain(pid)
-            except (OSError, ValueError):
-                missed.append(parameter)
-        if missed:
-            raise Failure("no_capability", f"{' and '.join(missed)} cannot be enforced on {self._node}: "
-                          "neither a control group nor a plain limit is allowed to the agent")
-        return ", ".join(f"{name} by {how}" for name, how in self.told.items()) if self.told != before else ""
-
-    def _plain_memory(self, pid: int) -> str:
-        resource.prlimit(pid, resource.RLIMIT_AS, (self._memory_bytes, self._memory_bytes))
-        return "rlimit"
-
-    def _plain_cpu(self, pid: int) -> str:
-        mine = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(pid, random.sample(mine, min(len(mine), math.ceil(self._percent / 100))))
-        return "affinity"
-
-    def burst(self, exit_: Exit, reason: str) -> str:
-        """Return in words that a process failed for its limit of memory, "" where it did not.
-
-        Encoders that get no memory under a plain limit may fail without a word of it, or crash.
-        """
-        how = self.told.get("memory")
-        if how is None or exit_.returncode == 0 or not (
-                reason in ("out_of_memory", "encoder") or exit_.returncode in CRASHES if how == "rlimit"
-                else self._group is not None and self._group.killed()):
-            return ""
-        return f"max_memory_mb of {self._memory_bytes >> 20} ({how}) is too little for it"
-
-    def lift(self) -> None:
-        """Remove the control group."""
-        if self._group is not None:
-            self._group.remove()
+INTERVAL_MOST = {"high": 0.02, "medium": 0.05}  # half the 95 % interval over the mean
+RUNS_LEAST = 3  # without the warm-up
+# Student's t, 97.5 %, for 1 to 10 degrees of freedom
+_STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 
 
 class Series:
@@ -2294,6 +2115,241 @@ def _book_gpus(ledger: Ledger, last: hwdetect.Reading, now: hwdetect.Reading, sh
     ledger.gpu_covered_s += covered
 
 
+class Energy(NamedTuple):
+    """Energy of one run: J, where it was read (both None where unknown), and why it is unknown."""
+
+    joules: float | None
+    source: str | None
+    gpu_joules: float | None
+    why: str
+
+
+def energy_of(ledger: Ledger) -> Energy:
+    """Return a run's energy: the machine's figure and the GPUs that it does not hold.
+
+    A figure of less than 90 % of the run (of a GPU, which is sampled: half) is none of the run.
+    """
+    part = ledger.gpu_covered_s / ledger.measured_s if ledger.measured_s else 0.0
+    told = ledger.gpu_joules is not None and part >= 0.5
+    gpu = ledger.gpu_joules / part if told and ledger.gpu_joules is not None else None
+    why = ""
+    if ledger.energy_joules is None:
+        why = (ledger.unknown.get("energy_joules") or ledger.unknown.get("power_watts")
+               or "no energy counter was read") + ("; gpu_energy_joules is known" if told else "")
+    elif ledger.energy_s < 0.9 * ledger.measured_s:
+        why = f"its source told for {ledger.energy_s:.1f} s of {ledger.measured_s:.1f} s only"
+    elif ledger.gpu_joules is not None and not told:
+        why = "of the GPU too little is known, see gpu_energy_joules"
+    elif ledger.uses_gpu and ledger.gpu_joules is None and ledger.gpu_silent:
+        why = f"the job used a GPU whose power is unknown: {ledger.gpu_silent}"
+    if why:
+        return Energy(None, None, gpu, why)
+    sources = [ledger.power_source or "unknown", *([ledger.gpu_source or "gpu"] if told else [])]
+    return Energy((ledger.energy_joules or 0.0) + (gpu or 0.0), "+".join(sources), gpu, "")
+
+
+def interval(values: Sequence[float]) -> Json:
+    """Return n, mean, stdev and the 95 % interval of the mean by Student's t, of two values or more.
+
+    `relative` is half the interval over the mean, None where the mean is 0.
+    """
+    mean, stdev, free = statistics.fmean(values), statistics.stdev(values), len(values) - 1
+    z = 1.959964
+    student = _STUDENT[free - 1] if free <= len(_STUDENT) else (  # Abramowitz & Stegun 26.7.5
+        z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3))
+    half = student * stdev / math.sqrt(len(values))
+    return {"n": len(values), "mean": mean, "stdev": stdev, "ci95_low": mean - half, "ci95_high": mean + half,
+            "relative": half / abs(mean) if mean else None}
+
+
+def confidence_of(intervals: Iterable[Mapping[str, Any]]) -> str:
+    """Return low, medium or high: what all these intervals are narrow enough for."""
+    widths = [math.inf if row["relative"] is None else row["relative"] for row in intervals]
+    return next((word for word, most in INTERVAL_MOST.items() if widths and max(widths) <= most), "low")
+
+
+def outliers(values: Sequence[float]) -> list[bool]:
+    """Tell of each value whether it lies beyond 3 scaled median absolute deviations; of few, none does."""
+    middle = statistics.median(values) if values else 0.0
+    spread = statistics.median(abs(value - middle) for value in values) if values else 0.0
+    limit = max(3 * 1.4826 * spread, 0.001 * abs(middle))  # of equal values a hair is no outlier
+    return [len(values) > RUNS_LEAST and abs(value - middle) > limit for value in values]
+
+
+# ---- 7 Run ----------------------------------------------------------------------------------------
+
+CONFIDENCES = ("auto", "low", "medium", "high")
+RUNS_MOST = {"high": 20, "medium": 10}
+REPEATS_S = 3600.0  # no run begins that would end after so long
+GRACE_S = 1.0
+KEPT_LINES = 60
+UNSENT_LINES = 10_000
+CACHE_LIMIT_BYTES = 1 << 30
+PROBE_S = 60.0
+NICE = ("nice", "-n", "10")
+CRASHES = tuple(-number for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGTRAP))
+# Of an error of the operating system; any other is "output" at the output, "agent" elsewhere.
+ERRNO_REASONS = {errno.ENOSPC: "out_of_disk", errno.EDQUOT: "out_of_disk", errno.EFBIG: "out_of_disk",
+                 errno.ENOMEM: "out_of_memory"}
+DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")  # util-linux 2.33; busybox has none
+_SLICE_S = 0.25
+
+
+class Exit(NamedTuple):
+    """How a process ended: status (negative: the signal), CPU s and peak memory of it and its children."""
+
+    returncode: int
+    cpu_seconds: float
+    peak_rss_bytes: int
+
+
+@functools.lru_cache(maxsize=1)
+def launcher() -> tuple[str, ...]:
+    """Return the words before a command: low priority, and where possible an end with the agent's own."""
+    words: tuple[str, ...] = ()
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        tried = subprocess.run([*DIE_WITH_PARENT, "true"], stdin=subprocess.DEVNULL, capture_output=True,
+                               timeout=10)
+        words = DIE_WITH_PARENT if tried.returncode == 0 else ()
+    return (*words, *NICE) if shutil.which(NICE[0]) else words
+
+
+class Process:
+    """One program in a process group of its own, niced, both its pipes always drained."""
+
+    def __init__(self, argv: Sequence[str], folder: Path, on_stdout: Callable[[str], None],
+                 on_stderr: Callable[[str], None]) -> None:
+        if shutil.which(argv[0]) is None:
+            raise Failure("no_capability", f"{argv[0]} is not there or not executable on this node")
+        self._popen = subprocess.Popen([*launcher(), *argv], cwd=folder, stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        self.pid = self._popen.pid
+        self.ended = threading.Event()
+        self.exit: Exit | None = None
+        drains = [threading.Thread(target=_drain, args=pair, daemon=True)
+                  for pair in ((self._popen.stdout, on_stdout), (self._popen.stderr, on_stderr))]
+        for drain in drains:
+            drain.start()
+        threading.Thread(target=self._reap, args=(drains,), daemon=True).start()
+
+    def _reap(self, drains: list[threading.Thread]) -> None:
+        # The zombie keeps the group's number from being given to a stranger while the rest is killed.
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        self.signal(signal.SIGKILL)
+        for drain in drains:
+            drain.join(2)
+        _, status, usage = os.wait4(self.pid, 0)
+        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        self._popen.returncode = code
+        self.exit = Exit(code, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+        self.ended.set()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the whole group; one that has gone already is no error."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+    def end(self) -> None:
+        """End the group: TERM, then KILL; returns when it is gone."""
+        if self.ended.is_set():
+            return
+        self.signal(signal.SIGTERM)
+        self.signal(signal.SIGCONT)
+        if not self.ended.wait(GRACE_S):
+            self.signal(signal.SIGKILL)
+            self.ended.wait(10)
+
+
+def _drain(pipe: Any, take: Callable[[str], None]) -> None:
+    with pipe:
+        for line in iter(lambda: pipe.readline(1 << 16), b""):
+            take(line.decode("utf-8", "replace").rstrip("\r\n"))
+
+
+class Limits:
+    """What the processes of one attempt may use: by a control group of its own, else by plain limits."""
+
+    def __init__(self, settings: Settings, folder: Path, host: hwdetect.Host, node: str) -> None:
+        self._memory_bytes = (settings.max_memory_mb or 0) << 20
+        self._percent = settings.max_cpu_percent or 0
+        self._node = node
+        self._group: hwdetect.ControlGroup | None = None
+        self._grouped: dict[str, str | None] = {}
+        self.told: dict[str, str] = {}  # limit -> how it is enforced
+        if self._memory_bytes or self._percent:
+            group = self._group = hwdetect.ControlGroup(host, folder.name)
+            (folder / "groups").write_text("\n".join(group.folders))  # before one is made: see clear_work
+            for name, amount in (("memory", self._memory_bytes),
+                                 ("cpu", int(self._percent * hwdetect.CPU_PERIOD_US / 100))):
+                self._grouped[name] = group.limit(name, amount) if amount else None
+
+    def take(self, pid: int) -> str:
+        """Put a process that was just started under the limits; return how, in words, when that is news.
+
+        Raises Failure where one can't be enforced: rather no process than one without limits.
+        """
+        before, missed = dict(self.told), []
+        for name, parameter, asked, plain in (
+                ("memory", "max_memory_mb", self._memory_bytes, self._plain_memory),
+                ("cpu", "max_cpu_percent", self._percent, self._plain_cpu)):
+            if not asked or self._group is None:
+                continue
+            how = self._grouped[name]
+            try:
+                self.told[name] = how if how and self._group.take(name, pid) else plain(pid)
+            except (OSError, ValueError):
+                missed.append(parameter)
+        if missed:
+            raise Failure("no_capability", f"{' and '.join(missed)} cannot be enforced on {self._node}: "
+                          "neither a control group nor a plain limit is allowed to the agent")
+        return ", ".join(f"{name} by {how}" for name, how in self.told.items()) if self.told != before else ""
+
+    def _plain_memory(self, pid: int) -> str:
+        resource.prlimit(pid, resource.RLIMIT_AS, (self._memory_bytes, self._memory_bytes))
+        return "rlimit"
+
+    def _plain_cpu(self, pid: int) -> str:
+        mine = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(pid, random.sample(mine, min(len(mine), math.ceil(self._percent / 100))))
+        return "affinity"
+
+    def burst(self, exit_: Exit, reason: str) -> str:
+        """Return in words that a process failed for its limit of memory, "" where it did not.
+
+        Encoders that get no memory under a plain limit may fail without a word of it, or crash.
+        """
+        how = self.told.get("memory")
+        if how is None or exit_.returncode == 0 or not (
+                reason in ("out_of_memory", "encoder") or exit_.returncode in CRASHES if how == "rlimit"
+                else self._group is not None and self._group.killed()):
+            return ""
+        return f"max_memory_mb of {self._memory_bytes >> 20} ({how}) is too little for it"
+
+    def lift(self) -> None:
+        """Remove the control group."""
+        if self._group is not None:
+            self._group.remove()
+
+
+def address_allowed(address: str, host: str, allowed: Sequence[str]) -> bool:
+    """Tell whether a job may open an address: loopback and link-local ones only where listed.
+
+    `allowed` holds addresses, networks such as 127.0.0.0/8, or host names.
+    """
+    ip = ipaddress.ip_address(address.split("%")[0])
+    plain = getattr(ip, "ipv4_mapped", None) or ip
+    if not (plain.is_loopback or plain.is_link_local or plain.is_unspecified):
+        return True
+    for entry in allowed:
+        if entry.lower() == host.lower():
+            return True
+        with contextlib.suppress(ValueError):
+            if plain in ipaddress.ip_network(entry, strict=False):
+                return True
+    return False
+
+
 class Stopped(Exception):
     """The attempt was told to stop; `args[0]` is canceled, returned or lost."""
 
@@ -2364,39 +2420,6 @@ def wants_another(confidence: str, runs: Sequence[Outcome], elapsed_s: float, le
     counted = measured_runs(runs) if len(runs) > 1 else []
     reached = confidence_of(intervals_of(counted).values()) if len(counted) >= RUNS_LEAST else "low"
     return CONFIDENCES.index(reached) < CONFIDENCES.index(confidence)
-
-
-class Energy(NamedTuple):
-    """Energy of one run: J, where it was read (both None where unknown), and why it is unknown."""
-
-    joules: float | None
-    source: str | None
-    gpu_joules: float | None
-    why: str
-
-
-def energy_of(ledger: Ledger) -> Energy:
-    """Return a run's energy: the machine's figure and the GPUs that it does not hold.
-
-    A figure of less than 90 % of the run (of a GPU, which is sampled: half) is none of the run.
-    """
-    part = ledger.gpu_covered_s / ledger.measured_s if ledger.measured_s else 0.0
-    told = ledger.gpu_joules is not None and part >= 0.5
-    gpu = ledger.gpu_joules / part if told and ledger.gpu_joules is not None else None
-    why = ""
-    if ledger.energy_joules is None:
-        why = (ledger.unknown.get("energy_joules") or ledger.unknown.get("power_watts")
-               or "no energy counter was read") + ("; gpu_energy_joules is known" if told else "")
-    elif ledger.energy_s < 0.9 * ledger.measured_s:
-        why = f"its source told for {ledger.energy_s:.1f} s of {ledger.measured_s:.1f} s only"
-    elif ledger.gpu_joules is not None and not told:
-        why = "of the GPU too little is known, see gpu_energy_joules"
-    elif ledger.uses_gpu and ledger.gpu_joules is None and ledger.gpu_silent:
-        why = f"the job used a GPU whose power is unknown: {ledger.gpu_silent}"
-    if why:
-        return Energy(None, None, gpu, why)
-    sources = [ledger.power_source or "unknown", *([ledger.gpu_source or "gpu"] if told else [])]
-    return Energy((ledger.energy_joules or 0.0) + (gpu or 0.0), "+".join(sources), gpu, "")
 
 
 class Attempt:
@@ -2917,24 +2940,6 @@ class Attempt:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def address_allowed(address: str, host: str, allowed: Sequence[str]) -> bool:
-    """Tell whether a job may open an address: loopback and link-local ones only where listed.
-
-    `allowed` holds addresses, networks such as 127.0.0.0/8, or host names.
-    """
-    ip = ipaddress.ip_address(address.split("%")[0])
-    plain = getattr(ip, "ipv4_mapped", None) or ip
-    if not (plain.is_loopback or plain.is_link_local or plain.is_unspecified):
-        return True
-    for entry in allowed:
-        if entry.lower() == host.lower():
-            return True
-        with contextlib.suppress(ValueError):
-            if plain in ipaddress.ip_network(entry, strict=False):
-                return True
-    return False
-
-
 def bound_cache(cache: Path, limit_bytes: int) -> None:
     """Remove the clips that were not used for longest until the rest is within the limit."""
     clips = []
@@ -2976,7 +2981,7 @@ def _read_words(path: Path) -> list[str]:
         return []
 
 
-# ---- 7 Analysis -----------------------------------------------------------------------------------
+# ---- 8 Analysis -----------------------------------------------------------------------------------
 
 # What an analysis may recommend: README lists them.
 RECOMMENDATIONS = {
@@ -3285,7 +3290,7 @@ def _history(outcome: Outcome) -> Json:
             "series": {"start": utc_text(ledger.started), **series}}
 
 
-# ---- 8 Agent --------------------------------------------------------------------------------------
+# ---- 9 Agent --------------------------------------------------------------------------------------
 
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MOST_S = 15.0
@@ -3828,7 +3833,7 @@ def locked_folder(folder: Path, what: str) -> int:
     return descriptor
 
 
-# ---- 9 CLI ----------------------------------------------------------------------------------------
+# ---- 10 CLI ---------------------------------------------------------------------------------------
 
 COMMON_FLAGS = (
     Flag("--max-concurrent-jobs", "1", whole_number(1, 256), "jobs to run side by side (1)"),
