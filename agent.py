@@ -2271,18 +2271,18 @@ class Limits:
     """What the processes of one attempt may use: by a control group of its own, else by plain limits."""
 
     def __init__(self, settings: Settings, folder: Path, host: hwdetect.Host, node: str) -> None:
+        self._node = node
         self._memory_bytes = (settings.max_memory_mb or 0) << 20
         self._percent = settings.max_cpu_percent or 0
-        self._node = node
-        self._group: hwdetect.ControlGroup | None = None
-        self._grouped: dict[str, str | None] = {}
+        self._group = hwdetect.ControlGroup(host, folder.name)
+        self._grouped: dict[str, str | None] = {}  # asked for -> how the group enforces it, if it does
         self.told: dict[str, str] = {}  # limit -> how it is enforced
-        if self._memory_bytes or self._percent:
-            group = self._group = hwdetect.ControlGroup(host, folder.name)
-            (folder / "groups").write_text("\n".join(group.folders))  # before one is made: see clear_work
-            for name, amount in (("memory", self._memory_bytes),
-                                 ("cpu", int(self._percent * hwdetect.CPU_PERIOD_US / 100))):
-                self._grouped[name] = group.limit(name, amount) if amount else None
+        asked = {"memory": self._memory_bytes, "cpu": int(self._percent * hwdetect.CPU_PERIOD_US / 100)}
+        if any(asked.values()):  # noted before one is made: see clear_work
+            (folder / "groups").write_text("\n".join(self._group.folders))
+        for name, amount in asked.items():
+            if amount:
+                self._grouped[name] = self._group.limit(name, amount)
 
     def take(self, pid: int) -> str:
         """Put a process that was just started under the limits; return how, in words, when that is news.
@@ -2290,14 +2290,11 @@ class Limits:
         Raises Failure where one can't be enforced: rather no process than one without limits.
         """
         before, missed = dict(self.told), []
-        for name, parameter, asked, plain in (
-                ("memory", "max_memory_mb", self._memory_bytes, self._plain_memory),
-                ("cpu", "max_cpu_percent", self._percent, self._plain_cpu)):
-            if not asked or self._group is None:
-                continue
-            how = self._grouped[name]
+        plain = {"memory": ("max_memory_mb", self._plain_memory), "cpu": ("max_cpu_percent", self._plain_cpu)}
+        for name, how in self._grouped.items():
+            parameter, by_itself = plain[name]
             try:
-                self.told[name] = how if how and self._group.take(name, pid) else plain(pid)
+                self.told[name] = how if how and self._group.take(name, pid) else by_itself(pid)
             except (OSError, ValueError):
                 missed.append(parameter)
         if missed:
@@ -2320,16 +2317,15 @@ class Limits:
         Encoders that get no memory under a plain limit may fail without a word of it, or crash.
         """
         how = self.told.get("memory")
-        if how is None or exit_.returncode == 0 or not (
-                reason in ("out_of_memory", "encoder") or exit_.returncode in CRASHES if how == "rlimit"
-                else self._group is not None and self._group.killed()):
+        if how is None or exit_.returncode == 0:
             return ""
-        return f"max_memory_mb of {self._memory_bytes >> 20} ({how}) is too little for it"
+        burst = (self._group.killed() if how != "rlimit" else
+                 reason in ("out_of_memory", "encoder") or exit_.returncode in CRASHES)
+        return f"max_memory_mb of {self._memory_bytes >> 20} ({how}) is too little for it" if burst else ""
 
     def lift(self) -> None:
         """Remove the control group."""
-        if self._group is not None:
-            self._group.remove()
+        self._group.remove()
 
 
 def address_allowed(address: str, host: str, allowed: Sequence[str]) -> bool:
@@ -2368,6 +2364,62 @@ class Workplace:
     filters: tuple[str, ...] = ()
     min_free_bytes: int = 0
     stall_limit_s: float = 300.0
+
+    @property
+    def node(self) -> str:
+        """This node's name, for sentences."""
+        return self.machine.name
+
+    def inside(self, place: str, field: str) -> str:
+        """Return the real path of a place under the media root; Failure where it leads out."""
+        root = os.path.realpath(self.media_root)
+        path = os.path.realpath(os.path.join(root, place))
+        if os.path.commonpath((root, path)) != root:
+            raise Failure("parameters", f"{field} {place} is outside the media root {root} of {self.node}")
+        return path
+
+    def allow(self, url: str, field: str) -> None:
+        """Raise a Failure where a URL leads to a host that a job may not reach, or to none."""
+        host = urllib.parse.urlsplit(url).hostname or ""
+        addresses = host_addresses(host)
+        if not addresses:
+            raise Failure("network", f"{field} {url}: host {host} is unknown on {self.node}")
+        for address in addresses:
+            if not address_allowed(address, host, self.allow_address):
+                raise Failure("parameters", f"{field} {url} leads to {address}, which the agent on "
+                              f"{self.node} does not open; allow it there with --allow-address {address}")
+
+    def input_url(self, place: str) -> str:
+        """Return what FFmpeg opens as the input; Failure where it may not be, or is no film to read."""
+        if scheme_of(place):
+            self.allow(place, "input")
+            return place
+        path, node = self.inside(place, "input"), self.node
+        if not os.path.exists(path):
+            raise Failure("input", f"input {place} does not exist on {node} (media root {self.media_root})")
+        if not os.path.isfile(path):
+            raise Failure("input", f"input {place} is no regular file on {node}")
+        if not os.access(path, os.R_OK):
+            raise Failure("input", f"input {place} may not be read by the agent on {node}: permission denied")
+        if os.path.getsize(path) == 0:
+            raise Failure("input", f"input {place} is empty (0 bytes) on {node}")
+        return path
+
+    def output_path(self, place: str, source: str) -> str:
+        """Return the real path of an output file; Failure where it can't be written or is the source."""
+        path = self.inside(place, "output")
+        parent, unwritable = os.path.dirname(path), f"output {place} cannot be written on {self.node}"
+        if not os.path.isdir(parent):
+            raise Failure("output", f"{unwritable}: there is no folder {parent}")
+        if os.path.isdir(path):
+            raise Failure("output", f"output {place} is a folder on {self.node}: name a file in it")
+        if not os.access(parent, os.W_OK):
+            raise Failure("output", f"{unwritable}: permission denied in {parent}")
+        if len(os.fsencode(os.path.basename(path))) > 255:
+            raise Failure("output", f"output {place} has a name that is longer than 255 bytes")
+        if path == source:
+            raise Failure("parameters", f"output {place} is the input itself: name another file")
+        return path
 
 
 @dataclass(frozen=True)
@@ -2422,47 +2474,34 @@ def wants_another(confidence: str, runs: Sequence[Outcome], elapsed_s: float, le
     return CONFIDENCES.index(reached) < CONFIDENCES.index(confidence)
 
 
-class Attempt:
-    """One attempt of a job on this machine: its folder, its processes, its outcome. run() once.
+class Supervisor:
+    """Runs the programs of one attempt, one at a time: limited, measured, and watched until they end.
 
     Other threads may read `progress`, take from `lines`, and call stop(), pause() and resume().
     """
 
-    def __init__(self, job_id: str, number: int, job: Json, place: Workplace,
-                 confirm: Callable[[], bool] = lambda: True) -> None:
-        self.job_id = job_id
-        self.number = number
+    def __init__(self, place: Workplace, folder: Path) -> None:
         self.progress: Json = phase_json("preparing", 0.0)
         self.lines: deque[tuple[int, str]] = deque()  # numbered from 0, not yet acknowledged
-        self._said = 0
         self.paused = False
-        self._job = job
+        self._said = 0
+        self._stop: str | None = None
         self._place = place
-        self._confirm = confirm
-        self._folder = place.work_dir / f"{re.sub(r'[^A-Za-z0-9-]', '_', job_id)[:64]}-{number}"
+        self._folder = folder
+        self._limits: Limits | None = None
         self._samples: deque[Json] = deque(maxlen=600)
         self._ledger = Ledger(self._samples)
         self._process: Process | None = None
         self._tail: deque[str] = deque(maxlen=KEPT_LINES)
-        self._stop: str | None = None
-        self._partial: str | None = None
-        self._deadline = math.inf
-        self._paused_s = 0.0
-        self._moved = math.inf
-        self._stall_s = math.inf
-        self._settings: Settings | None = None
-        self._plan: Plan | None = None
-        self._limits: Limits | None = None
         self._damaged = 0
+        self._subject = "the generated source"  # what is worked on, for sentences
+        self._timeout_s: float | None = None
+        self._deadline = math.inf
+        self._paused_s = self._paused_at = 0.0
+        self._moved = math.inf  # when the last new frame came
+        self._stall_s = math.inf
         self._wanted: dict[str, float] = {}  # folder -> bytes that must be free
         self._looked = 0.0
-
-    # -- orders, from other threads
-
-    @property
-    def parameters(self) -> Json:
-        """The job's own parameters, as they were given."""
-        return _dict(self._job.get("parameters"))
 
     def stop(self, why: str) -> None:
         """End the attempt as canceled, returned or lost; run() returns when nothing is left of it."""
@@ -2476,9 +2515,7 @@ class Attempt:
     def pause(self) -> None:
         """Stop the clock of the attempt: its processes stand still, its timeout waits."""
         self.paused, self._paused_at = True, time.monotonic()
-        process = self._process
-        if process is not None:
-            process.signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
         self._place.meter.pause(self._ledger, True)
 
     def resume(self) -> None:
@@ -2486,9 +2523,12 @@ class Attempt:
         self._place.meter.pause(self._ledger, False)
         self._paused_s += time.monotonic() - self._paused_at
         self.paused = False
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
         process = self._process
         if process is not None:
-            process.signal(signal.SIGCONT)
+            process.signal(number)
 
     def take_lines(self, most: int) -> tuple[int, list[str]]:
         """Return log lines that were not yet acknowledged, oldest first, and the number of the first."""
@@ -2502,12 +2542,108 @@ class Attempt:
 
     def samples(self) -> list[Json]:
         """Return the machine's readings since the last call."""
-        taken: list[Json] = []
-        while self._samples:
-            taken.append(self._samples.popleft())
-        return taken
+        return [self._samples.popleft() for _ in range(len(self._samples))]
 
-    # -- the attempt itself
+    def _say(self, line: str) -> None:
+        if len(self.lines) < UNSENT_LINES:
+            self.lines.append((self._said, line[:2000]))
+            self._said += 1
+
+    def _hear(self, line: str) -> None:
+        self._tail.append(line)
+        self._damaged += DAMAGE.search(line) is not None
+        self._say(line)
+
+    def _execute(self, argv: Sequence[str], on_stdout: Callable[[str], None], measured: bool = False,
+                 limit_s: float = math.inf) -> Exit:
+        """Run one program to its end, or raise Stopped or Failure(timeout) when its group is gone."""
+        self._check()
+        self._tail.clear()
+        process = self._process = Process(argv, self._folder, on_stdout, self._hear)
+        try:
+            news = self._limits.take(process.pid) if self._limits else ""
+            if news:
+                self._say(f"limits: {news}")
+            started = hwdetect.process_started(self._place.host, process.pid)
+            (self._folder / "process").write_text(f"{process.pid} {started}")
+            if measured:
+                self._ledger.pgid = process.pid
+                self._place.meter.join(self._ledger)
+            limit = time.monotonic() + limit_s
+            while not process.ended.wait(_SLICE_S):
+                self._check()
+                if not self.paused and time.monotonic() > limit:
+                    raise Failure("network" if scheme_of(self._subject) else "timeout",
+                                  f"{self._subject}: no answer from ffprobe in {PROBE_S:.0f} s")
+        finally:
+            process.end()
+            self._process = None
+            if measured and process.exit:
+                self._ledger.ended(process.exit)
+                self._place.meter.leave(self._ledger)
+        self._check()
+        return process.exit or Exit(-signal.SIGKILL, 0.0, 0)
+
+    def _rest(self, seconds: float, phase: str) -> None:
+        """Let the machine rest; a pause makes it longer."""
+        self._moved = math.inf
+        rested = 0.0
+        while rested < seconds:
+            self.progress = phase_json(phase, self.progress["percent"])
+            self._check()
+            time.sleep(min(_SLICE_S, seconds - rested))
+            rested += 0 if self.paused else _SLICE_S
+
+    def _check(self) -> None:
+        """Obey orders and hold the limits of time and room, once in each slice of time."""
+        if self._stop:
+            raise Stopped(self._stop)
+        if self.paused:
+            self._deadline += _SLICE_S
+            self._moved += _SLICE_S
+            self._signal(signal.SIGSTOP)
+            return
+        now = time.monotonic()
+        if now > self._deadline:
+            raise Failure("timeout", f"the job took longer than its timeout of "
+                          f"{duration_text(self._timeout_s)} on {self._place.node}")
+        if now - self._looked > 1:
+            self._refuse_full()
+        if now - self._moved > self._stall_s:
+            raise Failure("stalled", f"{self._subject}: ffmpeg gave no new frame for "
+                          f"{duration_text(self._stall_s)} on {self._place.node}")
+
+    def _want(self, folder: str, output_bytes: float = 0) -> None:
+        """From now on a folder's file system must have room, at first for all of the output too."""
+        self._wanted[folder] = self._place.min_free_bytes + output_bytes
+        self._refuse_full()
+        self._wanted[folder] = self._place.min_free_bytes
+
+    def _refuse_full(self) -> None:
+        """Look at the free space at most once a second, or at once where a folder was added."""
+        self._looked = time.monotonic()
+        for folder, wanted in self._wanted.items() if self._place.min_free_bytes else ():
+            space = self._place.host.space(folder)
+            if space is not None and space[1] < wanted:
+                raise Failure("out_of_disk", f"{folder} on {self._place.node} has {size_text(space[1])} free "
+                              f"and {size_text(wanted)} are wanted: make room there, or set that agent's "
+                              "--min-free")
+
+
+class Attempt(Supervisor):
+    """One attempt of a job on this machine: its input, its encodes, its output, its outcome. run() once."""
+
+    def __init__(self, job_id: str, number: int, job: Json, place: Workplace,
+                 confirm: Callable[[], bool] = lambda: True) -> None:
+        super().__init__(place, place.work_dir / f"{re.sub(r'[^A-Za-z0-9-]', '_', job_id)[:64]}-{number}")
+        self.job_id = job_id
+        self.number = number
+        self.parameters = _dict(job.get("parameters"))  # as they were given
+        self._job = job
+        self._confirm = confirm
+        self._settings: Settings | None = None
+        self._plan: Plan | None = None
+        self._partial: str | None = None
 
     def run(self) -> Outcome:
         """Do all the work and return what it came to; nothing is left but a completed output."""
@@ -2532,16 +2668,18 @@ class Attempt:
         """Return what an error of the operating system makes of the attempt, hidden names left out."""
         mine = error.filename is not None and error.filename == self._partial
         shown = self._settings.output if mine and self._settings else error.filename or self._folder
-        return Outcome("failed", error=f"{shown} on {self._place.machine.name}: {_cause(error)}",
+        return Outcome("failed", error=f"{shown} on {self._place.node}: {_cause(error)}",
                        failure_reason=ERRNO_REASONS.get(error.errno or 0, "output" if mine else "agent"))
 
     def _work(self) -> Outcome:
         settings = self._settings = resolve(self._job.get("scenario"), self._job.get("parameters"))
+        self._subject = settings.input or self._subject
+        self._timeout_s = settings.timeout
         self._deadline = time.monotonic() + (settings.timeout or math.inf)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True, mode=0o700)
         self._want(str(self._place.work_dir))
-        self._limits = Limits(settings, self._folder, self._place.host, self._place.machine.name)
+        self._limits = Limits(settings, self._folder, self._place.host, self._place.node)
         if settings.baseline:
             return self._measure_idle(settings)
         source = self._source(settings)
@@ -2551,60 +2689,13 @@ class Attempt:
         if scheme_of(target) is None:
             bits = settings.bitrate if settings.crf is None else None  # with crf it is but a ceiling
             self._want(os.path.dirname(target), (bits or 0) / 8 * (made.duration_s or 0))
-        outcome = self._repeat(settings, source, made)
+        outcome = self._repeat(settings, made)
         if scheme_of(target) is None:
             outcome = self._compare(outcome, settings, source, made)
         self.progress = phase_json("finishing", self.progress["percent"])
         if final is not None:
             self._deliver(target, final)
         return outcome
-
-    def _want(self, folder: str, output_bytes: float = 0) -> None:
-        """From now on a folder's file system must have room, at first for all of the output too."""
-        self._wanted[folder] = self._place.min_free_bytes + output_bytes
-        self._refuse_full()
-        self._wanted[folder] = self._place.min_free_bytes
-
-    def _refuse_full(self) -> None:
-        """Look at the free space at most once a second, or at once where a folder was added."""
-        self._looked = time.monotonic()
-        for folder, wanted in self._wanted.items() if self._place.min_free_bytes else ():
-            space = self._place.host.space(folder)
-            if space is not None and space[1] < wanted:
-                raise Failure("out_of_disk", f"{folder} on {self._place.machine.name} has "
-                              f"{size_text(space[1])} free and {size_text(wanted)} are wanted: make room "
-                              "there, or set that agent's --min-free")
-
-    def _repeat(self, settings: Settings, source: Source, made: Plan) -> Outcome:
-        """Encode once, or until the confidence asked for is reached; each output replaces the one before."""
-        said = self._job.get("confidence")
-        confidence = said if said in CONFIDENCES else "auto"
-        file = scheme_of(made.target) is None
-        most = runs_most(confidence) if file else 1  # a stream is sent once
-        runs: list[Outcome] = []
-        began = time.monotonic()
-        while True:
-            self._rest(settings.settle, "settling")
-            self._ledger = Ledger(self._samples, ENCODERS[made.encoder].hardware or bool(settings.hwaccel))
-            self._ledger.paused = self.paused
-            outcome = self._encode(settings, made, len(runs), most)
-            if file:
-                outcome = self._inspect(outcome, settings, source, made)
-            runs.append(dataclasses.replace(outcome, ledger=self._ledger, confidence=confidence))
-            self._rest(settings.cooldown, "cooling down")
-            now = time.monotonic()
-            if not file or not wants_another(confidence, runs, now - began, self._deadline - now):
-                return dataclasses.replace(runs[-1], runs=tuple(runs))
-
-    def _rest(self, seconds: float, phase: str) -> None:
-        """Let the machine rest; a pause makes it longer."""
-        self._moved = math.inf
-        rested = 0.0
-        while rested < seconds:
-            self.progress = phase_json(phase, self.progress["percent"])
-            self._check(math.inf)
-            time.sleep(min(_SLICE_S, seconds - rested))
-            rested += 0 if self.paused else _SLICE_S
 
     def _measure_idle(self, settings: Settings) -> Outcome:
         """Measure the machine for a while without any work of this job."""
@@ -2620,6 +2711,70 @@ class Attempt:
             ledger.idle_joules, ledger.idle_s, ledger.idle_watts = joules, ledger.measured_s, (
                 joules / ledger.measured_s)
         return Outcome("completed", wall_s=ledger.measured_s)
+
+    def _source(self, settings: Settings) -> Source:
+        if settings.input is None:
+            return self._generated(settings)
+        url = self._place.input_url(settings.input)
+        text = self._probed(url, f"input {settings.input} cannot be read on {self._place.node}",
+                            ("network", "killed", "no_capability"), "input")
+        try:
+            return dataclasses.replace(parse_probe(text, settings.input), url=url)
+        except Failure as failure:
+            raise Failure(failure.reason, f"{failure.message} (on {self._place.node})") from None
+
+    def _generated(self, settings: Settings) -> Source:
+        """Return the generated source: a short clip, made once for each size and rate, to be looped."""
+        width, height, fps = settings.width or 1280, settings.height or 720, float(settings.fps or 30)
+        cache = self._place.work_dir / "cache"
+        cache.mkdir(mode=0o700, exist_ok=True)
+        kept = cache / f"clip-{width}x{height}-{rational(fps).replace('/', '_')}.mov"
+        mine = self._folder / "source.mov"
+        try:
+            os.link(kept, mine)
+            os.utime(kept)
+        except OSError:
+            self.progress = phase_json("making the generated source", 0.0)
+            encoder = "libx264" if self._place.machine.encoders.get("libx264", "") is None else "mpeg4"
+            argv = clip_command(self._place.machine.ffmpeg, width, height, fps, encoder, str(mine))
+            self._expect(self._execute(argv, lambda line: None), settings)
+            with contextlib.suppress(OSError):
+                os.link(mine, kept)
+        bound_cache(cache, CACHE_LIMIT_BYTES)
+        return Source(str(mine), width, height, fps, clip_duration_s(fps), has_audio=True, loop=True)
+
+    def _target(self, settings: Settings, source: Source) -> tuple[str, str | None]:
+        """Return where FFmpeg writes to, and the final path of an output that is kept as a file."""
+        if settings.output is None:
+            return str(self._folder / "output"), None
+        if scheme_of(settings.output):
+            self._place.allow(settings.output, "output")
+            return settings.output, None
+        final = self._place.output_path(settings.output, source.url)
+        self._partial = os.path.join(os.path.dirname(final), f".ffdist-{self.job_id[:8]}-{self.number}.part")
+        (self._folder / "partial").write_text(self._partial)
+        return self._partial, final
+
+    def _repeat(self, settings: Settings, made: Plan) -> Outcome:
+        """Encode once, or until the confidence asked for is reached; each output replaces the one before."""
+        said = self._job.get("confidence")
+        confidence = said if said in CONFIDENCES else "auto"
+        file = scheme_of(made.target) is None
+        most = runs_most(confidence) if file else 1  # a stream is sent once
+        runs: list[Outcome] = []
+        began = time.monotonic()
+        while True:
+            self._rest(settings.settle, "settling")
+            self._ledger = Ledger(self._samples, ENCODERS[made.encoder].hardware or bool(settings.hwaccel))
+            self._ledger.paused = self.paused
+            outcome = self._encode(settings, made, len(runs), most)
+            if file:
+                outcome = self._inspect(outcome, settings, made)
+            runs.append(dataclasses.replace(outcome, ledger=self._ledger, confidence=confidence))
+            self._rest(settings.cooldown, "cooling down")
+            now = time.monotonic()
+            if not file or not wants_another(confidence, runs, now - began, self._deadline - now):
+                return dataclasses.replace(runs[-1], runs=tuple(runs))
 
     def _encode(self, settings: Settings, made: Plan, run: int, most: int) -> Outcome:
         """Run the commands of one encode, the `run`-th from 0 of at most `most`."""
@@ -2650,69 +2805,6 @@ class Attempt:
         self._moved = math.inf
         return Outcome("completed", wall_s=time.monotonic() - began - self._paused_s, progress=latest)
 
-    def _execute(self, argv: Sequence[str], on_stdout: Callable[[str], None], measured: bool = False,
-                 limit_s: float = math.inf) -> Exit:
-        """Run one program to its end, or raise Stopped or Failure(timeout) when its group is gone."""
-        self._check(math.inf)
-        self._tail.clear()
-        process = self._process = Process(argv, self._folder, on_stdout, self._hear)
-        try:
-            news = self._limits.take(process.pid) if self._limits else ""
-            if news:
-                self._say(f"limits: {news}")
-            started = hwdetect.process_started(self._place.host, process.pid)
-            (self._folder / "process").write_text(f"{process.pid} {started}")
-            if measured:
-                self._ledger.pgid = process.pid
-                self._place.meter.join(self._ledger)
-            limit = time.monotonic() + limit_s
-            while not process.ended.wait(_SLICE_S):
-                self._check(limit)
-        finally:
-            process.end()
-            self._process = None
-            if measured and process.exit:
-                self._ledger.ended(process.exit)
-                self._place.meter.leave(self._ledger)
-        self._check(math.inf)
-        return process.exit or Exit(-signal.SIGKILL, 0.0, 0)
-
-    def _check(self, limit: float) -> None:
-        if self._stop:
-            raise Stopped(self._stop)
-        if self.paused:
-            self._deadline += _SLICE_S
-            self._moved += _SLICE_S
-            if self._process is not None:
-                self._process.signal(signal.SIGSTOP)
-            return
-        if time.monotonic() > self._deadline:
-            assert self._settings is not None
-            raise Failure("timeout", f"the job took longer than its timeout of "
-                          f"{duration_text(self._settings.timeout)} on {self._place.machine.name}")
-        if time.monotonic() - self._looked > 1:
-            self._refuse_full()
-        if time.monotonic() - self._moved > self._stall_s:
-            raise Failure("stalled", f"{self._words_of_input()}: ffmpeg gave no new frame for "
-                          f"{duration_text(self._stall_s)} on {self._place.machine.name}")
-        if time.monotonic() > limit:
-            remote = scheme_of(self._settings.input if self._settings else None)
-            raise Failure("network" if remote else "timeout",
-                          f"{self._words_of_input()}: no answer from ffprobe in {PROBE_S:.0f} s")
-
-    def _hear(self, line: str) -> None:
-        self._tail.append(line)
-        self._damaged += DAMAGE.search(line) is not None
-        self._say(line)
-
-    def _say(self, line: str) -> None:
-        if len(self.lines) < UNSENT_LINES:
-            self.lines.append((self._said, line[:2000]))
-            self._said += 1
-
-    def _words_of_input(self) -> str:
-        return (self._settings.input if self._settings else None) or "the generated source"
-
     def _expect(self, exit_: Exit, settings: Settings) -> None:
         """Raise a Failure in FFmpeg's own words unless it ended well and wrote all that it had."""
         unwritten = [line for line in telling_lines(self._tail) if UNWRITTEN.search(line)]
@@ -2725,7 +2817,7 @@ class Attempt:
         words = f"{burst}: {words}" if burst and words and exit_.returncode > 0 else burst or words
         names = [place for place in (settings.input, settings.output) if place]
         blamed = "" if any(os.path.basename(name) in words for name in names) else " and ".join(names)
-        raise Failure(reason, f"{blamed + ': ' if blamed else ''}ffmpeg {how} on {self._place.machine.name}"
+        raise Failure(reason, f"{blamed + ': ' if blamed else ''}ffmpeg {how} on {self._place.node}"
                       f"{': ' + words if words else ' without a word'}")
 
     def _reason(self, exit_: Exit) -> tuple[str, str]:
@@ -2747,143 +2839,38 @@ class Attempt:
                 words = words.replace(f"file:{hidden}", hidden).replace(hidden, shown or "the output")
         return words
 
-    # -- input and output
-
-    def _source(self, settings: Settings) -> Source:
-        if settings.input is None:
-            return self._generated(settings)
-        scheme = scheme_of(settings.input)
-        if scheme:
-            self._allow(settings.input, "input")
-            url = settings.input
-        else:
-            url = self._inside(settings.input, "input")
-            self._refuse_unreadable(url, settings.input)
+    def _probed(self, url: str, trouble: str, kept: Sequence[str], otherwise: str) -> str:
+        """Return what ffprobe says of a film; a Failure of a class in `kept`, or else of `otherwise`."""
         answer: list[str] = []
         exit_ = self._execute(probe_command(self._place.ffprobe, url), answer.append, limit_s=PROBE_S)
         if exit_.returncode != 0:
             reason, burst = self._reason(exit_)
-            words = burst or last_words(self._tail) or f"ffprobe ended with status {exit_.returncode}"
-            raise Failure(reason if burst or reason in ("network", "killed", "no_capability") else "input",
-                          f"input {settings.input} cannot be read on {self._place.machine.name}: {words}")
-        try:
-            return dataclasses.replace(parse_probe("\n".join(answer), settings.input), url=url)
-        except Failure as failure:
-            raise Failure(failure.reason, f"{failure.message} (on {self._place.machine.name})") from None
+            words = burst or self._last_words() or f"ffprobe ended with status {exit_.returncode}"
+            raise Failure(reason if burst or reason in kept else otherwise, f"{trouble}: {words}")
+        return "\n".join(answer)
 
-    def _refuse_unreadable(self, path: str, shown: str) -> None:
-        node = self._place.machine.name
-        if not os.path.exists(path):
-            raise Failure("input", f"input {shown} does not exist on {node} (media root "
-                          f"{self._place.media_root})")
-        if not os.path.isfile(path):
-            raise Failure("input", f"input {shown} is no regular file on {node}")
-        if not os.access(path, os.R_OK):
-            raise Failure("input", f"input {shown} may not be read by the agent on {node}: permission denied")
-        if os.path.getsize(path) == 0:
-            raise Failure("input", f"input {shown} is empty (0 bytes) on {node}")
-
-    def _inside(self, place: str, field: str) -> str:
-        """Return the real path of a place under the media root; Failure where it leads out."""
-        root = os.path.realpath(self._place.media_root)
-        path = os.path.realpath(os.path.join(root, place))
-        if os.path.commonpath((root, path)) != root:
-            raise Failure("parameters", f"{field} {place} is outside the media root {root} of "
-                          f"{self._place.machine.name}")
-        return path
-
-    def _allow(self, url: str, field: str) -> None:
-        host = urllib.parse.urlsplit(url).hostname or ""
-        addresses = host_addresses(host)
-        if not addresses:
-            raise Failure("network", f"{field} {url}: host {host} is unknown on {self._place.machine.name}")
-        for address in addresses:
-            if not address_allowed(address, host, self._place.allow_address):
-                raise Failure("parameters", f"{field} {url} leads to {address}, which the agent on "
-                              f"{self._place.machine.name} does not open; allow it there with "
-                              f"--allow-address {address}")
-
-    def _generated(self, settings: Settings) -> Source:
-        """Return the generated source: a short clip, made once for each size and rate, to be looped."""
-        width, height, fps = settings.width or 1280, settings.height or 720, float(settings.fps or 30)
-        cache = self._place.work_dir / "cache"
-        cache.mkdir(mode=0o700, exist_ok=True)
-        kept = cache / f"clip-{width}x{height}-{rational(fps).replace('/', '_')}.mov"
-        mine = self._folder / "source.mov"
-        try:
-            os.link(kept, mine)
-            os.utime(kept)
-        except OSError:
-            self.progress = phase_json("making the generated source", 0.0)
-            encoder = "libx264" if self._place.machine.encoders.get("libx264", "") is None else "mpeg4"
-            argv = clip_command(self._place.machine.ffmpeg, width, height, fps, encoder, str(mine))
-            self._expect(self._execute(argv, lambda line: None), settings)
-            with contextlib.suppress(OSError):
-                os.link(mine, kept)
-        bound_cache(cache, CACHE_LIMIT_BYTES)
-        return Source(str(mine), width, height, fps, clip_duration_s(fps), has_audio=True, loop=True)
-
-    def _target(self, settings: Settings, source: Source) -> tuple[str, str | None]:
-        """Return where FFmpeg writes to, and the final path of an output that is kept as a file."""
-        output = settings.output
-        if output is None:
-            return str(self._folder / "output"), None
-        if scheme_of(output):
-            self._allow(output, "output")
-            return output, None
-        final = self._inside(output, "output")
-        parent, node = os.path.dirname(final), self._place.machine.name
-        if not os.path.isdir(parent):
-            raise Failure("output", f"output {output} cannot be written on {node}: "
-                          f"there is no folder {parent}")
-        if os.path.isdir(final):
-            raise Failure("output", f"output {output} is a folder on {node}: name a file in it")
-        if not os.access(parent, os.W_OK):
-            raise Failure("output", f"output {output} cannot be written on {node}: "
-                          f"permission denied in {parent}")
-        if len(os.fsencode(os.path.basename(final))) > 255:
-            raise Failure("output", f"output {output} has a name that is longer than 255 bytes")
-        if final == source.url:
-            raise Failure("parameters", f"output {output} is the input itself: name another file")
-        self._partial = os.path.join(parent, f".ffdist-{self.job_id[:8]}-{self.number}.part")
-        (self._folder / "partial").write_text(self._partial)
-        return self._partial, final
-
-    def _inspect(self, outcome: Outcome, settings: Settings, source: Source, made: Plan) -> Outcome:
+    def _inspect(self, outcome: Outcome, settings: Settings, made: Plan) -> Outcome:
         """Look at the output with ffprobe: FFmpeg's own word for success is not enough."""
-        shown, node = settings.output or "the output", self._place.machine.name
+        shown, node = settings.output or "the output", self._place.node
         size = os.path.getsize(made.target) if os.path.exists(made.target) else 0
-        frames = outcome.progress.frame
+        frames, told = outcome.progress.frame, outcome.progress.total_bytes or 0
         if not size or not frames:
             words = self._last_words()
-            raise Failure("input", f"{self._words_of_input()} gave no frame on {node}"
-                          + (f": {words}" if words else ""))
-        if size < 0.99 * (outcome.progress.total_bytes or 0):
-            raise Failure("out_of_disk", f"{shown} has {size} of the {outcome.progress.total_bytes} bytes "
-                          f"that ffmpeg wrote on {node}: is its disk full?")
+            raise Failure("input", f"{self._subject} gave no frame on {node}{': ' + words if words else ''}")
+        if size < 0.99 * told:
+            raise Failure("out_of_disk", f"{shown} has {size} of the {told} bytes that ffmpeg wrote "
+                          f"on {node}: is its disk full?")
         heard = telling_lines(self._tail)
-        answer: list[str] = []
-        exit_ = self._execute(probe_command(self._place.ffprobe, made.target), answer.append, limit_s=PROBE_S)
-        if exit_.returncode != 0:
-            reason, burst = self._reason(exit_)
-            raise Failure(reason if burst or reason == "killed" else "encoder",
-                          f"{shown} cannot be read back on {node}: {burst or self._last_words()}")
-        film = parse_probe("\n".join(answer), shown)
-        self._refuse_short(film.duration_s, made, frames, settings, heard)
-        return dataclasses.replace(outcome, output_bytes=size, output_s=film.duration_s)
-
-    def _refuse_short(self, length_s: float | None, made: Plan, frames: int, settings: Settings,
-                      heard: list[str]) -> None:
-        """Raise where the output ends before its input should: a cut or damaged film is no success."""
-        expected = made.duration_s
-        reached = length_s if length_s is not None else frames / made.fps
-        if expected and reached < expected * 0.95 - 1.0 / made.fps - 0.1:
+        text = self._probed(made.target, f"{shown} cannot be read back on {node}", ("killed",), "encoder")
+        length_s = parse_probe(text, shown).duration_s
+        reached_s = length_s if length_s is not None else frames / made.fps
+        if made.duration_s and reached_s < made.duration_s * 0.95 - 1.0 / made.fps - 0.1:
             words = last_words([line for line in heard if DAMAGE.search(line)])
             lost = scheme_of(settings.input) and failure_reason(1, "\n".join(heard)) == "network"
             raise Failure("network" if lost else "input",
-                          f"{self._words_of_input()} ends after {reached:.1f} s of {expected:.1f} s "
-                          f"on {self._place.machine.name}: it is cut or damaged"
-                          + (f" ({words})" if words else ""))
+                          f"{self._subject} ends after {reached_s:.1f} s of {made.duration_s:.1f} s "
+                          f"on {node}: it is cut or damaged{f' ({words})' if words else ''}")
+        return dataclasses.replace(outcome, output_bytes=size, output_s=length_s)
 
     def _compare(self, outcome: Outcome, settings: Settings, source: Source, made: Plan) -> Outcome:
         """Take the quality metrics that the job names, after the encode and apart from its energy."""
@@ -2927,7 +2914,7 @@ class Attempt:
             os.fsync(film.fileno())
         if not self._confirm():
             raise Stopped(self._stop or "lost")
-        self._check(math.inf)
+        self._check()
         os.replace(target, final)
         self._partial = None
 
