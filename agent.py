@@ -1080,71 +1080,55 @@ class Encoder(NamedTuple):
     """
 
     codec: str
-    hardware: bool
-    cost: float
-    presets: tuple[str, ...]
-    own: str
-    preset_args: tuple[str, ...]
-    crf: int | None
-    crf_args: tuple[str, ...]
-    bitrate_args: tuple[str, ...]
-    thread_args: tuple[str, ...]
-    two_pass: bool
-    ten_bit: str | None
+    hardware: bool = False
+    cost: float = 1
+    presets: tuple[str, ...] = ()
+    own: str = ""
+    preset_args: tuple[str, ...] = ("-preset", "{preset}")
+    crf: int | None = None
+    crf_args: tuple[str, ...] = ("-crf", "{crf}")
+    bitrate_args: tuple[str, ...] = ("-b:v", "{bitrate}")
+    thread_args: tuple[str, ...] = ()
+    two_pass: bool = False
+    ten_bit: str | None = "yuv420p10le"
 
 
-_X_WORDS = PRESET_WORDS
 _X_OWN = "|".join((*PRESET_WORDS, "placebo"))
-_P = ("p1", "p1", "p2", "p3", "p4", "p4", "p5", "p6", "p7")
-_QSV = ("veryfast", "veryfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
+_NVENC_WORDS = ("p1", "p1", "p2", "p3", "p4", "p4", "p5", "p6", "p7")
+_QSV_WORDS = ("veryfast", "veryfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 _VBV = ("-b:v", "{bitrate}", "-maxrate", "{maxrate}", "-bufsize", "{bufsize}")
-_PRESET = ("-preset", "{preset}")
 _THREADS = ("-threads", "{threads}")
-_CAPPED = ("-crf", "{crf}")
-
-
-def _nvenc(codec: str) -> Encoder:
-    return Encoder(codec, True, 0, _P, "p[1-7]", _PRESET, 28 if codec == "h265" else 23,
-                   ("-rc", "vbr", "-cq", "{crf}", "-b:v", "0"), ("-rc", "vbr", *_VBV), (), False,
-                   None if codec == "h264" else "p010le")
-
-
-def _qsv(codec: str) -> Encoder:
-    return Encoder(codec, True, 0, _QSV, "|".join(_QSV), _PRESET, 25, ("-global_quality", "{crf}"), _VBV, (),
-                   False, None if codec == "h264" else "p010le")
-
-
-def _vaapi(codec: str) -> Encoder:
-    return Encoder(codec, True, 0, (), "", (), 25, ("-rc_mode", "CQP", "-qp", "{crf}"), _VBV, (), False, None)
-
+_ROWS = (*_THREADS, "-row-mt", "1")
+_P010 = {"h264": None, "h265": "p010le", "av1": "p010le", "vp9": "p010le"}
+_WORDS = {"h264": "h264", "hevc": "h265", "av1": "av1", "vp9": "vp9"}  # FFmpeg's word of a codec -> ours
 
 ENCODERS: dict[str, Encoder] = {
-    "h264_nvenc": _nvenc("h264"), "hevc_nvenc": _nvenc("h265"), "av1_nvenc": _nvenc("av1"),
-    "h264_qsv": _qsv("h264"), "hevc_qsv": _qsv("h265"), "av1_qsv": _qsv("av1"), "vp9_qsv": _qsv("vp9"),
-    "h264_vaapi": _vaapi("h264"), "hevc_vaapi": _vaapi("h265"), "av1_vaapi": _vaapi("av1"),
-    "vp9_vaapi": _vaapi("vp9"),
-    "h264_v4l2m2m": Encoder("h264", True, 0, (), "", (), None, (), ("-b:v", "{bitrate}"), (), False, None),
-    "libx264": Encoder("h264", False, 1, _X_WORDS, _X_OWN, _PRESET, 23, _CAPPED, _VBV, _THREADS, True,
-                       "yuv420p10le"),
-    "libx265": Encoder("h265", False, 4, _X_WORDS, _X_OWN, _PRESET, 28, _CAPPED, _VBV, (), True,
-                       "yuv420p10le"),
+    **{f"{word}_nvenc": Encoder(codec, True, 0, _NVENC_WORDS, "p[1-7]", crf=28 if codec == "h265" else 23,
+                                crf_args=("-rc", "vbr", "-cq", "{crf}", "-b:v", "0"),
+                                bitrate_args=("-rc", "vbr", *_VBV), ten_bit=_P010[codec])
+       for word, codec in _WORDS.items() if codec != "vp9"},
+    **{f"{word}_qsv": Encoder(codec, True, 0, _QSV_WORDS, "|".join(_QSV_WORDS), crf=25,
+                              crf_args=("-global_quality", "{crf}"), bitrate_args=_VBV, ten_bit=_P010[codec])
+       for word, codec in _WORDS.items()},
+    **{f"{word}_vaapi": Encoder(codec, True, 0, crf=25, crf_args=("-rc_mode", "CQP", "-qp", "{crf}"),
+                                bitrate_args=_VBV, ten_bit=None)
+       for word, codec in _WORDS.items()},
+    "h264_v4l2m2m": Encoder("h264", True, 0, ten_bit=None),
+    "libx264": Encoder("h264", False, 1, PRESET_WORDS, _X_OWN, crf=23, bitrate_args=_VBV,
+                       thread_args=_THREADS, two_pass=True),
+    "libx265": Encoder("h265", False, 4, PRESET_WORDS, _X_OWN, crf=28, bitrate_args=_VBV, two_pass=True),
     "libsvtav1": Encoder("av1", False, 3, ("12", "11", "10", "9", "8", "7", "6", "5", "4"), r"\d|1[0-3]",
-                         _PRESET, 35, _CAPPED, ("-b:v", "{bitrate}"),
-                         ("-svtav1-params", "lp={threads}"), False, "yuv420p10le"),
+                         crf=35, thread_args=("-svtav1-params", "lp={threads}")),
     "libaom-av1": Encoder("av1", False, 12, ("8", "8", "8", "7", "6", "5", "4", "3", "2"), "[0-8]",
-                          ("-cpu-used", "{preset}"), 32, ("-crf", "{crf}", "-b:v", "0"),
-                          ("-b:v", "{bitrate}"),
-                          (*_THREADS, "-row-mt", "1"), True, "yuv420p10le"),
+                          ("-cpu-used", "{preset}"), 32, ("-crf", "{crf}", "-b:v", "0"), thread_args=_ROWS,
+                          two_pass=True),
     "libvpx-vp9": Encoder("vp9", False, 5, ("8", "7", "6", "5", "4", "3", "2", "1", "0"), "[0-8]",
                           ("-deadline", "{deadline}", "-cpu-used", "{preset}"), 33,
-                          ("-crf", "{crf}", "-b:v", "0"), ("-b:v", "{bitrate}"),
-                          (*_THREADS, "-row-mt", "1", "-tile-columns", "{tile_columns}"), True,
-                           "yuv420p10le"),
+                          ("-crf", "{crf}", "-b:v", "0"),
+                          thread_args=(*_ROWS, "-tile-columns", "{tile_columns}"), two_pass=True),
     "librav1e": Encoder("av1", False, 15, ("10", "10", "9", "8", "8", "6", "5", "3", "2"), r"\d|10",
-                        ("-speed", "{preset}"), 100, ("-qp", "{crf}"), ("-b:v", "{bitrate}"), (), False,
-                        "yuv420p10le"),
-    "libopenh264": Encoder("h264", False, 1, (), "", (), None, (), ("-b:v", "{bitrate}"), _THREADS, False,
-                           None),
+                        ("-speed", "{preset}"), 100, ("-qp", "{crf}")),
+    "libopenh264": Encoder("h264", thread_args=_THREADS, ten_bit=None),
 }
 
 
