@@ -706,7 +706,7 @@ _SCENARIO = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SIZE_WORD = re.compile(r"(?:([248])K|(\d{2,5})p)(\d{1,4})?", re.IGNORECASE)
 _K_SIZES = {"2": (2560, 1440), "4": (3840, 2160), "8": (7680, 4320)}
 _BITRATE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgG]?)(?:bps|bit/s)?")
-_RATE = re.compile(r"\d{1,9}(?:\.\d{1,9}|/\d{1,9})?")
+_RATE = re.compile(r"\d{1,12}(?:\.\d{1,9}|/\d{1,12})?")
 _NAME = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 INPUT_SCHEMES = ("http", "https", "rtmp", "rtmps", "srt")
@@ -759,7 +759,7 @@ class Settings:
     @property
     def baseline(self) -> bool:
         """Whether the idle machine is to be measured, and nothing encoded."""
-        return BASELINE in self.scenario.lower().split("-")
+        return _is_baseline(self.scenario)
 
     @property
     def live(self) -> bool:
@@ -786,29 +786,28 @@ def scheme_of(place: str | None) -> str | None:
 
 def resolve(scenario: object, parameters: object = None) -> Settings:
     """Return the settings of a job; ApiError 400 names the field that is to blame."""
-    named = _scenario_values(scenario)
-    given = _checked_parameters(parameters)
-    values: Json = {**named, **given}
-    values.setdefault("codec", _codec_of_encoder(values.get("encoder")) or "h264")
-    if BASELINE in str(scenario).lower().split("-"):
+    values: Json = {**_scenario_values(scenario), **_checked_parameters(parameters)}
+    encoder = values.get("encoder")
+    values.setdefault("codec", ENCODERS[encoder].codec if encoder in ENCODERS else "h264")
+    if _is_baseline(str(scenario)):
         values.setdefault("duration", BASELINE_S)
     if values.get("input") is None:
-        values.update({name: value for name, value in GENERATED.items()
-                       if name not in values and not (name in ("width", "height") and _sized(values))})
         _complete_size(values)
+        values = {**GENERATED, **values}
     values["container"] = _container(values)
     _refuse_what_cannot_be(values)
     return Settings(scenario=str(scenario), **values)
 
 
-def _sized(values: Json) -> bool:
-    return "width" in values or "height" in values
+def _is_baseline(scenario: str) -> bool:
+    return BASELINE in scenario.lower().split("-")
 
 
 def _complete_size(values: Json) -> None:
-    if "width" not in values:
-        values["width"] = 2 * round(values["height"] * 16 / 9 / 2)
-    if "height" not in values:
+    """Give a picture of which one side is known the other one of 16:9."""
+    if "height" in values:
+        values.setdefault("width", 2 * round(values["height"] * 16 / 9 / 2))
+    elif "width" in values:
         values["height"] = 2 * round(values["width"] * 9 / 16 / 2)
 
 
@@ -833,14 +832,13 @@ def _scenario_values(scenario: object) -> Json:
 
 def _size_values(match: re.Match[str], word: str) -> Json:
     thousands, lines, rate = match.groups()
-    width, height = _K_SIZES[thousands] if thousands else (2 * round(int(lines) * 16 / 9 / 2), int(lines))
-    if not 16 <= height <= 8640 or height % 2:
+    values = dict(zip(("width", "height"), _K_SIZES[thousands])) if thousands else {"height": int(lines)}
+    if not 16 <= values["height"] <= 8640 or values["height"] % 2:
         raise ApiError(400, f"scenario asks for {word}: a height must be even, from 16 to 8640", "scenario")
-    if rate is None:
-        return {"width": width, "height": height}
-    if not 1 <= int(rate) <= PARAMETERS["fps"].high:
+    if rate and not 1 <= int(rate) <= PARAMETERS["fps"].high:
         raise ApiError(400, f"scenario asks for {word}: a frame rate is from 1 to 480", "scenario")
-    return {"width": width, "height": height, "fps": int(rate)}
+    _complete_size(values)
+    return {**values, "fps": int(rate)} if rate else values
 
 
 def _checked_parameters(parameters: object) -> Json:
@@ -923,13 +921,18 @@ def _even(name: str, value: object, rule: Parameter) -> int:
 
 def _rate(name: str, value: object, rule: Parameter) -> float:
     if isinstance(value, str):
-        if not _RATE.fullmatch(value.strip()):
+        number = _fraction(value.strip())
+        if number is None:
             raise _bad(name, "must be a number or a fraction such as 30000/1001")
-        try:
-            value = float(fractions.Fraction(value))
-        except ZeroDivisionError:
-            raise _bad(name, "must be a number or a fraction such as 30000/1001") from None
+        value = number
     return _number(name, value, rule)
+
+
+def _fraction(text: str) -> float | None:
+    """Return the number of `25`, `29.97` or `30000/1001`; None of anything else."""
+    with contextlib.suppress(ZeroDivisionError):
+        return float(fractions.Fraction(text)) if _RATE.fullmatch(text) else None
+    return None
 
 
 def _bits(name: str, value: object, rule: Parameter) -> int:
@@ -991,17 +994,15 @@ def _place(name: str, value: object, rule: Parameter) -> str:
     text = _text(name, value, 4096)
     scheme = scheme_of(text)
     known = INPUT_SCHEMES if name == "input" else OUTPUT_SCHEMES
-    if scheme is not None:
-        if scheme not in known:
-            raise _bad(name, f"must be a path, or a URL of {', '.join(known)}")
-        try:
-            parts = urllib.parse.urlsplit(text)
-            valid = bool(parts.hostname) and (parts.port or 1) > 0
-        except ValueError:
-            valid = False
-        if not valid:
-            raise _bad(name, "is a URL without a valid host and port")
-    return text
+    if scheme is None:
+        return text
+    if scheme not in known:
+        raise _bad(name, f"must be a path, or a URL of {', '.join(known)}")
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(text)
+        if parts.hostname and (parts.port or 1) > 0:
+            return text
+    raise _bad(name, "is a URL without a valid host and port")
 
 
 _CHECKS: dict[str, Callable[[str, object, Parameter], Any]] = {
@@ -1032,10 +1033,6 @@ def _typed(kind: str, text: str) -> Any:
         with contextlib.suppress(ValueError):
             return number(text)
     return text
-
-
-def _codec_of_encoder(encoder: str | None) -> str | None:
-    return ENCODERS[encoder].codec if encoder in ENCODERS else None
 
 
 def _container(values: Json) -> str:
@@ -1674,16 +1671,15 @@ def parse_probe(text: str, url: str) -> Source:
     width, height = (int(_decimal(str(video.get(name))) or 0) for name in ("width", "height"))
     if not width or not height:
         raise Failure("input", f"{url} holds no video that this FFmpeg can read")
-    shape = _fraction(str(video.get("sample_aspect_ratio")).replace(":", "/"))
-    square = shape is None or shape == 1
-    if not square and shape:
+    shape = _fraction(str(video.get("sample_aspect_ratio")).replace(":", "/")) or 1.0
+    if shape != 1:
         width = max(2, int(width * shape / 2) * 2)
     if _rotation(video) % 180 == 90:
         width, height = height, width
-    rate = _fraction(video.get("avg_frame_rate")) or _fraction(video.get("r_frame_rate")) or 25.0
+    rate = _fraction(str(video.get("avg_frame_rate"))) or _fraction(str(video.get("r_frame_rate"))) or 25.0
     return Source(url, width, height, rate, _length(video, _dict(found.get("format"))),
                   str(video.get("pix_fmt") or "yuv420p"),
-                  any(stream.get("codec_type") == "audio" for stream in streams), square,
+                  any(stream.get("codec_type") == "audio" for stream in streams), shape == 1,
                   codec=str(video.get("codec_name") or "video"))
 
 
@@ -1709,15 +1705,6 @@ def _length(video: Json, container: Json) -> float | None:
     if clock:
         return int(clock[1]) * 3600 + int(clock[2]) * 60 + float(clock[3]) or None
     return _decimal(str(container.get("duration") or "")) or None
-
-
-def _fraction(text: object) -> float | None:
-    if not re.fullmatch(r"\d{1,12}(?:\.\d{1,9}|/\d{1,12})?", str(text)):
-        return None
-    try:
-        return float(fractions.Fraction(str(text))) or None
-    except ZeroDivisionError:
-        return None
 
 
 class Score(NamedTuple):
