@@ -1131,6 +1131,7 @@ ENCODERS: dict[str, Encoder] = {
 
 # ---- 4 Command ------------------------------------------------------------------------------------
 
+QUIET = ("-hide_banner", "-nostdin")
 PROGRESS_ARGS = ("-nostats", "-progress", "pipe:1")
 GENERATED_CLIP_S = 2
 TONE = "sine=frequency=440:sample_rate=48000"
@@ -1221,9 +1222,13 @@ def plan(settings: Settings, machine: Machine, source: Source, target: str) -> P
                       deadline="realtime" if settings.live else "good"),
              *rate_args, machine.rate_mode, "vfr",
              *_filled(encoder.thread_args, threads=threads, tile_columns=tiles),
-             *_gop(settings, fps)]
-    duration = _duration(settings, source)
-    head = [machine.ffmpeg, *_head_args(name, machine), *_input_args(settings, source)]
+             *(["-g", str(settings.gop or max(1, round(2 * fps)))] if settings.gop or settings.live else [])]
+    duration = settings.duration
+    if source.duration_s is not None and not source.loop:
+        duration = min(duration or math.inf, source.duration_s)
+    device = ["-vaapi_device", machine.vaapi_device] if name.endswith("_vaapi") else []
+    head = [machine.ffmpeg, *QUIET, "-y", "-loglevel", "repeat+level+info", *device,
+            *_input_args(settings, source)]
     limit = ["-t", f"{duration:.6f}".rstrip("0").rstrip(".")] if settings.duration and duration else []
     tail = [*_audio_args(settings, source), *_container_args(settings, target)]
     passes = _passes(settings, name, threads, head, [*video, *limit], tail)
@@ -1342,37 +1347,30 @@ def rational(fps: float) -> str:
     """Return a frame rate as FFmpeg takes it without drift: 30, 30000/1001, 12.5."""
     if fps == int(fps):
         return str(int(fps))
-    thousandths = round(fps * 1001)
-    if thousandths % 1000 == 0 and abs(thousandths / 1001 - fps) < 5e-3:
-        return f"{thousandths}/1001"
-    near = fractions.Fraction(round(fps * 1001 / 1000) * 1000, 1001)
-    return f"{near.numerator}/{near.denominator}" if abs(float(near) - fps) < 5e-3 else f"{fps:.6g}"
+    thousands = round(fps * 1.001) * 1000
+    return f"{thousands}/1001" if abs(thousands / 1001 - fps) < 5e-3 else f"{fps:.6g}"
 
 
 def _rate_control(settings: Settings, name: str, height: int, fps: float) -> tuple[str, list[str]]:
-    encoder = ENCODERS[name]
-    bitrate = settings.bitrate
-    if settings.crf is not None and encoder.crf is None:
+    """Return what rules the size of the output, in words and as arguments."""
+    encoder, crf, bitrate = ENCODERS[name], settings.crf, settings.bitrate
+    if crf is not None and encoder.crf is None:
         raise Failure("parameters", f"parameters.crf is not possible with {name}: give a bitrate")
-    constant = settings.crf if settings.crf is not None else encoder.crf
-    if bitrate is None and (settings.live or settings.two_pass or constant is None):
+    if bitrate is None and (settings.live or settings.two_pass or encoder.crf is None):
         bitrate = ladder_bitrate(settings.codec, height, fps)
-        constant = settings.crf
-    elif bitrate is not None:
-        constant = settings.crf
     if bitrate is None:
-        return f"crf {constant:g}", _filled(encoder.crf_args, crf=f"{constant:g}")
-    ceiling = bitrate if settings.live else bitrate * 3 // 2
-    bits = {"bitrate": bitrate_text(bitrate), "maxrate": bitrate_text(ceiling),
-            "bufsize": bitrate_text(2 * bitrate)}
-    if constant is not None and encoder.crf_args[-2:] == ("-b:v", "0") and not encoder.hardware:
-        return (f"crf {constant:g} up to {bits['bitrate']}",
-                [*_filled(encoder.crf_args[:-1], crf=f"{constant:g}"), bits["bitrate"]])
-    if constant is not None:
-        capped = ("-maxrate", bits["bitrate"], "-bufsize", bits["bufsize"])
-        return (f"crf {constant:g} up to {bits['bitrate']}",
-                [*_filled(encoder.crf_args, crf=f"{constant:g}"), *capped])
-    return bits["bitrate"], _filled(encoder.bitrate_args, **bits)
+        words = f"{encoder.crf if crf is None else crf:g}"
+        return f"crf {words}", _filled(encoder.crf_args, crf=words)
+    bits = {"bitrate": bitrate_text(bitrate), "bufsize": bitrate_text(2 * bitrate),
+            "maxrate": bitrate_text(bitrate if settings.live else bitrate * 3 // 2)}
+    if crf is None:
+        return bits["bitrate"], _filled(encoder.bitrate_args, **bits)
+    constant = _filled(encoder.crf_args, crf=f"{crf:g}")
+    if constant[-2:] == ["-b:v", "0"] and not encoder.hardware:
+        capped = [*constant[:-1], bits["bitrate"]]
+    else:
+        capped = [*constant, "-maxrate", bits["bitrate"], "-bufsize", bits["bufsize"]]
+    return f"crf {crf:g} up to {bits['bitrate']}", capped
 
 
 def ladder_bitrate(codec: str, height: int, fps: float) -> int:
@@ -1385,28 +1383,15 @@ def _filled(template: Sequence[str], **values: object) -> list[str]:
     return [part.format(**values) for part in template]
 
 
-def _gop(settings: Settings, fps: float) -> list[str]:
-    frames = settings.gop or (max(1, round(2 * fps)) if settings.live else None)
-    return ["-g", str(frames)] if frames else []
-
-
-def _duration(settings: Settings, source: Source) -> float | None:
-    if source.loop or source.duration_s is None:
-        return settings.duration
-    return min(settings.duration or math.inf, source.duration_s)
-
-
-def _head_args(name: str, machine: Machine) -> list[str]:
-    device = ["-vaapi_device", machine.vaapi_device] if name.endswith("_vaapi") else []
-    return ["-hide_banner", "-nostdin", "-y", "-loglevel", "repeat+level+info", *device]
-
-
 def rate_mode_of(version: str | None) -> str:
     """Return the option that keeps the input's own frames, by FFmpeg's version text."""
     match = re.search(r"(\d+)\.(\d+)", version or "")
     return "-vsync" if match and (int(match[1]), int(match[2])) < (5, 1) else "-fps_mode"
 
 
+# scheme of an input -> the protocols that opening it may use
+PROTOCOLS = {None: "file,crypto", "http": "http,https,tls,tcp,crypto", "https": "https,tls,tcp,crypto",
+             "rtmp": "rtmp,tcp", "rtmps": "rtmps,tls,tcp", "srt": "srt,udp"}
 # Playlists and concat files are no films: they could name other files and hosts.
 FILM_FORMATS = ("matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,"
                 "flv,live_flv,asf,ogg,mxf,nut,rm,dv,gxf,wtv,vc1,mjpeg,yuv4mpegpipe,gif,apng,wav,mp3,flac,aac")
@@ -1414,9 +1399,7 @@ FILM_FORMATS = ("matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,avi,mpegts,mpeg,mpegvideo
 
 def whitelist_args(url: str) -> list[str]:
     """Return the protocols that opening this input may use, and the formats that it may have."""
-    scheme = scheme_of(url)
-    allowed = {None: "file,crypto", "http": "http,https,tls,tcp,crypto", "https": "https,tls,tcp,crypto",
-               "rtmp": "rtmp,tcp", "rtmps": "rtmps,tls,tcp", "srt": "srt,udp"}.get(scheme)
+    allowed = PROTOCOLS.get(scheme_of(url))
     return [*(["-protocol_whitelist", allowed] if allowed else []), "-format_whitelist", FILM_FORMATS]
 
 
@@ -1472,15 +1455,15 @@ def clip_command(ffmpeg: str, width: int, height: int, fps: float, encoder: str,
     It has no sound, and a container with an exact clock: only so does FFmpeg loop it without a slip.
     """
     quality = ["-preset", "ultrafast", "-crf", "18", "-g", "30"] if encoder == "libx264" else ["-q:v", "2"]
-    return [ffmpeg, "-hide_banner", "-nostdin", "-y", "-loglevel", "repeat+level+warning",
+    return [ffmpeg, *QUIET, "-y", "-loglevel", "repeat+level+warning",
             "-f", "lavfi", "-i", f"testsrc2=size={width}x{height}:rate={rational(fps)}",
-            "-frames:v", str(max(2, round(GENERATED_CLIP_S * fps))), "-pix_fmt", "yuv420p", "-c:v", encoder,
+            "-frames:v", str(clip_frames(fps)), "-pix_fmt", "yuv420p", "-c:v", encoder,
             *quality, "-f", "mov", *PROGRESS_ARGS, named_file(target)]
 
 
-def clip_duration_s(fps: float) -> float:
-    """Return the length of the generated clip, a whole number of frames."""
-    return max(2, round(GENERATED_CLIP_S * fps)) / fps
+def clip_frames(fps: float) -> int:
+    """Return the length of the generated clip."""
+    return max(2, round(GENERATED_CLIP_S * fps))
 
 
 def comparison_format(source: str) -> str:
@@ -1507,10 +1490,10 @@ def quality_command(ffmpeg: str, metric: str, encoded: str, source: Source, made
     graph = f"[0:V:0]{number}[a];[1:V:0]{reference}[b];[a][b]{log}{FRAME_LOG}:shortest=1"
     loop = ["-stream_loop", "-1"] if source.loop else []
     limit = ["-t", f"{made.duration_s:.6f}"] if made.duration_s else []
-    return [ffmpeg, "-hide_banner", "-nostdin", "-loglevel", "repeat+level+info", "-threads", str(threads),
-            "-i", named_file(encoded), *loop, *limit, *whitelist_args(source.url),
-            "-i", named_file(source.url), "-lavfi", graph, "-an", "-sn", "-dn", "-f", "null",
-            *PROGRESS_ARGS, "-"]
+    return [ffmpeg, *QUIET, "-loglevel", "repeat+level+info", "-threads", str(threads),
+            "-i", named_file(encoded),
+            *loop, *limit, *whitelist_args(source.url), "-i", named_file(source.url),
+            "-lavfi", graph, "-an", "-sn", "-dn", "-f", "null", *PROGRESS_ARGS, "-"]
 
 
 def probe_command(ffprobe: str, url: str) -> list[str]:
@@ -2712,7 +2695,7 @@ class Attempt(Supervisor):
             with contextlib.suppress(OSError):
                 os.link(mine, kept)
         bound_cache(cache, CACHE_LIMIT_BYTES)
-        return Source(str(mine), width, height, fps, clip_duration_s(fps), has_audio=True, loop=True)
+        return Source(str(mine), width, height, fps, clip_frames(fps) / fps, has_audio=True, loop=True)
 
     def _target(self, settings: Settings, source: Source) -> tuple[str, str | None]:
         """Return where FFmpeg writes to, and the final path of an output that is kept as a file."""
