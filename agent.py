@@ -1700,15 +1700,16 @@ class Score(NamedTuple):
     frame: re.Pattern[str]  # in a line of FRAME_LOG
 
 
+def _scored(name: str, unit: str, mean: str, frame: str) -> Score:
+    return Score(name + unit, f"{name}_min{unit}", f"{name}_harmonic{unit}", re.compile(mean),
+                 re.compile(frame))
+
+
 SCORES = {
-    "psnr": Score("psnr_db", "psnr_min_db", "psnr_harmonic_db",
-                  re.compile(r"PSNR .*average:(inf|[\d.]+)"), re.compile(r"psnr_avg:(inf|[\d.]+)")),
-    "ssim": Score("ssim", "ssim_min", "ssim_harmonic",
-                  re.compile(r"SSIM .*All:(-?[\d.]+)"), re.compile(r"All:(-?[\d.]+)")),
-    "vmaf": Score("vmaf", "vmaf_min", "vmaf_harmonic",
-                  re.compile(r"VMAF score: ([\d.]+)"), re.compile(r",([\d.]+),?$")),
-    "xpsnr": Score("xpsnr_db", "xpsnr_min_db", "xpsnr_harmonic_db",
-                   re.compile(r"XPSNR .*y: *(inf|[\d.]+)"), re.compile(r"XPSNR y: *(inf|[\d.]+)")),
+    "psnr": _scored("psnr", "_db", r"PSNR .*average:(inf|[\d.]+)", r"psnr_avg:(inf|[\d.]+)"),
+    "ssim": _scored("ssim", "", r"SSIM .*All:(-?[\d.]+)", r"All:(-?[\d.]+)"),
+    "vmaf": _scored("vmaf", "", r"VMAF score: ([\d.]+)", r",([\d.]+),?$"),
+    "xpsnr": _scored("xpsnr", "_db", r"XPSNR .*y: *(inf|[\d.]+)", r"XPSNR y: *(inf|[\d.]+)"),
 }
 SCORE_NAMES = tuple(name for row in SCORES.values() for name in row[:3])
 PERFECT_PSNR_DB = 100.0
@@ -1783,51 +1784,58 @@ def _middle(points: Sequence[tuple[float | None, ...]]) -> tuple[float | None, .
     return tuple(sum(column) / len(column) if column else None for column in known)
 
 
+@dataclass(eq=False)
 class Ledger:
     """What one run used, filled by the meter: energy in J, CPU in s, memory in bytes.
 
     `uses_gpu` says that it works with the GPU; its `samples` may go on from an earlier run's.
     """
 
-    def __init__(self, samples: deque[Json] | None = None, uses_gpu: bool = False) -> None:
-        self.pgid: int | None = None
-        self.paused = False
-        self.uses_gpu = uses_gpu
-        self.ended_cpu_s = 0.0
-        self.peak_rss_bytes = 0
-        self.cpu_s = 0.0
-        self.started: float | None = None  # epoch
-        self.measured_s = 0.0
-        self.busy_s = 0.0  # of them with the machine's CPU use known
-        self.busy_percent_s = 0.0
-        self.energy_joules: float | None = None
-        self.energy_s = 0.0  # of them with energy known
-        self.idle_joules = 0.0
-        self.idle_s = 0.0
-        self.idle_watts: float | None = None
-        self.gpu_joules: float | None = None
-        self.gpu_s = 0.0
-        self.gpu_covered_s = 0.0
-        self.gpu_usage_s = 0.0
-        self.gpu_seen_s = 0.0
-        self.gpu_memory_bytes: int | None = None
-        self.power_source: str | None = None
-        self.gpu_source: str | None = None
-        self.gpu_inside = False  # the machine's figure holds a GPU's energy
-        self.gpu_silent: str | None = None  # why the energy of a GPU beside the processor is unknown
-        self.throttles: int | None = None  # the machine's count at the start
-        self.throttled: bool | None = None
-        self.beside = 0
-        self.unknown: dict[str, str] = {}
-        self.samples: deque[Json] = deque(maxlen=600) if samples is None else samples
-        self.series = Series()  # s, W, % of the machine
-        self.pace = Series()  # s, frames per second
+    samples: deque[Json] = dataclasses.field(default_factory=lambda: deque(maxlen=600))
+    uses_gpu: bool = False
+    pgid: int | None = None
+    paused: bool = False
+    ended_cpu_s: float = 0.0
+    peak_rss_bytes: int = 0
+    cpu_s: float = 0.0
+    started: float | None = None  # epoch
+    measured_s: float = 0.0
+    busy_s: float = 0.0  # of them with the machine's CPU use known
+    busy_percent_s: float = 0.0
+    energy_joules: float | None = None
+    energy_s: float = 0.0  # of them with energy known
+    idle_joules: float = 0.0
+    idle_s: float = 0.0
+    idle_watts: float | None = None
+    gpu_joules: float | None = None
+    gpu_s: float = 0.0
+    gpu_covered_s: float = 0.0
+    gpu_usage_s: float = 0.0
+    gpu_seen_s: float = 0.0
+    gpu_memory_bytes: int | None = None
+    power_source: str | None = None
+    gpu_source: str | None = None
+    gpu_inside: bool = False  # the machine's figure holds a GPU's energy
+    gpu_silent: str | None = None  # why the energy of a GPU beside the processor is unknown
+    throttles: int | None = None  # the machine's count at the start
+    throttled: bool | None = None
+    beside: int = 0
+    unknown: dict[str, str] = dataclasses.field(default_factory=dict)
+    series: Series = dataclasses.field(default_factory=Series)  # s, W, % of the machine
+    pace: Series = dataclasses.field(default_factory=Series)  # s, frames per second
 
-    def ended(self, exit_: Exit) -> None:
-        """Note a process of this attempt that has ended."""
+    def ended(self, cpu_s: float, rss_bytes: int) -> None:
+        """Note what a process of this attempt had used when it ended."""
         self.pgid = None
-        self.ended_cpu_s += exit_.cpu_seconds
-        self.peak_rss_bytes = max(self.peak_rss_bytes, exit_.peak_rss_bytes)
+        self.ended_cpu_s += cpu_s
+        self.peak_rss_bytes = max(self.peak_rss_bytes, rss_bytes)
+
+    def heat(self, throttles: int | None) -> None:
+        """Note the machine's count of slow-downs by heat, at the start and at the end."""
+        if self.started is None:
+            self.throttles = throttles
+        elif throttles is not None and self.throttles is not None:
+            self.throttled = bool(self.throttled) or throttles > self.throttles
 
 
 class Idle(NamedTuple):
@@ -1931,29 +1939,30 @@ class Meter:
 
     def _loop(self) -> None:
         while True:
-            wait = SAMPLE_S if self._ledgers else self._baseline.wait_s(self._clock())
+            message = None
+            with contextlib.suppress(queue.Empty):
+                message = self._messages.get(timeout=SAMPLE_S if self._ledgers else
+                                             self._baseline.wait_s(self._clock()))
+            what, told, done = message or ("", None, None)
             try:
-                message = self._messages.get(timeout=wait)
-            except queue.Empty:
-                message = None
-            try:
-                self._sample(message)
+                self._sample(told)
             except Exception as error:  # a driver's whim must not end an encode
                 self._baseline.disturb(self._clock())
-                for ledger in [*self._ledgers, *([message[1]] if message else [])]:
+                for ledger in filter(None, (*self._ledgers, told)):
                     ledger.unknown["energy_joules"] = f"the sampler failed: {type(error).__name__}: {error}"
-            if message:
-                self._admit(message[0], message[1])
-                message[2].set()
+            if told and done:
+                self._admit(what, told)
+                done.set()
 
-    def _sample(self, message: tuple[str, Ledger, threading.Event] | None) -> None:
+    def _sample(self, told: Ledger | None) -> None:
+        """Take a reading; a ledger that was told of joins or leaves with it."""
         if self._sampler is None:
             self._sampler = hwdetect.Sampler(self._host, self._hardware, model=self._model)
             self._last = None
         reading = self._sampler.sample(self._clock())
         self._tick(reading)
-        if message:
-            _note_heat(message[1], self._sampler.throttles())
+        if told:
+            told.heat(self._sampler.throttles())
         elif not self._ledgers and self._baseline.take(reading, time.time()):
             self.rested.set()
             self._close()
@@ -2011,14 +2020,6 @@ def _parts(used: Sequence[float]) -> list[float]:
     """Return each one's part of the whole; equal parts of nothing."""
     whole = sum(used)
     return [part / whole if whole else 1 / len(used) for part in used]
-
-
-def _note_heat(ledger: Ledger, throttles: int | None) -> None:
-    """Note the machine's count of slow-downs by heat, at a ledger's start and at its end."""
-    if ledger.started is None:
-        ledger.throttles = throttles
-    elif throttles is not None and ledger.throttles is not None:
-        ledger.throttled = bool(ledger.throttled) or throttles > ledger.throttles
 
 
 def _book(ledger: Ledger, last: hwdetect.Reading, now: hwdetect.Reading, share: float,
@@ -2084,8 +2085,8 @@ def energy_of(ledger: Ledger) -> Energy:
     A figure of less than 90 % of the run (of a GPU, which is sampled: half) is none of the run.
     """
     part = ledger.gpu_covered_s / ledger.measured_s if ledger.measured_s else 0.0
-    told = ledger.gpu_joules is not None and part >= 0.5
-    gpu = ledger.gpu_joules / part if told and ledger.gpu_joules is not None else None
+    told = part >= 0.5 and ledger.gpu_joules is not None
+    gpu = (ledger.gpu_joules or 0.0) / part if told else None
     why = ""
     if ledger.energy_joules is None:
         why = (ledger.unknown.get("energy_joules") or ledger.unknown.get("power_watts")
@@ -2533,7 +2534,7 @@ class Supervisor:
             process.end()
             self._process = None
             if measured and process.exit:
-                self._ledger.ended(process.exit)
+                self._ledger.ended(*process.exit[1:])
                 self._place.meter.leave(self._ledger)
         self._check()
         return process.exit or Exit(-signal.SIGKILL, 0.0, 0)
