@@ -1165,6 +1165,11 @@ class Machine:
     vaapi_device: str = "/dev/dri/renderD128"
     rate_mode: str = "-fps_mode"  # -vsync before FFmpeg 5.1
 
+    def hardware(self, codec: str) -> dict[str, str | None]:
+        """Return the hardware encoders of a codec that were tried here: None of a proved one, or why not."""
+        return {name: why for name, why in self.encoders.items()
+                if name in ENCODERS and ENCODERS[name].hardware and ENCODERS[name].codec == codec}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -1273,9 +1278,7 @@ def _encoder_reason(settings: Settings, machine: Machine, name: str) -> str:
         return f"{name}: the hardware encoder was proved on this machine"
     if settings.two_pass:
         return f"{name}: two passes need a software encoder"
-    failed = [other for other, why in machine.encoders.items()
-              if why and other in ENCODERS and ENCODERS[other].hardware
-              and ENCODERS[other].codec == settings.codec]
+    failed = [other for other, why in machine.hardware(settings.codec).items() if why]
     return f"{name}: no hardware encoder for {settings.codec} works here" + (
         f" ({', '.join(failed)} tried)" if failed else "")
 
@@ -2593,6 +2596,7 @@ class Attempt(Supervisor):
         super().__init__(place, place.work_dir / f"{re.sub(r'[^A-Za-z0-9-]', '_', job_id)[:64]}-{number}")
         self.job_id = job_id
         self.number = number
+        self.key = (job_id, number)
         self.parameters = _dict(job.get("parameters"))  # as they were given
         self._job = job
         self._confirm = confirm
@@ -3081,22 +3085,22 @@ def confidence_reached(outcome: Outcome) -> tuple[str, list[str]]:
     """Return the confidence that the runs, or the samples of a single one, are good for, and how so."""
     runs = measured_runs(outcome.runs)
     if len(runs) > 1:
-        found = intervals_of(runs)
+        found, how = intervals_of(runs), f"{len(runs)} runs and a warm-up"
         word = confidence_of(found.values()) if len(runs) >= RUNS_LEAST else "low"
-        words = [f"{name.split('_')[0]} ±{100 * (row['relative'] or 0):.1f} %" for name, row in found.items()]
-        missed = [] if outcome.confidence == "auto" or word == outcome.confidence or word == "high" else [
-            f"{outcome.confidence} confidence was not reached"]
-        return word, [f"{len(runs)} runs and a warm-up: {', '.join(words)} at 95 %", *missed]
-    if outcome.confidence == "low" or outcome.ledger is None:
+    elif outcome.confidence == "low" or outcome.ledger is None:
         return "low", []
-    columns = {"speed": [point[1] for point in outcome.ledger.pace.points],
-               "power": [point[1] for point in outcome.ledger.series.points]}
-    found = {name: interval(batches) for name, column in columns.items()
-             if (batches := batch_means([value for value in column if value is not None]))}
-    if "speed" not in found:
-        return "low", ["one run, with too few samples to tell how steady it was"]
-    words = [f"{name} ±{100 * (row['relative'] or 0):.1f} %" for name, row in found.items()]
-    return confidence_of(found.values()), [f"one run, its samples: {', '.join(words)} at 95 %"]
+    else:
+        columns = {"speed": [point[1] for point in outcome.ledger.pace.points],
+                   "power": [point[1] for point in outcome.ledger.series.points]}
+        found = {name: interval(batches) for name, column in columns.items()
+                 if (batches := batch_means([value for value in column if value is not None]))}
+        if "speed" not in found:
+            return "low", ["one run, with too few samples to tell how steady it was"]
+        how, word = "one run, its samples", confidence_of(found.values())
+    words = [f"{name.split('_')[0]} ±{100 * (row['relative'] or 0):.1f} %" for name, row in found.items()]
+    missed = len(runs) > 1 and outcome.confidence not in ("auto", word) and word != "high"
+    return word, [f"{how}: {', '.join(words)} at 95 %",
+                  *([f"{outcome.confidence} confidence was not reached"] if missed else [])]
 
 
 def batch_means(values: Sequence[float], batches: int = 10) -> list[float]:
@@ -3135,9 +3139,8 @@ def _verdict(settings: Settings, made: Plan, metrics: Json, machine: Machine) ->
     row, speed = ENCODERS[made.encoder], metrics.get("speed")
     if metrics.get("damaged_packets"):
         return "check_input", [f"FFmpeg told of damage {metrics['damaged_packets']} times"], {}
-    hardware = next((name for name, why in machine.encoders.items() if why is None and name in ENCODERS
-                     and ENCODERS[name].hardware and ENCODERS[name].codec == row.codec
-                     and not (settings.crf is not None and ENCODERS[name].crf is None)
+    hardware = next((name for name, why in machine.hardware(row.codec).items()
+                     if why is None and (settings.crf is None or ENCODERS[name].crf is not None)
                      and _takes(ENCODERS[name], settings.pixel_format or "yuv420p")), None)
     if hardware and not row.hardware and not settings.two_pass:
         return "hardware_encoder", [f"{hardware} was proved on this machine"], {"encoder": hardware}
@@ -3215,17 +3218,17 @@ def _history(outcome: Outcome) -> Json:
     counted = measured_runs(runs)
     energies = [energy_of(run.ledger or Ledger()).joules for run in runs]
     warm = len(runs) - len(counted)
-    strays = [False] * warm + outliers([run.wall_s for run in counted])
-    if counted and None not in energies:
-        far = [False] * warm + outliers([joules or 0.0 for joules in energies[warm:]])
-        strays = [one or other for one, other in zip(strays, far)]
+    columns = [[run.wall_s for run in counted]]
+    if None not in energies:
+        columns.append([joules or 0.0 for joules in energies[warm:]])
+    strays = [False] * warm + [any(row) for row in zip(*map(outliers, columns))]
     repeats = [{"duration": _rounded(run.wall_s), "energy_joules": _rounded(joules),
                 "cpu_usage": _rounded(_cpu_usage(run.ledger or Ledger(), run.wall_s)[0]),
                 "warm_up": at < warm, "outlier": stray}
                for at, (run, joules, stray) in enumerate(zip(runs, energies, strays))]
-    columns = list(zip(*ledger.series.points)) or [(), (), ()]
+    points = list(zip(*ledger.series.points)) or [(), (), ()]
     series = {name: [_rounded(value) for value in column]
-              for name, column in zip(("seconds", "power_watts", "cpu_usage"), columns)}
+              for name, column in zip(("seconds", "power_watts", "cpu_usage"), points)}
     statistics_ = {name: {key: _rounded(value) for key, value in row.items()}
                    for name, row in intervals_of(counted).items()}
     return {"repeats": repeats, "statistics": statistics_,
@@ -3293,6 +3296,10 @@ class Spool:
             except (ValueError, KeyError, TypeError):
                 path.rename(path.with_suffix(".unreadable"))
         return found
+
+    def waiting(self) -> list[tuple[str, int]]:
+        """Return job and attempt of each report that waits."""
+        return [(result["job_id"], result["attempt"]) for _, result in self.entries()]
 
 
 def _write_json(path: Path, value: Json) -> None:
@@ -3393,13 +3400,13 @@ class Agent:
     def _drain(self) -> None:
         """Take nothing more and finish what runs, for as long as the limit allows and nobody asks again."""
         self._leaving.set()
-        count, limit_s = self._running_count(), self._options.drain_limit_s
+        count, limit_s = len(self._attempts()), self._options.drain_limit_s
         if count and limit_s:
             self._log.info("finishing %d job%s, for at most %s; a second signal gives %s back at once", count,
                            "s" * (count > 1), duration_text(limit_s), "them" if count > 1 else "it")
             threading.Thread(target=self._guarded, args=(self._leave,), daemon=True).start()
         limit = time.monotonic() + limit_s
-        while (self._running_count() and self._signals < 2 and time.monotonic() < limit
+        while (self._attempts() and self._signals < 2 and time.monotonic() < limit
                and not self._stopping.wait(0.1)):
             pass
 
@@ -3414,8 +3421,7 @@ class Agent:
     def _give_back(self, threads: Sequence[threading.Thread]) -> None:
         """Stop what runs, say that it is given back and that this node leaves; bounded in time."""
         limit = time.monotonic() + 2 * LEAVE_S
-        with self._lock:
-            attempts = list(self._running.values())
+        attempts = self._attempts()
         for attempt in attempts:
             attempt.stop("lost" if self._over else "returned")
         self._client.patience_s = LEAVE_S
@@ -3424,7 +3430,7 @@ class Agent:
             wake.set()
         for thread in threads:  # one may just have been handed a job
             thread.join(max(0.0, min(1.0, limit - time.monotonic())))
-        while self._running_count() and time.monotonic() < limit:
+        while self._attempts() and time.monotonic() < limit:
             self._freed.wait(0.1)
             self._freed.clear()
         with contextlib.suppress(ApiError, Superseded):
@@ -3433,9 +3439,9 @@ class Agent:
                 self._log.info("left the fleet; %d jobs given back", len(attempts))
         self._client.close()
 
-    def _running_count(self) -> int:
+    def _attempts(self) -> list[Attempt]:
         with self._lock:
-            return len(self._running)
+            return list(self._running.values())
 
     # -- the parked request
 
@@ -3487,9 +3493,8 @@ class Agent:
             self._heard = max(self._heard, asked)
 
     def _register(self) -> None:
-        waiting = [(result["job_id"], result["attempt"]) for _, result in self._spool.entries()]
-        with self._lock:
-            holding = [*self._running, *waiting]
+        waiting = self._spool.waiting()
+        holding = [*(attempt.key for attempt in self._attempts()), *waiting]
         body = {**self._hardware.to_json(), "name": self._name, "protocol": PROTOCOL,
                 "address": self._hardware.address or self._name,
                 "version": VERSION, "session": self._session, "id": self._node_id,
@@ -3508,21 +3513,19 @@ class Agent:
         self._log.info("registered with %s as %s, node %s", self._client.url, self._name, self._node_id)
         if self._protocol:
             own = {(held.get("job_id"), held.get("attempt")) for held in answer.get("holding") or ()}
-            self._abandon(lambda key: key not in own)
+            self._abandon(attempt for attempt in self._attempts() if attempt.key not in own)
         self._news.set()
 
-    def _abandon(self, lost: Callable[[tuple[str, int]], bool]) -> None:
-        with self._lock:
-            attempts = [attempt for key, attempt in self._running.items() if lost(key)]
-        for attempt in attempts:
+    def _abandon(self, lost: Iterable[Attempt]) -> None:
+        for attempt in lost:
             self._log.warning("job %s attempt %d: the master gave it to another node or ended it",
-                              attempt.job_id, attempt.number)
+                              *attempt.key)
             attempt.stop("lost")
 
     def _ask(self) -> None:
         """Ask once for work and orders; parks at the master where it can, else sleeps here."""
         leaving = self._leaving.is_set()
-        free = not leaving and self._running_count() < self._options.max_concurrent_jobs
+        free = not leaving and len(self._attempts()) < self._options.max_concurrent_jobs
         if not self._protocol:
             self._ask_plainly(free)
             return
@@ -3578,8 +3581,7 @@ class Agent:
         if status and attempt is not None:
             attempt.stop(status)
         elif status:
-            waiting = {(result["job_id"], result["attempt"]) for _, result in self._spool.entries()}
-            if key not in waiting:
+            if key not in self._spool.waiting():
                 self._keep({"job_id": key[0], "attempt": key[1], "status": status,
                             "error": "this node does not hold the job"})
         elif attempt is not None and action in ("pause", "resume") and attempt.paused != (action == "pause"):
@@ -3589,8 +3591,7 @@ class Agent:
     # -- attempts
 
     def _start(self, job: Json) -> None:
-        job_id, number = str(job.get("id")), int(job.get("attempt") or 1)
-        key = (job_id, number)
+        key = job_id, number = str(job.get("id")), int(job.get("attempt") or 1)
         attempt = Attempt(job_id, number, job, self._place, lambda: self._confirm(attempt))
         with self._lock:
             if key in self._running:
@@ -3598,27 +3599,19 @@ class Agent:
             self._running[key] = attempt
             if self._leaving.is_set():  # it crossed with our word that we take nothing more
                 attempt.stop("returned")
-        self._log.info("job %s attempt %d: %s begins", job_id, number, job.get("scenario"))
-        threading.Thread(target=self._work, args=(key, attempt), name=f"job-{job_id[:8]}",
-                         daemon=True).start()
+        self._log.info("job %s attempt %d: %s begins", *key, job.get("scenario"))
+        threading.Thread(target=self._work, args=(attempt,), name=f"job-{job_id[:8]}", daemon=True).start()
         self._news.set()
 
-    def _work(self, key: tuple[str, int], attempt: Attempt) -> None:
-        try:
-            outcome = attempt.run()
-            result = result_of(attempt, outcome, self._place.machine)
-        except Exception as error:
-            self._log.debug("job %s", key[0], exc_info=True)
-            outcome = Outcome("failed")
-            result = {"job_id": key[0], "attempt": key[1], "status": "failed", "failure_reason": "agent",
-                      "error": f"the agent on {self._name} failed itself: {type(error).__name__}: {error}"}
+    def _work(self, attempt: Attempt) -> None:
+        outcome, result = carry_out(attempt, self._place.machine, self._log)
         first, lines = attempt.take_lines(UNSENT_LINES)
         if outcome.status != "lost":
             self._keep({**result, "lines": lines, "lines_from": first})
         with self._lock:
-            self._running.pop(key, None)
-            self._doubted.discard(key)
-        self._log.info("job %s attempt %d: %s%s", *key, outcome.status,
+            self._running.pop(attempt.key, None)
+            self._doubted.discard(attempt.key)
+        self._log.info("job %s attempt %d: %s%s", *attempt.key, outcome.status,
                        f": {outcome.error}" if outcome.error else "")
         self._freed.set()
         self._news.set()
@@ -3642,10 +3635,10 @@ class Agent:
 
     def _confirm(self, attempt: Attempt) -> bool:
         """Tell whether the lease is surely ours; after a long silence only the master can say."""
-        key = (attempt.job_id, attempt.number)
         while True:
             with self._lock:
-                sure = key not in self._doubted and time.monotonic() - self._heard <= self._node_timeout_s
+                recent = time.monotonic() - self._heard <= self._node_timeout_s
+                sure = recent and attempt.key not in self._doubted
             if sure or not self._protocol:
                 return True
             try:
@@ -3700,11 +3693,9 @@ class Agent:
             self._answered(asked)
 
     def _send_all_progress(self) -> float:
-        with self._lock:
-            attempts = list(self._running.values())
         if not self._protocol:
             return PROGRESS_S
-        return min((self._send_progress(attempt) for attempt in attempts), default=60.0)
+        return min((self._send_progress(attempt) for attempt in self._attempts()), default=60.0)
 
     def _send_progress(self, attempt: Attempt) -> float:
         """Send one attempt's progress; return when the next one is wanted, in s from now."""
@@ -3719,17 +3710,30 @@ class Agent:
             if error.status == 409 and error.field == "session":
                 raise Superseded(f"node {self._name} ends: {error.message}") from None
             if error.status in (404, 409):
-                self._abandon(lambda key: key == (attempt.job_id, attempt.number))
+                self._abandon([attempt])
                 return PROGRESS_S
             raise
         self._answered(asked)
         with self._lock:
-            self._doubted.discard((attempt.job_id, attempt.number))
+            self._doubted.discard(attempt.key)
         self._obey(answer)  # a master that was started again knows only from this report what stands still
         attempt.drop_lines(first + len(lines))
         if len(lines) == LINES_A_REPORT:
             return 0.0
         return max(0.2, min(60.0, float(answer.get("next_s") or PROGRESS_S)))
+
+
+def carry_out(attempt: Attempt, machine: Machine, log: logging.Logger) -> tuple[Outcome, Json]:
+    """Run an attempt; return its outcome and its report, of an error of the agent's own too."""
+    try:
+        outcome = attempt.run()
+        return outcome, result_of(attempt, outcome, machine)
+    except Exception as error:  # one that nobody reports would hold its lease for ever
+        log.debug("job %s", attempt.job_id, exc_info=True)
+        return Outcome("failed"), {
+            "job_id": attempt.job_id, "attempt": attempt.number, "status": "failed",
+            "failure_reason": "agent", "error":
+            f"the agent on {machine.name} failed itself: {type(error).__name__}: {error}"}
 
 
 def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host, name: str) -> Workplace:
