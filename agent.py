@@ -3493,8 +3493,8 @@ class Agent:
             self._heard = max(self._heard, asked)
 
     def _register(self) -> None:
-        waiting = self._spool.waiting()
-        holding = [*(attempt.key for attempt in self._attempts()), *waiting]
+        running = [attempt.key for attempt in self._attempts()]  # before the spool, into which they go over
+        holding = dict.fromkeys([*running, *self._spool.waiting()])
         body = {**self._hardware.to_json(), "name": self._name, "protocol": PROTOCOL,
                 "address": self._hardware.address or self._name,
                 "version": VERSION, "session": self._session, "id": self._node_id,

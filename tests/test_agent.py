@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import os
 import shutil
 import signal
@@ -746,6 +747,28 @@ class Spooling(FolderCase):
         self.assertEqual(list((self.folder / "spool").iterdir()), [], "each try would fill the disk further")
         self.put("a")
         self.assertEqual(self.waiting(), ["a"])
+
+
+class Registering(FolderCase):
+    def test_an_attempt_that_ends_meanwhile_is_held_all_the_same(self) -> None:
+        """It leaves what runs for the spool: a look at the spool first, then at what runs, would miss it."""
+        options = agent.Options("127.0.0.1:9", True, 10, 30, 1, self.folder, self.folder, str(self.folder),
+                                "worker-01", ())
+        node = agent.Agent(options, hwdetect.Hardware(), hwdetect.Host(str(self.folder)),
+                           logging.getLogger("ffdist.agent"))
+        attempt = agent.Attempt("job-1", 3, {}, node._place)
+        node._running[attempt.key] = attempt
+        entries, sent = node._spool.entries, []
+
+        def ends_after_the_look() -> list[tuple[Path, agent.Json]]:
+            found = entries()
+            if node._running.pop(attempt.key, None):
+                node._spool.put({"job_id": "job-1", "attempt": 3, "status": "completed"})
+            return found
+        with mock.patch.object(node._spool, "entries", ends_after_the_look), \
+                mock.patch.object(node._client, "register", lambda body: sent.append(body) or {}):
+            node._register()
+        self.assertEqual(sent[0]["holding"], [{"job_id": "job-1", "attempt": 3}])
 
 
 class ClearingUp(FolderCase):
