@@ -3836,6 +3836,8 @@ def build_parser(run: bool) -> argparse.ArgumentParser:
         parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
                             help="a parameter, such as -p bitrate=5M; may be repeated")
         parser.add_argument("-o", dest="output_short", metavar="OUTPUT", help="short for --output")
+        parser.set_defaults(master="", register=False, poll_interval=10.0, heartbeat_interval=30.0,
+                            drain_limit=0.0)
     add_flags(parser, (*COMMON_FLAGS, *(RUN_FLAGS if run else AGENT_FLAGS)))
     return parser
 
@@ -3848,12 +3850,11 @@ def _options(args: argparse.Namespace) -> Options:
     name = args.name
     if name is not None and not (0 < len(name) <= 200 and name.isprintable()):
         raise ValueError("--name must be 1 to 200 printable characters")
-    return Options(getattr(args, "master", ""), getattr(args, "register", False),
-                   getattr(args, "poll_interval", 10.0), getattr(args, "heartbeat_interval", 30.0),
+    return Options(args.master, args.register, args.poll_interval, args.heartbeat_interval,
                    args.max_concurrent_jobs, Path(state).absolute(),
                    Path(args.work_dir or Path(state) / "work").absolute(), root, name,
                    tuple(entry.strip() for entry in args.allow_address.split(",") if entry.strip()),
-                   args.min_free, args.stall_limit, getattr(args, "drain_limit", 0.0), args.power_model)
+                   args.min_free, args.stall_limit, args.drain_limit, args.power_model)
 
 
 def _may_work_here(args: argparse.Namespace, client: Client) -> str | None:
@@ -3910,7 +3911,6 @@ def run_here(args: argparse.Namespace) -> int:
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: signals.append(received))
-    setup_logging("warning", args.log_format, "ffdist.agent")
     options = _options(args)
     parameters = parameters_of(args.parameters)
     for field, place in (("input", args.input), ("output", args.output_short or args.output)):
@@ -3926,30 +3926,28 @@ def run_here(args: argparse.Namespace) -> int:
 
 
 def _run_and_print(args: argparse.Namespace, job: Json, options: Options, signals: list[int]) -> int:
-    host = hwdetect.Host()
+    log, host = setup_logging("warning", args.log_format, "ffdist.agent"), hwdetect.Host()
     print("looking at this machine …", file=sys.stderr)
     hardware = hwdetect.detect(host, not args.no_probe, str(options.state_dir))
     options = dataclasses.replace(options, allow_address=("0.0.0.0/0", "::/0"))
     place = workplace(options, hardware, host, options.name or hardware.address or "this machine")
     place.meter.rested.wait(IDLE_FIRST_S + 2)  # so that the idle share is known
     attempt = Attempt(str(uuid.uuid4()), 1, job, place)
-    outcomes: list[Outcome] = []
-    ended = threading.Event()
-
-    def work() -> None:
-        outcomes.append(attempt.run())
-        ended.set()
-    threading.Thread(target=work, daemon=True).start()
+    results: list[Json] = []
+    worker = threading.Thread(target=lambda: results.append(carry_out(attempt, place.machine, log)[1]),
+                              daemon=True)
+    worker.start()
     bar = ProgressLine()
-    while not ended.wait(0.2):
+    while worker.is_alive():
+        worker.join(0.2)
         bar.show(progress_text(attempt.progress))
         if signals:
             attempt.stop("canceled")
     bar.close()
-    if signals and outcomes[0].status == "canceled":
+    if signals and results[0]["status"] == "canceled":
         print("agent: stopped; nothing is left of it", file=sys.stderr)
         return 130 if signals[0] == signal.SIGINT else 1
-    return _print_result(args, result_of(attempt, outcomes[0], place.machine))
+    return _print_result(args, results[0])
 
 
 def _print_result(args: argparse.Namespace, result: Json) -> int:

@@ -1162,6 +1162,16 @@ class ByHand(unittest.TestCase):
                 self.assertEqual(len(said_lines), 1, done.stderr)
                 self.assertIn(said, said_lines[0])
 
+    def test_an_error_of_the_agents_own_is_a_sentence_and_an_end(self) -> None:
+        words = ("import agent, sys\n"
+                 "def broken_stand_in(attempt): raise RuntimeError('a stand-in')\n"
+                 "agent.Attempt.run = broken_stand_in\n"
+                 "sys.exit(agent.main(['run', '64p25-h264', '--no-probe']))")
+        done = run("-c", words, folder=self.folder, env={"PYTHONPATH": str(TOP)}, timeout=60)
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertIn("failed itself: RuntimeError: a stand-in", done.stderr)
+        self.assertNotIn("Traceback", done.stderr)
+
     def test_without_ffmpeg_on_path(self) -> None:
         empty = self.folder / "empty-bin"
         empty.mkdir(exist_ok=True)
