@@ -992,19 +992,24 @@ def cgroup_limits(host: Host) -> Cgroup:
 
     Documentation/admin-guide/cgroup-v2.rst (cpu.max, memory.max), cgroup-v1 (cpu.cfs_quota_us).
     """
-    mounts = parse_cgroup_mounts(host.read("/proc/self/mountinfo"))
     version, cpus, memory = 0, [], []
-    for names, path in parse_cgroup(host.read("/proc/self/cgroup")):
-        controllers = set(names.split(",")) & {"cpu", "memory"}
-        if names and not controllers:
-            continue
-        version = max(version, 1 if names else 2)
-        for folder in _cgroup_folders(mounts, controllers, path):
+    for _, its_version, folders in _groups(host):
+        version = max(version, its_version)
+        for folder in folders:
             cpus.append(_cpu_quota(host, folder))
             memory += [_int(host, f"{folder}/memory.{name}") for name in ("max", "limit_in_bytes")]
     # Version 1 says "no limit" with the largest multiple of a page below 2^63.
     bounded = min((n for n in memory if n is not None and 0 < n < 2**62), default=None)
     return Cgroup(version or None, min((n for n in cpus if n is not None), default=None), bounded)
+
+
+def _groups(host: Host) -> Iterator[tuple[set[str], int, list[str]]]:
+    """Give (controllers, version, folders) of each hierarchy that limits CPU or memory of this process."""
+    mounts = parse_cgroup_mounts(host.read("/proc/self/mountinfo"))
+    for names, path in parse_cgroup(host.read("/proc/self/cgroup")):
+        controllers = set(names.split(",")) & {"cpu", "memory"}
+        if controllers or not names:
+            yield controllers, 1 if names else 2, _cgroup_folders(mounts, controllers, path)
 
 
 def _cgroup_folders(mounts: Sequence[tuple[str, str, str, str]], controllers: set[str],
@@ -1053,13 +1058,11 @@ class ControlGroup:
     def __init__(self, host: Host, name: str) -> None:
         self._host = host
         self._made: dict[str, tuple[str, str]] = {}  # controller -> folder, version
-        mounts = parse_cgroup_mounts(host.read("/proc/self/mountinfo"))
         self._places: dict[str, list[tuple[str, str]]] = {controller: [] for controller in GROUP_FILES}
-        for names, path in parse_cgroup(host.read("/proc/self/cgroup")):
-            for controller, places in self._places.items():
-                if not names or controller in names.split(","):
-                    places += [(f"{folder}/{GROUP_PREFIX}{name}", "v1" if names else "v2") for folder in
-                               _cgroup_folders(mounts, {controller} if names else set(), path)]
+        for controllers, version, folders in _groups(host):
+            for controller in controllers or self._places:
+                self._places[controller] += [(f"{folder}/{GROUP_PREFIX}{name}", f"v{version}")
+                                             for folder in folders]
 
     @property
     def folders(self) -> list[str]:
@@ -1342,11 +1345,19 @@ def may_mirror(host: Host, zones: Sequence[RaplZone]) -> bool:
     return several and "GenuineIntel" not in (host.read("/proc/cpuinfo") or "")
 
 
-def read_counters(host: Host, zones: Iterable[RaplZone]) -> tuple[dict[str, int], dict[str, int]]:
-    """Read each counter (µJ) in turn, then all again: only the same register stays inside that bracket."""
+def read_counters(host: Host, zones: Iterable[RaplZone], twice: bool = True,
+                  ) -> tuple[dict[str, int], dict[str, int]]:
+    """Read each counter (µJ) in turn, then all again: only the same register stays inside that bracket.
+
+    Where they are not to be read `twice` the second reading is the first.
+    """
     names = [(zone.name, f"{POWERCAP}/{zone.zone}/energy_uj") for zone in zones]
-    first, again = ([(name, _int(host, path)) for name, path in names] for _ in range(2))
-    return {n: uj for n, uj in first if uj is not None}, {n: uj for n, uj in again if uj is not None}
+
+    def read() -> dict[str, int]:
+        return {name: uj for name, path in names if (uj := _int(host, path)) is not None}
+
+    first = read()
+    return first, read() if twice else dict(first)
 
 
 def mirrored(zones: Sequence[RaplZone], first: Mapping[str, int], again: Mapping[str, int]) -> dict[str, str]:
@@ -1439,8 +1450,8 @@ def _media(host: Host, hw: Hardware, probe: bool, state_dir: str | None,
     """FFmpeg, what it has, and which encoders work here."""
     wanted = wanted or (None if host.foreign else os.environ.get("FFDIST_FFMPEG")) or "ffmpeg"
     program = host.which(wanted)
-    reason = f"{wanted} is not installed or not on PATH"
-    hw.unknown.update(dict.fromkeys(("ffmpeg", "ffmpeg_version", "encoders", "filters"), reason))
+    fields = ("ffmpeg", "ffmpeg_version", "encoders", "filters")
+    hw.unknown.update(dict.fromkeys(fields, f"{wanted} is not installed or not on PATH"))
     hw.unknown["ffprobe"] = "ffprobe is neither beside ffmpeg nor on PATH"
     if program is None:
         return hw
@@ -1451,10 +1462,9 @@ def _media(host: Host, hw: Hardware, probe: bool, state_dir: str | None,
     told = Result(None, "", "") if host.foreign else host.run(version_argv, PROGRAM_S)
     version = re.match(r"ffmpeg version (\S+)", told.stdout)
     if version is None:
-        reason = f"{program} does not tell its version: {parse_failure(told)}"
-        if host.foreign:
-            reason = "another root is read: trying its FFmpeg here would tell of this machine"
-        hw.unknown.update(dict.fromkeys(("ffmpeg_version", "encoders", "filters"), reason))
+        reason = ("another root is read: trying its FFmpeg here would tell of this machine" if host.foreign
+                  else f"{program} does not tell its version: {parse_failure(told)}")
+        hw.unknown.update(dict.fromkeys(fields[1:], reason))
         return hw
     filters = parse_listed(host.run([program, "-hide_banner", "-filters"], PROGRAM_S).stdout)
     hw.unknown["filters"] = f"{program} has no quality filter"
@@ -1576,7 +1586,7 @@ class _Rapl:
 
     def sample(self, now: float, unknown: dict[str, str]) -> float | None:
         """Add what came since the previous sample. Gives its watts, None when there is none yet."""
-        counters, again = self._read()
+        counters, again = read_counters(self._host, self._zones.values(), self._may_mirror)
         zones = [zone for name, zone in self._zones.items() if name in counters]
         elapsed = 0.0 if self._whole_at is None else now - self._whole_at
         deltas = {zone.name: self._delta(zone, counters[zone.name], elapsed, unknown) for zone in zones}
@@ -1615,14 +1625,6 @@ class _Rapl:
             if name not in counters:
                 unknown[f"zones.{name}"] = self._host.why(f"{POWERCAP}/{self._zones[name].zone}/energy_uj")
         return needed
-
-    def _read(self) -> tuple[dict[str, int], dict[str, int]]:
-        if self._may_mirror:
-            return read_counters(self._host, self._zones.values())
-        found = {name: _int(self._host, f"{POWERCAP}/{zone.zone}/energy_uj")
-                 for name, zone in self._zones.items()}
-        first = {name: counter for name, counter in found.items() if counter is not None}
-        return first, dict(first)
 
     def _delta(self, zone: RaplZone, counter: int, elapsed: float, unknown: dict[str, str]) -> float | None:
         """Joules since the zone's previous reading; None without one, or when the counter was reset."""
