@@ -3325,8 +3325,9 @@ def _write_json(path: Path, value: Json) -> None:
 class Agent:
     """One node of a fleet: its identity, its slots, its talk with the master.
 
-    The lock guards `_running`, `_doubted` and `_heard`; it is never held during I/O. `_seen`, `_word` and
-    `_hasty` are the poller's.
+    From its start to its end first, then the parked request (a thread), the attempts (one each), and what
+    is sent of them (a thread). The lock guards `_running`, `_doubted` and `_heard`; it is never held during
+    I/O. `_seen`, `_word` and `_hasty` are the poller's.
     """
 
     def __init__(self, options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host,
@@ -3361,8 +3362,6 @@ class Agent:
         name = options.name or hardware.address or os.uname().nodename
         self._name = name
         self._place = workplace(options, hardware, host, name)
-
-    # -- life
 
     def run(self) -> int:
         """Serve until stop() is called or the node is taken over; return the exit code."""
@@ -3442,8 +3441,6 @@ class Agent:
     def _attempts(self) -> list[Attempt]:
         with self._lock:
             return list(self._running.values())
-
-    # -- the parked request
 
     def _poll(self) -> None:
         backoff = BACKOFF_FIRST_S
@@ -3588,8 +3585,6 @@ class Agent:
             getattr(attempt, action)()
             self._news.set()
 
-    # -- attempts
-
     def _start(self, job: Json) -> None:
         key = job_id, number = str(job.get("id")), int(job.get("attempt") or 1)
         attempt = Attempt(job_id, number, job, self._place, lambda: self._confirm(attempt))
@@ -3648,8 +3643,6 @@ class Agent:
             except ApiError:
                 if self._stopping.wait(1):
                     return False
-
-    # -- reports
 
     def _report(self) -> None:
         """Send progress and empty the spool until the end; silence makes it wait, longer each time."""
