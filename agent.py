@@ -2387,7 +2387,7 @@ class Outcome:
     status: str
     settings: Settings | None = None
     plan: Plan | None = None
-    ledger: Ledger | None = None
+    ledger: Ledger = dataclasses.field(default_factory=Ledger)
     progress: Progress = Progress()
     wall_s: float = 0.0
     output_bytes: int | None = None
@@ -2414,12 +2414,13 @@ def measured_runs(runs: Sequence[Outcome]) -> list[Outcome]:
 
 def intervals_of(runs: Sequence[Outcome]) -> dict[str, Json]:
     """Return the statistics of time and, where it is known, of energy, of runs that count."""
-    energies = [energy_of(run.ledger or Ledger()).joules for run in runs]
-    known = [joules for joules in energies if joules is not None]
     if len(runs) < 2:
         return {}
     found = {"duration": interval([run.wall_s for run in runs])}
-    return {**found, "energy_joules": interval(known)} if len(known) == len(runs) else found
+    energies = [energy_of(run.ledger).joules for run in runs]
+    if None not in energies:
+        found["energy_joules"] = interval([joules or 0.0 for joules in energies])
+    return found
 
 
 def wants_another(confidence: str, runs: Sequence[Outcome], elapsed_s: float, left_s: float) -> bool:
@@ -3013,7 +3014,7 @@ def _rounded(value: Any) -> Any:
 
 def _measured(run: Outcome, unknown: dict[str, str]) -> Json:
     """Return what was measured of one run."""
-    ledger, energy = run.ledger or Ledger(), energy_of(run.ledger or Ledger())
+    ledger, energy = run.ledger, energy_of(run.ledger)
     if energy.why:
         unknown["energy_joules"] = energy.why
     if ledger.gpu_joules is not None and energy.gpu_joules is None:
@@ -3053,7 +3054,7 @@ def _cpu_usage(ledger: Ledger, wall_s: float) -> tuple[float | None, float | Non
 
 def _explain(metrics: Json, unknown: dict[str, str], outcome: Outcome) -> None:
     """Give a reason to every figure that is null: one of the machine, or one of the film."""
-    ledger = outcome.ledger or Ledger()
+    ledger = outcome.ledger
     why_energy = unknown.get("energy_joules", "unknown energy")
     known = metrics["energy_joules"] is not None
     why_idle = ledger.unknown.get("idle_watts", "no idle baseline of this run") if known else why_energy
@@ -3087,7 +3088,7 @@ def confidence_reached(outcome: Outcome) -> tuple[str, list[str]]:
     if len(runs) > 1:
         found, how = intervals_of(runs), f"{len(runs)} runs and a warm-up"
         word = confidence_of(found.values()) if len(runs) >= RUNS_LEAST else "low"
-    elif outcome.confidence == "low" or outcome.ledger is None:
+    elif outcome.confidence == "low":
         return "low", []
     else:
         columns = {"speed": [point[1] for point in outcome.ledger.pace.points],
@@ -3214,16 +3215,16 @@ def result_of(attempt: Attempt, outcome: Outcome, machine: Machine) -> Json:
 
 def _history(outcome: Outcome) -> Json:
     """Return the runs of an outcome, their statistics, and the samples of the last one."""
-    runs, ledger = outcome.runs, outcome.ledger or Ledger()
+    runs, ledger = outcome.runs, outcome.ledger
     counted = measured_runs(runs)
-    energies = [energy_of(run.ledger or Ledger()).joules for run in runs]
+    energies = [energy_of(run.ledger).joules for run in runs]
     warm = len(runs) - len(counted)
     columns = [[run.wall_s for run in counted]]
     if None not in energies:
         columns.append([joules or 0.0 for joules in energies[warm:]])
     strays = [False] * warm + [any(row) for row in zip(*map(outliers, columns))]
     repeats = [{"duration": _rounded(run.wall_s), "energy_joules": _rounded(joules),
-                "cpu_usage": _rounded(_cpu_usage(run.ledger or Ledger(), run.wall_s)[0]),
+                "cpu_usage": _rounded(_cpu_usage(run.ledger, run.wall_s)[0]),
                 "warm_up": at < warm, "outlier": stray}
                for at, (run, joules, stray) in enumerate(zip(runs, energies, strays))]
     points = list(zip(*ledger.series.points)) or [(), (), ()]
@@ -3662,6 +3663,10 @@ class Agent:
             self._news.wait(due)
             self._news.clear()
 
+    def _heed_successor(self, error: ApiError) -> None:
+        if error.status == 409 and error.field == "session":
+            raise Superseded(f"node {self._name} ends: {error.message}") from None
+
     def _deliver(self) -> None:
         """Send what the spool holds, oldest first; a report that was judged leaves it."""
         for path, result in self._spool.entries():
@@ -3670,8 +3675,7 @@ class Agent:
                 self._client.report({**result, "session": self._session} if self._protocol else result)
                 self._log.info("job %s: result delivered (%s)", result["job_id"], result["status"])
             except ApiError as error:
-                if error.status == 409 and error.field == "session":
-                    raise Superseded(f"node {self._name} ends: {error.message}") from None
+                self._heed_successor(error)
                 if error.status not in (404, 409):
                     if error.retryable:
                         raise
@@ -3700,8 +3704,7 @@ class Agent:
         try:
             answer = self._client.progress(attempt.job_id, body)
         except ApiError as error:
-            if error.status == 409 and error.field == "session":
-                raise Superseded(f"node {self._name} ends: {error.message}") from None
+            self._heed_successor(error)
             if error.status in (404, 409):
                 self._abandon([attempt])
                 return PROGRESS_S
