@@ -488,20 +488,14 @@ class _KeepAlive(urllib.request.HTTPHandler):
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         headers = {**request.headers, **request.unredirected_hdrs}
         timeout = float(getattr(request, "timeout", CONNECT_S) or CONNECT_S)
-        kept = self._take(request.host)
-        if kept is not None:
+        kept: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
+        if kept is not None and kept.sock is not None and self._local.host == request.host:
             try:
                 return self._exchange(kept, request, headers, timeout)
             except (http.client.BadStatusLine, http.client.CannotSendRequest, ConnectionError):
                 kept.close()  # the server had closed it while it was idle: once more, on a new one
         fresh = http.client.HTTPConnection(request.host, timeout=CONNECT_S)
         return self._exchange(fresh, request, headers, timeout)
-
-    def _take(self, host: str) -> http.client.HTTPConnection | None:
-        kept: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
-        if kept is None or kept.sock is None or getattr(self._local, "host", None) != host:
-            return None
-        return kept
 
     def _exchange(self, connection: http.client.HTTPConnection, request: urllib.request.Request,
                   headers: Mapping[str, str], timeout: float) -> http.client.HTTPResponse:
@@ -549,9 +543,9 @@ class Client:
         url = self.url + path + ("?" + urllib.parse.urlencode(known) if known else "")
         data = None if body is None else json.dumps(body, allow_nan=False).encode()
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
-        status, _, raw = _exchange(self._opener, request, self.patience_s + (wait_s or 0),
-                                   f"the master at {self.url}", ANSWER_LIMIT_BYTES)
-        if status >= 300:
+        status, _, raw = _answer_to(request, self._opener, self.patience_s + (wait_s or 0),
+                                    f"the master at {self.url}", ANSWER_LIMIT_BYTES)
+        if not 200 <= status < 300:
             raise _refusal(status, raw)
         return _decode(raw, self.url)
 
@@ -622,15 +616,15 @@ def exchange_text(url: str, text: bytes | None = None, timeout_s: float = CONNEC
     if user:
         word = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
         request.add_header("Authorization", f"Basic {word}")
-    status, reason, raw = _exchange(_plain_opener(), request, timeout_s, shown, 1 << 20)
-    if status >= 300:
+    status, reason, raw = _answer_to(request, _plain_opener(), timeout_s, shown, 1 << 20)
+    if not 200 <= status < 300:
         words = raw[:1 << 10].decode(errors="replace").strip()
         raise ApiError(status, f"{shown} answers {status}: {words or reason}")
     return raw.decode(errors="replace")
 
 
-def _exchange(opener: urllib.request.OpenerDirector, request: urllib.request.Request, timeout_s: float,
-              whom: str, most_bytes: int) -> tuple[int, str, bytes]:
+def _answer_to(request: urllib.request.Request, opener: urllib.request.OpenerDirector, timeout_s: float,
+               whom: str, most_bytes: int) -> tuple[int, str, bytes]:
     """Return status, reason and body of an answer, a refusal's too; ApiError where none came."""
     try:
         try:
@@ -872,13 +866,13 @@ def _without_aliases(parameters: Json) -> Json:
     values = dict(parameters)
     size = values.pop("resolution", None)
     if size is not None:
-        match = re.fullmatch(r"(\d{2,5})[xX](\d{2,5})", size) if isinstance(size, str) else None
-        word = _SIZE_WORD.fullmatch(size) if isinstance(size, str) else None
-        if not match and not word:
+        text = size if isinstance(size, str) else ""
+        if match := re.fullmatch(r"(\d{2,5})[xX](\d{2,5})", text):
+            values = {"width": int(match[1]), "height": int(match[2]), **values}
+        elif match := _SIZE_WORD.fullmatch(text):
+            values = {**_size_values(match, text), **values}
+        else:
             raise _bad("resolution", "must be like 1920x1080 or 1080p")
-        found = ({"width": int(match[1]), "height": int(match[2])} if match
-                 else _size_values(word, size))  # type: ignore[arg-type]
-        values = {**found, **values}
     if "frame_rate" in values:
         values.setdefault("fps", values.pop("frame_rate"))
     mode, url, key = (values.pop(name, None) for name in ("output_mode", "rtmp_url", "stream_key"))
