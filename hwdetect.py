@@ -1973,7 +1973,8 @@ def _watch(host: Host, interval_s: float, as_json: bool) -> int:
         while True:
             reading = sampler.sample(time.monotonic())
             print(_watch_json(reading) if as_json else _watch_line(reading, turn), flush=True)
-            turn += 1
+            # Turns that were missed are left out: a rate of microseconds would tell nothing.
+            turn = max(turn + 1, math.ceil((time.monotonic() - start) / interval_s))
             time.sleep(max(0.0, start + turn * interval_s - time.monotonic()))
     finally:
         sampler.close()

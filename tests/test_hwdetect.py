@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
 import json
 import os
@@ -657,6 +658,25 @@ class Energy(TreeCase):
             self.assertEqual(("", 130), (process.stderr.read() if process.stderr else "", process.wait()))
         finally:
             guard.cancel()
+            process.kill()
+            process.communicate()
+
+
+    def test_watch_makes_up_for_no_missed_turn(self) -> None:
+        """After a stop of ten turns the next readings are a turn apart again, not all at once."""
+        argv = [sys.executable, str(HERE.parent / "hwdetect.py"), "--root", str(self.tree), "--watch", "50ms",
+                "--json"]
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        try:
+            process.stdout.readline()
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGCONT)
+            moments = [datetime.datetime.strptime(json.loads(process.stdout.readline())["time"],
+                                                  "%Y-%m-%dT%H:%M:%S.%fZ") for _ in range(8)]
+            self.assertGreater((moments[7] - moments[1]).total_seconds(), 5 * 0.05)
+        finally:
             process.kill()
             process.communicate()
 
