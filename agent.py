@@ -3172,10 +3172,13 @@ def _threads_verdict(settings: Settings, made: Plan, metrics: Json, machine: Mac
 def _faster_preset(made: Plan, row: Encoder) -> str | None:
     """Return the next faster preset word; from a strange own word, such as placebo, it is the middle one."""
     own = made.preset or ""
-    if own not in row.presets:
-        return "medium" if row.presets and own and not (own.isdigit() and own > row.presets[0]) else None
-    at = row.presets.index(made.preset)
-    return PRESET_WORDS[at - 1] if at > 0 else None
+    if own.isdigit():  # the higher the faster, for all encoders that count
+        faster = [word for word, other in zip(PRESET_WORDS, row.presets) if int(other) > int(own)]
+    elif own in row.presets:
+        faster = list(PRESET_WORDS[:row.presets.index(own)])
+    else:
+        faster = ["medium"] if own else []
+    return faster[-1] if faster else None
 
 
 def result_of(attempt: Attempt, outcome: Outcome, machine: Machine) -> Json:

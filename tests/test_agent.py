@@ -1333,6 +1333,17 @@ class Judging(unittest.TestCase):
         given = {"input": "in.mp4", "output": "out.mp4", **parameters}
         return agent.analyze(settings, agent.plan(settings, on, FILM, "out.mp4"), metrics, on, given)
 
+    def test_presets_that_are_numbers_are_compared_as_numbers(self) -> None:
+        on = machine(libsvtav1=None, librav1e=None)
+        for encoder, own, faster in (("libsvtav1", "3", "veryslow"), ("libsvtav1", "8", "faster"),
+                                     ("librav1e", "7", "fast"), ("librav1e", "9", "superfast"),
+                                     ("libsvtav1", "13", None), ("librav1e", "10", None)):
+            with self.subTest(encoder, own=own):
+                told = self.judge({"speed": 0.5}, on, codec="av1", encoder=encoder, preset=own)
+                self.assertEqual(told["recommendation"], "faster_preset" if faster else "other_node")
+                suggestion = told["suggestion"] or {"parameters": {"preset": None}}
+                self.assertEqual(suggestion["parameters"]["preset"], faster)
+
     def test_every_word_is_a_documented_one_and_every_suggestion_can_be_submitted(self) -> None:
         cases = (({"speed": 2.0, "cpu_usage": 90.0}, {}, None), ({"speed": 0.5}, {"preset": "slow"}, None),
                  ({"damaged_packets": 3}, {}, None),
