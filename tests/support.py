@@ -270,6 +270,11 @@ def run(*argv: str, folder: Path, env: dict[str, str] | None = None, timeout: fl
                           cwd=folder, env={**clean, "HOME": str(folder), **(env or {})}, timeout=timeout)
 
 
+def interruptible() -> None:
+    """Let Ctrl-C work in a child even where the tests run in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def served(folder: Path) -> Iterator[str]:
     """Serve a folder over HTTP on loopback; gives its URL."""

@@ -23,6 +23,7 @@ from typing import Callable
 import hwdetect
 from hwdetect import Host, Reading, Result, Sampler, detect
 from tests import archive
+from tests.support import interruptible
 
 HERE = Path(__file__).resolve().parent
 MACHINES = sorted((HERE / "hosts").glob("*.txt"))
@@ -633,7 +634,8 @@ class Energy(TreeCase):
             "20ms",
             "--json",
         ]
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   preexec_fn=interruptible)
         assert process.stdout is not None
         guard = threading.Timer(DEADLINE_S, process.kill)
         guard.start()

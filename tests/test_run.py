@@ -29,6 +29,7 @@ from tests.support import (
     TOP,
     control_groups,
     free_port,
+    interruptible,
     need,
     newer_ffmpeg,
     run,
@@ -61,11 +62,6 @@ class NoGroups(hwdetect.Host):
 
     def make(self, folder: str) -> bool:
         return False
-
-
-def interruptible() -> None:
-    """Let Ctrl-C work in a child even where the tests run in the background of a shell."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 TONE = ["-f", "lavfi", "-i", "sine=frequency=300:duration=1"]
