@@ -5185,6 +5185,7 @@ def stop_monitoring(site: Site) -> list[str]:
 
 MASTER_FLAG = Flag("--master", "http://localhost:8080", str, "the master's address (http://localhost:8080)")
 JSON_FLAG = Flag("--json", False, None, "print the API's own JSON")
+ASK_FLAGS = (MASTER_FLAG, JSON_FLAG)
 PAGE_FLAGS = (Flag("--status", None, str, "only of this status"),
               Flag("--scenario", None, str, "only of this scenario"),
               Flag("--node-id", None, str, "only of this node"),
@@ -5200,16 +5201,38 @@ def _client(args: argparse.Namespace) -> wire.Client:
     return args.client
 
 
-def _print_json(value: Any) -> int:
+def asks(ask: Callable[[wire.Client, argparse.Namespace], Json],
+         show: Callable[[Json], Any]) -> Callable[[argparse.Namespace], int]:
+    """Return the command that asks the master one thing and shows the answer, as JSON where wanted."""
+    def command(args: argparse.Namespace) -> int:
+        answer = ask(_client(args), args)
+        (_print_json if args.json else show)(answer)
+        return 0
+    return command
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
-    return 0
 
 
-def _print_table(rows: Sequence[Sequence[Any]]) -> int:
+def _print_table(rows: Iterable[Sequence[Any]]) -> None:
     colours = COLOURS if sys.stdout.isatty() and "NO_COLOR" not in os.environ else None
     texts = [["-" if cell is None or cell == "" else wire.printable(cell) for cell in row] for row in rows]
     print(wire.table_text(texts, shutil.get_terminal_size((100, 24)).columns, colours))
-    return 0
+
+
+def _print_page(page: Json, what: str, hint: str, rows: Sequence[Sequence[Any]]) -> None:
+    """Print rows, the first of them heads, and where the next page begins; a hint where there are none."""
+    if len(rows) == 1:
+        print(f"no {what}; {hint}")
+        return
+    _print_table(rows)
+    if page.get("next"):
+        print(f"{page['count']} of {page['total']} {what}; the next with --after {page['next']}")
 
 
 def _ago(text: str | None) -> str | None:
@@ -5291,25 +5314,25 @@ def cmd_master(args: argparse.Namespace) -> int:
 
 def cmd_submit(args: argparse.Namespace) -> int:
     """Submit one job, and wait for it where asked to."""
-    parameters = wire.parameters_of(args.parameters)
-    parameters.update({name: value for name, value in (("input", args.input), ("output", args.output))
-                       if value is not None})
+    places = {"input": args.input, "output": args.output}
+    parameters = {**wire.parameters_of(args.parameters),
+                  **{name: place for name, place in places.items() if place is not None}}
     client = _client(args)
-    body = {"id": str(uuid.uuid4()), "scenario": args.scenario, "confidence": args.confidence,
-            "parameters": parameters}
-    job = client.submit(body)
+    job = client.submit({"id": str(uuid.uuid4()), "scenario": args.scenario, "confidence": args.confidence,
+                         "parameters": parameters})
     if args.wait:
         return _wait_for(client, job, args.json)
     if args.json:
-        return _print_json(job)
+        _print_json(job)
+        return 0
     print(f"job {job['id']} submitted: {wire.settings_text(job.get('settings') or {})}")
-    print(f"follow it with: python3 ffdist.py logs {job['id'][:8]} -f", file=sys.stderr)
+    _say(f"follow it with: python3 ffdist.py logs {job['id'][:8]} -f")
     return 0
 
 
 def _wait_for(client: wire.Client, job: Json, as_json: bool) -> int:
     """Show progress until a job ends, then what came out."""
-    print(f"job {job['id']}", file=sys.stderr)
+    _say(f"job {job['id']}")
     bar = wire.ProgressLine()
     try:
         while job["status"] not in FINAL:
@@ -5325,15 +5348,12 @@ def _wait_for(client: wire.Client, job: Json, as_json: bool) -> int:
                 bar.show(_waiting_text(job))
     except KeyboardInterrupt:
         bar.close()
-        print(f"the job goes on; stop it with: python3 ffdist.py cancel {job['id'][:8]}", file=sys.stderr)
+        _say(f"the job goes on; stop it with: python3 ffdist.py cancel {job['id'][:8]}")
         return 130
     finally:
         bar.close()
     job = client.job(job["id"])
-    if as_json:
-        _print_json(job)
-    else:
-        _show_job(job)
+    (_print_json if as_json else show_job)(job)
     return 0 if job["status"] == "completed" else 1
 
 
@@ -5345,7 +5365,8 @@ def _waiting_text(job: Json) -> str:
     return str(job["status"])
 
 
-def _show_job(job: Json) -> None:
+def show_job(job: Json) -> None:
+    """Show one job: what it was to be, what became of it, and its result."""
     result = job.get("result") or {}
     rows: list[tuple[Any, ...]] = [
         ("job", job["id"]), ("status", job["status"]), ("scenario", job["scenario"]),
@@ -5369,64 +5390,79 @@ def _show_job(job: Json) -> None:
     _print_table(rows)
 
 
-def cmd_show(args: argparse.Namespace) -> int:
-    """Show one job."""
-    job = _client(args).job(args.id)
-    if args.json:
-        return _print_json(job)
-    _show_job(job)
-    return 0
-
-
 def _page_query(args: argparse.Namespace) -> Json:
     return {name: getattr(args, name) for name in ("status", "scenario", "node_id", "limit", "after")}
 
 
-def cmd_jobs(args: argparse.Namespace) -> int:
+def show_jobs(page: Json) -> None:
     """List jobs, newest first."""
-    page = _client(args).jobs(_page_query(args))
-    if args.json:
-        return _print_json(page)
-    rows: list[tuple[Any, ...]] = [("JOB", "STATUS", "DONE", "CREATED", "SCENARIO", "WHAT")]
-    rows += [(job["id"][:8], job["status"], percent_text(job), _ago(job["created_at"]), job["scenario"],
-              job.get("error") or wire.settings_text(job.get("settings") or {})) for job in page["jobs"]]
-    return _print_page(rows, page, "jobs", "submit one with: python3 ffdist.py submit 720p30-h264")
+    _print_page(page, "jobs", "submit one with: python3 ffdist.py submit 720p30-h264", [
+        ("JOB", "STATUS", "DONE", "CREATED", "SCENARIO", "WHAT"),
+        *((job["id"][:8], job["status"], percent_text(job), _ago(job["created_at"]), job["scenario"],
+           job.get("error") or wire.settings_text(job.get("settings") or {})) for job in page["jobs"])])
 
 
-def cmd_results(args: argparse.Namespace) -> int:
+def show_results(page: Json) -> None:
     """List results, newest first."""
-    page = _client(args).results(_page_query(args))
-    if args.json:
-        return _print_json(page)
-    rows: list[tuple[Any, ...]] = [
+    _print_page(page, "results", "they come when jobs have run", [
         ("JOB", "STATUS", "NODE", "TIME", "SPEED", "CPU", "ENERGY", "COST", "CO2E", "SIZE", "SCENARIO",
-         "VERDICT")]
-    rows += [_result_row(result) for result in page["results"]]
-    return _print_page(rows, page, "results", "they come when jobs have run")
+         "VERDICT"), *map(_result_row, page["results"])])
 
 
 def _result_row(result: Json) -> tuple[Any, ...]:
     metrics = result.get("metrics") or {}
 
-    def figure(name: str, form: str) -> str | None:
+    def figure(name: str, text: Callable[[Any], str]) -> str | None:
         value = metrics.get(name)
-        return form.format(value) if isinstance(value, (int, float)) else None
-    size = metrics.get("output_bytes")
-    return (result["job_id"][:8], result["status"], result.get("node"), figure("duration", "{:.1f} s"),
-            figure("speed", "{:.2f}x"), figure("cpu_usage", "{:.0f} %"), energy_text(metrics),
+        return text(value) if isinstance(value, (int, float)) else None
+    return (result["job_id"][:8], result["status"], result.get("node"), figure("duration", "{:.1f} s".format),
+            figure("speed", "{:.2f}x".format), figure("cpu_usage", "{:.0f} %".format), energy_text(metrics),
             money_text(metrics, "energy_cost"), amount_text(finite(metrics, "carbon_g"), "g"),
-            wire.size_text(size) if isinstance(size, (int, float)) else None, result["scenario"],
+            figure("output_bytes", wire.size_text), result["scenario"],
             (result.get("analyzer_output") or {}).get("recommendation") or result.get("error"))
 
 
-def _print_page(rows: Sequence[Sequence[Any]], page: Json, what: str, hint: str) -> int:
-    if len(rows) == 1:
-        print(f"no {what}; {hint}")
-        return 0
-    _print_table(rows)
-    if page.get("next"):
-        print(f"{page['count']} of {page['total']} {what}; the next with --after {page['next']}")
-    return 0
+def show_nodes(page: Json) -> None:
+    """List nodes, and say why one is in quarantine."""
+    nodes = page["nodes"]
+    _print_page(page, "nodes", "register one with: python3 agent.py --register --master URL", [
+        ("NODE", "STATUS", "JOBS", "TYPE", "THREADS", "MEMORY", "HEARD", "GPU", "CPU"),
+        *((node["name"], node["status"], f"{node['running']}/{node['max_concurrent_jobs']}",
+           node.get("type"), node.get("cpu_threads"), wire.size_text(node.get("ram_bytes")),
+           _ago(node["last_heartbeat"]), node.get("gpu_type"), node.get("cpu_model")) for node in nodes)])
+    for node in nodes:
+        if node.get("quarantine"):
+            said = f"{node['name']} is in quarantine: {node['quarantine']['reason']}"
+            print(f"{wire.printable(said)}; 'undrain {node['id'][:8]}' lets it work at once")
+
+
+def show_order(job: Json) -> None:
+    """Tell what an order made of a job."""
+    asked = " (its node is told to stop it)" if job.get("cancel_requested") else ""
+    print(f"job {job['id']} is {job['status']}{asked}")
+
+
+def show_node(node: Json) -> None:
+    """Tell what an order made of a node."""
+    running = node["running"]
+    print(f"node {node['name']} is {node['status']}, {running} job{'' if running == 1 else 's'} on it")
+
+
+def cmd_logs(args: argparse.Namespace) -> int:
+    """Print the log of a job; -f follows it to its end."""
+    client, after = _client(args), 0
+    kept: list[str] = []
+    while True:
+        part = client.logs(args.id, after, 20 if args.follow else None)
+        kept += part["lines"] if args.json else []
+        for line in () if args.json else part["lines"]:
+            print(wire.printable(line))
+        sys.stdout.flush()
+        after = part["next"]
+        if not part["lines"] and (not args.follow or part.get("status") in FINAL):
+            if args.json:
+                _print_json({"lines": kept, "next": after})
+            return 0
 
 
 def load_experiment(path: str) -> Experiment:
@@ -5448,7 +5484,11 @@ def cmd_experiment(args: argparse.Namespace) -> int:
     experiment = load_experiment(args.file)
     jobs = experiment.jobs
     if args.dry_run:
-        return _print_json({"experiment": experiment.id, "jobs": jobs}) if args.json else _plan(experiment)
+        if args.json:
+            _print_json({"experiment": experiment.id, "jobs": jobs})
+        else:
+            _print_plan(experiment)
+        return 0
     client = _client(args)
     _check_nodes(experiment, client.nodes()["nodes"])
     again = f"python3 ffdist.py experiment {shlex.quote(args.file)}"
@@ -5497,7 +5537,8 @@ def cmd_report(args: argparse.Namespace) -> int:
     if args.json or kind == "json":
         text = json.dumps(report_json(title, rows, made_at), indent=2) + "\n"
     elif kind is None:
-        return _print_report(rows)
+        _print_report(rows)
+        return 0
     else:
         text = report_csv(rows) if kind == "csv" else report_html(title, rows, made_at)
     if not args.output:
@@ -5508,16 +5549,14 @@ def cmd_report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_report(rows: Sequence[Row]) -> int:
-    _print_page(report_rows(rows), {}, "results", "they come when jobs have run")
-    lines: list[tuple[Any, ...]] = [("BD", "AT EQUAL", "COSTS", "THIS", "AGAINST", "WHAT")]
-    lines += [(delta.cost, delta.quality, f"{delta.cubic:+.1f} %" if delta.cubic is not None else None,
-               delta.test, delta.anchor, delta.why or delta.content)
-              for delta in deltas_of([row for row in rows if row.status == "completed"])]
-    if len(lines) > 1:
+def _print_report(rows: Sequence[Row]) -> None:
+    _print_page({}, "results", "they come when jobs have run", report_rows(rows))
+    deltas = deltas_of([row for row in rows if row.status == "completed"])
+    if deltas:
         print()
-        _print_table(lines)
-    return 0
+        _print_table([("BD", "AT EQUAL", "COSTS", "THIS", "AGAINST", "WHAT"), *(
+            (delta.cost, delta.quality, None if delta.cubic is None else f"{delta.cubic:+.1f} %", delta.test,
+             delta.anchor, delta.why or delta.content) for delta in deltas)])
 
 
 def _reported(client: wire.Client, args: argparse.Namespace) -> tuple[str, list[str]]:
@@ -5543,7 +5582,7 @@ def _reported(client: wire.Client, args: argparse.Namespace) -> tuple[str, list[
     return f"Experiment {args.experiment}", found[::-1]
 
 
-def _plan(experiment: Experiment) -> int:
+def _print_plan(experiment: Experiment) -> None:
     rows: list[tuple[Any, ...]] = [("JOB", "NODE", "STREAMS", "REPEAT", "WHAT")]
     for group in experiment.groups:
         job, cell = group.jobs[0], group.jobs[0]["experiment"]["cell"]
@@ -5554,7 +5593,6 @@ def _plan(experiment: Experiment) -> int:
                      " ".join(str(word) for word in what if word)))
     _print_table(rows)
     _say(f"experiment {experiment.id}: {len(experiment.jobs)} jobs; nothing was submitted")
-    return 0
 
 
 def _check_nodes(experiment: Experiment, nodes: Sequence[Json]) -> None:
@@ -5600,64 +5638,6 @@ def _follow(client: wire.Client, experiment: Experiment, wait: bool) -> dict[str
                 time.sleep(max(POLL_S, len(due) / 1000))
     finally:
         bar.close()
-
-
-def cmd_nodes(args: argparse.Namespace) -> int:
-    """List nodes."""
-    page = _client(args).nodes()
-    if args.json:
-        return _print_json(page)
-    rows: list[tuple[Any, ...]] = [
-        ("NODE", "STATUS", "JOBS", "TYPE", "THREADS", "MEMORY", "HEARD", "GPU", "CPU")]
-    rows += [(node["name"], node["status"], f"{node['running']}/{node['max_concurrent_jobs']}",
-              node.get("type"), node.get("cpu_threads"), wire.size_text(node.get("ram_bytes")),
-              _ago(node["last_heartbeat"]), node.get("gpu_type"), node.get("cpu_model"))
-             for node in page["nodes"]]
-    code = _print_page(rows, page, "nodes", "register one with: python3 agent.py --register --master URL")
-    for node in page["nodes"]:
-        if node.get("quarantine"):
-            said = f"{node['name']} is in quarantine: {node['quarantine']['reason']}"
-            print(f"{wire.printable(said)}; 'undrain {node['id'][:8]}' lets it work at once")
-    return code
-
-
-def cmd_logs(args: argparse.Namespace) -> int:
-    """Print the log of a job; -f follows it to its end."""
-    client, after = _client(args), 0
-    kept: list[str] = []
-    while True:
-        part = client.logs(args.id, after, 20 if args.follow else None)
-        kept += part["lines"] if args.json else []
-        for line in () if args.json else part["lines"]:
-            print(wire.printable(line))
-        sys.stdout.flush()
-        after = part["next"]
-        if not part["lines"] and (not args.follow or part.get("status") in FINAL):
-            return _print_json({"lines": kept, "next": after}) if args.json else 0
-
-
-def cmd_order(verb: str) -> Callable[[argparse.Namespace], int]:
-    """Return the command that gives one order to a job."""
-    def command(args: argparse.Namespace) -> int:
-        job = _client(args).order(args.id, verb)
-        if args.json:
-            return _print_json(job)
-        asked = " (its node is told to stop it)" if job.get("cancel_requested") else ""
-        print(f"job {job['id']} is {job['status']}{asked}")
-        return 0
-    return command
-
-
-def cmd_drain(verb: str) -> Callable[[argparse.Namespace], int]:
-    """Return the command that drains a node, or ends that."""
-    def command(args: argparse.Namespace) -> int:
-        node = _client(args).order_node(args.id, verb, getattr(args, "deadline", None))
-        if args.json:
-            return _print_json(node)
-        running = node["running"]
-        print(f"node {node['name']} is {node['status']}, {running} job{'' if running == 1 else 's'} on it")
-        return 0
-    return command
 
 
 def cmd_demo(args: argparse.Namespace) -> int:
@@ -5725,10 +5705,6 @@ def _demo_node(client: wire.Client, process: subprocess.Popen[bytes], output: Pa
     raise Unusable(f"the agent ended: {words[-1] if words else 'without a word'}")
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def cmd_monitoring(args: argparse.Namespace) -> int:
     """Start or stop VictoriaMetrics, vmalert and Grafana, or write their files."""
     if (args.action == "files") != (args.folder is not None):
@@ -5744,7 +5720,8 @@ def cmd_monitoring(args: argparse.Namespace) -> int:
         print(f"stopped: {', '.join(stopped) or 'nothing ran'}; the data stays in {folder}")
         return 0
     if args.action == "files":
-        return _print_table([(path,) for path in write_monitoring(site)])
+        _print_table([(path,) for path in write_monitoring(site)])
+        return 0
     secret = folder / "grafana" / "password"
     for place in (data, folder, secret.parent):
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -5808,33 +5785,35 @@ COMMANDS = {
         Flag("--input", None, str, "path under the agents' media root, or URL (a generated source)"),
         Flag("--output", None, str, "path or URL (encoded, measured, discarded)"),
         Flag("--confidence", "auto", wire.one_of(*CONFIDENCES), "auto, low, medium or high"),
-        Flag("--wait", False, None, "show progress until the job ends"), MASTER_FLAG, JSON_FLAG),
-        ("scenario", "parameters")),
-    "jobs": Command(cmd_jobs, "list jobs", (*PAGE_FLAGS, MASTER_FLAG, JSON_FLAG)),
-    "show": Command(cmd_show, "show one job", (MASTER_FLAG, JSON_FLAG), ("id",)),
-    "logs": Command(cmd_logs, "print the log of a job", (MASTER_FLAG, JSON_FLAG), ("id", "follow")),
-    "cancel": Command(cmd_order("cancel"), "cancel a job", (MASTER_FLAG, JSON_FLAG), ("id",)),
-    "pause": Command(cmd_order("pause"), "hold a job; a running one stands still", (MASTER_FLAG, JSON_FLAG),
-                     ("id",)),
-    "resume": Command(cmd_order("resume"), "let a paused job go on", (MASTER_FLAG, JSON_FLAG), ("id",)),
-    "retry": Command(cmd_order("retry"), "run a finished job again", (MASTER_FLAG, JSON_FLAG), ("id",)),
+        Flag("--wait", False, None, "show progress until the job ends"), *ASK_FLAGS),
+        ("scenario", "parameters", "output")),
+    "jobs": Command(asks(lambda client, args: client.jobs(_page_query(args)), show_jobs), "list jobs",
+                    (*PAGE_FLAGS, *ASK_FLAGS)),
+    "show": Command(asks(lambda client, args: client.job(args.id), show_job), "show one job", ASK_FLAGS,
+                    ("id",)),
+    "logs": Command(cmd_logs, "print the log of a job", ASK_FLAGS, ("id", "follow")),
+    **{verb: Command(asks(lambda client, args: client.order(args.id, args.command), show_order), about,
+                     ASK_FLAGS, ("id",)) for verb, about in (
+        ("cancel", "cancel a job"), ("pause", "hold a job; a running one stands still"),
+        ("resume", "let a paused job go on"), ("retry", "run a finished job again"))},
     "experiment": Command(cmd_experiment, "run a matrix of jobs from a file, or go on with it", (
         Flag("--dry-run", False, None, "check the file and show the jobs; submit nothing"),
         Flag("--no-wait", False, None, "submit what may run now, and do not follow it"),
-        MASTER_FLAG, JSON_FLAG), ("matrix",)),
+        *ASK_FLAGS), ("matrix",)),
     "report": Command(cmd_report, "tables and plots over many results", (
         Flag("--experiment", None, str, "an experiment's file or id (all results)"),
         Flag("--output", None, str, "a file to write: .html, .csv or .json (a table on the terminal)"),
         *(flag._replace(default="1000", about="at most so many (1000)") if flag.name == "--limit" else flag
-          for flag in PAGE_FLAGS), MASTER_FLAG, JSON_FLAG), ("output",)),
-    "nodes": Command(cmd_nodes, "list nodes", (MASTER_FLAG, JSON_FLAG)),
-    "drain": Command(cmd_drain("drain"), "let a node finish what runs and take nothing more",
-                     (Flag("--deadline", None, wire.seconds,
-                           "what still runs then is given back to other nodes (never)"),
-                      MASTER_FLAG, JSON_FLAG), ("node",)),
-    "undrain": Command(cmd_drain("resume"), "let a node work again that was drained or in quarantine",
-                       (MASTER_FLAG, JSON_FLAG), ("node",)),
-    "results": Command(cmd_results, "list results", (*PAGE_FLAGS, MASTER_FLAG, JSON_FLAG)),
+          for flag in PAGE_FLAGS), *ASK_FLAGS), ("output",)),
+    "nodes": Command(asks(lambda client, _: client.nodes(), show_nodes), "list nodes", ASK_FLAGS),
+    "drain": Command(asks(lambda client, args: client.order_node(args.id, "drain", args.deadline), show_node),
+                     "let a node finish what runs and take nothing more", (
+        Flag("--deadline", None, wire.seconds, "what still runs then is given back to other nodes (never)"),
+        *ASK_FLAGS), ("node",)),
+    "undrain": Command(asks(lambda client, args: client.order_node(args.id, "resume"), show_node),
+                       "let a node work again that was drained or in quarantine", ASK_FLAGS, ("node",)),
+    "results": Command(asks(lambda client, args: client.results(_page_query(args)), show_results),
+                       "list results", (*PAGE_FLAGS, *ASK_FLAGS)),
     "monitoring": Command(cmd_monitoring, "start or stop VictoriaMetrics, vmalert and Grafana", (
         _DATA_FLAG,
         Flag("--victoriametrics", "http://127.0.0.1:8428", wire.web_address,
@@ -5859,6 +5838,24 @@ exit codes: 0 done; 1 the job failed, or it does not exist; 2 wrong usage;
 """
 
 
+# the positional words and short flags of subcommands, as argparse takes them
+WORDS: Mapping[str, tuple[Sequence[str], Json]] = {
+    "id": (["id"], {"metavar": "ID", "help": "a job's id, or 4 or more of its first characters"}),
+    "node": (["id"], {"metavar": "NODE", "help": "a node's name or id"}),
+    "file": (["file"], {"metavar": "FILE", "help": "the copy; an earlier one is replaced"}),
+    "matrix": (["file"], {"metavar": "FILE", "help": "an experiment, as JSON"}),
+    "action": (["action"], {"metavar": "ACTION", "choices": ("up", "down", "files"),
+                            "help": "up, down, or files with a folder"}),
+    "folder": (["folder"], {"metavar": "DIR", "nargs": "?", "help": "where 'files' writes to"}),
+    "follow": (["-f", "--follow"], {"action": "store_true", "help": "follow it to its end"}),
+    "scenario": (["scenario"], {"metavar": "SCENARIO", "nargs": "?", "default": "transcode",
+                                "help": "such as 1080p30-h264 (transcode)"}),
+    "parameters": (["-p"], {"metavar": "NAME=VALUE", "dest": "parameters", "action": "append", "default": [],
+                            "help": "a parameter, such as -p bitrate=5M; may be repeated"}),
+    "output": (["-o"], {"metavar": "OUTPUT", "dest": "output", "help": "short for --output"}),
+}
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line, made from COMMANDS."""
     parser = argparse.ArgumentParser("ffdist.py", description="FFmpeg on a fleet of bare servers.",
@@ -5870,31 +5867,10 @@ def build_parser() -> argparse.ArgumentParser:
                                     f"{command.about[1:]}.", epilog=EPILOG,
                                     formatter_class=argparse.RawDescriptionHelpFormatter)
         for word in command.words:
-            _WORDS[word](sub)
+            names, told = WORDS[word]
+            sub.add_argument(*names, **told)
         wire.add_flags(sub, command.flags)
     return parser
-
-
-_WORDS: dict[str, Callable[[argparse.ArgumentParser], Any]] = {
-    "id": lambda sub: sub.add_argument("id", metavar="ID",
-                                       help="a job's id, or 4 or more of its first characters"),
-    "file": lambda sub: sub.add_argument("file", metavar="FILE", help="the copy; an earlier one is replaced"),
-    "action": lambda sub: sub.add_argument("action", choices=("up", "down", "files"), metavar="ACTION",
-                                           help="up, down, or files with a folder"),
-    "folder": lambda sub: sub.add_argument("folder", nargs="?", metavar="DIR",
-                                           help="where 'files' writes to"),
-    "matrix": lambda sub: sub.add_argument("file", metavar="FILE", help="an experiment, as JSON"),
-    "node": lambda sub: sub.add_argument("id", metavar="NODE", help="a node's name or id"),
-    "follow": lambda sub: sub.add_argument("-f", "--follow", action="store_true",
-                                           help="follow it to its end"),
-    "scenario": lambda sub: sub.add_argument("scenario", nargs="?", default="transcode",
-                                             metavar="SCENARIO", help="such as 1080p30-h264 (transcode)"),
-    "parameters": lambda sub: (
-        sub.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
-                         help="a parameter, such as -p bitrate=5M; may be repeated"),
-        _WORDS["output"](sub)),
-    "output": lambda sub: sub.add_argument("-o", dest="output", metavar="OUTPUT", help="short for --output"),
-}
 
 
 def exit_code_of(error: ApiError) -> int:
