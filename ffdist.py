@@ -3170,19 +3170,26 @@ def _head_end(buffer: bytearray) -> tuple[int, int]:
 # ---- 7 Metrics ------------------------------------------------------------------------------------
 
 
+Samples = Callable[[Snapshot], list[tuple[dict[str, str], float]]]
+
+
 class Metric(NamedTuple):
-    """One metric: its Prometheus type and its help, and where its values come from.
+    """One metric, by its name in Prometheus: its help, and where its values come from.
 
     `samples` makes them out of a Snapshot, for /metrics; `field` names them in a result's `metrics` or in
     a sample, for the push alone, and `kept` says that what /metrics shows is pushed too.
     """
 
     name: str
-    kind: str
     about: str
-    samples: Callable[[Snapshot], list[tuple[dict[str, str], float]]] | None = None
+    samples: Samples | None = None
     field: str = ""
     kept: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Its type in Prometheus."""
+        return "counter" if self.name.endswith("_total") else "gauge"
 
     @property
     def place(self) -> str:
@@ -3190,101 +3197,131 @@ class Metric(NamedTuple):
         return "pushed" if self.samples is None else "both" if self.kept else "/metrics"
 
 
-def _counter(name: str) -> Callable[[Snapshot], list[tuple[dict[str, str], float]]]:
-    return lambda shot: [({}, shot.counts[name])]
+def _value(name: str) -> Samples:
+    """Return the sample of a metric that is one of the snapshot's counters or fields."""
+    return lambda shot: [({}, float(shot.counts[name] if name in shot.counts else getattr(shot, name)))]
 
 
-def _of_nodes(value: Callable[[str, int], float]) -> Callable[[Snapshot], list[tuple[dict[str, str], float]]]:
+def _of_nodes(value: Callable[[str, int], float]) -> Samples:
     """Return the samples of a metric with one series a node, from its status and its running jobs."""
     return lambda shot: [({"node": name, "node_id": key}, value(status, running))
                          for name, key, status, running in shot.nodes]
 
 
+class Figure(NamedTuple):
+    """One figure of a result: its name in `metrics`, its help, and its column in the tables of reports.
+
+    Its metric is ffdist_job_ and `metric`, or its name; one without a help has none, one without a head no
+    column. `digits` are those that count.
+    """
+
+    name: str
+    about: str
+    head: str = ""
+    unit: str = ""
+    digits: int = 3
+    metric: str = ""
+
+    @property
+    def axis(self) -> str:
+        """What stands at an axis, or above a column."""
+        return f"{self.head}, {self.unit}" if self.unit else self.head
+
+
+_MONEY = "Energy, money and carbon"
+TABLES: Mapping[str, tuple[Figure, ...]] = {
+    "Speed and size": (
+        Figure("duration", "Wall time of the encode.", "time", "s", metric="duration_seconds"),
+        Figure("speed", "Seconds of film per second of wall time.", "speed", "x"),
+        Figure("fps", "Frames per second of wall time.", "frames/s"),
+        Figure("cpu_usage", "% of the whole machine, mean over the run.", "CPU", "%"),
+        Figure("memory_usage", "Peak memory of the job's processes.", "memory", "MiB", metric="memory_mib"),
+        Figure("bitrate_kbps", "kbit/s of the whole output.", "rate", "kbit/s", 4),
+        Figure("bits_per_pixel", "Bits for each pixel of the output.", "bit/pixel"),
+        Figure("output_bytes", "Size of the output.", "size")),
+    "Quality": (
+        Figure("psnr_db", "PSNR against the source, mean.", "PSNR", "dB", 4),
+        Figure("psnr_min_db", "PSNR of the worst frame.", "PSNR least", "dB", 4),
+        Figure("psnr_harmonic_db", "", "PSNR harmonic mean", "dB", 4),
+        Figure("ssim", "SSIM against the source, mean.", "SSIM", "", 5),
+        Figure("ssim_min", "SSIM of the worst frame.", "SSIM least", "", 5),
+        Figure("ssim_harmonic", "", "SSIM harmonic mean", "", 5),
+        Figure("vmaf", "VMAF against the source, mean.", "VMAF", "", 4),
+        Figure("vmaf_min", "VMAF of the worst frame.", "VMAF least", "", 4),
+        Figure("vmaf_harmonic", "", "VMAF harmonic mean", "", 4),
+        Figure("xpsnr_db", "XPSNR against the source, mean.", "XPSNR", "dB", 4),
+        Figure("xpsnr_min_db", "", "XPSNR least", "dB", 4),
+        Figure("xpsnr_harmonic_db", "", "XPSNR harmonic mean", "dB", 4)),
+    _MONEY: (
+        Figure("energy_joules", "Energy, this job's share of the machine.", "energy", "J"),
+        Figure("net_energy_joules", "Energy above that of the idle machine.", "above idle", "J"),
+        Figure("energy_wh", "", "energy", "Wh"),
+        Figure("energy_cost", "Price of the energy, in the tariff's currency.", "cost"),
+        Figure("carbon_g", "gCO2e of the energy.", "CO2e", "g"),
+        Figure("energy_wh_per_minute", "Wh for each minute of output.", "Wh a minute"),
+        Figure("cost_per_minute", "Price of the energy for each minute of output.", "cost a minute"),
+        Figure("carbon_g_per_minute", "gCO2e for each minute of output.", "g CO2e a minute")),
+    "Power": (
+        Figure("power_watts", "Mean power while it ran.", "power", "W"),
+        Figure("idle_watts", "What the idle machine draws.", "idle", "W"),
+        Figure("joules_per_frame", "Energy for each frame.", "a frame", "J"),
+        Figure("pixels_per_joule", "Pixels encoded for each joule.", "pixels/J", "", 4)),
+}
+FIGURES = {figure.name: figure for figures in TABLES.values() for figure in figures}
+_OTHER_FIGURES = (
+    Figure("frames", "Frames encoded."),
+    Figure("dropped_frames", "Frames that FFmpeg dropped."),
+    Figure("output_seconds", "Length of the output."),
+    Figure("cpu_seconds", "CPU time of the job's processes."),
+    Figure("background_cpu_percent", "% of the machine that others used meanwhile."),
+    Figure("gpu_usage", "% of the GPU."),
+    Figure("gpu_memory_usage", "Peak memory used on the GPU.", metric="gpu_memory_mib"),
+    Figure("gpu_energy_joules", "Energy of the GPU."),
+)
 METRICS = (
-    Metric("ffdist_build_info", "gauge", "Always 1; the version is in the label.",
+    Metric("ffdist_build_info", "Always 1; the version is in the label.",
            lambda shot: [({"version": VERSION}, 1)]),
-    Metric("ffdist_start_time_seconds", "gauge", "When this master was started, in seconds since 1970.",
-           lambda shot: [({}, shot.started_at)]),
-    Metric("ffdist_ready", "gauge", "1 when the journal can be written, else 0.",
-           lambda shot: [({}, float(shot.ready))]),
-    Metric("ffdist_jobs", "gauge", "Jobs known to this master, by status.",
+    Metric("ffdist_start_time_seconds", "When this master was started, in seconds since 1970.",
+           _value("started_at")),
+    Metric("ffdist_ready", "1 when the journal can be written, else 0.", _value("ready")),
+    Metric("ffdist_jobs", "Jobs known to this master, by status.",
            lambda shot: [({"status": word}, shot.totals.get(("jobs", word), 0)) for word in STATUSES]),
-    Metric("ffdist_results", "gauge", "Accepted reports in the journal, by status.",
+    Metric("ffdist_results", "Accepted reports in the journal, by status.",
            lambda shot: [({"status": word}, shot.totals.get(("results", word), 0))
                          for word in ("completed", "failed", "canceled")]),
-    Metric("ffdist_nodes", "gauge", "Registered nodes, by status.",
+    Metric("ffdist_nodes", "Registered nodes, by status.",
            lambda shot: [({"status": word}, sum(node[2] == word for node in shot.nodes))
                          for word in NODE_STATUSES]),
-    Metric("ffdist_node_up", "gauge", "1 when the node is not offline, else 0.",
+    Metric("ffdist_node_up", "1 when the node is not offline, else 0.",
            _of_nodes(lambda status, _: float(status != "offline")), kept=True),
-    Metric("ffdist_node_running_jobs", "gauge", "Jobs that a node holds.",
-           _of_nodes(lambda _, running: running), kept=True),
-    Metric("ffdist_node_status", "gauge", "A node's status: "
+    Metric("ffdist_node_running_jobs", "Jobs that a node holds.", _of_nodes(lambda _, running: running),
+           kept=True),
+    Metric("ffdist_node_status", "A node's status: "
            + ", ".join(f"{code} {word}" for code, word in enumerate(NODE_STATUSES)) + ".",
            _of_nodes(lambda status, _: NODE_STATUSES.index(status)), kept=True),
-    Metric("ffdist_node_quarantined", "gauge", "1 while a node is in quarantine, else 0.",
+    Metric("ffdist_node_quarantined", "1 while a node is in quarantine, else 0.",
            _of_nodes(lambda status, _: float(status == "quarantined")), kept=True),
-    Metric("ffdist_parked_requests", "gauge", "Agents' requests that wait for work or orders.",
-           lambda shot: [({}, shot.parked)]),
-    *(Metric(f"ffdist_{name}_total", "counter", about, _counter(key)) for name, key, about in (
-        ("submissions", "submitted", "Jobs accepted since the start."),
-        ("claims", "claims", "Attempts handed out since the start."),
-        ("reports", "reports", "Attempts ended by a report since the start."),
-        ("refused_reports", "refused_reports", "Reports of attempts that held no lease."),
-        ("lost_leases", "lost_leases", "Attempts ended without a report."),
-        ("heartbeats", "heartbeats", "Signs of life and questions for work."),
-        ("push_lines", "push_lines", "Values that VictoriaMetrics took."),
-        ("push_failures", "push_failures", "Pushes that VictoriaMetrics did not take."),
-        ("push_dropped", "push_dropped", "Values given up: past the spool's limit, or refused."))),
-    Metric("ffdist_push_spool_bytes", "gauge", "What waits on disk for VictoriaMetrics, results aside.",
-           _counter("push_spool_bytes")),
-    Metric("ffdist_journal_commits_total", "counter", "Commits of the journal.",
-           lambda shot: [({}, shot.commits)]),
-    Metric("ffdist_journal_commit_seconds_total", "counter", "Time spent in commits of the journal.",
-           lambda shot: [({}, shot.commit_seconds)]),
-    Metric("ffdist_journal_size_bytes", "gauge", "Size of the journal's files.",
-           lambda shot: [({}, shot.journal_bytes)]),
-    Metric("ffdist_disk_free_bytes", "gauge", "Free space on the file system of the data folder.",
-           lambda shot: [({}, shot.disk_free_bytes)]),
-    Metric("ffdist_disk_size_bytes", "gauge", "Size of the file system of the data folder.",
-           lambda shot: [({}, shot.disk_bytes)]),
-    *(Metric(f"ffdist_job_{name}", "gauge", about, field=field or name) for name, field, about in (
-        ("info", "info", "Always 1: one for each accepted report."),
-        ("duration_seconds", "duration", "Wall time of the encode."),
-        ("frames", "", "Frames encoded."),
-        ("fps", "", "Frames per second of wall time."),
-        ("speed", "", "Seconds of film per second of wall time."),
-        ("dropped_frames", "", "Frames that FFmpeg dropped."),
-        ("cpu_usage", "", "% of the whole machine, mean over the run."),
-        ("cpu_seconds", "", "CPU time of the job's processes."),
-        ("background_cpu_percent", "", "% of the machine that others used meanwhile."),
-        ("memory_mib", "memory_usage", "Peak memory of the job's processes."),
-        ("gpu_usage", "", "% of the GPU."),
-        ("gpu_memory_mib", "gpu_memory_usage", "Peak memory used on the GPU."),
-        ("gpu_energy_joules", "", "Energy of the GPU."),
-        ("power_watts", "", "Mean power while it ran."),
-        ("idle_watts", "", "What the idle machine draws."),
-        ("energy_joules", "", "Energy, this job's share of the machine."),
-        ("net_energy_joules", "", "Energy above that of the idle machine."),
-        ("energy_cost", "", "Price of the energy, in the tariff's currency."),
-        ("carbon_g", "", "gCO2e of the energy."),
-        ("joules_per_frame", "", "Energy for each frame."),
-        ("pixels_per_joule", "", "Pixels encoded for each joule."),
-        ("energy_wh_per_minute", "", "Wh for each minute of output."),
-        ("cost_per_minute", "", "Price of the energy for each minute of output."),
-        ("carbon_g_per_minute", "", "gCO2e for each minute of output."),
-        ("output_bytes", "", "Size of the output."),
-        ("output_seconds", "", "Length of the output."),
-        ("bitrate_kbps", "", "kbit/s of the whole output."),
-        ("bits_per_pixel", "", "Bits for each pixel of the output."),
-        ("psnr_db", "", "PSNR against the source, mean."),
-        ("psnr_min_db", "", "PSNR of the worst frame."),
-        ("ssim", "", "SSIM against the source, mean."),
-        ("ssim_min", "", "SSIM of the worst frame."),
-        ("vmaf", "", "VMAF against the source, mean."),
-        ("vmaf_min", "", "VMAF of the worst frame."),
-        ("xpsnr_db", "", "XPSNR against the source, mean."))),
-    *(Metric(f"ffdist_sample_{name}", "gauge", about, field=field) for name, field, about in (
+    *(Metric(f"ffdist_{name}", about, _value(key)) for name, key, about in (
+        ("parked_requests", "parked", "Agents' requests that wait for work or orders."),
+        ("submissions_total", "submitted", "Jobs accepted since the start."),
+        ("claims_total", "claims", "Attempts handed out since the start."),
+        ("reports_total", "reports", "Attempts ended by a report since the start."),
+        ("refused_reports_total", "refused_reports", "Reports of attempts that held no lease."),
+        ("lost_leases_total", "lost_leases", "Attempts ended without a report."),
+        ("heartbeats_total", "heartbeats", "Signs of life and questions for work."),
+        ("push_lines_total", "push_lines", "Values that VictoriaMetrics took."),
+        ("push_failures_total", "push_failures", "Pushes that VictoriaMetrics did not take."),
+        ("push_dropped_total", "push_dropped", "Values given up: past the spool's limit, or refused."),
+        ("push_spool_bytes", "push_spool_bytes", "What waits on disk for VictoriaMetrics, results aside."),
+        ("journal_commits_total", "commits", "Commits of the journal."),
+        ("journal_commit_seconds_total", "commit_seconds", "Time spent in commits of the journal."),
+        ("journal_size_bytes", "journal_bytes", "Size of the journal's files."),
+        ("disk_free_bytes", "disk_free_bytes", "Free space on the file system of the data folder."),
+        ("disk_size_bytes", "disk_bytes", "Size of the file system of the data folder."))),
+    Metric("ffdist_job_info", "Always 1: one for each accepted report.", field="info"),
+    *(Metric(f"ffdist_job_{figure.metric or figure.name}", figure.about, field=figure.name)
+      for figure in (*FIGURES.values(), *_OTHER_FIGURES) if figure.about),
+    *(Metric(f"ffdist_sample_{name}", about, field=field) for name, field, about in (
         ("cpu_usage_percent", "cpu_usage", "% of the node's CPU while a job runs."),
         ("memory_bytes", "memory_used_bytes", "Memory used on the node while a job runs."),
         ("power_watts", "power_watts", "Power of the node while a job runs."),
@@ -3916,9 +3953,9 @@ def amount_text(value: float | None, unit: str = "", digits: int = 3) -> str | N
     return f"{value:.{min(12, max(0, places))}f} {unit}".rstrip()
 
 
-def energy_text(metrics: Mapping[str, Any], name: str = "energy_joules") -> str | None:
+def energy_text(metrics: Mapping[str, Any]) -> str | None:
     """Return energy for people, in Wh; an estimate says so."""
-    joules = finite(metrics, name)
+    joules = finite(metrics, "energy_joules")
     text = amount_text(None if joules is None else joules / JOULES_PER_WH, "Wh")
     return f"~{text}" if text and metrics.get("energy_estimated") else text
 
@@ -4024,41 +4061,9 @@ def _part(value: Mapping[str, Any], name: str) -> Json:
     return found if isinstance(found, dict) else {}
 
 
-class Column(NamedTuple):
-    """One column of the tables: the metric, its head, unit and how many digits count."""
-
-    name: str
-    head: str
-    unit: str = ""
-    digits: int = 3
-
-
-_MONEY = "Energy, money and carbon"
-TABLES = {
-    "Speed and size": (
-        Column("duration", "time", "s"), Column("speed", "speed", "x"), Column("fps", "frames/s"),
-        Column("cpu_usage", "CPU", "%"), Column("memory_usage", "memory", "MiB"),
-        Column("bitrate_kbps", "rate", "kbit/s", 4), Column("bits_per_pixel", "bit/pixel"),
-        Column("output_bytes", "size")),
-    "Quality": tuple(
-        Column(f"{name}{part}{end}", f"{name.upper()}{word}", unit, digits)
-        for name, end, unit, digits in (("psnr", "_db", "dB", 4), ("ssim", "", "", 5), ("vmaf", "", "", 4),
-                                        ("xpsnr", "_db", "dB", 4))
-        for part, word in (("", ""), ("_min", " least"), ("_harmonic", " harmonic mean"))),
-    _MONEY: (
-        Column("energy_joules", "energy", "J"), Column("net_energy_joules", "above idle", "J"),
-        Column("energy_wh", "energy", "Wh"), Column("energy_cost", "cost"), Column("carbon_g", "CO2e", "g"),
-        Column("energy_wh_per_minute", "Wh a minute"), Column("cost_per_minute", "cost a minute"),
-        Column("carbon_g_per_minute", "g CO2e a minute")),
-    "Power": (
-        Column("power_watts", "power", "W"), Column("idle_watts", "idle", "W"),
-        Column("joules_per_frame", "a frame", "J"), Column("pixels_per_joule", "pixels/J", "", 4)),
-}
 _ESTIMATED = (*TABLES[_MONEY], *TABLES["Power"])
-_FIGURES = [column.name for columns in TABLES.values() for column in columns]
-QUALITIES = {"vmaf": "VMAF", "xpsnr_db": "XPSNR, dB", "psnr_db": "PSNR, dB", "ssim": "SSIM"}
-COSTS = {"bitrate_kbps": ("rate", "rate, kbit/s"), "energy_joules": ("energy", "energy, J"),
-         "duration": ("time", "time, s")}
+QUALITIES = tuple(FIGURES[name] for name in ("vmaf", "xpsnr_db", "psnr_db", "ssim"))
+COSTS = tuple(FIGURES[name] for name in ("bitrate_kbps", "energy_joules", "duration"))
 OVERLAP_LEAST = 0.25
 POINTS_LEAST = 4
 PANELS_MOST = 12
@@ -4168,7 +4173,7 @@ def merged(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[Row]:
     made = []
     for group in _by(rows, key).values():
         metrics, statistics = dict(group[0].metrics), dict(group[0].statistics)
-        for name in (*_FIGURES, "output_seconds"):
+        for name in (*FIGURES, "output_seconds"):
             values = [value for row in group if (value := row.figure(name)) is not None]
             mean = metrics[name] = sum(values) / len(values) if values else None
             if mean is not None and len(values) > 1:
@@ -4211,8 +4216,8 @@ def deltas_of(rows: Sequence[Row]) -> list[Delta]:
     """
     made = []
     for content, group in _by(rows, lambda row: row.content).items():
-        for (cost, (word, _)), quality in itertools.product(COSTS.items(), QUALITIES):
-            curves = curves_of(group, cost, quality)
+        for cost, quality in itertools.product(COSTS, QUALITIES):
+            curves = curves_of(group, cost.name, quality.name)
             pairs = itertools.combinations(curves, 2)
             for one, other in pairs if len(curves) <= 4 else ((next(iter(curves)), name) for name in
                                                              list(curves)[1:]):
@@ -4222,7 +4227,7 @@ def deltas_of(rows: Sequence[Row]) -> list[Delta]:
                     found = [bd_percent(curves[one], curves[other], pchip) for pchip in (False, True)]
                 except ValueError as error:
                     why = str(error)
-                made.append(Delta(content, word, quality, one, other, found[0], found[1], why))
+                made.append(Delta(content, cost.head, quality.name, one, other, found[0], found[1], why))
     return made
 
 
@@ -4373,42 +4378,45 @@ def _figure_html(plot: Plot) -> str:
 
 def _rate_plots(rows: Sequence[Row]) -> list[Plot]:
     plots = []
-    for quality, name in QUALITIES.items():
-        curves = curves_of(rows, "bitrate_kbps", quality)
+    rate = FIGURES["bitrate_kbps"]
+    for quality in QUALITIES:
+        curves = curves_of(rows, rate.name, quality.name)
         if any(len(points) > 1 for points in curves.values()):
-            plots.append(Plot(f"{name.split(',')[0]} over rate", "rate, kbit/s", name, [
+            plots.append(Plot(f"{quality.head} over {rate.head}", rate.axis, quality.axis, [
                 Curve(label, points) for label, points in curves.items()], log=True))
     return plots
 
 
 def _front_plots(rows: Sequence[Row]) -> list[Plot]:
     """Return quality over time and over energy; what no other beats in all three is filled and joined."""
-    known = [name for name in (*QUALITIES, "duration", "energy_joules")
-             if any(row.figure(name) is not None for row in rows)]
-    quality, axes = known[0] if known else "", [name for name in known if name in COSTS]
-    whole = [row for row in rows if all(row.figure(name) is not None for name in (quality, *axes))]
-    cells = merged(whole, lambda row: (row.curve, row.rate, row.streams, row.node))
-    if len(cells) < 3 or quality not in QUALITIES:
+    known = [figure for figure in (*QUALITIES, FIGURES["duration"], FIGURES["energy_joules"])
+             if any(row.figure(figure.name) is not None for row in rows)]
+    if not known or known[0] not in QUALITIES:
         return []
-    front = front_of([(-(row.figure(quality) or 0), *(row.figure(name) or 0 for name in axes))
+    quality, axes = known[0], [figure for figure in known if figure in COSTS]
+    whole = [row for row in rows if all(row.figure(figure.name) is not None for figure in (quality, *axes))]
+    cells = merged(whole, lambda row: (row.curve, row.rate, row.streams, row.node))
+    if len(cells) < 3:
+        return []
+    front = front_of([(-(row.figure(quality.name) or 0), *(row.figure(axis.name) or 0 for axis in axes))
                       for row in cells])
     note = "" if len(axes) == 2 else ("energy is unknown, so the front is of quality and time: "
                                       + rows[0].why("energy_joules"))
     plots = []
-    for name in axes:
-        curves = [Curve(label, points_of((cells[n] for n in mine), name, quality), joined=False,
+    for axis in axes:
+        curves = [Curve(label, points_of((cells[n] for n in mine), axis.name, quality.name), joined=False,
                         hollow=frozenset(k for k, n in enumerate(mine) if n not in front))
                   for label, mine in _by(range(len(cells)), lambda n: cells[n].curve).items()]
-        best = sorted(points_of((cells[n] for n in front), name, quality))
+        best = sorted(points_of((cells[n] for n in front), axis.name, quality.name))
         curves.append(Curve("the front (filled): no other is better in all", best, marked=False))
-        plots.append(Plot(f"Pareto front: {QUALITIES[quality].split(',')[0]} over {COSTS[name][0]}",
-                          COSTS[name][1], QUALITIES[quality], curves, zero="x", note=note))
+        plots.append(Plot(f"Pareto front: {quality.head} over {axis.head}", axis.axis, quality.axis, curves,
+                          zero="x", note=note))
     return plots
 
 
 def _node_plots(rows: Sequence[Row]) -> list[Plot]:
     plots = []
-    for name in ("duration", "energy_joules"):
+    for name, figure in ((name, FIGURES[name]) for name in ("duration", "energy_joules")):
         known = [row for row in rows if row.figure(name) is not None]
         cells = merged(known, lambda row: (row.node, row.label))
         labels = list(dict.fromkeys(row.label for row in cells))
@@ -4420,8 +4428,8 @@ def _node_plots(rows: Sequence[Row]) -> list[Plot]:
             bars = any(span for curve in curves for span in curve.spans)
             note = "bars: 95 % interval of the mean" if bars else "each ran once: no interval is known"
             more = f"; the first {LABELS_MOST} of {len(labels)}" if len(labels) > LABELS_MOST else ""
-            title = f"{COSTS[name][0].capitalize()} by node: {', '.join(nodes)}"
-            plots.append(Plot(title, COSTS[name][1], "", curves, list(shown), zero="x", note=note + more))
+            title = f"{figure.head.capitalize()} by node: {', '.join(nodes)}"
+            plots.append(Plot(title, figure.axis, "", curves, list(shown), zero="x", note=note + more))
     return plots
 
 
@@ -4477,7 +4485,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int) -> s
     return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
 
-def _jobs_table(rows: Sequence[Row], columns: Iterable[Column],
+def _jobs_table(rows: Sequence[Row], columns: Iterable[Figure],
                 heads: Sequence[str] = ("what", "node", "job"),
                 words: Callable[[Row], Sequence[str]] = lambda row: (row.label, row.node, row.job)) -> str:
     """Return a table of the columns that say something: a figure, or why one that was wanted is unknown."""
@@ -4489,7 +4497,7 @@ def _jobs_table(rows: Sequence[Row], columns: Iterable[Column],
         why = dict.fromkeys(row.why(column.name) for row in rows for column in shown)
         return f'<p class="note">unknown: {html.escape("; ".join(why))}</p>' if why else ""
 
-    def cell(row: Row, column: Column) -> str:
+    def cell(row: Row, column: Figure) -> str:
         value = row.figure(column.name)
         if value is None:
             return notes.mark(row.why(column.name))
@@ -4498,8 +4506,7 @@ def _jobs_table(rows: Sequence[Row], columns: Iterable[Column],
         about = "~" if row.metrics.get("energy_estimated") and column in _ESTIMATED else ""
         return about + (amount_text(value, "", column.digits) or "")
     currency = next((str(row.metrics["currency"]) for row in rows if row.metrics.get("currency")), "")
-    units = [currency if "cost" in column.name else column.unit for column in shown]
-    names = [f"{column.head}, {unit}".rstrip(", ") for column, unit in zip(shown, units)]
+    names = [(column._replace(unit=currency) if "cost" in column.name else column).axis for column in shown]
     cells = [[*map(html.escape, words(row)), *(cell(row, column) for column in shown)] for row in rows]
     return _table([*heads, *names], cells, 3) + notes.html()
 
@@ -4515,8 +4522,7 @@ def _delta_table(deltas: Sequence[Delta]) -> str:
             cells += [notes.mark(delta.why if delta else "not measured") if value is None
                       else f"{value:+.1f} %" for value in values]
         lines.append(cells)
-    heads = [f"equal {QUALITIES[name].split(',')[0]}, {fit}" for name in qualities
-             for fit in ("cubic", "PCHIP")]
+    heads = [f"equal {FIGURES[name].head}, {fit}" for name in qualities for fit in ("cubic", "PCHIP")]
     return _table(["", "this", "against", *heads], lines, 3) + notes.html()
 
 
@@ -4598,12 +4604,12 @@ def report_csv(rows: Iterable[Row]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     heads = Row._fields[:Row._fields.index("metrics")]
-    writer.writerow([*heads, *_FIGURES, "currency", "unknown"])
+    writer.writerow([*heads, *FIGURES, "currency", "unknown"])
     for row in rows:
         words = [f"'{word}" if word.startswith(("=", "+", "-", "@")) else word
                  for word in (str(getattr(row, name)) for name in heads)]
-        why = {name: row.why(name) for name in _FIGURES if row.figure(name) is None}
-        writer.writerow([*words, *map(row.figure, _FIGURES), row.metrics.get("currency", ""),
+        why = {name: row.why(name) for name in FIGURES if row.figure(name) is None}
+        writer.writerow([*words, *map(row.figure, FIGURES), row.metrics.get("currency", ""),
                          json.dumps(why)])
     return out.getvalue()
 
@@ -4613,8 +4619,8 @@ def report_rows(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
     heads = ("JOB", "STATUS", "NODE", "TIME", "SPEED", "RATE", "QUALITY", "ENERGY", "COST", "CO2E", "WHAT")
     cells = [(row.job, row.status, row.node, amount_text(row.figure("duration"), "s"),
               amount_text(row.figure("speed"), "x"), amount_text(row.figure("bitrate_kbps"), "kbit/s"),
-              next((f"{word.split(',')[0]} {amount_text(row.figure(name), '', 4)}" for name, word in
-                    QUALITIES.items() if row.figure(name) is not None), None), energy_text(row.metrics),
+              next((f"{figure.head} {amount_text(row.figure(figure.name), '', 4)}" for figure in QUALITIES
+                    if row.figure(figure.name) is not None), None), energy_text(row.metrics),
               money_text(row.metrics, "energy_cost"), amount_text(row.figure("carbon_g"), "g"),
               f"{row.label}{f': {row.error}' if row.error else ''}") for row in rows]
     shown = [at for at in range(len(heads)) if any(line[at] for line in cells)]
