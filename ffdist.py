@@ -3953,6 +3953,20 @@ def amount_text(value: float | None, unit: str = "", digits: int = 3) -> str | N
     return f"{value:.{min(12, max(0, places))}f} {unit}".rstrip()
 
 
+def figure_of(metrics: Mapping[str, Any], name: str) -> float | None:
+    """Return a figure that may be missing, a finite number; only a price may be below nothing."""
+    if name not in ("energy_cost", "cost_per_minute"):
+        return finite(metrics, name)
+    value = metrics.get(name)
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def figure_text(metrics: Mapping[str, Any], name: str, unit: str | None = None) -> str | None:
+    """Return a figure for people with its own unit, or another; a price is in the tariff's currency."""
+    own = str(metrics.get("currency") or "") if "cost" in name else FIGURES[name].unit
+    return amount_text(figure_of(metrics, name), own if unit is None else unit)
+
+
 def energy_text(metrics: Mapping[str, Any]) -> str | None:
     """Return energy for people, in Wh; an estimate says so."""
     joules = finite(metrics, "energy_joules")
@@ -3960,20 +3974,13 @@ def energy_text(metrics: Mapping[str, Any]) -> str | None:
     return f"~{text}" if text and metrics.get("energy_estimated") else text
 
 
-def money_text(metrics: Mapping[str, Any], name: str) -> str | None:
-    """Return a cost with its currency; it may be below nothing."""
-    value = metrics.get(name)
-    return amount_text(value if isinstance(value, (int, float)) else None, str(metrics.get("currency") or ""))
-
-
 def cost_text(metrics: Mapping[str, Any]) -> str | None:
     """Return what an attempt's energy cost, as one phrase; None where the master priced nothing."""
-    parts = [energy_text(metrics), money_text(metrics, "energy_cost"),
-             amount_text(finite(metrics, "carbon_g"), "g CO2e")]
-    minute = [amount_text(finite(metrics, "energy_wh_per_minute"), "Wh"),
-              money_text(metrics, "cost_per_minute"),
-              amount_text(finite(metrics, "carbon_g_per_minute"), "g CO2e")]
-    shown, per = (", ".join(part for part in some if part) for some in (parts, minute))
+    whole = [energy_text(metrics), figure_text(metrics, "energy_cost"),
+             figure_text(metrics, "carbon_g", "g CO2e")]
+    minute = [figure_text(metrics, "energy_wh_per_minute", "Wh"), figure_text(metrics, "cost_per_minute"),
+              figure_text(metrics, "carbon_g_per_minute", "g CO2e")]
+    shown, per = (", ".join(filter(None, parts)) for parts in (whole, minute))
     return f"{shown}; a minute of output: {per}" if shown and per else shown or None
 
 
@@ -4016,15 +4023,11 @@ class Row(NamedTuple):
 
     def figure(self, name: str) -> float | None:
         """Return a figure of the metrics; None where it is unknown."""
-        if name in ("energy_cost", "cost_per_minute"):
-            value = self.metrics.get(name)
-            return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-        return finite(self.metrics, name)
+        return figure_of(self.metrics, name)
 
     def why(self, name: str) -> str:
         """Return the reason why a figure is unknown."""
-        told = self.metrics.get("unknown")
-        why = told.get(name) if isinstance(told, dict) else None
+        why = _part(self.metrics, "unknown").get(name)
         return str(why or self.error or ("not measured" if self.status == "completed" else self.status))
 
 
@@ -4093,17 +4096,16 @@ def bd_percent(anchor: Points, test: Points, pchip: bool = False) -> float:
     where both have points, never outside. `pchip` takes the monotone piecewise cubic of Fritsch and Carlson
     in its place, as JCTVC-L1100 and the JVET common test conditions do.
     """
-    low, high = (pick(side(q for _, q in points) for points in (anchor, test) if points)
-                 for pick, side in ((max, min), (min, max)))
-    spans = []
+    ranges = []
     for points in (anchor, test):
         qualities = sorted(q for _, q in points)
         if len(points) < POINTS_LEAST:
             raise ValueError(f"fewer than {POINTS_LEAST} points")
         if any(a >= b for a, b in zip(qualities, qualities[1:])) or min(cost for cost, _ in points) <= 0:
             raise ValueError("points of the same quality, or without cost")
-        spans.append(qualities[-1] - qualities[0])
-    if high - low < OVERLAP_LEAST * max(spans):
+        ranges.append((qualities[0], qualities[-1]))
+    low, high = max(ends[0] for ends in ranges), min(ends[1] for ends in ranges)
+    if high - low < OVERLAP_LEAST * max(ends[1] - ends[0] for ends in ranges):
         raise ValueError("not enough overlap of the qualities")
     area = _pchip_area if pchip else _cubic_area
     sums = [area(sorted((q, math.log10(cost)) for cost, q in points), low, high) for points in (anchor, test)]
@@ -4175,17 +4177,12 @@ def merged(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[Row]:
         metrics, statistics = dict(group[0].metrics), dict(group[0].statistics)
         for name in (*FIGURES, "output_seconds"):
             values = [value for row in group if (value := row.figure(name)) is not None]
-            mean = metrics[name] = sum(values) / len(values) if values else None
-            if mean is not None and len(values) > 1:
-                spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-                student = _T95[len(values) - 2] if len(values) < 11 else 1.96 + 2.65 / (len(values) - 1)
-                half = student * spread / math.sqrt(len(values))
-                statistics[name] = {"ci95_low": max(0.0, mean - half), "ci95_high": mean + half}
+            metrics[name] = sum(values) / len(values) if values else None
+            if len(values) > 1:
+                told = wire.interval(values)
+                statistics[name] = {**told, "ci95_low": max(0.0, told["ci95_low"])}
         made.append(group[0]._replace(metrics=metrics, statistics=statistics, jobs=len(group)))
     return made
-
-
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 to 9 degrees
 
 
 def points_of(rows: Iterable[Row], x: str, y: str) -> list[tuple[float, float]]:
@@ -4218,16 +4215,16 @@ def deltas_of(rows: Sequence[Row]) -> list[Delta]:
     for content, group in _by(rows, lambda row: row.content).items():
         for cost, quality in itertools.product(COSTS, QUALITIES):
             curves = curves_of(group, cost.name, quality.name)
-            pairs = itertools.combinations(curves, 2)
-            for one, other in pairs if len(curves) <= 4 else ((next(iter(curves)), name) for name in
-                                                             list(curves)[1:]):
-                found: list[float | None] = [None, None]
+            pairs = list(itertools.combinations(curves, 2))
+            for one, other in pairs if len(curves) <= 4 else pairs[:len(curves) - 1]:
+                cubic = pchip = None
                 why = ""
                 try:
-                    found = [bd_percent(curves[one], curves[other], pchip) for pchip in (False, True)]
+                    cubic = bd_percent(curves[one], curves[other])
+                    pchip = bd_percent(curves[one], curves[other], pchip=True)
                 except ValueError as error:
-                    why = str(error)
-                made.append(Delta(content, cost.head, quality.name, one, other, found[0], found[1], why))
+                    cubic, why = None, str(error)
+                made.append(Delta(content, cost.head, quality.name, one, other, cubic, pchip, why))
     return made
 
 
@@ -4475,20 +4472,25 @@ class _Notes:
         return f'<ol class="note">{items}</ol>' if items else ""
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], texts: int) -> str:
-    """Return a table of cells that are HTML already; the first `texts` columns are words."""
-    def line(cells: Sequence[str], tag: str) -> str:
+def table_html(heads: Iterable[str], rows: Iterable[Sequence[str]], texts: int = 99) -> str:
+    """Return a table of cells that are HTML already; the first `texts` columns are words, not figures."""
+    def line(cells: Iterable[str], tag: str) -> str:
         return "<tr>" + "".join(f'<{tag}{"" if at < texts else " class=n"}>{cell}</{tag}>'
                                 for at, cell in enumerate(cells)) + "</tr>"
     body = "".join(line(cells, "td") for cells in rows)
-    head = line([html.escape(word) for word in heads], "th")
-    return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+    return f"<table><thead>{line(map(html.escape, heads), 'th')}</thead><tbody>{body}</tbody></table>"
 
 
-def _jobs_table(rows: Sequence[Row], columns: Iterable[Figure],
-                heads: Sequence[str] = ("what", "node", "job"),
-                words: Callable[[Row], Sequence[str]] = lambda row: (row.label, row.node, row.job)) -> str:
-    """Return a table of the columns that say something: a figure, or why one that was wanted is unknown."""
+def _wide_table(heads: Iterable[str], rows: Iterable[Sequence[str]], texts: int = 3) -> str:
+    return f'<div class="wide">{table_html(heads, rows, texts)}</div>'
+
+
+def _jobs_table(rows: Sequence[Row], columns: Iterable[Figure], words: Callable[[Row], Mapping[str, str]] =
+                lambda row: {"what": row.label, "node": row.node, "job": row.job}) -> str:
+    """Return a table of the columns that say something: a figure, or why one that was wanted is unknown.
+
+    `words` are what each line begins with, by their heads.
+    """
     notes = _Notes()
     shown = [column for column in columns if any(
         row.figure(column.name) is not None or _part(row.metrics, "unknown").get(column.name)
@@ -4507,8 +4509,9 @@ def _jobs_table(rows: Sequence[Row], columns: Iterable[Figure],
         return about + (amount_text(value, "", column.digits) or "")
     currency = next((str(row.metrics["currency"]) for row in rows if row.metrics.get("currency")), "")
     names = [(column._replace(unit=currency) if "cost" in column.name else column).axis for column in shown]
-    cells = [[*map(html.escape, words(row)), *(cell(row, column) for column in shown)] for row in rows]
-    return _table([*heads, *names], cells, 3) + notes.html()
+    cells = [[*map(html.escape, words(row).values()), *(cell(row, column) for column in shown)]
+             for row in rows]
+    return _wide_table([*words(rows[0]), *names], cells) + notes.html()
 
 
 def _delta_table(deltas: Sequence[Delta]) -> str:
@@ -4523,7 +4526,7 @@ def _delta_table(deltas: Sequence[Delta]) -> str:
                       else f"{value:+.1f} %" for value in values]
         lines.append(cells)
     heads = [f"equal {FIGURES[name].head}, {fit}" for name in qualities for fit in ("cubic", "PCHIP")]
-    return _table(["", "this", "against", *heads], lines, 3) + notes.html()
+    return _wide_table(["", "this", "against", *heads], lines) + notes.html()
 
 
 _REPORT_STYLE = """
@@ -4574,13 +4577,13 @@ def report_html(title: str, rows: Sequence[Row], made_at: str) -> str:
     power, why = _power_plots(encodes or done)
     parts.append(_plots_html("Power over time", power, why))
     means = merged(encodes, lambda row: (row.rendition, row.curve))
-    sections = {"Means by rendition": _jobs_table(means, TABLES[_MONEY], ("rendition", "encoder", "jobs"),
-                                                  lambda row: (row.rendition, row.curve, str(row.jobs))),
-                **{name: _jobs_table(done, columns) for name, columns in TABLES.items()}}
+    sections = {"Means by rendition": _jobs_table(means, TABLES[_MONEY], lambda row: {
+        "rendition": row.rendition, "encoder": row.curve, "jobs": str(row.jobs)})}
+    sections.update((name, _jobs_table(done, columns)) for name, columns in TABLES.items())
     failed = [[html.escape(text) for text in (row.label, row.node, row.job, row.status, row.error)]
               for row in rows if row.status != "completed"]
     if failed:
-        sections["Not completed"] = _table(["what", "node", "job", "status", "error"], failed, 5)
+        sections["Not completed"] = _wide_table(["what", "node", "job", "status", "error"], failed, 5)
     parts += [f"<h2>{name}</h2>{table}" for name, table in sections.items() if table]
     return ('<!doctype html><html lang="en"><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width"><title>'
@@ -4617,11 +4620,11 @@ def report_csv(rows: Iterable[Row]) -> str:
 def report_rows(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
     """Return the rows as a table for a terminal, without the columns that nothing is known for."""
     heads = ("JOB", "STATUS", "NODE", "TIME", "SPEED", "RATE", "QUALITY", "ENERGY", "COST", "CO2E", "WHAT")
-    cells = [(row.job, row.status, row.node, amount_text(row.figure("duration"), "s"),
-              amount_text(row.figure("speed"), "x"), amount_text(row.figure("bitrate_kbps"), "kbit/s"),
+    cells = [(row.job, row.status, row.node,
+              *(figure_text(row.metrics, name) for name in ("duration", "speed", "bitrate_kbps")),
               next((f"{figure.head} {amount_text(row.figure(figure.name), '', 4)}" for figure in QUALITIES
                     if row.figure(figure.name) is not None), None), energy_text(row.metrics),
-              money_text(row.metrics, "energy_cost"), amount_text(row.figure("carbon_g"), "g"),
+              *(figure_text(row.metrics, name) for name in ("energy_cost", "carbon_g")),
               f"{row.label}{f': {row.error}' if row.error else ''}") for row in rows]
     shown = [at for at in range(len(heads)) if any(line[at] for line in cells)]
     return [tuple(line[at] for at in shown) for line in (heads, *cells)]
@@ -4640,44 +4643,32 @@ _STYLE = ("body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:7
 def page_view(seen: Overview) -> Text:
     """Return the plain page of nodes and jobs; every text is escaped."""
     nodes, jobs, total = seen
-    node_rows = [[node["name"], node["status"], f"{node['running']} of {node['max_concurrent_jobs']}",
-                  node.get("type"), node.get("cpu_threads"), wire.size_text(node.get("ram_bytes")),
-                  node.get("gpu_type") or "none", node["last_heartbeat"]] for node in nodes]
+    node_rows = [_cells_html(
+        node["name"], node["status"], f"{node['running']} of {node['max_concurrent_jobs']}",
+        node.get("type"), node.get("cpu_threads"), wire.size_text(node.get("ram_bytes")),
+        node.get("gpu_type") or "none", node["last_heartbeat"]) for node in nodes]
     names = {node["id"]: node["name"] for node in nodes}
-    job_rows = [[Link(f"/jobs/{job['id']}", job["id"][:8]), job["status"], job["scenario"],
-                 names.get(job["node_id"], job["node_id"]), percent_text(job), job["error"],
-                 job["created_at"]] for job in jobs]
+    job_rows = [[f'<a href="/jobs/{html.escape(job["id"])}"><code>{html.escape(job["id"][:8])}</code></a>',
+                 *_cells_html(job["status"], job["scenario"], names.get(job["node_id"], job["node_id"]),
+                              percent_text(job), job["error"], job["created_at"])] for job in jobs]
+    node_table = table_html(("name", "status", "running", "type", "threads", "memory", "GPU",
+                             "last heartbeat"), node_rows)
+    job_table = table_html(("job", "status", "scenario", "node", "done", "error", "created"), job_rows)
+    none = "<p class=none>No {}</p>".format
     links = " ".join(f'<a href="{path}">{path}</a>' for path in
                      ("/nodes", "/jobs", "/results", "/metrics", "/health", "/ready"))
     page = (f"<!doctype html><html lang=en><meta charset=utf-8><title>ffdist</title><style>{_STYLE}</style>"
             f"<h1>ffdist</h1><p>{links}</p><h2>Nodes ({len(nodes)})</h2>"
-            + _table_html(("name", "status", "running", "type", "threads", "memory", "GPU", "last heartbeat"),
-                          node_rows, "No node has registered yet: python3 agent.py --register --master URL")
+            + (node_table if nodes else
+               none("node has registered yet: python3 agent.py --register --master URL"))
             + f"<h2>Jobs ({len(jobs)} newest of {total})</h2>"
-            + _table_html(("job", "status", "scenario", "node", "done", "error", "created"), job_rows,
-                          "No job was submitted yet: python3 ffdist.py submit 720p30-h264"))
+            + (job_table if jobs else
+               none("job was submitted yet: python3 ffdist.py submit 720p30-h264")))
     return Text(page, "text/html; charset=utf-8")
 
 
-class Link(NamedTuple):
-    """A table cell that leads somewhere."""
-
-    path: str
-    text: str
-
-
-def _table_html(heads: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> str:
-    if not rows:
-        return f"<p class=none>{html.escape(empty)}</p>"
-    head = "".join(f"<th>{html.escape(word)}</th>" for word in heads)
-    body = "".join("<tr>" + "".join(f"<td>{_cell_html(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _cell_html(cell: Any) -> str:
-    if isinstance(cell, Link):
-        return f'<a href="{html.escape(cell.path)}"><code>{html.escape(cell.text)}</code></a>'
-    return "" if cell is None else html.escape(str(cell))
+def _cells_html(*cells: Any) -> list[str]:
+    return ["" if cell is None else html.escape(str(cell)) for cell in cells]
 
 
 def percent_text(job: Mapping[str, Any]) -> str:
@@ -5423,7 +5414,7 @@ def _result_row(result: Json) -> tuple[Any, ...]:
         return text(value) if isinstance(value, (int, float)) else None
     return (result["job_id"][:8], result["status"], result.get("node"), figure("duration", "{:.1f} s".format),
             figure("speed", "{:.2f}x".format), figure("cpu_usage", "{:.0f} %".format), energy_text(metrics),
-            money_text(metrics, "energy_cost"), amount_text(finite(metrics, "carbon_g"), "g"),
+            figure_text(metrics, "energy_cost"), figure_text(metrics, "carbon_g"),
             figure("output_bytes", wire.size_text), result["scenario"],
             (result.get("analyzer_output") or {}).get("recommendation") or result.get("error"))
 
