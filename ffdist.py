@@ -3542,28 +3542,30 @@ _SOURCE: Json = {"type": "prometheus", "uid": "ffdist"}
 
 def _panel_json(panel: Panel, number: int, x: int, y: int) -> Json:
     width, height = _SIZES[panel.kind]
-    table, stat = panel.kind == "table", panel.kind == "stat"
-    targets = [{"refId": chr(65 + place), "datasource": _SOURCE, "expr": promql(expr),
-                "legendFormat": panel.legend[place], "instant": table or stat, "range": not (table or stat),
-                "format": "table" if table else "time_series"} for place, expr in enumerate(panel.exprs)]
+    table, graph = panel.kind == "table", panel.kind == "timeseries"
+    targets = [{"refId": chr(65 + place), "datasource": _SOURCE, "expr": promql(expr), "legendFormat": legend,
+                "instant": not graph, "range": graph, "format": "table" if table else "time_series"}
+               for place, (expr, legend) in enumerate(zip(panel.exprs, panel.legend))]
+    defaults: Json = {"unit": panel.unit}
     made: Json = {"id": number, "type": panel.kind, "title": panel.title, "datasource": _SOURCE,
                   "gridPos": {"x": x, "y": y, "w": width, "h": height}, "targets": targets,
-                  "fieldConfig": {"defaults": {"unit": panel.unit}, "overrides": []}, "options": {}}
-    if panel.kind == "timeseries":
-        made["fieldConfig"]["defaults"]["custom"] = {"spanNulls": True, "showPoints": "auto"}
+                  "fieldConfig": {"defaults": defaults, "overrides": []}, "options": {}}
+    if graph:
+        defaults["custom"] = {"spanNulls": True, "showPoints": "auto"}
         made["options"] = {"legend": {"showLegend": True, "displayMode": "list", "placement": "bottom"},
                            "tooltip": {"mode": "multi", "sort": "desc"}}
-    if any("node_status" in expr for expr in panel.exprs):
-        words = {str(code): {"text": word, "index": code} for code, word in enumerate(NODE_STATUSES)}
-        mapping = [{"type": "value", "options": words}]
-        made["fieldConfig"]["overrides" if table else "defaults"] = (
-            [{"matcher": {"id": "byName", "options": "status"},
-              "properties": [{"id": "mappings", "value": mapping}]}] if table
-            else {"unit": panel.unit, "mappings": mapping})
     if table:
-        names = {f"Value #{target['refId']}": panel.legend[place] for place, target in enumerate(targets)}
+        names = {f"Value #{target['refId']}": target["legendFormat"] for target in targets}
         made["transformations"] = [{"id": "merge", "options": {}}, {"id": "organize", "options": {
             "excludeByName": {"Time": True}, "renameByName": names}}]
+    if any("node_status" in expr for expr in panel.exprs):
+        words = {str(code): {"text": word, "index": code} for code, word in enumerate(NODE_STATUSES)}
+        mappings = [{"type": "value", "options": words}]
+        if table:
+            made["fieldConfig"]["overrides"] = [{"matcher": {"id": "byName", "options": "status"},
+                                                 "properties": [{"id": "mappings", "value": mappings}]}]
+        else:
+            defaults["mappings"] = mappings
     return made
 
 
@@ -4907,35 +4909,32 @@ class Service:
             raise
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._server.server_port}"
-        self._threads = [threading.Thread(target=self._server.serve_forever, args=(0.2,), daemon=True),
-                         threading.Thread(target=self._reap, daemon=True),
-                         threading.Thread(target=self._keep_house, daemon=True)]
         self._pusher = (Pusher(victoriametrics, folder / "push", self.master, log) if victoriametrics
                         else None)
-        if self._pusher is not None:
-            self._threads.append(threading.Thread(target=self._pusher.run, daemon=True))
+        work = [lambda: self._server.serve_forever(0.2), lambda: self._every(REAP_S, self.master.reap),
+                self._keep_house, *([self._pusher.run] if self._pusher else [])]
+        self._threads = [threading.Thread(target=target, daemon=True) for target in work]
 
     def start(self) -> None:
         """Begin to serve and to reap."""
         for thread in self._threads:
             thread.start()
 
-    def _reap(self) -> None:
-        while not self._stopping.wait(REAP_S):
+    def _every(self, interval_s: float, work: Callable[[], Any]) -> None:
+        while not self._stopping.wait(interval_s):
             try:
-                self.master.reap()
+                work()
             except ApiError as error:
-                self._log.debug("reap: %s", error.message)
+                self._log.debug("%s: %s", work.__name__, error.message)
 
     def _keep_house(self) -> None:
-        """Check the journal once; then remove what is past the limits, now and then, a little at a time."""
+        """Check the journal once; then remove what is past the limits, now and then."""
         self.master.journal.check()
-        while not self._stopping.wait(HOUSEKEEPING_S):
-            try:
-                while self.master.expire() and not self._stopping.wait(0.05):
-                    pass
-            except ApiError as error:
-                self._log.debug("housekeeping: %s", error.message)
+        self._every(HOUSEKEEPING_S, self._expire)
+
+    def _expire(self) -> None:
+        while self.master.expire() and not self._stopping.wait(0.05):
+            pass  # a little at a time
 
     def stop(self) -> None:
         """Accept nothing more, answer what is parked, commit what is queued."""
@@ -4990,6 +4989,27 @@ def start_program(argv: Sequence[str], output: Any = None,
     clean = {name: value for name, value in os.environ.items() if not name.startswith("FFDIST_")}
     return subprocess.Popen(list(argv), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                             start_new_session=True, env=clean, pass_fds=keep)
+
+
+def await_start(process: subprocess.Popen[bytes], ready: Callable[[], Any], doing: str,
+                limit_s: float = math.inf) -> Any:
+    """Return what ready() says when it is something; None when the process ends before, or the time."""
+    bar, began = wire.ProgressLine(), time.monotonic()
+    try:
+        while process.poll() is None and (waited := time.monotonic() - began) < limit_s:
+            found = ready()
+            if found:
+                return found
+            bar.show(f"{doing} … {waited:.0f} s")
+            time.sleep(0.1)
+    finally:
+        bar.close()
+    return None
+
+
+def last_line(output: Path) -> str:
+    """Return the last words of a program, from the file that they went to."""
+    return output.read_text(errors="replace").strip().rpartition("\n")[2]
 
 
 def install_commands(programs: Iterable[str],
@@ -5096,12 +5116,12 @@ def _hold(path: Path) -> int | None:
     return descriptor
 
 
-def answers(url: str) -> bool:
-    """Tell whether a server answers at an address, whatever it says."""
+def answers(url: str, well: bool = False) -> bool:
+    """Tell whether a server answers at an address: whatever it says, or that it is well."""
     try:
         wire.exchange_text(url, timeout_s=2)
     except ApiError as error:
-        return error.status != 0
+        return error.status != 0 and not well
     return True
 
 
@@ -5143,19 +5163,9 @@ def _start_part(site: Site, part: Part, program: str) -> None:
                                     "program": program}).encode(), 0)
     finally:
         os.close(lock)
-    bar, began = wire.ProgressLine(), time.monotonic()
-    while True:
-        with contextlib.suppress(ApiError):
-            wire.exchange_text(part.health, timeout_s=2)
-            break
-        waited = time.monotonic() - began
-        if process.poll() is not None or waited > HEALTHY_S:
-            said = output.read_text(errors="replace").strip().splitlines() or ["no word"]
-            how = f"does not answer at {part.health}" if process.poll() is None else "ended"
-            raise Unusable(f"{part.name} {how}: {said[-1]} ({output})")
-        bar.show(f"{part.name} starts … {waited:.0f} s")
-        time.sleep(0.1)
-    bar.close()
+    if not await_start(process, lambda: answers(part.health, True), f"{part.name} starts", HEALTHY_S):
+        how = f"does not answer at {part.health}" if process.poll() is None else "ended"
+        raise Unusable(f"{part.name} {how}: {last_line(output) or 'no word'} ({output})")
 
 
 def stop_monitoring(site: Site) -> list[str]:
@@ -5665,7 +5675,10 @@ def _demo_with_agent(args: argparse.Namespace, url: str, film: Path | None, fold
         process = start_program(argv, output)
     try:
         client = args.client = wire.Client(url)
-        node = _demo_node(client, process, folder / "agent.log")
+        nodes = await_start(process, lambda: client.nodes()["nodes"],
+                            "the agent looks at this machine and tries its encoders")
+        if not nodes:
+            raise Unusable(f"the agent ended: {last_line(folder / 'agent.log') or 'without a word'}")
         parameters: Json = {"quality": ["psnr", "ssim"], "duration": 30 if film else 5}
         if film is not None:
             parameters["input"] = film.name
@@ -5673,6 +5686,7 @@ def _demo_with_agent(args: argparse.Namespace, url: str, film: Path | None, fold
                  "nothing is written beside it")
         job = client.submit({"scenario": args.scenario, "parameters": parameters})
         if not args.json:
+            node = nodes[0]
             memory, gpu = wire.size_text(node.get("ram_bytes")), node.get("gpu_type") or "none"
             _print_table([("node", f"{node['name']}: {node.get('type')}, {node.get('cpu_threads')} threads, "
                            f"{node.get('cpu_model') or 'unknown CPU'}, {memory}, GPU {gpu}")])
@@ -5683,23 +5697,6 @@ def _demo_with_agent(args: argparse.Namespace, url: str, film: Path | None, fold
             process.wait(15)
         process.kill()
         process.wait()
-
-
-def _demo_node(client: wire.Client, process: subprocess.Popen[bytes], output: Path) -> Json:
-    """Wait until the agent has registered, and return its node."""
-    bar, began = wire.ProgressLine(), time.monotonic()
-    try:
-        while process.poll() is None:
-            nodes = client.nodes()["nodes"]
-            if nodes:
-                return nodes[0]
-            waited = time.monotonic() - began
-            bar.show(f"the agent looks at this machine and tries its encoders … {waited:.0f} s")
-            time.sleep(0.2)
-    finally:
-        bar.close()
-    words = output.read_text(errors="replace").strip().splitlines()
-    raise Unusable(f"the agent ended: {words[-1] if words else 'without a word'}")
 
 
 def cmd_monitoring(args: argparse.Namespace) -> int:
