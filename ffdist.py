@@ -4187,9 +4187,14 @@ def merged(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[Row]:
     return made
 
 
+def knowing(rows: Iterable[Row], *names: str) -> list[Row]:
+    """Return the rows that know all these figures."""
+    return [row for row in rows if all(row.figure(name) is not None for name in names)]
+
+
 def points_of(rows: Iterable[Row], x: str, y: str) -> list[tuple[float, float]]:
     """Return two figures of the rows that know both."""
-    return [(a, b) for row in rows if (a := row.figure(x)) is not None and (b := row.figure(y)) is not None]
+    return [(row.figure(x) or 0.0, row.figure(y) or 0.0) for row in knowing(rows, x, y)]
 
 
 def curves_of(rows: Iterable[Row], cost: str, quality: str) -> dict[str, list[tuple[float, float]]]:
@@ -4197,7 +4202,7 @@ def curves_of(rows: Iterable[Row], cost: str, quality: str) -> dict[str, list[tu
 
     Time and energy are of one node, and of so many streams: those stand in the curve's name there.
     """
-    known = [row for row in rows if points_of([row], cost, quality)]
+    known = knowing(rows, cost, quality)
     several = len({row.node for row in known}) > 1
 
     def name(row: Row) -> str:
@@ -4388,13 +4393,12 @@ def _rate_plots(rows: Sequence[Row]) -> list[Plot]:
 
 def _front_plots(rows: Sequence[Row]) -> list[Plot]:
     """Return quality over time and over energy; what no other beats in all three is filled and joined."""
-    known = [figure for figure in (*QUALITIES, FIGURES["duration"], FIGURES["energy_joules"])
-             if any(row.figure(figure.name) is not None for row in rows)]
-    if not known or known[0] not in QUALITIES:
+    quality = next((figure for figure in QUALITIES if knowing(rows, figure.name)), None)
+    axes = [FIGURES[name] for name in ("duration", "energy_joules") if knowing(rows, name)]
+    if quality is None:
         return []
-    quality, axes = known[0], [figure for figure in known if figure in COSTS]
-    whole = [row for row in rows if all(row.figure(figure.name) is not None for figure in (quality, *axes))]
-    cells = merged(whole, lambda row: (row.curve, row.rate, row.streams, row.node))
+    cells = merged(knowing(rows, quality.name, *(axis.name for axis in axes)),
+                   lambda row: (row.curve, row.rate, row.streams, row.node))
     if len(cells) < 3:
         return []
     front = front_of([(-(row.figure(quality.name) or 0), *(row.figure(axis.name) or 0 for axis in axes))
@@ -4416,8 +4420,7 @@ def _front_plots(rows: Sequence[Row]) -> list[Plot]:
 def _node_plots(rows: Sequence[Row]) -> list[Plot]:
     plots = []
     for name, figure in ((name, FIGURES[name]) for name in ("duration", "energy_joules")):
-        known = [row for row in rows if row.figure(name) is not None]
-        cells = merged(known, lambda row: (row.node, row.label))
+        cells = merged(knowing(rows, name), lambda row: (row.node, row.label))
         labels = list(dict.fromkeys(row.label for row in cells))
         shown = {label: float(at) for at, label in enumerate(labels[:LABELS_MOST])}
         nodes = _by((row for row in cells if row.label in shown), lambda row: row.node)
@@ -4432,31 +4435,35 @@ def _node_plots(rows: Sequence[Row]) -> list[Plot]:
     return plots
 
 
+_SAMPLED = {"power_watts": ("Power", "power, W"), "cpu_usage": ("CPU use", "CPU, % of the machine")}
+
+
+def _samples(row: Row, name: str) -> list[tuple[float, float]]:
+    """Return (s, value) of the samples of a job that are known; none of fewer than two."""
+    lists = [row.series.get(key) for key in ("seconds", name)]
+    pairs = zip(*lists) if all(isinstance(values, list) for values in lists) else ()
+    points = [(x, y) for x, y in ((finite({"x": x}, "x"), finite({"y": y}, "y")) for x, y in pairs)
+              if x is not None and y is not None]
+    return points if len(points) > 1 else []
+
+
 def _power_plots(rows: Sequence[Row]) -> tuple[list[Plot], str]:
     """Return power and CPU use over time of the longest sampled job, or why there are none."""
-    found: dict[str, list[tuple[float, Row, list[tuple[float, float]]]]] = {name: [] for name in _SAMPLED}
-    for name, row in itertools.product(_SAMPLED, rows):
-        lists = [row.series.get(key) for key in ("seconds", name)]
-        pairs = zip(*lists) if all(isinstance(values, list) for values in lists) else ()
-        points = points_of((row._replace(metrics={"x": x, "y": y}) for x, y in pairs), "x", "y")
-        if len(points) > 1:
-            found[name].append((points[-1][0], row, points))
-    longest = max(found["power_watts"] or found["cpu_usage"], key=lambda one: one[0], default=None)
-    if longest is None:
+    main = next((name for name in _SAMPLED if any(_samples(row, name) for row in rows)), None)
+    if main is None:
         return [], "no result holds samples"
-    row, plots = longest[1], []
+    row, plots = max(rows, key=lambda row: [x for x, _ in _samples(row, main)][-1:]), []
     for name, (title, unit) in _SAMPLED.items():
-        for points in (points for _, other, points in found[name] if other is row):
-            curves = [Curve(title, points, marked=False)]
-            idle = row.figure("idle_watts") if name == "power_watts" else None
-            if idle is not None:
-                curves.append(Curve("idle", [(points[0][0], idle), (points[-1][0], idle)], marked=False))
-            what = f"{title} of job {row.job}: {row.label} on {row.node}"
-            plots.append(Plot(what, "time, s", unit, curves, zero="y"))
-    return plots, "" if found["power_watts"] else f"power is unknown: {row.why('power_watts')}"
-
-
-_SAMPLED = {"power_watts": ("Power", "power, W"), "cpu_usage": ("CPU use", "CPU, % of the machine")}
+        points = _samples(row, name)
+        if not points:
+            continue
+        curves = [Curve(title, points, marked=False)]
+        idle = row.figure("idle_watts") if name == "power_watts" else None
+        if idle is not None:
+            curves.append(Curve("idle", [(points[0][0], idle), (points[-1][0], idle)], marked=False))
+        what = f"{title} of job {row.job}: {row.label} on {row.node}"
+        plots.append(Plot(what, "time, s", unit, curves, zero="y"))
+    return plots, "" if main == "power_watts" else f"power is unknown: {row.why('power_watts')}"
 
 
 class _Notes:
@@ -4494,10 +4501,9 @@ def _jobs_table(rows: Sequence[Row], columns: Iterable[Figure], words: Callable[
     `words` are what each line begins with, by their heads.
     """
     notes = _Notes()
-    shown = [column for column in columns if any(
-        row.figure(column.name) is not None or _part(row.metrics, "unknown").get(column.name)
-        not in (None, "not asked for") for row in rows)]
-    if not any(row.figure(column.name) is not None for row in rows for column in shown):
+    shown = [column for column in columns if knowing(rows, column.name) or any(
+        _part(row.metrics, "unknown").get(column.name) not in (None, "not asked for") for row in rows)]
+    if not any(knowing(rows, column.name) for column in shown):
         why = dict.fromkeys(row.why(column.name) for row in rows for column in shown)
         return f'<p class="note">unknown: {html.escape("; ".join(why))}</p>' if why else ""
 
