@@ -3384,20 +3384,19 @@ def result_lines(result: Json, spec: Json) -> list[str]:
     received = epoch_of(result.get("received_at")) or 0.0
     completed = epoch_of(result.get("completed_at"))
     at = completed if completed is not None and received - RESULT_LATE_S < completed < received else received
-    settings, experiment = spec.get("settings") or {}, spec.get("experiment")
+    encode, told, word = _part(result, "encode"), _part(spec, "experiment"), spec.get("experiment")
     labels = _labels_text({
-        "job_id": result.get("job_id"), "node": result.get("node"), "node_id": result.get("node_id"),
-        "scenario": result.get("scenario"), "status": result.get("status"), "codec": settings.get("codec"),
-        "encoder": _inner(result, "encode", "encoder"), "preset": _inner(result, "encode", "preset"),
-        "power_source": _inner(result, "metrics", "power_source"),
-        "experiment": _inner(spec, "experiment", "name") or _inner(spec, "experiment", "id")
-        or (experiment if isinstance(experiment, str) else None)})
-    return _field_lines(_OF_RESULTS, {**(result.get("metrics") or {}), "info": 1}, labels, at)
+        **{name: result.get(name) for name in ("job_id", "node", "node_id", "scenario", "status")},
+        "codec": _part(spec, "settings").get("codec"), "encoder": encode.get("encoder"),
+        "preset": encode.get("preset"), "power_source": _part(result, "metrics").get("power_source"),
+        "experiment": told.get("name") or told.get("id") or (word if isinstance(word, str) else None)})
+    return _field_lines(_OF_RESULTS, {**_part(result, "metrics"), "info": 1}, labels, at)
 
 
-def _inner(value: Json, outer: str, name: str) -> Any:
-    found = value.get(outer)
-    return found.get(name) if isinstance(found, dict) else None
+def _part(value: Mapping[str, Any], name: str) -> Json:
+    """Return an object inside another; an empty one where there is none."""
+    found = value.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def sample_lines(told: Sampled) -> list[str]:
@@ -4061,11 +4060,6 @@ def row_of(job: Json) -> Row:
         metrics, _part(result, "statistics"), _part(result, "series"))
 
 
-def _part(value: Mapping[str, Any], name: str) -> Json:
-    found = value.get(name)
-    return found if isinstance(found, dict) else {}
-
-
 _ESTIMATED = (*TABLES[_MONEY], *TABLES["Power"])
 QUALITIES = tuple(FIGURES[name] for name in ("vmaf", "xpsnr_db", "psnr_db", "ssim"))
 COSTS = tuple(FIGURES[name] for name in ("bitrate_kbps", "energy_joules", "duration"))
@@ -4375,9 +4369,12 @@ def _figure_html(plot: Plot) -> str:
         keys.append(f'<li><svg class="key" viewBox="0 0 34 14"><g class="c{number % len(_COLOURS)}">'
                     f'<path class="line"{dash} d="M1 7H33"/>{mark}</g></svg>{html.escape(curve.label)}</li>')
     legend = f'<ul class="keys">{"".join(keys)}</ul>' if len(keys) > 1 else ""
-    note = f'<p class="note">{html.escape(plot.note)}</p>' if plot.note else ""
     title = f"<figcaption>{html.escape(plot.title)}</figcaption>"
-    return f"<figure>{title}{plot_svg(plot)}{legend}{note}</figure>"
+    return f"<figure>{title}{plot_svg(plot)}{legend}{_note(plot.note)}</figure>"
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>' if text else ""
 
 
 def _rate_plots(rows: Sequence[Row]) -> list[Plot]:
@@ -4505,7 +4502,7 @@ def _jobs_table(rows: Sequence[Row], columns: Iterable[Figure], words: Callable[
         _part(row.metrics, "unknown").get(column.name) not in (None, "not asked for") for row in rows)]
     if not any(knowing(rows, column.name) for column in shown):
         why = dict.fromkeys(row.why(column.name) for row in rows for column in shown)
-        return f'<p class="note">unknown: {html.escape("; ".join(why))}</p>' if why else ""
+        return _note(f"unknown: {'; '.join(why)}") if why else ""
 
     def cell(row: Row, column: Figure) -> str:
         value = row.figure(column.name)
@@ -4581,7 +4578,7 @@ def report_html(title: str, rows: Sequence[Row], made_at: str) -> str:
             parts.append("<h3>What one costs more or less than another, at equal quality</h3>"
                          + _delta_table(deltas[content]))
     if len(contents) > PANELS_MOST:
-        parts.append(f'<p class="note">{len(contents) - PANELS_MOST} more are only in the tables.</p>')
+        parts.append(_note(f"{len(contents) - PANELS_MOST} more are only in the tables."))
     power, why = _power_plots(encodes or done)
     parts.append(_plots_html("Power over time", power, why))
     means = merged(encodes, lambda row: (row.rendition, row.curve))
@@ -4599,8 +4596,8 @@ def report_html(title: str, rows: Sequence[Row], made_at: str) -> str:
 
 
 def _plots_html(title: str, plots: Iterable[Plot], note: str = "") -> str:
-    words = f'<p class="note">{html.escape(note)}</p>' if note else ""
-    return f'<h2>{html.escape(title)}</h2><div class="plots">{"".join(map(_figure_html, plots))}</div>{words}'
+    figures = "".join(map(_figure_html, plots))
+    return f'<h2>{html.escape(title)}</h2><div class="plots">{figures}</div>{_note(note)}'
 
 
 def report_json(title: str, rows: Sequence[Row], made_at: str) -> Json:
@@ -5000,16 +4997,14 @@ def start_program(argv: Sequence[str], output: Any = None,
 def await_start(process: subprocess.Popen[bytes], ready: Callable[[], Any], doing: str,
                 limit_s: float = math.inf) -> Any:
     """Return what ready() says when it is something; None when the process ends before, or the time."""
-    bar, began = wire.ProgressLine(), time.monotonic()
-    try:
+    began = time.monotonic()
+    with contextlib.closing(wire.ProgressLine()) as bar:
         while process.poll() is None and (waited := time.monotonic() - began) < limit_s:
             found = ready()
             if found:
                 return found
             bar.show(f"{doing} … {waited:.0f} s")
             time.sleep(0.1)
-    finally:
-        bar.close()
     return None
 
 
@@ -5063,13 +5058,13 @@ GRAFANA_HOMES = ("/usr/share/grafana", "/usr/local/share/grafana", "/opt/grafana
 
 
 class Part(NamedTuple):
-    """One program of the monitoring: its names on PATH, its words, where it tells that it is well.
+    """One program of the monitoring: what PATH has of its names, its words, where it tells that it is well.
 
     `about` says what to do where the program is missing; the first part is needed, the others are not.
     """
 
     name: str
-    programs: tuple[str, ...]
+    program: str | None
     words: tuple[str, ...]
     url: str
     health: str
@@ -5084,20 +5079,26 @@ def parts_of(site: Site) -> tuple[Part, ...]:
     notifier = (f"-notifier.url={site.alertmanager}" if site.alertmanager
                 else f"-notifier.config={base}/notifier.yml")
     home = next((path for path in GRAFANA_HOMES if os.path.isdir(path)), GRAFANA_HOMES[0])
+    grafana = _first_on_path("grafana-server", "grafana")
+    server = () if grafana and grafana.endswith("-server") else ("server",)
     return (
-        Part("victoria-metrics", ("victoria-metrics", "victoria-metrics-prod"),
+        Part("victoria-metrics", _first_on_path("victoria-metrics", "victoria-metrics-prod"),
              (f"-httpListenAddr={urllib.parse.urlsplit(store).netloc}",
               f"-storageDataPath={base}/victoria-metrics", "-retentionPeriod=12",
               "-dedup.minScrapeInterval=1ms", "-search.latencyOffset=1ms",
               f"-promscrape.config={base}/scrape.yml"), store, f"{store}/health", binaries),
-        Part("vmalert", ("vmalert", "vmalert-prod"),
+        Part("vmalert", _first_on_path("vmalert", "vmalert-prod"),
              (f"-rule={base}/alerts.yml", notifier, f"-datasource.url={store}",
               f"-remoteWrite.url={store}", f"-remoteRead.url={store}", f"-httpListenAddr={site.vmalert}"),
              f"http://{site.vmalert}", f"http://{site.vmalert}/health", binaries),
-        Part("grafana", ("grafana-server", "grafana"),
-             ("server", "--homepath", home, "--config", f"{base}/grafana/grafana.ini"),
+        Part("grafana", grafana,
+             (*server, "--homepath", home, "--config", f"{base}/grafana/grafana.ini"),
              f"http://{site.grafana}", f"http://{site.grafana}/api/health",
              "from grafana.com/grafana/download"))
+
+
+def _first_on_path(*programs: str) -> str | None:
+    return next(filter(None, map(shutil.which, programs)), None)
 
 
 def write_monitoring(site: Site) -> list[Path]:
@@ -5134,8 +5135,7 @@ def answers(url: str, well: bool = False) -> bool:
 def start_monitoring(site: Site) -> tuple[list[Part], list[Part]]:
     """Start what is installed and wait until it is well; return what runs, and what is missing."""
     parts = parts_of(site)
-    found = {part: next(filter(None, map(shutil.which, part.programs)), None) for part in parts}
-    if found[parts[0]] is None:
+    if parts[0].program is None:
         raise Unusable(f"{parts[0].name} is missing: install it {parts[0].about}")
     for part in parts:
         lock = _hold(Path(site.folder, f"{part.name}.pid"))
@@ -5143,27 +5143,26 @@ def start_monitoring(site: Site) -> tuple[list[Part], list[Part]]:
             raise Unusable(f"{part.name} runs already for {site.folder}: "
                            "stop it with 'ffdist.py monitoring down'")
         os.close(lock)
-        if found[part] is not None and answers(part.health):
+        if part.program is not None and answers(part.health):
             raise Unusable(f"something else answers at {part.url} already: end it, or choose another port")
-    running = [part for part in parts if found[part] is not None]
     try:
-        for part in running:
-            _start_part(site, part, str(found[part]))
+        for part in parts:
+            if part.program is not None:
+                _start_part(site, part, part.program)
     except BaseException:
         stop_monitoring(site)
         raise
-    return running, [part for part in parts if found[part] is None]
+    return [part for part in parts if part.program], [part for part in parts if not part.program]
 
 
 def _start_part(site: Site, part: Part, program: str) -> None:
-    words = part.words[1:] if Path(program).name == "grafana-server" else part.words
     output = Path(site.folder, f"{part.name}.log")
     lock = _hold(Path(site.folder, f"{part.name}.pid"))
     if lock is None:
         raise Unusable(f"{part.name} was just started by somebody else")
     try:
         with open(output, "wb") as file:
-            process = start_program((program, *words), file, (lock,))
+            process = start_program((program, *part.words), file, (lock,))
         os.truncate(lock, 0)
         os.pwrite(lock, json.dumps({"pid": process.pid, "started_at": wire.utc_text(time.time()),
                                     "program": program}).encode(), 0)
@@ -5250,8 +5249,6 @@ def _print_page(page: Json, what: str, hint: str, rows: Sequence[Sequence[Any]])
 
 def _ago(text: str | None) -> str | None:
     """Return an API time for people: how long ago it was."""
-    if not text:
-        return None
     at = epoch_of(text)
     return text if at is None else f"{wire.duration_text(max(0.0, time.time() - at))} ago"
 
@@ -5279,12 +5276,10 @@ def keep_of(text: str) -> tuple[float, float]:
 
 def cmd_backup(args: argparse.Namespace) -> int:
     """Copy the journal of a master, which may be running, to a file."""
-    bar, target = wire.ProgressLine(), Path(args.file).absolute()
-    try:
+    target = Path(args.file).absolute()
+    with contextlib.closing(wire.ProgressLine()) as bar:
         counts = copy_journal(_data_dir(args), target,
                               lambda part: bar.show(f"copying the journal … {100 * part:.0f} %"))
-    finally:
-        bar.close()
     print(f"{target}: {counts}, {wire.size_text(target.stat().st_size)}")
     return 0
 
@@ -5346,25 +5341,22 @@ def cmd_submit(args: argparse.Namespace) -> int:
 def _wait_for(client: wire.Client, job: Json, as_json: bool) -> int:
     """Show progress until a job ends, then what came out."""
     _say(f"job {job['id']}")
-    bar = wire.ProgressLine()
     try:
-        while job["status"] not in FINAL:
-            time.sleep(POLL_S)
-            try:
-                job = client.job(job["id"])
-            except ApiError as error:
-                if not error.retryable:
-                    raise
-                bar.show(f"{error.message}; waiting")
-                continue
-            if job["status"] not in FINAL:
-                bar.show(_waiting_text(job))
+        with contextlib.closing(wire.ProgressLine()) as bar:
+            while job["status"] not in FINAL:
+                time.sleep(POLL_S)
+                try:
+                    job = client.job(job["id"])
+                except ApiError as error:
+                    if not error.retryable:
+                        raise
+                    bar.show(f"{error.message}; waiting")
+                    continue
+                if job["status"] not in FINAL:
+                    bar.show(_waiting_text(job))
     except KeyboardInterrupt:
-        bar.close()
         _say(f"the job goes on; stop it with: python3 ffdist.py cancel {job['id'][:8]}")
         return 130
-    finally:
-        bar.close()
     job = client.job(job["id"])
     (_print_json if as_json else show_job)(job)
     return 0 if job["status"] == "completed" else 1
@@ -5526,13 +5518,15 @@ def cmd_experiment(args: argparse.Namespace) -> int:
     return 1 if bad_ones else 0
 
 
-REPORT_KINDS = {".html": "html", ".htm": "html", ".csv": "csv", ".json": "json"}
+REPORT_KINDS: Mapping[str, Callable[[str, Sequence[Row], str], str]] = {
+    ".html": report_html, ".htm": report_html, ".csv": lambda title, rows, made_at: report_csv(rows),
+    ".json": lambda *report: json.dumps(report_json(*report), indent=2) + "\n"}
 
 
 def cmd_report(args: argparse.Namespace) -> int:
     """Report on an experiment, or on all results that were accepted: a table, or a file."""
-    kind = REPORT_KINDS.get(Path(args.output).suffix.lower()) if args.output else None
-    if args.output and kind is None:
+    make = REPORT_KINDS.get(Path(args.output).suffix.lower()) if args.output else None
+    if args.output and make is None:
         raise ValueError(f"--output {args.output} must end with {', '.join(REPORT_KINDS)}")
     client = _client(args)
     title, ids = _reported(client, args)
@@ -5546,19 +5540,16 @@ def cmd_report(args: argparse.Namespace) -> int:
     if len(rows) < len(ids):
         _say(f"{len(ids) - len(rows)} of {len(ids)} jobs are not known to the master: not submitted yet, or "
              "no longer kept")
-    made_at = wire.utc_text(time.time()) or ""
-    if args.json or kind == "json":
-        text = json.dumps(report_json(title, rows, made_at), indent=2) + "\n"
-    elif kind is None:
+    make = REPORT_KINDS[".json"] if args.json else make
+    if make is None:
         _print_report(rows)
         return 0
+    text = make(title, rows, wire.utc_text(time.time()) or "")
+    if args.output:
+        Path(args.output).write_text(text, encoding="utf-8")
+        _say(f"{args.output}: {title}, {len(rows)} jobs")
     else:
-        text = report_csv(rows) if kind == "csv" else report_html(title, rows, made_at)
-    if not args.output:
         sys.stdout.write(text)
-        return 0
-    Path(args.output).write_text(text, encoding="utf-8")
-    _say(f"{args.output}: {title}, {len(rows)} jobs")
     return 0
 
 
@@ -5629,8 +5620,8 @@ def _follow(client: wire.Client, experiment: Experiment, wait: bool) -> dict[str
     """
     known: dict[str, Json] = {}
     final: set[str] = set()
-    bar, total = wire.ProgressLine(), len(experiment.jobs)
-    try:
+    total = len(experiment.jobs)
+    with contextlib.closing(wire.ProgressLine()) as bar:
         while True:
             due = [job for group in due_groups(experiment.groups, final) for job in group.jobs
                    if job["id"] not in final]
@@ -5649,8 +5640,6 @@ def _follow(client: wire.Client, experiment: Experiment, wait: bool) -> dict[str
             bar.show(wire.progress_text(experiment_progress(known.values(), total)))
             if len(final) == before:
                 time.sleep(max(POLL_S, len(due) / 1000))
-    finally:
-        bar.close()
 
 
 def cmd_demo(args: argparse.Namespace) -> int:
