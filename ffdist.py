@@ -4614,12 +4614,16 @@ def report_csv(rows: Iterable[Row]) -> str:
     heads = Row._fields[:Row._fields.index("metrics")]
     writer.writerow([*heads, *FIGURES, "currency", "unknown"])
     for row in rows:
-        words = [f"'{word}" if word.startswith(("=", "+", "-", "@")) else word
-                 for word in (str(getattr(row, name)) for name in heads)]
+        words = [_plain(getattr(row, name)) for name in heads]
         why = {name: row.why(name) for name in FIGURES if row.figure(name) is None}
-        writer.writerow([*words, *map(row.figure, FIGURES), row.metrics.get("currency", ""),
+        writer.writerow([*words, *map(row.figure, FIGURES), _plain(row.metrics.get("currency", "")),
                          json.dumps(why)])
     return out.getvalue()
+
+
+def _plain(value: Any) -> str:
+    word = str(value)
+    return f"'{word}" if word.startswith(("=", "+", "-", "@")) else word
 
 
 def report_rows(rows: Iterable[Row]) -> list[tuple[Any, ...]]:

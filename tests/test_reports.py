@@ -636,9 +636,10 @@ class TestPages(unittest.TestCase):
             Page(ffdist.report_html("x", rows, "now"))
 
     def test_csv_has_every_figure_and_no_formula(self) -> None:
-        rows = rows_of(job_of("=cmd()", joules=None))
+        rows = rows_of(job_of("=cmd()", joules=None, metrics={"currency": "=1+1"}))
         line, = csv.DictReader(io.StringIO(ffdist.report_csv(rows)))
-        self.assertEqual((line["curve"], line["psnr_db"]), ("'=cmd() fast", "35.0"))
+        self.assertEqual((line["curve"], line["psnr_db"], line["currency"]),
+                         ("'=cmd() fast", "35.0", "'=1+1"))
         self.assertEqual(line["energy_joules"], "")
         self.assertEqual(json.loads(line["unknown"])["energy_joules"], "no RAPL: a virtual machine")
 
