@@ -4749,12 +4749,53 @@ def write_whole(path: Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
+class Spool:
+    """Batches of lines that wait in files of a folder; past its limit the oldest are given up."""
+
+    def __init__(self, folder: Path, limit_bytes: int, counts: dict[str, int], log: logging.Logger) -> None:
+        self._folder = folder
+        self._limit_bytes = limit_bytes
+        self._counts = counts
+        self._log = log
+        self._sizes = {path: path.stat().st_size for path in sorted(folder.glob("[0-9]" * 12 + ".txt"))}
+        self._number = max((int(path.stem) for path in self._sizes), default=0)
+        self.add(())
+
+    def oldest(self) -> bytes | None:
+        """Return the batch that waits longest; None when none does."""
+        path = next(iter(self._sizes), None)
+        return None if path is None else path.read_bytes() if path.exists() else b""
+
+    def forget(self) -> None:
+        """Remove the batch that waits longest."""
+        path = next(iter(self._sizes))
+        path.unlink(missing_ok=True)
+        self._sizes.pop(path)
+
+    def add(self, batches: Iterable[bytes]) -> None:
+        """Keep batches on disk, as far as the limit allows, and tell how much waits there."""
+        for body in batches:
+            self._number += 1
+            path = self._folder / f"{self._number:012d}.txt"
+            try:
+                write_whole(path, body)
+                self._sizes[path] = len(body)
+            except OSError as error:
+                self._counts["push_dropped"] += body.count(b"\n")
+                self._log.error("values for VictoriaMetrics are lost: %s: %s", path, error.strerror)
+        while sum(self._sizes.values()) > self._limit_bytes:
+            with contextlib.suppress(OSError):
+                self._counts["push_dropped"] += (self.oldest() or b"").count(b"\n")
+            self.forget()
+        self._counts["push_spool_bytes"] = sum(self._sizes.values())
+
+
 class Pusher:
     """Pushes to VictoriaMetrics what a master learns; one thread calls loop(), then shut_down().
 
     Results are read from the journal, after the last one that was taken (its number is in the folder), so
     that no outage and no kill -9 loses any. Samples and states of nodes are known to memory alone: what is
-    not taken waits in files of the folder, up to a limit, past which the oldest go.
+    not taken waits in the spool.
     """
 
     def __init__(self, url: str, folder: Path, master: Master, log: logging.Logger,
@@ -4763,18 +4804,15 @@ class Pusher:
         self._folder = folder
         self._master = master
         self._log = log
-        self._limit_bytes = limit_bytes
         self._told = False
         self._known: dict[str, tuple[Any, ...]] = {}
         self._all_nodes_at = 0.0
         self._samples: queue.Queue[Sampled] = queue.Queue(SAMPLES_MOST)
         self._stopping = threading.Event()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._sizes = {path: path.stat().st_size for path in sorted(folder.glob("[0-9]" * 12 + ".txt"))}
-        self._number = max((int(path.stem) for path in self._sizes), default=0)
+        self._spool = Spool(folder, limit_bytes, master.counts, log)
         self._cursor = self._read_cursor()
         write_whole(folder / "pushed", b"%d" % self._cursor)
-        self._tell_size()
         master.samples = self._samples
 
     def _read_cursor(self) -> int:
@@ -4798,10 +4836,9 @@ class Pusher:
         """Push all there is at this moment of the wall clock: what waits on disk first."""
         batches = self._gather(now)
         try:
-            while self._sizes and not self._stopping.is_set():
-                oldest = next(iter(self._sizes))
-                self._push(oldest.read_bytes() if oldest.exists() else b"")
-                self._forget(oldest)
+            while not self._stopping.is_set() and (body := self._spool.oldest()) is not None:
+                self._push(body)
+                self._spool.forget()
             while batches:
                 self._push(batches[0])
                 del batches[0]
@@ -4819,11 +4856,11 @@ class Pusher:
                 self._log.warning("nothing is pushed to VictoriaMetrics, values wait in %s: %s", self._folder,
                                   getattr(error, "message", error))
             self._told = True
-        self._spool(batches)
+        self._spool.add(batches)
 
     def shut_down(self, now: float) -> None:
         """Keep what only memory knows for the next start."""
-        self._spool(self._gather(now))
+        self._spool.add(self._gather(now))
 
     def _gather(self, now: float) -> list[bytes]:
         """Take the samples that came, and the nodes that changed; now and then all nodes."""
@@ -4864,31 +4901,6 @@ class Pusher:
                 raise
             self._master.counts["push_dropped"] += count
             self._log.error("VictoriaMetrics refuses %d values, they are given up: %s", count, error.message)
-
-    def _spool(self, batches: Sequence[bytes]) -> None:
-        """Keep batches on disk; past the limit the oldest are given up."""
-        for body in batches:
-            self._number += 1
-            path = self._folder / f"{self._number:012d}.txt"
-            try:
-                write_whole(path, body)
-                self._sizes[path] = len(body)
-            except OSError as error:
-                self._master.counts["push_dropped"] += body.count(b"\n")
-                self._log.error("values for VictoriaMetrics are lost: %s: %s", path, error.strerror)
-        while sum(self._sizes.values()) > self._limit_bytes:
-            oldest = next(iter(self._sizes))
-            with contextlib.suppress(OSError):
-                self._master.counts["push_dropped"] += oldest.read_bytes().count(b"\n")
-            self._forget(oldest)
-        self._tell_size()
-
-    def _forget(self, path: Path) -> None:
-        path.unlink(missing_ok=True)
-        self._sizes.pop(path, None)
-
-    def _tell_size(self) -> None:
-        self._master.counts["push_spool_bytes"] = sum(self._sizes.values())
 
 
 def _body(lines: Iterable[str]) -> bytes:
