@@ -3724,14 +3724,19 @@ STREAMS_MOST = 256
 
 
 class _Entry(NamedTuple):
-    """One scenario of an experiment file: its own parameters, and where each of them stands."""
+    """One scenario of an experiment file: its place, its own parameters, the file's words for these."""
 
     place: str
     scenario: str
     name: str | None
     streams: tuple[int, ...]
     parameters: Json
+    words: Mapping[str, str] = {}
     baseline: bool = False
+
+    def place_of(self, name: str) -> str:
+        """Return the place of one of its own parameters."""
+        return f"{self.place}.{self.words.get(name, name)}"
 
 
 def experiment_of(value: Any, stem: str) -> Experiment:
@@ -3755,7 +3760,7 @@ def experiment_of(value: Any, stem: str) -> Experiment:
     entries = [_entry(item, f"scenarios[{number}]", streams) for number, item in enumerate(given)]
     if value.get("baseline") not in (None, False, 0):
         length = {} if value["baseline"] is True else {"duration": _seconds(value["baseline"], "baseline")}
-        entries.insert(0, _Entry("baseline", "baseline", None, (1,), length, True))
+        entries.insert(0, _Entry("baseline", "baseline", None, (1,), length, baseline=True))
     elif not entries:
         raise ValueError("scenarios must be a list of at least one, such as [\"1080p30\"]")
     cells = list(itertools.islice(((node, entry, cell) for entry in entries for cell in _cells(value, entry)
@@ -3829,17 +3834,18 @@ def _entry(item: Any, place: str, streams: tuple[int, ...]) -> _Entry:
     if kind not in _TYPES:
         raise ValueError(f"{place}.type must be one of {', '.join(_TYPES)}")
     name = _text(item, "name", f"{place}.", "") if "name" in item else None
-    given = {"settle": item["stabilization"]} if "stabilization" in item else {}
+    words = {"settle": "stabilization"} if "stabilization" in item and "settle" not in item else {}
+    given = {known: item[word] for known, word in words.items()}
     given.update({word: item[word] for word in item
                   if word not in ("scenario", "name", "type", "count", "stabilization")})
-    given = {word: _seconds(given[word], f"{place}.{'stabilization' if word not in item else word}")
-             if word in _SECONDS else given[word] for word in given}
+    made = _Entry(place, item.get("scenario", "transcode"), name, streams, {}, words)
+    given.update({word: _seconds(given[word], made.place_of(word)) for word in _SECONDS if word in given})
     if kind == "baseline":
         kept = {word: given[word] for word in ("duration", "settle", "cooldown") if word in given}
-        return _Entry(place, "baseline", name, (1,), kept, True)
+        return made._replace(scenario="baseline", streams=(1,), parameters=kept, baseline=True)
     if "count" in item:
         streams = tuple(_wholes(item, "count", STREAMS_MOST, f"{place}."))
-    return _Entry(place, item.get("scenario", "transcode"), name, streams, given)
+    return made._replace(streams=streams, parameters=given)
 
 
 def _cells(value: Json, entry: _Entry) -> Iterator[Json]:
@@ -3884,7 +3890,7 @@ def _settings(entry: _Entry, parameters: Json, cell: Json) -> wire.Settings:
         return wire.resolve(entry.scenario, parameters)
     except ApiError as error:
         name = (error.field or "").replace("parameters.", "", 1)
-        place = (cell[name][1] if name in cell else f"{entry.place}.{name}" if name in entry.parameters
+        place = (cell[name][1] if name in cell else entry.place_of(name) if name in entry.parameters
                  else entry.place if name == "scenario" else f"parameters.{name}" if name else entry.place)
         words = error.message.replace(error.field or "\0", place, 1)
         raise ValueError(words if words.startswith(place) else f"{place}: {words}") from None

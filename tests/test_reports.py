@@ -276,6 +276,7 @@ class TestExperimentFiles(unittest.TestCase):
                 ({"scenarios": [{"type": "mutli"}]}, r"^scenarios\[0\].type must be one of single, multi"),
                 ({"scenarios": [{"count": 0}]}, r"^scenarios\[0\].count must be a whole number from 1"),
                 ({"scenarios": [{"stabilization": "soon"}]}, r"^scenarios\[0\].stabilization: 'soon' is no"),
+                ({"scenarios": [{"stabilization": -1}]}, r"^scenarios\[0\].stabilization must be from 0 to"),
                 ({**one, "codecs": ["h264", "x26"]}, r"^codecs\[1\] must be one of h264"),
                 ({**one, "crfs": [20, 99]}, r"^crfs\[1\] must be from 0 to 63"),
                 ({**one, "codecs": ["av1"], "crfs": {"av1": [64]}}, r"^crfs.av1\[0\] must be"),
