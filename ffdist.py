@@ -4469,21 +4469,6 @@ def _power_plots(rows: Sequence[Row]) -> tuple[list[Plot], str]:
     return plots, "" if main == "power_watts" else f"power is unknown: {row.why('power_watts')}"
 
 
-class _Notes:
-    """The numbered reasons under a table."""
-
-    def __init__(self) -> None:
-        self.words: dict[str, int] = {}
-
-    def mark(self, why: str) -> str:
-        number = self.words.setdefault(why, len(self.words) + 1)
-        return f'<span class="none">unknown<sup>{number}</sup></span>'
-
-    def html(self) -> str:
-        items = "".join(f"<li>{html.escape(why)}</li>" for why in self.words)
-        return f'<ol class="note">{items}</ol>' if items else ""
-
-
 def table_html(heads: Iterable[str], rows: Iterable[Sequence[str]], texts: int = 99) -> str:
     """Return a table of cells that are HTML already; the first `texts` columns are words, not figures."""
     def line(cells: Iterable[str], tag: str) -> str:
@@ -4497,13 +4482,23 @@ def _wide_table(heads: Iterable[str], rows: Iterable[Sequence[str]], texts: int 
     return f'<div class="wide">{table_html(heads, rows, texts)}</div>'
 
 
+def _unknown(why: str, notes: dict[str, int]) -> str:
+    """Return the cell of what is unknown, with the number of its reason among those under the table."""
+    return f'<span class="none">unknown<sup>{notes.setdefault(why, len(notes) + 1)}</sup></span>'
+
+
+def _noted_table(heads: Iterable[str], rows: Iterable[Sequence[str]], notes: Iterable[str]) -> str:
+    items = "".join(f"<li>{html.escape(why)}</li>" for why in notes)
+    return _wide_table(heads, rows) + (f'<ol class="note">{items}</ol>' if items else "")
+
+
 def _jobs_table(rows: Sequence[Row], columns: Iterable[Figure], words: Callable[[Row], Mapping[str, str]] =
                 lambda row: {"what": row.label, "node": row.node, "job": row.job}) -> str:
     """Return a table of the columns that say something: a figure, or why one that was wanted is unknown.
 
     `words` are what each line begins with, by their heads.
     """
-    notes = _Notes()
+    notes: dict[str, int] = {}
     shown = [column for column in columns if knowing(rows, column.name) or any(
         _part(row.metrics, "unknown").get(column.name) not in (None, "not asked for") for row in rows)]
     if not any(knowing(rows, column.name) for column in shown):
@@ -4513,7 +4508,7 @@ def _jobs_table(rows: Sequence[Row], columns: Iterable[Figure], words: Callable[
     def cell(row: Row, column: Figure) -> str:
         value = row.figure(column.name)
         if value is None:
-            return notes.mark(row.why(column.name))
+            return _unknown(row.why(column.name), notes)
         if column.name == "output_bytes":
             return wire.size_text(value)
         about = "~" if row.metrics.get("energy_estimated") and column in _ESTIMATED else ""
@@ -4522,22 +4517,23 @@ def _jobs_table(rows: Sequence[Row], columns: Iterable[Figure], words: Callable[
     names = [(column._replace(unit=currency) if "cost" in column.name else column).axis for column in shown]
     cells = [[*map(html.escape, words(row).values()), *(cell(row, column) for column in shown)]
              for row in rows]
-    return _wide_table([*words(rows[0]), *names], cells) + notes.html()
+    return _noted_table([*words(rows[0]), *names], cells, notes)
 
 
 def _delta_table(deltas: Sequence[Delta]) -> str:
-    notes, lines = _Notes(), []
+    notes: dict[str, int] = {}
+    lines = []
     qualities = list(dict.fromkeys(delta.quality for delta in deltas))
     for (cost, test, anchor), group in _by(deltas, lambda d: (d.cost, d.test, d.anchor)).items():
         cells = [f"BD-{cost}", html.escape(test), html.escape(anchor)]
         by_quality = {delta.quality: delta for delta in group}
         for delta in (by_quality.get(quality) for quality in qualities):
             values = (None, None) if delta is None else (delta.cubic, delta.pchip)
-            cells += [notes.mark(delta.why if delta else "not measured") if value is None
+            cells += [_unknown(delta.why if delta else "not measured", notes) if value is None
                       else f"{value:+.1f} %" for value in values]
         lines.append(cells)
     heads = [f"equal {FIGURES[name].head}, {fit}" for name in qualities for fit in ("cubic", "PCHIP")]
-    return _wide_table(["", "this", "against", *heads], lines) + notes.html()
+    return _noted_table(["", "this", "against", *heads], lines, notes)
 
 
 _REPORT_STYLE = """
@@ -4666,20 +4662,22 @@ def page_view(seen: Overview) -> Text:
     job_rows = [[f'<a href="/jobs/{html.escape(job["id"])}"><code>{html.escape(job["id"][:8])}</code></a>',
                  *_cells_html(job["status"], job["scenario"], names.get(job["node_id"], job["node_id"]),
                               percent_text(job), job["error"], job["created_at"])] for job in jobs]
-    node_table = table_html(("name", "status", "running", "type", "threads", "memory", "GPU",
-                             "last heartbeat"), node_rows)
-    job_table = table_html(("job", "status", "scenario", "node", "done", "error", "created"), job_rows)
-    none = "<p class=none>No {}</p>".format
     links = " ".join(f'<a href="{path}">{path}</a>' for path in
                      ("/nodes", "/jobs", "/results", "/metrics", "/health", "/ready"))
     page = (f"<!doctype html><html lang=en><meta charset=utf-8><title>ffdist</title><style>{_STYLE}</style>"
-            f"<h1>ffdist</h1><p>{links}</p><h2>Nodes ({len(nodes)})</h2>"
-            + (node_table if nodes else
-               none("node has registered yet: python3 agent.py --register --master URL"))
-            + f"<h2>Jobs ({len(jobs)} newest of {total})</h2>"
-            + (job_table if jobs else
-               none("job was submitted yet: python3 ffdist.py submit 720p30-h264")))
+            f"<h1>ffdist</h1><p>{links}</p>"
+            + _list_html(f"Nodes ({len(nodes)})", "name, status, running, type, threads, memory, GPU, "
+                         "last heartbeat", node_rows,
+                         "No node has registered yet: python3 agent.py --register --master URL")
+            + _list_html(f"Jobs ({len(jobs)} newest of {total})", "job, status, scenario, node, done, error, "
+                         "created", job_rows,
+                         "No job was submitted yet: python3 ffdist.py submit 720p30-h264"))
     return Text(page, "text/html; charset=utf-8")
+
+
+def _list_html(title: str, heads: str, rows: Sequence[Sequence[str]], empty: str) -> str:
+    table = table_html(heads.split(", "), rows) if rows else f"<p class=none>{html.escape(empty)}</p>"
+    return f"<h2>{title}</h2>{table}"
 
 
 def _cells_html(*cells: Any) -> list[str]:
