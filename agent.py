@@ -359,6 +359,25 @@ def printable(text: object) -> str:
     return "".join(char if char.isprintable() else "?" for char in str(text))
 
 
+# Student's t, 97.5 %, for 1 to 10 degrees of freedom
+_STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+
+
+def interval(values: Sequence[float]) -> Json:
+    """Return n, mean, stdev and the 95 % interval of the mean by Student's t, of two values or more.
+
+    `relative` is half the interval over the mean, None where the mean is 0.
+    """
+    mean, stdev, free = statistics.fmean(values), statistics.stdev(values), len(values) - 1
+    z = 1.959964
+    student = _STUDENT[free - 1] if free <= len(_STUDENT) else (  # Abramowitz & Stegun 26.7.5
+        z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3))
+    half = student * stdev / math.sqrt(len(values))
+    return {"n": len(values), "mean": mean, "stdev": stdev, "ci95_low": mean - half, "ci95_high": mean + half,
+            "relative": half / abs(mean) if mean else None}
+
+
 def setup_logging(level: str, form: str, name: str) -> logging.Logger:
     """Make the one logger of a process: stderr, a line per event, as text or as JSON."""
     logger = logging.getLogger(name)
@@ -1541,7 +1560,7 @@ class ProgressParser:
         micros = _decimal(block.get("out_time_us"))
         size = _decimal(block.get("total_size"))
         return Progress(
-            int(_decimal(block.get("frame")) or 0), _decimal(block.get("fps")),
+            int(_decimal(block.get("frame")) or 0), _decimal(block.get("fps")) or None,
             _decimal(block.get("speed", "").rstrip("x")),
             None if micros is None else micros / 1e6, None if size is None else int(size),
             int(_decimal(block.get("drop_frames")) or 0), int(_decimal(block.get("dup_frames")) or 0),
@@ -1605,11 +1624,12 @@ FAILURE_WORDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"Unknown encoder|Encoder not found|Cannot load lib|No capable devices|No device available|"
          r"Device creation failed|Failed to initialise VAAPI|unsupported \(-3\)", "no_capability"),
         (r"Unable to parse option|Error setting (?:option|preset)|Unrecognized|Invalid argument.*option|"
-         r"Undefined constant|Option .* not found|incompatible pixel format|Unknown pixel format",
+         r"Undefined constant|Option .* not found|incompatible pixel format|(?:Unknown|Invalid) pixel format",
          "parameters"),
         (r"Connection refused|Connection reset|(?:Connection|Operation) timed out|Broken pipe|"
          r"(?:Network|Host) is (?:unreachable|down)|No route to host|://.*: Input/output error|"
-         r"(?:Server returned|HTTP error) (?:5|4XX|408|429)|Failed to resolve|Stream ends prematurely",
+         r"(?:Server returned|HTTP error) (?:5|4XX|408|429)|Failed to resolve|Stream ends prematurely|"
+         r"://.*: End of file",
          "network"),
         (r"Invalid data found|moov atom not found|does not contain any stream|matches no streams|"
          r"No such file|Server returned 4|HTTP error 4|Protocol .* not on whitelist|Is a directory|"
@@ -1623,12 +1643,12 @@ def failure_reason(returncode: int, words: str) -> str:
     """Return the class of a failure from the exit status and FFmpeg's words.
 
     Of a process that a signal ended only words about memory count: others may be stale. Status 126 and
-    127 are of a program that could not be started.
+    127 are of a program that could not be started; one that fails without a word is no FFmpeg that works.
     """
     found = next((reason for pattern, reason in FAILURE_WORDS if pattern.search(words)), None)
     if returncode < 0 or SIGNALLED in words or (returncode in (128 + signal.SIGKILL, 255) and not words):
         return "out_of_memory" if found == "out_of_memory" else "killed"
-    if returncode in (126, 127) and found != "out_of_memory":
+    if (returncode in (126, 127) or not words.strip()) and found != "out_of_memory":
         return "no_capability"
     return found or "encoder"
 
@@ -1750,8 +1770,6 @@ IDLE_RETRY_S = 60.0
 IDLE_BUSY_PERCENT = 10.0  # of the machine's CPUs: what is still called idle
 INTERVAL_MOST = {"high": 0.02, "medium": 0.05}  # half the 95 % interval over the mean
 RUNS_LEAST = 3  # without the warm-up
-# Student's t, 97.5 %, for 1 to 10 degrees of freedom
-_STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 
 
 class Series:
@@ -2100,21 +2118,6 @@ def energy_of(ledger: Ledger) -> Energy:
     return Energy((ledger.energy_joules or 0.0) + (gpu or 0.0), "+".join(sources), gpu, "")
 
 
-def interval(values: Sequence[float]) -> Json:
-    """Return n, mean, stdev and the 95 % interval of the mean by Student's t, of two values or more.
-
-    `relative` is half the interval over the mean, None where the mean is 0.
-    """
-    mean, stdev, free = statistics.fmean(values), statistics.stdev(values), len(values) - 1
-    z = 1.959964
-    student = _STUDENT[free - 1] if free <= len(_STUDENT) else (  # Abramowitz & Stegun 26.7.5
-        z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3))
-    half = student * stdev / math.sqrt(len(values))
-    return {"n": len(values), "mean": mean, "stdev": stdev, "ci95_low": mean - half, "ci95_high": mean + half,
-            "relative": half / abs(mean) if mean else None}
-
-
 def confidence_of(intervals: Iterable[Mapping[str, Any]]) -> str:
     """Return low, medium or high: what all these intervals are narrow enough for."""
     widths = [math.inf if row["relative"] is None else row["relative"] for row in intervals]
@@ -2347,6 +2350,8 @@ class Workplace:
             self.allow(place, "input")
             return place
         path, node = self.inside(place, "input"), self.node
+        if not os.path.isdir(self.media_root):  # no film is to blame, and another node may have them
+            raise Failure("agent", f"media root {self.media_root} is not there on {node}: is it mounted?")
         if not os.path.exists(path):
             raise Failure("input", f"input {place} does not exist on {node} (media root {self.media_root})")
         if not os.path.isfile(path):
@@ -2661,7 +2666,11 @@ class Attempt(Supervisor):
             self._place.meter.leave(self._ledger)
         self._rest(settings.cooldown, "cooling down")
         ledger, joules = self._ledger, energy_of(self._ledger).joules
-        if joules is not None:  # what was measured is idle power, whatever the node's own baseline says
+        busy = ledger.busy_percent_s / ledger.busy_s if ledger.busy_s else 0.0
+        if busy > IDLE_BUSY_PERCENT:
+            ledger.idle_s, ledger.idle_watts = 0.0, None
+            ledger.unknown["idle_watts"] = f"the machine was not idle: {busy:.0f} % of it was busy"
+        elif joules is not None:  # this is idle power, whatever the node's own baseline says
             ledger.idle_joules, ledger.idle_s, ledger.idle_watts = joules, ledger.measured_s, (
                 joules / ledger.measured_s)
         return Outcome("completed", wall_s=ledger.measured_s)
@@ -3099,8 +3108,8 @@ def confidence_reached(outcome: Outcome) -> tuple[str, list[str]]:
 
 
 def batch_means(values: Sequence[float], batches: int = 10) -> list[float]:
-    """Return the means of ten equal stretches of a run ([] of fewer samples), for neighbours are alike."""
-    if len(values) < batches:
+    """Return the means of ten equal stretches of a run, for neighbours are alike; [] of too few samples."""
+    if len(values) < 3 * batches:
         return []
     edges = [len(values) * at // batches for at in range(batches + 1)]
     return [statistics.fmean(values[low:high]) for low, high in zip(edges, edges[1:])]

@@ -454,6 +454,7 @@ class ReadingFfmpegsWords(unittest.TestCase):
     def test_a_program_that_could_not_be_started_is_no_missing_film(self) -> None:
         missing = "nice: 'ffmpeg': No such file or directory"
         self.assertEqual(agent.failure_reason(127, missing), "no_capability")
+        self.assertEqual(agent.failure_reason(1, ""), "no_capability", "no FFmpeg that works")
         self.assertEqual(agent.failure_reason(127, "ffmpeg: error while loading shared libraries: libx.so: "
                                               "failed to map segment from shared object"), "out_of_memory")
 

@@ -438,6 +438,14 @@ class BadInput(RunCase):
         self.fails("input", "x" * 300, input="x" * 300 + ".mp4", output="o.mp4")
         self.fails("input", "plain.mp4/", input=self.film("plain.mp4") + "/x.mp4", output="o.mp4")
 
+    def test_a_media_root_that_is_not_mounted_is_the_nodes_fault_and_no_films(self) -> None:
+        hidden = self.media.with_name("unmounted")
+        self.media.rename(hidden)
+        try:
+            self.fails("agent", str(self.media), "worker-01", "mounted", input="plain.mp4")
+        finally:
+            hidden.rename(self.media)
+
     def test_a_folder(self) -> None:
         (self.media / "folder.mp4").mkdir(exist_ok=True)
         self.fails("input", "folder.mp4", "no regular file", input="folder.mp4", output="o.mp4")
