@@ -2161,12 +2161,17 @@ class Master:
         return self._archived(ids[0])
 
     def job(self, given: str) -> Json:
-        """Return one job with its attempts, its transitions and its result."""
+        """Return one job with its attempts (and the names of their nodes), its transitions and its result."""
         job = self._find(given)
         result = None if job.result_seq is None else self.journal.result(job.result_seq)
         if result is not None and result["job_id"] != job.id:
             result = None  # it was lost with a damaged journal, and its number is another's now
-        return {**self._shown(job), **job_detail_json(job), "result": result}
+        detail = job_detail_json(job)
+        with self._lock:
+            for record in detail["attempts"]:
+                node = self._nodes.get(record["node_id"])
+                record["node"] = None if node is None else node.name
+        return {**self._shown(job), **detail, "result": result}
 
     def _shown(self, job: Job) -> Json:
         lease = self._leases.get(job.seq)
@@ -5401,8 +5406,8 @@ def show_job(job: Json) -> None:
         rows.append(("error", f"{job['error']}{f' ({reason})' if reason else ''}"))
     if len(job.get("attempts") or ()) > 1:
         rows += [(f"attempt {record['attempt']}", " ".join(str(word) for word in (
-            record["status"], "on", record["node_id"], record.get("failure_reason"), record.get("error"))
-            if word)) for record in job["attempts"]]
+            record["status"], "on", record.get("node") or record["node_id"], record.get("failure_reason"),
+            record.get("error")) if word)) for record in job["attempts"]]
     if job["retry_count"]:
         rows.append(("retries", f"{job['retry_count']} of {job['max_retries']}: {job.get('retry_reason')}"))
     if job["status"] == "running":
