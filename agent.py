@@ -3575,7 +3575,8 @@ class Agent:
         for order in answer.get("actions") or ():
             if not isinstance(order, dict):
                 continue
-            key = (str(order.get("job_id")), int(order.get("attempt") or 1))
+            attempt = order.get("attempt")
+            key = (str(order.get("job_id")), attempt if isinstance(attempt, int) else 1)
             with self._lock:
                 attempt = self._running.get(key)
             self._carry_out(str(order.get("action")), key, attempt)

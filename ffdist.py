@@ -1893,7 +1893,7 @@ class Master:
         else:
             failed = node.quarantine.canaries + 1
             pause = min(CANARY_FIRST_S * 2.0 ** min(failed, 30), CANARY_MOST_S)
-            why = canary.error or node.quarantine.reason
+            why = f"the test encode failed ({canary.failure_reason}): {canary.error or 'without a word'}"
             node.quarantine = Quarantine(why[:1000], node.quarantine.since, self.wall() + pause, failed)
             node.canary_due = self.clock() + pause
             self._note("node %s stays in quarantine, next try in %s: %s", node.name,

@@ -213,7 +213,8 @@ class TestQuarantine(Fleet):
         self.assertAlmostEqual(pauses[0], 10, delta=1)
         self.assertAlmostEqual(pauses[3], 80, delta=1)
         self.assertAlmostEqual(pauses[-1], ffdist.CANARY_MOST_S, delta=1)
-        self.assertEqual(self.master.node(self.sick)["quarantine"]["reason"], "still full")
+        self.assertEqual(self.master.node(self.sick)["quarantine"]["reason"],
+                         "the test encode failed (out_of_disk): still full")
 
     def test_quarantine_and_its_canary_survive_a_restart_of_the_master(self) -> None:
         self.make_sick()
