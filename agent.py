@@ -2272,11 +2272,14 @@ class Limits:
         Encoders that get no memory under a plain limit may fail without a word of it, or crash.
         """
         how = self.told.get("memory")
-        if how is None or exit_.returncode == 0:
+        if how is None:
             return ""
-        burst = (self._group.killed() if how != "rlimit" else
-                 reason in ("out_of_memory", "encoder") or exit_.returncode in CRASHES)
-        return f"max_memory_mb of {self._memory_bytes >> 20} ({how}) is too little for it" if burst else ""
+        silent = reason in ("encoder", "no_capability") or exit_.returncode in CRASHES
+        burst = self._group.killed() if how != "rlimit" else silent and exit_.returncode != 0
+        if not burst and reason != "out_of_memory":
+            return ""
+        counts = ", which counts addresses, not pages in use" if how == "rlimit" else ""
+        return f"max_memory_mb of {self._memory_bytes >> 20} ({how}{counts}) is too little for it"
 
     def lift(self) -> None:
         """Remove the control group."""

@@ -528,12 +528,20 @@ def _ended(job: Job, event: str, target: str, now: float, error: str | None, rea
     return changes
 
 
+def was_chosen(job: Job, failure_reason: str | None) -> bool:
+    """Tell whether a failure follows from a parameter that the job itself has."""
+    names = _CHOSEN.get(failure_reason or "", ())
+    settings = json.loads(job.spec)["settings"] if names else {}
+    return any(settings.get(name) for name in names)
+
+
 def event_of_report(job: Job, status: str, failure_reason: str | None, elsewhere: bool) -> str:
     """Return what a report means to a job: a failure that may pass is tried again while retries are left.
 
     `elsewhere` tells whether there is a node on which it has not failed yet.
     """
-    passing = failure_reason in TRANSIENT or (failure_reason in ELSEWHERE and elsewhere)
+    passing = elsewhere if failure_reason in ELSEWHERE else (
+        failure_reason in TRANSIENT and not was_chosen(job, failure_reason))
     if status == "failed" and job.state in ("running", "stopped") and passing \
             and job.retry_count < job.max_retries:
         return "requeue"
@@ -549,10 +557,8 @@ def blames_node(job: Job, node_id: str, failure_reason: str | None) -> bool:
     """Tell whether a failure speaks against its node: not the job's own, and no other node failed alike."""
     others = {record["node_id"]: record.get("failure_reason") for record in job.attempts
               if record["status"] == "failed" and record["node_id"] != node_id}
-    chosen = _CHOSEN.get(failure_reason or "", ())
-    settings = json.loads(job.spec)["settings"] if chosen else {}
     return (failure_reason not in JOBS_OWN and failure_reason not in others.values()
-            and len(others) + 1 < BLAMELESS_NODES and not any(settings.get(name) for name in chosen))
+            and len(others) + 1 < BLAMELESS_NODES and not was_chosen(job, failure_reason))
 
 
 def job_text(job: Job, progress: Json | None = None) -> str:
@@ -1271,6 +1277,8 @@ def copy_journal(folder: Path, target: Path, show: Callable[[float], None]) -> s
     if target.resolve().parent == folder.resolve():
         raise Unusable(f"{target} is in the data folder, where it could take the place of what the master "
                        "works with: name a file in another folder")
+    if target.exists() and not (target.is_file() and target.open("rb").read(15) == b"SQLite format 3"):
+        raise Unusable(f"{target} is there and is no copy of a journal: name another file")
     scratch = target.with_name(f".{target.name}.part")
     try:
         with contextlib.closing(_connected(path)) as source, contextlib.closing(_connected(scratch)) as copy:

@@ -40,6 +40,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Callable, ClassVar
 
+if sys.hexversion < 0x3090000:  # the other two files import this one first
+    sys.exit("ffdist needs Python 3.9 or newer; this is " + sys.version.split()[0])
+
 # ---- 1 Facts --------------------------------------------------------------------------------------
 
 GIB = 2**30

@@ -304,6 +304,14 @@ class TestBlame(unittest.TestCase):
         self.assertTrue(blames_node(self.job(), "here", "out_of_memory"))
         self.assertFalse(blames_node(self.job(max_memory_mb=64), "here", "out_of_memory"))
 
+    def test_what_the_job_chose_itself_is_not_tried_again(self) -> None:
+        for settings, event in (({}, "requeue"), ({"max_memory_mb": 64}, "fail")):
+            job = self.job(**settings)
+            self.assertEqual(ffdist.event_of_report(job, "failed", "out_of_memory", True), event)
+        job = self.job(encoder="h264_nvenc")
+        self.assertEqual([ffdist.event_of_report(job, "failed", "no_capability", elsewhere)
+                          for elsewhere in (True, False)], ["requeue", "fail"])
+
     def test_backoff_doubles_up_to_its_limit(self) -> None:
         settings = Settings(retry_delay_s=2.0, retry_delay_most_s=60.0)
         self.assertEqual([backoff_most_s(count, settings) for count in range(7)], [2, 4, 8, 16, 32, 60, 60])

@@ -612,7 +612,12 @@ class TestBackup(Case):
         self.assertEqual((done.returncode, file.read_text()), (1, "the earlier one"))
         self.assertIn("--data-dir", done.stderr)
         (self.folder / "gone.db").rename(self.folder / "master" / "journal.db")
-        self.assertEqual(self.backup(file).returncode, 0)
+        done = self.backup(file)
+        self.assertEqual((done.returncode, file.read_text()), (1, "the earlier one"), "what is no copy stays")
+        self.assertIn("no copy of a journal", done.stderr)
+        file.unlink()
+        for _ in range(2):
+            self.assertEqual(self.backup(file).returncode, 0, "a copy takes the place of an earlier one")
         done = self.backup(self.folder / "nowhere" / "copy.db")
         self.assertEqual((done.returncode, len(done.stderr.splitlines())), (1, 1), done.stderr)
         self.assertEqual([path.name for path in self.folder.iterdir() if path.name.endswith(".part")], [])
