@@ -665,8 +665,8 @@ class JobLimits(RunCase):
         name = self.film("hd.mkv", *picture("1920x1080"), "-c:v", "libx264", "-preset", "ultrafast")
         for most in (16, 300, 400, 500):
             with self.subTest(most):
-                self.fails("out_of_memory", f"max_memory_mb of {most} (rlimit, which counts addresses", place=place, input=name,
-                           max_memory_mb=most, preset="medium", output="o.mp4")
+                self.fails("out_of_memory", f"max_memory_mb of {most} (rlimit, which counts addresses",
+                           place=place, input=name, max_memory_mb=most, preset="medium", output="o.mp4")
 
     def test_affinity_is_of_as_many_cpus_as_the_quota_rounded_up(self) -> None:
         attempt = self.attempt("64p25-h264", self.plain(), duration=60, realtime=True, max_cpu_percent=50)
