@@ -105,7 +105,7 @@ class ARunningFleet(FleetCase):
         self.assertEqual(job["result"]["analyzer_output"]["scenario"], "64p25-h264")
         self.assertTrue((self.folder / "media" / "o.mp4").exists())
         for word in ("registered", f"job {job['id']} submitted", f"result of job {job['id']}", "completed"):
-            self.assertIn(word, master.words())
+            wait_for(lambda word=word: word in master.words(), why=word)
         self.assertIn("registered with", agent.words())
         self.nothing_left(agent)
 
