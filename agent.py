@@ -298,24 +298,48 @@ def _quality_text(metrics: Mapping[str, Any], unknown: Mapping[str, str]) -> str
     return ", ".join([*known, *missed]) or "unknown (not asked for)"
 
 
-def table_text(rows: Sequence[Sequence[str]], width: int, colours: Mapping[str, str] | None = None) -> str:
+_ROOM_LEAST = 20  # characters; a last column with less room stands below its row
+
+
+def table_text(rows: Sequence[Sequence[str]], width: int, colours: Mapping[str, str] | None = None,
+               heads: bool = False) -> str:
     """Return rows as aligned columns that fit `width`; the last column is wrapped to its room.
 
-    `colours` maps a cell's whole text to the ANSI code that it is shown in.
+    Where the first row holds heads, columns of which nothing is known ("-") are left out, and what has no
+    room in its row stands below it. `colours` maps a cell's whole text to the ANSI code that it is shown in.
     """
     if not rows:
         return ""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    indent = sum(widths) + 2 * len(widths)
-    room = max(20, width - indent)
-    lines = []
-    for row in rows:
-        head = "".join(_painted(cell, colours) + " " * (size - len(cell) + 2)
-                       for cell, size in zip(row, widths))
-        for line in textwrap.wrap(row[-1], room, break_long_words=False, break_on_hyphens=False) or [""]:
-            lines.append((head + line).rstrip())
-            head = " " * indent
-    return "\n".join(lines)
+    if heads:
+        known = [i for i in range(len(rows[0])) if any(row[i] not in ("", "-") for row in rows[1:])]
+        rows = [[row[i] for i in known] for row in rows] if known else rows
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    beside = len(widths) - 1
+    room = width - sum(widths[:-1]) - 2 * beside
+    if heads and room < min(_ROOM_LEAST, widths[-1]):
+        room = 0
+        ends = itertools.accumulate(size + 2 for size in widths[:-1])
+        beside = max(1, sum(end <= width + 2 for end in ends))
+    return "\n".join(line for row in rows for line in _row_lines(
+        row, widths, beside, room if heads else max(_ROOM_LEAST, room), width, colours))
+
+
+def _row_lines(row: Sequence[str], widths: Sequence[int], beside: int, room: int, width: int,
+               colours: Mapping[str, str] | None) -> list[str]:
+    """Return one row: `beside` cells side by side, the rest beside them in its room, or below them."""
+    head = "".join(_painted(cell, colours) + " " * (size - len(cell) + 2)
+                   for cell, size in zip(row[:beside], widths))
+    rest = "".join(cell.ljust(size + 2) for cell, size in zip(row[beside:-1], widths[beside:])) + row[-1]
+    indent = sum(widths[:beside]) + 2 * beside
+    if room < max(map(len, rest.split()), default=0) < width - 2 or not room:
+        indent, room, first = 2, max(_ROOM_LEAST, width - 2), [head.rstrip()]
+    else:
+        first = []
+    words = textwrap.wrap(rest, room, break_long_words=False, break_on_hyphens=False) or [""]
+    lines = [" " * indent + line for line in words]
+    if not first:
+        lines[0] = head + words[0]
+    return [line.rstrip() for line in first + lines]
 
 
 def _painted(cell: str, colours: Mapping[str, str] | None) -> str:
@@ -352,6 +376,23 @@ class ProgressLine:
             sys.stderr.write("\r" + " " * min(self._drawn, 200) + "\r")
             sys.stderr.flush()
         self._drawn = 0
+
+
+def open_output() -> None:
+    """Let stdout and stderr show `?` for what their encoding lacks, instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")
+
+
+def close_output() -> None:
+    """Let what nobody reads any more go nowhere: Python would complain of it when it ends."""
+    try:
+        print(end="", flush=True)
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def printable(text: object) -> str:
@@ -3970,9 +4011,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     run = words[:1] == ["run"]
-    args = build_parser(run).parse_args(words[1:] if run else words)
+    open_output()
     try:
-        return run_here(args) if run else serve(args)
+        args = build_parser(run).parse_args(words[1:] if run else words)
+        code = run_here(args) if run else serve(args)
+        print(end="", flush=True)
+        return code
+    except BrokenPipeError:
+        return 0
     except (ValueError, ApiError) as error:
         print(f"agent: {error}", file=sys.stderr)
         return 2
@@ -3981,6 +4027,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        close_output()
 
 
 if __name__ == "__main__":

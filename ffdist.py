@@ -5264,10 +5264,10 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def _print_table(rows: Iterable[Sequence[Any]]) -> None:
+def _print_table(rows: Iterable[Sequence[Any]], heads: bool = True) -> None:
     colours = COLOURS if sys.stdout.isatty() and "NO_COLOR" not in os.environ else None
     texts = [["-" if cell is None or cell == "" else wire.printable(cell) for cell in row] for row in rows]
-    print(wire.table_text(texts, shutil.get_terminal_size((100, 24)).columns, colours))
+    print(wire.table_text(texts, shutil.get_terminal_size((100, 24)).columns, colours, heads))
 
 
 def _print_page(page: Json, what: str, hint: str, rows: Sequence[Sequence[Any]]) -> None:
@@ -5281,9 +5281,14 @@ def _print_page(page: Json, what: str, hint: str, rows: Sequence[Sequence[Any]])
 
 
 def _ago(text: str | None) -> str | None:
-    """Return an API time for people: how long ago it was."""
+    """Return an API time for people: how long ago it was, in one unit."""
     at = epoch_of(text)
-    return text if at is None else f"{wire.duration_text(max(0.0, time.time() - at))} ago"
+    if at is None:
+        return text
+    age_s = max(0.0, time.time() - at)
+    size, unit = next(((size, unit) for size, unit in ((86400, "d"), (3600, "h"), (60, "min"))
+                       if age_s >= size), (1, "s"))
+    return f"{age_s // size:.0f} {unit} ago"
 
 
 def _data_dir(args: argparse.Namespace) -> Path:
@@ -5425,7 +5430,7 @@ def show_job(job: Json) -> None:
         rows += [("cost", text) for text in (cost_text(result["metrics"]),) if text]
     else:
         rows.append(("settings", wire.settings_text(job.get("settings") or {})))
-    _print_table(rows)
+    _print_table(rows, heads=False)
 
 
 def _page_query(args: argparse.Namespace) -> Json:
@@ -5717,7 +5722,7 @@ def _demo_with_agent(args: argparse.Namespace, url: str, film: Path | None, fold
             node = nodes[0]
             memory, gpu = wire.size_text(node.get("ram_bytes")), node.get("gpu_type") or "none"
             _print_table([("node", f"{node['name']}: {node.get('type')}, {node.get('cpu_threads')} threads, "
-                           f"{node.get('cpu_model') or 'unknown CPU'}, {memory}, GPU {gpu}")])
+                           f"{node.get('cpu_model') or 'unknown CPU'}, {memory}, GPU {gpu}")], heads=False)
         return _wait_for(client, job, args.json)
     finally:
         process.terminate()
@@ -5742,7 +5747,7 @@ def cmd_monitoring(args: argparse.Namespace) -> int:
         print(f"stopped: {', '.join(stopped) or 'nothing ran'}; the data stays in {folder}")
         return 0
     if args.action == "files":
-        _print_table([(path,) for path in write_monitoring(site)])
+        _print_table([(path,) for path in write_monitoring(site)], heads=False)
         return 0
     secret = folder / "grafana" / "password"
     for place in (data, folder, secret.parent):
@@ -5755,7 +5760,7 @@ def cmd_monitoring(args: argparse.Namespace) -> int:
     rows += [(part.name, f"is not installed: get it {part.about}") for part in missing]
     rows += [("its user", f"admin, with the password in {secret}")] if len(running) == 3 else []
     rows.append(("the master", f"python3 ffdist.py master --victoriametrics {site.victoriametrics}"))
-    _print_table(rows)
+    _print_table(rows, heads=False)
     return 0
 
 
@@ -5904,11 +5909,22 @@ def exit_code_of(error: ApiError) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    args = build_parser().parse_args(argv)
-    if args.command == "demo" and args.scenario is None:
-        args.scenario = "transcode" if args.input else "720p30-h264"
+    wire.open_output()
     try:
-        return COMMANDS[args.command].run(args)
+        args = build_parser().parse_args(argv)
+        if args.command == "demo" and args.scenario is None:
+            args.scenario = "transcode" if args.input else "720p30-h264"
+        return _carried_out(args)
+    finally:
+        wire.close_output()
+
+
+def _carried_out(args: argparse.Namespace) -> int:
+    """Run a command; turn what it raises into one sentence and an exit code."""
+    try:
+        code = COMMANDS[args.command].run(args)
+        print(end="", flush=True)
+        return code
     except ApiError as error:
         hint = ("" if error.status else "; start one with 'python3 ffdist.py master', "
                 "or name it with --master or FFDIST_MASTER")
@@ -5921,7 +5937,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"ffdist: {error}")
         return 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except OSError as error:
         _say(f"ffdist: {error.filename or 'this machine'}: {error.strerror or error}")

@@ -643,6 +643,26 @@ class ShowingPeople(unittest.TestCase):
         self.assertEqual(agent.table_text([("a", "")], 1), "a")
         self.assertIn("x" * 300, agent.table_text([("a", "x" * 300)], 40), "a long path is not cut")
 
+    def test_a_wide_table_puts_what_has_no_room_below_its_row(self) -> None:
+        rows = [("JOB", "STATUS", "COST", "NODE", "WHAT"),
+                ("0a1b2c3d", "completed", "-", "node-1", "one two three four five six"),
+                ("4e5f6a7b", "failed", "-", "n", "-")]
+        wide = agent.table_text(rows, 80, heads=True).split("\n")
+        self.assertEqual(wide[0], "JOB       STATUS     NODE    WHAT", "the column of which nothing is known")
+        self.assertEqual(len(wide), 3)
+        wrapped = agent.table_text(rows, 49, heads=True).split("\n")
+        self.assertEqual(wrapped[1:3], ["0a1b2c3d  completed  node-1  one two three four",
+                                        " " * 29 + "five six"])
+        self.assertEqual(agent.table_text(rows, 30, heads=True).split("\n"), [
+            "JOB       STATUS     NODE", "  WHAT", "0a1b2c3d  completed  node-1",
+            "  one two three four five six", "4e5f6a7b  failed     n", "  -"])
+        self.assertEqual(agent.table_text(rows, 24, heads=True).split("\n")[2:5], [
+            "0a1b2c3d  completed", "  node-1  one two three", "  four five six"])
+
+    def test_a_path_that_has_no_room_beside_its_name_stands_below_it(self) -> None:
+        text = agent.table_text([("settings", "a b"), ("output", "/films/" + "x" * 28)], 40)
+        self.assertEqual(text.split("\n"), ["settings  a b", "output", "  /films/" + "x" * 28])
+
     def test_colours_do_not_move_columns(self) -> None:
         rows = [("completed", "x"), ("failed", "y")]
         plain, painted = agent.table_text(rows, 80), agent.table_text(rows, 80, {"failed": "31"})

@@ -787,6 +787,27 @@ class TheCommandLine(unittest.TestCase):
                 self.assertIn(nobody, done.stderr)
                 self.assertEqual((done.stdout, len(done.stderr.strip().splitlines())), ("", 1))
 
+    def test_a_reader_that_goes_and_a_terminal_of_few_letters_are_no_errors(self) -> None:
+        env = {**os.environ, "FFDIST_MASTER": self.master.url}
+        for program, *words in (("ffdist.py", "jobs"), ("ffdist.py", "--help"), ("agent.py", "--help")):
+            with self.subTest(words):
+                taker, giver = os.pipe()
+                os.close(taker)
+                done = subprocess.run([sys.executable, str(TOP / program), *words], env=env, stdout=giver,
+                                      stderr=subprocess.PIPE, timeout=60, check=False)
+                os.close(giver)
+                self.assertEqual((done.returncode, done.stderr), (0, b""))
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, str(TOP / "ffdist.py"), "jobs"], env=env, stdout=full,
+                                  stderr=subprocess.PIPE, timeout=60, check=False)
+        self.assertEqual((done.returncode, len(done.stderr.splitlines())), (1, 1), done.stderr)
+        job = self.master.submit("64p25-h264", duration=0.2, input="stra\u00dfe.mp4")["id"]
+        self.master.finished(job)
+        ascii_only = run(str(TOP / "ffdist.py"), "show", job, folder=self.folder,
+                         env={**env, "PYTHONIOENCODING": "ascii"})
+        self.assertEqual(ascii_only.returncode, 0, ascii_only.stderr)
+        self.assertIn("stra?e.mp4", ascii_only.stdout)
+
     def test_a_flag_beats_the_environment(self) -> None:
         self.cli("nodes", "--master", self.master.url, url=f"http://127.0.0.1:{free_port()}")
         self.cli("nodes", "--master", self.master.url.replace("http://", ""))
