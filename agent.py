@@ -190,19 +190,26 @@ def size_text(size_bytes: float | None) -> str:
     return f"{size:.1f} TiB"
 
 
-def progress_text(progress: Mapping[str, Any], width: int = 24) -> str:
-    """Return one line for people: a bar, percent, fps, speed, time left."""
-    percent = progress.get("percent")
+def count_text(count: int, what: str) -> str:
+    """Return a number of things for people: `1 job`, `2 jobs`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def progress_text(progress: Mapping[str, Any], room: int = 79) -> str:
+    """Return one line for people: a bar, percent, fps, speed, time left; the bar gives way to the figures."""
+    known = {name: value for name, value in progress.items() if isinstance(value, (int, float))}
+    percent = known.get("percent")
     parts = [str(progress.get("phase") or "encoding")]
-    if isinstance(percent, (int, float)):
+    if percent is not None:
+        parts.append(f"{percent:3.0f} %")
+    if known.get("fps", 0) > 0 and known.get("speed", 0) > 0:  # 0: FFmpeg has not counted yet
+        parts += [f"{known['fps']:.0f} fps", f"{known['speed']:.2f}x"]
+    if "eta_s" in known:
+        parts.append(f"{duration_text(known['eta_s'])} left")
+    width = min(24, room - len("  ".join(parts)) - 5)
+    if percent is not None and width >= 4:
         full = round(width * min(100.0, max(0.0, percent)) / 100)
-        parts.append(f"[{'#' * full}{'.' * (width - full)}] {percent:3.0f} %")
-    if isinstance(progress.get("fps"), (int, float)):
-        parts.append(f"{progress['fps']:.0f} fps")
-    if isinstance(progress.get("speed"), (int, float)):
-        parts.append(f"{progress['speed']:.2f}x")
-    if isinstance(progress.get("eta_s"), (int, float)):
-        parts.append(f"{duration_text(progress['eta_s'])} left")
+        parts[1] = f"[{'#' * full}{'.' * (width - full)}] {parts[1]}"
     return "  ".join(parts)
 
 
@@ -355,6 +362,13 @@ class ProgressLine:
         self._last = ""
         self._next = 0.0
 
+    def room(self) -> int:
+        """Return how many characters the line may have."""
+        try:
+            return (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+        except (OSError, ValueError, AttributeError):  # no terminal; no stderr
+            return 79
+
     def show(self, line: str) -> None:
         """Show the line; where stderr is no terminal, at most one every ten seconds."""
         now = time.monotonic()
@@ -365,15 +379,15 @@ class ProgressLine:
             self._next = now + 10
             print(line, file=sys.stderr, flush=True)
             return
-        room = shutil.get_terminal_size((80, 24)).columns - 1
+        room = self.room()
         sys.stderr.write("\r" + line[:room].ljust(min(self._drawn, room)))
         sys.stderr.flush()
-        self._drawn = len(line)
+        self._drawn = len(line[:room])
 
     def close(self) -> None:
         """Wipe the line."""
         if self._drawn:
-            sys.stderr.write("\r" + " " * min(self._drawn, 200) + "\r")
+            sys.stderr.write("\r" + " " * self._drawn + "\r")
             sys.stderr.flush()
         self._drawn = 0
 
@@ -536,6 +550,7 @@ def state_home() -> Path:
 
 ANSWER_LIMIT_BYTES = 256 << 20
 CONNECT_S = 10.0
+MASTER_PORT = 8080
 
 
 class _KeepAlive(urllib.request.HTTPHandler):
@@ -586,11 +601,12 @@ class Client:
         if parts.scheme != "http" or not parts.hostname:
             raise ValueError(f"'{url}' is no master's address: write http://host:8080")
         try:
-            self.host, self.port = parts.hostname, parts.port or 80
+            self.host, self.port = parts.hostname, parts.port or MASTER_PORT
         except ValueError:
             raise ValueError(f"'{url}' has no valid port: write http://host:8080") from None
         self.patience_s = 30.0  # for an answer, beside what was asked to wait
-        self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+        place = parts.netloc if parts.port else f"{parts.netloc.rstrip(':')}:{self.port}"
+        self.url = f"{parts.scheme}://{place}{parts.path.rstrip('/')}"
         self._handler = _KeepAlive()
         self._opener = urllib.request.OpenerDirector()  # no proxies, no redirects, no certificates to load
         for handler in (self._handler, urllib.request.HTTPDefaultErrorHandler(),
@@ -648,6 +664,9 @@ class Client:
 
     def order_node(self, node_id: str, verb: str, deadline_s: float | None = None) -> Json:
         return self._call("POST", f"/nodes/{_quoted(node_id)}/{verb}", None, {"deadline": deadline_s})
+
+    def forget_node(self, node_id: str) -> Json:
+        return self._call("DELETE", f"/nodes/{_quoted(node_id)}")
 
     def logs(self, job_id: str, after: int, wait_s: float | None = None) -> Json:
         query = {"after": after, "wait": wait_s}
@@ -3486,7 +3505,7 @@ class Agent:
         with contextlib.suppress(ApiError, Superseded):
             if reached:
                 self._deliver()
-                self._log.info("left the fleet; %d jobs given back", len(attempts))
+                self._log.info("left the fleet; %s given back", count_text(len(attempts), "job"))
         self._client.close()
 
     def _attempts(self) -> list[Attempt]:
@@ -3862,8 +3881,8 @@ RUN_FLAGS = (
 )
 EPILOG = """examples:
   python3 agent.py --register --master http://192.168.1.100:8080
-  python3 agent.py --register --allow-master-as-worker --yes      # beside a master on this machine
-  python3 agent.py run 720p30-h264 -p duration=5                  # one job here, without a master
+  python3 agent.py --register --allow-master-as-worker --yes   # beside a master
+  python3 agent.py run 720p30-h264 -p duration=5               # without a master
   python3 agent.py run --input film.mov --output film.mp4 -p crf=21
 """
 
@@ -3874,7 +3893,7 @@ def build_parser(run: bool) -> argparse.ArgumentParser:
         "agent.py run" if run else "agent.py", epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run one job on this machine, without a master." if run else
-        "The ffdist agent: registers with a master, runs its jobs, measures and reports. "
+        "The ffdist agent: registers with a master, runs its jobs, measures and reports.\n"
         "`agent.py run --help` tells how to run one job without a master.")
     parser.add_argument("--version", action="version", version=f"ffdist agent {VERSION}")
     if run:
@@ -3937,7 +3956,7 @@ def serve(args: argparse.Namespace) -> int:
     host = hwdetect.Host()
     cleared = clear_work(options.work_dir, host)
     if cleared:
-        log.warning("cleared what an earlier run left of %d attempts", cleared)
+        log.warning("cleared what an earlier run left of %s", count_text(cleared, "attempt"))
     log.info("looking at this machine%s", "" if args.no_probe else " and trying its encoders")
     hardware = hwdetect.detect(host, not args.no_probe, str(options.state_dir))
     if not hardware.ffmpeg:
@@ -3987,7 +4006,7 @@ def _run_and_print(args: argparse.Namespace, job: Json, options: Options, signal
     bar = ProgressLine()
     while worker.is_alive():
         worker.join(0.2)
-        bar.show(progress_text(attempt.progress))
+        bar.show(progress_text(attempt.progress, bar.room()))
         if signals:
             attempt.stop("canceled")
     bar.close()

@@ -39,6 +39,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import errno
 import fcntl
 import heapq
 import html
@@ -3959,7 +3960,7 @@ def experiment_progress(jobs: Iterable[Json], total: int) -> Json:
     spans = [(epoch_of(job.get("completed_at")) or 0.0) - (epoch_of(job.get("started_at")) or 0.0)
              for job in known if job["status"] == "completed"]
     ended = sum(count[word] for word in FINAL)
-    parts = [f"{ended} of {total} jobs ended"]
+    parts = [f"{ended} of {wire.count_text(total, 'job')} ended"]
     parts += [f"{count[word]} {word}" for word in ("running", "paused", "failed", "canceled") if count[word]]
     left = (sum(spans) / len(spans) * (total - ended) / max(1, count["running"])) if spans else None
     return {"phase": ", ".join(parts), "percent": 100 * ended / max(1, total), "eta_s": left}
@@ -4935,9 +4936,7 @@ class Service:
         try:
             self._server = Server(host, port, log)
         except (OSError, OverflowError) as error:
-            cause = getattr(error, "strerror", None) or str(error)
-            raise Unusable(f"port {port} on {host} cannot be opened: {cause}; see who has it with "
-                           f"'lsof -i :{port}', or choose another with --port") from None
+            raise Unusable(_no_port(host, port, error)) from None
         try:
             self._server.master = self.master = Master(folder, settings, log)
         except BaseException:
@@ -4981,6 +4980,17 @@ class Service:
             self._pusher.end()
             self._threads[-1].join(wire.CONNECT_S + 2)
         self.master.close()
+
+
+def _no_port(host: str, port: int, error: Exception) -> str:
+    """Tell why a port cannot be opened, and what to do."""
+    code = getattr(error, "errno", None)
+    if code == errno.EADDRNOTAVAIL:
+        return f"this machine has no address {host}: choose another with --host"
+    cause = getattr(error, "strerror", None) or str(error)
+    next_step = (f"see who has it with 'lsof -i :{port}', or choose another with --port"
+                 if code != errno.EACCES else "ports below 1024 need root: choose another with --port")
+    return f"port {port} on {host} cannot be opened: {cause}; {next_step}"
 
 
 def _raise_file_limit() -> None:
@@ -5233,12 +5243,13 @@ JSON_FLAG = Flag("--json", False, None, "print the API's own JSON")
 ASK_FLAGS = (MASTER_FLAG, JSON_FLAG)
 PAGE_FLAGS = (Flag("--status", None, str, "only of this status"),
               Flag("--scenario", None, str, "only of this scenario"),
-              Flag("--node-id", None, str, "only of this node"),
+              Flag("--node-id", None, str, "only of this node, by name or id"),
               Flag("--limit", "20", str, "at most so many (20)"),
               Flag("--after", None, str, "the cursor that the page before ended with"))
 COLOURS = {"completed": "32", "available": "32", "failed": "31", "offline": "31", "running": "36",
            "busy": "36", "canceled": "33", "paused": "33", "draining": "33", "optimal": "32"}
 POLL_S = 0.4
+NODES_S = 5.0
 
 
 def _client(args: argparse.Namespace) -> wire.Client:
@@ -5270,10 +5281,10 @@ def _print_table(rows: Iterable[Sequence[Any]], heads: bool = True) -> None:
     print(wire.table_text(texts, shutil.get_terminal_size((100, 24)).columns, colours, heads))
 
 
-def _print_page(page: Json, what: str, hint: str, rows: Sequence[Sequence[Any]]) -> None:
+def _print_page(page: Json, what: str, hint: str, rows: Sequence[Sequence[Any]], asked: str = "") -> None:
     """Print rows, the first of them heads, and where the next page begins; a hint where there are none."""
     if len(rows) == 1:
-        print(f"no {what}; {hint}")
+        print(f"no {what} match {wire.printable(asked)}" if asked else f"no {what}; {hint}")
         return
     _print_table(rows)
     if page.get("next"):
@@ -5344,8 +5355,8 @@ def cmd_master(args: argparse.Namespace) -> int:
     shot = service.master.snapshot()
     waiting = sum(shot.totals.get(("jobs", word), 0) for word in ("pending", "running", "paused", "blocked"))
     service.start()
-    log.info("ffdist %s master at %s, data in %s: %d nodes, %d open jobs", VERSION, service.url, folder,
-             len(shot.nodes), waiting)
+    log.info("ffdist %s master at %s, data in %s: %s, %s", VERSION, service.url, folder,
+             wire.count_text(len(shot.nodes), "node"), wire.count_text(waiting, "open job"))
     log.warning("plain HTTP without tokens: whoever reaches this port may submit jobs")
     while not stop.wait(0.5) and service.master.journal.damage is None:
         pass  # a signal that another thread took is seen only when this one wakes
@@ -5365,9 +5376,16 @@ def cmd_submit(args: argparse.Namespace) -> int:
                   **{name: place for name, place in places.items() if place is not None}}
     client = _client(args)
     job = client.submit({"id": str(uuid.uuid4()), "scenario": args.scenario, "confidence": args.confidence,
-                         "parameters": parameters})
+                         "parameters": parameters, **({"node": args.node} if args.node else {})})
     if args.wait:
-        return _wait_for(client, job, args.json)
+        try:
+            code = _wait_for(client, job, args.json)
+        except KeyboardInterrupt:
+            _say(f"the job goes on; stop it with: python3 ffdist.py cancel {job['id'][:8]}")
+            return 130
+        if code:
+            _say(f"its log: python3 ffdist.py logs {job['id'][:8]}")
+        return code
     if args.json:
         _print_json(job)
         return 0
@@ -5379,77 +5397,147 @@ def cmd_submit(args: argparse.Namespace) -> int:
 def _wait_for(client: wire.Client, job: Json, as_json: bool) -> int:
     """Show progress until a job ends, then what came out."""
     _say(f"job {job['id']}")
-    try:
-        with contextlib.closing(wire.ProgressLine()) as bar:
-            while job["status"] not in FINAL:
-                time.sleep(POLL_S)
-                try:
-                    job = client.job(job["id"])
-                except ApiError as error:
-                    if not error.retryable:
-                        raise
-                    bar.show(f"{error.message}; waiting")
-                    continue
-                if job["status"] not in FINAL:
-                    bar.show(_waiting_text(job))
-    except KeyboardInterrupt:
-        _say(f"the job goes on; stop it with: python3 ffdist.py cancel {job['id'][:8]}")
-        return 130
+    nodes: list[Json] = []
+    ask_at = 0.0
+    with contextlib.closing(wire.ProgressLine()) as bar:
+        while job["status"] not in FINAL:
+            time.sleep(POLL_S)
+            try:
+                job = client.job(job["id"])
+                if job["status"] == "pending" and time.monotonic() >= ask_at:
+                    nodes, ask_at = client.nodes()["nodes"], time.monotonic() + NODES_S
+            except ApiError as error:
+                if not error.retryable:
+                    raise
+                bar.show(f"{error.message}; waiting")
+                continue
+            if job["status"] not in FINAL:
+                bar.show(waiting_text(job, nodes, time.time(), bar.room()))
     job = client.job(job["id"])
     (_print_json if as_json else show_job)(job)
     return 0 if job["status"] == "completed" else 1
 
 
-def _waiting_text(job: Json) -> str:
+def waiting_text(job: Json, nodes: Sequence[Json], now: float, room: int = 79) -> str:
+    """Return how far a job is that has not ended, and of a pending one why it does not run."""
     if job["status"] == "running":
-        return wire.progress_text(job.get("progress") or {"phase": "starting"})
-    if job["status"] == "pending":
-        return f"pending, attempt {job['attempt'] + 1} waits for a node"
-    return str(job["status"])
+        return wire.progress_text(job.get("progress") or {"phase": "starting"}, room)
+    if job["status"] != "pending":
+        return str(job["status"])
+    due = epoch_of(job.get("not_before")) or 0.0
+    busy = sum(node["running"] >= node["max_concurrent_jobs"] for node in nodes)
+    if due > now:
+        return f"pending: waits until {time.strftime('%H:%M:%S', time.localtime(due))} to try again"
+    if not nodes:
+        return "no node yet; start one with: python3 agent.py --register --master URL"
+    if busy:
+        return f"pending: {busy} of {wire.count_text(len(nodes), 'node')} {'is' if busy == 1 else 'are'} busy"
+    return f"pending: attempt {job['attempt'] + 1} waits for a node"
 
 
 def show_job(job: Json) -> None:
     """Show one job: what it was to be, what became of it, and its result."""
-    result = job.get("result") or {}
+    result, settings = job.get("result") or {}, job.get("settings") or {}
+    attempts = job.get("attempts") or []
+    told = result.get("metrics") and job["status"] == "completed"
+    node = result.get("node") or (attempts[-1].get("node") if attempts else None) or job.get("node_id")
     rows: list[tuple[Any, ...]] = [
         ("job", job["id"]), ("status", job["status"]), ("scenario", job["scenario"]),
-        ("node", result.get("node") or job.get("node_id")), ("created", _ago(job["created_at"]))]
+        ("node", node), ("created", _ago(job["created_at"])), ("input", settings.get("input") or "generated")]
+    if settings.get("output") and not (told and result.get("output")):
+        rows.append(("output", settings["output"]))
     if job.get("error"):
         reason = job.get("failure_reason")
         rows.append(("error", f"{job['error']}{f' ({reason})' if reason else ''}"))
-    if len(job.get("attempts") or ()) > 1:
-        rows += [(f"attempt {record['attempt']}", " ".join(str(word) for word in (
-            record["status"], "on", record.get("node") or record["node_id"], record.get("failure_reason"),
-            record.get("error")) if word)) for record in job["attempts"]]
+    rows += attempt_rows(job)
     if job["retry_count"]:
         rows.append(("retries", f"{job['retry_count']} of {job['max_retries']}: {job.get('retry_reason')}"))
     if job["status"] == "running":
         rows.append(("progress", wire.progress_text(job.get("progress") or {"phase": "starting"})))
-    if result.get("metrics") and job["status"] == "completed":
+    if told:
         rows += wire.result_rows(result)
         rows += [("cost", text) for text in (cost_text(result["metrics"]),) if text]
     else:
-        rows.append(("settings", wire.settings_text(job.get("settings") or {})))
+        rows.append(("settings", wire.settings_text(settings)))
     _print_table(rows, heads=False)
 
 
-def _page_query(args: argparse.Namespace) -> Json:
-    return {name: getattr(args, name) for name in ("status", "scenario", "node_id", "limit", "after")}
+def attempt_rows(job: Json) -> list[tuple[str, str]]:
+    """Return the attempts that ended and did not complete, but for the last where its error is the job's."""
+    rows = []
+    ended = [record for record in job.get("attempts") or () if record.get("ended_at")]
+    for record in ended:
+        error, reason = record.get("error"), record.get("failure_reason")
+        if record["status"] == "completed" or (record is ended[-1] and error and error == job.get("error")):
+            continue
+        rows.append((f"attempt {record['attempt']}",
+                     f"{record['status']} on {record.get('node') or record['node_id'][:8]}"
+                     f"{f': {error}' if error else ''}{f' ({reason})' if reason else ''}"))
+    return rows
 
 
-def show_jobs(page: Json) -> None:
+def _page_query(client: wire.Client, args: argparse.Namespace) -> Json:
+    query = {name: getattr(args, name) for name in ("status", "scenario", "node_id", "limit", "after")}
+    if args.node_id:
+        query["node_id"] = node_id_of(args.node_id, client.nodes()["nodes"])
+    return query
+
+
+def _asked(args: argparse.Namespace) -> str:
+    """Return the filters of a listing as they were typed."""
+    return " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}"
+                    for name in ("status", "scenario", "node_id", "after") if getattr(args, name))
+
+
+def node_id_of(word: str, nodes: Sequence[Json]) -> str:
+    """Return the id of a node by its name, its id or how one of them begins; Unusable where none is meant."""
+    found = ([node["id"] for node in nodes if word in (node["id"], node["name"])]
+             or [node["id"] for node in nodes if word and (node["id"].startswith(word.lower())
+                                                           or node["name"].startswith(word))])
+    if len(found) == 1:
+        return str(found[0])
+    if found:
+        raise Unusable(f"{len(found)} nodes begin with {wire.printable(word)}: write more of one")
+    try:
+        return str(uuid.UUID(word))  # results outlive a node that was forgotten
+    except ValueError:
+        raise Unusable(f"there is no node {wire.printable(word)}; "
+                       "see them with: python3 ffdist.py nodes") from None
+
+
+def cmd_jobs(args: argparse.Namespace) -> int:
     """List jobs, newest first."""
+    client = _client(args)
+    page = client.jobs(_page_query(client, args))
+    if args.json:
+        _print_json(page)
+        return 0
+    names = {node["id"]: node["name"] for node in client.nodes()["nodes"]} if page["jobs"] else {}
     _print_page(page, "jobs", "submit one with: python3 ffdist.py submit 720p30-h264", [
-        ("JOB", "STATUS", "DONE", "CREATED", "SCENARIO", "WHAT"),
-        *((job["id"][:8], job["status"], percent_text(job), _ago(job["created_at"]), job["scenario"],
-           job.get("error") or wire.settings_text(job.get("settings") or {})) for job in page["jobs"])])
+        ("JOB", "STATUS", "DONE", "CREATED", "NODE", "FILM", "WHAT"),
+        *(_job_row(job, names) for job in page["jobs"])], _asked(args))
+    return 0
 
 
-def show_results(page: Json) -> None:
+def _job_row(job: Json, names: Mapping[str, str]) -> tuple[Any, ...]:
+    settings, node = job.get("settings") or {}, job.get("node_id")
+    film = urllib.parse.urlsplit(settings.get("input") or "").path.rpartition("/")[2]
+    return (job["id"][:8], job["status"], percent_text(job), _ago(job["created_at"]),
+            names.get(node, node[:8]) if node else None, film or settings.get("input") or "generated",
+            job.get("error") or wire.settings_text(settings))
+
+
+def cmd_results(args: argparse.Namespace) -> int:
     """List results, newest first."""
+    client = _client(args)
+    page = client.results(_page_query(client, args))
+    if args.json:
+        _print_json(page)
+        return 0
     _print_page(page, "results", "they come when jobs have run", [
         ("JOB", "STATUS", "NODE", "TIME", "SPEED", "CPU", "ENERGY", "COST", "CO2E", "SIZE", "SCENARIO",
-         "VERDICT"), *map(_result_row, page["results"])])
+         "VERDICT"), *map(_result_row, page["results"])], _asked(args))
+    return 0
 
 
 def _result_row(result: Json) -> tuple[Any, ...]:
@@ -5487,8 +5575,7 @@ def show_order(job: Json) -> None:
 
 def show_node(node: Json) -> None:
     """Tell what an order made of a node."""
-    running = node["running"]
-    print(f"node {node['name']} is {node['status']}, {running} job{'' if running == 1 else 's'} on it")
+    print(f"node {node['name']} is {node['status']}, {wire.count_text(node['running'], 'job')} on it")
 
 
 def cmd_logs(args: argparse.Namespace) -> int:
@@ -5535,15 +5622,15 @@ def cmd_experiment(args: argparse.Namespace) -> int:
     client = _client(args)
     _check_nodes(experiment, client.nodes()["nodes"])
     again = f"python3 ffdist.py experiment {shlex.quote(args.file)}"
-    _say(f"experiment {experiment.id}: {len(jobs)} jobs")
+    _say(f"experiment {experiment.id}: {wire.count_text(len(jobs), 'job')}")
     try:
         known = _follow(client, experiment, not args.no_wait)
     except KeyboardInterrupt:
         _say(f"what was submitted goes on; follow it, and submit the rest, with: {again}")
         return 130
     if args.no_wait and len(known) < len(jobs):
-        _say(f"{len(known)} of {len(jobs)} jobs are submitted; others must not disturb them: "
-             f"submit more, when these have ended, with: {again}")
+        _say(f"{len(known)} of {wire.count_text(len(jobs), 'job')} are submitted; others must not disturb "
+             f"them: submit more, when these have ended, with: {again}")
     details = [client.job(job["id"]) if job["status"] in FINAL else job for job in known.values()]
     if args.json:
         _print_json({"experiment": experiment.id, "jobs": details})
@@ -5552,7 +5639,8 @@ def cmd_experiment(args: argparse.Namespace) -> int:
         _say(f"plots: python3 ffdist.py report --experiment {shlex.quote(args.file)} -o report.html")
     bad_ones = [job["id"][:8] for job in details if job["status"] in ("failed", "canceled")]
     if bad_ones:
-        _say(f"{len(bad_ones)} jobs did not complete; once more with: python3 ffdist.py retry {bad_ones[0]}")
+        _say(f"{wire.count_text(len(bad_ones), 'job')} did not complete; once more with: "
+             f"python3 ffdist.py retry {bad_ones[0]}")
     return 1 if bad_ones else 0
 
 
@@ -5576,8 +5664,8 @@ def cmd_report(args: argparse.Namespace) -> int:
             if error.status != 404:
                 raise
     if len(rows) < len(ids):
-        _say(f"{len(ids) - len(rows)} of {len(ids)} jobs are not known to the master: not submitted yet, or "
-             "no longer kept")
+        _say(f"{len(ids) - len(rows)} of {wire.count_text(len(ids), 'job')} are not known to the master: "
+             "not submitted yet, or no longer kept")
     make = REPORT_KINDS[".json"] if args.json else make
     if make is None:
         _print_report(rows)
@@ -5585,7 +5673,7 @@ def cmd_report(args: argparse.Namespace) -> int:
     text = make(title, rows, wire.utc_text(time.time()) or "")
     if args.output:
         Path(args.output).write_text(text, encoding="utf-8")
-        _say(f"{args.output}: {title}, {len(rows)} jobs")
+        _say(f"{args.output}: {title}, {wire.count_text(len(rows), 'job')}")
     else:
         sys.stdout.write(text)
     return 0
@@ -5604,7 +5692,10 @@ def _print_report(rows: Sequence[Row]) -> None:
 def _reported(client: wire.Client, args: argparse.Namespace) -> tuple[str, list[str]]:
     """Return the title and the ids of the jobs that a report is about, oldest first."""
     if not args.experiment:
-        page = client.results(_page_query(args))
+        page = client.results(_page_query(client, args))
+        if page.get("next"):
+            _say(f"these are {page['count']} of {page['total']} results; "
+                 f"the next with --after {page['next']}")
         return "Results", list(dict.fromkeys(result["job_id"] for result in reversed(page["results"])))
     if Path(args.experiment).is_file():
         experiment = load_experiment(args.experiment)
@@ -5634,7 +5725,7 @@ def _print_plan(experiment: Experiment) -> None:
         rows.append((job["id"][:8], group.lane or "any", len(group.jobs), cell.get("repeat"),
                      " ".join(str(word) for word in what if word)))
     _print_table(rows)
-    _say(f"experiment {experiment.id}: {len(experiment.jobs)} jobs; nothing was submitted")
+    _say(f"experiment {experiment.id}: {wire.count_text(len(experiment.jobs), 'job')}; nothing was submitted")
 
 
 def _check_nodes(experiment: Experiment, nodes: Sequence[Json]) -> None:
@@ -5675,7 +5766,7 @@ def _follow(client: wire.Client, experiment: Experiment, wait: bool) -> dict[str
             final = {job_id for job_id, job in known.items() if job["status"] in FINAL}
             if len(final) == total or (not wait and len(final) == before):
                 return known
-            bar.show(wire.progress_text(experiment_progress(known.values(), total)))
+            bar.show(wire.progress_text(experiment_progress(known.values(), total), bar.room()))
             if len(final) == before:
                 time.sleep(max(POLL_S, len(due) / 1000))
 
@@ -5694,8 +5785,12 @@ def cmd_demo(args: argparse.Namespace) -> int:
         service.start()
         try:
             return _demo_with_agent(args, service.url, film, folder)
+        except KeyboardInterrupt:
+            pass  # told when all is gone
         finally:
             service.stop()
+    _say("the demo was stopped; nothing is left of it")
+    return 130
 
 
 def _demo_with_agent(args: argparse.Namespace, url: str, film: Path | None, folder: Path) -> int:
@@ -5812,10 +5907,10 @@ COMMANDS = {
         Flag("--input", None, str, "path under the agents' media root, or URL (a generated source)"),
         Flag("--output", None, str, "path or URL (encoded, measured, discarded)"),
         Flag("--confidence", "auto", wire.one_of(*CONFIDENCES), "auto, low, medium or high"),
+        Flag("--node", None, str, "the node that is to run it, by name or id (any)"),
         Flag("--wait", False, None, "show progress until the job ends"), *ASK_FLAGS),
         ("scenario", "parameters", "output")),
-    "jobs": Command(asks(lambda client, args: client.jobs(_page_query(args)), show_jobs), "list jobs",
-                    (*PAGE_FLAGS, *ASK_FLAGS)),
+    "jobs": Command(cmd_jobs, "list jobs", (*PAGE_FLAGS, *ASK_FLAGS)),
     "show": Command(asks(lambda client, args: client.job(args.id), show_job), "show one job", ASK_FLAGS,
                     ("id",)),
     "logs": Command(cmd_logs, "print the log of a job", ASK_FLAGS, ("id", "follow")),
@@ -5839,8 +5934,10 @@ COMMANDS = {
         *ASK_FLAGS), ("node",)),
     "undrain": Command(asks(lambda client, args: client.order_node(args.id, "resume"), show_node),
                        "let a node work again that was drained or in quarantine", ASK_FLAGS, ("node",)),
-    "results": Command(asks(lambda client, args: client.results(_page_query(args)), show_results),
-                       "list results", (*PAGE_FLAGS, *ASK_FLAGS)),
+    "forget": Command(asks(lambda client, args: client.forget_node(args.id),
+                           lambda told: print(f"node {told['id']} is {told['status']}")),
+                      "remove a node; its jobs are pending again", ASK_FLAGS, ("node",)),
+    "results": Command(cmd_results, "list results", (*PAGE_FLAGS, *ASK_FLAGS)),
     "monitoring": Command(cmd_monitoring, "start or stop VictoriaMetrics, vmalert and Grafana", (
         _DATA_FLAG,
         Flag("--victoriametrics", "http://127.0.0.1:8428", wire.web_address,
@@ -5888,7 +5985,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("ffdist.py", description="FFmpeg on a fleet of bare servers.",
                                      epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"ffdist {VERSION}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = subparsers.add_parser(name, help=command.about, description=f"{command.about[0].upper()}"
                                     f"{command.about[1:]}.", epilog=EPILOG,
@@ -5911,7 +6008,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     wire.open_output()
     try:
-        args = build_parser().parse_args(argv)
+        parser = build_parser()
+        args = parser.parse_args(argv)
+        if args.command is None:
+            parser.print_help(sys.stderr)
+            return 2
         if args.command == "demo" and args.scenario is None:
             args.scenario = "transcode" if args.input else "720p30-h264"
         return _carried_out(args)
@@ -5926,8 +6027,9 @@ def _carried_out(args: argparse.Namespace) -> int:
         print(end="", flush=True)
         return code
     except ApiError as error:
-        hint = ("" if error.status else "; start one with 'python3 ffdist.py master', "
-                "or name it with --master or FFDIST_MASTER")
+        refused = not error.status and os.strerror(errno.ECONNREFUSED) in error.message
+        hint = ("; start one with 'python3 ffdist.py master', or name it with --master or FFDIST_MASTER"
+                if refused else "")
         _say(f"ffdist: {wire.printable(error.message)}{hint}")
         return exit_code_of(error)
     except Unusable as error:

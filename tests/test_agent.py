@@ -699,6 +699,22 @@ class ShowingPeople(unittest.TestCase):
         self.assertEqual(line, f"pass 1 of 2  [{bar}]  50 %  62 fps  2.00x  1 min 15 s left")
         for value in (None, "x", -5, 1e9):
             agent.progress_text({"percent": value, "fps": None, "speed": None, "eta_s": None})
+        self.assertEqual(agent.progress_text({"percent": 0, "fps": 0.0, "speed": 1.2}).count(" %"), 1)
+        for early in ({"fps": 0.0, "speed": 1.2}, {"fps": 3.0, "speed": 0.0}, {"fps": 3.0}):
+            self.assertEqual(agent.progress_text({"phase": "starting", **early}), "starting")
+
+    def test_the_bar_of_progress_gives_way_to_its_figures(self) -> None:
+        told = {"phase": "pass 1 of 2", "percent": 50.0, "fps": 61.7, "speed": 2.0, "eta_s": 75}
+        figures = "50 %  62 fps  2.00x  1 min 15 s left"
+        for room in range(len("pass 1 of 2   ") + len(figures), 90):
+            line = agent.progress_text(told, room)
+            self.assertLessEqual(len(line), room)
+            self.assertTrue(line.endswith(figures), line)
+        self.assertIn("[##..]", agent.progress_text(told, 59))
+
+    def test_counts_for_people(self) -> None:
+        self.assertEqual([agent.count_text(count, "job") for count in (0, 1, 2)],
+                         ["0 jobs", "1 job", "2 jobs"])
 
     def test_control_characters_cannot_steer_a_terminal(self) -> None:
         self.assertEqual(agent.printable("a\x1b[31mb\x07\u202ec\n"), "a?[31mb??c?")
@@ -1529,6 +1545,9 @@ class Calling(unittest.TestCase):
             with self.assertRaises(ValueError, msg=url):
                 agent.Client(url)
         self.assertEqual(agent.Client("master-ip:8080").url, "http://master-ip:8080")
+        self.assertEqual(agent.Client("master-ip").url, "http://master-ip:8080")
+        self.assertEqual(agent.Client("http://[::1]/fleet/").url, "http://[::1]:8080/fleet")
+        self.assertEqual(agent.Client("http://proxy:80/fleet").url, "http://proxy:80/fleet")
 
     def test_ids_are_quoted_in_paths(self) -> None:
         with self.server(http_answer(b"{}")) as (server, client):

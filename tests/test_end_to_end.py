@@ -727,6 +727,9 @@ class TheCommandLine(unittest.TestCase):
     def test_a_failed_job_is_exit_code_1_with_its_reason(self) -> None:
         shown = self.cli("submit", "--input", "none.mp4", "--wait", code=1)
         self.assertIn("none.mp4", shown.stdout)
+        self.assertRegex(shown.stdout, r"(?m)^input +none\.mp4$")
+        self.assertRegex(shown.stderr, r"its log: python3 ffdist.py logs [0-9a-f]{8}\n$")
+        self.assertRegex(self.cli("jobs", "--status", "failed").stdout, r"failed .* agent +none\.mp4 ")
         job = json.loads(self.cli("submit", "--input", "none.mp4", "--wait", "--json", code=1).stdout)
         self.assertEqual(job["status"], "failed")
 
@@ -740,6 +743,28 @@ class TheCommandLine(unittest.TestCase):
                 self.assertEqual(len(page[key]), page["count"])
         self.assertIn(self.done[:8], self.cli("jobs", "--status", "completed", "--limit", "1000").stdout)
         self.assertEqual(json.loads(self.cli("jobs", "--limit", "1", "--json").stdout)["count"], 1)
+
+    def test_listings_take_a_node_by_its_name_and_name_the_filter_that_nothing_meets(self) -> None:
+        node = self.master.get("/nodes")["nodes"][0]
+        for word in (node["name"], node["id"], node["id"][:8]):
+            for command in ("jobs", "results", "report"):
+                shown = self.cli(command, "--node-id", word, "--limit", "1000").stdout
+                self.assertIn(self.done[:8], shown)
+        self.assertIn("no node nobody", self.cli("jobs", "--node-id", "nobody", code=1).stderr)
+        self.assertEqual(self.cli("jobs", "--status", "paused").stdout, "no jobs match --status paused\n")
+        self.assertIn("1 of ", self.cli("report", "--limit", "1").stderr)
+
+    def test_a_job_may_be_pinned_and_a_node_forgotten(self) -> None:
+        node = self.master.get("/nodes")["nodes"][0]
+        self.cli("submit", "64p25-h264", "-p", "duration=0.2", "--node", node["name"], "--wait")
+        self.assertIn("nobody", self.cli("submit", "x", "--node", "nobody", code=2).stderr)
+        other = self.master.register("spare", name="spare")["id"]
+        self.assertIn("removed", self.cli("forget", "spare").stdout)
+        self.assertNotIn(other, [node["id"] for node in self.master.get("/nodes")["nodes"]])
+
+    def test_a_port_or_an_address_that_cannot_be_had_says_what_to_do(self) -> None:
+        self.assertIn("no address 192.0.2.1: choose another with --host", self.cli(
+            "master", "--host", "192.0.2.1", "--data-dir", str(self.folder / "m"), code=1).stderr)
 
     def test_show_by_a_prefix(self) -> None:
         self.assertIn("completed", self.cli("show", self.done[:8]).stdout)

@@ -146,6 +146,44 @@ class TestWords(unittest.TestCase):
         self.assertIsNone(ffdist.cost_text({"cpu_usage": 3}))
 
 
+class TestWordsOfTheCommandLine(unittest.TestCase):
+    def test_a_pending_job_tells_why_it_does_not_run(self) -> None:
+        job = {"status": "pending", "attempt": 1, "not_before": None}
+        free, full = ({"running": count, "max_concurrent_jobs": 2} for count in (1, 2))
+        self.assertIn("agent.py --register", ffdist.waiting_text(job, [], 0))
+        self.assertEqual(ffdist.waiting_text(job, [free], 0), "pending: attempt 2 waits for a node")
+        self.assertEqual(ffdist.waiting_text(job, [full], 0), "pending: 1 of 1 node is busy")
+        self.assertEqual(ffdist.waiting_text(job, [full, full, free], 0), "pending: 2 of 3 nodes are busy")
+        later = {**job, "not_before": "2026-01-01T00:00:10Z"}
+        due = ffdist.epoch_of(later["not_before"]) or 0.0
+        self.assertRegex(ffdist.waiting_text(later, [free], due - 1), r"^pending: waits until \d\d:\d\d:10 ")
+        self.assertIn("waits for a node", ffdist.waiting_text(later, [free], due + 1))
+        self.assertEqual(ffdist.waiting_text({"status": "paused"}, [], 0), "paused")
+
+    def test_attempts_tell_what_the_job_does_not(self) -> None:
+        def record(number: int, status: str, error: str | None, node: str | None = "n1") -> dict[str, Any]:
+            return {"attempt": number, "status": status, "error": error, "failure_reason": None, "node": node,
+                    "node_id": "0123456789abcdef", "ended_at": "2026-01-01T00:00:10Z"}
+        lost = record(1, "failed", "gone")
+        self.assertEqual(ffdist.attempt_rows({"attempts": [lost, {**lost, "ended_at": None}]}),
+                         [("attempt 1", "failed on n1: gone")])
+        self.assertEqual(ffdist.attempt_rows({"error": "gone", "attempts": [lost]}), [])
+        self.assertEqual(ffdist.attempt_rows({"error": "bad", "attempts": [
+            {**record(1, "failed", "gone", None), "failure_reason": "stalled"}, record(2, "failed", "bad")]}),
+            [("attempt 1", "failed on 01234567: gone (stalled)")])
+        self.assertEqual(ffdist.attempt_rows({"attempts": [record(1, "completed", None)]}), [])
+
+    def test_a_node_is_meant_by_its_name_its_id_or_how_one_begins(self) -> None:
+        nodes = [{"id": "aaaa1111", "name": "rack"}, {"id": "aaaa2222", "name": "rack-2"}]
+        for word, key in (("rack", "aaaa1111"), ("rack-", "aaaa2222"), ("AAAA2", "aaaa2222")):
+            self.assertEqual(ffdist.node_id_of(word, nodes), key)
+        for word in ("aaaa", "nobody"):
+            with self.assertRaisesRegex(ffdist.Unusable, word):
+                ffdist.node_id_of(word, nodes)
+        gone = "12345678-1234-4234-8234-123456789abc"
+        self.assertEqual(ffdist.node_id_of(gone, nodes), gone, "results outlive their node")
+
+
 class TestPricesOfARealMaster(Case):
     def finish(self, master: Any, metrics: Any) -> str:
         """Let a node that a test plays run a job, and return the job's id."""
@@ -413,7 +451,7 @@ class TestRealExperiment(Case):
     def test_a_dry_run_needs_no_master_and_shows_every_job(self) -> None:
         made = self.ffdist("experiment", self.write(**SEED_FILE), "--dry-run")
         self.assertEqual(made.returncode, 0, made.stderr)
-        self.assertRegex(made.stdout, r"any +2 +- +2 streams at 500k transcode h264 320x180 25 fps 500k")
+        self.assertRegex(made.stdout, r"any +2 +2 streams at 500k transcode h264 320x180 25 fps 500k")
 
 
 # rates and PSNR that implementations of BD-rate have long been tried with (Anserw/Bjontegaard_metric), and
