@@ -3881,8 +3881,8 @@ RUN_FLAGS = (
 )
 EPILOG = """examples:
   python3 agent.py --register --master http://192.168.1.100:8080
-  python3 agent.py --register --allow-master-as-worker --yes   # beside a master
-  python3 agent.py run 720p30-h264 -p duration=5               # without a master
+  python3 agent.py --register --allow-master-as-worker --yes  # beside a master
+  python3 agent.py run 720p30-h264 -p duration=5              # without a master
   python3 agent.py run --input film.mov --output film.mp4 -p crf=21
 """
 

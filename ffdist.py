@@ -4936,7 +4936,7 @@ class Service:
         try:
             self._server = Server(host, port, log)
         except (OSError, OverflowError) as error:
-            raise Unusable(_no_port(host, port, error)) from None
+            raise Unusable(no_port_text(host, port, error)) from None
         try:
             self._server.master = self.master = Master(folder, settings, log)
         except BaseException:
@@ -4982,7 +4982,7 @@ class Service:
         self.master.close()
 
 
-def _no_port(host: str, port: int, error: Exception) -> str:
+def no_port_text(host: str, port: int, error: Exception) -> str:
     """Tell why a port cannot be opened, and what to do."""
     code = getattr(error, "errno", None)
     if code == errno.EADDRNOTAVAIL:

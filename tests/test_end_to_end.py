@@ -27,6 +27,7 @@ from tests.support import (
     Program,
     control_groups,
     free_port,
+    interruptible,
     need,
     run,
     served,
@@ -877,6 +878,23 @@ class TheDemo(FleetCase):
         self.assertEqual([path.name for path in film.parent.iterdir()], [film.name])
         missing = run(str(TOP / "ffdist.py"), "demo", "--input", "none.mp4", folder=self.folder)
         self.assertEqual((missing.returncode, len(missing.stderr.strip().splitlines())), (1, 1))
+
+    def test_ctrl_c_ends_all_of_it_and_says_so(self) -> None:
+        need("ffmpeg", "ffprobe")
+        scratch = self.folder / "tmp"
+        scratch.mkdir()
+        demo = subprocess.Popen([sys.executable, str(TOP / "ffdist.py"), "demo"], stderr=subprocess.PIPE,
+                                stdout=subprocess.PIPE, text=True, preexec_fn=interruptible,
+                                env={**os.environ, "TMPDIR": str(scratch), "HOME": str(self.folder)})
+        self.addCleanup(demo.kill)
+        assert demo.stderr is not None
+        said = demo.stderr.readline()
+        self.assertIn("a master runs at", said)
+        demo.send_signal(signal.SIGINT)
+        shown, words = demo.communicate(timeout=60)
+        self.assertEqual((demo.returncode, shown), (130, ""), words)
+        self.assertEqual(words.splitlines()[-1:], ["the demo was stopped; nothing is left of it"], words)
+        self.assertEqual((list(scratch.iterdir()), processes_called(str(scratch))), ([], set()))
 
     def test_without_ffmpeg_it_names_the_command_that_installs_it(self) -> None:
         empty = self.folder / "bin"

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import html.parser
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -172,6 +174,11 @@ class TestWordsOfTheCommandLine(unittest.TestCase):
             {**record(1, "failed", "gone", None), "failure_reason": "stalled"}, record(2, "failed", "bad")]}),
             [("attempt 1", "failed on 01234567: gone (stalled)")])
         self.assertEqual(ffdist.attempt_rows({"attempts": [record(1, "completed", None)]}), [])
+
+    def test_a_port_that_cannot_be_opened_names_the_next_step(self) -> None:
+        for code, step in ((errno.EADDRNOTAVAIL, "--host"), (errno.EACCES, "need root"),
+                           (errno.EADDRINUSE, "lsof -i :80'")):
+            self.assertIn(step, ffdist.no_port_text("1.2.3.4", 80, OSError(code, os.strerror(code))))
 
     def test_a_node_is_meant_by_its_name_its_id_or_how_one_begins(self) -> None:
         nodes = [{"id": "aaaa1111", "name": "rack"}, {"id": "aaaa2222", "name": "rack-2"}]
