@@ -814,7 +814,7 @@ class TheCommandLine(unittest.TestCase):
                 self.assertEqual((done.stdout, len(done.stderr.strip().splitlines())), ("", 1))
 
     def test_a_reader_that_goes_and_a_terminal_of_few_letters_are_no_errors(self) -> None:
-        env = {**os.environ, "FFDIST_MASTER": self.master.url}
+        env = {**os.environ, "FFDIST_MASTER": self.master.url, "PYTHONUNBUFFERED": ""}  # or nothing is left
         for program, *words in (("ffdist.py", "jobs"), ("ffdist.py", "--help"), ("agent.py", "--help")):
             with self.subTest(words):
                 taker, giver = os.pipe()
