@@ -329,7 +329,7 @@ class Kills(FleetCase):
 
     def test_five_results_of_a_dead_master_survive_the_agent_and_arrive_once_in_order(self) -> None:
         master, agent = self.fleet("--max-concurrent-jobs", "5")
-        jobs = [self.live(master, seconds) for seconds in (3, 2.5, 2, 3.5, 1.5)]
+        jobs = [self.live(master, seconds) for seconds in (8, 7.5, 7, 8.5, 6.5)]  # none ends before the kill
         wait_for(lambda: master.get("/jobs?status=running")["total"] == 5, 30, "all five are claimed")
         master.kill()
         spool = agent.state / "spool"
