@@ -165,7 +165,7 @@ class ARunningFleet(FleetCase):
     def test_a_drained_node_finishes_what_runs_and_takes_nothing_more(self) -> None:
         master, agent = self.fleet()
         node = master.get("/nodes")["nodes"][0]["id"]
-        running = self.live(master, 2)
+        running = self.live(master, 3)
         self.encoding(agent)
         self.assertEqual(master.call("POST", f"/nodes/{node}/drain").body["status"], "draining")
         waiting = master.submit("64p25-h264", duration=0.2)["id"]
@@ -187,7 +187,7 @@ class ARunningFleet(FleetCase):
 
     def test_a_job_whose_ffmpeg_was_killed_is_done_on_the_other_node(self) -> None:
         master, agent = self.fleet()
-        job = self.live(master, 3)
+        job = self.live(master, 10)
         pids = self.encoding(agent)
         self.agent(master, name="other")
         wait_for(lambda: master.get("/nodes")["count"] == 2, 30)
@@ -259,7 +259,7 @@ class Kills(FleetCase):
 
     def test_a_result_that_finds_no_master_waits_on_disk_and_is_delivered_once(self) -> None:
         master, agent = self.fleet()
-        job = self.live(master, 2, output="o.mp4")
+        job = self.live(master, 4, output="o.mp4")
         self.encoding(agent)
         master.kill()
         spool = agent.state / "spool"
@@ -275,7 +275,7 @@ class Kills(FleetCase):
 
     def test_a_spooled_result_survives_the_agents_own_death(self) -> None:
         master, agent = self.fleet()
-        job = self.live(master, 1)
+        job = self.live(master, 3)
         self.encoding(agent)
         master.kill()
         wait_for(lambda: list((agent.state / "spool").glob("*.json")), 30, "the spool")

@@ -330,7 +330,7 @@ class Orders(BadNetwork):
 
     def test_a_pause_survives_the_masters_death_and_so_does_a_resume(self) -> None:
         master, _, agent = self.network("--heartbeat-interval", "1s")
-        job = self.live(master, 1.5)
+        job = self.live(master, 4)
         pids = self.encoding(agent)
 
         def states() -> set[str]:
@@ -561,7 +561,7 @@ class FullDisk(BadNetwork):
         ballast = small_disk(self, self.folder / "master") / "ballast"
         ballast.write_bytes(b"\0" * 400_000)
         master, proxy, agent = self.network()
-        job = self.live(master, 1.5, output="o.mp4")
+        job = self.live(master, 5, output="o.mp4")
         self.encoding(agent)
         for count in (50, 5, 1):
             while master.call("POST", "/jobs", [{"scenario": "x"}] * count).status == 201:
