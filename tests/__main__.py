@@ -1,4 +1,4 @@
-"""Run the tests: `python3 -m tests`, a process for each module, two at a time.
+"""Run the tests: `python3 -m tests`, a process for each module, three at a time: most wait more than they work.
 
 Names choose modules, classes or tests (`test_jobs`, `test_jobs.Advance.test_cancel`); none means all.
 A test that needs a program that is missing skips and names it; `--install` fetches such programs first,
@@ -36,7 +36,7 @@ TOP = Path(__file__).resolve().parent.parent
 NEWER_FFMPEG = "imageio-ffmpeg==0.8.1"  # its wheel carries a static binary
 MODULE_S = 600.0
 # These begin first, or the others wait for them at the end.
-SLOW = ("test_protocol", "test_run", "test_end_to_end", "test_chaos")
+SLOW = ("test_end_to_end", "test_protocol", "test_run", "test_command_line", "test_journal", "test_chaos")
 
 # Programs that the tests drive -> the package that brings each, by package manager; "" is any other
 # manager, None means that its repositories have no such package.
@@ -382,7 +382,7 @@ def build_parser() -> argparse.ArgumentParser:
     strict = os.environ.get("FFDIST_TESTS_STRICT", "").lower() in ("1", "true", "yes", "on")
     parser.add_argument("--strict", action="store_true", default=strict,
                         help="a skipped test is a failed one [FFDIST_TESTS_STRICT]")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="modules to run side by side (2)")
+    parser.add_argument("--jobs", type=int, default=3, metavar="N", help="modules to run side by side (3)")
     parser.add_argument("--outcomes-to", type=int, help=argparse.SUPPRESS)
     return parser
 
