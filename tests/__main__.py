@@ -1,4 +1,4 @@
-"""Run the tests: `python3 -m tests`, a process for each module, three at a time: most wait more than they work.
+"""Run the tests: `python3 -m tests`, a process for each module, three at a time, for most of them wait.
 
 Names choose modules, classes or tests (`test_jobs`, `test_jobs.Advance.test_cancel`); none means all.
 A test that needs a program that is missing skips and names it; `--install` fetches such programs first,
