@@ -5026,6 +5026,19 @@ def start_again() -> None:
     os.execv(sys.executable, [sys.executable, *words])
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put Ctrl-C off to the end: a program that is just being started would be left behind."""
+    met: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: met.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if met:
+        raise KeyboardInterrupt
+
+
 def start_program(argv: Sequence[str], output: Any = None,
                   keep: Sequence[int] = ()) -> subprocess.Popen[bytes]:
     """Start another program in a group of its own, without ffdist's own environment variables.
@@ -5799,9 +5812,10 @@ def _demo_with_agent(args: argparse.Namespace, url: str, film: Path | None, fold
     argv = [sys.executable, str(script), "--register", "--master", url, "--allow-master-as-worker", "--yes",
             "--state-dir", str(folder / "agent"), "--media-root", str(film.parent if film else folder),
             "--log-format", "text", "--drain-limit", "0s"]
-    with open(folder / "agent.log", "wb") as output:
-        process = start_program(argv, output)
+    process: subprocess.Popen[bytes] | None = None
     try:
+        with open(folder / "agent.log", "wb") as output, uninterrupted():
+            process = start_program(argv, output)
         client = args.client = wire.Client(url)
         nodes = await_start(process, lambda: client.nodes()["nodes"],
                             "the agent looks at this machine and tries its encoders")
@@ -5820,11 +5834,12 @@ def _demo_with_agent(args: argparse.Namespace, url: str, film: Path | None, fold
                            f"{node.get('cpu_model') or 'unknown CPU'}, {memory}, GPU {gpu}")], heads=False)
         return _wait_for(client, job, args.json)
     finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(15)
-        process.kill()
-        process.wait()
+        if process is not None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(15)
+            process.kill()
+            process.wait()
 
 
 def cmd_monitoring(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Run the tests: `python3 -m tests`, a process for each module, three at a time, for most of them wait.
+"""Run the tests: `python3 -m tests`, a process for each module, two at a time.
 
 Names choose modules, classes or tests (`test_jobs`, `test_jobs.Advance.test_cancel`); none means all.
 A test that needs a program that is missing skips and names it; `--install` fetches such programs first,
@@ -382,7 +382,7 @@ def build_parser() -> argparse.ArgumentParser:
     strict = os.environ.get("FFDIST_TESTS_STRICT", "").lower() in ("1", "true", "yes", "on")
     parser.add_argument("--strict", action="store_true", default=strict,
                         help="a skipped test is a failed one [FFDIST_TESTS_STRICT]")
-    parser.add_argument("--jobs", type=int, default=3, metavar="N", help="modules to run side by side (3)")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="modules to run side by side (2)")
     parser.add_argument("--outcomes-to", type=int, help=argparse.SUPPRESS)
     return parser
 
