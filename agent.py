@@ -2310,6 +2310,8 @@ class Limits:
             parameter, by_itself = plain[name]
             try:
                 self.told[name] = how if how and self._group.take(name, pid) else by_itself(pid)
+            except ProcessLookupError:
+                pass  # it has ended already
             except (OSError, ValueError):
                 missed.append(parameter)
         if missed:

@@ -67,7 +67,10 @@ def processes_called(word: str) -> set[int]:
 class FleetCase(Case):
     def encoding(self, agent: Agent) -> set[int]:
         """Wait until the FFmpeg of a live encode runs, not of its source; return its processes."""
-        return wait_for(lambda: processes_under(agent.work) & processes_called("\0-re\0"), 30, "an encode")
+        try:
+            return wait_for(lambda: processes_under(agent.work) & processes_called("\0-re\0"), 30, "encode")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; the agent says: {agent.words()}") from None
 
     def live(self, master: Master, seconds: float, **more: object) -> str:
         """Submit a job that takes so many seconds by the clock; return its id."""

@@ -686,6 +686,17 @@ class JobLimits(RunCase):
                 self.fails("no_capability", next(iter(parameter)), "worker-01", scenario="64p25-h264",
                            place=self.plain(), duration=0.2, **parameter)
 
+    def test_a_process_that_ended_before_it_could_be_limited_is_no_failure(self) -> None:
+        settings = agent.resolve("64p25-h264", {"max_memory_mb": 100, "max_cpu_percent": 100})
+        folder = self.work / f"over-{os.getpid()}"
+        folder.mkdir()
+        self.addCleanup(agent.clear_work, self.work, self.place.host)
+        over = subprocess.Popen(["true"])
+        over.wait()
+        for host in (self.place.host, NoGroups()):
+            limits = agent.Limits(settings, folder, host, "worker-01")
+            self.assertEqual((limits.take(over.pid), limits.told), ("", {}))
+
     def test_a_group_left_by_a_killed_agent_is_removed_with_what_runs_in_it(self) -> None:
         self.grouped()
         folder = self.work / "left-1"
