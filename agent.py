@@ -66,13 +66,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import hwdetect
 
 # ---- 1 Wire ---------------------------------------------------------------------------------------
 
-VERSION = "1.0.0"
+VERSION = hwdetect.VERSION
 PROTOCOL = 1
 WAIT_MAX_S = 60.0
 CLOSED_STATUSES = ("completed", "failed", "canceled", "returned")
@@ -477,6 +477,24 @@ class Flag(NamedTuple):
     default: Any
     kind: Callable[[str], Any] | None
     about: str
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses by itself what it does not know, and asks whether a word like it was meant."""
+
+    words: Iterable[str] = ()  # beside its flags
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return found, left
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"(?:choice: |arguments: )'?([\w-]+)", message)
+        known = (*self.words, *re.findall(r"--?\w[\w-]*", self.format_usage()))
+        near = difflib.get_close_matches(wrong[1], known, 1) if wrong else ()
+        super().error(message + "".join(f"; did you mean {word}?" for word in near))
 
 
 def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
@@ -2119,7 +2137,7 @@ def _book(ledger: Ledger, last: hwdetect.Reading, now: hwdetect.Reading, share: 
     ledger.series.add(ledger.measured_s, now.total_watts, now.cpu_usage)
     ledger.samples.append({"time": utc_text(time.time()), "cpu_usage": now.cpu_usage,
                            "memory_used_bytes": now.memory_used_bytes, "power_watts": now.total_watts,
-                           "temperature_c": now.temperature_c})
+                           "power_source": now.power_source, "temperature_c": now.temperature_c})
 
 
 def _book_gpus(ledger: Ledger, last: hwdetect.Reading, now: hwdetect.Reading, share: float) -> None:
@@ -3891,7 +3909,7 @@ EPILOG = """examples:
 
 def build_parser(run: bool) -> argparse.ArgumentParser:
     """Return the parser of `agent.py`, or of `agent.py run`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "agent.py run" if run else "agent.py", epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run one job on this machine, without a master." if run else
@@ -3906,6 +3924,7 @@ def build_parser(run: bool) -> argparse.ArgumentParser:
         parser.add_argument("-o", dest="output_short", metavar="OUTPUT", help="short for --output")
         parser.set_defaults(master="", register=False, poll_interval=10.0, heartbeat_interval=30.0,
                             drain_limit=0.0)
+    parser.words = () if run else ("run",)
     add_flags(parser, (*COMMON_FLAGS, *(RUN_FLAGS if run else AGENT_FLAGS)))
     return parser
 

@@ -242,10 +242,13 @@ def _cost(rates: Mapping[str, Rate], nodes: Sequence[str], energy: float, start_
         return None, f"the file of {flag} has no {missing.args[0]}"
 
 
+FIGURE_MOST = 1e18
+
+
 def finite(values: Mapping[str, Any], name: str) -> float | None:
-    """Return a figure that may be missing; None for what is no finite number from 0 on."""
+    """Return a figure that may be missing; None for what is no number from 0 on that anything measures."""
     value = values.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < FIGURE_MOST:
         return None
     return float(value)
 
@@ -3253,19 +3256,13 @@ TABLES: Mapping[str, tuple[Figure, ...]] = {
         Figure("bitrate_kbps", "kbit/s of the whole output.", "rate", "kbit/s", 4),
         Figure("bits_per_pixel", "Bits for each pixel of the output.", "bit/pixel"),
         Figure("output_bytes", "Size of the output.", "size")),
-    "Quality": (
-        Figure("psnr_db", "PSNR against the source, mean.", "PSNR", "dB", 4),
-        Figure("psnr_min_db", "PSNR of the worst frame.", "PSNR least", "dB", 4),
-        Figure("psnr_harmonic_db", "", "PSNR harmonic mean", "dB", 4),
-        Figure("ssim", "SSIM against the source, mean.", "SSIM", "", 5),
-        Figure("ssim_min", "SSIM of the worst frame.", "SSIM least", "", 5),
-        Figure("ssim_harmonic", "", "SSIM harmonic mean", "", 5),
-        Figure("vmaf", "VMAF against the source, mean.", "VMAF", "", 4),
-        Figure("vmaf_min", "VMAF of the worst frame.", "VMAF least", "", 4),
-        Figure("vmaf_harmonic", "", "VMAF harmonic mean", "", 4),
-        Figure("xpsnr_db", "XPSNR against the source, mean.", "XPSNR", "dB", 4),
-        Figure("xpsnr_min_db", "", "XPSNR least", "dB", 4),
-        Figure("xpsnr_harmonic_db", "", "XPSNR harmonic mean", "dB", 4)),
+    "Quality": tuple(
+        Figure(f"{name}{part}{'_db' if unit else ''}", f"{head} {about}", head + word, unit, digits)
+        for name, head, unit, digits in (("psnr", "PSNR", "dB", 4), ("ssim", "SSIM", "", 5),
+                                         ("vmaf", "VMAF", "", 4), ("xpsnr", "XPSNR", "dB", 4))
+        for part, about, word in (("", "against the source, mean.", ""),
+                                  ("_min", "of the worst frame.", " least"),
+                                  ("_harmonic", "against the source, harmonic mean.", " harmonic mean"))),
     _MONEY: (
         Figure("energy_joules", "Energy, this job's share of the machine.", "energy", "J"),
         Figure("net_energy_joules", "Energy above that of the idle machine.", "above idle", "J"),
@@ -3282,6 +3279,7 @@ TABLES: Mapping[str, tuple[Figure, ...]] = {
         Figure("pixels_per_joule", "Pixels encoded for each joule.", "pixels/J", "", 4)),
 }
 FIGURES = {figure.name: figure for figures in TABLES.values() for figure in figures}
+OF_ENERGY = {figure.name for name in (_MONEY, "Power") for figure in TABLES[name]}
 _OTHER_FIGURES = (
     Figure("frames", "Frames encoded."),
     Figure("dropped_frames", "Frames that FFmpeg dropped."),
@@ -3385,7 +3383,7 @@ def _field_lines(metrics: Iterable[Metric], values: Mapping[str, Any], labels: s
     lines = []
     for metric in metrics:
         value = values.get(metric.field)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < FIGURE_MOST:
             lines.append(_line(metric.name, labels, value, round(at * 1000)))
     return lines
 
@@ -3415,11 +3413,13 @@ def _part(value: Mapping[str, Any], name: str) -> Json:
 
 def sample_lines(told: Sampled) -> list[str]:
     """Return the lines of the samples of one message, each at its own time."""
-    labels = _labels_text({"node": told.node, "node_id": told.node_id, "job_id": told.job_id})
     lines = []
     for sample in told.samples:
         at = epoch_of(sample.get("time")) if isinstance(sample, dict) else None
-        lines += _field_lines(_OF_SAMPLES, sample, labels, at) if at is not None else []
+        if at is not None:
+            labels = _labels_text({"node": told.node, "node_id": told.node_id, "job_id": told.job_id,
+                                   "power_source": sample.get("power_source")})
+            lines += _field_lines(_OF_SAMPLES, sample, labels, at)
     return lines
 
 
@@ -3455,19 +3455,22 @@ def _graph(title: str, unit: str, expr: str, *labels: str) -> Panel:
 
 
 def _graphs(by: str, *rows: tuple[str, str, str]) -> tuple[Panel, ...]:
-    """Return pictures of results' figures, as (title, unit, name), by one label."""
-    return tuple(_graph(f"{title} by {by}", unit, _figure(name, by), by) for title, unit, name in rows)
+    """Return pictures of results' figures, as (title, unit, name), by labels."""
+    labels = by.split(", ")
+    return tuple(_graph(f"{title} by {labels[0]}", unit, _figure(name, by), *labels)
+                 for title, unit, name in rows)
 
 
 def _figure(name: str, by: str, over: str = "avg") -> str:
-    """Return the expression of a result's figure by one label, in each interval of a picture."""
+    """Return the expression of a result's figure by labels, in each interval of a picture."""
     outer = "sum" if over == "count" else over
     return f'{outer} by ({by}) ({over}_over_time(@job_{name}{{node=~"$node"}}[$__interval]))'
 
 
-def _whole(title: str, unit: str, name: str, status: str = "") -> Panel:
-    """Return the sum over all results in the range of a page, or the count of those of one status."""
-    match, over, none = (f',status="{status}"', "count", " or vector(0)") if status else ("", "sum", "")
+def _whole(title: str, unit: str, name: str, status: str = "", source: str = "") -> Panel:
+    """Return the sum over results in the range of a page: all, the count of a status, or of one source."""
+    match = f',status="{status}"' if status else f',power_source=~"{source}"' if source else ""
+    over, none = "count" if status else "sum", " or vector(0)" if match else ""
     return Panel("stat", title, unit,
                  (f'sum({over}_over_time(@job_{name}{{node=~"$node"{match}}}[$__range])){none}',))
 
@@ -3484,6 +3487,7 @@ def _now(name: str, by: str = "node") -> str:
     return f'max by ({by}) (@{name}{{node=~"$node"}})'
 
 
+_SOURCED = "node, power_source"  # what is estimated has `model` in it
 _ENDED = _graph("Results in each interval", "short", _figure("info", "status", "count"), "status")
 DASHBOARDS: Mapping[str, tuple[Panel, ...]] = {
     "Fleet": (
@@ -3520,20 +3524,19 @@ DASHBOARDS: Mapping[str, tuple[Panel, ...]] = {
     "Energy & cost": (
         _whole("Energy", "joule", "energy_joules"), _whole("Above idle", "joule", "net_energy_joules"),
         _whole("Cost", "short", "energy_cost"), _whole("Carbon, gCO2e", "short", "carbon_g"),
-        _graph("Power while jobs run", "watt", _now("sample_power_watts"), "node"),
-        _graph("Energy by node", "joule", _figure("energy_joules", "node", "sum"), "node"),
-        *_graphs("encoder", ("Joules per frame", "joule", "joules_per_frame"),
+        _whole("Energy that is estimated", "joule", "energy_joules", source=".*model.*"),
+        _graph("Power while jobs run", "watt", _now("sample_power_watts", _SOURCED), *_SOURCED.split(", ")),
+        _graph("Energy by node", "joule", _figure("energy_joules", _SOURCED, "sum"), *_SOURCED.split(", ")),
+        *_graphs("encoder, power_source", ("Joules per frame", "joule", "joules_per_frame"),
                  ("Pixels per joule", "short", "pixels_per_joule")),
-        *_graphs("scenario", ("Wh per minute of output", "watth", "energy_wh_per_minute"),
+        *_graphs("scenario, power_source", ("Wh per minute of output", "watth", "energy_wh_per_minute"),
                  ("Cost per minute of output", "short", "cost_per_minute")),
         _columns(energy_joules="J", net_energy_joules="J above idle", power_watts="W", energy_cost="cost",
                  carbon_g="gCO2e")),
     "Quality": (
-        *_graphs("encoder", ("PSNR", "dB", "psnr_db"), ("PSNR of the worst frame", "dB", "psnr_min_db"),
-                 ("SSIM", "short", "ssim"), ("SSIM of the worst frame", "short", "ssim_min"),
-                 ("VMAF", "short", "vmaf"), ("VMAF of the worst frame", "short", "vmaf_min"),
-                 ("XPSNR", "dB", "xpsnr_db"), ("Bitrate", "Kbits", "bitrate_kbps"),
-                 ("Bits per pixel", "short", "bits_per_pixel")),
+        *_graphs("encoder", *((figure.head, figure.unit or "short", figure.name)
+                              for figure in TABLES["Quality"]),
+                 ("Bitrate", "Kbits", "bitrate_kbps"), ("Bits per pixel", "short", "bits_per_pixel")),
         _columns(psnr_db="PSNR dB", ssim="SSIM", vmaf="VMAF", bitrate_kbps="kbit/s", energy_joules="J")),
     "One node": (
         Panel("stat", "Status", "short", (_now("node_status"),)),
@@ -3542,8 +3545,9 @@ DASHBOARDS: Mapping[str, tuple[Panel, ...]] = {
         _whole("Failed jobs", "short", "info", "failed"),
         _graph("CPU", "percent", _now("sample_cpu_usage_percent"), "node"),
         _graph("Memory", "bytes", _now("sample_memory_bytes"), "node"),
-        Panel("timeseries", "Power", "watt", (_now("sample_power_watts"), _now("job_idle_watts")),
-              ("{{node}}", "{{node}}, idle")),
+        Panel("timeseries", "Power", "watt",
+              (_now("sample_power_watts", _SOURCED), _now("job_idle_watts", _SOURCED)),
+              ("{{node}} {{power_source}}", "{{node}} {{power_source}}, idle")),
         _graph("Temperature", "celsius", _now("sample_temperature_celsius"), "node"),
         _graph("Up", "short", _now("node_up"), "node"),
         *_graphs("node", ("CPU that others used during jobs", "percent", "background_cpu_percent")),
@@ -3979,20 +3983,30 @@ def figure_of(metrics: Mapping[str, Any], name: str) -> float | None:
     if name not in ("energy_cost", "cost_per_minute"):
         return finite(metrics, name)
     value = metrics.get(name)
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    return float(value) if isinstance(value, (int, float)) and abs(value) < FIGURE_MOST else None
 
 
-def figure_text(metrics: Mapping[str, Any], name: str, unit: str | None = None) -> str | None:
-    """Return a figure for people with its own unit, or another; a price is in the tariff's currency."""
+def estimated(metrics: Mapping[str, Any], name: str) -> bool:
+    """Tell whether a figure follows from energy that a power model estimated."""
+    return name in OF_ENERGY and bool(metrics.get("energy_estimated"))
+
+
+def figure_text(metrics: Mapping[str, Any], name: str, unit: str | None = None,
+                digits: int = 3) -> str | None:
+    """Return a figure for people with its own unit, or another; `~` marks an estimate.
+
+    A price is in the tariff's currency.
+    """
     own = str(metrics.get("currency") or "") if "cost" in name else FIGURES[name].unit
-    return amount_text(figure_of(metrics, name), own if unit is None else unit)
+    text = amount_text(figure_of(metrics, name), own if unit is None else unit, digits)
+    return f"~{text}" if text and estimated(metrics, name) else text
 
 
 def energy_text(metrics: Mapping[str, Any]) -> str | None:
     """Return energy for people, in Wh; an estimate says so."""
     joules = finite(metrics, "energy_joules")
-    text = amount_text(None if joules is None else joules / JOULES_PER_WH, "Wh")
-    return f"~{text}" if text and metrics.get("energy_estimated") else text
+    watt_hours = None if joules is None else joules / JOULES_PER_WH
+    return figure_text({**metrics, "energy_wh": watt_hours}, "energy_wh")
 
 
 def cost_text(metrics: Mapping[str, Any]) -> str | None:
@@ -4008,7 +4022,8 @@ def cost_text(metrics: Mapping[str, Any]) -> str | None:
 class Row(NamedTuple):
     """One job and what came out of it, as tables and plots see it.
 
-    `content` is what was encoded (only equal ones are compared), `curve` how, `rate` at which rate.
+    `content` is what was encoded (only equal ones are compared), `curve` how, `rate` at which rate, `more`
+    what was asked for beside all that.
     """
 
     job: str
@@ -4024,6 +4039,7 @@ class Row(NamedTuple):
     metrics: Json
     statistics: Json
     series: Json
+    more: Mapping[str, str]
     jobs: int = 1
 
     @property
@@ -4065,7 +4081,8 @@ def row_of(job: Json) -> Row:
     rate = f" {settings['fps']:g} fps" if finite(settings, "fps") else ""
     rendition = (size[0] if size else "size of the input") + rate
     length = f", {settings['duration']:g} s" if finite(settings, "duration") else ""
-    film = str(settings.get("input") or "generated source").rpartition("/")[2]
+    film = re.sub("//[^/@]*@", "//", str(settings.get("input") or "generated source"))  # no passwords
+    asked = _part(job, "parameters")
     if "baseline" in str(job.get("scenario")).lower().split("-"):
         film, rendition, length, encode, settings = "idle machine", "", length[2:], {}, {"encoder": "idle"}
     rates = [f"crf {settings['crf']:g}" if finite(settings, "crf") is not None else "",
@@ -4077,10 +4094,22 @@ def row_of(job: Json) -> Row:
         f"{film} {rendition}{length}".strip(), rendition, " ".join(str(part) for part in coder if part),
         " ".join(part for part in rates if part), int(finite(cell, "streams") or 1),
         str(job.get("error") or ""), str(_part(result, "analyzer_output").get("recommendation") or ""),
-        metrics, _part(result, "statistics"), _part(result, "series"))
+        metrics, _part(result, "statistics"), _part(result, "series"),
+        {name: str(asked[name]).lower() for name in _MORE if asked.get(name) not in (None, "")})
 
 
-_ESTIMATED = (*TABLES[_MONEY], *TABLES["Power"])
+# parameters that change what an encode costs and are neither content, curve nor rate
+_MORE = ("audio", "container", "gop", "two_pass", "realtime", "hwaccel", "threads", "pixel_format",
+         "max_memory_mb", "max_cpu_percent")
+
+
+def told_apart(rows: Sequence[Row]) -> list[Row]:
+    """Return rows whose curves name what was not asked for alike in all: means are of equals alone."""
+    names = [name for name in _MORE if len({row.more.get(name) for row in rows if row.rendition}) > 1]
+    return [row._replace(curve=" ".join((row.curve, *(f"{name}={row.more[name]}" for name in names
+                                                      if name in row.more)))) for row in rows]
+
+
 QUALITIES = tuple(FIGURES[name] for name in ("vmaf", "xpsnr_db", "psnr_db", "ssim"))
 COSTS = tuple(FIGURES[name] for name in ("bitrate_kbps", "energy_joules", "duration"))
 OVERLAP_LEAST = 0.25
@@ -4092,7 +4121,10 @@ Points = Sequence[tuple[float, float]]
 
 
 class Delta(NamedTuple):
-    """What a curve costs more than another at equal quality, in percent; `why` where it is unknown."""
+    """What a curve costs more than another at equal quality, in percent; `why` where it is unknown.
+
+    `estimated` says that a cost of either is an estimate.
+    """
 
     content: str
     cost: str
@@ -4102,6 +4134,11 @@ class Delta(NamedTuple):
     cubic: float | None
     pchip: float | None
     why: str = ""
+    estimated: bool = False
+
+    def text(self, value: float | None) -> str | None:
+        """Return one of the two for people."""
+        return None if value is None else f"{'~' * self.estimated}{value:+.1f} %"
 
 
 def bd_percent(anchor: Points, test: Points, pchip: bool = False) -> float:
@@ -4197,6 +4234,7 @@ def merged(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[Row]:
             if len(values) > 1:
                 told = wire.interval(values)
                 statistics[name] = {**told, "ci95_low": max(0.0, told["ci95_low"])}
+        metrics["energy_estimated"] = any(row.metrics.get("energy_estimated") for row in group)
         made.append(group[0]._replace(metrics=metrics, statistics=statistics, jobs=len(group)))
     return made
 
@@ -4204,6 +4242,11 @@ def merged(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[Row]:
 def knowing(rows: Iterable[Row], *names: str) -> list[Row]:
     """Return the rows that know all these figures."""
     return [row for row in rows if all(row.figure(name) is not None for name in names)]
+
+
+def _axis_of(figure: Figure, rows: Iterable[Row]) -> str:
+    """Return what stands at the axis of a figure, which says where one of the rows has an estimate of it."""
+    return figure.axis + " (estimated)" * any(estimated(row.metrics, figure.name) for row in rows)
 
 
 def points_of(rows: Iterable[Row], x: str, y: str) -> list[tuple[float, float]]:
@@ -4236,6 +4279,7 @@ def deltas_of(rows: Sequence[Row]) -> list[Delta]:
     for content, group in _by(rows, lambda row: row.content).items():
         for cost, quality in itertools.product(COSTS, QUALITIES):
             curves = curves_of(group, cost.name, quality.name)
+            about = any(estimated(row.metrics, cost.name) for row in knowing(group, cost.name, quality.name))
             pairs = list(itertools.combinations(curves, 2))
             for one, other in pairs if len(curves) <= 4 else pairs[:len(curves) - 1]:
                 cubic = pchip = None
@@ -4245,7 +4289,8 @@ def deltas_of(rows: Sequence[Row]) -> list[Delta]:
                     pchip = bd_percent(curves[one], curves[other], pchip=True)
                 except ValueError as error:
                     cubic, why = None, str(error)
-                made.append(Delta(content, cost.head, quality.name, one, other, cubic, pchip, why))
+                made.append(Delta(content, cost.head, quality.name, one, other, cubic, pchip, why,
+                                  about))
     return made
 
 
@@ -4322,7 +4367,7 @@ def plot_svg(plot: Plot) -> str:
     """Return a plot as an SVG of its own size that scales with the page."""
     xs = [x for curve in plot.curves for x, _ in curve.points]
     xs += [edge for curve in plot.curves for span in curve.spans if span for edge in span]
-    log = plot.log and min(xs) > 0
+    log = plot.log and min(xs) > 1e-9
     x_low, x_high = _range(xs, plot.zero == "x", log)
     y_low, y_high = _range([y for curve in plot.curves for _, y in curve.points], plot.zero == "y", False)
     left, bottom = 58.0, _HEIGHT - 44
@@ -4429,8 +4474,8 @@ def _front_plots(rows: Sequence[Row]) -> list[Plot]:
                   for label, mine in _by(range(len(cells)), lambda n: cells[n].curve).items()]
         best = sorted(points_of((cells[n] for n in front), axis.name, quality.name))
         curves.append(Curve("the front (filled): no other is better in all", best, marked=False))
-        plots.append(Plot(f"Pareto front: {quality.head} over {axis.head}", axis.axis, quality.axis, curves,
-                          zero="x", note=note))
+        plots.append(Plot(f"Pareto front: {quality.head} over {axis.head}", _axis_of(axis, cells),
+                          quality.axis, curves, zero="x", note=note))
     return plots
 
 
@@ -4448,11 +4493,12 @@ def _node_plots(rows: Sequence[Row]) -> list[Plot]:
             note = "bars: 95 % interval of the mean" if bars else "each ran once: no interval is known"
             more = f"; the first {LABELS_MOST} of {len(labels)}" if len(labels) > LABELS_MOST else ""
             title = f"{figure.head.capitalize()} by node: {', '.join(nodes)}"
-            plots.append(Plot(title, figure.axis, "", curves, list(shown), zero="x", note=note + more))
+            plots.append(Plot(title, _axis_of(figure, cells), "", curves, list(shown), zero="x",
+                              note=note + more))
     return plots
 
 
-_SAMPLED = {"power_watts": ("Power", "power, W"), "cpu_usage": ("CPU use", "CPU, % of the machine")}
+_SAMPLED = {"power_watts": "Power", "cpu_usage": "CPU use"}
 
 
 def _samples(row: Row, name: str) -> list[tuple[float, float]]:
@@ -4470,7 +4516,7 @@ def _power_plots(rows: Sequence[Row]) -> tuple[list[Plot], str]:
     if main is None:
         return [], "no result holds samples"
     row, plots = max(rows, key=lambda row: [x for x, _ in _samples(row, main)][-1:]), []
-    for name, (title, unit) in _SAMPLED.items():
+    for name, title in _SAMPLED.items():
         points = _samples(row, name)
         if not points:
             continue
@@ -4479,7 +4525,7 @@ def _power_plots(rows: Sequence[Row]) -> tuple[list[Plot], str]:
         if idle is not None:
             curves.append(Curve("idle", [(points[0][0], idle), (points[-1][0], idle)], marked=False))
         what = f"{title} of job {row.job}: {row.label} on {row.node}"
-        plots.append(Plot(what, "time, s", unit, curves, zero="y"))
+        plots.append(Plot(what, "time, s", _axis_of(FIGURES[name], [row]), curves, zero="y"))
     return plots, "" if main == "power_watts" else f"power is unknown: {row.why('power_watts')}"
 
 
@@ -4525,8 +4571,7 @@ def _jobs_table(rows: Sequence[Row], columns: Iterable[Figure], words: Callable[
             return _unknown(row.why(column.name), notes)
         if column.name == "output_bytes":
             return wire.size_text(value)
-        about = "~" if row.metrics.get("energy_estimated") and column in _ESTIMATED else ""
-        return about + (amount_text(value, "", column.digits) or "")
+        return figure_text(row.metrics, column.name, "", column.digits) or ""
     currency = next((str(row.metrics["currency"]) for row in rows if row.metrics.get("currency")), "")
     names = [(column._replace(unit=currency) if "cost" in column.name else column).axis for column in shown]
     cells = [[*map(html.escape, words(row).values()), *(cell(row, column) for column in shown)]
@@ -4542,9 +4587,8 @@ def _delta_table(deltas: Sequence[Delta]) -> str:
         cells = [f"BD-{cost}", html.escape(test), html.escape(anchor)]
         by_quality = {delta.quality: delta for delta in group}
         for delta in (by_quality.get(quality) for quality in qualities):
-            values = (None, None) if delta is None else (delta.cubic, delta.pchip)
-            cells += [_unknown(delta.why if delta else "not measured", notes) if value is None
-                      else f"{value:+.1f} %" for value in values]
+            texts = (None, None) if delta is None else map(delta.text, (delta.cubic, delta.pchip))
+            cells += [text or _unknown(delta.why if delta else "not measured", notes) for text in texts]
         lines.append(cells)
     heads = [f"equal {FIGURES[name].head}, {fit}" for name in qualities for fit in ("cubic", "PCHIP")]
     return _noted_table(["", "this", "against", *heads], lines, notes)
@@ -4628,18 +4672,19 @@ def report_csv(rows: Iterable[Row]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     heads = Row._fields[:Row._fields.index("metrics")]
-    writer.writerow([*heads, *FIGURES, "currency", "unknown"])
+    told = ("currency", "power_source", "energy_estimated")
+    writer.writerow([*heads, *FIGURES, *told, "unknown"])
     for row in rows:
         words = [_plain(getattr(row, name)) for name in heads]
         why = {name: row.why(name) for name in FIGURES if row.figure(name) is None}
-        writer.writerow([*words, *map(row.figure, FIGURES), _plain(row.metrics.get("currency", "")),
-                         json.dumps(why)])
+        more = ["" if (value := row.metrics.get(name)) is None else _plain(value) for name in told]
+        writer.writerow([*words, *map(row.figure, FIGURES), *more, json.dumps(why)])
     return out.getvalue()
 
 
 def _plain(value: Any) -> str:
     word = str(value)
-    return f"'{word}" if word.startswith(("=", "+", "-", "@")) else word
+    return f"'{word}" if word.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else word
 
 
 def report_rows(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
@@ -5188,27 +5233,42 @@ def answers(url: str, well: bool = False) -> bool:
     return True
 
 
-def start_monitoring(site: Site) -> tuple[list[Part], list[Part]]:
-    """Start what is installed and wait until it is well; return what runs, and what is missing."""
+def start_monitoring(site: Site) -> tuple[list[Part], list[Part], list[Part]]:
+    """Start what is installed and wait until it is well; return what ran already, was started, is missing."""
     parts = parts_of(site)
     if parts[0].program is None:
         raise Unusable(f"{parts[0].name} is missing: install it {parts[0].about}")
-    for part in parts:
-        lock = _hold(Path(site.folder, f"{part.name}.pid"))
-        if lock is None:
-            raise Unusable(f"{part.name} runs already for {site.folder}: "
-                           "stop it with 'ffdist.py monitoring down'")
-        os.close(lock)
-        if part.program is not None and answers(part.health):
-            raise Unusable(f"something else answers at {part.url} already: end it, or choose another port")
+    before = [part for part in parts if _runs_already(site, part)]
+    fresh = [part for part in parts if part.program and part not in before]
     try:
-        for part in parts:
-            if part.program is not None:
-                _start_part(site, part, part.program)
+        for part in fresh:
+            _start_part(site, part, part.program or "")
     except BaseException:
-        stop_monitoring(site)
+        stop_monitoring(site, fresh)
         raise
-    return [part for part in parts if part.program], [part for part in parts if not part.program]
+    return before, fresh, [part for part in parts if part not in before and part not in fresh]
+
+
+def _runs_already(site: Site, part: Part) -> bool:
+    """Tell whether a part was started before, at the same place; Unusable when something is in its way."""
+    path = Path(site.folder, f"{part.name}.pid")
+    lock = _hold(path)
+    if lock is None:
+        if _told(path).get("url") != part.url:
+            raise Unusable(f"{part.name} runs already at {_told(path).get('url')}, not at {part.url}: "
+                           "end it with 'ffdist.py monitoring down'")
+        return True
+    os.close(lock)
+    if part.program is not None and answers(part.health):
+        raise Unusable(f"something else answers at {part.url} already: end it, or choose another port")
+    return False
+
+
+def _told(path: Path) -> Json:
+    """Return what the file of a part that runs tells of it: pid, url."""
+    with contextlib.suppress(ValueError):
+        return object_of(json.loads(path.read_text()))
+    raise Unusable(f"{path} does not tell its program's pid: end that by hand")
 
 
 def _start_part(site: Site, part: Part, program: str) -> None:
@@ -5221,7 +5281,7 @@ def _start_part(site: Site, part: Part, program: str) -> None:
             process = start_program((program, *part.words), file, (lock,))
         os.truncate(lock, 0)
         os.pwrite(lock, json.dumps({"pid": process.pid, "started_at": wire.utc_text(time.time()),
-                                    "program": program}).encode(), 0)
+                                    "program": program, "url": part.url}).encode(), 0)
     finally:
         os.close(lock)
     if not await_start(process, lambda: answers(part.health, True), f"{part.name} starts", HEALTHY_S):
@@ -5229,15 +5289,15 @@ def _start_part(site: Site, part: Part, program: str) -> None:
         raise Unusable(f"{part.name} {how}: {last_line(output) or 'no word'} ({output})")
 
 
-def stop_monitoring(site: Site) -> list[str]:
-    """End the programs that start_monitoring() started, the last one first; return their names."""
+def stop_monitoring(site: Site, parts: Sequence[Part]) -> list[str]:
+    """End programs that start_monitoring() started, the last one first; return their names."""
     stopped = []
-    for part in reversed(parts_of(site)):
+    for part in reversed(parts):
         path = Path(site.folder, f"{part.name}.pid")
         lock = _hold(path) if path.exists() else -1
         began = time.monotonic()
         while lock is None:
-            pid = json.loads(path.read_text())["pid"]
+            pid = _told(path)["pid"]
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGTERM if time.monotonic() - began < ENDING_S else signal.SIGKILL)
             stopped += [] if part.name in stopped else [part.name]
@@ -5637,7 +5697,7 @@ def cmd_experiment(args: argparse.Namespace) -> int:
     again = f"python3 ffdist.py experiment {shlex.quote(args.file)}"
     _say(f"experiment {experiment.id}: {wire.count_text(len(jobs), 'job')}")
     try:
-        known = _follow(client, experiment, not args.no_wait)
+        known = _follow(client, experiment, not args.no_wait, args.retry_failed)
     except KeyboardInterrupt:
         _say(f"what was submitted goes on; follow it, and submit the rest, with: {again}")
         return 130
@@ -5648,12 +5708,12 @@ def cmd_experiment(args: argparse.Namespace) -> int:
     if args.json:
         _print_json({"experiment": experiment.id, "jobs": details})
     else:
-        _print_table(report_rows(row_of(job) for job in details))
+        _print_table(report_rows(told_apart([row_of(job) for job in details])))
         _say(f"plots: python3 ffdist.py report --experiment {shlex.quote(args.file)} -o report.html")
-    bad_ones = [job["id"][:8] for job in details if job["status"] in ("failed", "canceled")]
+    bad_ones = [job for job in details if job["status"] in BROKEN]
     if bad_ones:
         _say(f"{wire.count_text(len(bad_ones), 'job')} did not complete; once more with: "
-             f"python3 ffdist.py retry {bad_ones[0]}")
+             f"{again} --retry-failed")
     return 1 if bad_ones else 0
 
 
@@ -5679,13 +5739,14 @@ def cmd_report(args: argparse.Namespace) -> int:
     if len(rows) < len(ids):
         _say(f"{len(ids) - len(rows)} of {wire.count_text(len(ids), 'job')} are not known to the master: "
              "not submitted yet, or no longer kept")
+    rows = told_apart(rows)
     make = REPORT_KINDS[".json"] if args.json else make
     if make is None:
         _print_report(rows)
         return 0
     text = make(title, rows, wire.utc_text(time.time()) or "")
     if args.output:
-        Path(args.output).write_text(text, encoding="utf-8")
+        Path(args.output).write_text(text, encoding="utf-8", errors="replace")
         _say(f"{args.output}: {title}, {wire.count_text(len(rows), 'job')}")
     else:
         sys.stdout.write(text)
@@ -5698,8 +5759,8 @@ def _print_report(rows: Sequence[Row]) -> None:
     if deltas:
         print()
         _print_table([("BD", "AT EQUAL", "COSTS", "THIS", "AGAINST", "WHAT"), *(
-            (delta.cost, delta.quality, None if delta.cubic is None else f"{delta.cubic:+.1f} %", delta.test,
-             delta.anchor, delta.why or delta.content) for delta in deltas)])
+            (delta.cost, delta.quality, delta.text(delta.cubic), delta.test, delta.anchor,
+             delta.why or delta.content) for delta in deltas)])
 
 
 def _reported(client: wire.Client, args: argparse.Namespace) -> tuple[str, list[str]]:
@@ -5755,7 +5816,29 @@ def _check_nodes(experiment: Experiment, nodes: Sequence[Json]) -> None:
                  "start its agent with --max-concurrent-jobs")
 
 
-def _follow(client: wire.Client, experiment: Experiment, wait: bool) -> dict[str, Json]:
+BROKEN = ("failed", "canceled")
+
+
+def _submit_groups(client: wire.Client, groups: Iterable[Group], known: dict[str, Json], retry: bool) -> None:
+    """Submit what has not ended of groups, and note what became of it.
+
+    With `retry` a group that had failed before runs again, all of it: its streams ran side by side.
+    """
+    jobs = [job for group in groups for job in group.jobs
+            if known.get(job["id"], {}).get("status") not in FINAL]
+    found: dict[str, Json] = {}
+    for start in range(0, len(jobs), 500):
+        found.update((job["id"], job) for job in client.submit(jobs[start:start + 500])["jobs"])
+    for group in groups if retry else ():
+        mine = [found[job["id"]] for job in group.jobs if job["id"] in found and job["id"] not in known]
+        if any(job["status"] in BROKEN for job in mine):
+            for job in sorted(mine, key=lambda job: job["status"] in BROKEN):
+                if job["status"] in FINAL:
+                    found[job["id"]] = client.order(job["id"], "retry")
+    known.update(found)
+
+
+def _follow(client: wire.Client, experiment: Experiment, wait: bool, retry: bool) -> dict[str, Json]:
     """Submit what may run, again and again, until all has ended; a job that is known is not run twice.
 
     Submitting a job again answers what has become of it, so this one call is the question too.
@@ -5765,13 +5848,10 @@ def _follow(client: wire.Client, experiment: Experiment, wait: bool) -> dict[str
     total = len(experiment.jobs)
     with contextlib.closing(wire.ProgressLine()) as bar:
         while True:
-            due = [job for group in due_groups(experiment.groups, final) for job in group.jobs
-                   if job["id"] not in final]
+            due = due_groups(experiment.groups, final)
             before = len(final)
             try:
-                for start in range(0, len(due), 500):
-                    answer = client.submit(due[start:start + 500])
-                    known.update((job["id"], job) for job in answer["jobs"])
+                _submit_groups(client, due, known, retry)
             except ApiError as error:
                 if not error.retryable or not known:
                     raise
@@ -5781,7 +5861,7 @@ def _follow(client: wire.Client, experiment: Experiment, wait: bool) -> dict[str
                 return known
             bar.show(wire.progress_text(experiment_progress(known.values(), total), bar.room()))
             if len(final) == before:
-                time.sleep(max(POLL_S, len(due) / 1000))
+                time.sleep(max(POLL_S, sum(len(group.jobs) for group in due) / 1000))
 
 
 def cmd_demo(args: argparse.Namespace) -> int:
@@ -5853,7 +5933,7 @@ def cmd_monitoring(args: argparse.Namespace) -> int:
     site = Site(str(folder), master, args.victoriametrics, f"127.0.0.1:{args.vmalert_port}",
                 f"{listen}:{args.grafana_port}", args.power_limit, args.alertmanager)
     if args.action == "down":
-        stopped = stop_monitoring(site)
+        stopped = stop_monitoring(site, parts_of(site))
         print(f"stopped: {', '.join(stopped) or 'nothing ran'}; the data stays in {folder}")
         return 0
     if args.action == "files":
@@ -5865,10 +5945,11 @@ def cmd_monitoring(args: argparse.Namespace) -> int:
     if not secret.exists():
         write_whole(secret, uuid.uuid4().hex.encode())
     write_monitoring(site._replace(password=secret.read_text()))
-    running, missing = start_monitoring(site)
-    rows = [(part.name, part.url) for part in running]
+    before, fresh, missing = start_monitoring(site)
+    rows = [(part.name, f"{part.url} (runs already)") for part in before]
+    rows += [(part.name, part.url) for part in fresh]
     rows += [(part.name, f"is not installed: get it {part.about}") for part in missing]
-    rows += [("its user", f"admin, with the password in {secret}")] if len(running) == 3 else []
+    rows += [("its user", f"admin, with the password in {secret}")] if not missing else []
     rows.append(("the master", f"python3 ffdist.py master --victoriametrics {site.victoriametrics}"))
     _print_table(rows, heads=False)
     return 0
@@ -5936,6 +6017,7 @@ COMMANDS = {
     "experiment": Command(cmd_experiment, "run a matrix of jobs from a file, or go on with it", (
         Flag("--dry-run", False, None, "check the file and show the jobs; submit nothing"),
         Flag("--no-wait", False, None, "submit what may run now, and do not follow it"),
+        Flag("--retry-failed", False, None, "run again what failed or was canceled before, with its streams"),
         *ASK_FLAGS), ("matrix",)),
     "report": Command(cmd_report, "tables and plots over many results", (
         Flag("--experiment", None, str, "an experiment's file or id (all results)"),
@@ -5965,14 +6047,25 @@ COMMANDS = {
              "W of one node that raise an alert (1000)"),
         MASTER_FLAG), ("action", "folder")),
 }
-EPILOG = """examples:
-  python3 ffdist.py demo --install
-  python3 ffdist.py master --port 8080
-  python3 ffdist.py submit 4K60-h264 -p duration=300 -p bitrate=15000k --wait
-  python3 ffdist.py submit 1080p30-h264 --input movie.mov -o movie.mp4 --wait
-  python3 ffdist.py jobs --status running
-  python3 ffdist.py results --json
-exit codes: 0 done; 1 the job failed, or it does not exist; 2 wrong usage;
+# what may stand behind each subcommand: the examples of --help
+EXAMPLES: Mapping[str, tuple[str, ...]] = {
+    "demo": ("--install",), "master": ("--port 8080", "--energy-price 0.30 --currency EUR"),
+    "submit": ("4K60-h264 -p duration=300 -p bitrate=15000k --wait",
+               "1080p30-h264 --input movie.mov -o movie.mp4 --wait"),
+    "jobs": ("--status running",), "results": ("--json",), "logs": ("550e8400 -f",),
+    "experiment": ("codecs.json --dry-run", "codecs.json", "codecs.json --retry-failed"),
+    "report": ("--experiment codecs.json -o report.html", "--scenario 1080p30-h264 -o results.csv"),
+    "drain": ("worker-01 --deadline 10m",), "backup": ("ffdist-copy.db",),
+    "monitoring": ("up", "down", "files DIR")}
+EXAMPLE_OF = {"id": "550e8400", "node": "worker-01"}  # where a subcommand has none of its own
+
+
+def epilog_of(*names: str) -> str:
+    """Return examples of subcommands, and what exit codes mean."""
+    lines = [f"  python3 ffdist.py {name}{f' {words}' if words else ''}\n" for name in names for words in
+             EXAMPLES.get(name) or ["".join(EXAMPLE_OF.get(word, "") for word in COMMANDS[name].words)]]
+    return f"""examples:
+{''.join(lines)}exit codes: 0 done; 1 the job failed, or it does not exist; 2 wrong usage;
             3 no master there; 130 interrupted
 """
 
@@ -5997,13 +6090,15 @@ WORDS: Mapping[str, tuple[Sequence[str], Json]] = {
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line, made from COMMANDS."""
-    parser = argparse.ArgumentParser("ffdist.py", description="FFmpeg on a fleet of bare servers.",
-                                     epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = wire.Parser("ffdist.py", description="FFmpeg on a fleet of bare servers.",
+                         epilog=epilog_of("demo", "master", "submit", "jobs", "results"),
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.words = COMMANDS
     parser.add_argument("--version", action="version", version=f"ffdist {VERSION}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = subparsers.add_parser(name, help=command.about, description=f"{command.about[0].upper()}"
-                                    f"{command.about[1:]}.", epilog=EPILOG,
+                                    f"{command.about[1:]}.", epilog=epilog_of(name),
                                     formatter_class=argparse.RawDescriptionHelpFormatter)
         for word in command.words:
             names, told = WORDS[word]

@@ -45,6 +45,7 @@ if sys.hexversion < 0x3090000:  # the other two files import this one first
 
 # ---- 1 Facts --------------------------------------------------------------------------------------
 
+VERSION = "1.0.0"
 GIB = 2**30
 SMALL_READ_BYTES = 64 * 1024  # a file of sysfs is at most a page
 LARGE_READ_BYTES = 4 * 2**20  # /proc/cpuinfo of hundreds of threads, pci.ids
@@ -1945,6 +1946,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="hwdetect.py", epilog=EXAMPLES,
         description="Say what this machine is, which encoders work on it and what it draws.",
         formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"ffdist hwdetect {VERSION}")
     for flag, takes, text in FLAGS:
         value = os.environ.get("FFDIST_" + flag.strip("-").replace("-", "_").upper(), "")
         if takes is None:

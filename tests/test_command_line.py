@@ -186,9 +186,15 @@ class TheCommandLine(unittest.TestCase):
                 self.assertEqual(len(done.stderr.strip().splitlines()), 1, done.stderr)
 
     def test_unknown_commands_and_no_command_are_wrong_usage(self) -> None:
-        for words in ((), ("dance",), ("jobs", "--dance"), ("show",)):
-            done = self.cli(*words, code=2)
-            self.assertIn("usage", done.stderr)
+        for words, said in (((), "usage"), (("dance",), "usage"), (("show",), "usage"),
+                            (("jobs", "--dance"), "usage: ffdist.py jobs"), (("experimnt", "x"), "did you mean experiment?"),
+                            (("jobs", "--statuss", "x"), "did you mean --status?")):
+            self.assertIn(said, self.cli(*words, code=2).stderr)
+        for program, word in (("agent.py", "runn"), ("agent.py", "--registr")):
+            done = run(str(TOP / program), word, folder=self.folder)
+            self.assertEqual((done.returncode, "did you mean" in done.stderr), (2, True), done.stderr)
+        told = run(str(TOP / "hwdetect.py"), "--version", folder=self.folder)
+        self.assertIn("ffdist hwdetect", told.stdout)
 
 
 class TheDemo(FleetCase):

@@ -84,6 +84,11 @@ class Table(unittest.TestCase):
             self.assertTrue(metric.about.endswith("."), metric.name)
             self.assertNotEqual(metric.samples is None, metric.field == "", metric.name)
 
+    def test_every_figure_of_quality_has_a_metric(self) -> None:
+        known = {metric.field for metric in ffdist.METRICS if metric.name.startswith("ffdist_job_")}
+        self.assertEqual(set(wire.SCORE_NAMES) - known, set())
+        self.assertEqual(set(wire.SCORE_NAMES), {figure.name for figure in ffdist.TABLES["Quality"]})
+
     def test_what_is_pushed_alone_is_not_on_the_page_of_metrics(self) -> None:
         text = ffdist.metrics_view(SHOT).text
         shown = set(re.findall(r"^# TYPE (\w+)", text, re.M))
@@ -148,11 +153,13 @@ class Lines(unittest.TestCase):
 
     def test_samples_have_their_own_times(self) -> None:
         samples = [{"time": COMPLETED, "cpu_usage": 50.5, "power_watts": None, "memory_used_bytes": 1 << 40},
+                   {"time": COMPLETED, "power_watts": 9, "power_source": "model"},
                    {"time": RECEIVED, "temperature_c": -3}, {"time": "never", "cpu_usage": 1}, "x", {}]
         labels = '{node="n",node_id="i",job_id="j"}'
         self.assertEqual(ffdist.sample_lines(ffdist.Sampled("n", "i", "j", samples)), [
             f"ffdist_sample_cpu_usage_percent{labels} 50.5 {epoch_ms(COMPLETED)}",
             f"ffdist_sample_memory_bytes{labels} {1 << 40} {epoch_ms(COMPLETED)}",
+            f'ffdist_sample_power_watts{labels[:-1]},power_source="model"}} 9 {epoch_ms(COMPLETED)}',
             f"ffdist_sample_temperature_celsius{labels} -3 {epoch_ms(RECEIVED)}"])
 
     def test_only_nodes_that_changed_have_lines(self) -> None:
@@ -666,9 +673,10 @@ class Monitoring(Case):
         self.assertEqual(len(pids), 2)
         words = "".join(Path(f"/proc/{pid}/cmdline").read_text() for pid in pids)
         self.assertIn("-notifier.url=http://127.0.0.1:9/am\0", words)
-        again = self.monitoring("up", *self.ports())
-        self.assertEqual(again.returncode, 1)
-        self.assertIn("runs already", again.stderr)
+        again = self.monitoring("up", *ports)
+        self.assertEqual((again.returncode, again.stdout.count("(runs already)")), (0, 2), again.stderr)
+        moved = self.monitoring("up", *self.ports())
+        self.assertEqual((moved.returncode, "runs already at http" in moved.stderr), (1, True), moved.stderr)
         down = self.monitoring("down")
         self.assertEqual(down.returncode, 0, down.stderr)
         self.assertIn("stopped: vmalert, victoria-metrics;", down.stdout)

@@ -101,7 +101,8 @@ class Complete(unittest.TestCase):
             self.assertIn(flag, CODE)
 
     def test_every_flag_of_hwdetect(self) -> None:
-        self.assertEqual(names_of(rows("Flag of hwdetect.py")), {flag for flag, _, _ in hwdetect.FLAGS})
+        self.assertEqual(names_of(rows("Flag of hwdetect.py")),
+                         {"--version", *(flag for flag, _, _ in hwdetect.FLAGS)})
 
     def test_defaults_of_flags(self) -> None:
         known = {flag.name: flag for flag in (*agent.COMMON_FLAGS, *agent.AGENT_FLAGS)}
@@ -201,6 +202,13 @@ class Exact(unittest.TestCase):
                     self.assertIn(words[0], ("curl", "scp", "ping", "ss", "ssh", "python3"))
                 seen += 1
         self.assertGreater(seen, 20)
+
+    def test_examples_of_help_are_read_by_the_real_parser(self) -> None:
+        for name in ffdist.COMMANDS:
+            lines = re.findall(r"^  python3 ffdist.py (.*)$", ffdist.epilog_of(name), re.MULTILINE)
+            self.assertTrue(lines, name)
+            for line in lines:
+                all_or_none(self, ffdist.build_parser(), shlex.split(line))
 
     def test_submissions_resolve(self) -> None:
         for words in commands():

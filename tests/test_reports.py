@@ -19,6 +19,7 @@ import agent
 import ffdist
 from ffdist import NO_TARIFF, PRICED, Experiment, Rate, Row, Tariff, due_groups, experiment_of, rates_of
 from tests.support import TOP, Case, run, wait_for
+from tests.test_api import Node
 
 NOON = 1_767_009_600.0  # 2025-12-29T12:00:00Z
 METRICS = {"energy_joules": 7200.0, "duration": 60.0, "output_seconds": 120.0}
@@ -427,6 +428,27 @@ class TestRealExperiment(Case):
         self.assertEqual((made.returncode, "must end with .html" in made.stderr), (2, True))
         self.assertEqual(jobs[0]["experiment"]["cell"]["node"], "agent")
 
+    def test_what_failed_runs_again_with_the_streams_beside_it(self) -> None:
+        master = self.master()
+        node = Node(master, "agent")
+        name = self.write(scenarios=["144p25"], crfs=[30, 40], streams=2)
+
+        def work(*statuses: str) -> None:
+            for status in statuses:
+                job = wait_for(lambda: node.claim().body["job"])
+                node.report(job, status, error="why", failure_reason="encoder")
+        argv = [sys.executable, str(TOP / "ffdist.py"), "experiment", name, "--master", master.url]
+        for words, statuses, code in (((), ("completed", "failed", "completed", "completed"), 1),
+                                      (("--retry-failed",), ("completed",) * 2, 0),
+                                      (("--retry-failed",), (), 0)):
+            with subprocess.Popen([*argv, *words], cwd=self.folder, stderr=subprocess.PIPE,
+                                  stdout=subprocess.DEVNULL, text=True) as process:
+                work(*statuses)
+                said = process.communicate(timeout=30)[1]
+            self.assertEqual(process.returncode, code, said)
+            self.assertEqual("experiment mine.json --retry-failed" in said, bool(code), said)
+        self.assertEqual((master.get("/jobs")["total"], master.get("/results")["total"]), (4, 6))
+
     def test_ctrl_c_leaves_the_jobs_and_says_how_to_go_on(self) -> None:
         master = self.master()
         master.register("idle")
@@ -537,7 +559,7 @@ class TestRows(unittest.TestCase):
     def test_a_job_is_told_by_content_curve_and_rate(self) -> None:
         row = ffdist.row_of(job_of(cell={"streams": 3, "repeat": 2}))
         self.assertEqual((row.content, row.rendition, row.curve, row.rate, row.label),
-                         ("a.mov 1280x720 25 fps, 10 s", "1280x720 25 fps", "libx264 fast", "crf 20",
+                         ("films/a.mov 1280x720 25 fps, 10 s", "1280x720 25 fps", "libx264 fast", "crf 20",
                           "libx264 fast crf 20 ×3"))
         self.assertEqual(row.metrics["energy_wh"], 1300 / 3600)
 
@@ -546,6 +568,29 @@ class TestRows(unittest.TestCase):
         self.assertEqual((row.figure("duration"), row.why("duration")), (None, "no such film"))
         row = ffdist.row_of(job_of(series=[1], statistics=3, metrics={"duration": "long", "unknown": 3}))
         self.assertEqual((row.series, row.statistics, row.figure("duration")), ({}, {}, None))
+
+    def test_what_was_asked_for_otherwise_is_no_repeat(self) -> None:
+        rows = ffdist.told_apart(rows_of(
+            job_of(parameters={"threads": 1, "audio": False}), job_of(parameters={"audio": False}),
+            job_of(parameters={"audio": False, "two_pass": True}), job_of(scenario="baseline")))
+        self.assertEqual([row.curve for row in rows], ["libx264 fast threads=1", "libx264 fast",
+                                                       "libx264 fast two_pass=true", "idle"])
+        self.assertEqual(len(ffdist.curves_of(rows, "duration", "psnr_db")), 4)
+
+    def test_films_of_one_name_in_two_folders_are_two(self) -> None:
+        contents = {ffdist.row_of(job_of(settings={"input": film})).content for film in
+                    ("a/film.mov", "b/film.mov", "http://user:word@host/film.mov")}
+        self.assertEqual(len(contents), 3)
+        self.assertNotIn("word", str(contents))
+
+    def test_figures_beyond_all_measure_are_unknown(self) -> None:
+        for value in (10 ** 299, 1e308, -1e308, 5e-324, 1e17):
+            for name in ("duration", "bitrate_kbps", "energy_joules", "energy_cost", "psnr_db"):
+                rows = rows_of(*(job_of(encoder, crf, metrics={name: value}) for crf in (20, 25, 30, 35)
+                                 for encoder in ("libx264", "libx265")))
+                with self.subTest(name, value=value):
+                    self.assertNotRegex(ffdist.report_html("x", rows, "now"), r"\b(nan|inf)\b")
+                    ffdist.report_csv(rows)
 
     def test_repeats_are_one_point_and_nodes_are_apart_where_they_matter(self) -> None:
         rows = rows_of(job_of(metrics={"bitrate_kbps": 100.0}), job_of(metrics={"bitrate_kbps": 300.0}),
@@ -675,6 +720,23 @@ class TestPages(unittest.TestCase):
         self.assertIn("~ marks energy that is estimated", text)
         self.assertIn(">~1300<", text)
         self.assertIn("~0.361 Wh", str(ffdist.report_rows(rows)))
+        line, = csv.DictReader(io.StringIO(ffdist.report_csv(rows)))
+        self.assertEqual(line["energy_estimated"], "True")
+        self.assertEqual(ffdist.figure_text({"energy_estimated": True, "carbon_g": 2, "duration": 3},
+                                            "carbon_g"), "~2.00 g")
+        both = self.ladder(metrics={"energy_estimated": True, "power_source": "model"},
+                           series={"seconds": [0, 1], "power_watts": [9, 8]})
+        said = Page(ffdist.report_html("x", both, "now")).text
+        self.assertEqual(said.count("power, W (estimated)"), 1)
+        self.assertGreater(said.count("energy, J (estimated)"), 1)
+        self.assertNotIn("time, s (estimated)", said)
+        self.assertEqual({(delta.cost, (delta.text(delta.cubic) or "")[0]) for delta in ffdist.deltas_of(both)
+                          if delta.cubic is not None}, {("rate", "+"), ("energy", "~"), ("time", "+")})
+
+    def test_a_mean_of_which_a_part_is_estimated_is_marked(self) -> None:
+        rows = rows_of(job_of(), job_of(node="worker-02", metrics={"energy_estimated": True}))
+        mean, = ffdist.merged(rows, lambda row: row.curve)
+        self.assertEqual(ffdist.figure_text(mean.metrics, "energy_joules"), "~1300 J")
 
     def test_few_or_no_results_make_a_page_too(self) -> None:
         for rows in ([], rows_of(job_of()), rows_of(job_of(joules=None)), rows_of(job_of(metrics={
@@ -682,11 +744,11 @@ class TestPages(unittest.TestCase):
             Page(ffdist.report_html("x", rows, "now"))
 
     def test_csv_has_every_figure_and_no_formula(self) -> None:
-        rows = rows_of(job_of("=cmd()", joules=None, metrics={"currency": "=1+1"}))
+        rows = rows_of(job_of("=cmd()", joules=None, metrics={"currency": "=1+1"}, error="\t=1"))
         line, = csv.DictReader(io.StringIO(ffdist.report_csv(rows)))
         self.assertEqual((line["curve"], line["psnr_db"], line["currency"]),
                          ("'=cmd() fast", "35.0", "'=1+1"))
-        self.assertEqual(line["energy_joules"], "")
+        self.assertEqual((line["energy_joules"], line["error"]), ("", "'\t=1"))
         self.assertEqual(json.loads(line["unknown"])["energy_joules"], "no RAPL: a virtual machine")
 
     def test_json_has_rows_and_deltas(self) -> None:
