@@ -187,7 +187,8 @@ class TheCommandLine(unittest.TestCase):
 
     def test_unknown_commands_and_no_command_are_wrong_usage(self) -> None:
         for words, said in (((), "usage"), (("dance",), "usage"), (("show",), "usage"),
-                            (("jobs", "--dance"), "usage: ffdist.py jobs"), (("experimnt", "x"), "did you mean experiment?"),
+                            (("jobs", "--dance"), "usage: ffdist.py jobs"),
+                            (("experimnt", "x"), "did you mean experiment?"),
                             (("jobs", "--statuss", "x"), "did you mean --status?")):
             self.assertIn(said, self.cli(*words, code=2).stderr)
         for program, word in (("agent.py", "runn"), ("agent.py", "--registr")):
