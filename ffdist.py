@@ -3637,7 +3637,7 @@ RULES = (
          "0s", "warning", "{{ $value }} jobs failed on {{ $labels.node }} in 15 min and none was completed: "
          "drain it, and read 'ffdist.py logs' of one."),
     Rule("PowerOverLimit", "max by (node, node_id) (avg_over_time(@sample_power_watts[2m])) > POWER_LIMIT",
-         "1m", "warning",
+         "3m", "warning",  # longer than the mean remembers: one short job is none
          "Node {{ $labels.node }} draws {{ $value }} W, more than the limit of POWER_LIMIT W."),
     Rule("MasterDiskFilling", "max(@disk_free_bytes) < 1e9 "
          "or max(@disk_free_bytes / @disk_size_bytes) < 0.05", "5m", "critical",
@@ -4547,17 +4547,22 @@ def _unknown(why: str, notes: dict[str, int]) -> str:
     return f'<span class="none">unknown<sup>{notes.setdefault(why, len(notes) + 1)}</sup></span>'
 
 
-def _noted_table(heads: Iterable[str], rows: Iterable[Sequence[str]], notes: Iterable[str]) -> str:
+def _noted_table(heads: Iterable[str], rows: Iterable[Sequence[str]], notes: Iterable[str],
+                 texts: int = 3) -> str:
     items = "".join(f"<li>{html.escape(why)}</li>" for why in notes)
-    return _wide_table(heads, rows) + (f'<ol class="note">{items}</ol>' if items else "")
+    return _wide_table(heads, rows, texts) + (f'<ol class="note">{items}</ol>' if items else "")
 
 
-def _jobs_table(rows: Sequence[Row], columns: Iterable[Figure], words: Callable[[Row], Mapping[str, str]] =
-                lambda row: {"what": row.label, "node": row.node, "job": row.job}) -> str:
+def _jobs_table(rows: Sequence[Row], columns: Iterable[Figure],
+                words: Callable[[Row], Mapping[str, str]] | None = None) -> str:
     """Return a table of the columns that say something: a figure, or why one that was wanted is unknown.
 
-    `words` are what each line begins with, by their heads.
+    `words` are what each line begins with, by their heads: what was done (and to what, where that
+    differs), where, the job.
     """
+    several = len({row.content for row in rows}) > 1
+    words = words or (lambda row: {**({"film": row.content} if several else {}), "what": row.label,
+                                   "node": row.node, "job": row.job})
     notes: dict[str, int] = {}
     shown = [column for column in columns if knowing(rows, column.name) or any(
         _part(row.metrics, "unknown").get(column.name) not in (None, "not asked for") for row in rows)]
@@ -4574,9 +4579,10 @@ def _jobs_table(rows: Sequence[Row], columns: Iterable[Figure], words: Callable[
         return figure_text(row.metrics, column.name, "", column.digits) or ""
     currency = next((str(row.metrics["currency"]) for row in rows if row.metrics.get("currency")), "")
     names = [(column._replace(unit=currency) if "cost" in column.name else column).axis for column in shown]
-    cells = [[*map(html.escape, words(row).values()), *(cell(row, column) for column in shown)]
-             for row in rows]
-    return _noted_table([*words(rows[0]), *names], cells, notes)
+    begun = [words(row) for row in rows]
+    cells = [[*map(html.escape, begin.values()), *(cell(row, column) for column in shown)]
+             for begin, row in zip(begun, rows)]
+    return _noted_table([*begun[0], *names], cells, notes, len(begun[0]))
 
 
 def _delta_table(deltas: Sequence[Delta]) -> str:
@@ -4645,10 +4651,11 @@ def report_html(title: str, rows: Sequence[Row], made_at: str) -> str:
     sections = {"Means by rendition": _jobs_table(means, TABLES[_MONEY], lambda row: {
         "rendition": row.rendition, "encoder": row.curve, "jobs": str(row.jobs)})}
     sections.update((name, _jobs_table(done, columns)) for name, columns in TABLES.items())
-    failed = [[html.escape(text) for text in (row.label, row.node, row.job, row.status, row.error)]
+    failed = [[html.escape(text) for text in
+               (row.content, row.label, row.node, row.job, row.status, row.error)]
               for row in rows if row.status != "completed"]
     if failed:
-        sections["Not completed"] = _wide_table(["what", "node", "job", "status", "error"], failed, 5)
+        sections["Not completed"] = _wide_table(["film", "what", "node", "job", "status", "error"], failed, 6)
     parts += [f"<h2>{name}</h2>{table}" for name, table in sections.items() if table]
     return ('<!doctype html><html lang="en"><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width"><title>'
@@ -4690,12 +4697,15 @@ def _plain(value: Any) -> str:
 def report_rows(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
     """Return the rows as a table for a terminal, without the columns that nothing is known for."""
     heads = ("JOB", "STATUS", "NODE", "TIME", "SPEED", "RATE", "QUALITY", "ENERGY", "COST", "CO2E", "WHAT")
+    rows = list(rows)
+    several = len({row.content for row in rows}) > 1
     cells = [(row.job, row.status, row.node,
               *(figure_text(row.metrics, name) for name in ("duration", "speed", "bitrate_kbps")),
               next((f"{figure.head} {amount_text(row.figure(figure.name), '', 4)}" for figure in QUALITIES
                     if row.figure(figure.name) is not None), None), energy_text(row.metrics),
               *(figure_text(row.metrics, name) for name in ("energy_cost", "carbon_g")),
-              f"{row.label}{f': {row.error}' if row.error else ''}") for row in rows]
+              f"{f'{row.content}: ' if several else ''}{row.label}{f': {row.error}' if row.error else ''}")
+             for row in rows]
     shown = [at for at in range(len(heads)) if any(line[at] for line in cells)]
     return [tuple(line[at] for at in shown) for line in (heads, *cells)]
 
@@ -5695,11 +5705,13 @@ def cmd_experiment(args: argparse.Namespace) -> int:
     client = _client(args)
     _check_nodes(experiment, client.nodes()["nodes"])
     again = f"python3 ffdist.py experiment {shlex.quote(args.file)}"
+    retry = f"{again} --retry-failed"
     _say(f"experiment {experiment.id}: {wire.count_text(len(jobs), 'job')}")
     try:
         known = _follow(client, experiment, not args.no_wait, args.retry_failed)
     except KeyboardInterrupt:
-        _say(f"what was submitted goes on; follow it, and submit the rest, with: {again}")
+        _say("what was submitted goes on; follow it, and submit the rest, with: "
+             f"{retry if args.retry_failed else again}")
         return 130
     if args.no_wait and len(known) < len(jobs):
         _say(f"{len(known)} of {wire.count_text(len(jobs), 'job')} are submitted; others must not disturb "
@@ -5713,7 +5725,7 @@ def cmd_experiment(args: argparse.Namespace) -> int:
     bad_ones = [job for job in details if job["status"] in BROKEN]
     if bad_ones:
         _say(f"{wire.count_text(len(bad_ones), 'job')} did not complete; once more with: "
-             f"{again} --retry-failed")
+             f"{retry}")
     return 1 if bad_ones else 0
 
 

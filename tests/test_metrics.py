@@ -599,7 +599,7 @@ CASES: tuple[tuple[str, dict[str, str], str, str, dict[str, str], str], ...] = (
     ("QueueGrowing", {'ffdist_jobs{status="pending"}': "0+10x200"}, "15m", "20m", {}, "800"),
     ("FailuresInARow", {'ffdist_job_info{node="a",node_id="1",status="failed"}': "1x4"}, "45s", "2m", NODE,
      "5"),
-    ("PowerOverLimit", {f"ffdist_sample_power_watts{_OF_A}": "1200x40"}, "45s", "2m", NODE, "1200"),
+    ("PowerOverLimit", {f"ffdist_sample_power_watts{_OF_A}": "1200x40"}, "2m30s", "4m", NODE, "1200"),
     ("MasterDiskFilling", {"ffdist_disk_free_bytes": "2e9x40", "ffdist_disk_size_bytes": "1e11x40"}, "4m",
      "6m", {}, ""),
     ("MasterDiskFilling", {"ffdist_disk_free_bytes": "9e8x40", "ffdist_disk_size_bytes": "1e9x40"}, "4m",
@@ -614,6 +614,7 @@ QUIET: tuple[tuple[str, dict[str, str]], ...] = (
     ("FailuresInARow", {'ffdist_job_info{node="a",node_id="1",status="failed"}': "1x9",
                         'ffdist_job_info{node="a",node_id="1",status="completed"}': "_ _ 1"}),
     ("PowerOverLimit", {f"ffdist_sample_power_watts{_OF_A}": "999x40"}),
+    ("PowerOverLimit", {f"ffdist_sample_power_watts{_OF_A}": "1200 1200"}),
 )
 
 
@@ -628,7 +629,7 @@ class Rules(Case):
         (self.folder / "alerts.yml").write_text(json.dumps(ffdist.rules_json(1000)))
         known = {rule.name: rule for rule in ffdist.RULES}
         self.assertEqual({case[0] for case in CASES}, set(known))
-        tests = [self.case(series, name, {"2m": [], "18m": []}) for name, series in QUIET]
+        tests = [self.case(series, name, {"2m": [], "4m": [], "18m": []}) for name, series in QUIET]
         for name, series, quiet, firing, labels, value in CASES:
             rule = known[name]
             said = (rule.summary.replace("{{ $value }}", value).replace("{{ $labels.node }}", "a")

@@ -738,6 +738,13 @@ class TestPages(unittest.TestCase):
         mean, = ffdist.merged(rows, lambda row: row.curve)
         self.assertEqual(ffdist.figure_text(mean.metrics, "energy_joules"), "~1300 J")
 
+    def test_tables_over_several_films_name_them(self) -> None:
+        rows = rows_of(job_of(), job_of(settings={"input": "b/a.mov"}))
+        for one, words in ((rows[:1], 0), (rows, 1)):
+            said = " ".join(Page(ffdist.report_html("x", one, "now")).text)
+            self.assertEqual("film what node job time, s" in said, bool(words))
+            self.assertEqual("b/a.mov" in str(ffdist.report_rows(one)), bool(words))
+
     def test_few_or_no_results_make_a_page_too(self) -> None:
         for rows in ([], rows_of(job_of()), rows_of(job_of(joules=None)), rows_of(job_of(metrics={
                 "duration": 0, "bitrate_kbps": 0, "psnr_db": 0})), rows_of(job_of(scenario="baseline"))):
