@@ -3783,7 +3783,7 @@ def experiment_of(value: Any, stem: str) -> Experiment:
         raise ValueError("scenarios must be a list of at least one, such as [\"1080p30\"]")
     cells = list(itertools.islice(((node, entry, cell) for entry in entries for cell in _cells(value, entry)
                                    for node in nodes), BULK_MOST + 1))
-    repeats = _wholes(value, "repeats", 1000)[0]
+    repeats, = _wholes(value, "repeats", 1000, several=False)
     if repeats * sum(sum(entry.streams) for _, entry, _ in cells) > BULK_MOST:
         raise ValueError(f"the file asks for more than {BULK_MOST} jobs")
     groups = tuple(_group(slug, name, value, entry, cell, node, size, repeat if repeats > 1 else None)
@@ -3817,16 +3817,21 @@ def _list(value: Json, name: str, kinds: Any, what: str) -> list[Any]:
     found = value.get(name, [])
     if not isinstance(found, list) or (name in value and not found):
         raise ValueError(f"{name} must be a list of {what}")
+    seen: set[str] = set()
     for number, item in enumerate(found):
+        text = json.dumps(item, sort_keys=True)
         if not isinstance(item, kinds) or isinstance(item, bool):
-            raise ValueError(f"{name}[{number}] must be one of the {what}, not {json.dumps(item)[:40]}")
+            raise ValueError(f"{name}[{number}] must be one of the {what}, not {text[:40]}")
+        if text in seen:
+            raise ValueError(f"{name}[{number}] stands there twice: use repeats to run all of it once more")
+        seen.add(text)
     return found
 
 
-def _wholes(value: Json, name: str, most: int, place: str = "") -> list[int]:
-    """Return one whole number or a list of them; 1 where there is none."""
+def _wholes(value: Json, name: str, most: int, place: str = "", several: bool = True) -> list[int]:
+    """Return one whole number or, where `several` may be, a list of them; 1 where there is none."""
     given = value.get(name, 1)
-    found = given if isinstance(given, list) and given else [given]
+    found = given if several and isinstance(given, list) and given else [given]
     for number in found:
         if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= most:
             raise ValueError(f"{place}{name} must be a whole number from 1 to {most}")
@@ -3922,7 +3927,9 @@ def _group(slug: str, title: str, value: Json, entry: _Entry, cell: Json, node: 
     rests = {name: _seconds(value[name], name) for name in ("settle", "cooldown") if value.get(name)}
     quality = {"quality": value["quality"]} if "quality" in value and not entry.baseline else {}
     parameters = {**common, **quality, **rests, **_bare(cell), **entry.parameters}
-    settings = _settings(entry, parameters, cell)
+    tops = {name: (item, name) for name, item in (*quality.items(), *rests.items())
+            if name not in entry.parameters}
+    settings = _settings(entry, parameters, {**tops, **cell})
     told = {"name": entry.name, "scenario": entry.scenario, **_bare(cell), "node": node, "repeat": repeat,
             "streams": size if size > 1 else None}
     told = {name: item for name, item in told.items() if item is not None}
@@ -5678,10 +5685,19 @@ def cmd_logs(args: argparse.Namespace) -> int:
             return 0
 
 
+def _once(pairs: list[tuple[str, Any]]) -> Json:
+    """Return an object of a file; ValueError when a name stands there twice, of which JSON keeps the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands in it twice")
+    return found
+
+
 def load_experiment(path: str) -> Experiment:
     """Return the experiment of a file; ValueError tells what is wrong with it, and where."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}: name an experiment file") from None
     except (ValueError, RecursionError) as error:

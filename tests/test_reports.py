@@ -328,7 +328,8 @@ class TestExperimentFiles(unittest.TestCase):
                 ({**one, "codecs": ["av1"], "crfs": {"av1": [64]}}, r"^crfs.av1\[0\] must be"),
                 ({**one, "crfs": {"x264": [20]}}, "^crfs.x264 is no field"),
                 ({**one, "presets": [[]]}, r"^presets\[0\] must be one of the presets, not \[\]"),
-                ({**one, "quality": ["pnsr"]}, "^parameters.quality must be"),
+                ({**one, "quality": ["x"]}, "^quality must be"), ({**one, "cooldown": [1]}, "^cooldown must"),
+                ({"scenarios": [{"quality": ["x"]}], "quality": ["psnr"]}, r"^scenarios\[0\].quality must"),
                 ({**one, "parameters": {"duraton": 3}}, "^parameters.duraton .*duration"),
                 ({**one, "parameters": 3}, "parameters must be an object"),
                 ({**one, "confidence": "very"}, "confidence must be one of auto"),
@@ -336,9 +337,12 @@ class TestExperimentFiles(unittest.TestCase):
                 ({**one, "streams": [1, True]}, "streams must be a whole number"),
                 ({**one, "nodes": [1]}, r"nodes\[0\] must be one of the names of nodes"),
                 ({**one, "name": ""}, "name must be a text"), ({**one, "settle": "x"}, "settle: 'x' is no"),
-                ({**one, "crfs": [20, 20]}, "asks twice for the same job"),
+                ({**one, "crfs": [20, 20]}, r"crfs\[1\] stands there twice: use repeats"),
+                ({**one, "nodes": ["a", "b", "a"]}, r"nodes\[2\] stands there twice"),
+                ({"scenarios": ["360p", {"scenario": "360p"}]}, "asks twice for the same job"),
+                ({**one, "repeats": [2, 3]}, "repeats must be a whole number"),
                 ({**one, "crfs": [20, 30], "parameters": {"output": "a.mp4"}}, "written by several jobs"),
-                ({**one, "bitrates": list(range(1000, 2000)), "presets": ["fast"] * 1000},
+                ({**one, "bitrates": list(range(1000, 2000)), "repeats": 1000},
                  "more than 10000 jobs")):
             with self.subTest(str(file)[:90]), self.assertRaisesRegex((ValueError, agent.ApiError), words):
                 experiment_of(file, "x")
@@ -474,6 +478,10 @@ class TestRealExperiment(Case):
             self.assertRegex(made.stderr, words)
         (self.folder / "mine.json").write_text("{")
         self.assertRegex(self.ffdist("experiment", "mine.json").stderr, "^ffdist: mine.json is no JSON")
+        (self.folder / "mine.json").write_text('{"scenarios": ["144p25"], "scenarios": ["288p25"]}')
+        self.assertRegex(self.ffdist("experiment", "mine.json").stderr, "scenarios stands in it twice$")
+        (self.folder / "mine.json").write_text('\ufeff{"scenarios": ["144p25"]}')
+        self.assertEqual(self.ffdist("experiment", "mine.json", "--dry-run").returncode, 0)
         self.assertRegex(self.ffdist("experiment", "gone.json").stderr, "^ffdist: gone.json: No such file")
         self.assertEqual(master.get("/jobs")["total"], 0)
 
