@@ -5831,7 +5831,12 @@ def _print_plan(experiment: Experiment) -> None:
 
 
 def _check_nodes(experiment: Experiment, nodes: Sequence[Json]) -> None:
-    """Refuse nodes that are not registered, and warn of streams that cannot run side by side."""
+    """Refuse nodes that are not registered; warn of those away, and of streams that cannot run as asked."""
+    lanes = {group.lane for group in experiment.groups}
+    away = [f"{node['name']} is {node['status']}" for node in nodes if {node["id"], node["name"]} & lanes
+            and node["status"] in ("draining", "quarantined", "offline")]
+    if away or not nodes:
+        _say(f"{', '.join(away) or 'no node is there yet'}: jobs wait for it; see: python3 ffdist.py nodes")
     slots = {key: node["max_concurrent_jobs"] for node in nodes for key in (node["id"], node["name"])}
     for lane, size in sorted({(group.lane, len(group.jobs)) for group in experiment.groups}):
         if lane and lane not in slots:

@@ -1,6 +1,7 @@
 """What jobs cost, experiments and reports: pure functions first, then real masters and real encodes."""
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import html.parser
@@ -484,6 +485,19 @@ class TestRealExperiment(Case):
         self.assertEqual(self.ffdist("experiment", "mine.json", "--dry-run").returncode, 0)
         self.assertRegex(self.ffdist("experiment", "gone.json").stderr, "^ffdist: gone.json: No such file")
         self.assertEqual(master.get("/jobs")["total"], 0)
+
+    def test_nodes_that_are_away_are_told(self) -> None:
+        def said(*nodes: Any, **file: Any) -> str:
+            heard = io.StringIO()
+            with contextlib.redirect_stderr(heard):
+                ffdist._check_nodes(experiment_of({"scenarios": ["144p25"], **file}, "x"), [
+                    {"id": name, "name": name, "status": status, "max_concurrent_jobs": 1}
+                    for name, status in nodes])
+            return heard.getvalue()
+        self.assertIn("no node is there yet", said())
+        here, gone = ("a", "busy"), ("b", "offline")
+        self.assertIn("b is offline: jobs wait for it", said(here, gone, nodes=["a", "b"]))
+        self.assertEqual(said(here, gone, nodes=["a"]), "")
 
     def test_a_dry_run_needs_no_master_and_shows_every_job(self) -> None:
         made = self.ffdist("experiment", self.write(**SEED_FILE), "--dry-run")
