@@ -4531,7 +4531,8 @@ def _power_plots(rows: Sequence[Row]) -> tuple[list[Plot], str]:
         idle = row.figure("idle_watts") if name == "power_watts" else None
         if idle is not None:
             curves.append(Curve("idle", [(points[0][0], idle), (points[-1][0], idle)], marked=False))
-        what = f"{title} of job {row.job}: {row.label} on {row.node}"
+        about = "~ " if estimated(row.metrics, name) else ""
+        what = f"{about}{title} of job {row.job}: {row.label} on {row.node}"
         plots.append(Plot(what, "time, s", _axis_of(FIGURES[name], [row]), curves, zero="y"))
     return plots, "" if main == "power_watts" else f"power is unknown: {row.why('power_watts')}"
 
@@ -4567,7 +4568,7 @@ def _jobs_table(rows: Sequence[Row], columns: Iterable[Figure],
     `words` are what each line begins with, by their heads: what was done (and to what, where that
     differs), where, the job.
     """
-    several = len({row.content for row in rows}) > 1
+    several = len({row.content for row in rows if row.rendition}) > 1
     words = words or (lambda row: {**({"film": row.content} if several else {}), "what": row.label,
                                    "node": row.node, "job": row.job})
     notes: dict[str, int] = {}
@@ -4705,7 +4706,7 @@ def report_rows(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
     """Return the rows as a table for a terminal, without the columns that nothing is known for."""
     heads = ("JOB", "STATUS", "NODE", "TIME", "SPEED", "RATE", "QUALITY", "ENERGY", "COST", "CO2E", "WHAT")
     rows = list(rows)
-    several = len({row.content for row in rows}) > 1
+    several = len({row.content for row in rows if row.rendition}) > 1
     cells = [(row.job, row.status, row.node,
               *(figure_text(row.metrics, name) for name in ("duration", "speed", "bitrate_kbps")),
               next((f"{figure.head} {amount_text(row.figure(figure.name), '', 4)}" for figure in QUALITIES

@@ -750,6 +750,7 @@ class TestPages(unittest.TestCase):
                            series={"seconds": [0, 1], "power_watts": [9, 8]})
         said = Page(ffdist.report_html("x", both, "now")).text
         self.assertEqual(said.count("power, W (estimated)"), 1)
+        self.assertEqual(sum(text.startswith("~ Power of job") for text in said), 1)
         self.assertGreater(said.count("energy, J (estimated)"), 1)
         self.assertNotIn("time, s (estimated)", said)
         self.assertEqual({(delta.cost, (delta.text(delta.cubic) or "")[0]) for delta in ffdist.deltas_of(both)
