@@ -5800,6 +5800,8 @@ def _reported(client: wire.Client, args: argparse.Namespace) -> tuple[str, list[
             _say(f"these are {page['count']} of {page['total']} results; "
                  f"the next with --after {page['next']}")
         return "Results", list(dict.fromkeys(result["job_id"] for result in reversed(page["results"])))
+    if _asked(args):
+        raise ValueError(f"a report on an experiment is on all of it: leave out {_asked(args)}")
     if Path(args.experiment).is_file():
         experiment = load_experiment(args.experiment)
         return f"Experiment {experiment.name}", [job["id"] for job in experiment.jobs]

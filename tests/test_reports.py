@@ -429,6 +429,8 @@ class TestRealExperiment(Case):
         self.assertIn("fewer than 4 points", shown)
         made = self.ffdist("report", "--experiment", "other", url=master.url)
         self.assertEqual((made.returncode, "no such file" in made.stderr), (1, True))
+        made = self.ffdist("report", "--experiment", "mine", "--status", "failed", url=master.url)
+        self.assertEqual((made.returncode, "leave out --status failed" in made.stderr), (2, True))
         made = self.ffdist("report", "-o", "r.pdf", url=master.url)
         self.assertEqual((made.returncode, "must end with .html" in made.stderr), (2, True))
         self.assertEqual(jobs[0]["experiment"]["cell"]["node"], "agent")
