@@ -60,6 +60,8 @@ SMI_INTERVAL_MS = 500
 SMI_STEP_MOST_S = 10.0  # its clock was set, or it stood still, where two answers are further apart
 SMI_AGAIN_S = 60.0  # after its end, as when the driver is renewed
 COUNTER_RESET_W = 5_000  # a counter that "wrapped" at more than this was reset: no zone draws as much
+ZONE_MOST_W = 1_000  # how quickly a counter may go round: it is read before it can do so twice
+POLL_S = (0.1, 10.0)  # but not more often, and for the sake of resets not more seldom, than this
 POWERCAP = "/sys/class/powercap"
 SUPPLY = "/sys/class/power_supply"
 CPUS = "/sys/devices/system/cpu"
@@ -1318,17 +1320,18 @@ def rapl_zones(host: Host) -> tuple[RaplZone, ...]:
     """Find the zones, under names of their own: "package-0", "dram-1".
 
     Each socket has zones of the same names, and intel-rapl-mmio repeats counters of intel-rapl: of a zone
-    that is there twice, the first readable one counts.
+    that is there twice, the readable one counts, intel-rapl's first.
     """
     found: dict[str, RaplZone] = {}
     suffix: dict[str, str] = {}  # package's zone -> what the names of its parts end in
-    for zone in host.list(POWERCAP):
+    for zone in sorted(host.list(POWERCAP), key=lambda zone: zone.startswith("intel-rapl-mmio")):
         match = re.fullmatch(r"(intel-rapl(?:-mmio)?:([0-9]+))(?::[0-9]+)?", zone, re.ASCII)
         if match is None:
             continue
         word = _word(host, f"{POWERCAP}/{zone}/name") or "zone"
         package = re.fullmatch(r"package-([0-9]+(?:-die-[0-9]+)?)", word, re.ASCII)
-        kind = "package" if package else word if word in ("core", "uncore", "dram", "psys") else "other"
+        part = "package" if package else re.sub(r"^psys-[0-9]{1,3}$", "psys", word)  # named by its socket
+        kind = part if part in ("package", "core", "uncore", "dram", "psys") else "other"
         if package:
             suffix[zone] = package.group(1)
         whole = kind in ("package", "psys")
@@ -1577,23 +1580,50 @@ class _Integral:
 class _Rapl:
     """Previous counters of the zones, and the joules that they gave since the start."""
 
-    def __init__(self, host: Host, zones: Sequence[RaplZone]) -> None:
-        self._host, self._zones = host, {zone.name: zone for zone in zones}
-        self._may_mirror = may_mirror(host, zones)
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._zones: dict[str, RaplZone] = {}
+        self._listed: list[str] = []
+        self._may_mirror = False
         self._counters: dict[str, int] = {}
+        self._read_at: dict[str, float] = {}
+        self._most_w: dict[str, float] = {}  # by zone, seen so far
         self._alike: dict[str, str] = {}  # zones that showed another's counter at the previous sample
         self._whole_at: float | None = None  # time of the last sample in which all that count were read
         self._since = 0.0  # joules since then
+        self._lost = False  # some of what came since then
         self.zones: dict[str, float] = {}
         self.joules = self.covered_s = 0.0
         self.whole = False  # psys counts: it holds the GPUs too
+        self._look()
 
-    def sample(self, now: float, unknown: dict[str, str]) -> float | None:
-        """Add what came since the previous sample. Gives its watts, None when there is none yet."""
+    def _look(self) -> None:
+        """Find the zones, anew when a driver came or went; one that went away is still missed."""
+        listed = self._host.list(POWERCAP)
+        if listed != self._listed:
+            self._listed = listed
+            for zone in rapl_zones(self._host):
+                if zone.zone != self._zones.get(zone.name, zone).zone:
+                    self._counters.pop(zone.name, None)
+                self._zones[zone.name] = zone
+            self._may_mirror = may_mirror(self._host, list(self._zones.values()))
+
+    @property
+    def patience_s(self) -> float:
+        """How long the counters may be left alone: until one may have wrapped, within POLL_S."""
+        spans = [zone.range_uj / 1e6 / ZONE_MOST_W for zone in self._zones.values() if zone.range_uj]
+        return min(POLL_S[1], max(POLL_S[0], min(spans, default=POLL_S[1])))
+
+    def sample(self, now: float, unknown: dict[str, str], between: bool = False) -> float | None:
+        """Add what came since the previous sample. Gives its watts, None when there is none yet.
+
+        A reading `between` two samples only sees to it that no counter wraps twice.
+        """
+        self._look()
         counters, again = read_counters(self._host, self._zones.values(), self._may_mirror)
         zones = [zone for name, zone in self._zones.items() if name in counters]
         elapsed = 0.0 if self._whole_at is None else now - self._whole_at
-        deltas = {zone.name: self._delta(zone, counters[zone.name], elapsed, unknown) for zone in zones}
+        deltas = {zone.name: self._delta(zone, counters[zone.name], now, unknown) for zone in zones}
         moved = {name: joules for name, joules in deltas.items() if joules is not None}
         alike = mirrored(zones, counters, again) if self._may_mirror else {}
         twins = [name for name in alike if alike[name] == self._alike.get(name)]
@@ -1610,13 +1640,15 @@ class _Rapl:
         self.joules += gained
         self._since += gained
         needed = self._needed(unknown, counters, twins)
-        told = elapsed > 0 and set(needed) <= set(moved)
+        self._lost |= any(name in counters and name not in moved for name in needed)
+        told = elapsed > 0 and not self._lost and set(needed) <= set(moved)
         watts = self._since / elapsed if told and needed else None
         self._counters.update(again)
+        self._read_at.update(dict.fromkeys(again, now))
         self._alike = alike
-        if set(needed) <= set(counters):
+        if set(needed) <= set(counters) and not (between and self._whole_at is not None):
             self.covered_s += elapsed if told else 0.0
-            self._whole_at, self._since = now, 0.0
+            self._whole_at, self._since, self._lost = now, 0.0, False
         return watts
 
     def _needed(self, unknown: dict[str, str], counters: Mapping[str, int], twins: Sequence[str],
@@ -1630,15 +1662,27 @@ class _Rapl:
                 unknown[f"zones.{name}"] = self._host.why(f"{POWERCAP}/{self._zones[name].zone}/energy_uj")
         return needed
 
-    def _delta(self, zone: RaplZone, counter: int, elapsed: float, unknown: dict[str, str]) -> float | None:
-        """Joules since the zone's previous reading; None without one, or when the counter was reset."""
-        moved = counter - self._counters.get(zone.name, counter)
-        if moved < 0:
-            moved += zone.range_uj or 0
-            if moved < 0 or (elapsed > 0 and moved / 1e6 / elapsed > COUNTER_RESET_W):
-                unknown[f"zones.{zone.name}"] = "its counter was reset: an interval's joules are missing"
-                return None
-        return moved / 1e6 if zone.name in self._counters else None
+    def _delta(self, zone: RaplZone, counter: int, now: float, unknown: dict[str, str]) -> float | None:
+        """Joules since the zone's previous reading; None without one, or where the counter can't tell.
+
+        It is reset by suspending the machine: it then seems to have wrapped at a power beyond all before.
+        """
+        if zone.name not in self._counters:
+            return None
+        moved, elapsed = counter - self._counters[zone.name], now - self._read_at[zone.name]
+        span, seen_w = zone.range_uj or 0, self._most_w.get(zone.name)
+        likely_w = COUNTER_RESET_W if seen_w is None else min(COUNTER_RESET_W, 500 + 10 * seen_w)
+        wrapped = moved < 0
+        moved += span if wrapped else 0
+        if moved < 0 or (wrapped and elapsed > 0 and moved / 1e6 / elapsed > likely_w):
+            unknown[f"zones.{zone.name}"] = "its counter was reset: an interval's joules are missing"
+            return None
+        if span and (seen_w or 0.0) * 1e6 * elapsed >= span:
+            unknown[f"zones.{zone.name}"] = f"its counter may have wrapped more than once in {elapsed:.0f} s"
+            return None
+        if elapsed >= POLL_S[0] / 2:
+            self._most_w[zone.name] = max(seen_w or 0.0, moved / 1e6 / elapsed)
+        return moved / 1e6
 
     def _total(self, moved: Mapping[str, float], counters: Mapping[str, int]) -> float:
         """Add up without counting twice: psys holds the packages, a package its cores; DRAM is apart.
@@ -1749,7 +1793,7 @@ class Sampler:
         hw = _gpus(host, hw) if gpu and hardware is None else hw
         self._gpus = hw.gpus if gpu else ()
         self._smi = _Smi(host, smi_interval_ms) if any(g.vendor == "NVIDIA" for g in self._gpus) else None
-        self._rapl = _Rapl(host, hw.rapl)
+        self._rapl = _Rapl(host)
         self._meters = [s.path for s in hw.sensors if s.unit == "watts" and s.chip in MACHINE_POWER]
         heat = [s for s in hw.sensors if s.unit == "celsius" and s.chip in CPU_TEMPERATURE]
         # The first of each chip is the package's; asking every core would wake them all.
@@ -1781,6 +1825,15 @@ class Sampler:
             energy_joules=joules, covered_s=covered_s, power_source=source, gpus=gpus,
             zones={name: round(value, 6) for name, value in self._rapl.zones.items()},
             temperature_c=max(heat, default=None), unknown=unknown)
+
+    @property
+    def patience_s(self) -> float:
+        """Longest time between two readings; a counter may wrap twice when it is longer."""
+        return self._rapl.patience_s
+
+    def between(self, now: float) -> None:
+        """Read the counters between two samples that are further apart than `patience_s`."""
+        self._rapl.sample(now, {}, between=True)
 
     def throttles(self) -> int | None:
         """How often CPUs were slowed down by heat since boot; None where the kernel does not count it."""
@@ -1980,7 +2033,10 @@ def _watch(host: Host, interval_s: float, as_json: bool) -> int:
             print(_watch_json(reading) if as_json else _watch_line(reading, turn), flush=True)
             # Turns that were missed are left out: a rate of microseconds would tell nothing.
             turn = max(turn + 1, math.ceil((time.monotonic() - start) / interval_s))
-            time.sleep(max(0.0, start + turn * interval_s - time.monotonic()))
+            while (left_s := start + turn * interval_s - time.monotonic()) > 0:
+                time.sleep(min(left_s, sampler.patience_s))
+                if left_s > sampler.patience_s:
+                    sampler.between(time.monotonic())
     finally:
         sampler.close()
 

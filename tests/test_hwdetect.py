@@ -19,6 +19,7 @@ import unittest
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Callable
+from unittest import mock
 
 import hwdetect
 from hwdetect import Host, Reading, Result, Sampler, detect
@@ -349,6 +350,62 @@ class Energy(TreeCase):
         self.assertIn("reset", reset.unknown["zones.package-0"])
         self.assertEqual(4.0, last.energy_joules)
 
+    def test_a_counter_that_a_suspended_machine_begins_anew_is_no_wrap(self) -> None:
+        """The counter stood near its end: as a wrap it would be 3,900 J in a second."""
+        self.zone("intel-rapl:0", "package-0", RANGE_UJ - 3_940_000_000)
+        used = [dict(rapl_0=RANGE_UJ - 3_940_000_000 + 20_000_000 * at) for at in (1, 2)]
+        *_, reset, last = self.readings(*used, dict(rapl_0=1_000_000), dict(rapl_0=31_000_000))
+        self.assertIn("reset", reset.unknown["zones.package-0"])
+        self.assertEqual((70.0, 3.0, 30.0), (last.energy_joules, last.covered_s, last.power_watts))
+
+    def test_a_counter_that_may_have_wrapped_twice_tells_nothing_of_that_time(self) -> None:
+        """100 J at most, 60 J in each second: after a stop of 5 s it went round at least twice."""
+        self.zone("intel-rapl:0", "package-0", 0, 100_000_000)
+        sampler = self.sampler()
+        sampler.sample(0.0)
+        for now, counter in ((1.0, 60), (6.0, 60), (7.0, 20), (8.0, 80)):
+            self.feed(rapl_0=counter * 1_000_000)
+            last = sampler.sample(now)
+            self.assertEqual(now == 6.0, "more than once" in last.unknown.get("zones.package-0", ""), now)
+        self.assertEqual((180.0, 3.0), (last.energy_joules, last.covered_s))
+
+    def test_a_small_counter_is_read_between_two_samples(self) -> None:
+        self.zone("intel-rapl:0", "package-0", 0, 400_000_000)
+        self.assertEqual(hwdetect.POLL_S[1], hwdetect.Sampler(Host("/nowhere")).patience_s)
+        sampler = self.sampler()
+        self.assertEqual(0.4, sampler.patience_s)
+        sampler.sample(0.0)
+        for now, counter in ((0.3, 250), (0.6, 100), (0.9, 350)):  # round and round
+            self.feed(rapl_0=counter * 1_000_000)
+            sampler.between(now)
+        self.feed(rapl_0=50_000_000)
+        last = sampler.sample(1.0)
+        self.assertEqual((850.0, 1.0, 850.0), (last.energy_joules, last.covered_s, last.power_watts))
+        for now, counter in ((1.2, 0), (1.4, 90)):  # it was reset in between
+            self.feed(rapl_0=counter * 1_000_000)
+            with mock.patch("hwdetect.COUNTER_RESET_W", 1000):
+                sampler.between(now)
+        last = sampler.sample(2.0)
+        self.assertEqual((None, 1.0), (last.power_watts, last.covered_s))
+
+    def test_zones_that_come_later_count_from_then_on(self) -> None:
+        """A driver is loaded while it runs; a zone that goes away is still missed."""
+        sampler = self.sampler()
+        self.assertIn("powercap is missing", sampler.sample(0.0).unknown["energy_joules"])
+        self.zone("intel-rapl:0", "package-0", 7_000_000)
+        self.assertEqual(0.0, sampler.sample(1.0).energy_joules)
+        self.feed(rapl_0=17_000_000)
+        self.assertEqual((10.0, 10.0), (lambda r: (r.energy_joules, r.power_watts))(sampler.sample(2.0)))
+        self.zone("intel-rapl:1", "package-1", 5_000_000)
+        self.feed(rapl_0=27_000_000)
+        half = sampler.sample(3.0)
+        self.feed(rapl_0=37_000_000, rapl_1=9_000_000)
+        last = sampler.sample(4.0)
+        self.assertEqual((None, 14.0, 34.0, 2.0),
+                         (half.power_watts, last.power_watts, last.energy_joules, last.covered_s))
+        shutil.rmtree(self.tree / "sys/class/powercap/intel-rapl:1")
+        self.assertIn("missing", sampler.sample(5.0).unknown["zones.package-1"])
+
     def test_psys_holds_the_package(self) -> None:
         self.zone("intel-rapl:0", "package-0", 0)
         self.zone("intel-rapl:0:0", "dram", 0)
@@ -363,10 +420,18 @@ class Energy(TreeCase):
         *_, last = self.readings(dict(rapl_0=5_000_010))
         self.assertEqual(5.0, last.energy_joules)
 
+    def test_psys_of_another_socket_is_psys(self) -> None:
+        """intel_rapl_common.c names it after the socket whose counter tells, when that is not the first."""
+        for socket in (0, 1):
+            self.zone(f"intel-rapl:{socket}", f"package-{socket}", socket)
+        self.zone("intel-rapl:2", "psys-1", 9)
+        *_, last = self.readings(dict(rapl_0=5_000_000, rapl_1=6_000_001, rapl_2=20_000_009))
+        self.assertEqual((20.0, 20.0), (last.energy_joules, last.zones["psys-1"]))
+
     def test_mmio_repeats_the_package(self) -> None:
         self.zone("intel-rapl:0", "package-0", 0)
         self.zone("intel-rapl-mmio:0", "package-0", 0)
-        *_, last = self.readings(dict(rapl_0=5_000_000, mmio_0=5_000_000))
+        *_, last = self.readings(dict(rapl_0=5_000_000, mmio_0=4_999_000))
         self.assertEqual((5.0, {"package-0": 5.0}), (last.energy_joules, last.zones))
 
     def test_psys_below_what_it_should_hold_does_not_count(self) -> None:
