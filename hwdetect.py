@@ -111,10 +111,14 @@ VIRTUAL_DMI = (
 CONTAINER_FILES = (("/.dockerenv", "docker"), ("/run/.containerenv", "podman"))
 CONTAINER_PATHS = (("kubepods", "kubernetes"), ("docker", "docker"), ("libpod", "podman"), ("lxc", "lxc"))
 
-# Documentation/hwmon: chips whose temperature is the processor's; the one that measures the whole machine
+# Documentation/hwmon: chips whose temperature is the processor's
 CPU_TEMPERATURE = ("coretemp", "k10temp", "zenpower", "cpu_thermal", "x86_pkg_temp", "cpu-thermal",
                    "soc_thermal", "soc-thermal", "apm_xgene")
-MACHINE_POWER = ("power_meter",)
+# Those that measure the whole machine (acpi_power_meter.rst), or the labels that are all of it together: of
+# NVIDIA's modules VDD_IN alone, or the three inputs of those that have none.
+MACHINE_POWER: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("power_meter", ()), ("ina3221", ("VDD_IN",)),
+    ("ina3221", ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0")))
 SENSOR_UNITS = {"temp": ("celsius", 1e-3), "power": ("watts", 1e-6), "fan": ("rpm", 1.0)}
 
 # Those whose free space can be asked without hanging: no network, no FUSE
@@ -123,13 +127,13 @@ LOCAL_FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bca
 
 SMI_IDENTITY = ("index", "name", "uuid", "pci.bus_id", "driver_version", "memory.total", "power.limit")
 SMI_READING = ("timestamp", "index", "power.draw", "utilization.gpu", "utilization.encoder", "memory.used",
-               "temperature.gpu", "clocks_throttle_reasons.active")
+               "temperature.gpu", "clocks_throttle_reasons.active", "pci.bus_id")
 SMI_TOO_HOT = 0x8 | 0x20 | 0x40  # nvml.h: HwSlowdown, SwThermalSlowdown, HwThermalSlowdown
 
 # power source -> how finely it tells
 POWER_SOURCES = {
     "rapl": "energy counters that move about every millisecond",
-    "hwmon": "the machine's power meter, asked at each sample",
+    "hwmon": "the machine's power meter, asked at each sample; it tells the mean of an interval of its own",
     "battery": "the battery's discharge, asked at each sample; its own chip renews it every few seconds",
     "nvidia-smi": f"the GPU's power, asked every {SMI_INTERVAL_MS} ms; on some cards it covers a part of "
                   "the time only",
@@ -820,10 +824,14 @@ def parse_process(text: str | None) -> dict[str, int]:
 
 
 def parse_engines(text: str | None) -> dict[str, int]:
-    """Give {client: ns that it kept a GPU's engines busy} of a descriptor's fdinfo, {} of another file's."""
+    """Give {client: ns that it kept a GPU's engines busy} of a descriptor's fdinfo, {} of another file's.
+
+    Of xe it is their cycles, which are as good for shares.
+    """
     client = re.search(r"^drm-client-id:\s*([0-9]{1,18})$", text or "", re.MULTILINE)
     device = re.search(r"^drm-pdev:\s*(\S+)$", text or "", re.MULTILINE)
-    busy = re.findall(r"^drm-engine-(?!capacity-)\S+:\s*([0-9]{1,18}) ns$", text or "", re.MULTILINE)
+    busy = (re.findall(r"^drm-engine-(?!capacity-)\S+:\s*([0-9]{1,18}) ns$", text or "", re.MULTILINE)
+            or re.findall(r"^drm-cycles-\S+:\s*([0-9]{1,18})$", text or "", re.MULTILINE))
     return {f"{device and device.group(1)} {client.group(1)}": sum(map(int, busy))} if client else {}
 
 
@@ -1384,7 +1392,7 @@ def mirrored(zones: Sequence[RaplZone], first: Mapping[str, int], again: Mapping
 
 def _sensors(host: Host, hw: Hardware) -> Hardware:
     """Temperatures, power meters and fans."""
-    found = (*_hwmon(host), *_thermal(host))
+    found = (*_hwmon(host), *_ina3221(host), *_thermal(host))
     if not found:
         hw.unknown["sensors"] = "neither /sys/class/hwmon nor /sys/class/thermal has a sensor"
     return replace(hw, sensors=found)
@@ -1402,6 +1410,32 @@ def _hwmon(host: Host) -> Iterator[Sensor]:
             label = _word(host, f"{base}/{match.group(1)}_label") or match.group(1)
             if value is not None:
                 yield Sensor(chip, label, unit, value * scale, f"{base}/{name}")
+
+
+def _ina3221(host: Host) -> Iterator[Sensor]:
+    """Find the channels of ina3221.rst, which gives mV and mA; the fourth would be the sum of the others."""
+    for base in (f"/sys/class/hwmon/{entry}" for entry in host.list("/sys/class/hwmon")):
+        for channel in "123" if _word(host, f"{base}/name") == "ina3221" else "":
+            label, path = _word(host, f"{base}/in{channel}_label"), f"{base}/curr{channel}_input"
+            ma, mv = _int(host, path), _int(host, f"{base}/in{channel}_input")
+            if label and ma is not None and mv is not None:
+                yield Sensor("ina3221", label, "watts", ma * mv / 1e6, path)
+
+
+def whole_machine(sensors: Sequence[Sensor]) -> list[Sensor]:
+    """Choose the power sensors that together are the whole machine's; none where that is not known."""
+    for chip, labels in MACHINE_POWER:
+        found = [one for one in sensors if one.unit == "watts" and one.chip == chip
+                 and (not labels or one.label in labels)]
+        if found and len(found) >= len(labels):
+            return found
+    return []
+
+
+def paths_of_power(sensor: Sensor) -> tuple[str, ...]:
+    """Name the files whose product is a sensor's power in µW."""
+    folder, name = os.path.split(sensor.path)
+    return (sensor.path, f"{folder}/in{name[4:]}") if name.startswith("curr") else (sensor.path,)
 
 
 def _thermal(host: Host) -> Iterator[Sensor]:
@@ -1569,7 +1603,9 @@ class _Integral:
         self._last: tuple[float, float] | None = None
 
     def add(self, when: float, watts: float | None) -> float:
-        """Add a reading; None leaves a gap that nothing is booked for."""
+        """Add a reading; None leaves a gap that nothing is booked for, one out of order is left out."""
+        if self._last is not None and self._last[0] - self._most_s <= when < self._last[0]:
+            return self.joules
         if self._last is not None and watts is not None and 0 < when - self._last[0] <= self._most_s:
             self.joules += (when - self._last[0]) * (watts + self._last[1]) / 2
             self.covered_s += when - self._last[0]
@@ -1716,6 +1752,8 @@ class _Smi:
         self._fields = [name for name in SMI_READING if (self._program, name) not in self.refused]
         self._energy: dict[int, _Integral] = {}
         self._rows: dict[int, dict[str, str]] = {}
+        self._places: dict[str | None, int] = {}  # PCI address -> index
+        self._told_at = self._now = 0.0
         self._said: list[str] = []
         self._reason = "nvidia-smi has not answered yet" if self._program else "nvidia-smi is not installed"
         self.stream: Stream | None = None
@@ -1729,6 +1767,7 @@ class _Smi:
 
     def poll(self, now: float) -> None:
         """Take in what nvidia-smi said since the last time; start it anew a while after its end."""
+        self._now = now
         if self.stream is None and now >= self._again:
             self._again = math.inf
             self._start()
@@ -1740,7 +1779,8 @@ class _Smi:
             index, when, watts = (parse_int(row["index"]), parse_time_stamp(row["timestamp"]),
                                   parse_float(row["power.draw"]))
             if index is not None and when is not None:
-                self._rows[index] = row
+                self._rows[index], self._told_at = row, now
+                self._places[parse_pci_address(row.get("pci.bus_id"))] = index
                 self._energy.setdefault(index, _Integral(SMI_STEP_MOST_S)).add(when, watts)
         if ended:
             self._ended(now)
@@ -1759,7 +1799,12 @@ class _Smi:
             self._again = math.inf
 
     def reading(self, gpu: Gpu, key: str, unknown: dict[str, str]) -> GpuReading:
-        index = -1 if gpu.index is None else gpu.index
+        found = self._places.get(gpu.pci, -1)  # its driver was not there when the machine was looked at
+        index = found if gpu.index is None else gpu.index
+        silent_s = self._now - self._told_at
+        if self._rows and silent_s > SMI_STEP_MOST_S:
+            self._rows.clear()
+            self._reason = f"nvidia-smi has said nothing for {silent_s:.0f} s"
         row, energy = self._rows.get(index), self._energy.get(index, _Integral())
         watts = parse_float(row["power.draw"]) if row else None
         joules = energy.joules if energy.covered_s or watts is not None else None
@@ -1794,11 +1839,14 @@ class Sampler:
         self._gpus = hw.gpus if gpu else ()
         self._smi = _Smi(host, smi_interval_ms) if any(g.vendor == "NVIDIA" for g in self._gpus) else None
         self._rapl = _Rapl(host)
-        self._meters = [s.path for s in hw.sensors if s.unit == "watts" and s.chip in MACHINE_POWER]
+        self._meters = [paths_of_power(sensor) for sensor in whole_machine(hw.sensors)]
+        self._parts = ", ".join(f"{s.chip} {s.label}" for s in hw.sensors if s.unit == "watts")
         heat = [s for s in hw.sensors if s.unit == "celsius" and s.chip in CPU_TEMPERATURE]
         # The first of each chip is the package's; asking every core would wake them all.
         self._heat = list({os.path.dirname(s.path): s.path for s in reversed(heat)}.values())
         self._batteries = battery_names(host)
+        self._mains = [f"{SUPPLY}/{name}/online" for name in host.list(SUPPLY)
+                       if _word(host, f"{SUPPLY}/{name}/type") in ("Mains", "USB")]
         self._measured = {"hwmon": _Integral(), "battery": _Integral()}
         self._modelled: tuple[float, float, float] | None = None  # when; joules by then, and seconds
         self._gpu_energy = [_Integral() for _ in self._gpus]
@@ -1871,8 +1919,7 @@ class Sampler:
             if watts is None:
                 unknown["power_watts"] = "not all counters told of it" if self._rapl.joules else FIRST_SAMPLE
             return "rapl", watts, round(self._rapl.joules, 6), self._rapl.covered_s
-        metered = self._numbers(self._meters)
-        sources = {"hwmon": sum(metered) / 1e6 if metered else None, "battery": self._discharge()}
+        sources = {"hwmon": self._metered(), "battery": self._discharge()}
         for source, drawn in sources.items():
             self._measured[source].add(now, drawn)
         for source, drawn in sources.items():
@@ -1881,7 +1928,10 @@ class Sampler:
                 return source, drawn, round(known.joules, 6), known.covered_s
         if self._model is not None:
             return self._estimate(self._model, now, usage, unknown)
-        reason += "; the battery tells only while it discharges" if self._batteries else ""
+        battery = "; the battery tells only while it alone feeds the machine, by power_now or current_now"
+        parts = f"; of parts, as far as is known, are {self._parts}" if self._parts else ""
+        reason += (battery if self._batteries else "") + (
+            "; the machine's power meter does not tell now" if self._meters else parts)
         unknown["power_watts"] = unknown["energy_joules"] = reason
         return None, None, None, 0.0
 
@@ -1899,15 +1949,25 @@ class Sampler:
             self._modelled = (now, joules, covered_s)
         return "model", watts, round(joules, 6), covered_s
 
+    def _metered(self) -> float | None:
+        """Watts of the machine's power meters: µW, or mA times mV; None where one does not tell, or tells 0."""
+        drawn = [math.prod(found) if len(found := self._numbers(paths)) == len(paths) else 0
+                 for paths in self._meters]
+        return sum(drawn) / 1e6 if drawn and min(drawn) > 0 else None
+
     def _discharge(self) -> float | None:
-        """Watts that the batteries give: µW, or µA times µV."""
+        """Watts that the batteries give: µW, or µA times µV.
+
+        None while mains feed the machine too, and where one of them does not tell: 0 is no power.
+        """
         drawn = []
         for base in (f"{SUPPLY}/{name}" for name in self._batteries):
             power = self._numbers([f"{base}/power_now"])
             pair = self._numbers([f"{base}/current_now", f"{base}/voltage_now"])
-            if _word(self._host, f"{base}/status") == "Discharging" and (power or len(pair) == 2):
-                drawn.append(abs(power[0]) / 1e6 if power else abs(pair[0] * pair[1]) / 1e12)
-        return sum(drawn) if drawn else None
+            if _word(self._host, f"{base}/status") == "Discharging":
+                drawn.append(abs(power[0]) / 1e6 if any(power) else
+                             abs(pair[0] * pair[1]) / 1e12 if len(pair) == 2 else 0.0)
+        return sum(drawn) if drawn and all(drawn) and not any(self._numbers(self._mains)) else None
 
     def _read_gpus(self, now: float, unknown: dict[str, str]) -> tuple[GpuReading, ...]:
         if self._smi is not None:

@@ -1065,15 +1065,17 @@ class Metering(FolderCase):
             self.assertEqual([unknown[name] for name in ("gpu_energy_joules", "gpu_usage")], reasons)
 
     def test_a_gpu_is_shared_by_the_time_that_its_driver_counts(self) -> None:
-        for pid, busy_ns in ((10, 3_000_000_000), (20, 1_000_000_000)):
-            self.process(pid, 1.0)
-            for descriptor in (4, 5):  # two descriptors of one client
-                self.put(f"proc/{pid}/fdinfo/{descriptor}", f"pos:\t0\ndrm-pdev:\t0000:03:00.0\n"
-                         f"drm-client-id:\t{pid}\ndrm-engine-enc:\t{busy_ns} ns\ndrm-engine-capacity-enc:\t2")
-        ledgers = [agent.Ledger(uses_gpu=True), agent.Ledger(uses_gpu=True)]
-        ledgers[0].pgid, ledgers[1].pgid = 10, 20
-        self.assertEqual(self.meter._shares(ledgers), [(0.5, 0.75), (0.5, 0.25)])
-        self.assertEqual([ledger.gpu_s for ledger in ledgers], [3.0, 1.0])
+        for words in ("drm-engine-enc:\t{} ns\ndrm-engine-capacity-enc:\t2",
+                      "drm-cycles-vcs:\t{}\ndrm-total-cycles-vcs:\t9000000000"):  # of amdgpu and i915, of xe
+            for pid, busy in ((10, 3_000_000_000), (20, 1_000_000_000)):
+                self.process(pid, 1.0)
+                for descriptor in (4, 5):  # two descriptors of one client
+                    self.put(f"proc/{pid}/fdinfo/{descriptor}", f"pos:\t0\ndrm-pdev:\t0000:03:00.0\n"
+                             f"drm-client-id:\t{pid}\n{words.format(busy)}")
+            ledgers = [agent.Ledger(uses_gpu=True), agent.Ledger(uses_gpu=True)]
+            ledgers[0].pgid, ledgers[1].pgid = 10, 20
+            self.assertEqual(self.meter._shares(ledgers), [(0.5, 0.75), (0.5, 0.25)])
+            self.assertEqual([ledger.gpu_s for ledger in ledgers], [3.0, 1.0])
 
     def test_a_source_that_changes_is_no_energy(self) -> None:
         ledger = agent.Ledger()

@@ -557,11 +557,58 @@ class Energy(TreeCase):
             (120.0, 12.0, "battery"), (reading.energy_joules, reading.power_watts, reading.power_source)
         )
         self.put(f"{base}/status", "Full")
-        self.assertIn("only while it discharges", sampler.sample(11.0).unknown["energy_joules"])
+        self.assertIn("only while it alone feeds the machine", sampler.sample(11.0).unknown["energy_joules"])
         self.put(f"{base}/status", "Discharging")
         self.assertEqual(120.0, sampler.sample(71.0).energy_joules, "a minute on mains is no discharge")
         self.put(f"{base}/power_now", 20_000_000)
         self.assertEqual(136.0, sampler.sample(72.0).energy_joules)
+
+    def test_a_battery_beside_mains_or_without_its_power_is_no_figure(self) -> None:
+        for supply, name, value in (("AC", "type", "Mains"), ("AC", "online", 0), ("BAT0", "type", "Battery"),
+                                    ("BAT0", "status", "Discharging"), ("BAT0", "power_now", 9_000_000),
+                                    ("BAT1", "type", "Battery"), ("BAT1", "status", "Not charging")):
+            self.put(f"/sys/class/power_supply/{supply}/{name}", value)
+        sampler = self.sampler()
+        told = [sampler.sample(0.0).power_watts]
+        for at, (path, value) in enumerate((("AC/online", 1), ("AC/online", 0), ("BAT0/power_now", 0),
+                                            ("BAT0/current_now", -2_000_000), ("BAT0/voltage_now", 11_000_000),
+                                            ("BAT1/status", "Discharging"), ("BAT1/power_now", 3_000_000)), 1):
+            self.put(f"/sys/class/power_supply/{path}", value)
+            told.append(sampler.sample(float(at)).power_watts)
+        self.assertEqual([9.0, None, 9.0, None, None, 22.0, None, 25.0], told)
+
+    def test_a_power_meter_that_tells_nothing_or_zero_is_no_figure(self) -> None:
+        for meter in (0, 1):
+            self.put(f"/sys/class/hwmon/hwmon{meter}/name", "power_meter")
+            self.put(f"/sys/class/hwmon/hwmon{meter}/power1_average", 100_000_000)
+        sampler = self.sampler()
+        self.assertEqual(200.0, sampler.sample(0.0).power_watts)
+        for words in ("0", "", "unknown"):
+            self.put("/sys/class/hwmon/hwmon1/power1_average", words)
+            reading = sampler.sample(1.0)
+            self.assertEqual((None, None), (reading.power_watts, reading.energy_joules), words)
+            self.assertIn("does not tell now", reading.unknown["energy_joules"])
+
+    def test_ina3221_of_a_whole_module_and_of_parts(self) -> None:
+        """ina3221.rst: mV and mA of three channels, and in 4 the sum of the currents."""
+        cases = {("VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC"): 15.0, ("VDD_CPU", "VDD_GPU", "NC"): None,
+                 ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"): 24.0}
+        for labels, watts in cases.items():
+            self.setUp()
+            base = "/sys/class/hwmon/hwmon3"
+            self.put(f"{base}/name", "ina3221")
+            for channel, (label, ma) in enumerate(zip(labels, (3000, 1000, 800)), 1):
+                self.put(f"{base}/in{channel}_label", label)
+                self.put(f"{base}/in{channel}_input", 5000)
+                self.put(f"{base}/curr{channel}_input", ma)
+            self.put(f"{base}/in7_label", "sum of shunt voltages")
+            self.put(f"{base}/curr4_input", 4800)
+            sampler = self.sampler()
+            sampler.sample(0.0)
+            last = sampler.sample(2.0)
+            self.assertEqual((watts, watts and 2 * watts), (last.power_watts, last.energy_joules))
+            if watts is None:
+                self.assertIn("ina3221 VDD_CPU, ina3221 VDD_GPU", last.unknown["energy_joules"])
 
     def test_a_model_only_where_it_is_given_and_nothing_tells(self) -> None:
         def sampled(model: tuple[float, float] | None) -> Reading:
@@ -657,6 +704,54 @@ class Energy(TreeCase):
         sampler.close()
         with self.assertRaises(ProcessLookupError):
             os.kill(stream.pid, 0)
+
+    def smi_says(self, *rows: str) -> None:
+        """Let the stand-in tell "index, stamp, watts" of each GPU, at 0000:3B:00.0 and so on."""
+        lines = [f"{row.split(', ')[0]}, L4, GPU-0, 00000000:{0x3b + int(row[0]):X}:00.0, 535, 23034, 72.00, "
+                 f"2023/05/17 14:{row.split(', ', 1)[1]}, 17, 0, 100, 41, 0x0" for row in rows]
+        self.put("/recorded/nvidia-smi", "\n".join((
+            "index,name,uuid,pci.bus_id,driver_version,memory.total,power.limit,timestamp,power.draw,"
+            "utilization.gpu,utilization.encoder,memory.used,temperature.gpu,clocks_throttle_reasons.active",
+            *lines)))
+
+    def test_nvidia_rows_out_of_order_are_left_out(self) -> None:
+        self.smi()
+        self.smi_says("0, 23:10.000, 30.00")
+        sampler = self.sampler()
+        until(lambda: sampler.sample(0.0).gpus[0].power_watts == 30.0, "a first line")
+        for row, watts in (("0, 23:08.000, 90.00", 90.0), ("0, 23:12.000, 30.01", 30.01)):
+            self.smi_says(row)
+            until(lambda watts=watts: sampler.sample(0.0).gpus[0].power_watts == watts, row)
+        gpu = sampler.sample(0.0).gpus[0]
+        self.assertEqual((60.01, 2.0), (round(gpu.energy_joules or 0, 3), gpu.covered_s))
+
+    def test_an_nvidia_smi_that_hangs_tells_nothing_any_more(self) -> None:
+        self.smi()
+        self.smi_says("0, 23:10.000, 30.00")
+        sampler = self.sampler()
+        until(lambda: sampler.sample(0.0).gpus[0].power_watts == 30.0, "a first line")
+        stream = sampler._smi.stream if sampler._smi else None
+        assert stream is not None
+        os.kill(stream.pid, signal.SIGSTOP)
+        sampler.sample(1.0)
+        reading = sampler.sample(20.0)
+        self.assertEqual((None, None), (reading.gpus[0].power_watts, reading.gpus[0].source))
+        self.assertIn("said nothing for", reading.unknown["gpus.0"])
+        os.kill(stream.pid, signal.SIGCONT)
+        until(lambda: sampler.sample(21.0).gpus[0].power_watts == 30.0, "it goes on")
+
+    def test_an_nvidia_driver_that_came_late_is_found_by_its_address(self) -> None:
+        """When the machine was looked at nvidia-smi failed: its cards have no index."""
+        self.smi()
+        for address in ("0000:3b:00.0", "0000:3c:00.0"):
+            for name, word in (("class", "0x030000"), ("vendor", "0x10de"), ("device", "0x1234")):
+                self.put(f"/sys/bus/pci/devices/{address}/{name}", word)
+        hw = detect(Host(str(self.tree)))
+        self.assertEqual([None, None], [gpu.index for gpu in hw.gpus])
+        self.smi_says("0, 23:10.000, 30.00", "1, 23:10.000, 70.00")
+        sampler = Sampler(Host(str(self.tree)), hw, smi_interval_ms=10)
+        self.addCleanup(sampler.close)
+        until(lambda: [gpu.power_watts for gpu in sampler.sample(0.0).gpus] == [30.0, 70.0], "both")
 
     def test_nvidia_smi_whose_clock_is_set_or_that_ends(self) -> None:
         """Its stamps are local time: an hour that never was is not integrated. It is started anew."""
