@@ -1900,9 +1900,8 @@ class Ledger:
     idle_joules: float = 0.0
     idle_s: float = 0.0
     idle_watts: float | None = None
-    gpu_joules: float | None = None
+    gpus: dict[int, tuple[float, float]] = dataclasses.field(default_factory=dict)  # told J, s they are of
     gpu_s: float = 0.0
-    gpu_covered_s: float = 0.0
     gpu_usage_s: float = 0.0
     gpu_seen_s: float = 0.0
     gpu_memory_bytes: int | None = None
@@ -1932,11 +1931,28 @@ class Ledger:
 
 
 class Idle(NamedTuple):
-    """Power of the machine at rest in W, its standard deviation from sample to sample, when (epoch s)."""
+    """Power of the machine at rest in W, its standard deviation from sample to sample, when (epoch s).
+
+    And where it was read, with the power of how many GPUs beside the processor.
+    """
 
     watts: float
     spread: float
     at: float
+    source: str | None = None
+    gpus: int = 0
+
+    def why_not_of(self, reading: hwdetect.Reading) -> str:
+        """Return why this is not the idle share of a reading, "" where it is."""
+        if reading.power_source != self.source:
+            return f"the idle baseline is of {self.source}, this run of {reading.power_source}"
+        return "the idle baseline lacks a GPU whose power is known now" if gpus_beside(
+            reading) > self.gpus else ""
+
+
+def gpus_beside(reading: hwdetect.Reading) -> int:
+    """Return of how many GPUs the power is known beside the machine's own figure."""
+    return sum(gpu.power_watts is not None and not gpu.in_package for gpu in reading.gpus)
 
 
 class Baseline:
@@ -1965,22 +1981,37 @@ class Baseline:
         if reading.time - self._readings[0].time < (IDLE_S if self.idle else IDLE_FIRST_S):
             return False
         rows = self._readings[1:]
-        busy = [row.cpu_usage for row in rows if row.cpu_usage is not None]
-        if busy and sum(busy) / len(busy) > IDLE_BUSY_PERCENT:
-            self.why = f"the machine was {sum(busy) / len(busy):.0f} % busy when its idle power was due"
-            return self._end(reading.time + IDLE_RETRY_S)
-        told = [sum(gpu.power_watts is not None for gpu in row.gpus) for row in rows]
+        told = [gpus_beside(row) for row in rows]
         watts = [row.total_watts for row, known in zip(rows, told)
                  if row.total_watts is not None and known == max(told)]  # nvidia-smi speaks up late
-        if watts:
-            spread = statistics.stdev(watts) if len(watts) > 1 else 0.0
-            self.idle = Idle(round(statistics.fmean(watts), 3), round(spread, 3), epoch_s)
-        return self._end(reading.time + (IDLE_EVERY_S if watts else IDLE_RETRY_S))
+        self.why = _unrest(rows) or ("" if watts else "its power was not told when its idle power was due")
+        if self.why:
+            return self._end(reading.time + IDLE_RETRY_S)
+        spread = statistics.stdev(watts) if len(watts) > 1 else 0.0
+        self.idle = Idle(round(statistics.fmean(watts), 3), round(spread, 3), epoch_s, reading.power_source,
+                         max(told))
+        return self._end(reading.time + IDLE_EVERY_S)
 
     def _end(self, due: float) -> bool:
         self._readings.clear()
         self._due = due
         return True
+
+
+def _unrest(rows: Sequence[hwdetect.Reading]) -> str:
+    """Return why a machine of which these readings were taken was not at rest, "" where it was."""
+    sources = {row.power_source for row in rows}
+    if len(sources) > 1:
+        return f"its source changed meanwhile: {', '.join(sorted(map(str, sources)))}"
+    uses = [("the machine", [row.cpu_usage for row in rows])]
+    uses += [(gpu.name, [row.gpus[at].usage for row in rows]) for at, gpu in enumerate(rows[-1].gpus)]
+    for what, column in uses:
+        known = [value for value in column if value is not None]
+        if known and statistics.fmean(known) > IDLE_BUSY_PERCENT:
+            return f"{what} was {statistics.fmean(known):.0f} % busy when its idle power was due"
+        if not known and what == "the machine":
+            return "how busy the machine was is unknown"
+    return ""
 
 
 class Meter:
@@ -1998,6 +2029,8 @@ class Meter:
         self._sampler: hwdetect.Sampler | None = None
         self._last: hwdetect.Reading | None = None
         self._baseline = Baseline(clock())
+        self._working: set[Attempt] = set()  # measured or not: the machine is not at rest
+        self._worked_at = -math.inf
         self.rested = threading.Event()  # the first idle baseline was tried
         threading.Thread(target=self._loop, name="meter", daemon=True).start()
 
@@ -2010,8 +2043,14 @@ class Meter:
         """Return the idle baseline as a registration has it."""
         idle = self._baseline.idle
         return {"idle_watts": idle and idle.watts, "idle_watts_spread": idle and idle.spread,
-                "idle_measured_at": idle and utc_text(idle.at),
+                "idle_measured_at": idle and utc_text(idle.at), "idle_source": idle and idle.source,
+                "idle_estimated": idle and idle.source == "model",
                 "idle_unknown": None if idle else self._baseline.why}
+
+    def work(self, attempt: Attempt, works: bool) -> None:
+        """Note that an attempt begins or has ended: idle power is not measured meanwhile."""
+        (self._working.add if works else self._working.discard)(attempt)
+        self._worked_at = self._clock()
 
     def join(self, ledger: Ledger) -> None:
         """Begin to measure for a ledger; returns when the first reading is taken."""
@@ -2033,9 +2072,11 @@ class Meter:
     def _loop(self) -> None:
         while True:
             message = None
+            wait_s = SAMPLE_S if self._ledgers else self._baseline.wait_s(self._clock())
+            if self._sampler is not None:
+                wait_s = min(wait_s, self._sampler.patience_s)
             with contextlib.suppress(queue.Empty):
-                message = self._messages.get(timeout=SAMPLE_S if self._ledgers else
-                                             self._baseline.wait_s(self._clock()))
+                message = self._messages.get(timeout=wait_s)
             what, told, done = message or ("", None, None)
             try:
                 self._sample(told)
@@ -2049,6 +2090,11 @@ class Meter:
 
     def _sample(self, told: Ledger | None) -> None:
         """Take a reading; a ledger that was told of joins or leaves with it."""
+        if told is None and not self._ledgers and (
+                self._working or self._clock() < self._worked_at + IDLE_REST_S):
+            self._baseline.disturb(self._clock())
+            self.rested.set()
+            return self._close()
         if self._sampler is None:
             self._sampler = hwdetect.Sampler(self._host, self._hardware, model=self._model)
             self._last = None
@@ -2128,8 +2174,9 @@ def _book(ledger: Ledger, last: hwdetect.Reading, now: hwdetect.Reading, share: 
         used = share * (now.energy_joules - last.energy_joules)
         ledger.energy_joules = (ledger.energy_joules or 0.0) + used
         ledger.energy_s += now.covered_s - last.covered_s
-    if baseline.idle is None:
-        ledger.unknown["idle_watts"] = baseline.why
+    why = baseline.idle.why_not_of(now) if baseline.idle else baseline.why
+    if baseline.idle is None or why:
+        ledger.unknown["idle_watts"] = why
     else:
         ledger.idle_watts = baseline.idle.watts
         ledger.idle_joules += share * baseline.idle.watts * span
@@ -2142,13 +2189,13 @@ def _book(ledger: Ledger, last: hwdetect.Reading, now: hwdetect.Reading, share: 
 
 def _book_gpus(ledger: Ledger, last: hwdetect.Reading, now: hwdetect.Reading, share: float) -> None:
     """Book what the GPUs did in an interval; those inside the machine's own figure add no energy."""
-    span, covered = now.time - last.time, 0.0
+    span = now.time - last.time
     for at, (gpu, before) in enumerate(zip(now.gpus, last.gpus)):
         if gpu.energy_joules is not None and not gpu.in_package:
-            more = share * (gpu.energy_joules - (before.energy_joules or 0.0))
-            ledger.gpu_joules = (ledger.gpu_joules or 0.0) + more
+            joules, covered_s = ledger.gpus.get(at, (0.0, 0.0))
+            ledger.gpus[at] = (joules + share * (gpu.energy_joules - (before.energy_joules or 0.0)),
+                               covered_s + gpu.covered_s - before.covered_s)
             ledger.gpu_source = gpu.source or ledger.gpu_source
-            covered = max(covered, gpu.covered_s - before.covered_s)
         elif not gpu.in_package:
             ledger.gpu_silent = now.unknown.get(f"gpus.{at}.power_watts") or now.unknown.get(f"gpus.{at}")
         elif gpu.energy_joules is not None:
@@ -2160,7 +2207,6 @@ def _book_gpus(ledger: Ledger, last: hwdetect.Reading, now: hwdetect.Reading, sh
             ledger.gpu_memory_bytes = max(ledger.gpu_memory_bytes or 0, gpu.memory_used_bytes)
         if gpu.too_hot is not None:
             ledger.throttled = bool(ledger.throttled) or gpu.too_hot
-    ledger.gpu_covered_s += covered
 
 
 class Energy(NamedTuple):
@@ -2177,23 +2223,29 @@ def energy_of(ledger: Ledger) -> Energy:
 
     A figure of less than 90 % of the run (of a GPU, which is sampled: half) is none of the run.
     """
-    part = ledger.gpu_covered_s / ledger.measured_s if ledger.measured_s else 0.0
-    told = part >= 0.5 and ledger.gpu_joules is not None
-    gpu = (ledger.gpu_joules or 0.0) / part if told else None
+    told = bool(ledger.gpus) and 0 < ledger.measured_s <= 2 * least_covered_s(ledger)
+    gpu = sum(joules / s * ledger.measured_s for joules, s in ledger.gpus.values()) if told else None
     why = ""
     if ledger.energy_joules is None:
         why = (ledger.unknown.get("energy_joules") or ledger.unknown.get("power_watts")
                or "no energy counter was read") + ("; gpu_energy_joules is known" if told else "")
     elif ledger.energy_s < 0.9 * ledger.measured_s:
         why = f"its source told for {ledger.energy_s:.1f} s of {ledger.measured_s:.1f} s only"
-    elif ledger.gpu_joules is not None and not told:
+    elif ledger.energy_joules == 0:
+        why = f"{ledger.power_source} counted nothing: it stands still, or the run was too short"
+    elif ledger.gpus and not told:
         why = "of the GPU too little is known, see gpu_energy_joules"
-    elif ledger.uses_gpu and ledger.gpu_joules is None and ledger.gpu_silent:
+    elif ledger.uses_gpu and not ledger.gpus and ledger.gpu_silent:
         why = f"the job used a GPU whose power is unknown: {ledger.gpu_silent}"
     if why:
         return Energy(None, None, gpu, why)
     sources = [ledger.power_source or "unknown", *([ledger.gpu_source or "gpu"] if told else [])]
     return Energy((ledger.energy_joules or 0.0) + (gpu or 0.0), "+".join(sources), gpu, "")
+
+
+def least_covered_s(ledger: Ledger) -> float:
+    """Return for how long that GPU told its energy that told it least."""
+    return min((covered_s for _, covered_s in ledger.gpus.values()), default=0.0)
 
 
 def confidence_of(intervals: Iterable[Mapping[str, Any]]) -> str:
@@ -2690,6 +2742,7 @@ class Attempt(Supervisor):
     def run(self) -> Outcome:
         """Do all the work and return what it came to; nothing is left but a completed output."""
         started = time.monotonic()
+        self._place.meter.work(self, True)
         try:
             outcome = self._work()
         except Stopped as stopped:
@@ -2702,6 +2755,7 @@ class Attempt(Supervisor):
             outcome = self._broken(error)
         finally:
             self._clean()
+            self._place.meter.work(self, False)
         return dataclasses.replace(outcome, wall_s=outcome.wall_s or time.monotonic() - started,
                                    settings=self._settings, plan=self._plan, ledger=self._ledger,
                                    damaged=self._damaged, limits=self._limits.told if self._limits else {})
@@ -3103,8 +3157,8 @@ def _measured(run: Outcome, unknown: dict[str, str]) -> Json:
     ledger, energy = run.ledger, energy_of(run.ledger)
     if energy.why:
         unknown["energy_joules"] = energy.why
-    if ledger.gpu_joules is not None and energy.gpu_joules is None:
-        unknown["gpu_energy_joules"] = (f"nvidia-smi told for {ledger.gpu_covered_s:.1f} s of "
+    if ledger.gpus and energy.gpu_joules is None:
+        unknown["gpu_energy_joules"] = (f"{ledger.gpu_source} told for {least_covered_s(ledger):.1f} s of "
                                         f"{ledger.measured_s:.1f} s only")
     idle = ledger.idle_s > 0 and ledger.idle_s >= 0.9 * ledger.measured_s and energy.joules is not None
     cpu_usage, background = _cpu_usage(ledger, run.wall_s)
@@ -3322,7 +3376,7 @@ def _history(outcome: Outcome) -> Json:
     statistics_ = {name: {key: _rounded(value) for key, value in row.items()}
                    for name, row in intervals_of(counted).items()}
     return {"repeats": repeats, "statistics": statistics_,
-            "series": {"start": utc_text(ledger.started), **series}}
+            "series": {"start": utc_text(ledger.started), "power_source": ledger.power_source, **series}}
 
 
 # ---- 9 Agent --------------------------------------------------------------------------------------

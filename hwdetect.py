@@ -1950,7 +1950,7 @@ class Sampler:
         return "model", watts, round(joules, 6), covered_s
 
     def _metered(self) -> float | None:
-        """Watts of the machine's power meters: µW, or mA times mV; None where one does not tell, or tells 0."""
+        """Watts of the machine's power meters: µW, or mA times mV; None where one tells nothing or 0."""
         drawn = [math.prod(found) if len(found := self._numbers(paths)) == len(paths) else 0
                  for paths in self._meters]
         return sum(drawn) / 1e6 if drawn and min(drawn) > 0 else None

@@ -971,7 +971,7 @@ class Metering(FolderCase):
         self.assertAlmostEqual(total, 30, places=3)
 
     def test_idle_power_is_shared_like_the_gross_and_the_net_sums_too(self) -> None:
-        self.meter._baseline.idle = agent.Idle(10.0, 0.5, 0.0)
+        self.meter._baseline.idle = agent.Idle(10.0, 0.5, 0.0, "rapl")
         first, second = self.ledger(10), self.ledger(20)
         self.process(10, 3.0)
         self.process(20, 1.0)
@@ -994,6 +994,54 @@ class Metering(FolderCase):
         metrics = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=20.0))
         self.assertEqual((metrics["energy_joules"], metrics["net_energy_joules"]), (500.0, None))
         self.assertIn("no rest", metrics["unknown"]["idle_watts"])
+
+    def test_an_idle_baseline_of_something_else_is_none_of_this_run(self) -> None:
+        gpu = hwdetect.GpuReading("T4", 0, 30.0, 5.0, source="nvidia-smi", covered_s=1.0)
+        rows = [hwdetect.Reading(float(at), 5.0, None, 9.0, 9.0 * at, float(at), power_source="rapl",
+                                 gpus=(gpu,)) for at in (0, 1)]
+        for idle, words in ((agent.Idle(10.0, 0.5, 0.0, "model", 1), "of model, this run of rapl"),
+                            (agent.Idle(10.0, 0.5, 0.0, "rapl"), "lacks a GPU"),
+                            (agent.Idle(10.0, 0.5, 0.0, "rapl", 1), "")):
+            baseline, ledger = agent.Baseline(0.0), agent.Ledger()
+            baseline.idle = idle
+            agent._book(ledger, *rows, 1.0, baseline)
+            self.assertEqual(ledger.idle_s, 0.0 if words else 1.0)
+            self.assertIn(words, ledger.unknown.get("idle_watts", ""))
+
+    def test_no_idle_power_is_measured_while_an_attempt_works_unmeasured(self) -> None:
+        """It fetches, makes a clip or compares: its ledger is not joined then."""
+        with mock.patch.object(agent.Baseline, "wait_s", return_value=3600):  # its thread sleeps
+            meter = agent.Meter(self.host, self.hardware, clock=lambda: self.now)
+        self.load, attempt, found = 1, mock.Mock(), []
+        for works, rest_s in ((True, 0.0), (False, 0.0), (None, agent.IDLE_REST_S)):
+            if works is not None:
+                meter.work(attempt, works)
+            self.now += rest_s
+            for _ in range(5):
+                self.energy(10)
+                meter._sample(None)
+            found.append(meter.idle and meter.idle.watts)
+        self.assertEqual(found, [None, None, 10.0])
+
+    def test_a_counter_that_stands_still_is_no_energy(self) -> None:
+        ledger = self.ledger(10)
+        self.energy(0, 20)
+        self.meter.leave(ledger)
+        metrics = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=20.0))
+        self.assertEqual((metrics["energy_joules"], metrics["power_watts"]), (None, None))
+        self.assertIn("rapl counted nothing", metrics["unknown"]["energy_joules"])
+
+    def test_each_gpu_s_energy_is_of_the_time_that_it_told(self) -> None:
+        def reading(at: float, *told: tuple[float, float]) -> hwdetect.Reading:
+            return hwdetect.Reading(at, 50.0, None, 9.0, 9.0 * at, at, power_source="rapl", gpus=tuple(
+                hwdetect.GpuReading("L4", number, 30.0, joules, source="nvidia-smi", covered_s=covered_s)
+                for number, (joules, covered_s) in enumerate(told)))
+        for second, joules in (((200.0, 5.0), 90.0 + 300 + 400), ((80.0, 2.0), None)):
+            ledger = agent.Ledger(power_source="rapl")
+            rows = reading(0.0, (0.0, 0.0), (0.0, 0.0)), reading(10.0, (300.0, 10.0), second)
+            agent._book(ledger, *rows, 1.0, agent.Baseline(0.0))
+            agent._book_gpus(ledger, *rows, 1.0)
+            self.assertEqual(agent.energy_of(ledger).joules, joules)
 
     def test_a_paused_run_is_booked_nothing(self) -> None:
         first, second = self.ledger(10), self.ledger(20)
@@ -1119,6 +1167,11 @@ class Metering(FolderCase):
         self.assertEqual((metrics["energy_joules"], metrics["power_source"], metrics["energy_estimated"]),
                          (1000.0, "model", True))
         shown = dict(agent.result_rows({"metrics": metrics}))["energy"]
+        self.assertEqual({row["power_source"] for row in ledger.samples}, {"model"})
+        self.assertEqual(agent._history(agent.Outcome("completed", ledger=ledger))["series"]["power_source"],
+                         "model")
+        meter._baseline.idle = agent.Idle(20.0, 0.0, 0.0, "model")
+        self.assertEqual((meter.facts()["idle_source"], meter.facts()["idle_estimated"]), ("model", True))
         self.assertIn("about 1000 J", shown)
         self.assertIn("estimated", shown)
 
@@ -1197,7 +1250,7 @@ class Resting(unittest.TestCase):
         baseline = agent.Baseline(100.0)
         self.assertEqual(baseline.wait_s(100.0), 0.0)
         self.assertTrue(self.feed(baseline, 100.0, [12.0, 15.0, 18.0]))
-        self.assertEqual(baseline.idle, agent.Idle(15.0, 3.0, 7.0))
+        self.assertEqual(baseline.idle, agent.Idle(15.0, 3.0, 7.0, "rapl"))
         self.assertEqual(baseline.wait_s(103.0), agent.IDLE_EVERY_S)
         baseline.disturb(690.0)
         self.assertEqual(baseline.wait_s(690.0), agent.IDLE_REST_S)
@@ -1205,7 +1258,7 @@ class Resting(unittest.TestCase):
         baseline.disturb(724.0)
         self.assertEqual(baseline.wait_s(724.0), agent.IDLE_REST_S, "what was taken in part is void")
         self.assertTrue(self.feed(baseline, 760.0, [20.0] * 10))
-        self.assertEqual(baseline.idle, agent.Idle(20.0, 0.0, 7.0))
+        self.assertEqual(baseline.idle, agent.Idle(20.0, 0.0, 7.0, "rapl"))
 
     def test_a_busy_machine_is_not_called_idle(self) -> None:
         baseline = agent.Baseline(0.0)
@@ -1213,6 +1266,18 @@ class Resting(unittest.TestCase):
         self.assertIsNone(baseline.idle)
         self.assertIn("60 % busy", baseline.why)
         self.assertEqual(baseline.wait_s(3.0), agent.IDLE_RETRY_S)
+
+    def test_what_works_on_the_gpu_or_cannot_be_seen_is_not_called_idle(self) -> None:
+        for busy, usage, source, words in (
+                (1.0, 60.0, "rapl", "L4 was 60 % busy"), (None, 0.0, "rapl", "is unknown"),
+                (1.0, None, "battery", "changed meanwhile: battery, rapl"), (1.0, 3.0, "rapl", "")):
+            baseline = agent.Baseline(0.0)
+            for at in range(4):
+                gpu = hwdetect.GpuReading("L4", 0, 20.0, 0.0, usage)
+                baseline.take(hwdetect.Reading(float(at), busy, None, 9.0, 9.0, gpus=(gpu,),
+                                               power_source=source if at == 2 else "rapl"), 7.0)
+            self.assertIn(words, baseline.why)
+            self.assertEqual(baseline.idle, None if words else agent.Idle(29.0, 0.0, 7.0, "rapl", 1))
 
     def test_a_machine_that_tells_nothing_is_asked_once(self) -> None:
         baseline = agent.Baseline(0.0)

@@ -570,9 +570,10 @@ class Energy(TreeCase):
             self.put(f"/sys/class/power_supply/{supply}/{name}", value)
         sampler = self.sampler()
         told = [sampler.sample(0.0).power_watts]
-        for at, (path, value) in enumerate((("AC/online", 1), ("AC/online", 0), ("BAT0/power_now", 0),
-                                            ("BAT0/current_now", -2_000_000), ("BAT0/voltage_now", 11_000_000),
-                                            ("BAT1/status", "Discharging"), ("BAT1/power_now", 3_000_000)), 1):
+        for at, (path, value) in enumerate((
+                ("AC/online", 1), ("AC/online", 0), ("BAT0/power_now", 0), ("BAT0/current_now", -2_000_000),
+                ("BAT0/voltage_now", 11_000_000), ("BAT1/status", "Discharging"),
+                ("BAT1/power_now", 3_000_000)), 1):
             self.put(f"/sys/class/power_supply/{path}", value)
             told.append(sampler.sample(float(at)).power_watts)
         self.assertEqual([9.0, None, 9.0, None, None, 22.0, None, 25.0], told)
