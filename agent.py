@@ -2652,16 +2652,17 @@ class Supervisor:
         """Run one program to its end, or raise Stopped or Failure(timeout) when its group is gone."""
         self._check()
         self._tail.clear()
-        process = self._process = Process(argv, self._folder, on_stdout, self._hear)
+        if measured:  # from before its start, for of a short run that is much
+            self._read(self._place.meter.join)
+        process: Process | None = None
         try:
+            process = self._process = Process(argv, self._folder, on_stdout, self._hear)
+            self._ledger.pgid = process.pid if measured else None
             news = self._limits.take(process.pid) if self._limits else ""
             if news:
                 self._say(f"limits: {news}")
             started = hwdetect.process_started(self._place.host, process.pid)
             (self._folder / "process").write_text(f"{process.pid} {started}")
-            if measured:
-                self._ledger.pgid = process.pid
-                self._place.meter.join(self._ledger)
             limit = time.monotonic() + limit_s
             while not process.ended.wait(_SLICE_S):
                 self._check()
@@ -2669,13 +2670,20 @@ class Supervisor:
                     raise Failure("network" if scheme_of(self._subject) else "timeout",
                                   f"{self._subject}: no answer from ffprobe in {PROBE_S:.0f} s")
         finally:
-            process.end()
+            if process:
+                process.end()
             self._process = None
-            if measured and process.exit:
-                self._ledger.ended(*process.exit[1:])
-                self._place.meter.leave(self._ledger)
+            if measured:
+                self._ledger.ended(*(process.exit[1:] if process and process.exit else (0.0, 0)))
+                self._read(self._place.meter.leave)
         self._check()
         return process.exit or Exit(-signal.SIGKILL, 0.0, 0)
+
+    def _read(self, verb: Callable[[Ledger], None]) -> None:
+        """Have the meter read for the ledger; how long its sensors take is no time of the encode."""
+        asked = time.monotonic()
+        verb(self._ledger)
+        self._paused_s += time.monotonic() - asked
 
     def _rest(self, seconds: float, phase: str) -> None:
         """Let the machine rest; a pause makes it longer."""
