@@ -134,7 +134,8 @@ SMI_TOO_HOT = 0x8 | 0x20 | 0x40  # nvml.h: HwSlowdown, SwThermalSlowdown, HwTher
 POWER_SOURCES = {
     "rapl": "energy counters that move about every millisecond",
     "hwmon": "the machine's power meter, asked at each sample; it tells the mean of an interval of its own",
-    "battery": "the battery's discharge, asked at each sample; its own chip renews it every few seconds",
+    "battery": "the battery's discharge, asked at each sample; its own chip renews it every few seconds, in "
+               "steps of some joules where it tells only what is left",
     "nvidia-smi": f"the GPU's power, asked every {SMI_INTERVAL_MS} ms; on some cards it covers a part of "
                   "the time only",
     "gpu-hwmon": "the GPU's own sensor, asked at each sample",
@@ -1613,6 +1614,29 @@ class _Integral:
         return self.joules
 
 
+class _Store:
+    """Joules that go out of batteries which tell only what is left in them, in steps of some joules."""
+
+    def __init__(self) -> None:
+        self.joules = self.covered_s = 0.0
+        self.watts: float | None = None  # between the last two steps
+        self._last: tuple[float, float] | None = None
+        self._step: tuple[float, float] | None = None
+
+    def add(self, when: float, left: float | None) -> None:
+        """Add how many joules are left; None leaves a gap."""
+        if left is None or self._last is None:
+            self.watts = self._step = None
+        else:
+            self.covered_s += when - self._last[0]
+            self.joules += max(0.0, self._last[1] - left)
+            if left != self._last[1]:
+                if self._step is not None and when > self._step[0]:
+                    self.watts = max(0.0, self._step[1] - left) / (when - self._step[0]) or None
+                self._step = when, left
+        self._last = None if left is None else (when, left)
+
+
 class _Rapl:
     """Previous counters of the zones, and the joules that they gave since the start."""
 
@@ -1847,6 +1871,7 @@ class Sampler:
         self._batteries = battery_names(host)
         self._mains = [f"{SUPPLY}/{name}/online" for name in host.list(SUPPLY)
                        if _word(host, f"{SUPPLY}/{name}/type") in ("Mains", "USB")]
+        self._store = _Store()
         self._measured = {"hwmon": _Integral(), "battery": _Integral()}
         self._modelled: tuple[float, float, float] | None = None  # when; joules by then, and seconds
         self._gpu_energy = [_Integral() for _ in self._gpus]
@@ -1920,15 +1945,22 @@ class Sampler:
                 unknown["power_watts"] = "not all counters told of it" if self._rapl.joules else FIRST_SAMPLE
             return "rapl", watts, round(self._rapl.joules, 6), self._rapl.covered_s
         sources = {"hwmon": self._metered(), "battery": self._discharge()}
+        left = self._left() if sources["battery"] is None else None
+        self._store.add(now, left)
         for source, drawn in sources.items():
             self._measured[source].add(now, drawn)
         for source, drawn in sources.items():
-            if drawn is not None:
-                known = self._measured[source]
-                return source, drawn, round(known.joules, 6), known.covered_s
+            if drawn is not None or (left is not None and source == "battery"):
+                known: list[_Integral | _Store] = [self._measured[source]]
+                known += [self._store] if source == "battery" else []
+                watts = self._store.watts if drawn is None else drawn
+                if watts is None:
+                    unknown["power_watts"] = "the battery tells only what is left in it, and that in steps"
+                return (source, watts, round(sum(one.joules for one in known), 6),
+                        sum(one.covered_s for one in known))
         if self._model is not None:
             return self._estimate(self._model, now, usage, unknown)
-        battery = "; the battery tells only while it alone feeds the machine, by power_now or current_now"
+        battery = "; the battery tells only while it alone feeds the machine"
         parts = f"; of parts, as far as is known, are {self._parts}" if self._parts else ""
         reason += (battery if self._batteries else "") + (
             "; the machine's power meter does not tell now" if self._meters else parts)
@@ -1968,6 +2000,14 @@ class Sampler:
                 drawn.append(abs(power[0]) / 1e6 if any(power) else
                              abs(pair[0] * pair[1]) / 1e12 if len(pair) == 2 else 0.0)
         return sum(drawn) if drawn and all(drawn) and not any(self._numbers(self._mains)) else None
+
+    def _left(self) -> float | None:
+        """Joules left in batteries that tell no power: µWh. None as for their power."""
+        bases = [f"{SUPPLY}/{name}" for name in self._batteries]
+        told = self._numbers(f"{base}/energy_now" for base in bases)
+        drained = any(_word(self._host, f"{base}/status") == "Discharging" for base in bases)
+        alone = drained and len(told) == len(bases) and not any(self._numbers(self._mains))
+        return 3.6e-3 * sum(told) if alone else None
 
     def _read_gpus(self, now: float, unknown: dict[str, str]) -> tuple[GpuReading, ...]:
         if self._smi is not None:

@@ -578,6 +578,27 @@ class Energy(TreeCase):
             told.append(sampler.sample(float(at)).power_watts)
         self.assertEqual([9.0, None, 9.0, None, None, 22.0, None, 25.0], told)
 
+    def test_a_battery_that_tells_only_what_is_left_in_it(self) -> None:
+        """Steps of 10 mWh, which are 36 J, every 3 s: 12 W."""
+        base = "/sys/class/power_supply/BAT0"
+        for name, value in (("type", "Battery"), ("status", "Discharging"), ("energy_now", 40_000_000)):
+            self.put(f"{base}/{name}", value)
+        sampler = self.sampler()
+        first = sampler.sample(0.0)
+        self.assertEqual((None, 0.0, "battery"), (first.power_watts, first.energy_joules, first.power_source))
+        self.assertIn("what is left", first.unknown["power_watts"])
+        told = []
+        for at in range(1, 13):
+            self.put(f"{base}/energy_now", 40_000_000 - 10_000 * ((at + 1) // 3))
+            last = sampler.sample(float(at))
+            told.append(last.power_watts and round(last.power_watts, 6))
+        self.assertEqual([None] * 4 + [12.0] * 8, told)
+        self.assertEqual((144.0, 12.0), (last.energy_joules, last.covered_s))
+        self.put(f"{base}/status", "Charging")
+        self.assertIsNone(sampler.sample(13.0).energy_joules)
+        self.put(f"{base}/status", "Discharging")
+        self.assertEqual((144.0, 12.0), (lambda r: (r.energy_joules, r.covered_s))(sampler.sample(14.0)))
+
     def test_a_power_meter_that_tells_nothing_or_zero_is_no_figure(self) -> None:
         for meter in (0, 1):
             self.put(f"/sys/class/hwmon/hwmon{meter}/name", "power_meter")
