@@ -32,6 +32,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -49,6 +50,7 @@ VERSION = "1.0.0"
 GIB = 2**30
 SMALL_READ_BYTES = 64 * 1024  # a file of sysfs is at most a page
 LARGE_READ_BYTES = 4 * 2**20  # /proc/cpuinfo of hundreds of threads, pci.ids
+ARCHIVE_MOST = 64 * 2**20  # characters of a recording
 SERVER_THREADS = 16  # a server has more (the seed's rule)
 SERVER_RAM_BYTES = 32 * GIB  # and more than this
 MAX_CPUS = 65536  # a garbled list must not fill memory
@@ -60,6 +62,7 @@ SMI_INTERVAL_MS = 500
 SMI_STEP_MOST_S = 10.0  # its clock was set, or it stood still, where two answers are further apart
 SMI_AGAIN_S = 60.0  # after its end, as when the driver is renewed
 COUNTER_RESET_W = 5_000  # a counter that "wrapped" at more than this was reset: no zone draws as much
+STILL_S = 10.0  # counters that have not moved for so long since the start do not count
 ZONE_MOST_W = 1_000  # how quickly a counter may go round: it is read before it can do so twice
 POLL_S = (0.1, 10.0)  # but not more often, and for the sake of resets not more seldom, than this
 POWERCAP = "/sys/class/powercap"
@@ -726,6 +729,40 @@ def _escape(line: str) -> str:
     return "\\x3d" + line[1:] if line.startswith("===") else line
 
 
+def parse_archive(text: str) -> dict[str, tuple[str, str]]:
+    """Read an archive into {path: (kind, text)}; ValueError for what is none."""
+    entries: dict[str, tuple[str, str]] = {}
+    parts = re.split(r"^=== (file|part|link|dir|refused|there) (/.*)\n", text, flags=re.MULTILINE)
+    if parts[0].strip() or len(parts) == 1:
+        raise ValueError(f"no archive of --record: it begins with {parts[0][:40]!r}")
+    for kind, path, body in zip(parts[1::3], parts[2::3], parts[3::3]):
+        plain = re.sub(r"\\x([0-9a-f]{2})", lambda found: chr(int(found.group(1), 16)), body)
+        entries[path] = (kind, plain if kind == "file" else plain[:-1])
+    return entries
+
+
+def unpack(text: str, folder: str) -> list[str]:
+    """Make the tree of an archive; gives the paths of its files. ValueError or OSError for what is none.
+
+    Nothing is written outside of `folder`.
+    """
+    entries, folder = parse_archive(text), os.path.realpath(folder)
+    for kinds in (("file", "part", "refused", "dir"), ("link",), ("there",)):
+        for path, (kind, body) in entries.items():
+            place = folder + path
+            if kind not in kinds or not f"{os.path.realpath(os.path.dirname(place))}/".startswith(
+                    f"{folder}/") or (kind == "there" and os.path.lexists(place)):
+                continue
+            os.makedirs(place if kind == "dir" else os.path.dirname(place), exist_ok=True)
+            if kind == "link":
+                os.symlink(body, place)
+            elif kind != "dir":
+                with open(place, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+                    file.write(body)
+                os.chmod(place, 0 if kind == "refused" else 0o644)
+    return [path for path, (kind, _) in entries.items() if kind in ("file", "part")]
+
+
 # ---- 3 Parsers ------------------------------------------------------------------------------------
 
 
@@ -1281,6 +1318,11 @@ def smi_argv(program: str, fields: Iterable[str]) -> list[str]:
 def _ask_smi(host: Host) -> tuple[list[dict[str, str]], str | None]:
     """Ask nvidia-smi what the GPUs are. Gives its rows, or what went wrong."""
     program = host.which("nvidia-smi")
+    if program is None and host.foreign:  # of a recording its words are kept
+        fields, _, words = (host.read("/recorded/nvidia-smi") or "").partition("\n")
+        told = [row for row in parse_csv(words, fields.split(",")) if set(SMI_IDENTITY) <= set(row)]
+        if told:
+            return told, None
     if program is None:
         return [], "not installed, so power, usage and memory of the NVIDIA GPU stay unknown"
     result = host.run(smi_argv(program, SMI_IDENTITY), PROGRAM_S)
@@ -1652,6 +1694,7 @@ class _Rapl:
         self._whole_at: float | None = None  # time of the last sample in which all that count were read
         self._since = 0.0  # joules since then
         self._lost = False  # some of what came since then
+        self._still_s = 0.0  # how long the counters have stood where they were at the start
         self.zones: dict[str, float] = {}
         self.joules = self.covered_s = 0.0
         self.whole = False  # psys counts: it holds the GPUs too
@@ -1708,6 +1751,7 @@ class _Rapl:
         self._alike = alike
         if set(needed) <= set(counters) and not (between and self._whole_at is not None):
             self.covered_s += elapsed if told else 0.0
+            self._still_s = 0.0 if self.joules else self._still_s + elapsed
             self._whole_at, self._since, self._lost = now, 0.0, False
         return watts
 
@@ -1760,6 +1804,8 @@ class _Rapl:
         """Say why there is no total; None when there is one."""
         whole = [zone for zone in self._zones.values() if zone.kind in ("package", "psys")]
         closed = [zone for zone in whole if zone.name not in self._counters]
+        if self._still_s >= STILL_S:
+            return "the RAPL counters stand still: this kernel or virtual machine does not count"
         if whole and (self.whole or not any(zone.kind == "package" for zone in closed)):
             return None if len(closed) < len(whole) else why_closed(self._host, whole[0])
         return why_closed(self._host, closed[0]) if whole else why_no_rapl(self._host)
@@ -2086,7 +2132,7 @@ Every flag has an environment variable (--state-dir: FFDIST_STATE_DIR); a flag b
 # flag, what it takes (None: a switch), help
 FLAGS: tuple[tuple[str, str | None, str], ...] = (
     ("--json", None, "print JSON; with --watch one object a line"),
-    ("--root", "DIR", "read a tree instead of this machine"),
+    ("--root", "PLACE", "read a tree instead of this machine, or what --record wrote"),
     ("--no-probe", None, "do not try the encoders"),
     ("--record", "FILE", "write the files that detection reads into one text archive (- for stdout)"),
     ("--watch", "INTERVAL", "print a reading every INTERVAL, such as 1s or 500ms"),
@@ -2114,8 +2160,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--watch: {error}")
     if options.interval_s is not None and not 0.01 <= options.interval_s <= 86_400:
         parser.error(f"--watch: {options.watch} is not between 10ms and 24h")
-    if options.root is not None and not os.path.isdir(options.root):
-        parser.error(f"--root: {options.root} is not a folder")
+    if options.root is not None and not os.path.exists(options.root):
+        parser.error(f"--root: {options.root} is neither a folder nor an archive of --record")
     return options
 
 
@@ -2242,7 +2288,19 @@ def _record(host: Host, file: str) -> int:
 
 
 def _command(options: argparse.Namespace) -> int:
-    host = Host(options.root or "/")
+    if options.root is None or os.path.isdir(options.root):
+        return _carry_out(Host(options.root or "/"), options)
+    with tempfile.TemporaryDirectory(prefix="ffdist-root-") as folder:
+        try:
+            with open(options.root, encoding="utf-8", newline="") as file:
+                unpack(file.read(ARCHIVE_MOST), folder)
+        except (OSError, ValueError) as error:
+            print(f"hwdetect.py: --root: {options.root} cannot be read: {_words(error)}", file=sys.stderr)
+            return 2
+        return _carry_out(Host(folder), options)
+
+
+def _carry_out(host: Host, options: argparse.Namespace) -> int:
     if options.record is not None:
         return _record(host, options.record)
     if options.interval_s is not None:

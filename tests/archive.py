@@ -13,7 +13,6 @@ backslashes, control characters and a leading "===" escaped as \\xNN.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -22,42 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hwdetect
 
 
-def parse(text: str) -> dict[str, tuple[str, str]]:
-    """Read an archive into {path: (kind, text)}; ValueError for what is none."""
-    entries: dict[str, tuple[str, str]] = {}
-    parts = re.split(r"^=== (file|part|link|dir|refused|there) (/.*)\n", text, flags=re.MULTILINE)
-    if parts[0].strip():
-        raise ValueError(f"text before the first entry: {parts[0][:40]!r}")
-    for kind, path, body in zip(parts[1::3], parts[2::3], parts[3::3]):
-        plain = re.sub(r"\\x([0-9a-f]{2})", lambda found: chr(int(found.group(1), 16)), body)
-        entries[path] = (kind, plain if kind == "file" else plain[:-1])
-    return entries
-
-
 def unpack(text: str, tree: Path) -> list[str]:
-    """Make the tree of an archive; gives the paths of its files. Nothing is written outside of `tree`."""
-    entries = parse(text)
-    for order in (("file", "part", "refused", "dir"), ("link",), ("there",)):
-        for path, (kind, body) in entries.items():
-            if kind in order:
-                _make(tree, path, kind, body)
-    return [path for path, (kind, _) in entries.items() if kind in ("file", "part")]
-
-
-def _make(tree: Path, path: str, kind: str, body: str) -> None:
-    place = tree / path.lstrip("/")
-    if ".." in place.parts or (kind == "there" and os.path.lexists(place)):
-        return
-    if kind == "dir":
-        place.mkdir(parents=True, exist_ok=True)
-        return
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if kind == "link":
-        place.symlink_to(body)
-        return
-    place.write_bytes(body.encode("utf-8", "surrogateescape"))
-    if kind == "refused":
-        place.chmod(0)
+    """Make the tree of an archive; gives the paths of its files."""
+    return hwdetect.unpack(text, str(tree))
 
 
 def pack(tree: Path) -> str:

@@ -1029,7 +1029,11 @@ class Metering(FolderCase):
         self.meter.leave(ledger)
         metrics = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=20.0))
         self.assertEqual((metrics["energy_joules"], metrics["power_watts"]), (None, None))
-        self.assertIn("rapl counted nothing", metrics["unknown"]["energy_joules"])
+        self.assertIn("stand still", metrics["unknown"]["energy_joules"])
+        short = self.ledger(11)
+        self.energy(0)
+        self.meter.leave(short)
+        self.assertIn("rapl counted nothing", agent.energy_of(short).why)
 
     def test_each_gpu_s_energy_is_of_the_time_that_it_told(self) -> None:
         def reading(at: float, *told: tuple[float, float]) -> hwdetect.Reading:

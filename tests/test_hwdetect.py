@@ -388,6 +388,14 @@ class Energy(TreeCase):
         last = sampler.sample(2.0)
         self.assertEqual((None, 1.0), (last.power_watts, last.covered_s))
 
+    def test_counters_that_never_move_count_nothing(self) -> None:
+        self.zone("intel-rapl:0", "package-0", 5)
+        *_, last = still = self.readings(*[dict(rapl_0=5)] * 4, step_s=4.0)
+        self.assertEqual([0.0, 0.0, 0.0, None, None], [reading.energy_joules for reading in still])
+        self.assertIn("stand still", last.unknown["energy_joules"])
+        *_, late = self.readings(*[dict(rapl_0=5)] * 4, dict(rapl_0=8_000_005), step_s=4.0)
+        self.assertEqual((8.0, 2.0, "rapl"), (late.energy_joules, late.power_watts, late.power_source))
+
     def test_zones_that_come_later_count_from_then_on(self) -> None:
         """A driver is loaded while it runs; a zone that goes away is still missed."""
         sampler = self.sampler()
@@ -1205,7 +1213,36 @@ class Commands(TreeCase):
             whole = text.read_text(encoding="utf-8")
             self.setUp()
             archive.unpack(whole, self.tree)
-            self.assertEqual(archive.parse(whole), archive.parse(archive.pack(self.tree)))
+            self.assertEqual(hwdetect.parse_archive(whole), hwdetect.parse_archive(archive.pack(self.tree)))
+
+    def test_a_recording_can_be_read_as_a_root(self) -> None:
+        for name in ("xeon-t4", "laptop-intel"):
+            place = HERE / "hosts" / f"{name}.txt"
+            golden = json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
+            code, out, err = self.call("--root", str(place), "--json")
+            self.assertEqual((0, ""), (code, err))
+            for field in ("address", "gpus", "rapl", "ram_bytes", "node_type", "sensors", "batteries"):
+                self.assertEqual(golden[field], json.loads(out)[field], field)
+
+    def test_what_is_no_recording_is_told_in_a_sentence(self) -> None:
+        for text, words in (("hello", "no archive of --record"), ("", "no archive"), ("\0\xff", "no archive"),
+                            ("=== link /a\n/etc\n=== file /a/b\nx\n", "exists")):
+            self.put("/bad", "")
+            (self.tree / "bad").write_text(text, encoding="utf-8")
+            code, out, err = self.call("--root", str(self.tree / "bad"))
+            self.assertEqual((2, ""), (code, out))
+            self.assertIn(words, err)
+            self.assertEqual(1, err.count("\n"))
+
+    def test_an_archive_writes_nothing_outside(self) -> None:
+        inside, outside = self.tree / "in", self.tree / "out"
+        inside.mkdir()
+        outside.mkdir()
+        hwdetect.unpack(f"=== link /a\n{outside}\n=== there /b/../../out/c\n=== file /../out/d\nx\n",
+                        str(inside))
+        with contextlib.suppress(OSError):
+            hwdetect.unpack(f"=== link /e\n{outside}\n=== there /e/f\n=== link /e/g\nx\n", str(inside))
+        self.assertEqual([], os.listdir(outside))
 
 
 class Pieces(unittest.TestCase):
