@@ -2048,9 +2048,14 @@ class Meter:
                 "idle_unknown": None if idle else self._baseline.why}
 
     def work(self, attempt: Attempt, works: bool) -> None:
-        """Note that an attempt begins or has ended: idle power is not measured meanwhile."""
+        """Note that an attempt begins or has ended: idle power is not measured meanwhile.
+
+        And nvidia-smi, which starts slowly, goes on for a while between two of its encodes.
+        """
         (self._working.add if works else self._working.discard)(attempt)
         self._worked_at = self._clock()
+        if not works:
+            self._tell("rest", Ledger())
 
     def join(self, ledger: Ledger) -> None:
         """Begin to measure for a ledger; returns when the first reading is taken."""
@@ -2079,7 +2084,8 @@ class Meter:
                 message = self._messages.get(timeout=wait_s)
             what, told, done = message or ("", None, None)
             try:
-                self._sample(told)
+                if what != "rest":
+                    self._sample(told)
             except Exception as error:  # a driver's whim must not end an encode
                 self._baseline.disturb(self._clock())
                 for ledger in filter(None, (*self._ledgers, told)):
@@ -2122,7 +2128,7 @@ class Meter:
         if what == "join":
             ledger.started = time.time()
             self._ledgers.append(ledger)
-        if not self._ledgers:
+        if not self._ledgers and not self._working:
             self._close()
 
     def _tick(self, reading: hwdetect.Reading) -> None:
@@ -2221,7 +2227,8 @@ class Energy(NamedTuple):
 def energy_of(ledger: Ledger) -> Energy:
     """Return a run's energy: the machine's figure and the GPUs that it does not hold.
 
-    A figure of less than 90 % of the run (of a GPU, which is sampled: half) is none of the run.
+    What was not told of counts like the rest; but a figure of less than 90 % of the run (of a GPU, which is
+    sampled: half) is none of the run.
     """
     told = bool(ledger.gpus) and 0 < ledger.measured_s <= 2 * least_covered_s(ledger)
     gpu = sum(joules / s * ledger.measured_s for joules, s in ledger.gpus.values()) if told else None
@@ -2240,7 +2247,8 @@ def energy_of(ledger: Ledger) -> Energy:
     if why:
         return Energy(None, None, gpu, why)
     sources = [ledger.power_source or "unknown", *([ledger.gpu_source or "gpu"] if told else [])]
-    return Energy((ledger.energy_joules or 0.0) + (gpu or 0.0), "+".join(sources), gpu, "")
+    whole = ledger.measured_s / ledger.energy_s if 0 < ledger.energy_s < ledger.measured_s else 1.0
+    return Energy((ledger.energy_joules or 0.0) * whole + (gpu or 0.0), "+".join(sources), gpu, "")
 
 
 def least_covered_s(ledger: Ledger) -> float:

@@ -1023,6 +1023,17 @@ class Metering(FolderCase):
             found.append(meter.idle and meter.idle.watts)
         self.assertEqual(found, [None, None, 10.0])
 
+    def test_sensors_stay_open_between_the_encodes_of_an_attempt_and_no_longer(self) -> None:
+        attempt, found = mock.Mock(), []
+        self.meter.work(attempt, True)
+        for pid in (10, 11):
+            self.meter.leave(self.ledger(pid))
+            found.append(self.meter._sampler)
+        self.assertIsNotNone(found[0])
+        self.assertIs(found[0], found[1])
+        self.meter.work(attempt, False)
+        self.assertIsNone(self.meter._sampler)
+
     def test_a_counter_that_stands_still_is_no_energy(self) -> None:
         ledger = self.ledger(10)
         self.energy(0, 20)
@@ -1156,6 +1167,18 @@ class Metering(FolderCase):
             metrics = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=4.0))
             self.assertIsNone(metrics["energy_joules"], what)
             self.assertIn("told for 3.0 s of 4.0 s", metrics["unknown"]["energy_joules"])
+
+    def test_a_second_of_twenty_that_was_not_told_counts_like_the_rest(self) -> None:
+        ledger = self.ledger(10)
+        for at in range(20):
+            self.energy(30)
+            if at == 7:
+                self.used_uj = 1_000_000
+                self.energy(0, 0)
+            self.meter.join(ledger)  # a reading
+        self.meter.leave(ledger)
+        self.assertEqual((ledger.energy_joules, ledger.energy_s), (570.0, 19.0))
+        self.assertAlmostEqual(agent.energy_of(ledger).joules or 0, 600.0)
 
     def test_an_estimate_is_marked_wherever_it_is_shown(self) -> None:
         shutil.rmtree(self.folder / "sys")
