@@ -122,7 +122,8 @@ CPU_TEMPERATURE = ("coretemp", "k10temp", "zenpower", "cpu_thermal", "x86_pkg_te
 MACHINE_POWER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("power_meter", ()), ("ina3221", ("VDD_IN",)),
     ("ina3221", ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0")))
-SENSOR_UNITS = {"temp": ("celsius", 1e-3), "power": ("watts", 1e-6), "fan": ("rpm", 1.0)}
+SENSOR_UNITS = {"temp": ("celsius", 1e-3), "power": ("watts", 1e-6), "energy": ("joules", 1e-6),
+                "fan": ("rpm", 1.0)}
 
 # Those whose free space can be asked without hanging: no network, no FUSE
 LOCAL_FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "overlay", "vfat",
@@ -1446,7 +1447,7 @@ def _hwmon(host: Host) -> Iterator[Sensor]:
         base = f"/sys/class/hwmon/{entry}"
         chip, names = _word(host, f"{base}/name") or entry, host.list(base)
         for name in names:
-            match = re.fullmatch(r"((temp|power|fan)[0-9]+)_(input|average)", name, re.ASCII)
+            match = re.fullmatch(r"((temp|power|fan|energy)[0-9]+)_(input|average)", name, re.ASCII)
             if match is None or (name.endswith("_input") and f"{match.group(1)}_average" in names):
                 continue
             value, (unit, scale) = _int(host, f"{base}/{name}"), SENSOR_UNITS[match.group(2)]
@@ -1910,7 +1911,7 @@ class Sampler:
         self._smi = _Smi(host, smi_interval_ms) if any(g.vendor == "NVIDIA" for g in self._gpus) else None
         self._rapl = _Rapl(host)
         self._meters = [paths_of_power(sensor) for sensor in whole_machine(hw.sensors)]
-        self._parts = ", ".join(f"{s.chip} {s.label}" for s in hw.sensors if s.unit == "watts")
+        self._parts = ", ".join(f"{s.chip} {s.label}" for s in hw.sensors if s.unit in ("watts", "joules"))
         heat = [s for s in hw.sensors if s.unit == "celsius" and s.chip in CPU_TEMPERATURE]
         # The first of each chip is the package's; asking every core would wake them all.
         self._heat = list({os.path.dirname(s.path): s.path for s in reversed(heat)}.values())

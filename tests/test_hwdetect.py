@@ -631,6 +631,9 @@ class Energy(TreeCase):
                 self.put(f"{base}/in{channel}_label", label)
                 self.put(f"{base}/in{channel}_input", 5000)
                 self.put(f"{base}/curr{channel}_input", ma)
+            self.put("/sys/class/hwmon/hwmon1/name", "scmi_sensors")
+            self.put("/sys/class/hwmon/hwmon1/energy1_input", 27_697_142)
+            self.put("/sys/class/hwmon/hwmon1/energy1_label", "BIG")
             self.put(f"{base}/in7_label", "sum of shunt voltages")
             self.put(f"{base}/curr4_input", 4800)
             sampler = self.sampler()
@@ -638,7 +641,7 @@ class Energy(TreeCase):
             last = sampler.sample(2.0)
             self.assertEqual((watts, watts and 2 * watts), (last.power_watts, last.energy_joules))
             if watts is None:
-                self.assertIn("ina3221 VDD_CPU, ina3221 VDD_GPU", last.unknown["energy_joules"])
+                self.assertIn("are scmi_sensors BIG, ina3221 VDD_CPU, ina3221", last.unknown["energy_joules"])
 
     def test_a_model_only_where_it_is_given_and_nothing_tells(self) -> None:
         def sampled(model: tuple[float, float] | None) -> Reading:
