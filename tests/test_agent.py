@@ -1013,7 +1013,7 @@ class Metering(FolderCase):
         with mock.patch.object(agent.Baseline, "wait_s", return_value=3600):  # its thread sleeps
             meter = agent.Meter(self.host, self.hardware, clock=lambda: self.now)
         self.load, attempt, found = 1, mock.Mock(), []
-        for works, rest_s in ((True, 0.0), (False, 0.0), (None, agent.IDLE_REST_S)):
+        for works, rest_s in ((True, agent.IDLE_REST_S), (False, 0.0), (None, agent.IDLE_REST_S)):
             if works is not None:
                 meter.work(attempt, works)
             self.now += rest_s
