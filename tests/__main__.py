@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import ffdist
-from tests.support import CACHE, newer_ffmpeg
+from tests.support import CACHE, forget_programs, newer_ffmpeg, told_by_programs
 
 TOP = Path(__file__).resolve().parent.parent
 NEWER_FFMPEG = "imageio-ffmpeg==0.8.1"  # its wheel carries a static binary
@@ -159,6 +159,7 @@ class Recorder(unittest.TestResult):
 
     def startTest(self, test: unittest.TestCase) -> None:
         super().startTest(test)
+        forget_programs()
         self._begin(True)
         self._write({"begins": test.id()})
 
@@ -174,6 +175,7 @@ class Recorder(unittest.TestResult):
     def _end(self, test: Any) -> None:
         outcome = "failed" if self._problems else "skipped" if self._skips else "passed"
         words = "\n".join(self._problems) or "; ".join(dict.fromkeys(self._skips))
+        words += told_by_programs() if self._problems else ""
         self._write({"test": test.id(), "outcome": outcome, "words": words,
                      "seconds": time.monotonic() - self._began})
 
@@ -280,11 +282,14 @@ class Modules:
             return tally
         reader, writer = os.pipe()
         words = Path(self._folder) / f"{module}.output"
+        # What is imported is compiled once for all programs of a run, and the working tree stays as it is.
+        env = {**os.environ, "TMPDIR": self._folder, "PYTHONPYCACHEPREFIX": f"{self._folder}/pycache"}
+        env.pop("PYTHONDONTWRITEBYTECODE", None)
         with open(words, "wb") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "tests", "--outcomes-to", str(writer), *names], cwd=TOP,
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-                pass_fds=[writer], env={**os.environ, "TMPDIR": self._folder})
+                pass_fds=[writer], env=env)
         self._running.add(process.pid)
         os.close(writer)
         timer = threading.Timer(MODULE_S, process.send_signal, (signal.SIGABRT,))

@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 TOP = Path(__file__).resolve().parent.parent
 FILM = TOP.parent / "shared" / "media" / "bigbuckbunny.mp4"
@@ -25,15 +25,19 @@ PATIENCE_S = 60.0
 
 
 def wait_for(what: Callable[[], Any], seconds: float = PATIENCE_S, why: str = "") -> Any:
-    """Return the first true value of `what`; AssertionError after the deadline."""
-    deadline = time.monotonic() + seconds
+    """Return the first true value of `what`; AssertionError after the deadline, which is never a short one.
+
+    It looks ever more rarely: looking takes time from what is waited for.
+    """
+    began, limit = time.monotonic(), max(seconds, PATIENCE_S)
     while True:
         value = what()
         if value:
             return value
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds} s: {why or what}")
-        time.sleep(0.02)
+        waited = time.monotonic() - began
+        if waited > limit:
+            raise AssertionError(f"not within {limit} s: {why or what}")
+        time.sleep(min(0.15, 0.02 + waited / 20))
 
 
 def need(*programs: str) -> None:
@@ -111,13 +115,17 @@ def all_of(connection: socket.socket) -> bytes:
 class Program:
     """A process of ours under test, its stderr in a file; end() leaves nothing behind."""
 
+    known: ClassVar[list[Program]] = []  # since the running test began, and those that all tests share
+
     def __init__(self, argv: list[str], folder: Path, name: str, env: dict[str, str] | None = None,
                  cwd: Path | None = None) -> None:
         clean = {key: value for key, value in os.environ.items() if not key.startswith("FFDIST_")}
         self.log = folder / f"{name}.log"
         self._file = open(self.log, "ab")
+        self._said = ""  # its last words, once it has ended
         self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=self._file, stderr=self._file,
                                         cwd=cwd or folder, env={**clean, "HOME": str(folder), **(env or {})})
+        self.known.append(self)
 
     @property
     def pid(self) -> int:
@@ -126,27 +134,48 @@ class Program:
     def words(self) -> str:
         return self.log.read_text(errors="replace")
 
+    def last_words(self) -> str:
+        """Return the end of what it said, also when its folder has gone."""
+        with contextlib.suppress(OSError):
+            self._said = self.words()
+        return "\n".join(self._said.splitlines()[-20:])
+
     def wait(self, seconds: float = PATIENCE_S) -> int:
-        return self.process.wait(seconds)
+        return self.process.wait(max(seconds, PATIENCE_S))
 
     def kill(self) -> None:
         """kill -9."""
         self.process.kill()
         self.process.wait()
+        self._close()
+
+    def _close(self) -> None:
+        self.last_words()
         self._file.close()
 
     def end(self, number: int = signal.SIGTERM) -> None:
         if self.process.poll() is None:
             self.process.send_signal(number)
             try:
-                self.process.wait(30)
+                self.process.wait(PATIENCE_S)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
                 raise AssertionError(f"{self.log.stem} did not end on a signal: {self.words()}") from None
             finally:
-                self._file.close()
-        self._file.close()
+                self._close()
+        self._close()
+
+
+def told_by_programs() -> str:
+    """Return the last words of each program that the running test started, or shares."""
+    words = {str(program.log): program.last_words() for program in Program.known}
+    return "".join(f"\n-- the end of {os.path.basename(log)}:\n{said}\n" for log, said in words.items() if said)
+
+
+def forget_programs() -> None:
+    """Forget the programs that have ended: the next test begins."""
+    Program.known[:] = [program for program in Program.known if program.process.poll() is None]
 
 
 class Master(Program):
@@ -158,8 +187,8 @@ class Master(Program):
                 str(port), "--data-dir", str(folder / "master"), *flags]
         start = (folder / "master.log").stat().st_size if (folder / "master.log").exists() else 0
         super().__init__(argv, folder, "master", env)
-        found = wait_for(lambda: self._address(start) or self.process.poll() is not None, 30,
-                         "the master's address")
+        found = wait_for(lambda: self._address(start) or self.process.poll() is not None,
+                         why="the master's address")
         if not isinstance(found, int) or isinstance(found, bool):
             raise AssertionError(f"the master did not start: {self.words()}")
         self.port = found
