@@ -169,8 +169,8 @@ class Program:
 
 def told_by_programs() -> str:
     """Return the last words of each program that the running test started, or shares."""
-    words = {str(program.log): program.last_words() for program in Program.known}
-    return "".join(f"\n-- the end of {os.path.basename(log)}:\n{said}\n" for log, said in words.items() if said)
+    words = {program.log: program.last_words() for program in Program.known}
+    return "".join(f"\n-- the end of {log.name}:\n{said}\n" for log, said in words.items() if said)
 
 
 def forget_programs() -> None:
@@ -291,7 +291,7 @@ class Case(unittest.TestCase):
         return master, agent
 
 
-def run(*argv: str, folder: Path, env: dict[str, str] | None = None, timeout: float = 120,
+def run(*argv: str, folder: Path, env: dict[str, str] | None = None, timeout: float = 300,
         stdin: str = "") -> subprocess.CompletedProcess[str]:
     """Run a command line of ours to its end."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("FFDIST_")}

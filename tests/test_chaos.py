@@ -85,7 +85,7 @@ class Fleet:
 
     def start_master(self) -> Master:
         return Master(self.folder, "--node-timeout", "3s", port=self.port,
-                      env={"FFDIST_RETRY_DELAY_MOST": "10s"})
+                      env={"FFDIST_RETRY_DELAY_MOST": "3s"})
 
     def start_agent(self, number: int) -> Agent:
         work = ["--work-dir", str(self.disk)] if self.disk and number == 0 else []

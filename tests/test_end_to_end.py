@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unittest
@@ -68,9 +69,20 @@ class FleetCase(Case):
     def encoding(self, agent: Agent) -> set[int]:
         """Wait until the FFmpeg of a live encode runs, not of its source; return its processes."""
         try:
-            return wait_for(lambda: processes_under(agent.work) & processes_called("\0-re\0"), 30, "encode")
+            return wait_for(lambda: processes_under(agent.work) & processes_called("\0-re\0"), why="encode")
         except AssertionError as error:
             raise AssertionError(f"{error}; the agent says: {agent.words()}") from None
+
+    def held(self, agent: Agent) -> set[int]:
+        """Stop the FFmpeg of a live encode, or it might end before what is to be done meanwhile."""
+        pids = self.encoding(agent)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        return pids
+
+    def go_on(self, pids: set[int]) -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
     def live(self, master: Master, seconds: float, **more: object) -> str:
         """Submit a job that takes so many seconds by the clock; return its id."""
@@ -95,7 +107,51 @@ class FleetCase(Case):
         self.assertEqual(list((self.folder / "media").rglob(".ffdist-*")), [], "no hidden output may be left")
 
 
-class ARunningFleet(FleetCase):
+class OneFleet(FleetCase):
+    """One master and one agent for all tests of a class; each finds them without work."""
+
+    flags: ClassVar[tuple[str, ...]] = ()
+    home: ClassVar[Path]
+    both: ClassVar[tuple[Master, Agent]]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        need("ffmpeg", "ffprobe")
+        cls.home = Path(tempfile.mkdtemp(prefix="ffdist-test-"))
+        cls.addClassCleanup(shutil.rmtree, cls.home, ignore_errors=True)
+        master = Master(cls.home)
+        cls.addClassCleanup(master.end)
+        cls.both = master, Agent(cls.home, cls.reached(master), *cls.flags)
+        cls.addClassCleanup(cls.both[1].end)
+        wait_for(lambda: master.get("/nodes")["count"], why="the agent registers")
+
+    @classmethod
+    def reached(cls, master: Master) -> str:
+        """Return the address at which the agent reaches the master."""
+        return master.url
+
+    def setUp(self) -> None:
+        self.folder = self.home
+        self.addCleanup(self.let_rest)
+
+    def let_rest(self) -> None:
+        """Cancel what is still open, let the node work again, and empty the media root."""
+        master, _ = self.both
+        jobs = [job["id"] for status in ("pending", "running", "paused")
+                for job in master.get(f"/jobs?status={status}")["jobs"]]
+        for job in jobs:
+            master.call("POST", f"/jobs/{job}/cancel")
+        for job in jobs:
+            master.finished(job)
+        master.call("POST", f"/nodes/{master.get('/nodes')['nodes'][0]['id']}/resume")
+        for path in (self.folder / "media").iterdir():
+            path.unlink()
+
+    def fleet(self, *flags: str, **more: Any) -> tuple[Master, Agent]:
+        return self.both
+
+
+class ARunningFleet(OneFleet):
     def test_a_job_is_registered_dispatched_run_and_its_result_seen_in_the_masters_log(self) -> None:
         master, agent = self.fleet()
         job = master.finished(master.submit("64p25-h264", duration=0.4, output="o.mp4")["id"])
@@ -109,13 +165,6 @@ class ARunningFleet(FleetCase):
         self.assertIn("registered with", agent.words())
         self.nothing_left(agent)
 
-    def test_heartbeats_show_at_debug_level(self) -> None:
-        need("ffmpeg", "ffprobe")
-        master = self.master("--log-level", "debug")
-        agent = self.agent(master, "--heartbeat-interval", "0.2s", "--log-level", "debug")
-        wait_for(lambda: master.words().count("heartbeat of agent") >= 3, 30)
-        self.assertIn("heartbeat", agent.words())
-
     def test_a_failed_job_says_why_everywhere(self) -> None:
         master, agent = self.fleet()
         job = master.finished(master.submit("64p25-h264", input="none.mp4")["id"])
@@ -123,14 +172,6 @@ class ARunningFleet(FleetCase):
         for words in (job["error"], master.words(), agent.words()):
             self.assertIn("none.mp4", words)
         self.assertNotIn("Traceback", master.words() + agent.words())
-
-    def test_two_jobs_run_side_by_side_where_two_may(self) -> None:
-        master, agent = self.fleet("--max-concurrent-jobs", "2")
-        jobs = [self.live(master, 2) for _ in range(3)]
-        wait_for(lambda: [master.get(f"/jobs/{job}")["status"] for job in jobs].count("running") == 2, 30)
-        self.assertEqual(master.get(f"/jobs/{jobs[2]}")["status"], "pending")
-        self.assertEqual([master.finished(job)["status"] for job in jobs], ["completed"] * 3)
-        self.nothing_left(agent)
 
     def test_a_cancelled_encode_is_gone_with_its_files_before_it_is_reported(self) -> None:
         master, agent = self.fleet()
@@ -164,10 +205,11 @@ class ARunningFleet(FleetCase):
     def test_a_drained_node_finishes_what_runs_and_takes_nothing_more(self) -> None:
         master, agent = self.fleet()
         node = master.get("/nodes")["nodes"][0]["id"]
-        running = self.live(master, 3)
-        self.encoding(agent)
+        running = self.live(master, 1)
+        pids = self.held(agent)
         self.assertEqual(master.call("POST", f"/nodes/{node}/drain").body["status"], "draining")
         waiting = master.submit("64p25-h264", duration=0.2)["id"]
+        self.go_on(pids)
         self.assertEqual(master.finished(running)["status"], "completed")
         self.assertEqual(master.get(f"/jobs/{waiting}")["status"], "pending")
         self.assertEqual(master.call("POST", f"/nodes/{node}/resume").status, 200)
@@ -184,20 +226,6 @@ class ARunningFleet(FleetCase):
         self.assertEqual(state["retry_count"], 0)
         self.nothing_left(agent)
 
-    def test_a_job_whose_ffmpeg_was_killed_is_done_on_the_other_node(self) -> None:
-        master, agent = self.fleet()
-        job = self.live(master, 10)
-        pids = self.encoding(agent)
-        self.agent(master, name="other")
-        wait_for(lambda: master.get("/nodes")["count"] == 2, 30)
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-        done = master.finished(job)
-        self.assertEqual((done["status"], done["attempt"], done["retry_count"]), ("completed", 2, 1))
-        self.assertEqual(done["attempts"][0]["failure_reason"], "killed")
-        self.assertIn("SIGKILL", done["attempts"][0]["error"])
-        self.assertEqual(done["result"]["node"], "other")
-
     def test_progress_and_log_lines_arrive_while_it_runs(self) -> None:
         master, _ = self.fleet()
         job = self.live(master, 6)
@@ -210,6 +238,38 @@ class ARunningFleet(FleetCase):
         master.finished(job)
 
 
+class MoreSlotsOrNodes(FleetCase):
+    def test_two_jobs_run_side_by_side_where_two_may_and_heartbeats_show_at_debug_level(self) -> None:
+        need("ffmpeg", "ffprobe")
+        master = self.master("--log-level", "debug")
+        agent = self.agent(master, "--max-concurrent-jobs", "2", "--heartbeat-interval", "0.2s",
+                           "--log-level", "debug")
+        jobs = [self.live(master, 2) for _ in range(3)]
+
+        def states() -> list[str]:
+            return [job["status"] for job in reversed(master.get("/jobs")["jobs"])]
+        wait_for(lambda: states() == ["running", "running", "pending"], why="two run, and the third waits")
+        self.assertEqual([master.finished(job)["status"] for job in jobs], ["completed"] * 3)
+        wait_for(lambda: master.words().count("heartbeat of agent") >= 3, why="the master tells of them")
+        self.assertIn("heartbeat", agent.words())
+        self.nothing_left(agent)
+
+    def test_a_job_whose_ffmpeg_was_killed_is_done_on_the_other_node(self) -> None:
+        need("ffmpeg", "ffprobe")
+        master = self.master("--retry-delay", "0.1s")
+        agents = {name: self.agent(master, name=name) for name in ("one", "other")}
+        wait_for(lambda: master.get("/nodes")["count"] == 2, why="both register")
+        job = self.live(master, 4)
+        first = wait_for(lambda: [name for name, agent in agents.items() if processes_under(agent.work)])[0]
+        for pid in self.encoding(agents.pop(first)):
+            os.kill(pid, signal.SIGKILL)
+        done = master.finished(job)
+        self.assertEqual((done["status"], done["attempt"], done["retry_count"]), ("completed", 2, 1))
+        self.assertEqual(done["attempts"][0]["failure_reason"], "killed")
+        self.assertIn("SIGKILL", done["attempts"][0]["error"])
+        self.assertEqual([done["result"]["node"]], list(agents))
+
+
 class ASickNode(FleetCase):
     def test_a_node_whose_disk_is_full_is_taken_out_and_comes_back_when_it_is_well(self) -> None:
         master = self.master("--retry-delay", "0.2s", "--retry-delay-most", "1s")
@@ -218,23 +278,23 @@ class ASickNode(FleetCase):
         with contextlib.suppress(OSError):
             ballast.write_bytes(bytes(16 << 20))
         self.agent(master, "--work-dir", str(disk / "work"), "--min-free", "4M", name="sick")
-        self.agent(master, name="well")
 
         def node(name: str) -> Any:
             return next((node for node in master.get("/nodes")["nodes"] if node["name"] == name), None)
-        wait_for(lambda: node("sick") and node("well"), 30)
-        jobs = [master.submit("64p25-h264", duration=0.2)["id"] for _ in range(10)]
+        jobs = [master.submit("64p25-h264", duration=0.2)["id"] for _ in range(5)]
+        wait_for(lambda: node("sick") and node("sick")["status"] == "quarantined", why="three failures")
+        self.agent(master, name="well")
         for job in jobs:
             done = master.finished(job)
             self.assertEqual((done["status"], done["result"]["node"]), ("completed", "well"))
-        sick = wait_for(lambda: node("sick")["status"] == "quarantined" and node("sick"), 30)
+        sick = node("sick")
         self.assertIn("out_of_disk", sick["quarantine"]["reason"])
         self.assertIn(str(disk), sick["quarantine"]["reason"])
         shown = run(str(TOP / "ffdist.py"), "nodes", "--master", master.url, folder=self.folder).stdout
         self.assertRegex(shown, "sick is in quarantine: .*out_of_disk")
         ballast.unlink()
-        wait_for(lambda: node("sick")["status"] == "available", 60, "a canary that succeeds")
-        self.assertEqual(master.get("/jobs")["total"], 10, "canaries are not shown")
+        wait_for(lambda: node("sick")["status"] == "available", 120, "a canary that succeeds")
+        self.assertEqual(master.get("/jobs")["total"], 5, "canaries are not shown")
 
 
 class Kills(FleetCase):
@@ -245,11 +305,13 @@ class Kills(FleetCase):
 
     def test_a_killed_master_comes_back_and_the_encode_has_gone_on(self) -> None:
         master, agent = self.fleet()
-        job = self.live(master, 4)
-        pids = self.encoding(agent)
+        job = self.live(master, 2)
+        pids = self.held(agent)
         master.kill()
+        wait_for(lambda: "work goes on" in agent.words(), why="the agent has noticed")
         master = self.restarted(master)
         self.assertTrue(pids & processes_under(agent.work), "the encode goes on")
+        self.go_on(pids)
         ended = master.finished(job)
         self.assertEqual((ended["status"], ended["attempt"], ended["retry_count"]), ("completed", 1, 0))
         self.assertEqual(master.get("/results")["total"], 1)
@@ -258,9 +320,10 @@ class Kills(FleetCase):
 
     def test_a_result_that_finds_no_master_waits_on_disk_and_is_delivered_once(self) -> None:
         master, agent = self.fleet()
-        job = self.live(master, 4, output="o.mp4")
-        self.encoding(agent)
+        job = self.live(master, 1, output="o.mp4")
+        pids = self.held(agent)
         master.kill()
+        self.go_on(pids)
         spool = agent.state / "spool"
         wait_for(lambda: list(spool.glob("*.json")), 30, f"the spool: {agent.words()}")
         self.assertTrue((self.folder / "media" / "o.mp4").exists())
@@ -274,9 +337,10 @@ class Kills(FleetCase):
 
     def test_a_spooled_result_survives_the_agents_own_death(self) -> None:
         master, agent = self.fleet()
-        job = self.live(master, 3)
-        self.encoding(agent)
+        job = self.live(master, 1)
+        pids = self.held(agent)
         master.kill()
+        self.go_on(pids)
         wait_for(lambda: list((agent.state / "spool").glob("*.json")), 30, "the spool")
         agent.kill()
         master = self.restarted(master)
@@ -328,7 +392,7 @@ class Kills(FleetCase):
 
     def test_five_results_of_a_dead_master_survive_the_agent_and_arrive_once_in_order(self) -> None:
         master, agent = self.fleet("--max-concurrent-jobs", "5")
-        jobs = [self.live(master, seconds) for seconds in (8, 7.5, 7, 8.5, 6.5)]  # none ends before the kill
+        jobs = [self.live(master, seconds) for seconds in (6, 5.5, 5, 6.5, 4.5)]  # none ends before the kill
         wait_for(lambda: master.get("/jobs?status=running")["total"] == 5, 30, "all five are claimed")
         master.kill()
         spool = agent.state / "spool"
@@ -364,17 +428,17 @@ class Kills(FleetCase):
 class Leaving(FleetCase):
     """SIGTERM of an agent: it finishes what runs, within a limit, and gives back the rest."""
 
-    def told(self, limit: str, *flags: str, seconds: float = 60) -> tuple[Master, Agent, str]:
-        """Start a fleet with a live job, tell its agent to end, and wait until it says what it does."""
+    def told(self, limit: str, *flags: str, seconds: float = 60) -> tuple[Master, Agent, str, set[int]]:
+        """Start a fleet with a live job that is held, tell its agent to end, and wait for its word."""
         master, agent = self.fleet("--drain-limit", limit, *flags)
         job = self.live(master, seconds, output="o.mp4")
-        self.encoding(agent)
+        pids = self.held(agent)
         agent.process.send_signal(signal.SIGTERM)
         wait_for(lambda: "finishing 1 job, for at most" in agent.words(), 10, agent.words())
         self.assertIn("a second signal gives it back at once", agent.words())
-        return master, agent, job
+        return master, agent, job, pids
 
-    def given_back(self, master: Master, agent: Agent, job: str) -> None:
+    def given_back(self, master: Master, agent: Agent, job: str, pids: set[int]) -> None:
         self.assertEqual(agent.wait(20), 0, agent.words())
         state = master.get(f"/jobs/{job}")
         self.assertEqual((state["status"], state["retry_count"], state["error"]), ("pending", 0, None))
@@ -382,13 +446,14 @@ class Leaving(FleetCase):
         self.nothing_left(agent)
 
     def test_what_runs_is_finished_and_nothing_more_is_taken(self) -> None:
-        master, agent, job = self.told("40s", seconds=4)
+        master, agent, job, pids = self.told("60s", seconds=2)
         waiting = wait_for(lambda: master.get("/nodes")["nodes"][0]["status"] == "draining" and master.submit(
             "64p25-h264", duration=0.2), 10, "the master knows at once")["id"]
+        self.go_on(pids)
         self.assertEqual(agent.wait(30), 0, agent.words())
         done = master.get(f"/jobs/{job}")
         self.assertEqual((done["status"], done["attempt"], done["result"]["metrics"]["frames"]),
-                         ("completed", 1, 100))
+                         ("completed", 1, 50))
         self.assertEqual(master.get(f"/jobs/{waiting}")["status"], "pending")
         self.assertEqual(master.get("/nodes")["nodes"][0]["status"], "offline")
         self.nothing_left(agent)
@@ -397,19 +462,21 @@ class Leaving(FleetCase):
         self.given_back(*self.told("1s"))
 
     def test_a_second_signal_gives_back_at_once(self) -> None:
-        master, agent, job = self.told("10m")
-        agent.process.send_signal(signal.SIGINT)
-        self.given_back(master, agent, job)
+        told = self.told("10m")
+        told[1].process.send_signal(signal.SIGINT)
+        self.given_back(*told)
 
     def test_a_slot_that_is_free_is_not_filled_while_another_finishes(self) -> None:
-        master, agent, job = self.told("40s", "--max-concurrent-jobs", "2", seconds=4)
+        master, agent, job, pids = self.told("60s", "--max-concurrent-jobs", "2", seconds=1)
         waiting = master.submit("64p25-h264", duration=0.2)["id"]
+        self.go_on(pids)
         self.assertEqual(agent.wait(30), 0, agent.words())
         states = [master.get(f"/jobs/{one}")["status"] for one in (job, waiting)]
         self.assertEqual(states, ["completed", "pending"])
 
     def test_orders_are_obeyed_until_the_end(self) -> None:
-        master, agent, job = self.told("10m")
+        master, agent, job, pids = self.told("10m")
+        self.go_on(pids)
         self.assertEqual(master.call("POST", f"/jobs/{job}/cancel").status, 200)
         self.assertEqual(master.finished(job, CANCEL_DEADLINE_S)["status"], "canceled")
         self.assertEqual(agent.wait(20), 0, agent.words())
@@ -417,8 +484,10 @@ class Leaving(FleetCase):
 
     def without_its_master(self, seconds: float, limit: str) -> tuple[Any, ...]:
         """Kill the master while an agent leaves; return what becomes of the job when both are back."""
-        master, agent, job = self.told(limit, seconds=seconds)
+        master, agent, job, pids = self.told(limit, seconds=seconds)
         master.kill()
+        if seconds < 60:
+            self.go_on(pids)
         self.assertEqual(agent.wait(60), 0, agent.words())
         spool = agent.state / "spool"
         self.assertEqual(len(list(spool.glob("*.json"))), 1)
@@ -432,7 +501,7 @@ class Leaving(FleetCase):
         return state["status"], state["attempt"], state["retry_count"]
 
     def test_without_its_master_it_finishes_too_and_keeps_the_result(self) -> None:
-        self.assertEqual(self.without_its_master(3, "40s"), ("completed", 1, 0))
+        self.assertEqual(self.without_its_master(1, "60s"), ("completed", 1, 0))
 
     def test_without_its_master_it_ends_in_time_and_gives_back_later(self) -> None:
         self.assertEqual(self.without_its_master(60, "1s"), ("pending", 1, 0))

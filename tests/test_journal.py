@@ -120,7 +120,7 @@ class TestKill(Case):
         job = master.submit("a")
         node.claim()
         os.kill(master.pid, signal.SIGSTOP)
-        time.sleep(4)  # the silence itself: longer than the node's time
+        time.sleep(3)  # the silence itself: longer than the node's time
         os.kill(master.pid, signal.SIGCONT)
         master.submit("b")
         self.assertEqual(master.get(f"/jobs/{job['id']}")["status"], "running")

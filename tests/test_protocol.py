@@ -9,10 +9,10 @@ module stand here; A is test_api, J test_journal, E test_end_to_end, C test_chao
                     OneSession.test_a_registration_whose_answer_was_lost…
   same node         E.Kills.test_a_killed_agent_leaves_no_orphan…; A.TestSessions.test_a_restarted_agent…
   parked request    A.TestClaims, A.TestOrders
-  claim repeated    LostMessages; A.TestClaims.test_the_same_claim_word…; J.TestKill (after a restart)
+  claim repeated    LostMessages, Repeated; A.TestClaims.test_the_same_claim_word…; J.TestKill (restart)
   orders            Orders; `seen`: A.TestOrders.test_an_order_stands_until_it_is_obeyed…
   reports           LostMessages; A.TestReports (returned, repeats, another status, late ones)
-  submissions       LostMessages.test_a_submission…; A.TestSubmissions, J.TestKill
+  submissions       Repeated.test_a_submission…; A.TestSubmissions, J.TestKill
   leaving, drain    Leaving; A.TestOrders.test_a_leaving_node…; E.Kills.test_an_agent_that_is_told_to_stop…
   silence           Silence; A.TestSilence; J.TestKill.test_silence_counts_only…
   backoff           Silence.test_a_backoff_goes_on_after_a_restart
@@ -36,12 +36,12 @@ import unittest
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from tests.proxy import BEFORE, Message, Once, Proxy
+from tests.proxy import BEFORE, Message, Once, Proxy, passing
 from tests.support import Agent, Master, call, need, small_disk, wait_for
 from tests.test_api import Node
-from tests.test_end_to_end import FleetCase, processes_under
+from tests.test_end_to_end import FleetCase, OneFleet, processes_under
 
 CLAIM, BEAT = r"GET /jobs/next\?", r"POST /nodes/[^/]+/heartbeat"
 PROGRESS, RESULT, REGISTER = r"POST /jobs/[^/]+/progress", r"POST /results ", r"POST /nodes/register "
@@ -123,13 +123,12 @@ class OneSession(BadNetwork):
 
     def test_a_registration_whose_answer_was_lost_is_repeated_and_is_one_node(self) -> None:
         master = self.master()
-        for number, fault in enumerate(("mute", "cut", "lose", "twice"), 1):
-            lost = Once(fault, REGISTER)
-            agent = self.worker(self.proxied(master, lost), name=fault)
-            wait_for(lost.hit.is_set, why=f"the fault {fault}")
+        rules = {fault: Once(fault, REGISTER) for fault in ("mute", "cut", "lose", "twice")}
+        agents = [self.worker(self.proxied(master, rule), name=fault) for fault, rule in rules.items()]
+        for (fault, rule), agent in zip(rules.items(), agents):
+            wait_for(rule.hit.is_set, why=f"the fault {fault}")
             wait_for(lambda agent=agent: "registered with" in agent.words(), why="it registers after all")
-            self.assertEqual(master.get("/nodes")["count"], number, agent.words())
-
+        self.assertEqual(sorted(node["name"] for node in master.get("/nodes")["nodes"]), sorted(rules))
 
     def test_an_agent_killed_before_it_heard_that_it_is_registered_is_the_same_node(self) -> None:
         lost = Once("mute", REGISTER)
@@ -143,13 +142,26 @@ class OneSession(BadNetwork):
         self.assertEqual(master.get("/nodes")["count"], 1)
 
 
-class LostMessages(BadNetwork):
+class LostMessages(OneFleet, BadNetwork):
     """Whatever is lost, cut or sent twice: the job is done once, by one attempt, with one result."""
+
+    flags: ClassVar[tuple[str, ...]] = ("--heartbeat-interval", "1s")
+    proxy: ClassVar[Proxy]
+
+    @classmethod
+    def reached(cls, master: Master) -> str:
+        cls.proxy = Proxy(master.port)
+        cls.addClassCleanup(cls.proxy.end)
+        return cls.proxy.url
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.addCleanup(setattr, self.proxy, "rule", passing)
 
     def survives(self, *lines: str, meant: Callable[[Any], Any] = lambda answer: True,
                  faults: tuple[str, ...] = ("mute", "cut"), seconds: float = 0.0) -> None:
         """Run a job under each fault on each kind of message."""
-        master, proxy, agent = self.network("--heartbeat-interval", "1s")
+        (master, agent), proxy = self.fleet(), self.proxy
         for line, fault in itertools.product(lines, faults):
             with self.subTest(f"{fault} {line}"):
                 proxy.rule = rule = Once(fault, line, meant)
@@ -180,7 +192,7 @@ class LostMessages(BadNetwork):
 
     def test_a_claim_that_arrives_again_after_it_was_answered_empty_leases_nothing_for_nobody(self) -> None:
         """The late copy is given a job; the agent, which has long asked again, must find it."""
-        master, proxy, _ = self.network("--heartbeat-interval", "1s")
+        (master, _), proxy = self.fleet(), self.proxy
         stray: list[Any] = []
 
         def empty_first(asked: Message, answer: Message | None) -> str:
@@ -195,6 +207,10 @@ class LostMessages(BadNetwork):
         wait_for(lambda: stray, why="a claim was answered empty")
         self.once_done(master, stray[0])
         self.once_done(master, master.submit("short", **SHORT))
+
+
+class Repeated(BadNetwork):
+    """What is sent again by a claim's word or under an id of its own."""
 
     def test_a_claim_word_that_is_spent_is_answered_at_once_and_says_so(self) -> None:
         master = self.master()
@@ -371,9 +387,10 @@ class NodesGivenUp(BadNetwork):
     """A node that was out of reach for longer than the master waits, and comes back."""
 
     def given_up(self, seconds: float, output: str | None = "o.mp4") -> tuple[Master, Proxy, Agent, str]:
+        """Let a node be given up with an encode that is held; self.pids are its processes."""
         master, proxy, agent = self.network(timeout="2s")
         job = self.live(master, seconds, output=output)
-        self.encoding(agent)
+        self.pids = self.held(agent)
         proxy.split()
         wait_for(lambda: master.get(f"/jobs/{job}")["status"] == "pending", why="the node is given up")
         self.assertEqual(master.get(f"/jobs/{job}")["retry_count"], 1)
@@ -388,15 +405,17 @@ class NodesGivenUp(BadNetwork):
         wait_for(lambda: list((agent.state / "spool").glob("*.json")), why="the result is in the spool")
 
     def test_before_another_claims_its_progress_takes_the_attempt_back(self) -> None:
-        master, proxy, agent, job = self.given_up(7)
+        master, proxy, agent, job = self.given_up(1)
         proxy.mend()
         wait_for(lambda: master.get(f"/jobs/{job}")["status"] == "running", why="it takes it back")
+        self.go_on(self.pids)
         self.assertEqual(master.get(f"/jobs/{job}")["attempt"], 1)
         self.taken_back(master, job)
         self.nothing_left(agent)
 
     def test_before_another_claims_its_result_takes_the_attempt_back(self) -> None:
-        master, proxy, agent, job = self.given_up(3, output=None)
+        master, proxy, agent, job = self.given_up(1, output=None)
+        self.go_on(self.pids)
         self.spooled(agent)
         proxy.rule = lambda asked, answer: "pass" if asked.line.startswith("POST /results") else "lose"
         proxy.mend()
@@ -419,7 +438,8 @@ class NodesGivenUp(BadNetwork):
         wait_for(lambda: not list((again.state / "spool").iterdir()), why="the spool empties")
 
     def test_after_another_claimed_it_is_refused_and_its_output_gets_no_name(self) -> None:
-        master, proxy, agent, job = self.given_up(4)
+        master, proxy, agent, job = self.given_up(3)
+        self.go_on(self.pids)
         elsewhere = self.folder / "elsewhere"
         elsewhere.mkdir()
         other = Agent(self.folder, master.url, "--media-root", str(elsewhere), name="other")
@@ -448,12 +468,13 @@ class NodesGivenUp(BadNetwork):
                 late.wait(60)
             return "pass" if "/heartbeat" in asked.line else "lose"
         master, proxy, agent = self.network("--heartbeat-interval", "60s", timeout="2s")
-        job = self.live(master, 5, output="o.mp4")
-        self.encoding(agent)
+        job = self.live(master, 1, output="o.mp4")
+        pids = self.held(agent)
         proxy.rule = slow
         wait_for(lambda: master.get(f"/jobs/{job}")["status"] == "pending", why="the node is given up")
         other = Node(master, "other")
         taken = wait_for(lambda: other.claim().body["job"], why="another claims it")
+        self.go_on(pids)
         wait_for(lambda: not processes_under(agent.work), why="the encode is over")
         sent = len(proxy.seen)
         late.set()
@@ -524,17 +545,17 @@ class Leaving(BadNetwork):
 
 class Silence(BadNetwork):
     def test_a_master_that_slept_or_was_dead_for_longer_than_the_nodes_time_loses_no_lease(self) -> None:
-        master, _, agent = self.network(timeout="4s")
-        job = self.live(master, 11)
+        master, _, agent = self.network(timeout="3s")
+        job = self.live(master, 9)
         self.encoding(agent)
         os.kill(master.pid, signal.SIGSTOP)
-        time.sleep(5)  # the silence itself: longer than the node's time
+        time.sleep(4)  # the silence itself: longer than the node's time
         os.kill(master.pid, signal.SIGCONT)
         wait_for(lambda: master.get(f"/jobs/{job}")["progress"], why="the master is awake")
         self.assertEqual(self.counted(master, "ffdist_lost_leases"), 0)
         master.kill()
-        time.sleep(5)
-        master = self.again(master, "--node-timeout", "4s")
+        time.sleep(4)
+        master = self.again(master, "--node-timeout", "3s")
         done = self.once_done(master, job)
         self.assertEqual((done["retry_count"], self.counted(master, "ffdist_lost_leases")), (0, 0))
         self.assertEqual(len(done["attempts"]), 1)
@@ -560,12 +581,19 @@ class FullDisk(BadNetwork):
     def test_a_result_that_finds_the_masters_disk_full_waits_and_counts_once(self) -> None:
         ballast = small_disk(self, self.folder / "master") / "ballast"
         ballast.write_bytes(b"\0" * 400_000)
-        master, proxy, agent = self.network()
-        job = self.live(master, 5, output="o.mp4")
-        self.encoding(agent)
+        full = threading.Event()
+
+        def late(asked: Message, answer: Message | None) -> str:
+            if asked.line.startswith("POST /results"):
+                full.wait(60)
+            return "pass"
+        master, proxy, agent = self.network(rule=late)
+        job = self.live(master, 1, output="o.mp4")
+        wait_for(lambda: master.get(f"/jobs/{job}")["status"] == "running", why="it is claimed")
         for count in (50, 5, 1):
             while master.call("POST", "/jobs", [{"scenario": "x"}] * count).status == 201:
                 pass
+        full.set()
         wait_for(lambda: any(seen.asked.line.startswith("POST /results") and seen.answer is not None
                              and seen.answer.status == 503 for seen in proxy.seen), why="the report gets 503")
         self.assertEqual(len(list((agent.state / "spool").glob("*.json"))), 1)

