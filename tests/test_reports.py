@@ -19,7 +19,7 @@ from typing import Any
 import agent
 import ffdist
 from ffdist import NO_TARIFF, PRICED, Experiment, Rate, Row, Tariff, due_groups, experiment_of, rates_of
-from tests.support import TOP, Case, run, wait_for
+from tests.support import PATIENCE_S, TOP, Case, interruptible, run, wait_for
 from tests.test_api import Node
 
 NOON = 1_767_009_600.0  # 2025-12-29T12:00:00Z
@@ -461,10 +461,13 @@ class TestRealExperiment(Case):
         master.register("idle")
         name = self.write(scenarios=["144p25"], crfs=[20, 30])
         argv = [sys.executable, str(TOP / "ffdist.py"), "experiment", name, "--master", master.url]
-        with subprocess.Popen(argv, cwd=self.folder, stderr=subprocess.PIPE, text=True) as process:
-            wait_for(lambda: master.get("/jobs")["total"] == 2)
-            process.send_signal(signal.SIGINT)
-            said = process.communicate(timeout=30)[1]
+        process = subprocess.Popen(argv, cwd=self.folder, stderr=subprocess.PIPE, text=True,
+                                   preexec_fn=interruptible)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        wait_for(lambda: master.get("/jobs")["total"] == 2)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=PATIENCE_S)[1]
         self.assertEqual(process.returncode, 130)
         self.assertIn("follow it, and submit the rest, with: python3 ffdist.py experiment mine.json", said)
         self.assertEqual(master.get("/jobs?status=pending")["count"], 2)
