@@ -34,9 +34,10 @@ from tests.support import CACHE, forget_programs, newer_ffmpeg, told_by_programs
 
 TOP = Path(__file__).resolve().parent.parent
 NEWER_FFMPEG = "imageio-ffmpeg==0.8.1"  # its wheel carries a static binary
-MODULE_S = 600.0
-# These begin first, or the others wait for them at the end.
-SLOW = ("test_end_to_end", "test_protocol", "test_run", "test_command_line", "test_journal", "test_chaos")
+MODULE_S = 1500.0  # most of it is for slow and busy machines
+# These begin first and in this order: the longest, beside one that waits much one that works much.
+SLOW = ("test_end_to_end", "test_run", "test_protocol", "test_command_line", "test_journal", "test_reports",
+        "test_chaos", "test_hwdetect", "test_metrics")
 
 # Programs that the tests drive -> the package that brings each, by package manager; "" is any other
 # manager, None means that its repositories have no such package.
@@ -346,7 +347,8 @@ def chosen(names: Sequence[str]) -> dict[str, list[str]]:
     """Return the names to run by module, the slowest modules first; ValueError names what is none."""
     sizes = {path.stem: path.stat().st_size for path in (TOP / "tests").glob("test_*.py")}
     if not names:
-        return {name: [name] for name in sorted(sizes, key=lambda name: (name not in SLOW, -sizes[name]))}
+        order = {name: number for number, name in enumerate(SLOW)}
+        return {name: [name] for name in sorted(sizes, key=lambda name: (order.get(name, 99), -sizes[name]))}
     found: dict[str, list[str]] = {}
     for name in names:
         plain = name[:-3].replace("/", ".") if name.endswith(".py") else name

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tests.support import (
+    PATIENCE_S,
     TOP,
     Agent,
     Case,
@@ -575,7 +576,7 @@ class Starting(FleetCase):
         self.addCleanup(process.wait)
         self.addCleanup(process.terminate)
         said = b""
-        limit = time.monotonic() + 30
+        limit = time.monotonic() + PATIENCE_S
         while b"[y/N]" not in said and time.monotonic() < limit:
             if select.select([parent], [], [], 0.2)[0]:
                 said += os.read(parent, 4096)
@@ -588,7 +589,7 @@ class Starting(FleetCase):
         words = self.words(self.folder / "s", master.url, "--register", "--allow-master-as-worker")
         process, said = self.terminal(b"no\n", *words)
         self.assertRegex(said, r"(?i)warning.*compete")
-        self.assertEqual(process.wait(20), 2)
+        self.assertEqual(process.wait(PATIENCE_S), 2)
         self.assertEqual(master.get("/nodes")["count"], 0)
         process, _ = self.terminal(b"yes\n", *words)
         wait_for(lambda: master.get("/nodes")["count"], 30)
