@@ -729,7 +729,9 @@ def _answer_to(request: urllib.request.Request, opener: urllib.request.OpenerDir
         except urllib.error.HTTPError as error:
             answer, most_bytes = error, min(most_bytes, 1 << 20)
         with answer:
-            return answer.code, answer.reason, answer.read(most_bytes)
+            length = getattr(answer, "length", None)  # Python 3.9 fills a buffer of all that it may read
+            return answer.code, answer.reason, answer.read(
+                most_bytes if length is None else min(most_bytes, length))
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ApiError(0, f"no answer from {whom}: {_cause(getattr(error, 'reason', error))}") from None
 

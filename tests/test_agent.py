@@ -14,6 +14,7 @@ import socket
 import subprocess
 import tempfile
 import threading
+import tracemalloc
 import unittest
 from collections.abc import Iterator
 from pathlib import Path
@@ -1561,6 +1562,15 @@ class Calling(unittest.TestCase):
             for _ in range(5):
                 self.assertEqual(client.nodes(), {"nodes": []})
             self.assertEqual(server.connections, 1)
+
+    def test_an_answer_takes_no_more_memory_than_it_has(self) -> None:
+        """Python 3.9 fills a buffer of as many bytes as it may read: the limit of an answer is 256 MB."""
+        with self.server(*[http_answer(b"{}")] * 2) as (_, client):
+            client.nodes()
+            tracemalloc.start()
+            self.addCleanup(tracemalloc.stop)
+            client.nodes()
+            self.assertLess(tracemalloc.get_traced_memory()[1], 1 << 20)
 
     def test_a_connection_that_the_server_closed_while_idle_is_no_error(self) -> None:
         with self.server(*[http_answer(b"{}")] * 3, close_after=True) as (server, client):
