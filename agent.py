@@ -862,7 +862,8 @@ class Settings:
     def to_json(self) -> Json:
         fields = dict(vars(self))
         fields["bitrate"] = None if self.bitrate is None else bitrate_text(self.bitrate)
-        return fields
+        kept = ("scenario", "duration", "settle", "cooldown", "timeout") if self.baseline else fields
+        return {name: value if name in kept else None for name, value in fields.items()}
 
 
 def bitrate_text(bits: int) -> str:
@@ -1023,8 +1024,13 @@ def _rate(name: str, value: object, rule: Parameter) -> float:
 
 def _fraction(text: str) -> float | None:
     """Return the number of `25`, `29.97` or `30000/1001`; None of anything else."""
+    found = _exact(text)
+    return None if found is None else float(found)
+
+
+def _exact(text: str) -> fractions.Fraction | None:
     with contextlib.suppress(ZeroDivisionError):
-        return float(fractions.Fraction(text)) if _RATE.fullmatch(text) else None
+        return fractions.Fraction(text) if _RATE.fullmatch(text) else None
     return None
 
 
@@ -1266,7 +1272,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Source:
-    """The input as ffprobe saw it; sizes after rotation, `loop` for a clip to be repeated."""
+    """The input as ffprobe saw it; sizes after rotation, `loop` for a clip to be repeated.
+
+    `duration_s` is the picture's, which begins `start_s` after the film; `base_fps` is the rate on whose
+    beat FFmpeg puts the frames (a fraction), where it is not the mean: a film of changing rate. `steady`
+    tells that the rate is known to be constant.
+    """
 
     url: str
     width: int
@@ -1278,6 +1289,9 @@ class Source:
     square_pixels: bool = True
     loop: bool = False
     codec: str = ""
+    start_s: float = 0.0
+    base_fps: str = ""
+    steady: bool = False
 
 
 @dataclass(frozen=True)
@@ -1318,16 +1332,16 @@ def plan(settings: Settings, machine: Machine, source: Source, target: str) -> P
     video = ["-map", "0:V:0", "-vf", ",".join((*filters, *upload)), "-c:v", name,
              *_filled(encoder.preset_args if preset else (), preset=preset,
                       deadline="realtime" if settings.live else "good"),
-             *rate_args, machine.rate_mode, "vfr",
+             *rate_args, machine.rate_mode, "vfr", *_clock_args(settings, source),
              *_filled(encoder.thread_args, threads=threads, tile_columns=tiles),
              *(["-g", str(settings.gop or max(1, round(2 * fps)))] if settings.gop or settings.live else [])]
     duration = settings.duration
     if source.duration_s is not None and not source.loop:
-        duration = min(duration or math.inf, source.duration_s)
+        duration = max(0.0, min((duration or math.inf) - source.start_s, source.duration_s))
     device = ["-vaapi_device", machine.vaapi_device] if name.endswith("_vaapi") else []
     head = [machine.ffmpeg, *QUIET, "-y", "-loglevel", "repeat+level+info", *device,
             *_input_args(settings, source)]
-    limit = ["-t", f"{duration:.6f}".rstrip("0").rstrip(".")] if settings.duration and duration else []
+    limit = ["-t", f"{settings.duration:.6f}".rstrip("0").rstrip(".")] if settings.duration else []
     tail = [*_audio_args(settings, source), *_container_args(settings, target)]
     passes = _passes(settings, name, threads, head, [*video, *limit], tail)
     size_why = f"{width}x{height} at {fps:g} fps with {threads} threads" if not encoder.hardware else ""
@@ -1434,9 +1448,27 @@ def _filters(settings: Settings, source: Source, width: int, height: int, fps: f
                         f"pad={width}:{height}:(ow-iw)/2:(oh-ih)/2", "setsar=1"]
     elif source.width % 2 or source.height % 2:
         filters.append("crop=trunc(iw/2)*2:trunc(ih/2)*2")
-    if settings.fps and abs(settings.fps - source.fps) > 1e-3:
-        filters.append(f"fps={rational(fps)}")
+    if settings.fps and not (source.steady and abs(settings.fps - source.fps) < 1e-3):
+        # With its first frame on the beat a film gives the same frames wherever FFmpeg lets it begin: a
+        # comparison without the sound may begin it earlier.
+        rate = rational(fps)
+        filters += [f"setpts=PTS-STARTPTS+round(STARTPTS*TB*{rate})/({rate})/TB", f"fps={rate}"]
     return filters
+
+
+FINEST_FPS = 480
+
+
+def _clock_args(settings: Settings, source: Source) -> list[str]:
+    """Return a time base for a film of changing rate, which would lose what is faster than its beat.
+
+    It is a whole part of the beat, so that frames which keep to it stay exact.
+    """
+    beat = _exact(source.base_fps)
+    if settings.fps or not beat:
+        return []
+    tick = (1 / (beat * max(1, math.ceil(FINEST_FPS / beat)))).limit_denominator(1_000_000)
+    return ["-enc_time_base", f"{tick.numerator}/{tick.denominator}"] if tick else []
 
 
 def rational(fps: float) -> str:
@@ -1571,6 +1603,7 @@ def comparison_format(source: str) -> str:
 
 
 FRAME_LOG = "frames.log"
+WINDOW = 16  # pixels; of a smaller plane, which has no two windows, FFmpeg's SSIM is no number
 
 
 def quality_command(ffmpeg: str, metric: str, encoded: str, source: Source, made: Plan,
@@ -1585,10 +1618,8 @@ def quality_command(ffmpeg: str, metric: str, encoded: str, source: Source, made
     reference = ",".join(part for part in (made.filters, number) if part)
     graph = f"[0:V:0]{number}[a];[1:V:0]{reference}[b];[a][b]{log}{FRAME_LOG}:shortest=1"
     loop = ["-stream_loop", "-1"] if source.loop else []
-    limit = ["-t", f"{made.duration_s:.6f}"] if made.duration_s else []
     return [ffmpeg, *QUIET, "-loglevel", "repeat+level+info", "-threads", str(threads),
-            "-i", named_file(encoded),
-            *loop, *limit, *whitelist_args(source.url), "-i", named_file(source.url),
+            "-i", named_file(encoded), *loop, *whitelist_args(source.url), "-i", named_file(source.url),
             "-lavfi", graph, "-an", "-sn", "-dn", "-f", "null", *PROGRESS_ARGS, "-"]
 
 
@@ -1751,16 +1782,23 @@ def parse_probe(text: str, url: str) -> Source:
     width, height = (int(_decimal(str(video.get(name))) or 0) for name in ("width", "height"))
     if not width or not height:
         raise Failure("input", f"{url} holds no video that this FFmpeg can read")
+    if min(width, height) < 2:
+        raise Failure("input", f"{url} is {width}x{height} pixels: too small for any encoder")
     shape = _fraction(str(video.get("sample_aspect_ratio")).replace(":", "/")) or 1.0
+    if _rotation(video) % 180 == 90:
+        width, height, shape = height, width, 1 / shape
     if shape != 1:
         width = max(2, int(width * shape / 2) * 2)
-    if _rotation(video) % 180 == 90:
-        width, height = height, width
-    rate = _fraction(str(video.get("avg_frame_rate"))) or _fraction(str(video.get("r_frame_rate"))) or 25.0
-    return Source(url, width, height, rate, _length(video, _dict(found.get("format"))),
-                  str(video.get("pix_fmt") or "yuv420p"),
+    mean, beat = (str(video.get(name)) for name in ("avg_frame_rate", "r_frame_rate"))
+    rate = _fraction(mean) or _fraction(beat) or 25.0
+    container = _dict(found.get("format"))
+    start, begin = (_start(part) for part in (video, container))
+    changing = abs((_fraction(beat) or rate) - rate) > 0.01 * rate
+    return Source(url, width, height, rate, _length(video, container), str(video.get("pix_fmt") or "yuv420p"),
                   any(stream.get("codec_type") == "audio" for stream in streams), shape == 1,
-                  codec=str(video.get("codec_name") or "video"))
+                  codec=str(video.get("codec_name") or "video"), start_s=max(0.0, start - begin),
+                  base_fps=beat if changing else "",
+                  steady=not changing and bool(_decimal(str(video.get("nb_frames")))))
 
 
 def _dict(value: object) -> Json:
@@ -1775,16 +1813,26 @@ def _rotation(video: Json) -> int:
     return int(_decimal(said) or 0)
 
 
+def _start(part: Json) -> float:
+    """Return when a stream or a film begins, in s; 0 where that is unknown."""
+    text = str(part.get("start_time") or "")
+    return (_decimal(text.lstrip("-")) or 0.0) * (-1 if text.startswith("-") else 1)
+
+
 def _length(video: Json, container: Json) -> float | None:
-    """Return the video's length in s: the stream's own word, its tag in Matroska, else the container's."""
+    """Return the video's length in s: the stream's own word, its tag in Matroska, else the container's.
+
+    What Matroska and Flash call a duration is the time of the end.
+    """
     own = _decimal(str(video.get("duration") or ""))
     tag = str(_dict(video.get("tags")).get("DURATION") or "")
     clock = re.fullmatch(r"(\d{1,6}):(\d\d):(\d\d(?:\.\d{1,9})?)", tag)
     if own:
         return own
-    if clock:
-        return int(clock[1]) * 3600 + int(clock[2]) * 60 + float(clock[3]) or None
-    return _decimal(str(container.get("duration") or "")) or None
+    end = (int(clock[1]) * 3600 + int(clock[2]) * 60 + float(clock[3]) if clock
+           else _decimal(str(container.get("duration") or "")) or 0.0)
+    late = max(0.0, _start(video)) if re.match("matroska|flv", str(container.get("format_name"))) else 0.0
+    return end - late if end > late else end or None
 
 
 class Score(NamedTuple):
@@ -2678,7 +2726,8 @@ class Supervisor:
                 self._check()
                 if not self.paused and time.monotonic() > limit:
                     raise Failure("network" if scheme_of(self._subject) else "timeout",
-                                  f"{self._subject}: no answer from ffprobe in {PROBE_S:.0f} s")
+                                  f"{self._subject}: no answer from ffprobe in {PROBE_S:.0f} s on "
+                                  f"{self._place.node}")
         finally:
             if process:
                 process.end()
@@ -2859,7 +2908,8 @@ class Attempt(Supervisor):
             with contextlib.suppress(OSError):
                 os.link(mine, kept)
         bound_cache(cache, CACHE_LIMIT_BYTES)
-        return Source(str(mine), width, height, fps, clip_frames(fps) / fps, has_audio=True, loop=True)
+        return Source(str(mine), width, height, fps, clip_frames(fps) / fps, has_audio=True, loop=True,
+                      steady=True)
 
     def _target(self, settings: Settings, source: Source) -> tuple[str, str | None]:
         """Return where FFmpeg writes to, and the final path of an output that is kept as a file."""
@@ -2933,9 +2983,8 @@ class Attempt(Supervisor):
         how = (f"was killed by {signal.Signals(-exit_.returncode).name}" if exit_.returncode < 0
                else f"ended with status {exit_.returncode}")
         words = f"{burst}: {words}" if burst and words and exit_.returncode > 0 else burst or words
-        names = [place for place in (settings.input, settings.output) if place]
-        blamed = "" if any(os.path.basename(name) in words for name in names) else " and ".join(names)
-        raise Failure(reason, f"{blamed + ': ' if blamed else ''}ffmpeg {how} on {self._place.node}"
+        names = self._subject + (f" and {settings.output}" if settings.output else "")
+        raise Failure(reason, f"{names}: ffmpeg {how} on {self._place.node}"
                       f"{': ' + words if words else ' without a word'}")
 
     def _reason(self, exit_: Exit) -> tuple[str, str]:
@@ -2950,7 +2999,7 @@ class Attempt(Supervisor):
 
     def _last_words(self) -> str:
         """Return FFmpeg's reason, with the output's own name for the hidden one."""
-        words = last_words(self._tail)
+        words = last_words(self._tail).replace(f"'{FILM_FORMATS}'", "of films")
         shown = self._settings.output if self._settings else None
         for hidden in (self._partial, str(self._folder / "output")):
             if hidden:
@@ -2973,7 +3022,7 @@ class Attempt(Supervisor):
         size = os.path.getsize(made.target) if os.path.exists(made.target) else 0
         frames, told = outcome.progress.frame, outcome.progress.total_bytes or 0
         if not size or not frames:
-            words = self._last_words()
+            words = self._last_words() if telling_lines(self._tail) else ""
             raise Failure("input", f"{self._subject} gave no frame on {node}{': ' + words if words else ''}")
         if size < 0.99 * told:
             raise Failure("out_of_disk", f"{shown} has {size} of the {told} bytes that ffmpeg wrote "
@@ -2994,9 +3043,12 @@ class Attempt(Supervisor):
         """Take the quality metrics that the job names, after the encode and apart from its energy."""
         scores: dict[str, float | None] = {}
         unknown: dict[str, str] = {}
+        lost = outcome.progress.dropped_frames + outcome.progress.duplicated_frames
+        unpaired = f"ffmpeg dropped or doubled {lost} frames: they have no pairs" if lost else ""
         for metric in settings.quality:
             self.progress = phase_json(f"measuring {metric}", self.progress["percent"])
-            found, why = self._scores(metric, source, made, outcome.progress.frame)
+            found, why = ({}, unpaired) if unpaired else self._scores(metric, source, made,
+                                                                      outcome.progress.frame)
             for name in SCORES[metric][:3]:
                 scores[name] = found.get(name)
                 if scores[name] is None:
@@ -3007,6 +3059,8 @@ class Attempt(Supervisor):
         """Return what one comparison found by name, or why it found nothing."""
         if ("libvmaf" if metric == "vmaf" else metric) not in self._place.filters:
             return {}, f"this FFmpeg has no {metric} filter"
+        if metric != "psnr" and min(made.width, made.height) < WINDOW:
+            return {}, f"{metric} needs {WINDOW}x{WINDOW} pixels, the picture has {made.width}x{made.height}"
         machine, log = self._place.machine, self._folder / FRAME_LOG
         argv = quality_command(machine.ffmpeg, metric, made.target, source, made,
                                max(1, machine.threads // machine.slots))

@@ -199,9 +199,32 @@ class Planning(unittest.TestCase):
             clip = agent.clip_command("ffmpeg", 64, 64, fps, "libx264", "c.mov")
             self.assertIn(f":rate={word}", " ".join(clip))
 
-    def test_an_ntsc_film_at_its_own_rate_is_not_resampled(self) -> None:
-        made = planned(source=dataclasses.replace(FILM, fps=30000 / 1001), fps="30000/1001")
-        self.assertEqual(made.filters, "")
+    def test_a_steady_ntsc_film_at_its_own_rate_is_not_resampled_and_another_is(self) -> None:
+        film = dataclasses.replace(FILM, fps=30000 / 1001, steady=True)
+        self.assertEqual(planned(source=film, fps="30000/1001").filters, "")
+        film = dataclasses.replace(film, steady=False)
+        self.assertIn(",fps=30000/1001", planned(source=film, fps="30000/1001").filters)
+
+    def test_a_film_of_changing_rate_has_a_finer_clock_that_its_beat_keeps_to(self) -> None:
+        for beat, tick in (("25/2", "2/975"), ("24000/1001", "143/72000"), ("90000/1", "1/90000"),
+                           ("30", "1/480"), ("0/0", None), ("", None)):
+            made = planned(source=dataclasses.replace(FILM, base_fps=beat))
+            self.assertEqual(value_of(made.passes[0], "-enc_time_base"), tick, beat)
+            self.assertNotIn("-enc_time_base", planned(source=dataclasses.replace(
+                FILM, base_fps=beat), fps=25).passes[0], "the frames come at a constant rate")
+
+    def test_a_baseline_has_none_of_a_films_settings(self) -> None:
+        told = agent.resolve("idle-baseline", {"settle": 1}).to_json()
+        self.assertEqual({name: value for name, value in told.items() if value is not None},
+                         {"scenario": "idle-baseline", "duration": 60, "settle": 1, "cooldown": 0.0})
+        self.assertEqual(agent.settings_text(told), "1 min 00 s")
+
+    def test_the_first_seconds_are_of_the_film_and_so_are_less_of_a_picture_that_begins_late(self) -> None:
+        late = dataclasses.replace(FILM, start_s=2.0)
+        for asked, length in ((None, 60), (10, 8), (61, 59), (1000, 60)):
+            made = planned(source=late, **({"duration": asked} if asked else {}))
+            self.assertEqual(made.duration_s, length)
+            self.assertEqual(value_of(made.passes[0], "-t"), str(asked) if asked else None)
 
     def test_a_live_output_reads_at_the_inputs_speed_with_a_bounded_rate_and_regular_key_frames(self) -> None:
         made = planned("1080p30-h264", output="rtmp://10.0.0.1/live/x")
@@ -535,6 +558,36 @@ class ReadingProbes(unittest.TestCase):
         film = self.probe({**self.VIDEO, "width": 720, "height": 576, "sample_aspect_ratio": "64:45"})
         self.assertEqual((film.width, film.height, film.square_pixels), (1024, 576, False))
         self.assertTrue(self.probe({**self.VIDEO, "sample_aspect_ratio": "0:1"}).square_pixels)
+        turned = self.probe({**self.VIDEO, "width": 320, "height": 180, "sample_aspect_ratio": "4:3",
+                             "side_data_list": [{"rotation": 90}]})
+        self.assertEqual((turned.width, turned.height), (134, 320), "FFmpeg turns the shape of pixels too")
+
+    def test_a_picture_that_no_encoder_takes_is_said_to_be_too_small(self) -> None:
+        for width, height in ((1, 1), (17, 1), (1, 100)):
+            with self.assertRaisesRegex(Failure, f"in.mp4 is {width}x{height} pixels: too small"):
+                self.probe({**self.VIDEO, "width": width, "height": height})
+
+    def test_a_rate_is_steady_only_where_the_frames_were_counted(self) -> None:
+        film = {**self.VIDEO, "r_frame_rate": "25/1", "nb_frames": "132"}
+        for change, steady, beat in (({}, True, ""), ({"nb_frames": "N/A"}, False, ""),
+                                     ({"avg_frame_rate": "125/7", "r_frame_rate": "25/2"}, False, "25/2"),
+                                     ({"avg_frame_rate": "0/0"}, True, ""),
+                                     ({"r_frame_rate": "0/0"}, True, "")):
+            found = self.probe({**film, **change})
+            self.assertEqual((found.steady, found.base_fps), (steady, beat), change)
+
+    def test_a_picture_that_begins_late_is_no_longer_for_it(self) -> None:
+        """Matroska's word for the length is the time of the end; others tell the length."""
+        bare = {name: value for name, value in self.VIDEO.items() if name != "duration"}
+        late = {**bare, "start_time": "3.000000", "tags": {"DURATION": "00:00:05.000000000"}}
+        film = self.probe(late, format_name="matroska,webm", start_time="2.977", duration="5.0")
+        self.assertEqual((film.duration_s, round(film.start_s, 6)), (2.0, 0.023))
+        film = self.probe({**bare, "start_time": "3.0"}, format_name="matroska,webm", duration="5.0")
+        self.assertEqual(film.duration_s, 2.0)
+        film = self.probe({**self.VIDEO, "start_time": "0.5"}, format_name="mov", start_time="-0.25")
+        self.assertEqual((film.duration_s, film.start_s), (5.28, 0.75))
+        film = self.probe({**self.VIDEO, "start_time": "1.4"}, format_name="mpegts", start_time="N/A")
+        self.assertEqual(film.start_s, 1.4)
 
     def test_an_unknown_length_is_none_never_zero(self) -> None:
         bare = {name: value for name, value in self.VIDEO.items() if name != "duration"}

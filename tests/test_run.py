@@ -371,6 +371,55 @@ class RealFilms(RunCase):
         self.assertEqual((metrics["frames"], metrics["duplicated_frames"]), (25, 0))
         self.assertGreater(metrics["psnr_db"], 35, "frames must be compared with their own")
 
+    def test_a_film_that_begins_seconds_late_is_whole(self) -> None:
+        plain = str(self.media / self.film("plain.mp4"))
+        name = self.film("later.mkv", "-itsoffset", "3", "-i", plain, "-c", "copy")
+        for output in ("later.mp4", "later-o.mkv"):
+            metrics = self.completes(input=name, output=output, preset="ultrafast")["metrics"]
+            self.assertEqual(metrics["frames"], 25)
+            self.assertAlmostEqual(metrics["output_seconds"], 1.0, delta=0.01)
+
+    def changing(self, name: str, *more: str) -> str:
+        """A film of 100 frames at 10 per second and then 40 at 50, lossless; its rate seems to be 10."""
+        pace = "settb=1/1000,setpts=if(lt(N\\,100)\\,N*100\\,9900+(N-99)*20)"
+        return self.film(name, *picture("64x64", seconds=5.6), "-vf", pace, "-vsync", "vfr",
+                         "-enc_time_base", "1/1000", "-c:v", "libx264", "-crf", "0", *more)
+
+    def test_a_film_that_becomes_faster_loses_no_frame(self) -> None:
+        name = self.changing("faster.mp4")
+        self.assertEqual(streams(self.media / name)[0]["r_frame_rate"], "10/1")
+        for codec, output in (("h264", "faster-o.mp4"), ("h265", "faster-o.mkv")):
+            metrics = self.completes(f"x-{codec}", input=name, output=output, preset="ultrafast",
+                                     quality=["psnr"], **({"crf": 0} if codec == "h264" else {}))["metrics"]
+            self.assertEqual((metrics["frames"], metrics["dropped_frames"]), (140, 0))
+            self.assertAlmostEqual(metrics["output_seconds"], 10.72, delta=0.11)
+            self.assertGreater(metrics["psnr_db"], 99 if codec == "h264" else 25)
+
+    def test_a_film_of_changing_rate_gets_the_rate_that_it_only_claims(self) -> None:
+        """37 frames over 2.92 s that Matroska calls 25 per second."""
+        name = self.film("claims.mkv", *picture("64x64", seconds=3), "-vf", "select='lt(t,1)+not(mod(n,4))'",
+                         "-vsync", "vfr", "-c:v", "libx264")
+        self.assertEqual(streams(self.media / name)[0]["avg_frame_rate"], "25/1")
+        self.assertEqual(int(streams(self.media / name)[0]["nb_read_packets"]), 37)
+        metrics = self.completes(input=name, fps=25, crf=0, preset="ultrafast", quality=["psnr"])["metrics"]
+        self.assertEqual((metrics["frames"], metrics["psnr_min_db"]), (73, 100.0))
+
+    def test_frames_that_were_dropped_leave_none_to_compare(self) -> None:
+        """A transport stream tells nothing of a rate that changes later."""
+        name = self.changing("faster.ts", "-f", "mpegts")
+        metrics = self.completes(input=name, preset="ultrafast", quality=["psnr"])["metrics"]
+        self.assertEqual(metrics["frames"] + metrics["dropped_frames"], 140)
+        self.assertGreater(metrics["dropped_frames"], 20)
+        self.assertIsNone(metrics["psnr_db"])
+        self.assertIn("dropped or doubled", metrics["unknown"]["psnr_db"])
+
+    def test_a_picture_smaller_than_ssim_needs_has_none(self) -> None:
+        name = self.film("tiny.mkv", *picture("16x16"), "-vf", "scale=2:90,setsar=1", "-c:v", "ffv1")
+        metrics = self.completes(input=name, quality=["psnr", "ssim"])["metrics"]
+        self.assertIsNotNone(metrics["psnr_db"])
+        self.assertIsNone(metrics["ssim"], "it would be far below -1")
+        self.assertIn("2x90", metrics["unknown"]["ssim"])
+
     def test_a_film_of_one_frame(self) -> None:
         name = self.film("one.mp4", *picture(), "-frames:v", "1")
         self.assertEqual(self.completes(input=name, output="one-o.mp4")["metrics"]["frames"], 1)
@@ -518,7 +567,7 @@ class BadInput(RunCase):
                            ("list.ffconcat", f"ffconcat version 1.0\nfile '{self.root / 'secret.ts'}'\n")):
             with self.subTest(name):
                 (self.media / name).write_text(text)
-                self.fails("input", name, input=name, output="stolen.mp4")
+                self.fails("input", name, "not on whitelist of films", input=name, output="stolen.mp4")
 
 
 class BadOutput(RunCase):
@@ -817,8 +866,10 @@ class Quality(RunCase):
         self.film("moves.mp4", *picture("160x90", seconds=2))
         late = self.film("late.mkv", *picture("160x90"), *TONE, "-filter_complex",
                          "[0:v]setpts=PTS+0.3/TB[v]", "-map", "[v]", "-map", "1:a", "-c:a", "aac")
+        stream = self.film("sound.ts", *picture("160x90"), *TONE, "-c:v", "libx264", "-c:a", "aac")
         for change in ({"width": 80}, {"fps": 10}, {"fps": 50}, {"duration": 0.72},
-                       {"fps": 29.97, "height": 180}, {"input": late}, {"input": late, "fps": 10}):
+                       {"fps": 29.97, "height": 180}, {"input": late}, {"input": late, "fps": 10},
+                       {"input": stream, "fps": 10, "audio": True}):
             with self.subTest(**change):
                 metrics = self.completes(**{"input": "moves.mp4", "crf": 0, "audio": False,
                                             "preset": "ultrafast", "quality": ["psnr"], **change})["metrics"]
