@@ -794,6 +794,7 @@ class Watchdogs(RunCase):
                 result = self.disturbed(number)
                 self.assertEqual((result["status"], result["failure_reason"]), ("failed", "killed"),
                                  result["error"])
+                self.assertIn("the generated source: ffmpeg ", str(result["error"]))
 
 
 class Encoders(RunCase):
