@@ -476,7 +476,7 @@ def advance(job: Job, event: str, now: float, node_id: str | None = None, claim:
     """Return the job after an event at `now` (s since 1970); ApiError 409 where TRANSITIONS has none.
 
     `node_id` and `claim` go with claim; `error` and `reason` (a failure_reason) with an attempt's end;
-    `reported` is the status word that the agent sent, `not_before` the end of a requeue's backoff.
+    `reported` is the status word that the agent sent, `not_before` the end of a retry's backoff.
     """
     target = TRANSITIONS.get((job.state, event))
     if target is None:
@@ -504,7 +504,8 @@ def _taken(job: Job, event: str, now: float, node_id: str | None, claim: str | N
         return {"attempts": (*job.attempts[:-1], last), "started_at": last["started_at"],
                 "retry_count": max(0, job.retry_count - 1),
                 "avoid": tuple(node for node in job.avoid if node != job.given_up),
-                "node_id": job.given_up, "retry_reason": None, "error": None, "failure_reason": None}
+                "node_id": job.given_up, "retry_reason": None, "error": None, "failure_reason": None,
+                "not_before": None}
     number = job.attempt + 1
     record = {"attempt": number, "node_id": node_id, "started_at": now, "ended_at": None,
               "status": "running", "error": None}
@@ -1731,7 +1732,7 @@ class Master:
         for seq in list(node.leases):
             job = self._jobs[seq]
             if (job.id, job.attempt) not in own:
-                self._lose(job, f"the agent on {node.name} was started again")
+                self._lose(job, f"the agent on {node.name} was started again", at_once=True)
         return held
 
     def _held(self, node: Node, holding: Iterable[tuple[str, int]]) -> list[Json]:
@@ -2319,11 +2320,8 @@ class Master:
         elsewhere = report.status == "failed" and self._elsewhere(
             Needs(frozenset((*job.avoid, node.id)), job.only))
         event, now = event_of_report(job, report.status, report.failure_reason, elsewhere), self.wall()
-        due = None
-        if event == "requeue":
-            due = now + random.random() * backoff_most_s(job.retry_count, self.settings)
         ended = advance(job, event, now, error=report.error, reason=report.failure_reason,
-                        reported=report.status, not_before=due)
+                        reported=report.status, not_before=self._retry_at(job, event, now))
         if report.status != "returned" and not job.hidden:
             self._keep_result(node, ended, report, body)
             ended = ended._replace(result_seq=self._last_result if ended.state in FINAL else None)
@@ -2337,6 +2335,12 @@ class Master:
         if self._log.isEnabledFor(logging.INFO):
             self._note("result of job %s attempt %d from %s: %s", job.id, job.attempt, node.name,
                        summary_of(report.status, body))
+
+    def _retry_at(self, job: Job, event: str, now: float) -> float | None:
+        """Return when the backoff of a retry ends, by full jitter; None where the event brings none."""
+        if event != "requeue" and (event, job.state) != ("lose", "running"):
+            return None
+        return now + random.random() * backoff_most_s(job.retry_count, self.settings)
 
     def _keep_result(self, node: Node, job: Job, report: Report, body: Json) -> None:
         self._last_result += 1
@@ -2418,10 +2422,11 @@ class Master:
         for seq in list(node.leases):
             self._lose(self._jobs[seq], f"node {node.name} gave no sign of life for {silence}")
 
-    def _lose(self, job: Job, why: str) -> None:
+    def _lose(self, job: Job, why: str, at_once: bool = False) -> None:
         """End a lease without a report: the job is pending again while it has retries left."""
-        event = "lose" if job.retry_count < job.max_retries else "exhaust"
-        lost = advance(job, event, self.wall(), error=why, reason="node_lost")
+        event, now = "lose" if job.retry_count < job.max_retries else "exhaust", self.wall()
+        lost = advance(job, event, now, error=why, reason="node_lost",
+                       not_before=None if at_once else self._retry_at(job, event, now))
         lost.attempts[-1]["lines"] = self._leases[job.seq].lines if job.seq in self._leases else 0
         node = self._nodes.get(job.node_id or "")
         self._save(job, lost)

@@ -1033,8 +1033,8 @@ class TestSilence(Served):
         nodes = [self.node(f"late-{number}") for number in range(3)]
         jobs = self.lost(nodes)
         other = self.node("other", max_concurrent_jobs=3)
-        taken = [other.claim().body["job"] for _ in jobs]
-        self.assertEqual([(job["id"], job["attempt"]) for job in taken], [(job["id"], 2) for job in jobs])
+        taken = [wait_for(lambda: other.claim().body["job"], why="its backoff is over") for _ in jobs]
+        self.assertEqual({(job["id"], job["attempt"]) for job in taken}, {(job["id"], 2) for job in jobs})
         answer = nodes[0].start_again(holding=[{"job_id": jobs[0]["id"], "attempt": 1}])
         self.assertEqual((answer.status, answer.body["holding"]), (200, []))
         self.refused(nodes[1].progress(jobs[1], progress=50), 409, "attempt")

@@ -129,9 +129,9 @@ class TestLife(unittest.TestCase):
 
     def test_a_lost_node_counts_as_a_retry_and_is_remembered(self) -> None:
         job = advance(advance(new_job(), "claim", 5.0, "n1", "word"), "lose", 6.0, error="silent",
-                      reason="node_lost")
-        self.assertEqual((job.state, job.retry_count, job.given_up, job.node_id),
-                         ("pending", 1, "n1", None))
+                      reason="node_lost", not_before=6.5)
+        self.assertEqual((job.state, job.retry_count, job.given_up, job.node_id, job.not_before),
+                         ("pending", 1, "n1", None, 6.5))
         self.assertEqual((job.failure_reason, job.error), ("node_lost", "silent"))
 
     def test_a_returned_job_is_pending_and_no_retry_is_counted(self) -> None:
@@ -140,9 +140,10 @@ class TestLife(unittest.TestCase):
 
     def test_a_taken_back_job_is_the_same_attempt_and_the_retry_is_not_counted(self) -> None:
         claimed = advance(new_job(), "claim", 5.0, "n1", "word")
-        job = advance(advance(claimed, "lose", 6.0, error="silent", reason="node_lost"), "reclaim", 7.0)
-        self.assertEqual((job.state, job.attempt, job.node_id, job.retry_count, job.given_up),
-                         ("running", 1, "n1", 0, None))
+        job = advance(advance(claimed, "lose", 6.0, error="silent", reason="node_lost", not_before=9.0),
+                      "reclaim", 7.0)
+        self.assertEqual((job.state, job.attempt, job.node_id, job.retry_count, job.given_up, job.not_before),
+                         ("running", 1, "n1", 0, None, None))
         self.assertEqual((job.error, job.failure_reason, job.retry_reason), (None, None, None))
         self.assertEqual([record["status"] for record in job.attempts], ["running"])
 

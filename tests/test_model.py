@@ -130,7 +130,7 @@ class Promises:
         self.slack_s = slack_s
         self.wall_slack_s = wall_slack_s
         self.results = 0
-        self.fresh: list[Work] = []
+        self.fresh: dict[int, tuple[bool, float, float]] = {}  # tried again: at once? and since when
         self.pure = Pure()
 
     def judge(self, kind: str, told: Told, status: int, body: Any) -> None:
@@ -176,7 +176,7 @@ class Promises:
         if first:
             for work in self.leases(node):
                 if (work.number, work.attempt) not in [tuple(entry) for entry in held]:
-                    self._lose(work)
+                    self._lose(work, at_once=True)
         agree("what a registration may keep", [(uuid_of("job", job), attempt) for job, attempt in held],
               [(entry["job_id"], entry["attempt"]) for entry in body.get("holding", ())])
         return code
@@ -193,6 +193,7 @@ class Promises:
         work.status, work.holder, work.shown_node, work.gave_up = "running", node.number, node.number, None
         work.retries = max(0, work.retries - 1)
         work.failed_on.discard(node.number)
+        work.due, work.uncertain = 0.0, False
         work.records[-1][2] = "running"
         self._lease(work, node)
         self.pure.follow(work, "reclaim")
@@ -354,10 +355,10 @@ class Promises:
         work.reported = target in FINAL and status != "returned"
         self.pure.follow(work, event, reported=status, reason=reason)
 
-    def _count_retry(self, work: Work) -> None:
+    def _count_retry(self, work: Work, at_once: bool = False) -> None:
         work.retries += 1
         work.failed_on.add(work.holder if work.holder is not None else -1)
-        self.fresh.append(work)
+        self.fresh[work.number] = at_once, self.now, self.wall
 
     def _let_go(self, work: Work, target: str, record: str, reason: str | None) -> None:
         work.records[-1][2] = record
@@ -365,8 +366,8 @@ class Promises:
         work.shown_node = work.holder if target in FINAL else None
         work.status, work.holder, work.canceling = target, None, False
 
-    def _lose(self, work: Work) -> None:
-        """A lease ends without a report."""
+    def _lose(self, work: Work, at_once: bool = False) -> None:
+        """A lease ends without a report; only a restarted agent's job is tried again without a wait."""
         node = work.holder
         left = work.retries < work.most
         if work.canceling:
@@ -376,7 +377,7 @@ class Promises:
         else:
             target = "pending" if left else "failed"
         if target == "pending":
-            self._count_retry(work)
+            self._count_retry(work, at_once)
         self._let_go(work, target, "lost", "node_lost")
         work.gave_up = node if target == "pending" else None
         self.pure.follow(work, "lose" if left else "exhaust", reason="node_lost")
@@ -479,16 +480,18 @@ class Promises:
 
     def _adopt_backoff(self, work: Work, job: Any) -> None:
         """Take over a backoff's length, which is the master's to draw, after a look at its limits."""
-        if work not in self.fresh:
+        if work.number not in self.fresh:
             return
-        self.fresh.remove(work)
+        at_once, now, wall = self.fresh.pop(work.number)
         work.due, work.uncertain = 0.0, False
-        if job["not_before"] is not None:
-            length = seconds_of(job["not_before"]) - self.wall
+        agree(f"whether retry {work.retries} of job {work.number} may begin at once", at_once,
+              job["not_before"] is None)
+        if not at_once:
+            length = seconds_of(job["not_before"]) - wall
             most = min(300.0, 2.0 ** (work.retries - 1))
             if not -self.wall_slack_s <= length <= most + self.wall_slack_s:
                 raise Disagreement(f"retry {work.retries} of job {work.number} waits {length} s of {most}")
-            work.due, work.length = self.now + length, length
+            work.due, work.length = now + length, length
 
     def compare_detail(self, work: Work, job: Any) -> None:
         """Compare the attempts of a job, and what its last report was."""
@@ -966,6 +969,10 @@ FOUND: dict[str, Sequence[Event]] = {
         event("order", verb="pause"), event("order", verb="resume"), event("claim"),
         event("report", status="failed", reason="network"), event("claim", node=1, session="two"),
         event("pass", seconds=2), event("claim"), event("claim", node=1, session="two")),
+    "a job that was given up waits for its backoff, and one of a restarted agent does not": (
+        *LOST, event("register", node=1, session="two"), event("claim", node=1, session="two"),
+        event("pass", seconds=1), event("claim", node=1, session="two"),
+        event("register", node=1, session="three"), event("claim", node=1, session="three")),
     "a node that leaves and takes a job back is not offline, and lost when it falls silent": (
         *LOST, event("heartbeat", leaving=True), BACK, event("pass", seconds=11)),
     "a node that was removed and comes back has claimed nothing, after a restart either": (

@@ -497,7 +497,7 @@ class NodesGivenUp(BadNetwork):
         proxy.split()
         wait_for(lambda: master.get(f"/jobs/{job}")["status"] == "pending", why="the node is given up")
         node = Node(master, "other")
-        taken = node.claim().body["job"]
+        taken = wait_for(lambda: node.claim().body["job"], why="its backoff is over")
         self.assertEqual((taken["id"], taken["attempt"]), (job, 2))
         proxy.rule = lambda asked, answer: "pass"
         proxy.mend()
