@@ -2691,9 +2691,14 @@ class Supervisor:
         while self.lines and self.lines[0][0] < upto:
             self.lines.popleft()
 
-    def samples(self) -> list[Json]:
+    def take_samples(self) -> list[Json]:
         """Return the machine's readings since the last call."""
         return [self._samples.popleft() for _ in range(len(self._samples))]
+
+    def put_back(self, samples: list[Json]) -> None:
+        """Keep readings that could not be sent for the next call; of too many the oldest go."""
+        room = (self._samples.maxlen or 0) - len(self._samples)
+        self._samples.extendleft(samples[:-room - 1:-1])
 
     def _say(self, line: str) -> None:
         if len(self.lines) < UNSENT_LINES:
@@ -3819,7 +3824,7 @@ class Agent:
         outcome, result = carry_out(attempt, self._place.machine, self._log)
         first, lines = attempt.take_lines(UNSENT_LINES)
         if outcome.status != "lost":
-            self._keep({**result, "lines": lines, "lines_from": first})
+            self._keep({**result, "lines": lines, "lines_from": first, "samples": attempt.take_samples()})
         with self._lock:
             self._running.pop(attempt.key, None)
             self._doubted.discard(attempt.key)
@@ -3912,9 +3917,9 @@ class Agent:
 
     def _send_progress(self, attempt: Attempt) -> float:
         """Send one attempt's progress; return when the next one is wanted, in s from now."""
-        first, lines = attempt.take_lines(LINES_A_REPORT)
+        (first, lines), samples = attempt.take_lines(LINES_A_REPORT), attempt.take_samples()
         body = {"node_id": self._node_id, "session": self._session, "attempt": attempt.number,
-                "progress": {**attempt.progress, "paused": attempt.paused}, "samples": attempt.samples(),
+                "progress": {**attempt.progress, "paused": attempt.paused}, "samples": samples,
                 "lines": lines, "lines_from": first}
         asked = time.monotonic()
         try:
@@ -3924,6 +3929,7 @@ class Agent:
             if error.status in (404, 409):
                 self._abandon([attempt])
                 return PROGRESS_S
+            attempt.put_back(samples)
             raise
         self._answered(asked)
         with self._lock:

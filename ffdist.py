@@ -1451,6 +1451,9 @@ class Quarantine(NamedTuple):
                 "next_canary": wire.utc_text(self.next_canary), "canaries_failed": self.canaries}
 
 
+_NOT_KEPT = ("lines", "lines_from", "samples", "session")  # what a result brings beside itself
+
+
 class Node:
     """One registered machine. `facts` is the JSON of its registration; the rest is the master's own.
 
@@ -2316,6 +2319,7 @@ class Master:
 
     def _end(self, node: Node, job: Job, report: Report, body: Json) -> None:
         self._take_lines(job, self._leases[job.seq], report)
+        self._take_samples(node, job, body.get("samples"))
         self._judge_health(node, job, report)
         elsewhere = report.status == "failed" and self._elsewhere(
             Needs(frozenset((*job.avoid, node.id)), job.only))
@@ -2344,7 +2348,7 @@ class Master:
 
     def _keep_result(self, node: Node, job: Job, report: Report, body: Json) -> None:
         self._last_result += 1
-        kept = {name: value for name, value in body.items() if name not in ("lines", "lines_from", "session")}
+        kept = {name: value for name, value in body.items() if name not in _NOT_KEPT}
         result = {**kept, "job_id": job.id, "node_id": node.id, "node": node.name, "attempt": job.attempt,
                   "scenario": job.scenario, "status": report.status,
                   "received_at": wire.utc_text(self.wall())}

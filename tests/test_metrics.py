@@ -20,7 +20,7 @@ import unittest
 import unittest.mock
 import urllib.parse
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -242,15 +242,16 @@ class Pushing(unittest.TestCase):
         self.master.close()
         self.open()
 
-    def job(self, samples: int = 0, **metrics: Any) -> str:
-        """Let a job run on the node, with some samples."""
+    def job(self, samples: int = 0, last: Sequence[Any] = (), **metrics: Any) -> str:
+        """Let a job run on the node, with some samples, the last with its result."""
         self.master.submit([ffdist.draft_of({"scenario": "720p30"}, 3)])
         ask = ffdist.Ask(self.node["id"], "s", 0, 0, uuid.uuid4().hex, False, lambda: True)
         job = self.master.claim(ask)["job"]
         told = {"node_id": self.node["id"], "session": "s", "attempt": job.attempt}
         self.master.progress(job.id, {**told, "samples": [
             {"time": f"2026-05-04T10:00:{number:02d}Z", "cpu_usage": number} for number in range(samples)]})
-        self.master.report({**told, "job_id": job.id, "status": "completed", "metrics": metrics})
+        self.master.report({**told, "job_id": job.id, "status": "completed", "metrics": metrics,
+                            "samples": last})
         return str(job.id)
 
     def count(self, name: str) -> int:
@@ -274,6 +275,12 @@ class Pushing(unittest.TestCase):
         self.pusher.loop(1031.0)
         self.assertEqual(len(self.store.lines()), len(lines) + 4)
         self.assertEqual((self.said, self.store.asked), ([], ["/internal/force_flush"]))
+
+    def test_the_last_samples_come_with_the_result_and_are_not_kept_in_it(self) -> None:
+        job = self.job(last=[{"time": "2026-05-04T10:00:59Z", "cpu_usage": 9}])
+        self.pusher.loop(1000.0)
+        self.assertEqual(sum("sample_cpu" in line and job in line for line in self.store.lines()), 1)
+        self.assertNotIn("samples", self.master.job(job)["result"])
 
     def test_an_outage_is_said_once_and_nothing_is_lost_by_it(self) -> None:
         self.store.status = 503

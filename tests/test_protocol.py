@@ -187,6 +187,24 @@ class LostMessages(OneFleet, BadNetwork):
     def test_progress_that_is_lost_ends_nothing(self) -> None:
         self.survives(PROGRESS, faults=("mute", "lose"), seconds=1.5)
 
+    def test_readings_that_were_lost_come_with_the_next_progress_or_with_the_result(self) -> None:
+        lost: list[str] = []
+
+        def rule(asked: Message, answer: Message | None) -> str:
+            taken = [sample["time"] for sample in (asked.body or {}).get("samples", ())]
+            if answer is not None or not taken or "/progress" not in asked.line or len(lost) > 2:
+                return "pass"
+            lost.extend(taken)
+            return "lose"
+        master, proxy, _ = self.network(rule=rule)
+        job = self.live(master, 60)
+        wait_for(lambda: len(lost) > 2, why="some readings are lost")
+        master.call("POST", f"/jobs/{job}/cancel")
+        self.assertEqual(master.finished(job)["result"].get("samples"), None, "the store has them")
+        came = [sample["time"] for seen in proxy.seen if seen.answer and seen.answer.status == 200
+                for sample in (seen.asked.body or {}).get("samples", ())]
+        self.assertEqual((came[:len(set(lost))], len(set(came))), (sorted(set(lost)), len(came)))
+
     def test_messages_that_arrive_twice_count_once(self) -> None:
         self.survives(CLAIM, RESULT, PROGRESS, faults=("twice",), seconds=0.8)
 
