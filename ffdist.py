@@ -2726,7 +2726,16 @@ def _register(master: Master, request: Request) -> tuple[int, Any]:
     return 201 if new else 200, node
 
 
+def _known_names(request: Request, *names: str) -> None:
+    """Refuse a list's parameter that does not exist: a typo would list everything."""
+    for name in request.query:
+        if name not in names:
+            raise bad(wire.printable(name[:64]),
+                      f"is no parameter here: there is {', '.join(names) or 'none'}")
+
+
 def _nodes(master: Master, request: Request) -> tuple[int, Any]:
+    _known_names(request)
     nodes = master.nodes()
     return 200, {"nodes": nodes, "count": len(nodes)}
 
@@ -2792,7 +2801,9 @@ def _jobs_text(jobs: Iterable[Job], more: Json) -> str:
 
 
 def _page_of(request: Request) -> tuple[dict[str, str], int | None, int]:
-    filters = {name: value for name in ("status", "scenario", "node_id")
+    names = ("status", "scenario", "node_id")
+    _known_names(request, *names, "limit", "after")
+    filters = {name: value for name in names
                if (value := text_of(request.query, name)) is not None}
     if filters.get("status") not in (None, *STATUSES):
         raise bad("status", f"must be one of {', '.join(STATUSES)}")
@@ -2823,6 +2834,7 @@ def _progress(master: Master, request: Request) -> tuple[int, Any]:
 
 
 def _logs(master: Master, request: Request) -> tuple[int, Any]:
+    _known_names(request, "after", "wait")
     after = whole_of(request.query, "after", 0, 1 << 53) or 0
     wait = number_of(request.query, "wait", 0, wire.WAIT_MAX_S) or 0.0
     return 200, master.logs(request.id, after, wait, request.alive)

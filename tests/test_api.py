@@ -963,6 +963,14 @@ class TestSubmissions(Served):
             for path in ("/jobs", "/results"):
                 self.refused(self.master.call("GET", f"{path}?{query}"), 400, field)
 
+    def test_a_parameter_that_a_list_does_not_have_is_refused_with_those_that_it_has(self) -> None:
+        job = self.master.submit()
+        for path, name, known in (("/jobs", "state", "status"), ("/results", "Status", "node_id"),
+                                  ("/nodes", "status", "none"), (f"/jobs/{job['id']}/logs", "afer", "after")):
+            answer = self.master.call("GET", f"{path}?{name}=failed")
+            self.refused(answer, 400, name)
+            self.assertIn(known, answer.body["error"])
+
     def test_a_job_is_found_by_a_prefix_of_four_or_more_characters(self) -> None:
         one, two = "abcd1111-0000-4000-8000-000000000001", "abcd2222-0000-4000-8000-000000000002"
         for job_id in (one, two):
