@@ -1563,6 +1563,7 @@ class Master:
         self._archive_lock = threading.Lock()
         self._notes: list[tuple[int, str, tuple[Any, ...]]] = []
         self._closing = False
+        self._stale = False  # a commit failed, and memory could not yet be rebuilt from the journal
         self._reaped = self._began = clock()
         self._watchers: dict[int, list[threading.Event]] = {}
         self._nodes: dict[str, Node] = {}
@@ -1586,7 +1587,16 @@ class Master:
         return _Transaction(self)
 
     def _enter(self) -> None:
+        """Take the lock; ApiError 503 while memory is not what the journal holds."""
         self._lock.acquire()
+        if not self._stale:
+            return
+        try:
+            self._load()
+            self._stale = False
+        except Exception as error:
+            self._lock.release()
+            raise ApiError(503, f"the journal cannot be read: {getattr(error, 'message', error)}") from None
 
     def _leave(self) -> None:
         """Let the lock go, wait for the commit, then log what happened."""
@@ -1606,6 +1616,9 @@ class Master:
     def _load(self) -> None:
         """Fill memory from the journal: at the start, and after a commit that failed."""
         now = self.clock()
+        for node in self._nodes.values():
+            if node.parked is not None:
+                node.parked.event.set()
         self._jobs: dict[int, Job] = {}
         self._seq_of: dict[str, int] = {}
         self._lanes = Lanes()
@@ -1632,18 +1645,15 @@ class Master:
                 holder = self._nodes.get(job.node_id or "")
                 if holder is not None:
                     self._lease(holder, job, self.journal.log_count(job.seq, job.attempt))
-        for node in earlier.values():
-            if node.parked is not None:
-                node.parked.event.set()
 
     def _rebuild(self, error: str) -> None:
         with self._lock:
             self.journal.drop(error)
             self._notes = []
-            try:
-                self._load()
-            except ApiError as failure:
-                error = f"{error}; {failure.message}"
+            self._stale = True
+        with contextlib.suppress(ApiError):
+            self._enter()  # else the next transaction tries again
+            self._lock.release()
         self._log.error("the journal cannot be written: %s; nothing is accepted until it can", error)
 
     def _save(self, old: Job | None, job: Job) -> None:
@@ -5030,14 +5040,30 @@ class Service:
         self.url = f"http://{shown}:{self._server.server_port}"
         self._pusher = (Pusher(victoriametrics, folder / "push", self.master, log) if victoriametrics
                         else None)
-        work = [lambda: self._server.serve_forever(0.2), lambda: self._every(REAP_S, self.master.reap),
-                self._keep_house, *([self._pusher.run] if self._pusher else [])]
-        self._threads = [threading.Thread(target=target, daemon=True) for target in work]
+        work = {"serving": lambda: self._server.serve_forever(0.2),
+                "expiry of leases": lambda: self._every(REAP_S, self.master.reap),
+                "housekeeping": self._keep_house, **({"push": self._pusher.run} if self._pusher else {})}
+        self._threads = [threading.Thread(target=self._guarded, args=row, daemon=True)
+                         for row in work.items()]
 
     def start(self) -> None:
         """Begin to serve and to reap."""
         for thread in self._threads:
             thread.start()
+
+    def _guarded(self, name: str, work: Callable[[], None]) -> None:
+        """Do what a thread is for; an error of ours is told once, and it goes on: its end would be silent."""
+        told = ""
+        while not self._stopping.is_set():
+            try:
+                return work()
+            except Exception as error:
+                words = f"{type(error).__name__}: {error}"
+                self._log.log(logging.DEBUG if words == told else logging.ERROR,
+                              "%s failed and goes on: %s", name, words)
+                self._log.debug("the failure in full", exc_info=True)
+                told = words
+            self._stopping.wait(REAP_S)
 
     def _every(self, interval_s: float, work: Callable[[], Any]) -> None:
         while not self._stopping.wait(interval_s):

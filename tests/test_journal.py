@@ -736,6 +736,52 @@ class TestRetention(Case):
                 ffdist.keep_of(text)
 
 
+class TestErrorsOfItsOwn(Case):
+    """What nobody foresaw freezes nothing: it is said, and the master goes on."""
+
+    def test_memory_that_cannot_be_rebuilt_is_not_served_and_comes_back(self) -> None:
+        master = ffdist.Master(self.folder / "m", ffdist.Settings(), LOG)
+        self.addCleanup(master.close)
+        node = master.register({"address": "worker"})[1]["id"]
+        waiting = master.submit([ffdist.draft_of({"scenario": "a"}, 0)])[1][0]
+        ask = ffdist.Ask(node, None, 0.0, 0, None, False, lambda: True)
+        with mock.patch.object(master.journal, "live_jobs", side_effect=MemoryError("no room")):
+            with mock.patch.object(ffdist, "_grouped", side_effect=OSError(28, "no space left")), \
+                    self.assertRaises(ffdist.ApiError):
+                master.submit([ffdist.draft_of({"scenario": "b"}, 0)])
+            for work in (lambda: master.claim(ask), master.nodes, master.reap):
+                with self.assertRaisesRegex(ffdist.ApiError, "cannot be read: no room") as refused:
+                    work()
+                self.assertEqual(refused.exception.status, 503)
+        self.assertEqual(master.claim(ask)["job"].id, waiting.id)
+
+    def test_no_thread_of_the_service_ends_by_an_error(self) -> None:
+        said: list[str] = []
+        log = mock.Mock(wraps=LOG, log=lambda level, text, *values: said.extend(
+            [text % values] * (level == logging.ERROR)))
+        with mock.patch.object(ffdist, "REAP_S", 0.02), mock.patch.object(ffdist, "HOUSEKEEPING_S", 0.02):
+            service = ffdist.Service("127.0.0.1", 0, self.folder / "s", ffdist.Settings(), log,
+                                     "http://127.0.0.1:9")
+            broken = {"reap": service.master, "expire": service.master, "snapshot": service.master,
+                      "_handle_request_noblock": service._server}
+            whole = {name: getattr(thing, name) for name, thing in broken.items()}
+            for name, thing in broken.items():
+                setattr(thing, name, mock.Mock(side_effect=KeyError(name)))
+            service.start()
+            self.addCleanup(service.stop)
+            answered: list[int] = []
+            threading.Thread(target=lambda: answered.append(
+                call(service.url, "GET", "/health").status), daemon=True).start()
+            for name in broken:
+                wait_for(lambda name=name: any(f"KeyError: '{name}'" in words for words in said), 20, name)
+            calls = {name: mock.Mock(wraps=work) for name, work in whole.items()}
+            for name, thing in broken.items():
+                setattr(thing, name, calls[name])
+            wait_for(lambda: answered == [200] and all(work.called for work in calls.values()), 20,
+                     "all go on")
+        self.assertEqual(len(said), len(broken), "each is told once")
+
+
 class TestOlderFormat(Case):
     def test_a_journal_of_format_1_goes_on(self) -> None:
         master = self.master()
