@@ -3968,7 +3968,7 @@ def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host
 
 def _remembered_id(path: Path) -> str | None:
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+        return str(uuid.UUID(str(json.loads(path.read_text(encoding="utf-8"))["id"])))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -729,7 +729,7 @@ class Journal:
         self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
         self._connections: list[sqlite3.Connection] = []
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
-        self._lock_file = self._lock_folder()
+        self._lock = self._lock_folder()
         try:
             self._open()
         except (sqlite3.Error, OSError, Unusable) as error:
@@ -769,9 +769,11 @@ class Journal:
     def _lock_folder(self) -> int:
         try:
             self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)
-            descriptor = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            os.utime(self._folder)
         except OSError as error:
-            raise Unusable(f"data folder {self._folder} cannot be used: {error.strerror}; "
+            cause = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+            raise Unusable(f"data folder {self._folder} cannot be used: {cause}; "
                            "name another with --data-dir") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -811,7 +813,7 @@ class Journal:
         execute("BEGIN IMMEDIATE")
         execute("ROLLBACK")
         execute("SELECT max(seq) FROM jobs").fetchall()
-        self._inode = self._path.stat().st_ino
+        self._places = self._found_places()
         for _ in range(READERS):
             self._readers.put(self._connect())
 
@@ -886,32 +888,62 @@ class Journal:
             for statement, rows in _grouped(writes):
                 self._writer.executemany(statement, rows)
             execute("COMMIT")
+            self._places = self._found_places()
         except Exception as error:  # whatever it is: this thread must live, and nothing be half written
             with contextlib.suppress(sqlite3.Error):
                 execute("ROLLBACK")
             self._note_damage(error)
-            return f"{self._path}: {error}"
+            return f"{self._path}: {error}{self._more_of_it()}"
         self.commits += 1
         self.commit_seconds += time.perf_counter() - began
         return None
 
-    def _keep_place(self) -> None:
-        """Raise OSError where the file is not in its place: a commit would be lost at the next start.
+    def _more_of_it(self) -> str:
+        """Tell what the folder's file system says: SQLite calls one that went read-only an I/O error."""
+        try:
+            os.utime(self._folder)
+        except OSError as error:
+            return f" ({error.strerror})"
+        return ""
 
-        One that was removed is put back, for all of it lives on in what is open, and a new start opens it.
+    def _found_places(self) -> list[tuple[int, int]]:
+        """Return inode and size of the file and of its log; zeros for one that is not there."""
+        found = []
+        for name in (self._path, f"{self._path}-wal"):
+            try:
+                status = os.stat(name)
+                found.append((status.st_ino, status.st_size))
+            except FileNotFoundError:
+                found.append((0, 0))
+        return found
+
+    def _keep_place(self) -> None:
+        """Raise OSError where file or log are not as they were left: the next start would lose a commit.
+
+        What was removed or cut is put back, for all of it lives on in what is open; a new start opens it,
+        and recovers what can be read where that is not so.
         """
-        if self._path.exists():
-            if self._path.stat().st_ino != self._inode:
-                raise OSError("another file has taken its place; stop the master before you put one there")
+        found = self._found_places()
+        if all(now[0] == before[0] and now[1] >= before[1] for now, before in zip(found, self._places)):
             return
+        if found[0][0] not in (0, self._places[0][0]):
+            raise OSError("another file has taken its place; stop the master before you put one there")
+        told = "somebody removed or cut it, or its log, while the master worked"
         scratch = self._folder / f"{RECOVERED}.tmp"
         scratch.unlink(missing_ok=True)
-        with contextlib.closing(_connected(scratch)) as copy:
-            self._writer.backup(copy)
+        try:
+            with contextlib.closing(_connected(scratch)) as copy:
+                self._writer.backup(copy)
+                if copy.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
+                    raise sqlite3.DatabaseError("malformed")
+        except sqlite3.Error:
+            (self._folder / DAMAGED).write_text(told)
+            self.damage = told
+            raise OSError(told) from None
         for ending in ("-wal", "-shm"):
             Path(f"{self._path}{ending}").unlink(missing_ok=True)
         os.replace(scratch, self._path)
-        self.damage = "somebody removed it while the master worked, and it was put back"
+        self.damage = f"{told}, and it was put back"
         raise OSError(self.damage)
 
     def close(self) -> None:
@@ -921,7 +953,7 @@ class Journal:
             self._queue.put(None)
             self._thread.join(10)
         self._disconnect()
-        os.close(self._lock_file)
+        os.close(self._lock)
 
     # -- reading: safe in any thread, never under the Master's lock
 
@@ -1596,7 +1628,9 @@ class Master:
             self._stale = False
         except Exception as error:
             self._lock.release()
-            raise ApiError(503, f"the journal cannot be read: {getattr(error, 'message', error)}") from None
+            if isinstance(error, ApiError):
+                raise
+            raise ApiError(503, f"the journal cannot be read: {error}") from None
 
     def _leave(self) -> None:
         """Let the lock go, wait for the commit, then log what happened."""
@@ -3116,7 +3150,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             while self._buffer[:2] == b"\r\n":
                 del self._buffer[:2]
             end, size = _head_end(self._buffer)
-            if end >= 0:
+            if 0 <= end <= HEAD_LIMIT_BYTES:
                 block = bytes(self._buffer[:end])
                 del self._buffer[:end + size]
                 return block
@@ -5095,7 +5129,7 @@ class Service:
 def no_port_text(host: str, port: int, error: Exception) -> str:
     """Tell why a port cannot be opened, and what to do."""
     code = getattr(error, "errno", None)
-    if code == errno.EADDRNOTAVAIL:
+    if code == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
         return f"this machine has no address {host}: choose another with --host"
     cause = getattr(error, "strerror", None) or str(error)
     next_step = (f"see who has it with 'lsof -i :{port}', or choose another with --port"

@@ -370,6 +370,7 @@ class TestHttp(Fuzz):
         many = b"".join(b"h%d: x\r\n" % number for number in range(500))
         self.refused_raw(b"GET /health HTTP/1.1\r\n" + many + b"\r\n", 431)
         self.refused_raw(b"GET /health HTTP/1.1\r\na: " + b"x" * 100_000, 431, close=False)
+        self.refused_raw(b"GET /health HTTP/1.1\r\na: " + b"x" * 40_000 + b"\r\n\r\n", 431)
         self.refused_raw(b"GET /health HTTP/1.1\r\n" + many * 20, 431, close=False)
         self.refused_raw(b"G" * 100_000, close=False)
         self.refused_raw(b"GET /" + b"x" * 100_000, close=False)

@@ -18,6 +18,7 @@ import threading
 import time
 import unittest
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -303,10 +304,14 @@ class TestRefusal(Case):
         words = self.refused()
         for word in (str(self.folder / "master"), "held by another master", "--data-dir"):
             self.assertIn(word, words)
+        for file in {*(self.folder / "master").iterdir()} - {*(self.folder / "master").glob("journal*")}:
+            file.unlink()
+        self.assertIn("held by another master", self.refused(), "no file that somebody may remove says so")
         self.assertEqual(master.submit()["status"], "pending")
 
     def test_a_folder_that_cannot_be_written(self) -> None:
         (self.folder / "file").write_text("a file, no folder")
+        self.assertIn("it is a file", self.refused(folder=self.folder / "file"))
         words = self.refused(folder=self.folder / "file" / "data")
         for word in (str(self.folder / "file" / "data"), "--data-dir"):
             self.assertIn(word, words)
@@ -337,7 +342,6 @@ class TestRefusal(Case):
     def test_a_database_of_another_program_is_left_alone(self) -> None:
         folder = self.folder / "master"
         folder.mkdir()
-        (folder / "lock").touch()
         with sqlite3.connect(folder / "journal.db") as other:
             other.execute("CREATE TABLE recipes(name TEXT)")
         other.close()
@@ -437,11 +441,17 @@ class TestRecovery(Case):
             self.assertEqual([file.read_bytes() for file in path.parent.glob("journal-damaged-*-wal")], [log])
             master.kill()
 
-    def test_a_journal_that_is_removed_while_it_runs_is_put_back(self) -> None:
+    def test_a_journal_that_is_removed_or_cut_while_it_runs_is_put_back(self) -> None:
+        for do, files in ((os.unlink, "journal.db*"), (os.unlink, "journal.db-wal"),
+                          (lambda file: os.truncate(file, 0), "journal.db-wal")):
+            with self.subTest(files=files):
+                self.put_back(do, files)
+
+    def put_back(self, do: Callable[[Path], None], files: str) -> None:
         master = self.master(port=free_port())
-        ids = {master.submit()["id"] for _ in range(3)}
-        for file in (self.folder / "master").glob("journal.db*"):
-            file.unlink()
+        ids = {job["id"] for job in master.get("/jobs")["jobs"]} | {master.submit()["id"] for _ in range(3)}
+        for file in (self.folder / "master").glob(files):
+            do(file)
         refused = master.call("POST", "/jobs", {"scenario": "x"})
         self.assertEqual(refused.status, 503)
         self.assertIn("removed", refused.body["error"])
@@ -455,6 +465,7 @@ class TestRecovery(Case):
         master = self.master()
         self.assertEqual({job["id"] for job in master.get("/jobs")["jobs"]}, ids)
         self.assertEqual(list((self.folder / "master").glob("*recovered*")), [])
+        master.end()
 
     def test_nothing_is_acknowledged_while_another_file_is_in_the_place_of_the_journal(self) -> None:
         master = self.master()
@@ -746,8 +757,10 @@ class TestErrorsOfItsOwn(Case):
         waiting = master.submit([ffdist.draft_of({"scenario": "a"}, 0)])[1][0]
         ask = ffdist.Ask(node, None, 0.0, 0, None, False, lambda: True)
         with mock.patch.object(master.journal, "live_jobs", side_effect=MemoryError("no room")):
-            with mock.patch.object(ffdist, "_grouped", side_effect=OSError(28, "no space left")), \
-                    self.assertRaises(ffdist.ApiError):
+            broken = sqlite3.OperationalError("disk I/O error")
+            with mock.patch.object(ffdist, "_grouped", side_effect=broken), \
+                    mock.patch.object(os, "utime", side_effect=OSError(30, "Read-only file system")), \
+                    self.assertRaisesRegex(ffdist.ApiError, r"disk I/O error \(Read-only file system\)"):
                 master.submit([ffdist.draft_of({"scenario": "b"}, 0)])
             for work in (lambda: master.claim(ask), master.nodes, master.reap):
                 with self.assertRaisesRegex(ffdist.ApiError, "cannot be read: no room") as refused:

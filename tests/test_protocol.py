@@ -38,6 +38,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import agent
 from tests.proxy import BEFORE, Message, Once, Proxy, passing
 from tests.support import Agent, Master, call, need, small_disk, wait_for
 from tests.test_api import Node
@@ -140,6 +141,20 @@ class OneSession(BadNetwork):
         again = self.worker(proxy)
         wait_for(lambda: again.words().count("registered with") == 1, why="it registers again")
         self.assertEqual(master.get("/nodes")["count"], 1)
+
+
+class Identity(BadNetwork):
+    def test_an_identity_that_cannot_be_read_makes_a_new_node(self) -> None:
+        master = self.master()
+        for text in ("not JSON", "[]", '{"id": null}', '{"id": "worker"}', '{"id": 5}'):
+            with self.subTest(text):
+                file = self.folder / "agent-state" / "node.json"
+                file.parent.mkdir(mode=0o700, exist_ok=True)
+                file.write_text(text)
+                self.assertIsNone(agent._remembered_id(file))
+        worker = self.agent(master)
+        wait_for(lambda: "registered with" in worker.words(), why="it registers")
+        self.assertEqual(agent._remembered_id(file), master.get("/nodes")["nodes"][0]["id"])
 
 
 class LostMessages(OneFleet, BadNetwork):

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import unittest
@@ -181,6 +182,7 @@ class TestWordsOfTheCommandLine(unittest.TestCase):
         for code, step in ((errno.EADDRNOTAVAIL, "--host"), (errno.EACCES, "need root"),
                            (errno.EADDRINUSE, "lsof -i :80'")):
             self.assertIn(step, ffdist.no_port_text("1.2.3.4", 80, OSError(code, os.strerror(code))))
+        self.assertIn("--host", ffdist.no_port_text("nowhere", 80, socket.gaierror(-2, "not known")))
 
     def test_a_node_is_meant_by_its_name_its_id_or_how_one_begins(self) -> None:
         nodes = [{"id": "aaaa1111", "name": "rack"}, {"id": "aaaa2222", "name": "rack-2"}]
