@@ -3503,6 +3503,7 @@ class Spool:
 
     def put(self, result: Json) -> None:
         """Write a report so that it survives a kill; raises OSError when the disk is full."""
+        self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)  # else a slot waits for one that is gone
         _write_json(self._folder / f"{next(self._numbers):020d}-{uuid.uuid4().hex[:8]}.json", result)
 
     def entries(self) -> list[tuple[Path, Json]]:

@@ -143,7 +143,13 @@ class OneSession(BadNetwork):
         self.assertEqual(master.get("/nodes")["count"], 1)
 
 
-class Identity(BadNetwork):
+class StateFolder(BadNetwork):
+    def test_a_spool_that_somebody_removed_takes_the_next_report(self) -> None:
+        spool = agent.Spool(self.folder / "state" / "spool")
+        shutil.rmtree(self.folder / "state")
+        spool.put({"job_id": "j", "attempt": 1})
+        self.assertEqual(spool.waiting(), [("j", 1)])
+
     def test_an_identity_that_cannot_be_read_makes_a_new_node(self) -> None:
         master = self.master()
         for text in ("not JSON", "[]", '{"id": null}', '{"id": "worker"}', '{"id": 5}'):
