@@ -929,6 +929,7 @@ class Journal:
         if found[0][0] not in (0, self._places[0][0]):
             raise OSError("another file has taken its place; stop the master before you put one there")
         told = "somebody removed or cut it, or its log, while the master worked"
+        self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)
         scratch = self._folder / f"{RECOVERED}.tmp"
         scratch.unlink(missing_ok=True)
         try:

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import random
+import shutil
 import signal
 import socket
 import sqlite3
@@ -443,7 +444,8 @@ class TestRecovery(Case):
 
     def test_a_journal_that_is_removed_or_cut_while_it_runs_is_put_back(self) -> None:
         for do, files in ((os.unlink, "journal.db*"), (os.unlink, "journal.db-wal"),
-                          (lambda file: os.truncate(file, 0), "journal.db-wal")):
+                          (lambda file: os.truncate(file, 0), "journal.db-wal"),
+                          (shutil.rmtree, "../master")):
             with self.subTest(files=files):
                 self.put_back(do, files)
 
