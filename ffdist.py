@@ -1597,6 +1597,7 @@ class Master:
         self._notes: list[tuple[int, str, tuple[Any, ...]]] = []
         self._closing = False
         self._stale = False  # a commit failed, and memory could not yet be rebuilt from the journal
+        self._told: str | None = None  # why commits fail, as it was last logged
         self._reaped = self._began = clock()
         self._watchers: dict[int, list[threading.Event]] = {}
         self._nodes: dict[str, Node] = {}
@@ -1612,6 +1613,9 @@ class Master:
         if self.journal.recovery is not None:
             log.error("%s", self.journal.recovery)
         self.journal.start()
+        with self._lock:  # so that /ready knows whether it can be written, before anybody asks
+            self.journal.put("alive", self.started_at)
+            self.journal.ticket()
 
     # -- transactions
 
@@ -1689,7 +1693,9 @@ class Master:
         with contextlib.suppress(ApiError):
             self._enter()  # else the next transaction tries again
             self._lock.release()
-        self._log.error("the journal cannot be written: %s; nothing is accepted until it can", error)
+        self._log.log(logging.DEBUG if error == self._told else logging.ERROR,
+                      "the journal cannot be written: %s; nothing is accepted until it can", error)
+        self._told = error
 
     def _save(self, old: Job | None, job: Job) -> None:
         """Make a job's next record the truth, in memory and in the journal."""
@@ -2450,6 +2456,9 @@ class Master:
             self._wake()  # a node that a job should avoid may be the last one by now
             if self.journal.trouble is not None:
                 self.journal.put("alive", self.wall())
+            elif self._told is not None:
+                self._told = None
+                self._note("the journal can be written again")
 
     def _look_after(self, node: Node, now: float) -> None:
         """Do what is due for a node: give it up, end its drain, try whether it is well again."""

@@ -770,6 +770,15 @@ class TestErrorsOfItsOwn(Case):
                 self.assertEqual(refused.exception.status, 503)
         self.assertEqual(master.claim(ask)["job"].id, waiting.id)
 
+    def test_whether_it_can_be_written_is_known_before_anybody_writes(self) -> None:
+        with mock.patch.object(ffdist, "_grouped", side_effect=OSError(28, "no space left")):
+            master = ffdist.Master(self.folder / "m", ffdist.Settings(), LOG)
+            self.addCleanup(master.close)
+            wait_for(lambda: master.journal.trouble, 20)
+            self.assertRaisesRegex(ffdist.ApiError, "no space left", master.ready)
+        master.reap()
+        self.assertEqual(master.ready(), {"status": "ready"})
+
     def test_no_thread_of_the_service_ends_by_an_error(self) -> None:
         said: list[str] = []
         log = mock.Mock(wraps=LOG, log=lambda level, text, *values: said.extend(
@@ -886,7 +895,8 @@ class TestFullDisk(Case):
         self.assertIn(again["id"], accepted)
         self.assertEqual(self.known(master), accepted)
         self.assertNotIn("Traceback", master.words())
-        self.assertIn("full", master.words())
+        self.assertEqual(master.words().count("database or disk is full"), 1, "it is said once")
+        wait_for(lambda: "can be written again" in master.words(), why="its end is said too")
         before = record_of(master)
         master.kill()
         self.assertEqual(record_of(self.master(port=master.port)), before)
