@@ -3533,7 +3533,7 @@ def _write_json(path: Path, value: Json) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except Exception:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
@@ -3850,6 +3850,9 @@ class Agent:
                 said = True
                 if self._stopping.wait(1):
                     return
+            except (TypeError, ValueError) as error:  # no JSON: unreported, it would hold its lease for ever
+                result = {"node_id": self._node_id, **own_failure(result["job_id"], result["attempt"],
+                                                                  self._name, error)}
 
     def _confirm(self, attempt: Attempt) -> bool:
         """Tell whether the lease is surely ours; after a long silence only the master can say."""
@@ -3949,10 +3952,13 @@ def carry_out(attempt: Attempt, machine: Machine, log: logging.Logger) -> tuple[
         return outcome, result_of(attempt, outcome, machine)
     except Exception as error:  # one that nobody reports would hold its lease for ever
         log.debug("job %s", attempt.job_id, exc_info=True)
-        return Outcome("failed"), {
-            "job_id": attempt.job_id, "attempt": attempt.number, "status": "failed",
-            "failure_reason": "agent", "error":
-            f"the agent on {machine.name} failed itself: {type(error).__name__}: {error}"}
+        return Outcome("failed"), own_failure(attempt.job_id, attempt.number, machine.name, error)
+
+
+def own_failure(job_id: str, number: int, name: str, error: Exception) -> Json:
+    """Return the report of an attempt that an error of the agent's own ended."""
+    return {"job_id": job_id, "attempt": number, "status": "failed", "failure_reason": "agent",
+            "error": f"the agent on {name} failed itself: {type(error).__name__}: {error}"}
 
 
 def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host, name: str) -> Workplace:

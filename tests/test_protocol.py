@@ -37,6 +37,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import agent
 from tests.proxy import BEFORE, Message, Once, Proxy, passing
@@ -150,6 +151,18 @@ class StateFolder(BadNetwork):
         spool.put({"job_id": "j", "attempt": 1})
         self.assertEqual(spool.waiting(), [("j", 1)])
 
+    def test_a_result_that_is_no_json_is_a_failure_of_the_agent_and_holds_no_slot(self) -> None:
+        """NaN is none: a thread that ended by it would keep the job running for ever."""
+        spool = agent.Spool(self.folder / "spool")
+        keeper = mock.Mock(_node_id="n", _name="worker", _spool=spool)
+        agent.Agent._keep(keeper, {"job_id": "j", "attempt": 2, "status": "completed",
+                                   "metrics": {"psnr_db": float("nan")}})
+        [(_, kept)] = spool.entries()
+        self.assertEqual((kept["job_id"], kept["attempt"], kept["node_id"], kept["status"],
+                          kept["failure_reason"]), ("j", 2, "n", "failed", "agent"))
+        self.assertIn("worker failed itself", kept["error"])
+        self.assertEqual(len(list((self.folder / "spool").iterdir())), 1)
+
     def test_an_identity_that_cannot_be_read_makes_a_new_node(self) -> None:
         master = self.master()
         for text in ("not JSON", "[]", '{"id": null}', '{"id": "worker"}', '{"id": 5}'):
@@ -217,12 +230,13 @@ class LostMessages(OneFleet, BadNetwork):
                 return "pass"
             lost.extend(taken)
             return "lose"
-        master, proxy, _ = self.network(rule=rule)
+        (master, _), proxy = self.fleet(), self.proxy
+        proxy.rule, before = rule, len(proxy.seen)
         job = self.live(master, 60)
         wait_for(lambda: len(lost) > 2, why="some readings are lost")
         master.call("POST", f"/jobs/{job}/cancel")
         self.assertEqual(master.finished(job)["result"].get("samples"), None, "the store has them")
-        came = [sample["time"] for seen in proxy.seen if seen.answer and seen.answer.status == 200
+        came = [sample["time"] for seen in proxy.seen[before:] if seen.answer and seen.answer.status == 200
                 for sample in (seen.asked.body or {}).get("samples", ())]
         self.assertEqual((came[:len(set(lost))], len(set(came))), (sorted(set(lost)), len(came)))
 
