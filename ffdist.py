@@ -729,7 +729,7 @@ class Journal:
         self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
         self._connections: list[sqlite3.Connection] = []
         self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
-        self._lock = self._lock_folder()
+        self._folder_lock = self._lock_folder()
         try:
             self._open()
         except (sqlite3.Error, OSError, Unusable) as error:
@@ -954,7 +954,7 @@ class Journal:
             self._queue.put(None)
             self._thread.join(10)
         self._disconnect()
-        os.close(self._lock)
+        os.close(self._folder_lock)
 
     # -- reading: safe in any thread, never under the Master's lock
 
