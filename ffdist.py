@@ -750,6 +750,8 @@ class Journal:
         elif _size(self._path) == 0 and _size(Path(f"{self._path}-wal")):
             self._recover("it is empty or missing, and its log is not")
         try:
+            if self._rejoin_log(marker):
+                self._recover(marker.read_text())
             self._writer = self._connect()
             self._prepare()
         except sqlite3.DatabaseError as error:
@@ -758,6 +760,29 @@ class Journal:
             self._recover(str(error))
             self._writer = self._connect()
             self._prepare()
+
+    def _rejoin_log(self, marker: Path) -> bool:
+        """Put into the file what its log holds behind a damaged place; tell whether there was any.
+
+        SQLite reads no further than to that place. One commit behind it may be one that a power cut broke,
+        of which nobody was told; several mean damage.
+        """
+        log = Path(f"{self._path}-wal")
+        if not _size(log):
+            return False
+        with contextlib.closing(_connected(self._path)) as connection:
+            read = connection.execute("PRAGMA wal_checkpoint").fetchone()[1]
+            size = connection.execute("PRAGMA page_size").fetchone()[0]
+            pages, commits = pages_beyond(log, max(0, read), size)
+            if commits > 1:
+                marker.write_text("a place in the middle of its log cannot be read")
+                with open(self._path, "r+b") as file:
+                    for number, page in pages:
+                        file.seek((number - 1) * size)
+                        file.write(page)
+                    file.flush()
+                    os.fsync(file.fileno())
+        return commits > 1
 
     def _recover(self, why: str) -> None:
         self._disconnect()
@@ -1189,6 +1214,23 @@ def is_damage(error: Exception) -> bool:
     """Tell whether SQLite means that the file is no longer whole (a full or read-only disk is no damage)."""
     return isinstance(error, sqlite3.DatabaseError) and bool(
         re.search(r"malformed|not a database|corrupt|decode", str(error)))
+
+
+def pages_beyond(log: Path, read: int, size: int) -> tuple[list[tuple[int, bytes]], int]:
+    """Return (number, bytes) of the pages in a log behind its first `read` frames, and how many commits end
+    there; only those of the log's present round count (sqlite.org/fileformat.html, 4.1).
+    """
+    pages, commits = [], 0
+    with open(log, "rb") as file:
+        head, first = file.read(32), file.read(16)
+        salt = head[16:24] if head[:3] == b"\x37\x7f\x06" else first[8:]
+        file.seek(32 + read * (24 + size))
+        while len(frame := file.read(24 + size)) == 24 + size:
+            number, commit = struct.unpack(">II", frame[:8])
+            if frame[8:16] == salt and number:
+                pages.append((number, frame[24:]))
+                commits += commit > 0
+    return pages, commits
 
 
 def recover_journal(folder: Path) -> tuple[str, str]:

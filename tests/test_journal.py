@@ -442,6 +442,23 @@ class TestRecovery(Case):
             self.assertEqual([file.read_bytes() for file in path.parent.glob("journal-damaged-*-wal")], [log])
             master.kill()
 
+    def test_a_log_that_is_damaged_in_its_middle_is_read_on_behind_it(self) -> None:
+        master = self.master()
+        ids = [master.submit()["id"] for _ in range(40)]
+        master.kill()
+        log = self.folder / "master" / "journal.db-wal"
+        middle = 32 + (log.stat().st_size - 32) // 4120 // 2 * 4120
+        with open(log, "r+b") as file:
+            file.seek(middle + 5)
+            file.write(b"ffdist" * 50)
+        master = self.master()
+        self.assertIn("middle of its log", master.words())
+        self.assertEqual([job["id"] for job in master.get("/jobs")["jobs"]], ids[::-1])
+        master.kill()
+        with open(log, "r+b") as file:  # what a power cut breaks is a commit that nobody was told of
+            file.truncate(log.stat().st_size - 4120)
+        self.assertEqual(self.master().words().count("middle of its log"), 1)
+
     def test_a_journal_that_is_removed_or_cut_while_it_runs_is_put_back(self) -> None:
         for do, files in ((os.unlink, "journal.db*"), (os.unlink, "journal.db-wal"),
                           (lambda file: os.truncate(file, 0), "journal.db-wal"),
