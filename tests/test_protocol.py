@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
-import agent
+import agent as wire
 from tests.proxy import BEFORE, Message, Once, Proxy, passing
 from tests.support import Agent, Master, call, need, small_disk, wait_for
 from tests.test_api import Node
@@ -146,16 +146,16 @@ class OneSession(BadNetwork):
 
 class StateFolder(BadNetwork):
     def test_a_spool_that_somebody_removed_takes_the_next_report(self) -> None:
-        spool = agent.Spool(self.folder / "state" / "spool")
+        spool = wire.Spool(self.folder / "state" / "spool")
         shutil.rmtree(self.folder / "state")
         spool.put({"job_id": "j", "attempt": 1})
         self.assertEqual(spool.waiting(), [("j", 1)])
 
     def test_a_result_that_is_no_json_is_a_failure_of_the_agent_and_holds_no_slot(self) -> None:
         """NaN is none: a thread that ended by it would keep the job running for ever."""
-        spool = agent.Spool(self.folder / "spool")
+        spool = wire.Spool(self.folder / "spool")
         keeper = mock.Mock(_node_id="n", _name="worker", _spool=spool)
-        agent.Agent._keep(keeper, {"job_id": "j", "attempt": 2, "status": "completed",
+        wire.Agent._keep(keeper, {"job_id": "j", "attempt": 2, "status": "completed",
                                    "metrics": {"psnr_db": float("nan")}})
         [(_, kept)] = spool.entries()
         self.assertEqual((kept["job_id"], kept["attempt"], kept["node_id"], kept["status"],
@@ -170,10 +170,10 @@ class StateFolder(BadNetwork):
                 file = self.folder / "agent-state" / "node.json"
                 file.parent.mkdir(mode=0o700, exist_ok=True)
                 file.write_text(text)
-                self.assertIsNone(agent._remembered_id(file))
+                self.assertIsNone(wire._remembered_id(file))
         worker = self.agent(master)
         wait_for(lambda: "registered with" in worker.words(), why="it registers")
-        self.assertEqual(agent._remembered_id(file), master.get("/nodes")["nodes"][0]["id"])
+        self.assertEqual(wire._remembered_id(file), master.get("/nodes")["nodes"][0]["id"])
 
 
 class LostMessages(OneFleet, BadNetwork):
