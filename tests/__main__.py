@@ -97,7 +97,8 @@ def install_newer_ffmpeg() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="ffdist-tests-") as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-                   "--no-deps", "--only-binary", ":all:", "--dest", folder, NEWER_FFMPEG]
+                   "--no-deps", "--only-binary", ":all:", "--python-version", "3.13", "--dest", folder,
+                   NEWER_FFMPEG]  # its binary is the same for every Python
         say(f"+ {' '.join(command)}")
         with contextlib.suppress(OSError):
             ffdist.start_program(command, sys.stderr).wait()
