@@ -2820,7 +2820,10 @@ class Attempt(Supervisor):
         except Stopped as stopped:
             outcome = Outcome(str(stopped.args[0]))
         except Failure as failure:
-            outcome = Outcome("failed", error=failure.message, failure_reason=failure.reason)
+            gone = "" if self._folder.is_dir() else (
+                f"{self._folder} on {self._place.node} was removed while the job ran: ")
+            outcome = Outcome("failed", error=gone + failure.message,
+                              failure_reason="agent" if gone else failure.reason)
         except ApiError as error:
             outcome = Outcome("failed", error=error.message, failure_reason="parameters")
         except OSError as error:

@@ -764,9 +764,9 @@ class JobLimits(RunCase):
 
 
 class Watchdogs(RunCase):
-    def disturbed(self, number: int, stall_limit_s: float = 300.0, frames: int = 1,
+    def disturbed(self, number: int, stall_limit_s: float = 300.0, frames: int = 1, remove: bool = False,
                   **parameters: object) -> agent.Json:
-        """Send a signal to the FFmpeg of a live encode; return the result."""
+        """Send a signal to the FFmpeg of a live encode, its folder removed or not; return the result."""
         place = dataclasses.replace(self.place, stall_limit_s=stall_limit_s)
         attempt = self.attempt("64p25-h264", place, duration=60, realtime=True, **parameters)
         results: list[agent.Json] = []
@@ -774,13 +774,21 @@ class Watchdogs(RunCase):
         worker.start()
         try:
             wait_for(lambda: (attempt.progress.get("frame") or 0) >= frames, why="the encode runs")
-            for pid in processes_under(self.work):
+            pids = processes_under(self.work)
+            if remove:
+                shutil.rmtree(self.work / self.folders[-1])
+            for pid in pids:
                 os.kill(pid, number)
             worker.join(PATIENCE_S)
         finally:
             attempt.stop("canceled")
             worker.join(PATIENCE_S)
         return results[0]
+
+    def test_a_work_folder_that_was_removed_is_no_fault_of_the_film(self) -> None:
+        result = self.disturbed(signal.SIGKILL, remove=True)
+        self.assertEqual((result["status"], result["failure_reason"]), ("failed", "agent"), result["error"])
+        self.assertIn(f"{self.folders[-1]} on worker-01 was removed", str(result["error"]))
 
     def test_an_ffmpeg_that_stands_still_is_ended_as_stalled(self) -> None:
         result = self.disturbed(signal.SIGSTOP, 3.0, 30, output="o.mkv")
