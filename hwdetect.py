@@ -9,12 +9,13 @@ detector that fails is named under `problems`. It does not promise figures that 
 virtual machines have no energy counters, and an estimate is never passed off as a reading.
 
 Sections:
-    1 Facts      dataclasses with units, vendor tables with their kernel document
-    2 Host       the only file and program access: one bounded read, None instead of an exception
-    3 Parsers    text to value, pure
-    4 Detectors  a table; each isolated, its failure recorded in the answer, never fatal
-    5 Sampler    owns the previous counters: sample(now) gives rates, and joules since the start
-    6 CLI        the page, --json, --root, --no-probe, --record, --watch
+    1 Common     what all three files share: the version, text of others made printable
+    2 Facts      dataclasses with units, vendor tables with their kernel document
+    3 Host       the only file and program access: one bounded read, None instead of an exception
+    4 Parsers    text to value, pure
+    5 Detectors  a table; each isolated, its failure recorded in the answer, never fatal
+    6 Sampler    owns the previous counters: sample(now) gives rates, and joules since the start
+    7 CLI        the page, --json, --root, --no-probe, --record, --watch
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -44,9 +46,25 @@ from typing import Callable, ClassVar
 if sys.hexversion < 0x3090000:  # the other two files import this one first
     sys.exit("ffdist needs Python 3.9 or newer; this is " + sys.version.split()[0])
 
-# ---- 1 Facts --------------------------------------------------------------------------------------
+# ---- 1 Common -------------------------------------------------------------------------------------
 
 VERSION = "1.0.0"
+
+
+def printable(text: object) -> str:
+    """Return text that cannot steer a terminal: each character that is not printable becomes `?`.
+
+    Unicode counts controls (C0, C1, and with them ANSI and OSC sequences), bidirectional overrides,
+    line separators and surrogates as not printable.
+    """
+    words = str(text)
+    if words.isprintable():
+        return words
+    return "".join(char if char.isprintable() else "?" for char in words)
+
+
+# ---- 2 Facts --------------------------------------------------------------------------------------
+
 GIB = 2**30
 SMALL_READ_BYTES = 64 * 1024  # a file of sysfs is at most a page
 LARGE_READ_BYTES = 4 * 2**20  # /proc/cpuinfo of hundreds of threads, pci.ids
@@ -374,7 +392,7 @@ class ProcessUsage:
     gpu_seconds: float = 0.0
 
 
-# ---- 2 Host ---------------------------------------------------------------------------------------
+# ---- 3 Host ---------------------------------------------------------------------------------------
 
 Runner = Callable[[Sequence[str], float], Result]
 
@@ -451,6 +469,44 @@ class Stream:
         self._thread.join(timeout=2)
         if self._process.stdout is not None and not self._thread.is_alive():
             self._process.stdout.close()
+
+
+DESCRIPTORS = "/proc/self/fd/"  # proc(5): opening a name in it opens the very file that the descriptor has
+
+
+def descriptor_path(descriptor: int) -> str:
+    """Return the path by which a process opens the file behind a descriptor that it inherited."""
+    return f"{DESCRIPTORS}{descriptor}"
+
+
+def make_folder(folder: str | os.PathLike[str]) -> None:
+    """Make a folder, and each parent that is missing, for the owner alone; OSError where that fails."""
+    path, missing = os.path.abspath(folder), []
+    while not os.path.lexists(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for name in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o700)
+
+
+def private_folder(folder: str | os.PathLike[str]) -> None:
+    """Make a folder as make_folder() does, and check that it is this user's alone.
+
+    Raises OSError where it belongs to another user, is open to others, or is reached by the link of
+    another user, who could send it elsewhere.
+    """
+    make_folder(folder)
+    path, mine = os.path.abspath(folder), os.geteuid()
+    link, found = os.lstat(path), os.stat(path)
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, "it is not a folder", path)
+    if found.st_uid != mine:
+        raise PermissionError(errno.EPERM, f"it belongs to another user (uid {found.st_uid})", path)
+    if stat.S_ISLNK(link.st_mode) and link.st_uid not in (0, mine):
+        raise PermissionError(errno.EPERM, f"it is a link of another user (uid {link.st_uid})", path)
+    if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise PermissionError(errno.EPERM, f"it is open to other users: close it with chmod 700 {path}", path)
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -580,16 +636,18 @@ class Host:
 
     def write(self, path: str, text: str) -> str | None:
         """Replace a file at once, for its owner alone. Gives None, or why that could not be done."""
-        scratch = f"{path}.{os.getpid()}.tmp"
+        scratch = path
         try:
-            os.makedirs(os.path.dirname(path) or ".", mode=0o700, exist_ok=True)
-            handle = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            folder = os.path.dirname(os.path.abspath(path))
+            make_folder(folder)
+            handle, scratch = tempfile.mkstemp(".tmp", ".ffdist-", folder)  # no name that a link could wait at
             with open(handle, "w", encoding="utf-8") as file:
                 file.write(text)
             os.replace(scratch, path)
         except (OSError, ValueError) as error:
             with contextlib.suppress(OSError, ValueError):
-                os.unlink(scratch)
+                if scratch != path:
+                    os.unlink(scratch)
             return f"{_words(error)}: {path}"
         return None
 
@@ -764,7 +822,7 @@ def unpack(text: str, folder: str) -> list[str]:
     return [path for path, (kind, _) in entries.items() if kind in ("file", "part")]
 
 
-# ---- 3 Parsers ------------------------------------------------------------------------------------
+# ---- 4 Parsers ------------------------------------------------------------------------------------
 
 
 def parse_int(text: str | None) -> int | None:
@@ -937,7 +995,7 @@ def parse_duration(text: str) -> float:
     return sum(float(count) * units[unit] for count, unit in re.findall(rf"({number})([a-z]*)", text))
 
 
-# ---- 4 Detectors ----------------------------------------------------------------------------------
+# ---- 5 Detectors ----------------------------------------------------------------------------------
 
 
 def _word(host: Host, path: str) -> str | None:
@@ -1632,7 +1690,7 @@ def probe_argv(ffmpeg: str, name: str, node: str = "/dev/dri/renderD128") -> lis
             *after, kind, name, *fast, *frame, "-f", "null", "-"]
 
 
-# ---- 5 Sampler ------------------------------------------------------------------------------------
+# ---- 6 Sampler ------------------------------------------------------------------------------------
 
 FIRST_SAMPLE = "the first sample: a rate needs two"
 
@@ -2120,7 +2178,7 @@ def process_started(host: Host, pid: int) -> int | None:
     return parse_process(host.read(f"/proc/{pid}/stat")).get("start")
 
 
-# ---- 6 CLI ----------------------------------------------------------------------------------------
+# ---- 7 CLI ----------------------------------------------------------------------------------------
 
 EXAMPLES = """examples:
   python3 hwdetect.py                        what this machine is and which encoders work on it
@@ -2197,7 +2255,7 @@ def _watch_json(reading: Reading) -> str:
 
 def _watch_line(reading: Reading, turn: int) -> str:
     cells = [(reading.cpu_usage, "% CPU"), (reading.power_watts, "W"), (reading.energy_joules, "J")]
-    cells += [(gpu.power_watts, f"W {gpu.name}") for gpu in reading.gpus]
+    cells += [(gpu.power_watts, printable(f"W {gpu.name}")) for gpu in reading.gpus]
     why = reading.unknown.get("energy_joules") if turn == 0 else None
     line = "".join(f"{'-' if value is None else format(value, '.1f'):>9} {unit}" for value, unit in cells)
     return line + (f"\npower is unknown: {why}" if why else "")
@@ -2212,7 +2270,7 @@ def page(hw: Hardware) -> str:
     rows = [f"{name:<14} {'works' if why is None else 'no: ' + why}" for name, why in hw.encoders.items()]
     for title, body in (("Encoders", rows), ("Problems", hw.problems)):
         lines += ["", title, *(f"  {row}" for row in body)] if body else []
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _facts(hw: Hardware) -> Iterator[tuple[str, str, str | None]]:
