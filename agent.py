@@ -16,10 +16,11 @@ Sections (each uses only those above it):
   4 Command   settings + machine + source -> Plan of argv lists (pure)
   5 Progress  line-fed parser of -progress and of FFmpeg's last words (pure)
   6 Meter     samples, what each run used, the idle baseline, what repeated figures are worth
-  7 Run       processes, their groups and limits, the attempt: owns everything that FFmpeg touches
-  8 Analysis  metrics, confidence, recommendation (pure)
-  9 Agent     registration, slots, heartbeat, spool, drain
- 10 CLI       flags, the single-node workflow, main
+  7 Places    what a job may touch: films under the media root, hosts; how an output gets its name
+  8 Run       processes, their groups and limits, the attempt: owns everything that FFmpeg touches
+  9 Analysis  metrics, confidence, recommendation (pure)
+ 10 Agent     registration, slots, heartbeat, spool, drain
+ 11 CLI       flags, the single-node workflow, main
 
 Threads: the main thread holds the parked request; the reporter sends progress and empties the spool;
 each slot runs one attempt. They share the state in Agent under its one lock; nothing blocks while
@@ -36,6 +37,7 @@ import errno
 import fcntl
 import fractions
 import functools
+import hashlib
 import http.client
 import ipaddress
 import itertools
@@ -43,14 +45,17 @@ import json
 import logging
 import math
 import os
+import pwd
 import queue
 import random
 import re
 import resource
+import secrets
 import shlex
 import shutil
 import signal
 import socket
+import stat
 import statistics
 import subprocess
 import sys
@@ -141,6 +146,7 @@ PARAMETERS: dict[str, Parameter] = {
     "realtime": Parameter("bool", "read the input at its own speed"),
     "hwaccel": Parameter("name", "FFmpeg's name of a hardware decoder, such as cuda or vaapi"),
     "threads": Parameter("whole", "encoder threads", 1, 1024),
+    "overwrite": Parameter("bool", "true replaces an output that exists; else it is refused"),
     "max_memory_mb": Parameter("whole", "MiB that the job's processes may use", 16, 1 << 24),
     "max_cpu_percent": Parameter("number", "CPU time that they may use; 100 is one core", 1, 102400),
     "quality": Parameter("words", "metrics to take: psnr, ssim, vmaf, xpsnr", words=QUALITY_METRICS),
@@ -199,7 +205,7 @@ def progress_text(progress: Mapping[str, Any], room: int = 79) -> str:
     """Return one line for people: a bar, percent, fps, speed, time left; the bar gives way to the figures."""
     known = {name: value for name, value in progress.items() if isinstance(value, (int, float))}
     percent = known.get("percent")
-    parts = [str(progress.get("phase") or "encoding")]
+    parts = [printable(progress.get("phase") or "encoding")]
     if percent is not None:
         parts.append(f"{percent:3.0f} %")
     if known.get("fps", 0) > 0 and known.get("speed", 0) > 0:  # 0: FFmpeg has not counted yet
@@ -222,7 +228,7 @@ def settings_text(settings: Mapping[str, Any]) -> str:
              settings.get("bitrate"),
              f"crf {settings['crf']:g}" if settings.get("crf") is not None else None,
              duration_text(settings["duration"]) if settings.get("duration") else None]
-    return " ".join(str(part) for part in parts if part)
+    return " ".join(printable(part) for part in parts if part)
 
 
 def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -317,6 +323,7 @@ def table_text(rows: Sequence[Sequence[str]], width: int, colours: Mapping[str, 
     """
     if not rows:
         return ""
+    rows = [[printable(cell) for cell in row] for row in rows]
     if heads:
         known = [i for i in range(len(rows[0])) if any(row[i] not in ("", "-") for row in rows[1:])]
         rows = [[row[i] for i in known] for row in rows] if known else rows
@@ -371,7 +378,7 @@ class ProgressLine:
 
     def show(self, line: str) -> None:
         """Show the line; where stderr is no terminal, at most one every ten seconds."""
-        now = time.monotonic()
+        now, line = time.monotonic(), printable(line)
         if line == self._last or now < self._next:
             return
         self._last = line
@@ -409,9 +416,7 @@ def close_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def printable(text: object) -> str:
-    """Return text that cannot steer a terminal: control characters become `?`."""
-    return "".join(char if char.isprintable() else "?" for char in str(text))
+printable, private_folder, make_folder = hwdetect.printable, hwdetect.private_folder, hwdetect.make_folder
 
 
 # Student's t, 97.5 %, for 1 to 10 degrees of freedom
@@ -848,6 +853,7 @@ class Settings:
     settle: float = 0.0
     cooldown: float = 0.0
     timeout: float | None = None
+    overwrite: bool = False
 
     @property
     def baseline(self) -> bool:
@@ -878,8 +884,54 @@ def scheme_of(place: str | None) -> str | None:
     return place.split("://", 1)[0].lower()
 
 
-def resolve(scenario: object, parameters: object = None) -> Settings:
-    """Return the settings of a job; ApiError 400 names the field that is to blame."""
+class Url(NamedTuple):
+    """A URL in the parts that were checked; `rest` is path, query and fragment as given."""
+
+    scheme: str
+    user: str | None
+    host: str
+    port: int | None
+    rest: str
+
+    def __str__(self) -> str:
+        user = "" if self.user is None else f"{self.user}@"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{user}{host}{'' if self.port is None else f':{self.port}'}{self.rest}"
+
+
+# No character that a parser might take for the end of the host stands in a part before it.
+_URL_PARTS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(?:([^/?#@\\\[\]\s]*)@)?"
+                        r"(\[[0-9A-Fa-f:.]+\]|[^/?#@\\\[\]:\s]+)(?::(\d{0,5}))?((?:[/?#].*)?)")
+_HOST = re.compile(r"[A-Za-z0-9._-]{1,253}")
+
+
+def parse_url(text: str) -> Url:
+    """Return the parts of a URL of which every parser makes the same; ValueError of any other.
+
+    Python and FFmpeg see different hosts in `http://169.254.169.254:80[2001:db8::1]/`: so that what is
+    checked is what is opened, FFmpeg gets the text of the result, never the text that was given.
+    """
+    match = _URL_PARTS.fullmatch(text)
+    if match is None:
+        raise ValueError("it is not scheme://host:port/path")
+    scheme, user, host, port, rest = match.groups()
+    if host.startswith("["):
+        host = str(ipaddress.IPv6Address(host[1:-1]))
+    elif not host.isascii():
+        host = host.encode("idna").decode()  # UnicodeError is a ValueError
+    if ":" not in host and not _HOST.fullmatch(host):
+        raise ValueError("its host is not a name or an address")
+    number = int(port) if port else None
+    if number is not None and not 0 < number < 65536:
+        raise ValueError("its port is not from 1 to 65535")
+    return Url(scheme.lower(), user, host.lower(), number, rest)
+
+
+def resolve(scenario: object, parameters: object = None, own_paths: bool = False) -> Settings:
+    """Return the settings of a job; ApiError 400 names the field that is to blame.
+
+    `own_paths` says that the paths are those of the caller's own shell: they may have hidden parts.
+    """
     values: Json = {**_scenario_values(scenario), **_checked_parameters(parameters)}
     encoder = values.get("encoder")
     values.setdefault("codec", ENCODERS[encoder].codec if encoder in ENCODERS else "h264")
@@ -889,6 +941,8 @@ def resolve(scenario: object, parameters: object = None) -> Settings:
         _complete_size(values)
         values = {**GENERATED, **values}
     values["container"] = _container(values)
+    if not own_paths:
+        _refuse_hidden(values.get("output"))
     _refuse_what_cannot_be(values)
     return Settings(scenario=str(scenario), **values)
 
@@ -1089,6 +1143,9 @@ def _preset(name: str, value: object, rule: Parameter) -> str:
     raise _bad(name, f"must be one of {', '.join(PRESET_WORDS)}, or the encoder's own: 0 to 13, p1 to p7")
 
 
+_LISTENS = re.compile(r"[?&]mode=(?!caller(?:&|$))", re.IGNORECASE)  # it would open a port
+
+
 def _place(name: str, value: object, rule: Parameter) -> str:
     text = _text(name, value, 4096)
     scheme = scheme_of(text)
@@ -1097,11 +1154,13 @@ def _place(name: str, value: object, rule: Parameter) -> str:
         return text
     if scheme not in known:
         raise _bad(name, f"must be a path, or a URL of {', '.join(known)}")
-    with contextlib.suppress(ValueError):
-        parts = urllib.parse.urlsplit(text)
-        if parts.hostname and (parts.port or 1) > 0:
-            return text
-    raise _bad(name, "is a URL without a valid host and port")
+    try:
+        url = parse_url(text)
+    except ValueError as error:
+        raise _bad(name, f"is not a URL with a valid host and port: {error}") from None
+    if scheme == "srt" and _LISTENS.search(url.rest):
+        raise _bad(name, "must call another host: mode=caller is the only mode of srt")
+    return str(url)
 
 
 _CHECKS: dict[str, Callable[[str, object, Parameter], Any]] = {
@@ -1135,19 +1194,25 @@ def _typed(kind: str, text: str) -> Any:
 
 
 def _container(values: Json) -> str:
-    if values.get("container"):
-        return str(values["container"])
-    output = values.get("output")
+    """Return the container: that of the output's ending, with which `container` may only agree."""
+    output, named = values.get("output"), values.get("container")
     scheme = scheme_of(output)
-    if output is None:
-        return "matroska"
-    if scheme:
-        return CONTAINER_OF_SCHEME[scheme]
+    if output is None or scheme:
+        return str(named or ("matroska" if scheme is None else CONTAINER_OF_SCHEME[scheme]))
     suffix = os.path.splitext(output)[1].lower()
     if suffix not in CONTAINER_OF_SUFFIX:
-        raise _bad("output", f"has no ending that names a container ({', '.join(CONTAINER_OF_SUFFIX)}); "
-                   "or say it with parameters.container")
-    return CONTAINER_OF_SUFFIX[suffix]
+        raise _bad("output", f"must end with the suffix of a container: {', '.join(CONTAINER_OF_SUFFIX)}")
+    container = CONTAINER_OF_SUFFIX[suffix]
+    if named and named != container:
+        raise _bad("container", f"is {named}, but the output ends with {suffix}, which is {container}")
+    return container
+
+
+def _refuse_hidden(output: str | None) -> None:
+    """Refuse an output with a hidden part, or one that leads up: `.ssh/film.mkv`, `../film.mkv`."""
+    parts = output.split("/") if output and not scheme_of(output) else ()
+    if any(part.startswith(".") and part != "." for part in parts):
+        raise _bad("output", "must not have a part that begins with a dot")
 
 
 def _refuse_what_cannot_be(values: Json) -> None:
@@ -1263,6 +1328,7 @@ class Machine:
     encoders: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     vaapi_device: str = "/dev/dri/renderD128"
     rate_mode: str = "-fps_mode"  # -vsync before FFmpeg 5.1
+    http_args: tuple[str, ...] = ()  # what keeps this FFmpeg from following a redirect, where it has that
 
     def hardware(self, codec: str) -> dict[str, str | None]:
         """Return the hardware encoders of a codec that were tried here: None of a proved one, or why not."""
@@ -1274,9 +1340,11 @@ class Machine:
 class Source:
     """The input as ffprobe saw it; sizes after rotation, `loop` for a clip to be repeated.
 
-    `duration_s` is the picture's, which begins `start_s` after the film; `base_fps` is the rate on whose
-    beat FFmpeg puts the frames (a fraction), where it is not the mean: a film of changing rate. `steady`
-    tells that the rate is known to be constant.
+    `url` is what FFmpeg opens: a URL, or the path of a descriptor or of a file of the attempt's own.
+    `demuxer` is FFmpeg's name of what reads it, as ffprobe found it. `duration_s` is the picture's,
+    which begins `start_s` after the film; `base_fps` is the rate on whose beat FFmpeg puts the frames
+    (a fraction), where it is not the mean: a film of changing rate. `steady` tells that the rate is
+    known to be constant.
     """
 
     url: str
@@ -1292,6 +1360,7 @@ class Source:
     start_s: float = 0.0
     base_fps: str = ""
     steady: bool = False
+    demuxer: str = ""
 
 
 @dataclass(frozen=True)
@@ -1311,6 +1380,7 @@ class Plan:
     reason: str
     filters: str
     target: str
+    container: str
 
 
 def plan(settings: Settings, machine: Machine, source: Source, target: str) -> Plan:
@@ -1340,14 +1410,14 @@ def plan(settings: Settings, machine: Machine, source: Source, target: str) -> P
         duration = max(0.0, min((duration or math.inf) - source.start_s, source.duration_s))
     device = ["-vaapi_device", machine.vaapi_device] if name.endswith("_vaapi") else []
     head = [machine.ffmpeg, *QUIET, "-y", "-loglevel", "repeat+level+info", *device,
-            *_input_args(settings, source)]
+            *_input_args(settings, source, machine)]
     limit = ["-t", f"{settings.duration:.6f}".rstrip("0").rstrip(".")] if settings.duration else []
     tail = [*_audio_args(settings, source), *_container_args(settings, target)]
     passes = _passes(settings, name, threads, head, [*video, *limit], tail)
     size_why = f"{width}x{height} at {fps:g} fps with {threads} threads" if not encoder.hardware else ""
     reason = "; ".join(part for part in (why, preset_why, size_why) if part)
     return Plan(passes, name, preset, None if encoder.hardware else threads, pixel_format, width, height, fps,
-                duration, rate, reason, ",".join(filters), target)
+                duration, rate, reason, ",".join(filters), target, settings.container)
 
 
 def choose_encoder(settings: Settings, machine: Machine) -> tuple[str, str]:
@@ -1525,20 +1595,23 @@ FILM_FORMATS = ("matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,avi,mpegts,mpeg,mpegvideo
                 "flv,live_flv,asf,ogg,mxf,nut,rm,dv,gxf,wtv,vc1,mjpeg,yuv4mpegpipe,gif,apng,wav,mp3,flac,aac")
 
 
-def whitelist_args(url: str) -> list[str]:
-    """Return the protocols that opening this input may use, and the formats that it may have."""
-    allowed = PROTOCOLS.get(scheme_of(url))
-    return [*(["-protocol_whitelist", allowed] if allowed else []), "-format_whitelist", FILM_FORMATS]
+def open_args(url: str, demuxer: str, http_args: Sequence[str]) -> list[str]:
+    """Return the options that open an input: the protocols and formats allowed, and the format if known."""
+    scheme = scheme_of(url)
+    allowed = PROTOCOLS.get(scheme)
+    return [*(["-protocol_whitelist", allowed] if allowed else []),
+            *(http_args if scheme in ("http", "https") else []),
+            "-format_whitelist", FILM_FORMATS, *(["-f", demuxer] if demuxer else []), "-i", named_file(url)]
 
 
-def _input_args(settings: Settings, source: Source) -> list[str]:
+def _input_args(settings: Settings, source: Source, machine: Machine) -> list[str]:
     speed = ["-re"] if settings.live and scheme_of(source.url) not in ("rtmp", "rtmps", "srt") else []
     loop = ["-stream_loop", "-1"] if source.loop else []
     decode = ["-hwaccel", settings.hwaccel] if settings.hwaccel else []
     timeout = ["-rw_timeout", "30000000"] if scheme_of(source.url) in ("http", "https", "rtmp") else []
     tone = ["-f", "lavfi", "-i", TONE] if source.loop and settings.audio else []
-    return [*speed, *loop, *decode, *timeout, *whitelist_args(source.url), "-i", named_file(source.url),
-            *tone]
+    film = open_args(source.url, source.demuxer, machine.http_args)
+    return [*speed, *loop, *decode, *timeout, *film, *tone]
 
 
 def named_file(place: str) -> str:
@@ -1606,27 +1679,28 @@ FRAME_LOG = "frames.log"
 WINDOW = 16  # pixels; of a smaller plane, which has no two windows, FFmpeg's SSIM is no number
 
 
-def quality_command(ffmpeg: str, metric: str, encoded: str, source: Source, made: Plan,
-                    threads: int) -> list[str]:
+def quality_command(machine: Machine, metric: str, source: Source, made: Plan) -> list[str]:
     """Return the command that compares an output with its source, which is filtered as it was to encode it.
 
     Frames are paired by their number: so a film of changing rate, or one that begins late, is too. Each
     frame's score goes to FRAME_LOG in the current folder.
     """
+    threads = max(1, machine.threads // machine.slots)
     log = {"vmaf": f"libvmaf=n_threads={threads}:log_fmt=csv:log_path="}.get(metric, f"{metric}=stats_file=")
     number = f"settb=AVTB,setpts=N/(25*TB),format={comparison_format(source.pixel_format)}"
     reference = ",".join(part for part in (made.filters, number) if part)
     graph = f"[0:V:0]{number}[a];[1:V:0]{reference}[b];[a][b]{log}{FRAME_LOG}:shortest=1"
     loop = ["-stream_loop", "-1"] if source.loop else []
-    return [ffmpeg, *QUIET, "-loglevel", "repeat+level+info", "-threads", str(threads),
-            "-i", named_file(encoded), *loop, *whitelist_args(source.url), "-i", named_file(source.url),
+    return [machine.ffmpeg, *QUIET, "-loglevel", "repeat+level+info", "-threads", str(threads),
+            *open_args(made.target, made.container, machine.http_args),
+            *loop, *open_args(source.url, source.demuxer, machine.http_args),
             "-lavfi", graph, "-an", "-sn", "-dn", "-f", "null", *PROGRESS_ARGS, "-"]
 
 
-def probe_command(ffprobe: str, url: str) -> list[str]:
-    """Return the command that describes a film as JSON."""
-    return [ffprobe, "-hide_banner", "-v", "error", *whitelist_args(url), "-print_format", "json",
-            "-show_format", "-show_streams", "-i", named_file(url)]
+def probe_command(ffprobe: str, url: str, demuxer: str = "", http_args: Sequence[str] = ()) -> list[str]:
+    """Return the command that describes a film as JSON; ffprobe finds the format where none is said."""
+    return [ffprobe, "-hide_banner", "-v", "error", "-print_format", "json", "-show_format", "-show_streams",
+            *open_args(url, demuxer, http_args)]
 
 
 # ---- 5 Progress -----------------------------------------------------------------------------------
@@ -1798,7 +1872,14 @@ def parse_probe(text: str, url: str) -> Source:
                   any(stream.get("codec_type") == "audio" for stream in streams), shape == 1,
                   codec=str(video.get("codec_name") or "video"), start_s=max(0.0, start - begin),
                   base_fps=beat if changing else "",
-                  steady=not changing and bool(_decimal(str(video.get("nb_frames")))))
+                  steady=not changing and bool(_decimal(str(video.get("nb_frames")))),
+                  demuxer=_demuxer(container))
+
+
+def _demuxer(container: Json) -> str:
+    """Return the name by which FFmpeg finds the demuxer that ffprobe found, "" where it told none."""
+    name = str(container.get("format_name") or "").split(",")[0]
+    return name if name in FILM_FORMATS.split(",") else ""
 
 
 def _dict(value: object) -> Json:
@@ -2320,7 +2401,340 @@ def outliers(values: Sequence[float]) -> list[bool]:
     return [len(values) > RUNS_LEAST and abs(value - middle) > limit for value in values]
 
 
-# ---- 7 Run ----------------------------------------------------------------------------------------
+# ---- 7 Places -------------------------------------------------------------------------------------
+
+# Where clouds tell a machine its secrets, beside the link-local addresses that most of them use.
+METADATA = frozenset(map(ipaddress.ip_address, (
+    "fd00:ec2::254",  # Amazon
+    "100.100.100.200",  # Alibaba
+    "168.63.129.16",  # Azure
+    "192.0.0.192",  # Oracle
+)))
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
+FINGERPRINT_BYTES = 1 << 20  # at each end of a film
+HIDDEN = re.compile(r"\.ffdist-[0-9a-f]{32}\.part")
+# Of an error of the operating system; any other is "output" at the output, "agent" elsewhere.
+ERRNO_REASONS = {errno.ENOSPC: "out_of_disk", errno.EDQUOT: "out_of_disk", errno.EFBIG: "out_of_disk",
+                 errno.ENOMEM: "out_of_memory"}
+# What link(2) says where the file system has no hard links (vfat, exFAT, some network and FUSE ones).
+NO_LINKS = frozenset((errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL))
+# O_PATH: to pass through a folder needs no right to list it; the command line runs where there is none, too.
+_FOLDER = getattr(os, "O_PATH", 0) | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+def _meanings(address: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """Return an address and the IPv4 addresses that it may stand for."""
+    ip = ipaddress.ip_address(address.split("%")[0])
+    if isinstance(ip, ipaddress.IPv4Address):
+        return [ip]
+    low = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    embedded = [ip.ipv4_mapped, ip.sixtofour, low if ip in NAT64 else None]
+    return [ip, *(other for other in embedded if other is not None)]
+
+
+def address_allowed(address: str, host: str, allowed: Sequence[str]) -> bool:
+    """Return whether a job may open an address: the machine's own and metadata ones only where listed.
+
+    Refused are loopback, link-local, unspecified and METADATA addresses. `allowed` holds addresses,
+    networks such as 127.0.0.0/8, or host names.
+    """
+    meanings = _meanings(address)
+    if not any(ip.is_loopback or ip.is_link_local or ip.is_unspecified or ip in METADATA for ip in meanings):
+        return True
+    for entry in allowed:
+        if entry.lower() == host.lower():
+            return True
+        with contextlib.suppress(ValueError):
+            network = ipaddress.ip_network(entry, strict=False)
+            if any(ip in network for ip in meanings):
+                return True
+    return False
+
+
+def fingerprint(file: int) -> Json:
+    """Return what tells one film from another: its bytes, and a SHA-256 of its first and last MiB."""
+    size = os.fstat(file).st_size
+    ends = (os.pread(file, FINGERPRINT_BYTES, at) for at in (0, max(0, size - FINGERPRINT_BYTES)))
+    return {"bytes": size, "hash": hashlib.sha256(b"".join(ends)).hexdigest()}
+
+
+class _Link(OSError):
+    """A part of a path is a symbolic link."""
+
+
+def _open_below(folder: int, part: str, flags: int) -> int:
+    """Open one part of a path in a folder; OSError, and _Link where it is a symbolic link."""
+    try:
+        return os.open(part, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):  # ENOTDIR: of a link too where O_PATH is asked for
+            found = os.stat(part, dir_fd=folder, follow_symlinks=False)
+            if stat.S_ISLNK(found.st_mode):
+                raise _Link(errno.ELOOP, "links under the media root are not followed", part) from None
+        raise
+
+
+class MediaRoot:
+    """The folder under which jobs name films; each path is opened part by part, and no link followed.
+
+    FFmpeg gets descriptors of what was opened here. So what was checked is what it reads and writes,
+    whatever others move or link under the root in the meantime. Links in the path of the root itself
+    are the operator's own.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def parts(self, place: str) -> list[str] | None:
+        """Return the parts of a path below the root; None where it leads out."""
+        below = place
+        found: list[str] = []
+        if place.startswith("/"):
+            roots = (self.path.rstrip("/"), os.path.realpath(self.path).rstrip("/"))
+            inside = [root for root in roots if f"{place}/".startswith(f"{root}/")]
+            if not inside:
+                return None
+            below = place[len(inside[0]):]
+        for part in below.split("/"):
+            if part == ".." and not found:
+                return None
+            if part == "..":
+                found.pop()
+            elif part not in ("", "."):
+                found.append(part)
+        return found
+
+    def folder(self, parts: Sequence[str]) -> int:
+        """Return a descriptor of a folder below the root; OSError."""
+        current = os.open(self.path, _FOLDER)
+        for part in parts:
+            try:
+                below = _open_below(current, part, _FOLDER)
+            finally:
+                os.close(current)
+            current = below
+        return current
+
+    def file(self, parts: Sequence[str]) -> int:
+        """Return a descriptor to read a file below the root; OSError."""
+        folder = self.folder(parts[:-1])
+        try:  # O_NONBLOCK: to open a FIFO must not wait for its writer
+            return _open_below(folder, parts[-1] if parts else ".", os.O_RDONLY | os.O_NONBLOCK)
+        finally:
+            os.close(folder)
+
+    def remove_hidden(self, note: Json) -> None:
+        """Remove the hidden file of an attempt that was killed, by the note that it left; OSError."""
+        if HIDDEN.fullmatch(note["name"]):
+            folder = self.folder(note["parts"])
+            try:
+                os.unlink(note["name"], dir_fd=folder)
+            finally:
+                os.close(folder)
+
+
+class OutputFile:
+    """A film in the making: a hidden file of a random name in its folder, named when it is complete.
+
+    The name is given by link(2), which refuses one that exists, so no film of somebody else is lost. A
+    film that was there before is replaced only where the job may replace it, and only as it was then.
+    """
+
+    def __init__(self, place: str, node: str, folder: int, above: str, name: str) -> None:
+        """Take over the descriptor of the folder, which is called `above`."""
+        self.name = f".ffdist-{secrets.token_hex(16)}.part"  # nobody can wait at it with a link
+        self.above = above
+        self._shown = f"output {place}"
+        self._node = node
+        self._folder = folder
+        self._final = name
+        self._file: int | None = None
+        self._before: tuple[int, int, int] | None = None
+
+    def check(self, source: int | None, overwrite: bool, published: Sequence[Json]) -> None:
+        """Refuse a name that is the source itself, no file, or taken; Failure and OSError.
+
+        A film is replaced where the job says `overwrite`, or where its fingerprint is in `published`: then an
+        earlier attempt of the same job had named it before its node was lost.
+        """
+        try:
+            found = os.stat(self._final, dir_fd=self._folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        if stat.S_ISDIR(found.st_mode):
+            raise self._failure("is a folder", "name a file in it")
+        if not stat.S_ISREG(found.st_mode):
+            raise self._failure("is a link or a device", "name another file")
+        if source is not None and os.path.samestat(found, os.fstat(source)):
+            raise Failure("parameters", f"{self._shown} is the input itself: name another file")
+        if not overwrite and not (published and self._fingerprint_there() in published):
+            raise self._failure("exists", "name another file, or submit the job with overwrite")
+        self._before = (found.st_dev, found.st_ino, found.st_mtime_ns)
+
+    def _fingerprint_there(self) -> Json:
+        there = _open_below(self._folder, self._final, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            return fingerprint(there)
+        finally:
+            os.close(there)
+
+    def create(self) -> int:
+        """Make the hidden file, readable as the umask allows; return its descriptor. OSError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        self._file = os.open(self.name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666, dir_fd=self._folder)
+        return self._file
+
+    def sync(self) -> Json:
+        """Bring the film to the disk; return its fingerprint. OSError."""
+        assert self._file is not None
+        os.fsync(self._file)
+        return fingerprint(self._file)
+
+    def publish(self) -> None:
+        """Give the film its name; Failure where the name is another's by now, or cannot be given."""
+        try:
+            found = self._found()
+            if found is None:
+                self._link()
+            elif found == self._before:
+                self._rename()
+            else:
+                raise FileExistsError
+        except FileExistsError:
+            raise self._failure("was written by somebody else while the job ran", "nothing was replaced"
+                                ) from None
+
+    def _found(self) -> tuple[int, int, int] | None:
+        try:
+            found = os.stat(self._final, dir_fd=self._folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino, found.st_mtime_ns
+
+    def _link(self) -> None:
+        """Name the file behind the descriptor, whatever bears the hidden name by now."""
+        assert self._file is not None
+        try:
+            os.link(hwdetect.descriptor_path(self._file), self._final, dst_dir_fd=self._folder)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            os.close(os.open(self._final, flags, 0o666, dir_fd=self._folder))  # the place is ours now
+            self._rename()
+
+    def _rename(self) -> None:
+        assert self._file is not None
+        found = os.stat(self.name, dir_fd=self._folder, follow_symlinks=False)
+        if not os.path.samestat(found, os.fstat(self._file)):
+            raise self._failure("is lost", "its hidden file was replaced by somebody else")
+        os.rename(self.name, self._final, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+
+    def _failure(self, what: str, advice: str) -> Failure:
+        return Failure("output", f"{self._shown} {what} on {self._node}: {advice}")
+
+    def broken(self, error: OSError) -> Failure:
+        """Return the failure that an error of the operating system makes of it."""
+        reason = ERRNO_REASONS.get(error.errno or 0, "output")
+        return Failure(reason, f"{self._shown} cannot be written on {self._node}: {_cause(error)} "
+                       f"(in {self.above})")
+
+    def close(self) -> None:
+        """Remove the hidden name, where it is there, and let the descriptors go."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.name, dir_fd=self._folder)
+        for descriptor in (self._file, self._folder):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._file = None
+
+
+@dataclass(frozen=True)
+class Places:
+    """What jobs may touch from this node; without a `root` they open no paths at all.
+
+    With `own_paths` the paths are those of the shell that started the job, not of a stranger.
+    """
+
+    node: str
+    root: str | None
+    allow_address: tuple[str, ...] = ()
+    own_paths: bool = False
+
+    def allow(self, url: str, field: str) -> None:
+        """Raise a Failure where a URL leads to a host that a job may not reach, or to none."""
+        host = parse_url(url).host
+        addresses = host_addresses(host)
+        if not addresses:
+            raise Failure("network", f"{field} {url}: host {host} is unknown on {self.node}")
+        for address in addresses:
+            if not address_allowed(address, host, self.allow_address):
+                raise Failure("parameters", f"{field} {url} leads to {address}, which the agent on "
+                              f"{self.node} does not open; allow it there with --allow-address {address}")
+
+    def _root(self, place: str, field: str) -> tuple[MediaRoot, list[str]]:
+        """Return the media root and the parts of a path below it; Failure where there is none."""
+        if self.root is None:
+            raise Failure("no_capability", f"{field} {place}: the agent on {self.node} opens no paths; "
+                          "start it with --media-root DIR")
+        if not os.path.isdir(self.root):  # no film is to blame, and another node may have them
+            raise Failure("agent", f"media root {self.root} is not there on {self.node}: is it mounted?")
+        root = MediaRoot(self.root)
+        parts = root.parts(place)
+        if parts is None:
+            raise Failure("parameters", f"{field} {place} is outside the media root {self.root} "
+                          f"of {self.node}")
+        return root, parts
+
+    def open_input(self, place: str) -> int:
+        """Return a descriptor of the film that a path names; Failure where it is no film to read."""
+        root, parts = self._root(place, "input")
+        try:
+            film = root.file(parts)
+        except _Link as error:
+            raise Failure("input", f"input {place} leads through the link {error.filename} on {self.node}: "
+                          "under the media root links are not followed") from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise Failure("input", f"input {place} does not exist on {self.node} (media root {self.root})"
+                          ) from None
+        except PermissionError:
+            raise Failure("input", f"input {place} may not be read by the agent on {self.node}: "
+                          "permission denied") from None
+        except OSError as error:
+            long = error.errno == errno.ENAMETOOLONG
+            raise Failure("input" if long else ERRNO_REASONS.get(error.errno or 0, "agent"),
+                          f"input {place} cannot be read on {self.node}: {_cause(error)}") from None
+        found = os.fstat(film)
+        if stat.S_ISREG(found.st_mode) and found.st_size:
+            return film
+        os.close(film)
+        wrong = "is empty (0 bytes)" if stat.S_ISREG(found.st_mode) else "is no regular file"
+        raise Failure("input", f"input {place} {wrong} on {self.node}")
+
+    def output(self, place: str) -> tuple[OutputFile, Json]:
+        """Return the output that a path names, not yet made, and a note by which a later start removes it.
+
+        Failure where its folder is not there or not to be written to.
+        """
+        root, parts = self._root(place, "output")
+        if not parts:
+            raise Failure("output", f"output {place} is a folder on {self.node}: name a file in it")
+        if len(os.fsencode(parts[-1])) > 255:
+            raise Failure("output", f"output {place} has a name that is longer than 255 bytes")
+        above = "/".join((root.path.rstrip("/"), *parts[:-1])) or "/"
+        try:
+            folder = root.folder(parts[:-1])
+        except OSError as error:
+            missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+            why = f"there is no folder {above}" if missing else f"{_cause(error)} in {above}"
+            raise Failure("output", f"output {place} cannot be written on {self.node}: {why}") from None
+        made = OutputFile(place, self.node, folder, above, parts[-1])
+        return made, {"root": root.path, "parts": parts[:-1], "name": made.name}
+
+
+# ---- 8 Run ----------------------------------------------------------------------------------------
 
 CONFIDENCES = ("auto", "low", "medium", "high")
 RUNS_MOST = {"high": 20, "medium": 10}
@@ -2331,10 +2745,8 @@ UNSENT_LINES = 10_000
 CACHE_LIMIT_BYTES = 1 << 30
 PROBE_S = 60.0
 NICE = ("nice", "-n", "10")
+HIDDEN_NOTE = "hidden"  # in an attempt's folder: where its output is, which has no name yet
 CRASHES = tuple(-number for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGTRAP))
-# Of an error of the operating system; any other is "output" at the output, "agent" elsewhere.
-ERRNO_REASONS = {errno.ENOSPC: "out_of_disk", errno.EDQUOT: "out_of_disk", errno.EFBIG: "out_of_disk",
-                 errno.ENOMEM: "out_of_memory"}
 DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")  # util-linux 2.33; busybox has none
 _SLICE_S = 0.25
 
@@ -2362,11 +2774,12 @@ class Process:
     """One program in a process group of its own, niced, both its pipes always drained."""
 
     def __init__(self, argv: Sequence[str], folder: Path, on_stdout: Callable[[str], None],
-                 on_stderr: Callable[[str], None]) -> None:
+                 on_stderr: Callable[[str], None], descriptors: Iterable[int] = ()) -> None:
         if shutil.which(argv[0]) is None:
             raise Failure("no_capability", f"{argv[0]} is not there or not executable on this node")
         self._popen = subprocess.Popen([*launcher(), *argv], cwd=folder, stdin=subprocess.DEVNULL,
-                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                                       pass_fds=tuple(descriptors))
         self.pid = self._popen.pid
         self.ended = threading.Event()
         self.exit: Exit | None = None
@@ -2476,24 +2889,6 @@ class Limits:
         self._group.remove()
 
 
-def address_allowed(address: str, host: str, allowed: Sequence[str]) -> bool:
-    """Tell whether a job may open an address: loopback and link-local ones only where listed.
-
-    `allowed` holds addresses, networks such as 127.0.0.0/8, or host names.
-    """
-    ip = ipaddress.ip_address(address.split("%")[0])
-    plain = getattr(ip, "ipv4_mapped", None) or ip
-    if not (plain.is_loopback or plain.is_link_local or plain.is_unspecified):
-        return True
-    for entry in allowed:
-        if entry.lower() == host.lower():
-            return True
-        with contextlib.suppress(ValueError):
-            if plain in ipaddress.ip_network(entry, strict=False):
-                return True
-    return False
-
-
 class Stopped(Exception):
     """The attempt was told to stop; `args[0]` is canceled, returned or lost."""
 
@@ -2507,8 +2902,7 @@ class Workplace:
     host: hwdetect.Host
     meter: Meter
     work_dir: Path
-    media_root: str
-    allow_address: tuple[str, ...] = ()
+    places: Places
     filters: tuple[str, ...] = ()
     min_free_bytes: int = 0
     stall_limit_s: float = 300.0
@@ -2517,59 +2911,6 @@ class Workplace:
     def node(self) -> str:
         """This node's name, for sentences."""
         return self.machine.name
-
-    def inside(self, place: str, field: str) -> str:
-        """Return the real path of a place under the media root; Failure where it leads out."""
-        root = os.path.realpath(self.media_root)
-        path = os.path.realpath(os.path.join(root, place))
-        if os.path.commonpath((root, path)) != root:
-            raise Failure("parameters", f"{field} {place} is outside the media root {root} of {self.node}")
-        return path
-
-    def allow(self, url: str, field: str) -> None:
-        """Raise a Failure where a URL leads to a host that a job may not reach, or to none."""
-        host = urllib.parse.urlsplit(url).hostname or ""
-        addresses = host_addresses(host)
-        if not addresses:
-            raise Failure("network", f"{field} {url}: host {host} is unknown on {self.node}")
-        for address in addresses:
-            if not address_allowed(address, host, self.allow_address):
-                raise Failure("parameters", f"{field} {url} leads to {address}, which the agent on "
-                              f"{self.node} does not open; allow it there with --allow-address {address}")
-
-    def input_url(self, place: str) -> str:
-        """Return what FFmpeg opens as the input; Failure where it may not be, or is no film to read."""
-        if scheme_of(place):
-            self.allow(place, "input")
-            return place
-        path, node = self.inside(place, "input"), self.node
-        if not os.path.isdir(self.media_root):  # no film is to blame, and another node may have them
-            raise Failure("agent", f"media root {self.media_root} is not there on {node}: is it mounted?")
-        if not os.path.exists(path):
-            raise Failure("input", f"input {place} does not exist on {node} (media root {self.media_root})")
-        if not os.path.isfile(path):
-            raise Failure("input", f"input {place} is no regular file on {node}")
-        if not os.access(path, os.R_OK):
-            raise Failure("input", f"input {place} may not be read by the agent on {node}: permission denied")
-        if os.path.getsize(path) == 0:
-            raise Failure("input", f"input {place} is empty (0 bytes) on {node}")
-        return path
-
-    def output_path(self, place: str, source: str) -> str:
-        """Return the real path of an output file; Failure where it can't be written or is the source."""
-        path = self.inside(place, "output")
-        parent, unwritable = os.path.dirname(path), f"output {place} cannot be written on {self.node}"
-        if not os.path.isdir(parent):
-            raise Failure("output", f"{unwritable}: there is no folder {parent}")
-        if os.path.isdir(path):
-            raise Failure("output", f"output {place} is a folder on {self.node}: name a file in it")
-        if not os.access(parent, os.W_OK):
-            raise Failure("output", f"{unwritable}: permission denied in {parent}")
-        if len(os.fsencode(os.path.basename(path))) > 255:
-            raise Failure("output", f"output {place} has a name that is longer than 255 bytes")
-        if path == source:
-            raise Failure("parameters", f"output {place} is the input itself: name another file")
-        return path
 
 
 @dataclass(frozen=True)
@@ -2625,6 +2966,9 @@ def wants_another(confidence: str, runs: Sequence[Outcome], elapsed_s: float, le
     return CONFIDENCES.index(reached) < CONFIDENCES.index(confidence)
 
 
+_OPENED = re.compile(rf"(?:file:)?{re.escape(hwdetect.DESCRIPTORS)}(\d+)")
+
+
 class Supervisor:
     """Runs the programs of one attempt, one at a time: limited, measured, and watched until they end.
 
@@ -2640,6 +2984,7 @@ class Supervisor:
         self._place = place
         self._folder = folder
         self._limits: Limits | None = None
+        self._opened: dict[int, str] = {}  # descriptors that the programs inherit -> as the user names them
         self._samples: deque[Json] = deque(maxlen=600)
         self._ledger = Ledger(self._samples)
         self._process: Process | None = None
@@ -2651,7 +2996,7 @@ class Supervisor:
         self._paused_s = self._paused_at = 0.0
         self._moved = math.inf  # when the last new frame came
         self._stall_s = math.inf
-        self._wanted: dict[str, float] = {}  # folder -> bytes that must be free
+        self._wanted: dict[str, tuple[str, float]] = {}  # path -> name for people, bytes that must be free
         self._looked = 0.0
 
     def stop(self, why: str) -> None:
@@ -2708,7 +3053,15 @@ class Supervisor:
     def _hear(self, line: str) -> None:
         self._tail.append(line)
         self._damaged += DAMAGE.search(line) is not None
-        self._say(line)
+        self._say(self._shown(line))
+
+    def _shown(self, text: str) -> str:
+        """Return text with the user's names for the paths of descriptors."""
+        return _OPENED.sub(lambda match: self._opened.get(int(match[1]), match[0]), text)
+
+    def _shown_argv(self, argv: Sequence[str]) -> tuple[str, ...]:
+        """Return a command as it would be for the user's own names."""
+        return tuple(named_file(self._shown(word)) if _OPENED.fullmatch(word) else word for word in argv)
 
     def _execute(self, argv: Sequence[str], on_stdout: Callable[[str], None], measured: bool = False,
                  limit_s: float = math.inf) -> Exit:
@@ -2719,7 +3072,7 @@ class Supervisor:
             self._read(self._place.meter.join)
         process: Process | None = None
         try:
-            process = self._process = Process(argv, self._folder, on_stdout, self._hear)
+            process = self._process = Process(argv, self._folder, on_stdout, self._hear, self._opened)
             self._ledger.pgid = process.pid if measured else None
             news = self._limits.take(process.pid) if self._limits else ""
             if news:
@@ -2778,19 +3131,19 @@ class Supervisor:
             raise Failure("stalled", f"{self._subject}: ffmpeg gave no new frame for "
                           f"{duration_text(self._stall_s)} on {self._place.node}")
 
-    def _want(self, folder: str, output_bytes: float = 0) -> None:
-        """From now on a folder's file system must have room, at first for all of the output too."""
-        self._wanted[folder] = self._place.min_free_bytes + output_bytes
+    def _want(self, path: str, shown: str, output_bytes: float = 0) -> None:
+        """From now on a file system must have room, at first for all of the output too."""
+        self._wanted[path] = shown, self._place.min_free_bytes + output_bytes
         self._refuse_full()
-        self._wanted[folder] = self._place.min_free_bytes
+        self._wanted[path] = shown, self._place.min_free_bytes
 
     def _refuse_full(self) -> None:
         """Look at the free space at most once a second, or at once where a folder was added."""
         self._looked = time.monotonic()
-        for folder, wanted in self._wanted.items() if self._place.min_free_bytes else ():
-            space = self._place.host.space(folder)
+        for path, (shown, wanted) in self._wanted.items() if self._place.min_free_bytes else ():
+            space = self._place.host.space(path)
             if space is not None and space[1] < wanted:
-                raise Failure("out_of_disk", f"{folder} on {self._place.node} has {size_text(space[1])} free "
+                raise Failure("out_of_disk", f"{shown} on {self._place.node} has {size_text(space[1])} free "
                               f"and {size_text(wanted)} are wanted: make room there, or set that agent's "
                               "--min-free")
 
@@ -2799,17 +3152,19 @@ class Attempt(Supervisor):
     """One attempt of a job on this machine: its input, its encodes, its output, its outcome. run() once."""
 
     def __init__(self, job_id: str, number: int, job: Json, place: Workplace,
-                 confirm: Callable[[], bool] = lambda: True) -> None:
+                 confirm: Callable[[Json], bool] = lambda published: True) -> None:
         super().__init__(place, place.work_dir / f"{re.sub(r'[^A-Za-z0-9-]', '_', job_id)[:64]}-{number}")
         self.job_id = job_id
         self.number = number
         self.key = (job_id, number)
         self.parameters = _dict(job.get("parameters"))  # as they were given
+        self.published: Json | None = None  # the fingerprint of the output, once it may get its name
         self._job = job
         self._confirm = confirm
         self._settings: Settings | None = None
         self._plan: Plan | None = None
-        self._partial: str | None = None
+        self._source_file: int | None = None
+        self._output: OutputFile | None = None
 
     def run(self) -> Outcome:
         """Do all the work and return what it came to; nothing is left but a completed output."""
@@ -2827,45 +3182,46 @@ class Attempt(Supervisor):
         except ApiError as error:
             outcome = Outcome("failed", error=error.message, failure_reason="parameters")
         except OSError as error:
-            outcome = self._broken(error)
+            outcome = Outcome("failed", error=f"{error.filename or self._folder} on {self._place.node}: "
+                              f"{_cause(error)}", failure_reason=ERRNO_REASONS.get(error.errno or 0, "agent"))
         finally:
             self._clean()
             self._place.meter.work(self, False)
+        made = self._plan and dataclasses.replace(self._plan, passes=tuple(map(self._shown_argv,
+                                                                               self._plan.passes)))
         return dataclasses.replace(outcome, wall_s=outcome.wall_s or time.monotonic() - started,
-                                   settings=self._settings, plan=self._plan, ledger=self._ledger,
+                                   settings=self._settings, plan=made, ledger=self._ledger,
                                    damaged=self._damaged, limits=self._limits.told if self._limits else {})
 
-    def _broken(self, error: OSError) -> Outcome:
-        """Return what an error of the operating system makes of the attempt, hidden names left out."""
-        mine = error.filename is not None and error.filename == self._partial
-        shown = self._settings.output if mine and self._settings else error.filename or self._folder
-        return Outcome("failed", error=f"{shown} on {self._place.node}: {_cause(error)}",
-                       failure_reason=ERRNO_REASONS.get(error.errno or 0, "output" if mine else "agent"))
-
     def _work(self) -> Outcome:
-        settings = self._settings = resolve(self._job.get("scenario"), self._job.get("parameters"))
+        settings = self._settings = resolve(self._job.get("scenario"), self._job.get("parameters"),
+                                            self._place.places.own_paths)
         self._subject = settings.input or self._subject
         self._timeout_s = settings.timeout
         self._deadline = time.monotonic() + (settings.timeout or math.inf)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True, mode=0o700)
-        self._want(str(self._place.work_dir))
+        self._want(str(self._place.work_dir), str(self._place.work_dir))
         self._limits = Limits(settings, self._folder, self._place.host, self._place.node)
         if settings.baseline:
             return self._measure_idle(settings)
         source = self._source(settings)
-        target, final = self._target(settings, source)
+        target = self._target(settings)
         made = self._plan = plan(settings, self._place.machine, source, target)
         self._say(f"plan: {made.reason}")
         if scheme_of(target) is None:
             bits = settings.bitrate if settings.crf is None else None  # with crf it is but a ceiling
-            self._want(os.path.dirname(target), (bits or 0) / 8 * (made.duration_s or 0))
+            output_bytes = (bits or 0) / 8 * (made.duration_s or 0)
+            if self._output is not None:
+                self._want(target, self._output.above, output_bytes)
+            else:
+                self._want(str(self._folder), str(self._folder), output_bytes)
         outcome = self._repeat(settings, made)
         if scheme_of(target) is None:
             outcome = self._compare(outcome, settings, source, made)
         self.progress = phase_json("finishing", self.progress["percent"])
-        if final is not None:
-            self._deliver(target, final)
+        if self._output is not None:
+            self._deliver(self._output)
         return outcome
 
     def _measure_idle(self, settings: Settings) -> Outcome:
@@ -2890,7 +3246,12 @@ class Attempt(Supervisor):
     def _source(self, settings: Settings) -> Source:
         if settings.input is None:
             return self._generated(settings)
-        url = self._place.input_url(settings.input)
+        url = settings.input
+        if scheme_of(url):
+            self._place.places.allow(url, "input")
+        else:
+            self._source_file = self._place.places.open_input(url)
+            url = self._open_to_programs(self._source_file, url)
         text = self._probed(url, f"input {settings.input} cannot be read on {self._place.node}",
                             ("network", "killed", "no_capability"), "input")
         try:
@@ -2917,19 +3278,29 @@ class Attempt(Supervisor):
                 os.link(mine, kept)
         bound_cache(cache, CACHE_LIMIT_BYTES)
         return Source(str(mine), width, height, fps, clip_frames(fps) / fps, has_audio=True, loop=True,
-                      steady=True)
+                      steady=True, demuxer="mov")
 
-    def _target(self, settings: Settings, source: Source) -> tuple[str, str | None]:
-        """Return where FFmpeg writes to, and the final path of an output that is kept as a file."""
+    def _open_to_programs(self, descriptor: int, shown: str) -> str:
+        """Let the programs of this attempt inherit a descriptor; return the path by which they open it."""
+        self._opened[descriptor] = shown
+        return hwdetect.descriptor_path(descriptor)
+
+    def _target(self, settings: Settings) -> str:
+        """Return where FFmpeg writes to; an output that is kept as a file is hidden until it is complete."""
         if settings.output is None:
-            return str(self._folder / "output"), None
+            return str(self._folder / "output")
         if scheme_of(settings.output):
-            self._place.allow(settings.output, "output")
-            return settings.output, None
-        final = self._place.output_path(settings.output, source.url)
-        self._partial = os.path.join(os.path.dirname(final), f".ffdist-{self.job_id[:8]}-{self.number}.part")
-        (self._folder / "partial").write_text(self._partial)
-        return self._partial, final
+            self._place.places.allow(settings.output, "output")
+            return settings.output
+        self._output, note = self._place.places.output(settings.output)
+        (self._folder / HIDDEN_NOTE).write_text(json.dumps(note))  # before there is one: see clear_work
+        try:
+            published = self._job.get("published")  # what earlier attempts of this job had named
+            self._output.check(self._source_file, settings.overwrite,
+                               published if isinstance(published, list) else ())
+            return self._open_to_programs(self._output.create(), settings.output)
+        except OSError as error:
+            raise self._output.broken(error) from None
 
     def _repeat(self, settings: Settings, made: Plan) -> Outcome:
         """Encode once, or until the confidence asked for is reached; each output replaces the one before."""
@@ -2976,7 +3347,7 @@ class Attempt(Supervisor):
                     self.progress = progress_json(block, made.duration_s, at, steps, phase)
             self.progress = phase_json(phase, 100.0 * at / steps)
             self._moved, self._stall_s = time.monotonic(), stall_limit_s(0, 0, self._place.stall_limit_s)
-            self._say("run: " + shlex.join(argv))
+            self._say("run: " + shlex.join(self._shown_argv(argv)))
             self._expect(self._execute(argv, note, measured=True), settings)
         self._moved = math.inf
         return Outcome("completed", wall_s=time.monotonic() - began - self._paused_s, progress=latest)
@@ -3001,23 +3372,23 @@ class Attempt(Supervisor):
         reason = failure_reason(exit_.returncode, "\n".join(lines))
         burst = self._limits.burst(exit_, reason) if self._limits else ""
         target = self._plan.target if self._plan else None
-        if reason == "input" and target and any(target in line for line in lines):
+        if reason == "input" and target and re.search(rf"{re.escape(target)}(?!\d)", "\n".join(lines)):
             reason = "output"
         return ("out_of_memory" if burst else reason), burst
 
     def _last_words(self) -> str:
         """Return FFmpeg's reason, with the output's own name for the hidden one."""
-        words = last_words(self._tail).replace(f"'{FILM_FORMATS}'", "of films")
-        shown = self._settings.output if self._settings else None
-        for hidden in (self._partial, str(self._folder / "output")):
-            if hidden:
-                words = words.replace(f"file:{hidden}", hidden).replace(hidden, shown or "the output")
-        return words
+        words = self._shown(last_words(self._tail)).replace(f"'{FILM_FORMATS}'", "of films")
+        discarded = str(self._folder / "output")
+        words = words.replace(f"file:{discarded}", discarded).replace(discarded, "the output")
+        redirected = self._place.machine.http_args and re.search("https?://.*: Input/output error", words)
+        return f"{words} (redirects are not followed)" if redirected else words
 
-    def _probed(self, url: str, trouble: str, kept: Sequence[str], otherwise: str) -> str:
+    def _probed(self, url: str, trouble: str, kept: Sequence[str], otherwise: str, demuxer: str = "") -> str:
         """Return what ffprobe says of a film; a Failure of a class in `kept`, or else of `otherwise`."""
         answer: list[str] = []
-        exit_ = self._execute(probe_command(self._place.ffprobe, url), answer.append, limit_s=PROBE_S)
+        argv = probe_command(self._place.ffprobe, url, demuxer, self._place.machine.http_args)
+        exit_ = self._execute(argv, answer.append, limit_s=PROBE_S)
         if exit_.returncode != 0:
             reason, burst = self._reason(exit_)
             words = burst or self._last_words() or f"ffprobe ended with status {exit_.returncode}"
@@ -3036,7 +3407,8 @@ class Attempt(Supervisor):
             raise Failure("out_of_disk", f"{shown} has {size} of the {told} bytes that ffmpeg wrote "
                           f"on {node}: is its disk full?")
         heard = telling_lines(self._tail)
-        text = self._probed(made.target, f"{shown} cannot be read back on {node}", ("killed",), "encoder")
+        text = self._probed(made.target, f"{shown} cannot be read back on {node}", ("killed",), "encoder",
+                            made.container)
         length_s = parse_probe(text, shown).duration_s
         reached_s = length_s if length_s is not None else frames / made.fps
         if made.duration_s and reached_s < made.duration_s * 0.95 - 1.0 / made.fps - 0.1:
@@ -3070,8 +3442,7 @@ class Attempt(Supervisor):
         if metric != "psnr" and min(made.width, made.height) < WINDOW:
             return {}, f"{metric} needs {WINDOW}x{WINDOW} pixels, the picture has {made.width}x{made.height}"
         machine, log = self._place.machine, self._folder / FRAME_LOG
-        argv = quality_command(machine.ffmpeg, metric, made.target, source, made,
-                               max(1, machine.threads // machine.slots))
+        argv = quality_command(machine, metric, source, made)
         kept, self._ledger = self._ledger, Ledger()  # so that no job beside this one is booked its energy
         try:
             exit_ = self._execute(argv, lambda line: None, measured=True)
@@ -3088,20 +3459,22 @@ class Attempt(Supervisor):
             return {}, f"the source gave {count} frames to compare with the output's {frames}"
         return found, ""
 
-    def _deliver(self, target: str, final: str) -> None:
+    def _deliver(self, output: OutputFile) -> None:
         """Give the output its name: from here on it is the user's. Only a holder of the lease may."""
-        with open(target, "rb") as film:
-            os.fsync(film.fileno())
-        if not self._confirm():
-            raise Stopped(self._stop or "lost")
-        self._check()
-        os.replace(target, final)
-        self._partial = None
+        try:
+            made = output.sync()
+            if not self._confirm(made):
+                raise Stopped(self._stop or "lost")
+            self._check()
+            output.publish()
+        except OSError as error:
+            raise output.broken(error) from None
 
     def _clean(self) -> None:
-        if self._partial:
-            with contextlib.suppress(OSError):
-                os.unlink(self._partial)
+        if self._output is not None:
+            self._output.close()
+        if self._source_file is not None:
+            os.close(self._source_file)
         if self._limits:
             self._limits.lift()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -3133,10 +3506,9 @@ def clear_work(work_dir: Path, host: hwdetect.Host) -> int:
                 with contextlib.suppress(OSError):
                     os.killpg(pid, signal.SIGKILL)
         hwdetect.remove_groups(host, _read_words(folder / "groups"))
-        with contextlib.suppress(OSError):
-            partial = (folder / "partial").read_text()
-            if os.path.basename(partial).startswith(".ffdist-"):
-                os.unlink(partial)
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            note = json.loads((folder / HIDDEN_NOTE).read_text())
+            MediaRoot(note["root"]).remove_hidden(note)
         shutil.rmtree(folder, ignore_errors=True)
     return len(left)
 
@@ -3148,7 +3520,7 @@ def _read_words(path: Path) -> list[str]:
         return []
 
 
-# ---- 8 Analysis -----------------------------------------------------------------------------------
+# ---- 9 Analysis -----------------------------------------------------------------------------------
 
 # What an analysis may recommend: README lists them.
 RECOMMENDATIONS = {
@@ -3459,13 +3831,14 @@ def _history(outcome: Outcome) -> Json:
             "series": {"start": utc_text(ledger.started), "power_source": ledger.power_source, **series}}
 
 
-# ---- 9 Agent --------------------------------------------------------------------------------------
+# ---- 10 Agent -------------------------------------------------------------------------------------
 
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MOST_S = 15.0
 PROGRESS_S = 2.0
 LINES_A_REPORT = 500
 LEAVE_S = 5.0
+HELP_S = 10.0  # for FFmpeg to tell its options
 HASTY_MOST = 5
 
 
@@ -3480,13 +3853,14 @@ class Options:
     max_concurrent_jobs: int
     state_dir: Path
     work_dir: Path
-    media_root: str
+    media_root: str | None
     name: str | None
     allow_address: tuple[str, ...]
     min_free_bytes: int = 0
     stall_limit_s: float = 300.0
     drain_limit_s: float = 30.0
     power_model: tuple[float, float] | None = None
+    own_paths: bool = False
 
 
 class Superseded(Exception):
@@ -3567,7 +3941,7 @@ class Agent:
         self._session = uuid.uuid4().hex
         self._node_file = options.state_dir / "node.json"
         self._spool = Spool(options.state_dir / "spool")
-        self._node_id = _remembered_id(self._node_file)
+        self._identity = remembered(self._node_file)
         self._protocol: int | None = None
         self._node_timeout_s = 90.0
         self._heard = -math.inf
@@ -3687,7 +4061,7 @@ class Agent:
 
     def _weigh(self, error: ApiError, registered: bool) -> bool:
         """Note a refusal or a silence; return whether the node is still registered."""
-        if error.status == 409:
+        if error.status == 409 and error.field != "secret":
             raise Superseded(f"node {self._name} ends: {error.message}")
         if error.status == 404 and registered:
             self._log.warning("the master does not know this node: registering again")
@@ -3717,26 +4091,35 @@ class Agent:
     def _register(self) -> None:
         running = [attempt.key for attempt in self._attempts()]  # before the spool, into which they go over
         holding = dict.fromkeys([*running, *self._spool.waiting()])
+        if self._identity is None or self._identity.secret is None:
+            known = self._identity.id if self._identity else str(uuid.uuid4())
+            self._keep_identity(Identity(known, secrets.token_hex(32)))  # else a kill makes a second node
+        assert self._identity is not None
         body = {**self._hardware.to_json(), "name": self._name, "protocol": PROTOCOL,
-                "address": self._hardware.address or self._name,
-                "version": VERSION, "session": self._session, "id": self._node_id,
+                "address": self._hardware.address or self._name, "version": VERSION,
+                "session": self._session, "id": self._identity.id, "secret": self._identity.secret,
                 "max_concurrent_jobs": self._options.max_concurrent_jobs, **self._place.meter.facts(),
                 "holding": [{"job_id": job_id, "attempt": number} for job_id, number in holding]}
-        if self._node_id is None:
-            self._node_id = body["id"] = str(uuid.uuid4())
-            _remember(self._node_file, self._node_id)  # before the master does, or a kill makes a second node
         asked = time.monotonic()
         answer = self._client.register(body)
         self._answered(asked)
         self._protocol = answer.get("protocol") if isinstance(answer.get("protocol"), int) else None
-        self._node_id = str(answer.get("id") or self._node_id)
-        _remember(self._node_file, self._node_id)
+        self._keep_identity(self._identity._replace(id=str(answer.get("id") or self._identity.id)))
         self._node_timeout_s = float(answer.get("node_timeout_s") or 90.0)
         self._log.info("registered with %s as %s, node %s", self._client.url, self._name, self._node_id)
         if self._protocol:
             own = {(held.get("job_id"), held.get("attempt")) for held in answer.get("holding") or ()}
             self._abandon(attempt for attempt in self._attempts() if attempt.key not in own)
         self._news.set()
+
+    @property
+    def _node_id(self) -> str | None:
+        return self._identity.id if self._identity else None
+
+    def _keep_identity(self, identity: Identity) -> None:
+        if identity != self._identity:
+            self._identity = identity
+            _write_json(self._node_file, identity._asdict())
 
     def _abandon(self, lost: Iterable[Attempt]) -> None:
         for attempt in lost:
@@ -3813,7 +4196,7 @@ class Agent:
 
     def _start(self, job: Json) -> None:
         key = job_id, number = str(job.get("id")), int(job.get("attempt") or 1)
-        attempt = Attempt(job_id, number, job, self._place, lambda: self._confirm(attempt))
+        attempt = Attempt(job_id, number, job, self._place, lambda made: self._confirm(attempt, made))
         with self._lock:
             if key in self._running:
                 return
@@ -3828,7 +4211,9 @@ class Agent:
         outcome, result = carry_out(attempt, self._place.machine, self._log)
         first, lines = attempt.take_lines(UNSENT_LINES)
         if outcome.status != "lost":
-            self._keep({**result, "lines": lines, "lines_from": first, "samples": attempt.take_samples()})
+            named = {"published": attempt.published} if attempt.published else {}
+            self._keep({**result, **named, "lines": lines, "lines_from": first,
+                        "samples": attempt.take_samples()})
         with self._lock:
             self._running.pop(attempt.key, None)
             self._doubted.discard(attempt.key)
@@ -3857,21 +4242,31 @@ class Agent:
                 result = {"node_id": self._node_id, **own_failure(result["job_id"], result["attempt"],
                                                                   self._name, error)}
 
-    def _confirm(self, attempt: Attempt) -> bool:
-        """Tell whether the lease is surely ours; after a long silence only the master can say."""
-        while True:
-            with self._lock:
-                recent = time.monotonic() - self._heard <= self._node_timeout_s
-                sure = recent and attempt.key not in self._doubted
-            if sure or not self._protocol:
-                return True
+    def _confirm(self, attempt: Attempt, published: Json) -> bool:
+        """Return whether an attempt may name its output; the master keeps the fingerprint of it.
+
+        By that a later attempt knows the film as the job's own, and replaces it. While the master is away
+        the name is given only as long as the lease is surely ours.
+        """
+        attempt.published = published
+        while self._protocol:
             try:
                 self._send_progress(attempt)
-                if attempt.stopping:
-                    return False
+                return not attempt.stopping
+            except Superseded:
+                return False
             except ApiError:
+                if self._holds_surely(attempt):
+                    return True
                 if self._stopping.wait(1):
                     return False
+        return True
+
+    def _holds_surely(self, attempt: Attempt) -> bool:
+        """Return whether no other node can have the job: the master was heard since, and not in doubt."""
+        with self._lock:
+            recent = time.monotonic() - self._heard <= self._node_timeout_s
+            return recent and attempt.key not in self._doubted
 
     def _report(self) -> None:
         """Send progress and empty the spool until the end; silence makes it wait, longer each time."""
@@ -3927,7 +4322,8 @@ class Agent:
         (first, lines), samples = attempt.take_lines(LINES_A_REPORT), attempt.take_samples()
         body = {"node_id": self._node_id, "session": self._session, "attempt": attempt.number,
                 "progress": {**attempt.progress, "paused": attempt.paused}, "samples": samples,
-                "lines": lines, "lines_from": first}
+                "lines": lines, "lines_from": first,
+                **({"published": attempt.published} if attempt.published else {})}
         asked = time.monotonic()
         try:
             answer = self._client.progress(attempt.job_id, body)
@@ -3969,51 +4365,92 @@ def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host
     machine = Machine(name, hardware.ffmpeg or "ffmpeg", hardware.cpu_threads or os.cpu_count() or 1,
                       options.max_concurrent_jobs, hardware.encoders,
                       hardware.vaapi_device or Machine.vaapi_device,
-                      rate_mode_of(hardware.ffmpeg_version))
+                      rate_mode_of(hardware.ffmpeg_version),
+                      http_args_of(host, hardware.ffmpeg) if hardware.ffmpeg else ())
     meter = Meter(host, hardware, options.power_model)
-    return Workplace(machine, hardware.ffprobe or "ffprobe", host, meter, options.work_dir,
-                     options.media_root, options.allow_address, hardware.filters, options.min_free_bytes,
-                     options.stall_limit_s)
+    places = Places(name, options.media_root, options.allow_address, options.own_paths)
+    return Workplace(machine, hardware.ffprobe or "ffprobe", host, meter, options.work_dir, places,
+                     hardware.filters, options.min_free_bytes, options.stall_limit_s)
 
 
-def _remembered_id(path: Path) -> str | None:
+def http_args_of(host: hwdetect.Host, ffmpeg: str) -> tuple[str, ...]:
+    """Return what keeps an FFmpeg from following redirects; older ones than 5.1 have no such option."""
+    told = host.run([ffmpeg, "-hide_banner", "-h", "protocol=http"], HELP_S).stdout
+    return ("-max_redirects", "0") if "max_redirects" in told else ()
+
+
+class Identity(NamedTuple):
+    """Who this node is: its id, which everybody may know, and the secret that proves it (None: not yet)."""
+
+    id: str
+    secret: str | None
+
+
+def remembered(path: Path) -> Identity | None:
+    """Return the identity that a state folder keeps; None where it keeps none that can be read."""
     try:
-        return str(uuid.UUID(str(json.loads(path.read_text(encoding="utf-8"))["id"])))
-    except (OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        secret = kept.get("secret")
+        return Identity(str(uuid.UUID(str(kept["id"]))), secret if isinstance(secret, str) else None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _remember(path: Path, node_id: str) -> None:
-    if _remembered_id(path) != node_id:
-        _write_json(path, {"id": node_id})
 
 
 def locked_folder(folder: Path, what: str) -> int:
     """Make a folder that is ours alone and lock it; return the descriptor that holds the lock.
 
-    SystemExit with a sentence when another agent holds it or it cannot be written.
+    SystemExit with a sentence when another agent holds it or it cannot be used.
     """
+    flag = f"--{what.replace(' folder', '').replace(' ', '-')}-dir"
     try:
-        folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+        private_folder(folder)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "permission denied", str(folder))
+            raise PermissionError(errno.EACCES, "permission denied", str(folder))
     except BlockingIOError:
         raise SystemExit(f"agent: {what} {folder} is in use by another agent on this machine; give this one "
-                         f"its own with --{what.replace(' folder', '').replace(' ', '-')}-dir") from None
+                         f"its own with {flag}") from None
     except OSError as error:
-        raise SystemExit(f"agent: {what} {folder} cannot be used: {_cause(error)}") from None
+        raise SystemExit(f"agent: {what} {folder} cannot be used: {_cause(error)}, or name another "
+                         f"with {flag}") from None
     return descriptor
 
 
-# ---- 10 CLI ---------------------------------------------------------------------------------------
+def why_unsafe(root: str, homes: Iterable[str], own: Iterable[str]) -> str:
+    """Return why a folder is no place for strangers' jobs, "" where it may be: all are real paths.
+
+    It must not be or hold a home folder, nor hold one of the agent's `own` files and folders, nor lie in one.
+    """
+    def within(path: str, folder: str) -> bool:
+        return path == folder or path.startswith(f"{folder.rstrip('/')}/")
+    if root == "/":
+        return "is the whole machine"
+    home = next((home for home in homes if within(home, root)), None)
+    if home is not None:
+        return "is a home folder" if home == root else f"holds the home folder {home}"
+    file = next((file for file in own if within(file, root) or within(root, file)), None)
+    return "" if file is None else f"holds the agent's own {file}" if within(file, root) else (
+        f"lies in the agent's own {file}")
+
+
+def home_folders() -> list[str]:
+    """Return the home folders of all who may log in on this machine."""
+    closed = ("nologin", "false", "sync", "shutdown", "halt")
+    homes = [account.pw_dir for account in pwd.getpwall()
+             if os.path.basename(account.pw_shell) not in closed or account.pw_uid == os.geteuid()]
+    real = {os.path.realpath(home) for home in (os.path.expanduser("~"), *homes) if os.path.isabs(home)}
+    return sorted(real - {"/"})
+
+
+# ---- 11 CLI ---------------------------------------------------------------------------------------
 
 COMMON_FLAGS = (
     Flag("--max-concurrent-jobs", "1", whole_number(1, 256), "jobs to run side by side (1)"),
     Flag("--state-dir", None, Path, "folder of this node's identity and spool (~/.local/state/ffdist/agent)"),
     Flag("--work-dir", None, Path, "folder of temporary files (work/ in the state folder)"),
-    Flag("--media-root", None, str, "inputs and outputs lie under this folder (where it is started)"),
+    Flag("--media-root", None, str, "inputs and outputs lie under this folder (where it is started, unless "
+         "that is a home folder or the agent's own)"),
     Flag("--name", None, str, "the node's name (the host name)"),
     Flag("--allow-address", "", str, "loopback or link-local addresses that jobs may open, comma-separated"),
     Flag("--min-free", "64M", size_bytes, "bytes that a job's file systems must keep free (64M; 0: any)"),
@@ -4032,17 +4469,19 @@ AGENT_FLAGS = (
          "how long to go on with jobs after SIGTERM before they are given back (30s)"),
     Flag("--allow-master-as-worker", False, None, "work on the master's own machine (development)"),
     Flag("--yes", False, None, "answer the question of --allow-master-as-worker"),
+    Flag("--yes-home", False, None, "let --media-root be a home folder, or one with the agent's own files"),
     Flag("--no-probe", False, None, "do not prove the encoders by encoding a frame each"),
 )
 RUN_FLAGS = (
     Flag("--input", None, str, "film or URL (a generated source)"),
     Flag("--output", None, str, "file or URL (encoded, measured, discarded)"),
+    Flag("--overwrite", False, None, "replace an output that exists"),
     Flag("--confidence", "auto", one_of(*CONFIDENCES), "auto, low, medium or high: how often to repeat"),
     Flag("--json", False, None, "print the result as JSON"),
     Flag("--no-probe", False, None, "do not prove the encoders by encoding a frame each"),
 )
 EPILOG = """examples:
-  python3 agent.py --register --master http://192.168.1.100:8080
+  python3 agent.py --register --master http://192.168.1.100:8080 --media-root /srv/films
   python3 agent.py --register --allow-master-as-worker --yes  # beside a master
   python3 agent.py run 720p30-h264 -p duration=5              # without a master
   python3 agent.py run --input film.mov --output film.mp4 -p crf=21
@@ -4072,18 +4511,33 @@ def build_parser(run: bool) -> argparse.ArgumentParser:
 
 
 def _options(args: argparse.Namespace) -> Options:
-    state = args.state_dir or state_home() / "agent"
-    root = os.path.abspath(args.media_root or os.getcwd())
-    if not os.path.isdir(root):
-        raise ValueError(f"--media-root {root} is no folder")
+    state = Path(args.state_dir or state_home() / "agent").absolute()
+    work = Path(args.work_dir or state / "work").absolute()
     name = args.name
     if name is not None and not (0 < len(name) <= 200 and name.isprintable()):
         raise ValueError("--name must be 1 to 200 printable characters")
     return Options(args.master, args.register, args.poll_interval, args.heartbeat_interval,
-                   args.max_concurrent_jobs, Path(state).absolute(),
-                   Path(args.work_dir or Path(state) / "work").absolute(), root, name,
+                   args.max_concurrent_jobs, state, work, None, name,
                    tuple(entry.strip() for entry in args.allow_address.split(",") if entry.strip()),
                    args.min_free, args.stall_limit, args.drain_limit, args.power_model)
+
+
+def _media_root(args: argparse.Namespace, options: Options) -> tuple[str | None, str]:
+    """Return the media root and "", or None and why this folder is none; ValueError of one that was named.
+
+    Strangers name what an agent opens. In a home folder that would be keys and start-up files.
+    """
+    root = os.path.abspath(args.media_root or os.getcwd())
+    if not os.path.isdir(root):
+        raise ValueError(f"--media-root {root} is not a folder")
+    beside = os.path.join(os.path.dirname(__file__), "hwdetect.py")
+    own = [__file__, beside, str(options.state_dir), str(options.work_dir)]
+    why = why_unsafe(os.path.realpath(root), home_folders(), [os.path.realpath(path) for path in own])
+    if not why or (args.media_root and args.yes_home):
+        return root, ""
+    if args.media_root:
+        raise ValueError(f"--media-root {root} {why}: name the films' own folder, or add --yes-home")
+    return None, f"{root} {why}"
 
 
 def _may_work_here(args: argparse.Namespace, client: Client) -> str | None:
@@ -4107,15 +4561,20 @@ def serve(args: argparse.Namespace) -> int:
     """Be a node of a fleet until stopped."""
     log = setup_logging(args.log_level, args.log_format, "ffdist.agent")
     options = _options(args)
+    root, why = _media_root(args, options)
+    options = dataclasses.replace(options, media_root=root)
     refusal = _may_work_here(args, Client(options.master))
     if refusal:
         print(f"agent: {refusal}", file=sys.stderr)
         return 2
     held = [locked_folder(options.state_dir, "state folder"), locked_folder(options.work_dir, "work folder")]
-    if not options.register and _remembered_id(options.state_dir / "node.json") is None:
+    if not options.register and remembered(options.state_dir / "node.json") is None:
         print(f"agent: {options.state_dir} remembers no node of this machine: add --register",
               file=sys.stderr)
         return 1
+    if root is None:
+        log.warning("this agent opens no paths until it gets --media-root DIR, for %s; URLs and generated "
+                    "sources work", why)
     host = hwdetect.Host()
     cleared = clear_work(options.work_dir, host)
     if cleared:
@@ -4135,30 +4594,39 @@ def serve(args: argparse.Namespace) -> int:
 
 def run_here(args: argparse.Namespace) -> int:
     """Run one job on this machine, without a master; progress on stderr, the result on stdout."""
-    args.work_dir = Path(args.work_dir or tempfile.gettempdir()) / f"ffdist-run-{os.getpid()}"
-    args.media_root = args.media_root or "/"
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: signals.append(received))
-    options = _options(args)
-    parameters = parameters_of(args.parameters)
+    parameters = {**parameters_of(args.parameters), **({"overwrite": True} if args.overwrite else {})}
     for field, place in (("input", args.input), ("output", args.output_short or args.output)):
         if place:
-            parameters[field] = place if scheme_of(place) else os.path.abspath(place)
+            parameters[field] = place if scheme_of(place) else _own_path(place, field == "input")
     job = {"scenario": args.scenario, "parameters": parameters, "confidence": args.confidence}
-    resolve(job["scenario"], parameters)
-    options.work_dir.mkdir(parents=True, mode=0o700, exist_ok=True)
+    settings = resolve(job["scenario"], parameters, own_paths=True)
+    if settings.output and not settings.overwrite and os.path.lexists(settings.output):
+        raise ValueError(f"output {settings.output} exists: name another file, or add --overwrite")
+    if args.work_dir is not None:
+        make_folder(args.work_dir)
+    args.work_dir = tempfile.mkdtemp(prefix="ffdist-run-", dir=args.work_dir)
     try:
+        options = dataclasses.replace(_options(args), media_root=os.path.abspath(args.media_root or "/"),
+                                      own_paths=True, allow_address=("0.0.0.0/0", "::/0"))
         return _run_and_print(args, job, options, signals)
     finally:
-        shutil.rmtree(options.work_dir, ignore_errors=True)
+        shutil.rmtree(args.work_dir, ignore_errors=True)
+
+
+def _own_path(place: str, follow: bool) -> str:
+    """Return a path of this shell's own without links; the last part is followed where that is wanted."""
+    path = os.path.abspath(place)
+    return os.path.realpath(path) if follow else os.path.join(
+        os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
 def _run_and_print(args: argparse.Namespace, job: Json, options: Options, signals: list[int]) -> int:
     log, host = setup_logging("warning", args.log_format, "ffdist.agent"), hwdetect.Host()
     print("looking at this machine …", file=sys.stderr)
     hardware = hwdetect.detect(host, not args.no_probe, str(options.state_dir))
-    options = dataclasses.replace(options, allow_address=("0.0.0.0/0", "::/0"))
     place = workplace(options, hardware, host, options.name or hardware.address or "this machine")
     place.meter.rested.wait(IDLE_FIRST_S + 2)  # so that the idle share is known
     attempt = Attempt(str(uuid.uuid4()), 1, job, place)
@@ -4202,10 +4670,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except (ValueError, ApiError) as error:
-        print(f"agent: {error}", file=sys.stderr)
+        print(f"agent: {printable(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"agent: {error.filename or 'this machine'}: {_cause(error)}", file=sys.stderr)
+        print(printable(f"agent: {error.filename or 'this machine'}: {_cause(error)}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

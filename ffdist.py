@@ -41,11 +41,14 @@ import csv
 import difflib
 import errno
 import fcntl
+import hashlib
 import heapq
+import hmac
 import html
 import http
 import http.server
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -268,6 +271,7 @@ class Settings:
     keep_jobs: float = 1e6
     keep_s: float = math.inf
     tariff: Tariff = NO_TARIFF
+    allow_hosts: frozenset[str] = frozenset()  # names beside this machine's by which browsers may reach it
 
 
 def bad(field: str, what: str) -> ApiError:
@@ -578,6 +582,19 @@ def job_text(job: Job, progress: Json | None = None) -> str:
     return f'{{"id": "{job.id}", {job.spec[1:-1]}, {state[1:]}'
 
 
+def claim_text(job: Job) -> str:
+    """Return a job as its claim has it: with the fingerprints of the films that its attempts have named."""
+    text = job_text(job)
+    published = [record["published"] for record in job.attempts if record.get("published")]
+    return f'{text[:-1]}, "published": {json.dumps(published)}}}' if published else text
+
+
+def with_published(job: Job, fingerprint: Json) -> Job:
+    """Return a job whose running attempt is about to name a film of this fingerprint."""
+    last = {**job.attempts[-1], "published": fingerprint}
+    return job._replace(attempts=(*job.attempts[:-1], last))
+
+
 def job_json(job: Job, progress: Json | None = None) -> Json:
     """Return a job as the API shows it, as an object."""
     return json.loads(job_text(job, progress))
@@ -793,13 +810,12 @@ class Journal:
 
     def _lock_folder(self) -> int:
         try:
-            self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+            wire.private_folder(self._folder)
             descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             os.utime(self._folder)
         except OSError as error:
-            cause = "it is a file" if isinstance(error, FileExistsError) else error.strerror
-            raise Unusable(f"data folder {self._folder} cannot be used: {cause}; "
-                           "name another with --data-dir") from None
+            raise Unusable(f"data folder {self._folder} cannot be used: {error.strerror}, "
+                           "or name another with --data-dir") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -954,7 +970,7 @@ class Journal:
         if found[0][0] not in (0, self._places[0][0]):
             raise OSError("another file has taken its place; stop the master before you put one there")
         told = "somebody removed or cut it, or its log, while the master worked"
-        self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+        wire.private_folder(self._folder)
         scratch = self._folder / f"{RECOVERED}.tmp"
         scratch.unlink(missing_ok=True)
         try:
@@ -1346,6 +1362,16 @@ def _count_anew(connection: sqlite3.Connection) -> None:
     connection.execute("COMMIT")
 
 
+def scratch_file(target: Path) -> Path:
+    """Make an empty file beside another, for its owner alone, by a name that nobody guesses."""
+    try:
+        descriptor, name = tempfile.mkstemp(".part", f".{target.name}.", target.parent)
+    except OSError as error:
+        raise Unusable(f"{target} cannot be written: {error.strerror}") from None
+    os.close(descriptor)
+    return Path(name)
+
+
 def copy_journal(folder: Path, target: Path, show: Callable[[float], None]) -> str:
     """Copy a journal, in use or not, to a file as of one moment; return what is in the copy.
 
@@ -1359,7 +1385,7 @@ def copy_journal(folder: Path, target: Path, show: Callable[[float], None]) -> s
                        "works with: name a file in another folder")
     if target.exists() and not (target.is_file() and target.open("rb").read(15) == b"SQLite format 3"):
         raise Unusable(f"{target} is there and is no copy of a journal: name another file")
-    scratch = target.with_name(f".{target.name}.part")
+    scratch = scratch_file(target)
     try:
         with contextlib.closing(_connected(path)) as source, contextlib.closing(_connected(scratch)) as copy:
             source.execute("BEGIN")
@@ -1538,8 +1564,8 @@ class Node:
 
     __slots__ = ("anonymous", "canary_due", "claims", "drain_due", "drain_until", "draining", "facts",
                  "failures", "heard", "id", "last_heartbeat", "leases", "leaving", "name", "offline",
-                 "orders", "parked", "past", "protocol", "quarantine", "registered_at", "session", "slots",
-                 "standing")
+                 "orders", "parked", "past", "protocol", "quarantine", "registered_at", "secret_hash",
+                 "session", "slots", "standing")
 
     def __init__(self, node_id: str, now: float) -> None:
         self.id = node_id
@@ -1547,6 +1573,7 @@ class Node:
         self.facts = "{}"
         self.registered_at = self.last_heartbeat = now
         self.session: str | None = None
+        self.secret_hash: str | None = None
         self.past: list[str] = []
         self.protocol: int | None = None
         self.anonymous = False
@@ -1567,7 +1594,8 @@ class Node:
         self.parked: Parked | None = None
 
     DURABLE = ("anonymous", "drain_until", "draining", "facts", "last_heartbeat", "leaving", "name",
-               "offline", "orders", "past", "protocol", "quarantine", "registered_at", "session", "slots")
+               "offline", "orders", "past", "protocol", "quarantine", "registered_at", "secret_hash",
+               "session", "slots")
 
     def record(self) -> str:
         """Return what the journal keeps."""
@@ -1603,6 +1631,34 @@ class Node:
                 "max_concurrent_jobs": self.slots, "protocol": self.protocol,
                 "drain_deadline": wire.utc_text(self.drain_until),
                 "quarantine": None if self.quarantine is None else self.quarantine.to_json()}
+
+
+def _refuse_session(node: Node, session: str | None) -> None:
+    """Raise ApiError 409 where it is not the node that speaks: one with a session is heard only with it."""
+    if session == node.session:
+        return
+    if session in node.past:
+        raise ApiError(409, f"a newer start of node {node.name} has taken over; this one must end", "session")
+    raise ApiError(409, f"node {node.name} has another session, and is heard only with that", "session")
+
+
+def _refuse_stranger(node: Node, checked: Registration) -> None:
+    """Raise ApiError 409 where somebody else registers as a node that is known.
+
+    An id is public; a session is known to one start of an agent, the secret to its state folder. Another
+    session takes over with the secret, or while the node is offline and has none.
+    """
+    if checked.session == node.session and (checked.session is not None or node.secret_hash is None):
+        return
+    if checked.session is not None and checked.session in node.past:
+        _refuse_session(node, checked.session)
+    if node.secret_hash is not None and checked.secret_hash is not None and hmac.compare_digest(
+            node.secret_hash, checked.secret_hash):
+        return
+    if not node.offline or node.secret_hash is not None:
+        how = "with its secret only" if node.secret_hash else "only when it is offline"
+        raise ApiError(409, f"node {node.name} is known with another session: a new one takes over {how}",
+                       "secret")
 
 
 class Ask(NamedTuple):
@@ -1790,10 +1846,9 @@ class Master:
             if node is None:
                 node = Node(checked.id or str(uuid.uuid4()), self.wall())
                 self._nodes[node.id] = node
-            first = checked.session is not None and checked.session != node.session
-            if first and checked.session in node.past:
-                raise ApiError(409, f"a newer start of node {node.name} has taken over; this one must end",
-                               "session")
+            else:
+                _refuse_stranger(node, checked)
+            first = checked.session != node.session
             self._take_in(node, checked)
             held = self._judge(node, checked) if first else self._held(node, checked.holding)
             self._write_node(node)
@@ -1806,16 +1861,18 @@ class Master:
     def _known(self, checked: Registration) -> Node | None:
         if checked.id is not None:
             return self._nodes.get(checked.id)
-        return next((node for node in self._nodes.values()
-                     if node.anonymous and node.name == checked.name), None)
+        return next((node for node in self._nodes.values() if node.anonymous and node.name == checked.name
+                     and node.session in (None, checked.session)), None)
 
     def _take_in(self, node: Node, checked: Registration) -> None:
-        if checked.session is not None and checked.session != node.session:
+        if checked.session != node.session:
             if node.session is not None:
                 node.past = [*node.past, node.session][-SESSIONS_KEPT:]
             node.session = checked.session
             node.canary_due = self.clock()  # whoever started it anew may have mended it
             self._release(node)
+        if checked.session is not None:
+            node.secret_hash = node.secret_hash or checked.secret_hash
         node.facts, node.name, node.slots = checked.facts, checked.name, checked.slots
         node.protocol, node.anonymous = checked.protocol, checked.id is None
         node.offline = node.leaving = False
@@ -2014,9 +2071,7 @@ class Master:
         node = self._nodes.get(node_id)
         if node is None:
             raise ApiError(404, f"there is no node {wire.printable(node_id[:64])}: register first", "node_id")
-        if session is not None and session != node.session:
-            raise ApiError(409, f"a newer start of node {node.name} has taken over; this one must end",
-                           "session")
+        _refuse_session(node, session)
         self._heard(node)
         return node
 
@@ -2077,9 +2132,8 @@ class Master:
             self._arrive(node, ask)
             return node
         waiting = self._nodes.get(ask.node_id)
-        if waiting is not None and ask.session is not None and ask.session != waiting.session:
-            raise ApiError(409, f"a newer start of node {waiting.name} has taken over; this one must end",
-                           "session")
+        if waiting is not None:
+            _refuse_session(waiting, ask.session)
         return waiting
 
     def _unpark(self, node: Node, parked: Parked, ask: Ask) -> bool:
@@ -2346,6 +2400,8 @@ class Master:
                 lease.progress = told if len(told) <= PROGRESS_FIELDS_MOST else report.progress
                 self._take_lines(job, lease, report)
                 self._take_samples(node, job, body.get("samples"))
+                if report.published and report.published != job.attempts[-1].get("published"):
+                    self._save(job, with_published(job, report.published))
                 action = self._action(job)
                 return {"status": "ok", "next_s": round(max(1.0, len(self._leases) / 250), 1),
                         **({"actions": [action]} if action else {})}
@@ -2414,6 +2470,8 @@ class Master:
         self._take_lines(job, self._leases[job.seq], report)
         self._take_samples(node, job, body.get("samples"))
         self._judge_health(node, job, report)
+        if report.published:
+            job = with_published(job, report.published)
         elsewhere = report.status == "failed" and self._elsewhere(
             Needs(frozenset((*job.avoid, node.id)), job.only))
         event, now = event_of_report(job, report.status, report.failure_reason, elsewhere), self.wall()
@@ -2652,13 +2710,14 @@ class Registration(NamedTuple):
     address: str
     facts: str
     session: str | None
+    secret_hash: str | None
     protocol: int | None
     slots: int
     holding: tuple[tuple[str, int], ...]
 
 
-_NODE_OWN = ("id", "session", "holding", "protocol", "status", "last_heartbeat", "registered_at", "running",
-             "name", "max_concurrent_jobs")
+_NODE_OWN = ("id", "session", "secret", "holding", "protocol", "status", "last_heartbeat", "registered_at",
+             "running", "name", "max_concurrent_jobs")
 
 
 def registration_of(body: Json) -> Registration:
@@ -2677,9 +2736,10 @@ def registration_of(body: Json) -> Registration:
     facts = {name: value for name, value in body.items() if name not in _NODE_OWN and len(name) <= 64}
     ram = body.get("ram_total_bytes") if body.get("ram_bytes") is None else body["ram_bytes"]
     facts.update(ram_bytes=ram, ram_total_bytes=ram)
-    slots = whole_of(body, "max_concurrent_jobs", 1, 10_000)
+    slots, secret = whole_of(body, "max_concurrent_jobs", 1, 10_000), text_of(body, "secret", 128)
     return Registration(node_id, text_of(body, "name") or address, address,
                         json.dumps(facts, allow_nan=False), text_of(body, "session", 128),
+                        secret and hashlib.sha256(secret.encode()).hexdigest(),
                         whole_of(body, "protocol", 1, 1000), slots or 1, _holding_of(body))
 
 
@@ -2708,6 +2768,7 @@ class Report(NamedTuple):
     progress: Json
     lines: list[str]
     lines_from: int | None
+    published: Json | None
 
 
 def report_of(body: Json, progress: bool = False) -> Report:
@@ -2727,9 +2788,14 @@ def report_of(body: Json, progress: bool = False) -> Report:
     if told is not None and (not isinstance(told, dict) or len(told) > PROGRESS_FIELDS_MOST):
         raise bad("progress", "must be an object or a number of percent")
     text_of(body, "completed_at", 64)
+    published = typed_of(body, "published", dict, "an object with bytes and hash")
+    if published is not None:
+        published = {"bytes": whole_of(published, "bytes", 0, 1 << 62),
+                     "hash": text_of(published, "hash", 64, required=True)}
     return Report(node_id, text_of(body, "session", 128), whole_of(body, "attempt", 1, 1 << 31), str(status),
                   long_text_of(body, "error", 8000), text_of(body, "failure_reason", 64), told or {},
-                  [line[:LOG_LINE_CHARS] for line in lines], whole_of(body, "lines_from", 0, 1 << 40))
+                  [line[:LOG_LINE_CHARS] for line in lines], whole_of(body, "lines_from", 0, 1 << 40),
+                  published)
 
 
 def _repeats(job: Job, report: Report) -> bool:
@@ -2765,7 +2831,12 @@ LINGER_S = 2.0
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (\S{1,8000}) HTTP/(\d)\.(\d)")
 _HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?(?:\n|\Z))+")
-_KNOWN_HEADERS = frozenset((b"content-length", b"transfer-encoding", b"host", b"connection", b"expect"))
+_KNOWN_HEADERS = frozenset((b"content-length", b"transfer-encoding", b"host", b"connection", b"expect",
+                            b"content-type", b"origin", b"user-agent", b"accept-language",
+                            b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest"))
+# A page cannot keep a browser from sending one of these: script cannot touch the first two kinds, and of
+# Accept-Language only the value. Over plain HTTP many requests have no other sign.
+_BROWSER_HEADERS = (b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest", b"accept-language")
 
 
 JSON_KIND = "application/json"
@@ -2873,7 +2944,7 @@ def _next_job(master: Master, request: Request) -> tuple[int, Any]:
     answer = master.claim(_ask_of(request, node_id))
     job = answer.pop("job", None)
     orders = f", {json.dumps(answer)[1:-1]}" if answer else ""
-    return 200, Text(f'{{"job": {"null" if job is None else job_text(job)}{orders}}}', JSON_KIND)
+    return 200, Text(f'{{"job": {"null" if job is None else claim_text(job)}{orders}}}', JSON_KIND)
 
 
 def _submit(master: Master, request: Request) -> tuple[int, Any]:
@@ -3126,6 +3197,57 @@ def _target(raw: bytes) -> tuple[str, dict[str, str]]:
     return path, dict(pairs)
 
 
+def refuse_foreign_page(head: Head, machine: str, allowed: Container[str]) -> None:
+    """Raise ApiError where a web page of somebody else may have sent a request; others pass.
+
+    `machine` is this machine's name, `allowed` the names beside it. A page reaches whatever its reader
+    reaches: by forms, images, scripts, and by a name of its own that it points to an inner address.
+    """
+    headers = head.headers
+    browser = any(name in headers for name in _BROWSER_HEADERS) or headers.get(
+        b"user-agent", b"").startswith(b"Mozilla/")
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if head.length and kind != b"application/json" and (kind or browser):
+        raise ApiError(415, "a body must be declared as Content-Type: application/json")
+    if not browser:
+        return
+    host = headers.get(b"host", b"").decode("latin-1").lower()
+    origin = headers.get(b"origin")
+    if origin is not None and not _is_same_place(origin.decode("latin-1").lower(), host):
+        raise ApiError(403, "a page of another origin may not speak to this master")
+    home = (head.method, head.path) in (("GET", "/"), ("HEAD", "/"))
+    if headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site") and not home:
+        raise ApiError(403, "a page of another site may not speak to this master")
+    if head.path == "/jobs/next":
+        raise ApiError(403, "a browser may not claim jobs: whoever asks gets one to run")
+    name = _host_name(host)
+    if "." in name and not _is_address(name) and name not in (machine, f"{machine}.local") \
+            and name not in allowed:
+        raise ApiError(403, f"a browser may not reach this master as {wire.printable(name[:100])}: allow the "
+                       "name with --allow-host")
+
+
+def _is_same_place(origin: str, host: str) -> bool:
+    """Return whether an Origin is of the host and port that the Host header names."""
+    scheme, found, place = origin.partition("://")
+    port = {"http": ":80", "https": ":443"}.get(scheme)
+    return bool(found and port and host) and place.removesuffix(port or "") == host.removesuffix(port or "")
+
+
+def _host_name(host: str) -> str:
+    """Return the name in a Host header, without its port and a last dot."""
+    name = host.partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    return name.lstrip("[").rstrip(".")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
 class Hangup(Exception):
     """The connection is over; there is nobody to answer."""
 
@@ -3181,6 +3303,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _handle(self, head: Head) -> tuple[int, Any]:
         self._body_read = head.length == 0
+        refuse_foreign_page(head, self.server.machine, self.server.master.settings.allow_hosts)
         route, part = route_of(head.method, head.path)
         limit = BULK_LIMIT_BYTES if head.path in _BULK_PATHS else BODY_LIMIT_BYTES
         if head.length > limit:
@@ -3270,7 +3393,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         answer = data if isinstance(data, Text) else Text(_ENCODE(data), JSON_KIND)
         payload = answer.text.encode("utf-8", "replace") + b"\n"
         head = (f"HTTP/1.1 {_STATUS_LINES[status]}\r\nContent-Type: {answer.kind}\r\n"
-                f"Content-Length: {len(payload)}\r\n{'' if answer.kind == JSON_KIND else _SAFETY}"
+                f"Content-Length: {len(payload)}\r\n{_SAFETY}"
                 f"{'' if keep else _CLOSING}\r\n")
         self.connection.sendall(head.encode() + (b"" if head_only else payload))
         if not keep:
@@ -3289,7 +3412,7 @@ _CLOSING = "Connection: close\r\n"
 _STATUS_LINES = {int(status): f"{int(status)} {status.phrase}" for status in http.HTTPStatus}
 _ENCODE = json.JSONEncoder(allow_nan=False).encode
 _SAFETY = ("X-Content-Type-Options: nosniff\r\nContent-Security-Policy: default-src 'none'; "
-           "style-src 'unsafe-inline'\r\nCache-Control: no-store\r\n")
+           "style-src 'unsafe-inline'; frame-ancestors 'none'\r\nCache-Control: no-store\r\n")
 
 
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
@@ -4487,6 +4610,11 @@ def _range(values: Sequence[float], zero: bool, log: bool) -> tuple[float, float
     return (0.0 if zero else low - room), high + room
 
 
+def html_text(value: object) -> str:
+    """Return text of others as HTML shows it, without characters that turn or hide what follows."""
+    return html.escape(wire.printable(value))
+
+
 def plot_svg(plot: Plot) -> str:
     """Return a plot as an SVG of its own size that scales with the page."""
     xs = [x for curve in plot.curves for x, _ in curve.points]
@@ -4507,7 +4635,7 @@ def plot_svg(plot: Plot) -> str:
     lines = [_axis(plot, at, left, bottom, _ticks(x_low, x_high, log),
                    [] if plot.names else _ticks(y_low, y_high, False))]
     lines += [_curve(curve, number, at) for number, curve in enumerate(plot.curves)]
-    return (f'<svg viewBox="0 0 {_WIDTH} {bottom + 44}" role="img" aria-label="{html.escape(plot.title)}">'
+    return (f'<svg viewBox="0 0 {_WIDTH} {bottom + 44}" role="img" aria-label="{html_text(plot.title)}">'
             f'{"".join(lines)}</svg>')
 
 
@@ -4523,12 +4651,12 @@ def _axis(plot: Plot, at: Callable[[float, float], tuple[float, float]], left: f
     for tick, word in names or [(tick, f"{tick:.6g}") for tick in y_ticks]:
         y = at(1, tick)[1]
         parts.append(f'<path class="grid" d="M{left} {y}H{_WIDTH - 14}"/><text x="{left - 6}" y="{y + 4}" '
-                     f'text-anchor="end">{html.escape(word)}</text>')
+                     f'text-anchor="end">{html_text(word)}</text>')
     return (f'{"".join(parts)}<path class="axis" d="M{left} 10V{bottom}H{_WIDTH - 14}"/>'
             f'<text x="{(left + _WIDTH - 14) / 2}" y="{bottom + 36}" text-anchor="middle">'
-            f'{html.escape(plot.x)}</text>'
+            f'{html_text(plot.x)}</text>'
             f'<text transform="translate(13 {(10 + bottom) / 2}) rotate(-90)" text-anchor="middle">'
-            f'{html.escape(plot.y)}</text>')
+            f'{html_text(plot.y)}</text>')
 
 
 def _curve(curve: Curve, number: int, at: Callable[[float, float], tuple[float, float]]) -> str:
@@ -4545,7 +4673,7 @@ def _curve(curve: Curve, number: int, at: Callable[[float, float], tuple[float, 
         hollow = ' class="hollow"' if spot in curve.hollow else ""
         told = f"{curve.label}: {', '.join(f'{value:.6g}' for value in curve.points[spot])}"
         parts.append(f'<path{hollow} d="{_MARKERS[number % len(_MARKERS)]}" transform="translate({x} {y})">'
-                     f'<title>{html.escape(told)}</title></path>')
+                     f'<title>{html_text(told)}</title></path>')
     return f'<g class="c{number % len(_COLOURS)}">{"".join(parts)}</g>'
 
 
@@ -4556,14 +4684,14 @@ def _figure_html(plot: Plot) -> str:
         dash = f' stroke-dasharray="{_DASHES[number % len(_DASHES)]}"' if curve.joined else ' stroke="none"'
         mark = f'<path d="{_MARKERS[number % len(_MARKERS)]}" transform="translate(17 7)"/>' * curve.marked
         keys.append(f'<li><svg class="key" viewBox="0 0 34 14"><g class="c{number % len(_COLOURS)}">'
-                    f'<path class="line"{dash} d="M1 7H33"/>{mark}</g></svg>{html.escape(curve.label)}</li>')
+                    f'<path class="line"{dash} d="M1 7H33"/>{mark}</g></svg>{html_text(curve.label)}</li>')
     legend = f'<ul class="keys">{"".join(keys)}</ul>' if len(keys) > 1 else ""
-    title = f"<figcaption>{html.escape(plot.title)}</figcaption>"
+    title = f"<figcaption>{html_text(plot.title)}</figcaption>"
     return f"<figure>{title}{plot_svg(plot)}{legend}{_note(plot.note)}</figure>"
 
 
 def _note(text: str) -> str:
-    return f'<p class="note">{html.escape(text)}</p>' if text else ""
+    return f'<p class="note">{html_text(text)}</p>' if text else ""
 
 
 def _rate_plots(rows: Sequence[Row]) -> list[Plot]:
@@ -4660,7 +4788,7 @@ def table_html(heads: Iterable[str], rows: Iterable[Sequence[str]], texts: int =
         return "<tr>" + "".join(f'<{tag}{"" if at < texts else " class=n"}>{cell}</{tag}>'
                                 for at, cell in enumerate(cells)) + "</tr>"
     body = "".join(line(cells, "td") for cells in rows)
-    return f"<table><thead>{line(map(html.escape, heads), 'th')}</thead><tbody>{body}</tbody></table>"
+    return f"<table><thead>{line(map(html_text, heads), 'th')}</thead><tbody>{body}</tbody></table>"
 
 
 def _wide_table(heads: Iterable[str], rows: Iterable[Sequence[str]], texts: int = 3) -> str:
@@ -4674,7 +4802,7 @@ def _unknown(why: str, notes: dict[str, int]) -> str:
 
 def _noted_table(heads: Iterable[str], rows: Iterable[Sequence[str]], notes: Iterable[str],
                  texts: int = 3) -> str:
-    items = "".join(f"<li>{html.escape(why)}</li>" for why in notes)
+    items = "".join(f"<li>{html_text(why)}</li>" for why in notes)
     return _wide_table(heads, rows, texts) + (f'<ol class="note">{items}</ol>' if items else "")
 
 
@@ -4705,7 +4833,7 @@ def _jobs_table(rows: Sequence[Row], columns: Iterable[Figure],
     currency = next((str(row.metrics["currency"]) for row in rows if row.metrics.get("currency")), "")
     names = [(column._replace(unit=currency) if "cost" in column.name else column).axis for column in shown]
     begun = [words(row) for row in rows]
-    cells = [[*map(html.escape, begin.values()), *(cell(row, column) for column in shown)]
+    cells = [[*map(html_text, begin.values()), *(cell(row, column) for column in shown)]
              for begin, row in zip(begun, rows)]
     return _noted_table([*begun[0], *names], cells, notes, len(begun[0]))
 
@@ -4715,7 +4843,7 @@ def _delta_table(deltas: Sequence[Delta]) -> str:
     lines = []
     qualities = list(dict.fromkeys(delta.quality for delta in deltas))
     for (cost, test, anchor), group in _by(deltas, lambda d: (d.cost, d.test, d.anchor)).items():
-        cells = [f"BD-{cost}", html.escape(test), html.escape(anchor)]
+        cells = [f"BD-{cost}", html_text(test), html_text(anchor)]
         by_quality = {delta.quality: delta for delta in group}
         for delta in (by_quality.get(quality) for quality in qualities):
             texts = (None, None) if delta is None else map(delta.text, (delta.cubic, delta.pchip))
@@ -4755,8 +4883,8 @@ def report_html(title: str, rows: Sequence[Row], made_at: str) -> str:
     done = [row for row in rows if row.status == "completed"]
     count = ", ".join(f"{len(group)} {word}" for word, group in _by(rows, lambda row: row.status).items())
     nodes = ", ".join(dict.fromkeys(row.node for row in rows if row.node)) or "no node"
-    parts = [f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(count or "no jobs")} on '
-             f"{html.escape(nodes)}; made {html.escape(made_at)} by ffdist {VERSION}</p>"]
+    parts = [f'<h1>{html_text(title)}</h1><p class="lead">{html_text(count or "no jobs")} on '
+             f"{html_text(nodes)}; made {html_text(made_at)} by ffdist {VERSION}</p>"]
     if any(row.metrics.get("energy_estimated") for row in rows):
         parts.append('<p class="lead">~ marks energy that is estimated by a power model, not measured.</p>')
     deltas = _by(deltas_of(done), lambda delta: delta.content)
@@ -4776,7 +4904,7 @@ def report_html(title: str, rows: Sequence[Row], made_at: str) -> str:
     sections = {"Means by rendition": _jobs_table(means, TABLES[_MONEY], lambda row: {
         "rendition": row.rendition, "encoder": row.curve, "jobs": str(row.jobs)})}
     sections.update((name, _jobs_table(done, columns)) for name, columns in TABLES.items())
-    failed = [[html.escape(text) for text in
+    failed = [[html_text(text) for text in
                (row.content, row.label, row.node, row.job, row.status, row.error)]
               for row in rows if row.status != "completed"]
     if failed:
@@ -4784,12 +4912,12 @@ def report_html(title: str, rows: Sequence[Row], made_at: str) -> str:
     parts += [f"<h2>{name}</h2>{table}" for name, table in sections.items() if table]
     return ('<!doctype html><html lang="en"><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width"><title>'
-            f"{html.escape(title)}</title><style>{_REPORT_STYLE}</style>{''.join(parts)}</html>\n")
+            f"{html_text(title)}</title><style>{_REPORT_STYLE}</style>{''.join(parts)}</html>\n")
 
 
 def _plots_html(title: str, plots: Iterable[Plot], note: str = "") -> str:
     figures = "".join(map(_figure_html, plots))
-    return f'<h2>{html.escape(title)}</h2><div class="plots">{figures}</div>{_note(note)}'
+    return f'<h2>{html_text(title)}</h2><div class="plots">{figures}</div>{_note(note)}'
 
 
 def report_json(title: str, rows: Sequence[Row], made_at: str) -> Json:
@@ -4853,7 +4981,7 @@ def page_view(seen: Overview) -> Text:
         node.get("type"), node.get("cpu_threads"), wire.size_text(node.get("ram_bytes")),
         node.get("gpu_type") or "none", node["last_heartbeat"]) for node in nodes]
     names = {node["id"]: node["name"] for node in nodes}
-    job_rows = [[f'<a href="/jobs/{html.escape(job["id"])}"><code>{html.escape(job["id"][:8])}</code></a>',
+    job_rows = [[f'<a href="/jobs/{html_text(job["id"])}"><code>{html_text(job["id"][:8])}</code></a>',
                  *_cells_html(job["status"], job["scenario"], names.get(job["node_id"], job["node_id"]),
                               percent_text(job), job["error"], job["created_at"])] for job in jobs]
     links = " ".join(f'<a href="{path}">{path}</a>' for path in
@@ -4870,12 +4998,12 @@ def page_view(seen: Overview) -> Text:
 
 
 def _list_html(title: str, heads: str, rows: Sequence[Sequence[str]], empty: str) -> str:
-    table = table_html(heads.split(", "), rows) if rows else f"<p class=none>{html.escape(empty)}</p>"
+    table = table_html(heads.split(", "), rows) if rows else f"<p class=none>{html_text(empty)}</p>"
     return f"<h2>{title}</h2>{table}"
 
 
 def _cells_html(*cells: Any) -> list[str]:
-    return ["" if cell is None else html.escape(str(cell)) for cell in cells]
+    return ["" if cell is None else html_text(cell) for cell in cells]
 
 
 def percent_text(job: Mapping[str, Any]) -> str:
@@ -4911,6 +5039,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, host: str, port: int, log: logging.Logger) -> None:
         self.log = log
+        self.machine = os.uname().nodename.lower()
         self.master: Master
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
@@ -5007,7 +5136,7 @@ class Pusher:
         self._all_nodes_at = 0.0
         self._samples: queue.Queue[Sampled] = queue.Queue(SAMPLES_MOST)
         self._stopping = threading.Event()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        wire.make_folder(folder)
         self._spool = Spool(folder, limit_bytes, master.counts, log)
         self._cursor = self._read_cursor()
         write_whole(folder / "pushed", b"%d" % self._cursor)
@@ -5358,7 +5487,7 @@ def write_monitoring(site: Site) -> list[Path]:
     written = []
     for name, text in monitoring_files(site).items():
         path = Path(site.folder, name)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        wire.make_folder(path.parent)
         write_whole(path, text.encode())
         written.append(path)
     return written
@@ -5492,7 +5621,13 @@ def asks(ask: Callable[[wire.Client, argparse.Namespace], Json],
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """Print a line on stderr."""
+    print(wire.printable(line), file=sys.stderr, flush=True)
+
+
+def _show(line: str) -> None:
+    """Print a line on stdout."""
+    print(wire.printable(line))
 
 
 def _print_json(value: Any) -> None:
@@ -5501,18 +5636,18 @@ def _print_json(value: Any) -> None:
 
 def _print_table(rows: Iterable[Sequence[Any]], heads: bool = True) -> None:
     colours = COLOURS if sys.stdout.isatty() and "NO_COLOR" not in os.environ else None
-    texts = [["-" if cell is None or cell == "" else wire.printable(cell) for cell in row] for row in rows]
+    texts = [["-" if cell is None or cell == "" else str(cell) for cell in row] for row in rows]
     print(wire.table_text(texts, shutil.get_terminal_size((100, 24)).columns, colours, heads))
 
 
 def _print_page(page: Json, what: str, hint: str, rows: Sequence[Sequence[Any]], asked: str = "") -> None:
     """Print rows, the first of them heads, and where the next page begins; a hint where there are none."""
     if len(rows) == 1:
-        print(f"no {what} match {wire.printable(asked)}" if asked else f"no {what}; {hint}")
+        _show(f"no {what} match {asked}" if asked else f"no {what}; {hint}")
         return
     _print_table(rows)
     if page.get("next"):
-        print(f"{page['count']} of {page['total']} {what}; the next with --after {page['next']}")
+        _show(f"{page['count']} of {page['total']} {what}; the next with --after {page['next']}")
 
 
 def _ago(text: str | None) -> str | None:
@@ -5553,7 +5688,7 @@ def cmd_backup(args: argparse.Namespace) -> int:
     with contextlib.closing(wire.ProgressLine()) as bar:
         counts = copy_journal(_data_dir(args), target,
                               lambda part: bar.show(f"copying the journal … {100 * part:.0f} %"))
-    print(f"{target}: {counts}, {wire.size_text(target.stat().st_size)}")
+    _show(f"{target}: {counts}, {wire.size_text(target.stat().st_size)}")
     return 0
 
 
@@ -5574,7 +5709,8 @@ def cmd_master(args: argparse.Namespace) -> int:
     tariff = Tariff(_rates("--energy-price", args.energy_price, PRICE_LOWEST),
                     _rates("--carbon-intensity", args.carbon_intensity, 0), args.currency)
     settings = Settings(args.node_timeout, args.max_retries, args.retry_delay, args.retry_delay_most,
-                        args.quarantine_after, args.keep[0], args.keep[1], tariff)
+                        args.quarantine_after, args.keep[0], args.keep[1], tariff,
+                        frozenset(name.strip().lower() for name in args.allow_host.split(",")))
     service = Service(args.host, args.port, folder, settings, log, args.victoriametrics)
     shot = service.master.snapshot()
     waiting = sum(shot.totals.get(("jobs", word), 0) for word in ("pending", "running", "paused", "blocked"))
@@ -5596,7 +5732,7 @@ def cmd_master(args: argparse.Namespace) -> int:
 def cmd_submit(args: argparse.Namespace) -> int:
     """Submit one job, and wait for it where asked to."""
     places = {"input": args.input, "output": args.output}
-    parameters = {**wire.parameters_of(args.parameters),
+    parameters = {**wire.parameters_of(args.parameters), **({"overwrite": True} if args.overwrite else {}),
                   **{name: place for name, place in places.items() if place is not None}}
     client = _client(args)
     job = client.submit({"id": str(uuid.uuid4()), "scenario": args.scenario, "confidence": args.confidence,
@@ -5613,7 +5749,7 @@ def cmd_submit(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(job)
         return 0
-    print(f"job {job['id']} submitted: {wire.settings_text(job.get('settings') or {})}")
+    _show(f"job {job['id']} submitted: {wire.settings_text(job.get('settings') or {})}")
     _say(f"follow it with: python3 ffdist.py logs {job['id'][:8]} -f")
     return 0
 
@@ -5787,19 +5923,19 @@ def show_nodes(page: Json) -> None:
            _ago(node["last_heartbeat"]), node.get("gpu_type"), node.get("cpu_model")) for node in nodes)])
     for node in nodes:
         if node.get("quarantine"):
-            said = f"{node['name']} is in quarantine: {node['quarantine']['reason']}"
-            print(f"{wire.printable(said)}; 'undrain {node['id'][:8]}' lets it work at once")
+            _show(f"{node['name']} is in quarantine: {node['quarantine']['reason']}; "
+                  f"'undrain {node['id'][:8]}' lets it work at once")
 
 
 def show_order(job: Json) -> None:
     """Tell what an order made of a job."""
     asked = " (its node is told to stop it)" if job.get("cancel_requested") else ""
-    print(f"job {job['id']} is {job['status']}{asked}")
+    _show(f"job {job['id']} is {job['status']}{asked}")
 
 
 def show_node(node: Json) -> None:
     """Tell what an order made of a node."""
-    print(f"node {node['name']} is {node['status']}, {wire.count_text(node['running'], 'job')} on it")
+    _show(f"node {node['name']} is {node['status']}, {wire.count_text(node['running'], 'job')} on it")
 
 
 def cmd_logs(args: argparse.Namespace) -> int:
@@ -5810,7 +5946,7 @@ def cmd_logs(args: argparse.Namespace) -> int:
         part = client.logs(args.id, after, 20 if args.follow else None)
         kept += part["lines"] if args.json else []
         for line in () if args.json else part["lines"]:
-            print(wire.printable(line))
+            _show(line)
         sys.stdout.flush()
         after = part["next"]
         if not part["lines"] and (not args.follow or part.get("status") in FINAL):
@@ -6057,9 +6193,11 @@ def cmd_demo(args: argparse.Namespace) -> int:
 
 def _demo_with_agent(args: argparse.Namespace, url: str, film: Path | None, folder: Path) -> int:
     _say(f"a master runs at {url}")
-    script = Path(__file__).resolve().parent / "agent.py"
+    script, media = Path(__file__).resolve().parent / "agent.py", folder / "media"
+    media.mkdir()
     argv = [sys.executable, str(script), "--register", "--master", url, "--allow-master-as-worker", "--yes",
-            "--state-dir", str(folder / "agent"), "--media-root", str(film.parent if film else folder),
+            "--state-dir", str(folder / "agent"), "--media-root", str(film.parent if film else media),
+            "--yes-home",  # the master listens on loopback, and only while the demo runs
             "--log-format", "text", "--drain-limit", "0s"]
     process: subprocess.Popen[bytes] | None = None
     try:
@@ -6103,14 +6241,14 @@ def cmd_monitoring(args: argparse.Namespace) -> int:
                 f"{listen}:{args.grafana_port}", args.power_limit, args.alertmanager)
     if args.action == "down":
         stopped = stop_monitoring(site, parts_of(site))
-        print(f"stopped: {', '.join(stopped) or 'nothing ran'}; the data stays in {folder}")
+        _show(f"stopped: {', '.join(stopped) or 'nothing ran'}; the data stays in {folder}")
         return 0
     if args.action == "files":
         _print_table([(path,) for path in write_monitoring(site)], heads=False)
         return 0
     secret = folder / "grafana" / "password"
-    for place in (data, folder, secret.parent):
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    wire.private_folder(data)
+    wire.make_folder(secret.parent)
     if not secret.exists():
         write_whole(secret, uuid.uuid4().hex.encode())
     write_monitoring(site._replace(password=secret.read_text()))
@@ -6147,6 +6285,8 @@ COMMANDS = {
     "master": Command(cmd_master, "run the master", (
         Flag("--port", "8080", wire.whole_number(0, 65535), "port to listen on (8080; 0: any free one)"),
         Flag("--host", "0.0.0.0", str, "address to listen on (0.0.0.0: all)"),
+        Flag("--allow-host", "", str, "names by which browsers may reach it beside the host name, "
+             "comma-separated (none)"),
         _DATA_FLAG,
         Flag("--node-timeout", "90s", wire.seconds, "silence after which a node is lost (90s)"),
         Flag("--max-retries", "3", wire.whole_number(0, 100),
@@ -6171,6 +6311,7 @@ COMMANDS = {
     "submit": Command(cmd_submit, "submit a job", (
         Flag("--input", None, str, "path under the agents' media root, or URL (a generated source)"),
         Flag("--output", None, str, "path or URL (encoded, measured, discarded)"),
+        Flag("--overwrite", False, None, "replace an output that exists"),
         Flag("--confidence", "auto", wire.one_of(*CONFIDENCES), "auto, low, medium or high"),
         Flag("--node", None, str, "the node that is to run it, by name or id (any)"),
         Flag("--wait", False, None, "show progress until the job ends"), *ASK_FLAGS),
@@ -6201,7 +6342,7 @@ COMMANDS = {
     "undrain": Command(asks(lambda client, args: client.order_node(args.id, "resume"), show_node),
                        "let a node work again that was drained or in quarantine", ASK_FLAGS, ("node",)),
     "forget": Command(asks(lambda client, args: client.forget_node(args.id),
-                           lambda told: print(f"node {told['id']} is {told['status']}")),
+                           lambda told: _show(f"node {told['id']} is {told['status']}")),
                       "remove a node; its jobs are pending again", ASK_FLAGS, ("node",)),
     "results": Command(cmd_results, "list results", (*PAGE_FLAGS, *ASK_FLAGS)),
     "monitoring": Command(cmd_monitoring, "start or stop VictoriaMetrics, vmalert and Grafana", (
@@ -6309,7 +6450,7 @@ def _carried_out(args: argparse.Namespace) -> int:
         refused = not error.status and os.strerror(errno.ECONNREFUSED) in error.message
         hint = ("; start one with 'python3 ffdist.py master', or name it with --master or FFDIST_MASTER"
                 if refused else "")
-        _say(f"ffdist: {wire.printable(error.message)}{hint}")
+        _say(f"ffdist: {error.message}{hint}")
         return exit_code_of(error)
     except Unusable as error:
         _say(f"ffdist: {error}")

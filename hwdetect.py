@@ -500,13 +500,13 @@ def private_folder(folder: str | os.PathLike[str]) -> None:
     path, mine = os.path.abspath(folder), os.geteuid()
     link, found = os.lstat(path), os.stat(path)
     if not stat.S_ISDIR(found.st_mode):
-        raise NotADirectoryError(errno.ENOTDIR, "it is not a folder", path)
+        raise NotADirectoryError(errno.ENOTDIR, "it is a file: remove it", path)
     if found.st_uid != mine:
-        raise PermissionError(errno.EPERM, f"it belongs to another user (uid {found.st_uid})", path)
+        raise PermissionError(errno.EPERM, f"it belongs to another user (uid {found.st_uid}): make it yours", path)
     if stat.S_ISLNK(link.st_mode) and link.st_uid not in (0, mine):
-        raise PermissionError(errno.EPERM, f"it is a link of another user (uid {link.st_uid})", path)
+        raise PermissionError(errno.EPERM, f"it is a link of another user (uid {link.st_uid}): remove it", path)
     if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise PermissionError(errno.EPERM, f"it is open to other users: close it with chmod 700 {path}", path)
+        raise PermissionError(errno.EPERM, "it is open to other users: close it with chmod 700", path)
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -640,7 +640,7 @@ class Host:
         try:
             folder = os.path.dirname(os.path.abspath(path))
             make_folder(folder)
-            handle, scratch = tempfile.mkstemp(".tmp", ".ffdist-", folder)  # no name that a link could wait at
+            handle, scratch = tempfile.mkstemp(".tmp", ".ffdist-", folder)  # a name that nobody guesses
             with open(handle, "w", encoding="utf-8") as file:
                 file.write(text)
             os.replace(scratch, path)

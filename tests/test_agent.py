@@ -301,8 +301,8 @@ class Planning(unittest.TestCase):
         self.assertIn("-nostdin", made.passes[0])
 
     def test_a_local_film_may_not_lead_to_the_network_nor_a_url_to_files(self) -> None:
-        local = agent.whitelist_args("/films/a.m3u8")[1].split(",")
-        remote = agent.whitelist_args("http://10.0.0.1/a.m3u8")[1].split(",")
+        local = agent.open_args("/films/a.m3u8", "", ())[1].split(",")
+        remote = agent.open_args("http://10.0.0.1/a.m3u8", "", ())[1].split(",")
         self.assertFalse({"http", "tcp", "rtmp"} & set(local))
         self.assertNotIn("file", remote)
 
@@ -675,12 +675,14 @@ class ReadingWords(unittest.TestCase):
 
     def test_loopback_and_link_local_are_opened_only_where_listed(self) -> None:
         closed = ("127.0.0.1", "127.8.8.8", "::1", "169.254.169.254", "fe80::1", "fe80::1%eth0", "0.0.0.0",
-                  "::", "::ffff:127.0.0.1", "::ffff:169.254.169.254")
+                  "::", "::ffff:127.0.0.1", "::ffff:169.254.169.254", "2002:7f00:1::1", "64:ff9b::7f00:1",
+                  "64:ff9b::a9fe:a9fe", "fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192",
+                  "::ffff:168.63.129.16")
         for address in closed:
             self.assertFalse(agent.address_allowed(address, "host", ()), address)
             self.assertFalse(agent.address_allowed(address, "host", ("10.0.0.0/8", "other", "")), address)
             self.assertTrue(agent.address_allowed(address, "Media", ("media",)), address)
-        for address in ("8.8.8.8", "10.0.0.1", "2001:db8::1", "192.168.1.1"):
+        for address in ("8.8.8.8", "10.0.0.1", "2001:db8::1", "192.168.1.1", "fd00:ec2::253", "64:ff9b::a00:1"):
             self.assertTrue(agent.address_allowed(address, "host", ()))
         self.assertTrue(agent.address_allowed("127.0.0.1", "localhost", ("127.0.0.0/8",)))
         self.assertTrue(agent.address_allowed("::ffff:127.0.0.1", "x", ("127.0.0.1",)))
@@ -882,9 +884,12 @@ class ClearingUp(FolderCase):
     def test_an_orphan_ffmpeg_is_found_by_its_pid_and_start_and_ended(self) -> None:
         orphan = self.sleeper()
         folder = self.left_behind(orphan.pid, hwdetect.process_started(hwdetect.Host(), orphan.pid))
-        partial = self.folder / ".ffdist-job-1.part"
+        name = f".ffdist-{'0' * 32}.part"
+        partial = self.folder / "films" / name
+        partial.parent.mkdir()
         partial.write_bytes(b"half a film")
-        (folder / "partial").write_text(str(partial))
+        note = {"root": str(self.folder), "parts": ["films"], "name": name}
+        (folder / agent.HIDDEN_NOTE).write_text(json.dumps(note))
         self.assertEqual(agent.clear_work(self.folder / "work", hwdetect.Host()), 1)
         self.assertEqual(orphan.wait(10), -signal.SIGKILL)
         self.assertFalse(partial.exists())
@@ -904,7 +909,8 @@ class ClearingUp(FolderCase):
         for number, text in enumerate(("", "1 0", "0 0", "-1 5", "x y", "99999999 1", "\x00\x01", "1 2 3")):
             folder = self.left_behind(1, 1, f"job-{number}")
             (folder / "process").write_text(text)
-            (folder / "partial").write_text(str(precious))
+            note = {"root": str(self.folder), "parts": [[], ["none"], 5][number % 3], "name": precious.name}
+            (folder / agent.HIDDEN_NOTE).write_text(json.dumps(note) if number else "torn")
         agent.clear_work(self.folder / "work", hwdetect.Host())
         self.assertTrue(precious.exists(), "only our own hidden names are removed")
         self.assertEqual(list((self.folder / "work").iterdir()), [])

@@ -49,6 +49,7 @@ class Node:
         self.master, self.name, self.more = master, name, more
         self.id = str(uuid.uuid4()) if session else ""
         self.session = uuid.uuid4().hex if session else None
+        self.secret = uuid.uuid4().hex if session else None
         self.id = self.register().body["id"]
 
     def told(self, **fields: Any) -> dict[str, Any]:
@@ -56,7 +57,7 @@ class Node:
         return {name: value for name, value in {**own, **fields}.items() if value is not None}
 
     def register(self, **fields: Any) -> Answer:
-        own = {"id": self.id or None, "protocol": 1 if self.session else None}
+        own = {"id": self.id or None, "protocol": 1 if self.session else None, "secret": self.secret}
         return self.master.call("POST", "/nodes/register",
                                 self.told(**{"address": self.name, **own, **self.more, **fields}))
 
@@ -307,10 +308,10 @@ class TestRoutes(Served):
         node = self.node()
         done, canceled = self.running(node), self.master.submit()
         path = f"/jobs/{done['id']}"
-        own = {"node_id": node.id, "attempt": 1}
+        own = {"node_id": node.id, "session": node.session, "attempt": 1}
         transcript = {
             ("POST", "/nodes/register"): ({"address": "row"}, 201), ("GET", "/nodes"): (None, 200),
-            ("GET", "/nodes/{id}"): (None, 200), ("POST", "/nodes/{id}/heartbeat"): ({}, 200),
+            ("GET", "/nodes/{id}"): (None, 200), ("POST", "/nodes/{id}/heartbeat"): (own, 200),
             ("POST", "/jobs"): ({"scenario": "x"}, 201), ("GET", "/jobs"): (None, 200),
             ("GET", "/jobs/next"): (None, 200), ("GET", "/jobs/{id}"): (None, 200),
             ("POST", "/jobs/{id}/progress"): ({**own, "progress": 50}, 200),
@@ -330,7 +331,7 @@ class TestRoutes(Served):
             with self.subTest(method=method, route=route):
                 where = route.replace("/jobs/{id}", path).replace("/nodes/{id}", f"/nodes/{node.id}")
                 if route == "/jobs/next":
-                    where += f"?node_id={node.id}"
+                    where += f"?node_id={node.id}&session={node.session}"
                 answer = self.master.call(method, where, body)
                 self.assertEqual(answer.status, status, answer)
                 if route == "/jobs/next":

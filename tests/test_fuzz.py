@@ -252,7 +252,8 @@ class TestBodies(Fuzz):
     def test_bodies_over_the_limit_are_refused(self) -> None:
         small, large = b" " * (1 << 20), b" " * (10 << 20)
         heartbeat = f"/nodes/{self.node.id}/heartbeat"
-        self.assertEqual(self.master.call("POST", heartbeat, raw=small).status, 200)
+        session = f"?session={self.node.session}"
+        self.assertEqual(self.master.call("POST", heartbeat + session, raw=small).status, 200)
         self.assertEqual(self.refused(self.master.call("POST", "/jobs", raw=large)).status, 400)
         for path, body in ((heartbeat, small), ("/nodes/register", small), ("/jobs", large),
                            ("/results", large)):
@@ -275,7 +276,8 @@ class TestPaths(Fuzz):
                 if (route.method, route.path, given) == ("GET", "/jobs/{id}", "next"):
                     continue
                 with self.subTest(route=route.path, method=route.method, id=given[:40]):
-                    body = json.dumps({"node_id": self.node.id, "attempt": 1}).encode()
+                    own = {"node_id": self.node.id, "session": self.node.session, "attempt": 1}
+                    body = json.dumps(own).encode()
                     raw = request(route.method, route.path.replace("{id}", given),
                                   body if route.method == "POST" else b"")
                     self.refused_raw(raw, 400, 404)

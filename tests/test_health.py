@@ -31,6 +31,7 @@ class Fleet(Case):
         self.now = 1000.0
         self.offset = 1e9
         self.words = itertools.count()
+        self.sessions: dict[str, str] = {}
         self.master = self.start()
         self.addCleanup(lambda: self.master.close())
         self.sick, self.well = self.node("sick"), self.node("well")
@@ -45,13 +46,13 @@ class Fleet(Case):
 
     def node(self, name: str, **more: Any) -> str:
         node_id = str(uuid.uuid5(uuid.NAMESPACE_DNS, name))
-        self.master.register({"address": name, "id": node_id, "session": f"session of {name}",
-                              "protocol": 1, "holding": [], **more})
+        self.sessions[node_id] = more.get("session", f"session of {name}")
+        self.master.register({"address": name, "id": node_id, "session": self.sessions[node_id],
+                              "secret": "s", "protocol": 1, "holding": [], **more})
         return node_id
 
     def ask(self, node_id: str, seen: int = 0, **more: Any) -> dict[str, Any]:
-        name = next(node["name"] for node in self.master.nodes() if node["id"] == node_id)
-        ask = Ask(node_id, f"session of {name}", 0.0, seen, f"word {next(self.words)}", False, lambda: True)
+        ask = Ask(node_id, self.sessions[node_id], 0.0, seen, f"word {next(self.words)}", False, lambda: True)
         return self.master.claim(ask._replace(**more))
 
     def claim(self, node_id: str) -> Job | None:
@@ -59,13 +60,13 @@ class Fleet(Case):
 
     def beat(self) -> None:
         for node in self.master.nodes():
-            self.master.heartbeat(Ask(node["id"], None, 0.0, 0, None, False, lambda: True))
+            self.master.heartbeat(Ask(node["id"], self.sessions[node["id"]], 0.0, 0, None, False, lambda: True))
 
     def submit(self, **more: Any) -> Job:
         return self.master.submit([draft_of({"scenario": "720p30-h264", **more}, 3)])[1][0]
 
     def report(self, job: Job, node_id: str, status: str = "completed", **more: Any) -> None:
-        self.master.report({"job_id": job.id, "node_id": node_id, "attempt": job.attempt, "status": status,
+        self.master.report({"job_id": job.id, "node_id": node_id, "session": self.sessions[node_id], "attempt": job.attempt, "status": status,
                             **more})
 
     def end_badly(self, node_id: str, reason: str = "killed") -> Job | None:
@@ -255,11 +256,10 @@ class TestQuarantine(Fleet):
 
     def test_a_node_that_was_started_anew_gets_its_canary_at_once(self) -> None:
         self.make_sick()
-        self.master.register({"address": "sick", "id": self.sick, "session": "session of sick, again",
-                              "protocol": 1, "holding": []})
+        self.node("sick", session="session of sick, again")
         self.assertEqual(self.status(self.sick), "quarantined")
         self.master.reap()
-        job = self.ask(self.sick, session="session of sick, again").get("job")
+        job = self.claim(self.sick)
         assert job is not None
         self.assertTrue(job.hidden)
 

@@ -463,7 +463,23 @@ class TestParameters(unittest.TestCase):
         self.assertEqual(resolve("x-vp9", {"output": "a.webm"}).container, "webm")
         self.refused("parameters.output", {"output": "film"})
         self.refused("parameters.output", {"output": "film.exe"})
-        self.assertEqual(resolve("x", {"output": "film", "container": "mkv"}).container, "matroska")
+
+    def test_an_output_ends_with_the_suffix_of_its_container(self) -> None:
+        for output in ("film", "authorized_keys", "a.py", "a.mp4.sh", "mp4", "a.mp4/", "a.mp4/b"):
+            self.refused("parameters.output", {"output": output, "container": "mkv"})
+        for output, container in (("a.mp4", "mkv"), ("a.mov", "mp4"), ("a.mkv", "webm")):
+            self.refused("parameters.container", {"output": output, "container": container})
+        for output, container in (("a.mp4", "mp4"), ("a.mkv", "matroska"), ("a.M4V", "mp4")):
+            self.assertEqual(resolve("x", {"output": output, "container": container}).container, container)
+        self.assertEqual(resolve("x", {"output": "rtmp://h/a", "container": "flv"}).container, "flv")
+
+    def test_no_part_of_an_output_begins_with_a_dot(self) -> None:
+        for output in (".ssh/a.mkv", "a/.b/c.mp4", ".a.mp4", "/srv/.x/a.mp4", "../a.mp4", "a/../b.mp4",
+                       ".ffdist-1.part.mp4"):
+            self.assertIn("dot", self.refused("parameters.output", {"output": output}).message)
+            resolve("x", {"input": output})
+        self.assertEqual(resolve("x", {"output": "./a/./b.mp4"}).container, "mp4")
+        self.assertEqual(resolve("x", {"output": "/home/me/.films/a.mp4"}, own_paths=True).container, "mp4")
 
     def test_a_codec_that_its_container_cannot_hold_is_refused_at_once(self) -> None:
         for codec, output in (("h264", "a.webm"), ("vp9", "a.mov"), ("h265", "rtmp://h/a"), ("av1", "a.ts")):
@@ -482,7 +498,31 @@ class TestParameters(unittest.TestCase):
         for value in ("file:///etc/passwd", "concat://a|b", "gopher://x/", "http://", "http://h:99999/x",
                       "http://h:port/x", "http://[::1/x"):
             self.refused("parameters.input", {"input": value})
-        self.assertEqual(resolve("x", {"input": "HTTP://host/a.mp4"}).input, "HTTP://host/a.mp4")
+        self.assertEqual(resolve("x", {"input": "HTTP://host/a.mp4"}).input, "http://host/a.mp4")
+
+    def test_a_url_is_the_same_host_to_every_parser(self) -> None:
+        for value in ("http://169.254.169.254:80[2001:db8::1]/a", "http://a[::1]/x", "http://[::1]x/a",
+                      "http://good@evil@host/x", "http://host\\@evil/x", "http://ho st/x", "http://h:1:2/x",
+                      "http://[::1%25eth0]/x", "http://[127.0.0.1]/x", "http://h%6fst/x", "http://:80/x",
+                      "http://user@/x", "http://h:0/x", "http://h:-1/x", "http://h;x/", "http://[/x"):
+            for name in ("input", "output"):
+                self.refused(f"parameters.{name}", {name: value})
+        for value, wanted in (("HTTPS://User:p%40ss@Host.Example:443/A?b=c#d",
+                               "https://User:p%40ss@host.example:443/A?b=c#d"),
+                              ("http://[2001:DB8:0::1]:8080/x", "http://[2001:db8::1]:8080/x"),
+                              ("http://host:/x", "http://host/x"), ("http://host?x=1", "http://host?x=1"),
+                              ("http://b\u00fccher.example/x", "http://xn--bcher-kva.example/x"),
+                              ("rtmp://h_1/app/key?a=[b]@c", "rtmp://h_1/app/key?a=[b]@c")):
+            self.assertEqual(resolve("x", {"input": value}).input, wanted)
+
+    def test_srt_calls_and_never_listens(self) -> None:
+        for query in ("?mode=listener", "?latency=1&mode=listener", "?MODE=rendezvous", "?mode=",
+                      "?mode=caller&mode=listener", "?mode=caller2", "?a=1?mode=listener"):
+            self.refused("parameters.output", {"output": f"srt://host:9000{query}"})
+            self.refused("parameters.input", {"input": f"srt://host:9000{query}"})
+        for query in ("", "?mode=caller", "?mode=caller&latency=200", "?streamid=x"):
+            self.assertEqual(resolve("x", {"output": f"srt://host:9000{query}"}).output,
+                             f"srt://host:9000{query}")
 
     def test_extra_arguments_are_not_allowed(self) -> None:
         self.refused("parameters.extra_args", {"extra_args": ["-f", "null"]})

@@ -342,14 +342,14 @@ class TestRefusal(Case):
 
     def test_a_database_of_another_program_is_left_alone(self) -> None:
         folder = self.folder / "master"
-        folder.mkdir()
+        folder.mkdir(mode=0o700)
         with sqlite3.connect(folder / "journal.db") as other:
             other.execute("CREATE TABLE recipes(name TEXT)")
         other.close()
         self.assertIn("journal.db", self.refused())
 
     def test_an_empty_journal_is_a_new_one(self) -> None:
-        (self.folder / "master").mkdir()
+        (self.folder / "master").mkdir(mode=0o700)
         (self.folder / "master" / "journal.db").touch()
         self.assertEqual(self.master().get("/jobs")["total"], 0)
 
@@ -390,7 +390,7 @@ class TestRecovery(Case):
 
     def test_what_is_no_database_is_set_aside(self) -> None:
         path = self.folder / "master" / "journal.db"
-        path.parent.mkdir()
+        path.parent.mkdir(mode=0o700)
         path.write_bytes(b"a letter, no database\n" * 99)
         self.assertEqual(self.recovered(path).get("/jobs")["total"], 1)
 
@@ -563,7 +563,7 @@ class TestRecovery(Case):
         outcomes = []
         for number in range(1, 12):
             folder = self.folder / f"kill-{number}"
-            folder.mkdir()
+            folder.mkdir(mode=0o700)
             (folder / "journal.db").write_bytes(whole)
             (folder / ffdist.DAMAGED).write_text("the test says so")
             left = [number]
@@ -621,7 +621,7 @@ class TestBackup(Case):
         self.assertRegex(done.stdout, r"copy\.db: \d+ jobs, 0 results, 0 nodes, ")
         self.assertEqual((self.folder / "copy.db").stat().st_mode & 0o077, 0)
         other = self.folder / "other"
-        (other / "master").mkdir(parents=True)
+        ffdist.wire.make_folder(other / "master")
         (self.folder / "copy.db").rename(other / "master" / "journal.db")
         copy = Master(other)
         self.addCleanup(copy.end)

@@ -110,6 +110,7 @@ class Machine:
 
     number: int
     session: str | None = None
+    secret: str | None = None
     past: list[str] = field(default_factory=list)
     slots: int = 1
     heard: float = 0.0
@@ -154,7 +155,7 @@ class Promises:
         node = self.nodes.get(told["node"])
         if node is None:
             return 404, None
-        if told["session"] not in (None, node.session):
+        if told["session"] != node.session:
             return 409, None
         node.heard, node.silent = self.now, False
         return 200, node
@@ -165,12 +166,14 @@ class Promises:
         session = told["session"]
         if node is None:
             node = self.nodes[told["node"]] = Machine(told["node"])
-        first = session is not None and session != node.session
+        elif not self._may_speak_for(node, told):
+            return 409
+        first = session != node.session
         if first:
-            if session in node.past:
-                return 409
             node.past += [node.session] if node.session else []
             node.session = session
+        if session:
+            node.secret = node.secret or told["secret"]
         node.heard, node.silent, node.leaving, node.slots = self.now, False, False, told["slots"]
         held = [entry for entry in told["holding"] if self._holds(node, *entry)]
         if first:
@@ -180,6 +183,15 @@ class Promises:
         agree("what a registration may keep", [(uuid_of("job", job), attempt) for job, attempt in held],
               [(entry["job_id"], entry["attempt"]) for entry in body.get("holding", ())])
         return code
+
+    def _may_speak_for(self, node: Machine, told: Told) -> bool:
+        """Return whether a registration is of the node itself, and not of a stranger who knows its id."""
+        session, secret = told["session"], told["secret"]
+        if session == node.session and (session or not node.secret):
+            return True
+        if session in node.past and session:
+            return False
+        return secret == node.secret if node.secret else self.node_status(node) == "offline"
 
     def _holds(self, node: Machine, number: int, attempt: int | None) -> bool:
         work = self.jobs.get(number)
@@ -550,7 +562,8 @@ NONSENSE = (
 
 def request_of(kind: str, told: Told) -> tuple[str, str, Any]:
     """Return method, path and body of an event."""
-    own = {name: told[name] for name in ("session", "attempt", "status") if told.get(name) is not None}
+    own = {name: told[name] for name in ("session", "secret", "attempt", "status")
+           if told.get(name) is not None}
     job, node = uuid_of("job", told.get("job", 0)), uuid_of("node", told.get("node", 0))
     if kind == "submit":
         bodies = [{"scenario": "model", "id": uuid_of("job", number),
@@ -585,7 +598,7 @@ def request_of(kind: str, told: Told) -> tuple[str, str, Any]:
 
 def event(kind: str, **told: Any) -> Event:
     """Return an event of node 0 and job 0 where nothing else is said."""
-    own: Told = {"node": 0, "job": 0, "session": "one", "attempt": 1, "leaving": False, "word": None,
+    own: Told = {"node": 0, "job": 0, "session": "one", "secret": "mine", "attempt": 1, "leaving": False, "word": None,
                  "paused": False, "lines": [], "reason": None, "bulk": False, "holding": [], "slots": 2}
     return kind, {**own, **told}
 
@@ -697,7 +710,9 @@ class Chooser:
         session = f"session{self.count}" if self._likely(0.6) else None
         if node is not None and node.session and self._likely(0.4):
             session = self.source.choice([node.session, *node.past[-3:]])
-        return {"node": number, "session": session, "holding": holding, "slots": self._one(1, 2)}
+        secret = self._one(None, "wrong", *[f"secret{number}"] * 5)
+        return {"node": number, "session": session, "secret": secret, "holding": holding,
+                "slots": self._one(1, 2)}
 
     def _drain(self) -> Told:
         return {"node": self._node(), "draining": self._likely(0.4)}
@@ -786,7 +801,7 @@ class InProcess:
     def copied(self, name: str) -> Path:
         """Return a copy of what is on disk now, as a kill would leave it."""
         folder = self._folder / name
-        folder.mkdir()
+        folder.mkdir(mode=0o700)
         for path in self.journal_folder.glob("journal.db*"):
             if not path.name.endswith("-shm"):
                 shutil.copy(path, folder / path.name)
@@ -1020,7 +1035,7 @@ class TestWalk(unittest.TestCase):
         with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
             system = InProcess(Path(folder))
             chooser = Chooser(source, model, True)
-            for _ in range(300):
+            for _ in range(600):
                 kind, told = chooser.next()
                 step(system, model, kind, told)
                 kinds[kind] += 1

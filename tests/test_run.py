@@ -280,7 +280,7 @@ class RealFilms(RunCase):
             with self.subTest(codec):
                 result = self.completes(f"transcode-{codec}", input=name, output=output, two_pass=True,
                                         width=160, height=90, bitrate="200k", duration=0.4,
-                                        preset="ultrafast")
+                                        preset="ultrafast", overwrite=True)
                 self.assertEqual(len(result["encode"]["commands"]), 2)
                 self.assertEqual(int(streams(self.media / output)[0]["nb_read_packets"]), 10)
 
@@ -324,7 +324,10 @@ class RealFilms(RunCase):
         (self.media / "noise.mp4").write_bytes(os.urandom(5000))
         self.fails("input", "noise.mp4", input="noise.mp4", output="old.mp4")
         self.assertEqual(old.read_bytes(), b"the older film")
-        self.completes(input=self.film("plain.mp4"), output="old.mp4", duration=0.2)
+        name = self.film("plain.mp4")
+        self.fails("output", "old.mp4", "exists", "overwrite", input=name, output="old.mp4", duration=0.2)
+        self.assertEqual(old.read_bytes(), b"the older film")
+        self.completes(input=name, output="old.mp4", duration=0.2, overwrite=True)
         self.assertEqual(len(streams(old)), 1)
 
     def test_a_portrait_film_that_is_only_marked_as_rotated(self) -> None:
@@ -442,7 +445,7 @@ class RealFilms(RunCase):
                            "-disposition:v:0", "attached_pic")
         for name in (sub, after, before):
             with self.subTest(name):
-                self.completes(input=name, output="clean.mp4")
+                self.completes(input=name, output="clean.mp4", overwrite=True)
                 kept = streams(self.media / "clean.mp4")
                 self.assertEqual([video["width"] for video in kept], [320])
                 self.assertEqual(int(kept[0]["nb_read_packets"]), 25)
@@ -462,7 +465,7 @@ class RealFilms(RunCase):
         film = FILM if FILM.exists() else self.media / self.film(
             "long.mp4", "-f", "lavfi", "-i", "testsrc2=s=640x360:r=25:d=5.28", "-f", "lavfi", "-i",
             "sine=d=5.28", "-c:v", "libx264", "-g", "999", "-c:a", "aac")
-        place = dataclasses.replace(self.place, media_root=str(film.parent))
+        place = dataclasses.replace(self.place, places=agent.Places("worker-01", str(film.parent)))
         metrics = self.completes(place=place, input=film.name, preset="ultrafast",
                                  quality=["psnr", "ssim"])["metrics"]
         self.assertEqual(metrics["frames"], 132)
@@ -546,16 +549,29 @@ class BadInput(RunCase):
     def test_paths_that_lead_out_of_the_media_root(self) -> None:
         outside = self.root / "outside.mp4"
         shutil.copy(self.media / self.film("plain.mp4"), outside)
-        (self.media / "link.mp4").symlink_to(outside)
-        (self.media / "linked").symlink_to(self.root)
-        for name in ("../outside.mp4", str(outside), "link.mp4", "linked/outside.mp4", "a/../../outside.mp4",
-                     "/etc/passwd"):
+        for name in ("../outside.mp4", str(outside), "a/../../outside.mp4", "/etc/passwd"):
             with self.subTest(name):
                 self.fails("parameters", name, "outside the media root", input=name, output="o.mp4")
         before = outside.read_bytes()
-        for name in ("../outside.mp4", "link.mp4", "linked/new.mp4", "../media-2/o.mp4"):
+        for name in ("../outside.mp4", "../media-2/o.mp4"):
             with self.subTest(name):
-                self.fails("parameters", name, "outside the media root", input="plain.mp4", output=name)
+                self.fails("parameters", "begins with a dot", input="plain.mp4", output=name)
+        self.fails("parameters", "outside the media root", input="plain.mp4", output=str(outside))
+        self.assertEqual(outside.read_bytes(), before)
+
+    def test_links_under_the_media_root_are_not_followed(self) -> None:
+        outside = self.root / "outside.mp4"
+        shutil.copy(self.media / self.film("plain.mp4"), outside)
+        (self.media / "link.mp4").symlink_to(outside)
+        (self.media / "linked").symlink_to(self.root)
+        (self.media / "inner.mp4").symlink_to("plain.mp4")
+        for name, link in (("link.mp4", "link.mp4"), ("linked/outside.mp4", "linked"),
+                           ("inner.mp4", "inner.mp4")):
+            with self.subTest(name):
+                self.fails("input", f"through the link {link}", "worker-01", input=name, output="o.mp4")
+        before = outside.read_bytes()
+        self.fails("output", "link.mp4 is a link", input="plain.mp4", output="link.mp4", overwrite=True)
+        self.fails("output", "linked/new.mp4", "not followed", input="plain.mp4", output="linked/new.mp4")
         self.assertEqual(outside.read_bytes(), before)
         self.assertFalse((self.root / "new.mp4").exists())
 
@@ -583,9 +599,12 @@ class BadOutput(RunCase):
         name = self.film("plain.mp4")
         before = (self.media / name).read_bytes()
         (self.media / "alias.mp4").symlink_to(self.media / name)
-        for output in (name, f"./{name}", f"../media/{name}", str(self.media / name), "alias.mp4"):
+        os.link(self.media / name, self.media / "twin.mp4")
+        self.addCleanup(os.unlink, self.media / "twin.mp4")
+        for output in (name, f"./{name}", str(self.media / name), "twin.mp4"):
             with self.subTest(output):
-                self.fails("parameters", "input itself", input=name, output=output)
+                self.fails("parameters", "input itself", input=name, output=output, overwrite=True)
+        self.fails("output", "is a link", input=name, output="alias.mp4", overwrite=True)
         self.assertEqual((self.media / name).read_bytes(), before)
 
     def test_a_name_that_is_too_long_is_told_before_the_work(self) -> None:
@@ -658,19 +677,19 @@ class BadOutput(RunCase):
         def closed_stand_in(place: str, *_: object, **__: object) -> None:
             raise PermissionError(errno.EACCES, "Permission denied", str(place))
         name = self.film("plain.mp4")
-        with mock.patch("agent.os.replace", closed_stand_in):
+        with mock.patch("agent.os.link", closed_stand_in):
             self.fails("output", "o.mp4", "worker-01", "Permission denied", input=name, output="o.mp4")
         with mock.patch("agent.Path.mkdir", closed_stand_in):
             self.fails("agent", str(self.work), "worker-01", "Permission denied", input=name, output="o.mp4")
 
     def test_a_folder_without_permission(self) -> None:
         (self.media / "closed").mkdir(mode=0o500)
+        closed_in = str(self.media / "closed")
         if not os.geteuid():  # root may write everywhere but on a file system that is read-only
-            closed = str(self.media / "closed")
-            subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", closed], check=True)
-            self.addCleanup(subprocess.run, ["umount", "-l", closed], check=True)
-        self.fails("output", "closed/o.mp4", "permission denied", input=self.film("plain.mp4"),
-                   output="closed/o.mp4")
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", closed_in], check=True)
+            self.addCleanup(subprocess.run, ["umount", "-l", closed_in], check=True)
+        why = "Permission denied" if os.geteuid() else "Read-only file system"
+        self.fails("output", "closed/o.mp4", why, closed_in, input=self.film("plain.mp4"), output="closed/o.mp4")
 
 
 class JobLimits(RunCase):
@@ -851,9 +870,10 @@ class Quality(RunCase):
                  ffmpeg: str = "ffmpeg") -> dict[str, float]:
         """Scores of one film against another, by the agent's own command."""
         film = agent.Source(str(self.media / source), 64, 64, 25.0, 0.4, pixel_format)
-        made = agent.plan(agent.resolve("h264", {"input": source}), agent.Machine("m", ffmpeg, 2), film, "o")
+        machine = agent.Machine("m", ffmpeg, 2)
+        made = agent.plan(agent.resolve("h264", {"input": source}), machine, film, str(self.media / encoded))
         folder = Path(tempfile.mkdtemp(dir=self.root))
-        argv = agent.quality_command(ffmpeg, metric, str(self.media / encoded), film, made, 2)
+        argv = agent.quality_command(machine, metric, film, made)
         done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         self.assertEqual(done.returncode, 0, done.stderr)
         with open(folder / agent.FRAME_LOG) as frames:
@@ -1061,14 +1081,15 @@ class StandIns(RunCase):
     def test_a_lease_that_is_lost_at_the_end_gives_no_output_its_name(self) -> None:
         parameters = {"input": self.film("plain.mp4"), "output": "lost.mp4", "duration": 0.2}
         job = {"scenario": "x", "parameters": parameters}
-        attempt = agent.Attempt(str(uuid.uuid4()), 1, job, self.place, lambda: False)
+        attempt = agent.Attempt(str(uuid.uuid4()), 1, job, self.place, lambda made: False)
         self.assertEqual(attempt.run().status, "lost")
         self.assertFalse((self.media / "lost.mp4").exists())
 
 
 class Network(RunCase):
     def local(self) -> agent.Workplace:
-        return dataclasses.replace(self.place, allow_address=("127.0.0.1",))
+        places = dataclasses.replace(self.place.places, allow_address=("127.0.0.1",))
+        return dataclasses.replace(self.place, places=places)
 
     def test_a_film_over_http(self) -> None:
         name = self.film("plain.mp4")
