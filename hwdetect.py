@@ -501,12 +501,15 @@ def private_folder(folder: str | os.PathLike[str]) -> None:
     link, found = os.lstat(path), os.stat(path)
     if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, "it is a file: remove it", path)
+    why = ""
     if found.st_uid != mine:
-        raise PermissionError(errno.EPERM, f"it belongs to another user (uid {found.st_uid}): make it yours", path)
-    if stat.S_ISLNK(link.st_mode) and link.st_uid not in (0, mine):
-        raise PermissionError(errno.EPERM, f"it is a link of another user (uid {link.st_uid}): remove it", path)
-    if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise PermissionError(errno.EPERM, "it is open to other users: close it with chmod 700", path)
+        why = f"it belongs to another user (uid {found.st_uid}): make it yours"
+    elif stat.S_ISLNK(link.st_mode) and link.st_uid not in (0, mine):
+        why = f"it is a link of another user (uid {link.st_uid}): remove it"
+    elif found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        why = "it is open to other users: close it with chmod 700"
+    if why:
+        raise PermissionError(errno.EPERM, why, path)
 
 
 def natural(name: str) -> list[tuple[int, str]]:

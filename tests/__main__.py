@@ -36,8 +36,8 @@ TOP = Path(__file__).resolve().parent.parent
 NEWER_FFMPEG = "imageio-ffmpeg==0.8.1"  # its wheel carries a static binary
 MODULE_S = 1500.0  # most of it is for slow and busy machines
 # These begin first and in this order: the longest, beside one that waits much one that works much.
-SLOW = ("test_end_to_end", "test_run", "test_protocol", "test_command_line", "test_journal", "test_reports",
-        "test_chaos", "test_hwdetect", "test_metrics")
+SLOW = ("test_end_to_end", "test_run", "test_protocol", "test_safety", "test_command_line", "test_journal",
+        "test_reports", "test_chaos", "test_hwdetect", "test_metrics")
 
 # Programs that the tests drive -> the package that brings each, by package manager; "" is any other
 # manager, None means that its repositories have no such package.
@@ -45,6 +45,7 @@ PACKAGES: Mapping[str, Mapping[str, str | None]] = {
     "ffmpeg": {"dnf": "ffmpeg-free"},
     "ffprobe": {"": "ffmpeg", "dnf": "ffmpeg-free"},
     "curl": {},
+    "chromium": {},
     "nginx": {"apt-get": "nginx-light"},
     "nginx-rtmp": {"apt-get": "libnginx-mod-rtmp", "apk": "nginx-mod-rtmp", "": None},
     "promtool": {"apt-get": "prometheus", "apk": "prometheus", "pacman": "prometheus", "": None},

@@ -682,7 +682,8 @@ class ReadingWords(unittest.TestCase):
             self.assertFalse(agent.address_allowed(address, "host", ()), address)
             self.assertFalse(agent.address_allowed(address, "host", ("10.0.0.0/8", "other", "")), address)
             self.assertTrue(agent.address_allowed(address, "Media", ("media",)), address)
-        for address in ("8.8.8.8", "10.0.0.1", "2001:db8::1", "192.168.1.1", "fd00:ec2::253", "64:ff9b::a00:1"):
+        for address in ("8.8.8.8", "10.0.0.1", "2001:db8::1", "192.168.1.1", "fd00:ec2::253",
+                        "64:ff9b::a00:1"):
             self.assertTrue(agent.address_allowed(address, "host", ()))
         self.assertTrue(agent.address_allowed("127.0.0.1", "localhost", ("127.0.0.0/8",)))
         self.assertTrue(agent.address_allowed("::ffff:127.0.0.1", "x", ("127.0.0.1",)))

@@ -60,14 +60,15 @@ class Fleet(Case):
 
     def beat(self) -> None:
         for node in self.master.nodes():
-            self.master.heartbeat(Ask(node["id"], self.sessions[node["id"]], 0.0, 0, None, False, lambda: True))
+            session = self.sessions[node["id"]]
+            self.master.heartbeat(Ask(node["id"], session, 0.0, 0, None, False, lambda: True))
 
     def submit(self, **more: Any) -> Job:
         return self.master.submit([draft_of({"scenario": "720p30-h264", **more}, 3)])[1][0]
 
     def report(self, job: Job, node_id: str, status: str = "completed", **more: Any) -> None:
-        self.master.report({"job_id": job.id, "node_id": node_id, "session": self.sessions[node_id], "attempt": job.attempt, "status": status,
-                            **more})
+        own = {"node_id": node_id, "session": self.sessions[node_id], "attempt": job.attempt}
+        self.master.report({"job_id": job.id, "status": status, **own, **more})
 
     def end_badly(self, node_id: str, reason: str = "killed") -> Job | None:
         """Let a node fail the next job that it gets, at once; return the job."""

@@ -598,8 +598,9 @@ def request_of(kind: str, told: Told) -> tuple[str, str, Any]:
 
 def event(kind: str, **told: Any) -> Event:
     """Return an event of node 0 and job 0 where nothing else is said."""
-    own: Told = {"node": 0, "job": 0, "session": "one", "secret": "mine", "attempt": 1, "leaving": False, "word": None,
-                 "paused": False, "lines": [], "reason": None, "bulk": False, "holding": [], "slots": 2}
+    own: Told = {"node": 0, "job": 0, "session": "one", "secret": "mine", "attempt": 1, "leaving": False,
+                 "word": None, "paused": False, "lines": [], "reason": None, "bulk": False, "holding": [],
+                 "slots": 2}
     return kind, {**own, **told}
 
 

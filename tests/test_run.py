@@ -689,7 +689,8 @@ class BadOutput(RunCase):
             subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", closed_in], check=True)
             self.addCleanup(subprocess.run, ["umount", "-l", closed_in], check=True)
         why = "Permission denied" if os.geteuid() else "Read-only file system"
-        self.fails("output", "closed/o.mp4", why, closed_in, input=self.film("plain.mp4"), output="closed/o.mp4")
+        self.fails("output", "closed/o.mp4", why, closed_in, input=self.film("plain.mp4"),
+                   output="closed/o.mp4")
 
 
 class JobLimits(RunCase):
