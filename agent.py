@@ -416,7 +416,10 @@ def close_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-printable, private_folder, make_folder = hwdetect.printable, hwdetect.private_folder, hwdetect.make_folder
+# The master and the command line reach these through this section.
+printable = hwdetect.printable
+make_folder = hwdetect.make_folder
+make_private_folder = hwdetect.make_private_folder
 
 
 # Student's t, 97.5 %, for 1 to 10 degrees of freedom
@@ -2593,7 +2596,7 @@ class OutputFile:
     def publish(self) -> None:
         """Give the film its name; Failure where the name is another's by now, or cannot be given."""
         try:
-            found = self._found()
+            found = self._identity()
             if found is None:
                 self._link()
             elif found == self._before:
@@ -2604,7 +2607,8 @@ class OutputFile:
             raise self._failure("was written by somebody else while the job ran", "nothing was replaced"
                                 ) from None
 
-    def _found(self) -> tuple[int, int, int] | None:
+    def _identity(self) -> tuple[int, int, int] | None:
+        """Return device, inode and mtime of what bears the final name; None where nothing does."""
         try:
             found = os.stat(self._final, dir_fd=self._folder, follow_symlinks=False)
         except FileNotFoundError:
@@ -2616,14 +2620,20 @@ class OutputFile:
         assert self._file is not None
         try:
             os.link(hwdetect.descriptor_path(self._file), self._final, dst_dir_fd=self._folder)
-        except FileExistsError:
-            raise
         except OSError as error:
             if error.errno not in NO_LINKS:
                 raise
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            os.close(os.open(self._final, flags, 0o666, dir_fd=self._folder))  # the place is ours now
+            self._take_place()
+
+    def _take_place(self) -> None:
+        """Name the file where there are no hard links: by an empty file, which also refuses a taken name."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        os.close(os.open(self._final, flags, 0o666, dir_fd=self._folder))
+        try:
             self._rename()
+        except BaseException:
+            os.unlink(self._final, dir_fd=self._folder)
+            raise
 
     def _rename(self) -> None:
         assert self._file is not None
@@ -2635,7 +2645,7 @@ class OutputFile:
     def _failure(self, what: str, advice: str) -> Failure:
         return Failure("output", f"{self._shown} {what} on {self._node}: {advice}")
 
-    def broken(self, error: OSError) -> Failure:
+    def failure_of(self, error: OSError) -> Failure:
         """Return the failure that an error of the operating system makes of it."""
         reason = ERRNO_REASONS.get(error.errno or 0, "output")
         return Failure(reason, f"{self._shown} cannot be written on {self._node}: {_cause(error)} "
@@ -3053,15 +3063,16 @@ class Supervisor:
     def _hear(self, line: str) -> None:
         self._tail.append(line)
         self._damaged += DAMAGE.search(line) is not None
-        self._say(self._shown(line))
+        self._say(self._with_user_names(line))
 
-    def _shown(self, text: str) -> str:
+    def _with_user_names(self, text: str) -> str:
         """Return text with the user's names for the paths of descriptors."""
         return _OPENED.sub(lambda match: self._opened.get(int(match[1]), match[0]), text)
 
-    def _shown_argv(self, argv: Sequence[str]) -> tuple[str, ...]:
+    def _argv_with_user_names(self, argv: Sequence[str]) -> tuple[str, ...]:
         """Return a command as it would be for the user's own names."""
-        return tuple(named_file(self._shown(word)) if _OPENED.fullmatch(word) else word for word in argv)
+        return tuple(named_file(self._with_user_names(word)) if _OPENED.fullmatch(word) else word
+                     for word in argv)
 
     def _execute(self, argv: Sequence[str], on_stdout: Callable[[str], None], measured: bool = False,
                  limit_s: float = math.inf) -> Exit:
@@ -3187,7 +3198,7 @@ class Attempt(Supervisor):
         finally:
             self._clean()
             self._place.meter.work(self, False)
-        made = self._plan and dataclasses.replace(self._plan, passes=tuple(map(self._shown_argv,
+        made = self._plan and dataclasses.replace(self._plan, passes=tuple(map(self._argv_with_user_names,
                                                                                self._plan.passes)))
         return dataclasses.replace(outcome, wall_s=outcome.wall_s or time.monotonic() - started,
                                    settings=self._settings, plan=made, ledger=self._ledger,
@@ -3200,7 +3211,8 @@ class Attempt(Supervisor):
         self._timeout_s = settings.timeout
         self._deadline = time.monotonic() + (settings.timeout or math.inf)
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True, mode=0o700)
+        make_folder(self._place.work_dir)
+        self._folder.mkdir(mode=0o700)
         self._want(str(self._place.work_dir), str(self._place.work_dir))
         self._limits = Limits(settings, self._folder, self._place.host, self._place.node)
         if settings.baseline:
@@ -3300,7 +3312,7 @@ class Attempt(Supervisor):
                                published if isinstance(published, list) else ())
             return self._open_to_programs(self._output.create(), settings.output)
         except OSError as error:
-            raise self._output.broken(error) from None
+            raise self._output.failure_of(error) from None
 
     def _repeat(self, settings: Settings, made: Plan) -> Outcome:
         """Encode once, or until the confidence asked for is reached; each output replaces the one before."""
@@ -3347,7 +3359,7 @@ class Attempt(Supervisor):
                     self.progress = progress_json(block, made.duration_s, at, steps, phase)
             self.progress = phase_json(phase, 100.0 * at / steps)
             self._moved, self._stall_s = time.monotonic(), stall_limit_s(0, 0, self._place.stall_limit_s)
-            self._say("run: " + shlex.join(self._shown_argv(argv)))
+            self._say("run: " + shlex.join(self._argv_with_user_names(argv)))
             self._expect(self._execute(argv, note, measured=True), settings)
         self._moved = math.inf
         return Outcome("completed", wall_s=time.monotonic() - began - self._paused_s, progress=latest)
@@ -3378,7 +3390,7 @@ class Attempt(Supervisor):
 
     def _last_words(self) -> str:
         """Return FFmpeg's reason, with the output's own name for the hidden one."""
-        words = self._shown(last_words(self._tail)).replace(f"'{FILM_FORMATS}'", "of films")
+        words = self._with_user_names(last_words(self._tail)).replace(f"'{FILM_FORMATS}'", "of films")
         discarded = str(self._folder / "output")
         words = words.replace(f"file:{discarded}", discarded).replace(discarded, "the output")
         redirected = self._place.machine.http_args and re.search("https?://.*: Input/output error", words)
@@ -3468,7 +3480,7 @@ class Attempt(Supervisor):
             self._check()
             output.publish()
         except OSError as error:
-            raise output.broken(error) from None
+            raise output.failure_of(error) from None
 
     def _clean(self) -> None:
         if self._output is not None:
@@ -3872,7 +3884,7 @@ class Spool:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+        make_folder(folder)
         for path in folder.glob("*.tmp"):
             path.unlink()
         names = [match for path in folder.iterdir() if (match := re.match(r"\d{1,20}(?=-)", path.name))]
@@ -3880,7 +3892,7 @@ class Spool:
 
     def put(self, result: Json) -> None:
         """Write a report so that it survives a kill; raises OSError when the disk is full."""
-        self._folder.mkdir(parents=True, mode=0o700, exist_ok=True)  # else a slot waits for one that is gone
+        make_folder(self._folder)  # else a slot waits for one that is gone
         _write_json(self._folder / f"{next(self._numbers):020d}-{uuid.uuid4().hex[:8]}.json", result)
 
     def entries(self) -> list[tuple[Path, Json]]:
@@ -3941,7 +3953,7 @@ class Agent:
         self._session = uuid.uuid4().hex
         self._node_file = options.state_dir / "node.json"
         self._spool = Spool(options.state_dir / "spool")
-        self._identity = remembered(self._node_file)
+        self._identity = read_identity(self._node_file)
         self._protocol: int | None = None
         self._node_timeout_s = 90.0
         self._heard = -math.inf
@@ -4061,11 +4073,12 @@ class Agent:
 
     def _weigh(self, error: ApiError, registered: bool) -> bool:
         """Note a refusal or a silence; return whether the node is still registered."""
+        if error.status in (404, 409) and registered:
+            self._log.warning("the master does not know this %s: registering again",
+                              "node" if error.status == 404 else "session")
+            return False
         if error.status == 409 and error.field != "secret":
             raise Superseded(f"node {self._name} ends: {error.message}")
-        if error.status == 404 and registered:
-            self._log.warning("the master does not know this node: registering again")
-            return False
         if self._away is None and not self._stopping.is_set():
             self._away = time.monotonic()
             self._log.warning("%s; work goes on, trying again until it answers", error.message)
@@ -4253,16 +4266,14 @@ class Agent:
             try:
                 self._send_progress(attempt)
                 return not attempt.stopping
-            except Superseded:
-                return False
-            except ApiError:
-                if self._holds_surely(attempt):
+            except ApiError as error:
+                if error.status != 409 and self._has_sure_lease(attempt):
                     return True
                 if self._stopping.wait(1):
                     return False
         return True
 
-    def _holds_surely(self, attempt: Attempt) -> bool:
+    def _has_sure_lease(self, attempt: Attempt) -> bool:
         """Return whether no other node can have the job: the master was heard since, and not in doubt."""
         with self._lock:
             recent = time.monotonic() - self._heard <= self._node_timeout_s
@@ -4286,10 +4297,6 @@ class Agent:
             self._news.wait(due)
             self._news.clear()
 
-    def _heed_successor(self, error: ApiError) -> None:
-        if error.status == 409 and error.field == "session":
-            raise Superseded(f"node {self._name} ends: {error.message}") from None
-
     def _deliver(self) -> None:
         """Send what the spool holds, oldest first; a report that was judged leaves it."""
         for path, result in self._spool.entries():
@@ -4298,9 +4305,8 @@ class Agent:
                 self._client.report({**result, "session": self._session} if self._protocol else result)
                 self._log.info("job %s: result delivered (%s)", result["job_id"], result["status"])
             except ApiError as error:
-                self._heed_successor(error)
-                if error.status not in (404, 409):
-                    if error.retryable:
+                if error.status not in (404, 409) or error.field == "session":
+                    if error.retryable or error.field == "session":  # the poller registers again, or ends
                         raise
                     if path not in self._refused:
                         self._log.error("job %s: the master refuses the result: %s", result["job_id"],
@@ -4328,8 +4334,7 @@ class Agent:
         try:
             answer = self._client.progress(attempt.job_id, body)
         except ApiError as error:
-            self._heed_successor(error)
-            if error.status in (404, 409):
+            if error.status in (404, 409) and error.field != "session":
                 self._abandon([attempt])
                 return PROGRESS_S
             attempt.put_back(samples)
@@ -4386,7 +4391,7 @@ class Identity(NamedTuple):
     secret: str | None
 
 
-def remembered(path: Path) -> Identity | None:
+def read_identity(path: Path) -> Identity | None:
     """Return the identity that a state folder keeps; None where it keeps none that can be read."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -4403,7 +4408,7 @@ def locked_folder(folder: Path, what: str) -> int:
     """
     flag = f"--{what.replace(' folder', '').replace(' ', '-')}-dir"
     try:
-        private_folder(folder)
+        make_private_folder(folder)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.access(folder, os.W_OK):
@@ -4568,7 +4573,7 @@ def serve(args: argparse.Namespace) -> int:
         print(f"agent: {refusal}", file=sys.stderr)
         return 2
     held = [locked_folder(options.state_dir, "state folder"), locked_folder(options.work_dir, "work folder")]
-    if not options.register and remembered(options.state_dir / "node.json") is None:
+    if not options.register and read_identity(options.state_dir / "node.json") is None:
         print(f"agent: {options.state_dir} remembers no node of this machine: add --register",
               file=sys.stderr)
         return 1

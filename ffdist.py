@@ -810,7 +810,7 @@ class Journal:
 
     def _lock_folder(self) -> int:
         try:
-            wire.private_folder(self._folder)
+            wire.make_private_folder(self._folder)
             descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             os.utime(self._folder)
         except OSError as error:
@@ -970,7 +970,7 @@ class Journal:
         if found[0][0] not in (0, self._places[0][0]):
             raise OSError("another file has taken its place; stop the master before you put one there")
         told = "somebody removed or cut it, or its log, while the master worked"
-        wire.private_folder(self._folder)
+        wire.make_private_folder(self._folder)
         scratch = self._folder / f"{RECOVERED}.tmp"
         scratch.unlink(missing_ok=True)
         try:
@@ -1605,6 +1605,9 @@ class Node:
         """Take what the journal kept; deadlines become moments of the monotonic clock."""
         for name, value in record.items():
             setattr(self, name, value)
+        if '"secret"' in self.facts:  # a master of an older version kept it, and showed it to everybody
+            self.facts = json.dumps({name: value for name, value in json.loads(self.facts).items()
+                                     if name != "secret"})
         if self.quarantine is not None:
             self.quarantine = Quarantine(*self.quarantine)
             self.canary_due = now + min(max(0.0, self.quarantine.next_canary - wall), CANARY_MOST_S)
@@ -2832,11 +2835,11 @@ _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (\S{1,8000}) HT
 _HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?(?:\n|\Z))+")
 _KNOWN_HEADERS = frozenset((b"content-length", b"transfer-encoding", b"host", b"connection", b"expect",
-                            b"content-type", b"origin", b"user-agent", b"accept-language",
-                            b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest"))
-# A page cannot keep a browser from sending one of these: script cannot touch the first two kinds, and of
-# Accept-Language only the value. Over plain HTTP many requests have no other sign.
-_BROWSER_HEADERS = (b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest", b"accept-language")
+                            b"content-type", b"origin", b"sec-fetch-site"))
+# Each browser sends one of these, whatever a page wants: script cannot touch Origin and Sec-Fetch-*, and of
+# Accept-Language only the value. Over plain HTTP many requests have no other sign than the last.
+_BROWSER_HEADERS = frozenset((b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest",
+                              b"accept-language"))
 
 
 JSON_KIND = "application/json"
@@ -3133,6 +3136,7 @@ class Head(NamedTuple):
     headers: dict[bytes, bytes]
     length: int
     keep: bool
+    browser: bool
 
 
 def parse_head(block: bytes) -> Head:
@@ -3151,6 +3155,7 @@ def parse_head(block: bytes) -> Head:
     if rest.count(b"\n") >= HEADERS_MOST:
         raise ApiError(431, f"there are more than {HEADERS_MOST} headers")
     headers: dict[bytes, bytes] = {}
+    browser = False
     for row in rest.split(b"\n"):
         name, _, value = row.partition(b":")
         name = name.lower()
@@ -3158,9 +3163,11 @@ def parse_head(block: bytes) -> Head:
             raise ApiError(400, f"the header {name.decode()} stands twice")
         if name in _KNOWN_HEADERS:
             headers[name] = value.strip()
+        if name in _BROWSER_HEADERS or (name == b"user-agent" and b"Mozilla/" in value):
+            browser = True
     keep = line[4] != b"0" and headers.get(b"connection", b"").lower() != b"close"
     path, query = _target(line[2])
-    return Head(line[1].decode(), path, query, headers, _length_of(headers), keep)
+    return Head(line[1].decode(), path, query, headers, _length_of(headers), keep, browser)
 
 
 def _length_of(headers: Mapping[bytes, bytes]) -> int:
@@ -3204,12 +3211,10 @@ def refuse_foreign_page(head: Head, machine: str, allowed: Container[str]) -> No
     reaches: by forms, images, scripts, and by a name of its own that it points to an inner address.
     """
     headers = head.headers
-    browser = any(name in headers for name in _BROWSER_HEADERS) or headers.get(
-        b"user-agent", b"").startswith(b"Mozilla/")
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if head.length and kind != b"application/json" and (kind or browser):
+    if head.length and kind != b"application/json" and (kind or head.browser):
         raise ApiError(415, "a body must be declared as Content-Type: application/json")
-    if not browser:
+    if not head.browser:
         return
     host = headers.get(b"host", b"").decode("latin-1").lower()
     origin = headers.get(b"origin")
@@ -6247,7 +6252,7 @@ def cmd_monitoring(args: argparse.Namespace) -> int:
         _print_table([(path,) for path in write_monitoring(site)], heads=False)
         return 0
     secret = folder / "grafana" / "password"
-    wire.private_folder(data)
+    wire.make_private_folder(data)
     wire.make_folder(secret.parent)
     if not secret.exists():
         write_whole(secret, uuid.uuid4().hex.encode())

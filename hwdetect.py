@@ -490,7 +490,7 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
             os.mkdir(name, 0o700)
 
 
-def private_folder(folder: str | os.PathLike[str]) -> None:
+def make_private_folder(folder: str | os.PathLike[str]) -> None:
     """Make a folder as make_folder() does, and check that it is this user's alone.
 
     Raises OSError where it belongs to another user, is open to others, or is reached by the link of

@@ -679,7 +679,7 @@ class BadOutput(RunCase):
         name = self.film("plain.mp4")
         with mock.patch("agent.os.link", closed_stand_in):
             self.fails("output", "o.mp4", "worker-01", "Permission denied", input=name, output="o.mp4")
-        with mock.patch("agent.Path.mkdir", closed_stand_in):
+        with mock.patch("agent.make_folder", closed_stand_in):
             self.fails("agent", str(self.work), "worker-01", "Permission denied", input=name, output="o.mp4")
 
     def test_a_folder_without_permission(self) -> None:

@@ -358,6 +358,27 @@ class Identity(Case):
         self.assertEqual([node["id"] for node in master.get("/nodes")["nodes"]], [node_id])
         self.assertEqual(len(json.loads((state / "node.json").read_text())["secret"]), 64)
 
+    def test_an_agent_whose_session_a_restored_master_does_not_know_registers_again(self) -> None:
+        master, agent = self.fleet()
+        copy = self.folder / "copy.db"
+        done = run(str(TOP / "ffdist.py"), "backup", str(copy), "--data-dir", str(self.folder / "master"),
+                   folder=self.folder)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        agent.end()
+        agent = self.agent(master)
+        wait_for(lambda: agent.words().count("registered with") == 2, why="it has a new session")
+        job = master.submit("64p25-h264", duration=3, realtime=True, output="restored.mp4")
+        wait_for(lambda: master.get(f"/jobs/{job['id']}")["status"] == "running", why="it runs")
+        master.kill()
+        shutil.rmtree(self.folder / "master")
+        (self.folder / "master").mkdir(mode=0o700)
+        copy.rename(self.folder / "master" / "journal.db")
+        restored = self.master(port=master.port)
+        wait_for(lambda: agent.words().count("registered with") == 3, why="it registers again")
+        self.assertEqual([node["status"] for node in restored.get("/nodes")["nodes"]], ["available"])
+        self.assertEqual(restored.finished(restored.submit("64p25-h264", duration=0.2)["id"])["status"],
+                         "completed")
+
     def test_a_node_with_a_secret_is_not_taken_even_while_it_is_offline(self) -> None:
         master = self.master("--node-timeout", "1s")
         node = Node(master, "worker")
