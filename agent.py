@@ -1202,7 +1202,8 @@ def _container(values: Json) -> str:
     scheme = scheme_of(output)
     if output is None or scheme:
         return str(named or ("matroska" if scheme is None else CONTAINER_OF_SCHEME[scheme]))
-    suffix = os.path.splitext(output)[1].lower()
+    suffix = os.path.splitext(output)[1]
+    suffix = suffix.lower() if suffix.isascii() else ""  # the Kelvin sign is a k in lower case
     if suffix not in CONTAINER_OF_SUFFIX:
         raise _bad("output", f"must end with the suffix of a container: {', '.join(CONTAINER_OF_SUFFIX)}")
     container = CONTAINER_OF_SUFFIX[suffix]
@@ -1415,7 +1416,7 @@ def plan(settings: Settings, machine: Machine, source: Source, target: str) -> P
     head = [machine.ffmpeg, *QUIET, "-y", "-loglevel", "repeat+level+info", *device,
             *_input_args(settings, source, machine)]
     limit = ["-t", f"{settings.duration:.6f}".rstrip("0").rstrip(".")] if settings.duration else []
-    tail = [*_audio_args(settings, source), *_container_args(settings, target)]
+    tail = [*_audio_args(settings, source), *_container_args(settings, target, machine.http_args)]
     passes = _passes(settings, name, threads, head, [*video, *limit], tail)
     size_why = f"{width}x{height} at {fps:g} fps with {threads} threads" if not encoder.hardware else ""
     reason = "; ".join(part for part in (why, preset_why, size_why) if part)
@@ -1631,10 +1632,11 @@ def _audio_args(settings: Settings, source: Source) -> list[str]:
     return ["-map", "1:a:0" if source.loop else "0:a:0", *codec, "-ac", "2", *rate]
 
 
-def _container_args(settings: Settings, target: str) -> list[str]:
+def _container_args(settings: Settings, target: str, http_args: Sequence[str]) -> list[str]:
+    http = http_args if scheme_of(target) in ("http", "https") else ()
     faststart = ["-movflags", "+faststart"] if settings.container in ("mp4", "mov") and not scheme_of(
         target) else []
-    return [*faststart, "-f", settings.container, *PROGRESS_ARGS, named_file(target)]
+    return [*faststart, *http, "-f", settings.container, *PROGRESS_ARGS, named_file(target)]
 
 
 def _passes(settings: Settings, name: str, threads: int, head: list[str], video: list[str],
@@ -2408,10 +2410,13 @@ def outliers(values: Sequence[float]) -> list[bool]:
 
 # Where clouds tell a machine its secrets, beside the link-local addresses that most of them use.
 METADATA = frozenset(map(ipaddress.ip_address, (
-    "fd00:ec2::254",  # Amazon
-    "100.100.100.200",  # Alibaba
+    "fd00:ec2::254", "fd00:ec2::23",  # Amazon: EC2, EKS
+    "100.100.100.200", "fd00:100::100:200",  # Alibaba
     "168.63.129.16",  # Azure
-    "192.0.0.192",  # Oracle
+    "fd20:ce::254",  # Google
+    "192.0.0.192", "fd00:c1::a9fe:a9fe",  # Oracle
+    "fd00:a9fe:a9fe::1",  # Linode
+    "fd00:42::42",  # Scaleway
 )))
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
 FINGERPRINT_BYTES = 1 << 20  # at each end of a film
@@ -2459,6 +2464,26 @@ def fingerprint(file: int) -> Json:
     size = os.fstat(file).st_size
     ends = (os.pread(file, FINGERPRINT_BYTES, at) for at in (0, max(0, size - FINGERPRINT_BYTES)))
     return {"bytes": size, "hash": hashlib.sha256(b"".join(ends)).hexdigest()}
+
+
+def _write_json(path: Path, value: Json) -> None:
+    """Replace a file, for its owner alone, so that it survives a kill and a power cut."""
+    partial = path.with_suffix(".tmp")
+    try:
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(value, file, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except Exception:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 class _Link(OSError):
@@ -2526,14 +2551,18 @@ class MediaRoot:
         finally:
             os.close(folder)
 
-    def remove_hidden(self, note: Json) -> None:
-        """Remove the hidden file of an attempt that was killed, by the note that it left; OSError."""
-        if HIDDEN.fullmatch(note["name"]):
-            folder = self.folder(note["parts"])
-            try:
-                os.unlink(note["name"], dir_fd=folder)
-            finally:
-                os.close(folder)
+    def clear(self, note: Json) -> None:
+        """Remove what a killed attempt left of its output, by the note of an OutputFile; OSError."""
+        folder = self.folder(note["parts"])
+        try:
+            if HIDDEN.fullmatch(note["hidden"]):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(note["hidden"], dir_fd=folder)
+            taken = note.get("taken")
+            if taken and os.stat(taken, dir_fd=folder, follow_symlinks=False).st_size == 0:
+                os.unlink(taken, dir_fd=folder)
+        finally:
+            os.close(folder)
 
 
 class OutputFile:
@@ -2545,14 +2574,15 @@ class OutputFile:
 
     def __init__(self, place: str, node: str, folder: int, above: str, name: str) -> None:
         """Take over the descriptor of the folder, which is called `above`."""
-        self.name = f".ffdist-{secrets.token_hex(16)}.part"  # nobody can wait at it with a link
         self.above = above
+        self._hidden = f".ffdist-{secrets.token_hex(16)}.part"  # nobody can wait at it with a link
         self._shown = f"output {place}"
         self._node = node
         self._folder = folder
         self._final = name
         self._file: int | None = None
         self._before: tuple[int, int, int] | None = None
+        self._keep_note: Callable[[Json], None] = lambda note: None
 
     def check(self, source: int | None, overwrite: bool, published: Sequence[Json]) -> None:
         """Refuse a name that is the source itself, no file, or taken; Failure and OSError.
@@ -2581,10 +2611,15 @@ class OutputFile:
         finally:
             os.close(there)
 
-    def create(self) -> int:
-        """Make the hidden file, readable as the umask allows; return its descriptor. OSError."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        self._file = os.open(self.name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666, dir_fd=self._folder)
+    def create(self, keep_note: Callable[[Json], None]) -> int:
+        """Make the hidden file, readable as the umask allows; return its descriptor. OSError.
+
+        `keep_note` gets what MediaRoot.clear() needs after a kill, before there is anything to clear.
+        """
+        self._keep_note = keep_note
+        keep_note({"hidden": self._hidden})
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._file = os.open(self._hidden, flags, 0o666, dir_fd=self._folder)
         return self._file
 
     def sync(self) -> Json:
@@ -2627,6 +2662,7 @@ class OutputFile:
 
     def _take_place(self) -> None:
         """Name the file where there are no hard links: by an empty file, which also refuses a taken name."""
+        self._keep_note({"hidden": self._hidden, "taken": self._final})
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         os.close(os.open(self._final, flags, 0o666, dir_fd=self._folder))
         try:
@@ -2637,10 +2673,10 @@ class OutputFile:
 
     def _rename(self) -> None:
         assert self._file is not None
-        found = os.stat(self.name, dir_fd=self._folder, follow_symlinks=False)
+        found = os.stat(self._hidden, dir_fd=self._folder, follow_symlinks=False)
         if not os.path.samestat(found, os.fstat(self._file)):
             raise self._failure("is lost", "its hidden file was replaced by somebody else")
-        os.rename(self.name, self._final, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+        os.rename(self._hidden, self._final, src_dir_fd=self._folder, dst_dir_fd=self._folder)
 
     def _failure(self, what: str, advice: str) -> Failure:
         return Failure("output", f"{self._shown} {what} on {self._node}: {advice}")
@@ -2654,7 +2690,7 @@ class OutputFile:
     def close(self) -> None:
         """Remove the hidden name, where it is there, and let the descriptors go."""
         with contextlib.suppress(OSError):
-            os.unlink(self.name, dir_fd=self._folder)
+            os.unlink(self._hidden, dir_fd=self._folder)
         for descriptor in (self._file, self._folder):
             if descriptor is not None:
                 os.close(descriptor)
@@ -2698,14 +2734,17 @@ class Places:
                           f"of {self.node}")
         return root, parts
 
+    def _link_text(self, field: str, place: str, link: OSError) -> str:
+        return (f"{field} {place} leads through the link {link.filename} on {self.node}: links under the "
+                f"media root {self.root} are not followed")
+
     def open_input(self, place: str) -> int:
         """Return a descriptor of the film that a path names; Failure where it is no film to read."""
         root, parts = self._root(place, "input")
         try:
             film = root.file(parts)
         except _Link as error:
-            raise Failure("input", f"input {place} leads through the link {error.filename} on {self.node}: "
-                          "under the media root links are not followed") from None
+            raise Failure("input", self._link_text("input", place, error)) from None
         except (FileNotFoundError, NotADirectoryError):
             raise Failure("input", f"input {place} does not exist on {self.node} (media root {self.root})"
                           ) from None
@@ -2724,9 +2763,9 @@ class Places:
         raise Failure("input", f"input {place} {wrong} on {self.node}")
 
     def output(self, place: str) -> tuple[OutputFile, Json]:
-        """Return the output that a path names, not yet made, and a note by which a later start removes it.
+        """Return the output that a path names, not yet made, and where its folder is, for MediaRoot.clear().
 
-        Failure where its folder is not there or not to be written to.
+        Failure where its folder is not there.
         """
         root, parts = self._root(place, "output")
         if not parts:
@@ -2736,12 +2775,14 @@ class Places:
         above = "/".join((root.path.rstrip("/"), *parts[:-1])) or "/"
         try:
             folder = root.folder(parts[:-1])
+        except _Link as error:
+            raise Failure("output", self._link_text("output", place, error)) from None
         except OSError as error:
             missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
             why = f"there is no folder {above}" if missing else f"{_cause(error)} in {above}"
             raise Failure("output", f"output {place} cannot be written on {self.node}: {why}") from None
         made = OutputFile(place, self.node, folder, above, parts[-1])
-        return made, {"root": root.path, "parts": parts[:-1], "name": made.name}
+        return made, {"root": root.path, "parts": parts[:-1]}
 
 
 # ---- 8 Run ----------------------------------------------------------------------------------------
@@ -2976,6 +3017,8 @@ def wants_another(confidence: str, runs: Sequence[Outcome], elapsed_s: float, le
     return CONFIDENCES.index(reached) < CONFIDENCES.index(confidence)
 
 
+# All that FFmpeg says of a redirect that it may not follow, and of some other troubles.
+_UNSAID = re.compile(r"(?:https?://\S+|Error opening input): Input/output error(?:; Error opening input .*)?")
 _OPENED = re.compile(rf"(?:file:)?{re.escape(hwdetect.DESCRIPTORS)}(\d+)")
 
 
@@ -3264,12 +3307,23 @@ class Attempt(Supervisor):
         else:
             self._source_file = self._place.places.open_input(url)
             url = self._open_to_programs(self._source_file, url)
-        text = self._probed(url, f"input {settings.input} cannot be read on {self._place.node}",
-                            ("network", "killed", "no_capability"), "input")
+        text = self._described(url, settings.input)
         try:
             return dataclasses.replace(parse_probe(text, settings.input), url=url)
         except Failure as failure:
             raise Failure(failure.reason, f"{failure.message} (on {self._place.node})") from None
+
+    def _described(self, url: str, place: str) -> str:
+        """Return what ffprobe says of the input: by its content, else by what its suffix says that it is."""
+        trouble = f"input {place} cannot be read on {self._place.node}"
+        kept = ("network", "killed", "no_capability")
+        suffix = os.path.splitext(place)[1].lower()
+        try:
+            return self._probed(url, trouble, kept, "input")
+        except Failure as failure:
+            if failure.reason != "input" or scheme_of(place) or suffix not in CONTAINER_OF_SUFFIX:
+                raise
+        return self._probed(url, trouble, kept, "input", CONTAINER_OF_SUFFIX[suffix])  # its words tell more
 
     def _generated(self, settings: Settings) -> Source:
         """Return the generated source: a short clip, made once for each size and rate, to be looped."""
@@ -3304,13 +3358,14 @@ class Attempt(Supervisor):
         if scheme_of(settings.output):
             self._place.places.allow(settings.output, "output")
             return settings.output
-        self._output, note = self._place.places.output(settings.output)
-        (self._folder / HIDDEN_NOTE).write_text(json.dumps(note))  # before there is one: see clear_work
+        self._output, where = self._place.places.output(settings.output)
+        file = self._folder / HIDDEN_NOTE
         try:
             published = self._job.get("published")  # what earlier attempts of this job had named
             self._output.check(self._source_file, settings.overwrite,
                                published if isinstance(published, list) else ())
-            return self._open_to_programs(self._output.create(), settings.output)
+            made = self._output.create(lambda note: _write_json(file, {**where, **note}))
+            return self._open_to_programs(made, settings.output)
         except OSError as error:
             raise self._output.failure_of(error) from None
 
@@ -3390,11 +3445,12 @@ class Attempt(Supervisor):
 
     def _last_words(self) -> str:
         """Return FFmpeg's reason, with the output's own name for the hidden one."""
-        words = self._with_user_names(last_words(self._tail)).replace(f"'{FILM_FORMATS}'", "of films")
+        words = self._with_user_names(last_words(self._tail))
+        words = words.replace(f"Format not on whitelist '{FILM_FORMATS}'", "it is not a film")
         discarded = str(self._folder / "output")
         words = words.replace(f"file:{discarded}", discarded).replace(discarded, "the output")
-        redirected = self._place.machine.http_args and re.search("https?://.*: Input/output error", words)
-        return f"{words} (redirects are not followed)" if redirected else words
+        maybe_redirected = self._place.machine.http_args and _UNSAID.fullmatch(words)
+        return f"{words} (if it was a redirect: they are not followed)" if maybe_redirected else words
 
     def _probed(self, url: str, trouble: str, kept: Sequence[str], otherwise: str, demuxer: str = "") -> str:
         """Return what ffprobe says of a film; a Failure of a class in `kept`, or else of `otherwise`."""
@@ -3520,7 +3576,7 @@ def clear_work(work_dir: Path, host: hwdetect.Host) -> int:
         hwdetect.remove_groups(host, _read_words(folder / "groups"))
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             note = json.loads((folder / HIDDEN_NOTE).read_text())
-            MediaRoot(note["root"]).remove_hidden(note)
+            MediaRoot(note["root"]).clear(note)
         shutil.rmtree(folder, ignore_errors=True)
     return len(left)
 
@@ -3913,26 +3969,6 @@ class Spool:
         return [(result["job_id"], result["attempt"]) for _, result in self.entries()]
 
 
-def _write_json(path: Path, value: Json) -> None:
-    """Replace a file, for its owner alone, so that it survives a kill and a power cut."""
-    partial = path.with_suffix(".tmp")
-    try:
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(value, file, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except Exception:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 class Agent:
     """One node of a fleet: its identity, its slots, its talk with the master.
 
@@ -4104,17 +4140,16 @@ class Agent:
     def _register(self) -> None:
         running = [attempt.key for attempt in self._attempts()]  # before the spool, into which they go over
         holding = dict.fromkeys([*running, *self._spool.waiting()])
-        if self._identity is None or self._identity.secret is None:
-            known = self._identity.id if self._identity else str(uuid.uuid4())
-            self._keep_identity(Identity(known, secrets.token_hex(32)))  # else a kill makes a second node
+        if self._identity is None:
+            self._keep_identity(Identity(str(uuid.uuid4()), secrets.token_hex(32)))  # a kill makes no second
         assert self._identity is not None
         body = {**self._hardware.to_json(), "name": self._name, "protocol": PROTOCOL,
                 "address": self._hardware.address or self._name, "version": VERSION,
-                "session": self._session, "id": self._identity.id, "secret": self._identity.secret,
+                "session": self._session, "id": self._identity.id,
                 "max_concurrent_jobs": self._options.max_concurrent_jobs, **self._place.meter.facts(),
                 "holding": [{"job_id": job_id, "attempt": number} for job_id, number in holding]}
         asked = time.monotonic()
-        answer = self._client.register(body)
+        answer = self._introduce(self._identity, body)
         self._answered(asked)
         self._protocol = answer.get("protocol") if isinstance(answer.get("protocol"), int) else None
         self._keep_identity(self._identity._replace(id=str(answer.get("id") or self._identity.id)))
@@ -4124,6 +4159,19 @@ class Agent:
             own = {(held.get("job_id"), held.get("attempt")) for held in answer.get("holding") or ()}
             self._abandon(attempt for attempt in self._attempts() if attempt.key not in own)
         self._news.set()
+
+    def _introduce(self, identity: Identity, body: Json) -> Json:
+        """Register, with the secret where the master keeps secrets; return its answer. ApiError."""
+        try:
+            if identity.shown_to != self._client.url:
+                answer = self._client.register(body)
+                if answer.get("known_by") != "session":
+                    return answer
+        except ApiError as error:
+            if error.field != "secret":
+                raise
+        self._keep_identity(identity._replace(shown_to=self._client.url))
+        return self._client.register({**body, "secret": identity.secret})
 
     @property
     def _node_id(self) -> str | None:
@@ -4385,18 +4433,25 @@ def http_args_of(host: hwdetect.Host, ffmpeg: str) -> tuple[str, ...]:
 
 
 class Identity(NamedTuple):
-    """Who this node is: its id, which everybody may know, and the secret that proves it (None: not yet)."""
+    """Who this node is: its id, which everybody may know, and the secret that proves it.
+
+    `shown_to` is the address of the master that may be told the secret: one that has said that it keeps it
+    for itself. Earlier versions would show it to everybody.
+    """
 
     id: str
-    secret: str | None
+    secret: str
+    shown_to: str | None = None
 
 
 def read_identity(path: Path) -> Identity | None:
-    """Return the identity that a state folder keeps; None where it keeps none that can be read."""
+    """Return the identity that a state folder keeps, with a new secret if it has none; None without an id."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        secret = kept.get("secret")
-        return Identity(str(uuid.UUID(str(kept["id"]))), secret if isinstance(secret, str) else None)
+        secret, shown_to = kept.get("secret"), kept.get("shown_to")
+        return Identity(str(uuid.UUID(str(kept["id"]))),
+                        secret if isinstance(secret, str) and secret else secrets.token_hex(32),
+                        shown_to if isinstance(shown_to, str) else None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -4537,12 +4592,20 @@ def _media_root(args: argparse.Namespace, options: Options) -> tuple[str | None,
         raise ValueError(f"--media-root {root} is not a folder")
     beside = os.path.join(os.path.dirname(__file__), "hwdetect.py")
     own = [__file__, beside, str(options.state_dir), str(options.work_dir)]
-    why = why_unsafe(os.path.realpath(root), home_folders(), [os.path.realpath(path) for path in own])
+    homes = [root if _is_same_folder(home, root) else home for home in home_folders()]  # by a bind mount
+    real = os.path.realpath
+    why = why_unsafe(real(root), map(real, homes), [real(path) for path in own])
     if not why or (args.media_root and args.yes_home):
         return root, ""
     if args.media_root:
         raise ValueError(f"--media-root {root} {why}: name the films' own folder, or add --yes-home")
     return None, f"{root} {why}"
+
+
+def _is_same_folder(one: str, other: str) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samefile(one, other)
+    return False
 
 
 def _may_work_here(args: argparse.Namespace, client: Client) -> str | None:
@@ -4608,14 +4671,17 @@ def run_here(args: argparse.Namespace) -> int:
             parameters[field] = place if scheme_of(place) else _own_path(place, field == "input")
     job = {"scenario": args.scenario, "parameters": parameters, "confidence": args.confidence}
     settings = resolve(job["scenario"], parameters, own_paths=True)
+    root = os.path.abspath(args.media_root or "/")
+    if not os.path.isdir(root):
+        raise ValueError(f"--media-root {root} is not a folder")
     if settings.output and not settings.overwrite and os.path.lexists(settings.output):
         raise ValueError(f"output {settings.output} exists: name another file, or add --overwrite")
     if args.work_dir is not None:
-        make_folder(args.work_dir)
+        make_private_folder(args.work_dir)  # or its owner could swap what is made in it
     args.work_dir = tempfile.mkdtemp(prefix="ffdist-run-", dir=args.work_dir)
     try:
-        options = dataclasses.replace(_options(args), media_root=os.path.abspath(args.media_root or "/"),
-                                      own_paths=True, allow_address=("0.0.0.0/0", "::/0"))
+        options = dataclasses.replace(_options(args), media_root=root, own_paths=True,
+                                      allow_address=("0.0.0.0/0", "::/0"))
         return _run_and_print(args, job, options, signals)
     finally:
         shutil.rmtree(args.work_dir, ignore_errors=True)

@@ -346,6 +346,11 @@ def uuid_of(body: Mapping[str, Any], field: str) -> str | None:
         raise bad(field, "must be a UUID") from None
 
 
+def digest(word: str | None) -> str | None:
+    """Return the SHA-256 of a session or a secret: what is kept of them in memory, journal and backups."""
+    return None if word is None else hashlib.sha256(word.encode()).hexdigest()
+
+
 def object_of(value: Any, what: str = "the body") -> Json:
     """Return a value that must be a JSON object."""
     if not isinstance(value, dict):
@@ -639,12 +644,12 @@ def draft_of(value: Any, max_retries: int) -> Draft:
 _OWN_FIELDS = frozenset(("id", "status", "node_id", "attempt", "cancel_requested", "progress", "error",
                          "failure_reason", "retry_count", "max_retries", "retry_reason", "not_before",
                          "created_at", "started_at", "completed_at", "settings", "attempts", "transitions",
-                         "result"))
+                         "result", "published"))
 
 
 # ---- 3 Journal ------------------------------------------------------------------------------------
 
-FORMAT = 2
+FORMAT = 3
 JOURNAL = "journal.db"
 DAMAGED = "journal.damaged"  # beside the journal: why it is to be recovered at the next start
 RECOVERED = "journal.recovered"  # a whole new one, to take the place of the damaged one
@@ -669,6 +674,7 @@ CREATE TABLE logs(job_seq INTEGER NOT NULL, attempt INTEGER NOT NULL, first INTE
 CREATE TABLE totals(kind TEXT, status TEXT, scenario TEXT, node_id TEXT, count INTEGER NOT NULL,
     PRIMARY KEY(kind, status, scenario, node_id)) WITHOUT ROWID;
 CREATE TABLE heartbeat(id INTEGER PRIMARY KEY CHECK(id = 1), at REAL);
+CREATE TABLE owners(node_id TEXT PRIMARY KEY, secret_hash TEXT NOT NULL) WITHOUT ROWID;
 """
 
 _FROM_FORMAT_1 = """
@@ -677,6 +683,7 @@ ALTER TABLE results ADD COLUMN job_seq INTEGER;
 CREATE INDEX jobs_by_end ON jobs(ended) WHERE ended IS NOT NULL;
 CREATE INDEX results_by_job ON results(job_seq);
 """
+_FROM_FORMAT_2 = "CREATE TABLE owners(node_id TEXT PRIMARY KEY, secret_hash TEXT NOT NULL) WITHOUT ROWID"
 
 _WRITES = {
     "job": "INSERT INTO jobs(seq, id, status, scenario, node_id, spec, state) VALUES(?,?,?,?,?,?,?)",
@@ -685,6 +692,7 @@ _WRITES = {
     "node": "INSERT INTO nodes(id, record) VALUES(?,?) ON CONFLICT(id) DO UPDATE SET record=excluded.record",
     "claims": "INSERT OR REPLACE INTO claims(node_id, words) VALUES(?,?)",
     "forget": "DELETE FROM nodes WHERE id=?",
+    "owner": "INSERT OR REPLACE INTO owners(node_id, secret_hash) VALUES(?,?)",
     "log": "INSERT OR REPLACE INTO logs(job_seq, attempt, first, count, lines) VALUES(?,?,?,?,?)",
     "alive": "INSERT OR REPLACE INTO heartbeat(id, at) VALUES(1, ?)",
     "drop_job": "DELETE FROM jobs WHERE seq=?",
@@ -849,8 +857,8 @@ class Journal:
         execute("PRAGMA synchronous=FULL")
         if found == 0:
             _make_tables(self._writer)
-        elif found == 1:
-            _bring_to_format_2(self._writer)
+        elif found < FORMAT:
+            _bring_up_to_date(self._writer, found)
         execute("BEGIN IMMEDIATE")
         execute("ROLLBACK")
         execute("SELECT max(seq) FROM jobs").fetchall()
@@ -1042,6 +1050,11 @@ class Journal:
                                       "ORDER BY nodes.rowid").fetchall()
         return [(row[0], json.loads(row[1]), json.loads(row[2] or "[]")) for row in rows]
 
+    def owners(self) -> dict[str, str]:
+        """Return the hash of the secret of each node that has one, also of those that were forgotten."""
+        with self._reading() as connection:
+            return dict(connection.execute("SELECT node_id, secret_hash FROM owners").fetchall())
+
     def counters(self) -> tuple[int, int, dict[TotalKey, int]]:
         """Return the last sequence numbers of jobs and results, and the totals."""
         with self._reading() as connection:
@@ -1215,15 +1228,30 @@ def _link_rows(connection: sqlite3.Connection) -> None:
     connection.execute("UPDATE results SET job_seq=(SELECT seq FROM jobs WHERE id=job_of(body))")
 
 
-def _bring_to_format_2(connection: sqlite3.Connection) -> None:
-    """Say of each job when it ended, and of each result which job it is of."""
+def _bring_up_to_date(connection: sqlite3.Connection, found: int) -> None:
+    """Bring the tables of an older format to this one, all at once or not at all."""
     execute = connection.execute
     execute("BEGIN IMMEDIATE")
-    for statement in filter(None, map(str.strip, _FROM_FORMAT_1.split(";"))):
-        execute(statement)
-    _link_rows(connection)
+    if found < 2:
+        for statement in filter(None, map(str.strip, _FROM_FORMAT_1.split(";"))):
+            execute(statement)
+        _link_rows(connection)
+    execute(_FROM_FORMAT_2)
+    _hash_sessions(connection)
     execute(f"PRAGMA user_version={FORMAT}")
     execute("COMMIT")
+
+
+def _hash_sessions(connection: sqlite3.Connection) -> None:
+    """Hash the sessions in the records of nodes; before format 3 they stood there in clear."""
+    for node_id, text in connection.execute("SELECT id, record FROM nodes").fetchall():
+        record = json.loads(text)
+        if "session" in record:
+            record["session_hash"] = digest(record.pop("session"))
+            record["past"] = [digest(word) for word in record["past"]]
+            facts = {name: value for name, value in json.loads(record["facts"]).items() if name != "secret"}
+            record["facts"] = json.dumps(facts)
+            connection.execute("UPDATE nodes SET record=? WHERE id=?", (json.dumps(record), node_id))
 
 
 def is_damage(error: Exception) -> bool:
@@ -1293,7 +1321,7 @@ def _counts_text(connection: sqlite3.Connection, tables: Sequence[str]) -> str:
 # Table -> what its rows are looked for by, and the columns that must hold JSON; totals are counted anew.
 _SALVAGED: dict[str, tuple[str, tuple[str, ...]]] = {
     "jobs": ("seq", ("spec", "state")), "results": ("seq", ("body",)), "nodes": ("rowid", ("record",)),
-    "claims": ("1", ("words",)), "logs": ("job_seq", ("lines",))}
+    "claims": ("1", ("words",)), "logs": ("job_seq", ("lines",)), "owners": ("1", ())}
 _NUMBERS = (0, 1 << 40)
 _FAILURES_FIRST = 2000  # reads that may fail before the first row is found, each row allows ten more
 
@@ -1355,6 +1383,7 @@ def _count_anew(connection: sqlite3.Connection) -> None:
     """Fill what is derived from the rows; what is left of lost jobs is not to be new ones'."""
     connection.execute("BEGIN")
     _link_rows(connection)
+    _hash_sessions(connection)
     connection.execute("DELETE FROM logs WHERE job_seq NOT IN (SELECT seq FROM jobs)")
     for kind in ("jobs", "results"):
         connection.execute("INSERT INTO totals SELECT ?, status, scenario, ifnull(node_id, ''), count(*) "
@@ -1564,16 +1593,15 @@ class Node:
 
     __slots__ = ("anonymous", "canary_due", "claims", "drain_due", "drain_until", "draining", "facts",
                  "failures", "heard", "id", "last_heartbeat", "leases", "leaving", "name", "offline",
-                 "orders", "parked", "past", "protocol", "quarantine", "registered_at", "secret_hash",
-                 "session", "slots", "standing")
+                 "orders", "parked", "past", "protocol", "quarantine", "registered_at",
+                 "session_hash", "slots", "standing")
 
     def __init__(self, node_id: str, now: float) -> None:
         self.id = node_id
         self.name = node_id
         self.facts = "{}"
         self.registered_at = self.last_heartbeat = now
-        self.session: str | None = None
-        self.secret_hash: str | None = None
+        self.session_hash: str | None = None
         self.past: list[str] = []
         self.protocol: int | None = None
         self.anonymous = False
@@ -1594,8 +1622,8 @@ class Node:
         self.parked: Parked | None = None
 
     DURABLE = ("anonymous", "drain_until", "draining", "facts", "last_heartbeat", "leaving", "name",
-               "offline", "orders", "past", "protocol", "quarantine", "registered_at", "secret_hash",
-               "session", "slots")
+               "offline", "orders", "past", "protocol", "quarantine", "registered_at",
+               "session_hash", "slots")
 
     def record(self) -> str:
         """Return what the journal keeps."""
@@ -1605,9 +1633,6 @@ class Node:
         """Take what the journal kept; deadlines become moments of the monotonic clock."""
         for name, value in record.items():
             setattr(self, name, value)
-        if '"secret"' in self.facts:  # a master of an older version kept it, and showed it to everybody
-            self.facts = json.dumps({name: value for name, value in json.loads(self.facts).items()
-                                     if name != "secret"})
         if self.quarantine is not None:
             self.quarantine = Quarantine(*self.quarantine)
             self.canary_due = now + min(max(0.0, self.quarantine.next_canary - wall), CANARY_MOST_S)
@@ -1636,32 +1661,33 @@ class Node:
                 "quarantine": None if self.quarantine is None else self.quarantine.to_json()}
 
 
-def _refuse_session(node: Node, session: str | None) -> None:
+def _refuse_session(node: Node, session_hash: str | None) -> None:
     """Raise ApiError 409 where it is not the node that speaks: one with a session is heard only with it."""
-    if session == node.session:
+    if session_hash == node.session_hash:
         return
-    if session in node.past:
+    if session_hash in node.past:
         raise ApiError(409, f"a newer start of node {node.name} has taken over; this one must end", "session")
     raise ApiError(409, f"node {node.name} has another session, and is heard only with that", "session")
 
 
-def _refuse_stranger(node: Node, checked: Registration) -> None:
-    """Raise ApiError 409 where somebody else registers as a node that is known.
+def _refuse_stranger(node: Node | None, owner: str | None, checked: Registration) -> None:
+    """Raise ApiError 409 where somebody else registers by an id that is a node's, or was one's.
 
-    An id is public; a session is known to one start of an agent, the secret to its state folder. Another
-    session takes over with the secret, or while the node is offline and has none.
+    An id is public; a session is known to one start of an agent, the secret to its state folder. `owner` is
+    the hash of the secret that an id belongs to: it outlives the node, or whoever removes a node could take
+    its place. Another session takes over with the secret, or while a node without one is offline.
     """
-    if checked.session == node.session and (checked.session is not None or node.secret_hash is None):
-        return
-    if checked.session is not None and checked.session in node.past:
-        _refuse_session(node, checked.session)
-    if node.secret_hash is not None and checked.secret_hash is not None and hmac.compare_digest(
-            node.secret_hash, checked.secret_hash):
-        return
-    if not node.offline or node.secret_hash is not None:
-        how = "with its secret only" if node.secret_hash else "only when it is offline"
-        raise ApiError(409, f"node {node.name} is known with another session: a new one takes over {how}",
-                       "secret")
+    if node is not None and checked.session_hash in node.past:
+        _refuse_session(node, checked.session_hash)
+    same = node is not None and checked.session_hash == node.session_hash
+    if owner is not None:
+        proved = checked.secret_hash is not None and hmac.compare_digest(owner, checked.secret_hash)
+        if not proved and not (same and checked.session_hash is not None):
+            raise ApiError(409, f"node {checked.name} is known by its secret: a new session takes over with "
+                           "that only", "secret")
+    elif node is not None and not same and not node.offline:
+        raise ApiError(409, f"node {node.name} is known by another session: a new one takes over only when "
+                       "it is offline", "secret")
 
 
 class Ask(NamedTuple):
@@ -1766,6 +1792,7 @@ class Master:
         self._leases: dict[int, Lease] = {}
         self._canaries: dict[str, int] = {}
         earlier, self._nodes = self._nodes, {}
+        self._owners = self.journal.owners()
         for node_id, record, claims in self.journal.nodes():
             node = self._nodes[node_id] = Node(node_id, self.wall())
             node.restore(record, now, self.wall())
@@ -1846,18 +1873,18 @@ class Master:
         with self._transaction():
             node = self._known(checked)
             new = node is None
+            _refuse_stranger(node, self._owners.get(node.id if node else checked.id or ""), checked)
             if node is None:
                 node = Node(checked.id or str(uuid.uuid4()), self.wall())
                 self._nodes[node.id] = node
-            else:
-                _refuse_stranger(node, checked)
-            first = checked.session != node.session
+            first = checked.session_hash != node.session_hash
             self._take_in(node, checked)
             held = self._judge(node, checked) if first else self._held(node, checked.holding)
             self._write_node(node)
             self._note("node %s (%s) %s: %s threads, %s", node.name, node.id,
                        "registered" if new else "is back", body.get("cpu_threads"), checked.address)
             answer = {**node.to_json(), "protocol": wire.PROTOCOL,
+                      "known_by": "secret" if node.id in self._owners else "session",
                       "node_timeout_s": self.settings.node_timeout_s, "holding": held}
         return new, answer
 
@@ -1865,17 +1892,18 @@ class Master:
         if checked.id is not None:
             return self._nodes.get(checked.id)
         return next((node for node in self._nodes.values() if node.anonymous and node.name == checked.name
-                     and node.session in (None, checked.session)), None)
+                     and node.session_hash == checked.session_hash), None)
 
     def _take_in(self, node: Node, checked: Registration) -> None:
-        if checked.session != node.session:
-            if node.session is not None:
-                node.past = [*node.past, node.session][-SESSIONS_KEPT:]
-            node.session = checked.session
+        if checked.session_hash != node.session_hash:
+            if node.session_hash is not None:
+                node.past = [*node.past, node.session_hash][-SESSIONS_KEPT:]
+            node.session_hash = checked.session_hash
             node.canary_due = self.clock()  # whoever started it anew may have mended it
             self._release(node)
-        if checked.session is not None:
-            node.secret_hash = node.secret_hash or checked.secret_hash
+        if checked.secret_hash and checked.session_hash and node.id not in self._owners:
+            self._owners[node.id] = checked.secret_hash
+            self.journal.put("owner", node.id, checked.secret_hash)
         node.facts, node.name, node.slots = checked.facts, checked.name, checked.slots
         node.protocol, node.anonymous = checked.protocol, checked.id is None
         node.offline = node.leaving = False
@@ -1920,7 +1948,7 @@ class Master:
     def _lease(self, node: Node, job: Job, lines: int = 0) -> None:
         """Note who holds a job; a node that knows no sessions loses it after the job's own timeout."""
         limit = math.inf
-        if node.session is None:
+        if node.session_hash is None:
             limit = json.loads(job.spec)["settings"].get("timeout") or LEASE_WITHOUT_SESSION_S
         node.leases.add(job.seq)
         node.standing.add(job.seq)  # looked at once: a loaded or taken back job may have an order
@@ -2074,7 +2102,7 @@ class Master:
         node = self._nodes.get(node_id)
         if node is None:
             raise ApiError(404, f"there is no node {wire.printable(node_id[:64])}: register first", "node_id")
-        _refuse_session(node, session)
+        _refuse_session(node, digest(session))
         self._heard(node)
         return node
 
@@ -2136,7 +2164,7 @@ class Master:
             return node
         waiting = self._nodes.get(ask.node_id)
         if waiting is not None:
-            _refuse_session(waiting, ask.session)
+            _refuse_session(waiting, digest(ask.session))
         return waiting
 
     def _unpark(self, node: Node, parked: Parked, ask: Ask) -> bool:
@@ -2148,7 +2176,7 @@ class Master:
             return True
         if parked.woken:
             self._wake()
-        return ask.session != node.session  # a newer session: the next look says so
+        return digest(ask.session) != node.session_hash  # a newer session: the next look says so
 
     def _arrive(self, node: Node, ask: Ask) -> None:
         self.counts["heartbeats"] += 1
@@ -2712,7 +2740,7 @@ class Registration(NamedTuple):
     name: str
     address: str
     facts: str
-    session: str | None
+    session_hash: str | None
     secret_hash: str | None
     protocol: int | None
     slots: int
@@ -2739,10 +2767,10 @@ def registration_of(body: Json) -> Registration:
     facts = {name: value for name, value in body.items() if name not in _NODE_OWN and len(name) <= 64}
     ram = body.get("ram_total_bytes") if body.get("ram_bytes") is None else body["ram_bytes"]
     facts.update(ram_bytes=ram, ram_total_bytes=ram)
-    slots, secret = whole_of(body, "max_concurrent_jobs", 1, 10_000), text_of(body, "secret", 128)
+    slots = whole_of(body, "max_concurrent_jobs", 1, 10_000)
     return Registration(node_id, text_of(body, "name") or address, address,
-                        json.dumps(facts, allow_nan=False), text_of(body, "session", 128),
-                        secret and hashlib.sha256(secret.encode()).hexdigest(),
+                        json.dumps(facts, allow_nan=False), digest(text_of(body, "session", 128)),
+                        digest(text_of(body, "secret", 128)),
                         whole_of(body, "protocol", 1, 1000), slots or 1, _holding_of(body))
 
 
@@ -2835,7 +2863,7 @@ _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (\S{1,8000}) HT
 _HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?(?:\n|\Z))+")
 _KNOWN_HEADERS = frozenset((b"content-length", b"transfer-encoding", b"host", b"connection", b"expect",
-                            b"content-type", b"origin", b"sec-fetch-site"))
+                            b"content-type", b"origin", b"sec-fetch-site", b"sec-fetch-mode"))
 # Each browser sends one of these, whatever a page wants: script cannot touch Origin and Sec-Fetch-*, and of
 # Accept-Language only the value. Over plain HTTP many requests have no other sign than the last.
 _BROWSER_HEADERS = frozenset((b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest",
@@ -3223,7 +3251,8 @@ def refuse_foreign_page(head: Head, machine: str, allowed: Container[str]) -> No
     home = (head.method, head.path) in (("GET", "/"), ("HEAD", "/"))
     if headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site") and not home:
         raise ApiError(403, "a page of another site may not speak to this master")
-    if head.path == "/jobs/next":
+    by_program = b"sec-fetch-mode" in headers and b"sec-fetch-site" not in headers  # Node.js' fetch
+    if head.path == "/jobs/next" and not by_program:
         raise ApiError(403, "a browser may not claim jobs: whoever asks gets one to run")
     name = _host_name(host)
     if "." in name and not _is_address(name) and name not in (machine, f"{machine}.local") \
@@ -3602,7 +3631,7 @@ def metrics_view(shot: Snapshot) -> Text:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return wire.printable(text).replace("\\", "\\\\").replace('"', '\\"')
 
 
 def _labels_text(labels: Mapping[str, Any]) -> str:
@@ -4948,7 +4977,7 @@ def report_csv(rows: Iterable[Row]) -> str:
 
 
 def _plain(value: Any) -> str:
-    word = str(value)
+    word = wire.printable(value)
     return f"'{word}" if word.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else word
 
 
@@ -5076,7 +5105,9 @@ class Server(http.server.ThreadingHTTPServer):
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file for the owner alone that is either there as a whole or as it was before."""
     partial = path.with_name(f".{path.name}.part")
-    with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+    partial.unlink(missing_ok=True)  # what a kill has left, or a link of somebody else
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with open(os.open(partial, flags, 0o600), "wb") as file:
         file.write(data)
     os.replace(partial, path)
 
@@ -6177,7 +6208,7 @@ def _follow(client: wire.Client, experiment: Experiment, wait: bool, retry: bool
 def cmd_demo(args: argparse.Namespace) -> int:
     """Run a whole fleet of one on this machine: a master, an agent, a real encode."""
     provide(("ffmpeg", "ffprobe"), args.install)
-    film = Path(args.input).absolute() if args.input else None
+    film = Path(args.input).resolve() if args.input else None
     if film is not None and not film.is_file():
         raise Unusable(f"input {film} is no file: name a film that is on this machine")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))

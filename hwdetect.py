@@ -491,25 +491,34 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def make_private_folder(folder: str | os.PathLike[str]) -> None:
-    """Make a folder as make_folder() does, and check that it is this user's alone.
-
-    Raises OSError where it belongs to another user, is open to others, or is reached by the link of
-    another user, who could send it elsewhere.
-    """
+    """Make a folder as make_folder() does, and check that it is this user's alone; OSError says why not."""
     make_folder(folder)
-    path, mine = os.path.abspath(folder), os.geteuid()
-    link, found = os.lstat(path), os.stat(path)
+    path = os.path.abspath(folder)
+    found = os.stat(path)
     if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, "it is a file: remove it", path)
-    why = ""
-    if found.st_uid != mine:
-        why = f"it belongs to another user (uid {found.st_uid}): make it yours"
-    elif stat.S_ISLNK(link.st_mode) and link.st_uid not in (0, mine):
-        why = f"it is a link of another user (uid {link.st_uid}): remove it"
-    elif found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+    why = why_shared(path)
+    if not why and found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         why = "it is open to other users: close it with chmod 700"
     if why:
         raise PermissionError(errno.EPERM, why, path)
+
+
+def why_shared(path: str) -> str:
+    """Return why others may change what a folder holds or where its path leads, "" where they may not.
+
+    Root may anyhow. A link on the way that belongs to another user could be sent elsewhere.
+    """
+    found, mine = os.stat(path), os.geteuid()
+    if found.st_uid != mine:
+        return f"it belongs to another user (uid {found.st_uid}): make it yours"
+    place = ""
+    for part in os.path.abspath(path).split("/")[1:]:
+        place += f"/{part}"
+        link = os.lstat(place)
+        if stat.S_ISLNK(link.st_mode) and link.st_uid not in (0, mine):
+            return f"{place} is a link of another user (uid {link.st_uid}): remove it"
+    return "it is open to other users: close it with chmod 700" if found.st_mode & 0o022 else ""
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -1636,6 +1645,10 @@ def _encoders(host: Host, hw: Hardware, program: str, version: str, state_dir: s
            "devices": [[node, host.usable(node)] for node in nodes],
            "gpus": [[gpu.vendor, gpu.name, gpu.pci, gpu.driver, gpu.driver_version] for gpu in hw.gpus]}
     path = os.path.join(os.path.abspath(state_dir), "encoders.json") if state_dir else None
+    if path and os.path.isdir(os.path.dirname(path)) and why_shared(os.path.dirname(path)):
+        why = why_shared(os.path.dirname(path))
+        hw.problems.append(f"the encoders found can't be kept in {os.path.dirname(path)}: {why}")
+        path = None
     kept = _kept(host.read(path), key) if path else None
     if kept is not None:
         return kept

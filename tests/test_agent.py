@@ -677,7 +677,7 @@ class ReadingWords(unittest.TestCase):
         closed = ("127.0.0.1", "127.8.8.8", "::1", "169.254.169.254", "fe80::1", "fe80::1%eth0", "0.0.0.0",
                   "::", "::ffff:127.0.0.1", "::ffff:169.254.169.254", "2002:7f00:1::1", "64:ff9b::7f00:1",
                   "64:ff9b::a9fe:a9fe", "fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192",
-                  "::ffff:168.63.129.16")
+                  "::ffff:168.63.129.16", "fd20:ce::254", "fd00:42::42", "fd00:c1::a9fe:a9fe", "fd00:ec2::23")
         for address in closed:
             self.assertFalse(agent.address_allowed(address, "host", ()), address)
             self.assertFalse(agent.address_allowed(address, "host", ("10.0.0.0/8", "other", "")), address)
@@ -889,12 +889,24 @@ class ClearingUp(FolderCase):
         partial = self.folder / "films" / name
         partial.parent.mkdir()
         partial.write_bytes(b"half a film")
-        note = {"root": str(self.folder), "parts": ["films"], "name": name}
+        note = {"root": str(self.folder), "parts": ["films"], "hidden": name}
         (folder / agent.HIDDEN_NOTE).write_text(json.dumps(note))
         self.assertEqual(agent.clear_work(self.folder / "work", hwdetect.Host()), 1)
         self.assertEqual(orphan.wait(10), -signal.SIGKILL)
         self.assertFalse(partial.exists())
         self.assertEqual(list((self.folder / "work").iterdir()), [])
+
+    def test_a_name_that_was_taken_where_there_are_no_links_is_free_again(self) -> None:
+        films = self.folder / "films"
+        films.mkdir()
+        for name, content in (("mine.mp4", b""), ("theirs.mp4", b"a film")):
+            (films / name).write_bytes(content)
+            note = {"root": str(self.folder), "parts": ["films"], "hidden": f".ffdist-{'0' * 32}.part",
+                    "taken": name}
+            folder = self.left_behind(1, 1, f"job-{name[:4]}")
+            (folder / agent.HIDDEN_NOTE).write_text(json.dumps(note))
+        agent.clear_work(self.folder / "work", hwdetect.Host())
+        self.assertEqual([path.name for path in films.iterdir()], ["theirs.mp4"])
 
     def test_a_stranger_with_the_same_pid_lives_on(self) -> None:
         stranger = self.sleeper()
@@ -910,7 +922,8 @@ class ClearingUp(FolderCase):
         for number, text in enumerate(("", "1 0", "0 0", "-1 5", "x y", "99999999 1", "\x00\x01", "1 2 3")):
             folder = self.left_behind(1, 1, f"job-{number}")
             (folder / "process").write_text(text)
-            note = {"root": str(self.folder), "parts": [[], ["none"], 5][number % 3], "name": precious.name}
+            note = {"root": str(self.folder), "parts": [[], ["none"], 5][number % 3],
+                    "hidden": precious.name, "taken": [precious.name, 5, ".."][number % 3]}
             (folder / agent.HIDDEN_NOTE).write_text(json.dumps(note) if number else "torn")
         agent.clear_work(self.folder / "work", hwdetect.Host())
         self.assertTrue(precious.exists(), "only our own hidden names are removed")

@@ -465,7 +465,8 @@ class TestParameters(unittest.TestCase):
         self.refused("parameters.output", {"output": "film.exe"})
 
     def test_an_output_ends_with_the_suffix_of_its_container(self) -> None:
-        for output in ("film", "authorized_keys", "a.py", "a.mp4.sh", "mp4", "a.mp4/", "a.mp4/b"):
+        for output in ("film", "authorized_keys", "a.py", "a.mp4.sh", "mp4", "a.mp4/", "a.mp4/b",
+                       "a.m\u212av", "a.mp4\u200b"):
             self.refused("parameters.output", {"output": output, "container": "mkv"})
         for output, container in (("a.mp4", "mkv"), ("a.mov", "mp4"), ("a.mkv", "webm")):
             self.refused("parameters.container", {"output": output, "container": container})

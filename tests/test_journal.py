@@ -843,6 +843,7 @@ class TestOlderFormat(Case):
                     f"CREATE TABLE {table}({', '.join(columns)}, PRIMARY KEY(seq), "
                     f"UNIQUE({'id' if 'id' in columns else 'seq'}));"
                     f"INSERT INTO {table} SELECT * FROM old; DROP TABLE old;")
+            journal.execute("DROP TABLE owners")
             journal.execute("PRAGMA user_version=1")
             journal.commit()
         master = self.master("--keep", "2")

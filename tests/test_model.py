@@ -110,7 +110,6 @@ class Machine:
 
     number: int
     session: str | None = None
-    secret: str | None = None
     past: list[str] = field(default_factory=list)
     slots: int = 1
     heard: float = 0.0
@@ -126,6 +125,7 @@ class Promises:
     def __init__(self, slack_s: float = 0.002, wall_slack_s: float = 0.002) -> None:
         self.jobs: dict[int, Work] = {}
         self.nodes: dict[int, Machine] = {}
+        self.owners: dict[int, str] = {}  # the secrets of nodes, also of those that were forgotten
         self.now = 0.0
         self.wall = 0.0
         self.slack_s = slack_s
@@ -164,16 +164,16 @@ class Promises:
         node = self.nodes.get(told["node"])
         code = 201 if node is None else 200
         session = told["session"]
+        if not self._may_speak_for(node, told):
+            return 409
         if node is None:
             node = self.nodes[told["node"]] = Machine(told["node"])
-        elif not self._may_speak_for(node, told):
-            return 409
         first = session != node.session
         if first:
             node.past += [node.session] if node.session else []
             node.session = session
-        if session:
-            node.secret = node.secret or told["secret"]
+        if session and told["secret"]:
+            self.owners.setdefault(node.number, told["secret"])
         node.heard, node.silent, node.leaving, node.slots = self.now, False, False, told["slots"]
         held = [entry for entry in told["holding"] if self._holds(node, *entry)]
         if first:
@@ -184,14 +184,15 @@ class Promises:
               [(entry["job_id"], entry["attempt"]) for entry in body.get("holding", ())])
         return code
 
-    def _may_speak_for(self, node: Machine, told: Told) -> bool:
+    def _may_speak_for(self, node: Machine | None, told: Told) -> bool:
         """Return whether a registration is of the node itself, and not of a stranger who knows its id."""
-        session, secret = told["session"], told["secret"]
-        if session == node.session and (session or not node.secret):
-            return True
-        if session in node.past and session:
+        session, owner = told["session"], self.owners.get(told["node"])
+        if node is not None and session and session in node.past:
             return False
-        return secret == node.secret if node.secret else self.node_status(node) == "offline"
+        same = node is not None and session == node.session
+        if owner:
+            return told["secret"] == owner or bool(same and session)
+        return node is None or same or self.node_status(node) == "offline"
 
     def _holds(self, node: Machine, number: int, attempt: int | None) -> bool:
         work = self.jobs.get(number)
@@ -1071,7 +1072,7 @@ def state_of(master: ffdist.Master) -> dict[str, Any]:
             "nodes": [{**node, "last_heartbeat": None} for node in nodes],
             "leases": {node["id"]: send("GET", f"/nodes/{node['id']}")[1]["jobs"] for node in nodes},
             "words": {node["id"]: list(master._nodes[node["id"]].claims) for node in nodes},
-            "sessions": {node["id"]: (master._nodes[node["id"]].session, master._nodes[node["id"]].past,
+            "sessions": {node["id"]: (master._nodes[node["id"]].session_hash, master._nodes[node["id"]].past,
                                       master._nodes[node["id"]].orders) for node in nodes},
             "results": [entry for page in pages(send, "/results?limit=7") for entry in page["results"]],
             "metrics": master.snapshot().totals}

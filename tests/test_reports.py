@@ -785,7 +785,7 @@ class TestPages(unittest.TestCase):
         line, = csv.DictReader(io.StringIO(ffdist.report_csv(rows)))
         self.assertEqual((line["curve"], line["psnr_db"], line["currency"]),
                          ("'=cmd() fast", "35.0", "'=1+1"))
-        self.assertEqual((line["energy_joules"], line["error"]), ("", "'\t=1"))
+        self.assertEqual((line["energy_joules"], line["error"]), ("", "?=1"))
         self.assertEqual(json.loads(line["unknown"])["energy_joules"], "no RAPL: a virtual machine")
 
     def test_json_has_rows_and_deltas(self) -> None:

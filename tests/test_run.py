@@ -481,6 +481,12 @@ class BadInput(RunCase):
         (self.media / "text.mp4").write_text("I am a film\n" * 100)
         self.fails("input", "text.mp4", input="text.mp4", output="o.mp4")
 
+    def test_a_damaged_film_is_explained_by_what_its_suffix_says_it_is(self) -> None:
+        (self.media / "noise.mkv").write_bytes(os.urandom(20_000))
+        (self.media / "text.mov").write_text("words " * 1000)
+        self.fails("input", "noise.mkv", "EBML header parsing failed", input="noise.mkv")
+        self.fails("input", "text.mov", "moov atom not found", input="text.mov")
+
     def test_an_empty_file(self) -> None:
         (self.media / "void.mp4").touch()
         self.fails("input", "void.mp4", "empty", "worker-01", input="void.mp4", output="o.mp4")
@@ -571,7 +577,8 @@ class BadInput(RunCase):
                 self.fails("input", f"through the link {link}", "worker-01", input=name, output="o.mp4")
         before = outside.read_bytes()
         self.fails("output", "link.mp4 is a link", input="plain.mp4", output="link.mp4", overwrite=True)
-        self.fails("output", "linked/new.mp4", "not followed", input="plain.mp4", output="linked/new.mp4")
+        self.fails("output", "output linked/new.mp4 leads through the link linked on", input="plain.mp4",
+                   output="linked/new.mp4")
         self.assertEqual(outside.read_bytes(), before)
         self.assertFalse((self.root / "new.mp4").exists())
 
@@ -583,7 +590,7 @@ class BadInput(RunCase):
                            ("list.ffconcat", f"ffconcat version 1.0\nfile '{self.root / 'secret.ts'}'\n")):
             with self.subTest(name):
                 (self.media / name).write_text(text)
-                self.fails("input", name, "not on whitelist of films", input=name, output="stolen.mp4")
+                self.fails("input", name, "not a film", input=name, output="stolen.mp4")
 
 
 class BadOutput(RunCase):

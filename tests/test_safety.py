@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -229,10 +230,39 @@ class Urls(RunCase):
         self.addCleanup(server.shutdown)
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}/film.mp4"
-        self.fails("network", "redirects are not followed", url, place=self.local(), input=url,
+        self.fails("network", "if it was a redirect", url, place=self.local(), input=url,
                    output="o.mp4")
         self.assertEqual(set(asked), {"/film.mp4"}, "the secret was not asked for")
         self.assertIn("-max_redirects", self.place.machine.http_args)
+
+    def test_a_redirect_of_an_upload_is_not_followed(self) -> None:
+        """With a user in the URL FFmpeg asks first, and would send the film wherever the answer says."""
+        asked: list[str] = []
+
+        class Sending(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                asked.append(self.path)
+                self.send_response(307)
+                self.send_header("Location", "/secret")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def handle_expect_100(self) -> bool:
+                self.do_POST()
+                return False
+
+            def log_message(self, *_: object) -> None:
+                pass
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Sending)
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        url = f"http://user:pass@127.0.0.1:{server.server_address[1]}/film.ts"
+        attempt = self.attempt("180p25-h264", self.local(), duration=1, output=url)
+        self.assertEqual(self.result(attempt)["status"], "failed")
+        self.assertEqual(set(asked), {"/film.ts"})
 
     def test_metadata_addresses_stay_closed(self) -> None:
         for host in ("169.254.169.254", "[fd00:ec2::254]", "168.63.129.16", "100.100.100.200", "192.0.0.192",
@@ -288,6 +318,16 @@ class Paths(OneFleet):
                          and now["status"] in ("completed", "failed") and now)
         self.assertEqual((again["status"], again["error"]), ("completed", None))
 
+    def test_a_submission_cannot_say_what_was_published(self) -> None:
+        master, _ = self.fleet()
+        first = master.finished(master.submit("64p25-h264", duration=0.2, output="victim.mp4")["id"])
+        published = [record["published"] for record in first["attempts"]]
+        before = (self.folder / "media" / "victim.mp4").read_bytes()
+        job = master.call("POST", "/jobs", {"scenario": "64p25-h264", "published": published,
+                                            "parameters": {"duration": 0.4, "output": "victim.mp4"}}).body
+        self.assertEqual(master.finished(job["id"])["failure_reason"], "output")
+        self.assertEqual((self.folder / "media" / "victim.mp4").read_bytes(), before)
+
     def test_a_session_of_another_and_a_forged_result_harm_no_node_and_no_job(self) -> None:
         master, agent = self.fleet()
         node = master.get("/nodes")["nodes"][0]
@@ -324,6 +364,7 @@ class Identity(Case):
         master, agent = self.fleet()
         kept = json.loads((agent.state / "node.json").read_text())
         self.assertRegex(kept["secret"], "^[0-9a-f]{64}$")
+        self.assertEqual(kept["shown_to"], master.url)
         self.assertEqual((agent.state / "node.json").stat().st_mode & 0o777, 0o600)
         agent.kill()
         again = self.agent(master)
@@ -387,6 +428,76 @@ class Identity(Case):
         for secret in ({}, {"secret": "guessed"}):
             self.assertEqual(master.call("POST", "/nodes/register", {**body, **secret}).status, 409)
         self.assertEqual(node.start_again().status, 200)
+
+    def test_whoever_removes_a_node_cannot_take_its_place(self) -> None:
+        master = self.master()
+        node = Node(master, "worker")
+        job = master.submit()
+        claimed = node.claim().body["job"]
+        self.assertEqual(master.call("DELETE", f"/nodes/{node.id}").status, 200)
+        evil = {"address": "worker", "id": node.id, "session": "evil", "secret": "evil", "protocol": 1,
+                "holding": [{"job_id": job["id"], "attempt": 1}]}
+        self.assertEqual(master.call("POST", "/nodes/register", evil).status, 409)
+        master.end()
+        master = self.master(port=master.port)
+        self.assertEqual(master.call("POST", "/nodes/register", evil).status, 409, "nor after a restart")
+        self.assertEqual(node.register(holding=evil["holding"]).body["holding"], evil["holding"])
+        self.assertEqual(node.report(claimed).status, 200, "its work goes on where it was")
+
+    def test_neither_session_nor_secret_stands_in_the_journal_or_a_backup(self) -> None:
+        master = self.master()
+        nodes = [Node(master, f"worker{number}") for number in range(2)]
+        words = [str(word) for node in nodes for word in (node.session, node.secret)]
+        nodes[0].start_again()
+        master.end()
+        data = b"".join(path.read_bytes() for path in (self.folder / "master").iterdir())
+        for word in words:
+            self.assertNotIn(word.encode(), data)
+
+    def test_a_secret_is_told_only_to_a_master_that_keeps_it(self) -> None:
+        identity, told = wire.Identity("id", "secret"), []
+        kept: list[wire.Identity] = []
+        for answers, wanted in (([{"id": "id"}], [None]), ([{"known_by": "session"}, {}], [None, "secret"]),
+                                ([{"known_by": "secret"}], [None]),
+                                ([wire.ApiError(409, "known", "secret"), {}], [None, "secret"])):
+            told.clear()
+
+            def register(body: wire.Json, answers: list[Any] = answers) -> wire.Json:
+                told.append(body.get("secret"))
+                answer = answers[len(told) - 1]
+                if isinstance(answer, Exception):
+                    raise answer
+                return dict(answer)
+            client = mock.Mock(url="http://m:8080", register=register)
+            agent = mock.Mock(_client=client, _keep_identity=kept.append)
+            wire.Agent._introduce(agent, identity, {"address": "a"})
+            self.assertEqual(told, wanted)
+        self.assertEqual({row.shown_to for row in kept}, {"http://m:8080"})
+        told.clear()
+        client = mock.Mock(url="http://m:8080", register=lambda body: told.append(body["secret"]) or {})
+        wire.Agent._introduce(mock.Mock(_client=client), kept[0], {"address": "a"})
+        self.assertEqual(told, ["secret"], "from the next start on at once")
+
+    def test_a_journal_of_the_format_before_goes_on_with_hashed_sessions(self) -> None:
+        master = self.master()
+        node = Node(master, "worker")
+        job = master.submit()
+        node.claim()
+        master.end()
+        path = self.folder / "master" / "journal.db"
+        with contextlib.closing(sqlite3.connect(path)) as journal:
+            record = json.loads(journal.execute("SELECT record FROM nodes").fetchone()[0])
+            del record["session_hash"]
+            record["session"], record["past"] = node.session, ["an older one"]
+            record["facts"] = json.dumps({**json.loads(record["facts"]), "secret": "shown to all"})
+            journal.execute("UPDATE nodes SET record=?", (json.dumps(record),))
+            journal.execute("DROP TABLE owners")
+            journal.execute("PRAGMA user_version=2")
+            journal.commit()
+        master = self.master(port=master.port)
+        self.assertNotIn("shown to all", json.dumps(master.get("/nodes")))
+        self.assertEqual(node.report({"id": job["id"], "attempt": 1}).status, 200)
+        self.assertEqual(node.register().body["known_by"], "secret")
 
     def test_a_stranger_can_neither_lock_out_a_seeds_node_nor_take_it(self) -> None:
         master = self.master()
@@ -532,6 +643,8 @@ class Browsers(unittest.TestCase):
         for sign in ("Accept-Language: de", "User-Agent: Mozilla/5.0 (X11)", "Sec-Fetch-Site: same-origin",
                      "Sec-Fetch-Dest: image"):
             self.assertEqual(self.status("GET", "/jobs/next?node_id=x", sign), 403, sign)
+        program = ("Accept-Language: *", "Sec-Fetch-Mode: cors", "User-Agent: node")
+        self.assertEqual(self.status("GET", "/jobs/next?node_id=x", *program), 404, "Node.js is none")
         self.assertEqual(self.status("GET", "/jobs/next?node_id=x"), 404)
 
     def test_a_body_is_json_or_it_is_refused(self) -> None:
@@ -708,6 +821,35 @@ class OtherUsers(Case):
             self.assertIn("is a link of another user (uid 1)", words)
         self.assertEqual(list(mine.iterdir()), [])
 
+    def test_a_link_of_another_user_on_the_way_is_refused(self) -> None:
+        if os.geteuid():
+            self.skipTest("only root can make a link that is another user's")
+        mine = self.folder / "mine"
+        (mine / "sub").mkdir(parents=True, mode=0o700)
+        way = self.folder / "way"
+        way.symlink_to(mine)
+        os.chown(way, 1, 1, follow_symlinks=False)
+        for words in self.refusal(way / "sub"):
+            self.assertIn(f"{way} is a link of another user (uid 1)", words)
+
+    def test_what_is_kept_in_a_folder_of_another_user_is_neither_read_nor_written(self) -> None:
+        if os.geteuid():
+            self.skipTest("only root can make a folder that is another user's")
+        theirs = self.folder / "theirs"
+        theirs.mkdir(mode=0o755)
+        os.chown(theirs, 1, 1)
+        done = run(str(TOP / "hwdetect.py"), "--state-dir", str(theirs), folder=self.folder)
+        self.assertIn("belongs to another user (uid 1)", done.stdout)
+        done = run(str(TOP / "agent.py"), "run", "64p25-h264", "-p", "duration=0.2", "--work-dir",
+                   str(theirs), folder=self.folder)
+        self.assertEqual((done.returncode, list(theirs.iterdir())), (1, []), done.stderr)
+        self.assertIn("belongs to another user (uid 1)", done.stderr)
+        (theirs / ".scrape.yml.part").symlink_to(self.folder / "victim")
+        (self.folder / "victim").write_text("mine")
+        done = run(str(TOP / "ffdist.py"), "monitoring", "files", str(theirs), folder=self.folder)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual((self.folder / "victim").read_text(), "mine")
+
     def test_a_run_without_a_master_works_in_a_folder_that_nobody_can_guess(self) -> None:
         need("ffmpeg", "ffprobe")
         place = self.folder / "tmp"
@@ -725,6 +867,11 @@ class OtherUsers(Case):
         self.assertEqual(again.returncode, 2, again.stderr)
         self.assertIn("run.mp4 exists: name another file, or add --overwrite", again.stderr)
         self.assertEqual(run(*argv[1:], "--overwrite", folder=self.folder).returncode, 0)
+
+    def test_a_run_without_a_master_refuses_a_media_root_that_is_not_there(self) -> None:
+        done = run(str(TOP / "agent.py"), "run", "--media-root", "nowhere", folder=self.folder)
+        self.assertEqual(done.returncode, 2, done.stderr)
+        self.assertIn(f"--media-root {self.folder}/nowhere is not a folder", done.stderr)
 
     def test_a_run_without_a_master_takes_the_paths_of_its_shell(self) -> None:
         need("ffmpeg", "ffprobe")
