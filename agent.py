@@ -2420,6 +2420,7 @@ METADATA = frozenset(map(ipaddress.ip_address, (
 )))
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
 FINGERPRINT_BYTES = 1 << 20  # at each end of a film
+MARK = "user.ffdist.attempt"  # an extended attribute of outputs, where the file system has such: whose it is
 HIDDEN = re.compile(r"\.ffdist-[0-9a-f]{32}\.part")
 # Of an error of the operating system; any other is "output" at the output, "agent" elsewhere.
 ERRNO_REASONS = {errno.ENOSPC: "out_of_disk", errno.EDQUOT: "out_of_disk", errno.EFBIG: "out_of_disk",
@@ -2558,11 +2559,38 @@ class MediaRoot:
             if HIDDEN.fullmatch(note["hidden"]):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(note["hidden"], dir_fd=folder)
-            taken = note.get("taken")
-            if taken and os.stat(taken, dir_fd=folder, follow_symlinks=False).st_size == 0:
-                os.unlink(taken, dir_fd=folder)
+            if "taken" in note:
+                found = os.stat(note["taken"], dir_fd=folder, follow_symlinks=False)
+                if [found.st_dev, found.st_ino, found.st_mtime_ns] == note["identity"] and not found.st_size:
+                    os.unlink(note["taken"], dir_fd=folder)
         finally:
             os.close(folder)
+
+
+class Ownership(NamedTuple):
+    """Which attempt of which job makes a film, and the fingerprints of those that earlier ones have named.
+
+    The master keeps fingerprints; a mark on the file also tells of a film that was named while it was away.
+    """
+
+    job_id: str
+    attempt: int
+    published: Sequence[Json] = ()
+
+    def mark(self, film: int) -> bool:
+        """Mark a film as this attempt's; return whether its file system takes a mark."""
+        with contextlib.suppress(OSError, AttributeError):
+            os.setxattr(film, MARK, f"{self.job_id} {self.attempt}".encode())
+            return True
+        return False
+
+    def made(self, film: int) -> bool:
+        """Return whether this job made a film, by this attempt or an earlier one: never a later one's."""
+        with contextlib.suppress(OSError, AttributeError, ValueError):
+            job_id, _, attempt = os.getxattr(film, MARK).decode().partition(" ")
+            if job_id == self.job_id:
+                return int(attempt) <= self.attempt
+        return bool(self.published) and fingerprint(film) in self.published
 
 
 class OutputFile:
@@ -2582,14 +2610,17 @@ class OutputFile:
         self._final = name
         self._file: int | None = None
         self._before: tuple[int, int, int] | None = None
+        self._owner = Ownership("", 0)
+        self.marked = False  # whether a later attempt can tell by the file alone whose it is
         self._keep_note: Callable[[Json], None] = lambda note: None
 
-    def check(self, source: int | None, overwrite: bool, published: Sequence[Json]) -> None:
+    def check(self, source: int | None, overwrite: bool, owner: Ownership) -> None:
         """Refuse a name that is the source itself, no file, or taken; Failure and OSError.
 
-        A film is replaced where the job says `overwrite`, or where its fingerprint is in `published`: then an
-        earlier attempt of the same job had named it before its node was lost.
+        A film is replaced where the job says `overwrite`, or where it is the job's own: an earlier attempt
+        had named it before its node was lost.
         """
+        self._owner = owner
         try:
             found = os.stat(self._final, dir_fd=self._folder, follow_symlinks=False)
         except FileNotFoundError:
@@ -2600,14 +2631,15 @@ class OutputFile:
             raise self._failure("is a link or a device", "name another file")
         if source is not None and os.path.samestat(found, os.fstat(source)):
             raise Failure("parameters", f"{self._shown} is the input itself: name another file")
-        if not overwrite and not (published and self._fingerprint_there() in published):
+        if not overwrite and not self._is_own():
             raise self._failure("exists", "name another file, or submit the job with overwrite")
         self._before = (found.st_dev, found.st_ino, found.st_mtime_ns)
 
-    def _fingerprint_there(self) -> Json:
+    def _is_own(self) -> bool:
+        """Return whether what bears the name is a film that an earlier attempt of this job has named."""
         there = _open_below(self._folder, self._final, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            return fingerprint(there)
+            return self._owner.made(there)
         finally:
             os.close(there)
 
@@ -2620,6 +2652,7 @@ class OutputFile:
         keep_note({"hidden": self._hidden})
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self._file = os.open(self._hidden, flags, 0o666, dir_fd=self._folder)
+        self.marked = self._owner.mark(self._file)
         return self._file
 
     def sync(self) -> Json:
@@ -2634,11 +2667,11 @@ class OutputFile:
             found = self._identity()
             if found is None:
                 self._link()
-            elif found == self._before:
+            elif found == self._before or self._is_own():
                 self._rename()
             else:
                 raise FileExistsError
-        except FileExistsError:
+        except (FileExistsError, IsADirectoryError, _Link):
             raise self._failure("was written by somebody else while the job ran", "nothing was replaced"
                                 ) from None
 
@@ -2662,13 +2695,17 @@ class OutputFile:
 
     def _take_place(self) -> None:
         """Name the file where there are no hard links: by an empty file, which also refuses a taken name."""
-        self._keep_note({"hidden": self._hidden, "taken": self._final})
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         os.close(os.open(self._final, flags, 0o666, dir_fd=self._folder))
+        taken = self._identity()
+        self._keep_note({"hidden": self._hidden, "taken": self._final, "identity": taken})
         try:
+            if self._identity() != taken:
+                raise FileExistsError
             self._rename()
         except BaseException:
-            os.unlink(self._final, dir_fd=self._folder)
+            if self._identity() == taken:
+                os.unlink(self._final, dir_fd=self._folder)
             raise
 
     def _rename(self) -> None:
@@ -2940,6 +2977,11 @@ class Limits:
         self._group.remove()
 
 
+def boot_clock() -> float:
+    """Return s of a clock that goes on while the machine is suspended, as CLOCK_MONOTONIC does not."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class Stopped(Exception):
     """The attempt was told to stop; `args[0]` is canceled, returned or lost."""
 
@@ -3206,13 +3248,15 @@ class Attempt(Supervisor):
     """One attempt of a job on this machine: its input, its encodes, its output, its outcome. run() once."""
 
     def __init__(self, job_id: str, number: int, job: Json, place: Workplace,
-                 confirm: Callable[[Json], bool] = lambda published: True) -> None:
+                 confirm: Callable[[OutputFile, Json], float | None] = lambda output, made: math.inf,
+                 ) -> None:
         super().__init__(place, place.work_dir / f"{re.sub(r'[^A-Za-z0-9-]', '_', job_id)[:64]}-{number}")
         self.job_id = job_id
         self.number = number
         self.key = (job_id, number)
         self.parameters = _dict(job.get("parameters"))  # as they were given
         self.published: Json | None = None  # the fingerprint of the output, once it may get its name
+        self.leased_at = -math.inf  # when the master last said that the lease is ours (boot_clock)
         self._job = job
         self._confirm = confirm
         self._settings: Settings | None = None
@@ -3361,9 +3405,9 @@ class Attempt(Supervisor):
         self._output, where = self._place.places.output(settings.output)
         file = self._folder / HIDDEN_NOTE
         try:
-            published = self._job.get("published")  # what earlier attempts of this job had named
-            self._output.check(self._source_file, settings.overwrite,
-                               published if isinstance(published, list) else ())
+            published = self._job.get("published")
+            owner = Ownership(self.job_id, self.number, published if isinstance(published, list) else ())
+            self._output.check(self._source_file, settings.overwrite, owner)
             made = self._output.create(lambda note: _write_json(file, {**where, **note}))
             return self._open_to_programs(made, settings.output)
         except OSError as error:
@@ -3528,13 +3572,21 @@ class Attempt(Supervisor):
         return found, ""
 
     def _deliver(self, output: OutputFile) -> None:
-        """Give the output its name: from here on it is the user's. Only a holder of the lease may."""
+        """Give the output its name: from here on it is the user's.
+
+        Only a holder of the lease may, and only for a moment after the master has said so: a process that
+        stood still in between asks again. How long the master is away is no time of the job.
+        """
+        self._deadline = math.inf
         try:
             made = output.sync()
-            if not self._confirm(made):
-                raise Stopped(self._stop or "lost")
-            self._check()
-            output.publish()
+            while True:
+                until = self._confirm(output, made)
+                if until is None:
+                    raise Stopped(self._stop or "lost")
+                self._check()
+                if boot_clock() < until:
+                    return output.publish()
         except OSError as error:
             raise output.failure_of(error) from None
 
@@ -3906,6 +3958,8 @@ BACKOFF_MOST_S = 15.0
 PROGRESS_S = 2.0
 LINES_A_REPORT = 500
 LEAVE_S = 5.0
+STRANGER = ("node_id", "session")  # fields of refusals after which the poller registers again, or ends
+PUBLISH_S = 10.0  # how long the master's word to name an output counts, from when it was asked
 HELP_S = 10.0  # for FFmpeg to tell its options
 HASTY_MOST = 5
 
@@ -3961,8 +4015,12 @@ class Spool:
             except OSError:
                 continue
             except (ValueError, KeyError, TypeError):
-                path.rename(path.with_suffix(".unreadable"))
+                self.set_aside(path)
         return found
+
+    def set_aside(self, path: Path) -> Path:
+        """Keep a report out of the way that can't be delivered; return where."""
+        return path.rename(path.with_suffix(".aside"))
 
     def waiting(self) -> list[tuple[str, int]]:
         """Return job and attempt of each report that waits."""
@@ -3973,7 +4031,7 @@ class Agent:
     """One node of a fleet: its identity, its slots, its talk with the master.
 
     From its start to its end first, then the parked request (a thread), the attempts (one each), and what
-    is sent of them (a thread). The lock guards `_running`, `_doubted` and `_heard`; it is never held during
+    is sent of them (a thread). The lock guards `_running` and `_heard`; it is never held during
     I/O. `_seen`, `_word` and `_hasty` are the poller's.
     """
 
@@ -3985,7 +4043,6 @@ class Agent:
         self._client = Client(options.master)
         self._lock = threading.Lock()
         self._running: dict[tuple[str, int], Attempt] = {}
-        self._doubted: set[tuple[str, int]] = set()
         self._session = uuid.uuid4().hex
         self._node_file = options.state_dir / "node.json"
         self._spool = Spool(options.state_dir / "spool")
@@ -3993,7 +4050,7 @@ class Agent:
         self._protocol: int | None = None
         self._node_timeout_s = 90.0
         self._heard = -math.inf
-        self._beat = time.monotonic()
+        self._beat = boot_clock()
         self._hasty = 0
         self._seen = 0
         self._word = uuid.uuid4().hex
@@ -4117,42 +4174,39 @@ class Agent:
             raise Superseded(f"node {self._name} ends: {error.message}")
         if self._away is None and not self._stopping.is_set():
             self._away = time.monotonic()
-            self._log.warning("%s; work goes on, trying again until it answers", error.message)
+            self._log.warning("%s; work goes on, trying again until it answers%s", error.message,
+                              f" (to become a new node, remove {self._node_file})"
+                              if error.field == "secret" else "")
         if error.status == 404:
             self._stopping.wait(BACKOFF_MOST_S)
         return registered
 
     def _answered(self, asked: float) -> None:
-        """Note an answer; the master's patience runs from when it was asked, not from its answer.
-
-        After a silence that is longer each lease is in doubt until progress has confirmed it.
-        """
+        """Note an answer; the master's patience runs from when it was asked, not from its answer."""
         now = time.monotonic()
         if self._away is not None:
             self._log.info("the master answers again after %s", duration_text(now - self._away))
             self._away = None
             self._news.set()
         with self._lock:
-            if asked - self._heard > self._node_timeout_s:
-                self._doubted.update(self._running)
             self._heard = max(self._heard, asked)
 
     def _register(self) -> None:
         running = [attempt.key for attempt in self._attempts()]  # before the spool, into which they go over
         holding = dict.fromkeys([*running, *self._spool.waiting()])
-        if self._identity is None:
-            self._keep_identity(Identity(str(uuid.uuid4()), secrets.token_hex(32)))  # a kill makes no second
-        assert self._identity is not None
+        identity = self._identity or Identity(str(uuid.uuid4()), secrets.token_hex(32))
+        self._keep_identity(identity)  # before the master knows it, or a kill makes a second node
         body = {**self._hardware.to_json(), "name": self._name, "protocol": PROTOCOL,
                 "address": self._hardware.address or self._name, "version": VERSION,
-                "session": self._session, "id": self._identity.id,
+                "session": self._session, "id": identity.id,
+                "secret_hash": hashlib.sha256(identity.secret.encode()).hexdigest(),
                 "max_concurrent_jobs": self._options.max_concurrent_jobs, **self._place.meter.facts(),
                 "holding": [{"job_id": job_id, "attempt": number} for job_id, number in holding]}
-        asked = time.monotonic()
-        answer = self._introduce(self._identity, body)
+        asked = boot_clock()
+        answer = self._introduce(body, identity.secret)
         self._answered(asked)
         self._protocol = answer.get("protocol") if isinstance(answer.get("protocol"), int) else None
-        self._keep_identity(self._identity._replace(id=str(answer.get("id") or self._identity.id)))
+        self._keep_identity(identity._replace(id=str(answer.get("id") or identity.id)))
         self._node_timeout_s = float(answer.get("node_timeout_s") or 90.0)
         self._log.info("registered with %s as %s, node %s", self._client.url, self._name, self._node_id)
         if self._protocol:
@@ -4160,26 +4214,26 @@ class Agent:
             self._abandon(attempt for attempt in self._attempts() if attempt.key not in own)
         self._news.set()
 
-    def _introduce(self, identity: Identity, body: Json) -> Json:
-        """Register, with the secret where the master keeps secrets; return its answer. ApiError."""
+    def _introduce(self, body: Json, secret: str) -> Json:
+        """Register; return the master's answer. ApiError.
+
+        The secret goes only to a master that asks for it, so that of an earlier start nobody else takes the
+        place; one of an earlier version would show it to everybody.
+        """
         try:
-            if identity.shown_to != self._client.url:
-                answer = self._client.register(body)
-                if answer.get("known_by") != "session":
-                    return answer
+            return self._client.register(body)
         except ApiError as error:
             if error.field != "secret":
                 raise
-        self._keep_identity(identity._replace(shown_to=self._client.url))
-        return self._client.register({**body, "secret": identity.secret})
+        return self._client.register({**body, "secret": secret})
 
     @property
     def _node_id(self) -> str | None:
         return self._identity.id if self._identity else None
 
     def _keep_identity(self, identity: Identity) -> None:
-        if identity != self._identity:
-            self._identity = identity
+        self._identity = identity
+        if read_identity(self._node_file) != identity:
             _write_json(self._node_file, identity._asdict())
 
     def _abandon(self, lost: Iterable[Attempt]) -> None:
@@ -4198,7 +4252,7 @@ class Agent:
         wait = min(self._options.heartbeat_interval_s, WAIT_MAX_S, self._node_timeout_s / 3)
         assert self._node_id is not None
         common = {"session": self._session, "seen": self._seen}
-        asked = time.monotonic()
+        asked = boot_clock()
         if free:
             answer = self._client.claim({**common, "node_id": self._node_id, "claim": self._word}, wait)
             if answer.get("job") or answer.get("claim"):  # else a copy on its way may yet get a job for it
@@ -4208,9 +4262,9 @@ class Agent:
         self._answered(asked)
         self._log.debug("heartbeat: the master answers (%s)", "free" if free else "busy")
         if isinstance(answer.get("job"), dict):
-            self._start(answer["job"])
+            self._start(answer["job"], asked)
         self._obey(answer)  # after the start: an order may be for this very job
-        empty = not answer.get("job") and not answer.get("actions") and time.monotonic() - asked < wait / 10
+        empty = not answer.get("job") and not answer.get("actions") and boot_clock() - asked < wait / 10
         self._hasty = self._hasty + 1 if empty else 0
         if self._hasty > HASTY_MOST:  # a master that says to park and does not
             self._stopping.wait(min(1.0, wait / 10))
@@ -4218,7 +4272,7 @@ class Agent:
     def _ask_plainly(self, free: bool) -> None:
         """Talk to a master that knows no parked requests: heartbeats and polls by the clock."""
         assert self._node_id is not None
-        now = time.monotonic()
+        now = boot_clock()
         if now - self._beat >= self._options.heartbeat_interval_s:
             self._client.heartbeat(self._node_id, {})
             self._beat = now
@@ -4226,7 +4280,7 @@ class Agent:
             self._log.debug("heartbeat: the master answers")
         job = self._client.claim({"node_id": self._node_id}).get("job") if free else None
         if isinstance(job, dict):
-            self._start(job)
+            self._start(job, now)
             return
         self._freed.wait(min(self._options.poll_interval_s, self._options.heartbeat_interval_s))
         self._freed.clear()
@@ -4255,9 +4309,12 @@ class Agent:
             getattr(attempt, action)()
             self._news.set()
 
-    def _start(self, job: Json) -> None:
+    def _start(self, job: Json, asked: float) -> None:
+        """Begin an attempt of a job that was claimed by a request of this moment (boot_clock)."""
         key = job_id, number = str(job.get("id")), int(job.get("attempt") or 1)
-        attempt = Attempt(job_id, number, job, self._place, lambda made: self._confirm(attempt, made))
+        attempt = Attempt(job_id, number, job, self._place,
+                          lambda output, made: self._confirm(attempt, output, made))
+        attempt.leased_at = asked
         with self._lock:
             if key in self._running:
                 return
@@ -4277,7 +4334,6 @@ class Agent:
                         "samples": attempt.take_samples()})
         with self._lock:
             self._running.pop(attempt.key, None)
-            self._doubted.discard(attempt.key)
         self._log.info("job %s attempt %d: %s%s", *attempt.key, outcome.status,
                        f": {outcome.error}" if outcome.error else "")
         self._freed.set()
@@ -4303,29 +4359,26 @@ class Agent:
                 result = {"node_id": self._node_id, **own_failure(result["job_id"], result["attempt"],
                                                                   self._name, error)}
 
-    def _confirm(self, attempt: Attempt, published: Json) -> bool:
-        """Return whether an attempt may name its output; the master keeps the fingerprint of it.
+    def _confirm(self, attempt: Attempt, output: OutputFile, made: Json) -> float | None:
+        """Ask the master whether an attempt may name its output; `made` is the fingerprint, which it keeps.
 
-        By that a later attempt knows the film as the job's own, and replaces it. While the master is away
-        the name is given only as long as the lease is surely ours.
+        Return until when (boot_clock) it may, None when it may not. By the fingerprint a later attempt knows
+        the film as the job's own, and replaces it. While the master is away a film that bears a mark, by
+        which it is known too, may get its name as long as nobody else can have the job; any other waits.
         """
-        attempt.published = published
-        while self._protocol:
+        attempt.published = made
+        while self._protocol and not attempt.stopping:
             try:
                 self._send_progress(attempt)
-                return not attempt.stopping
+                valid_s = min(PUBLISH_S, self._node_timeout_s / 2)
+                return None if attempt.stopping else attempt.leased_at + valid_s
             except ApiError as error:
-                if error.status != 409 and self._has_sure_lease(attempt):
-                    return True
+                sure_until = attempt.leased_at + self._node_timeout_s
+                if output.marked and error.field not in STRANGER and boot_clock() < sure_until:
+                    return sure_until
                 if self._stopping.wait(1):
-                    return False
-        return True
-
-    def _has_sure_lease(self, attempt: Attempt) -> bool:
-        """Return whether no other node can have the job: the master was heard since, and not in doubt."""
-        with self._lock:
-            recent = time.monotonic() - self._heard <= self._node_timeout_s
-            return recent and attempt.key not in self._doubted
+                    return None
+        return None if self._protocol else math.inf
 
     def _report(self) -> None:
         """Send progress and empty the spool until the end; silence makes it wait, longer each time."""
@@ -4348,13 +4401,17 @@ class Agent:
     def _deliver(self) -> None:
         """Send what the spool holds, oldest first; a report that was judged leaves it."""
         for path, result in self._spool.entries():
-            asked = time.monotonic()
+            if result.get("node_id") not in (None, self._node_id):
+                self._log.warning("the result of job %s is of another node, which this folder was once; it "
+                                  "is set aside as %s", result["job_id"], self._spool.set_aside(path))
+                continue
+            asked = boot_clock()
             try:
                 self._client.report({**result, "session": self._session} if self._protocol else result)
                 self._log.info("job %s: result delivered (%s)", result["job_id"], result["status"])
             except ApiError as error:
-                if error.status not in (404, 409) or error.field == "session":
-                    if error.retryable or error.field == "session":  # the poller registers again, or ends
+                if error.status not in (404, 409) or error.field in STRANGER:
+                    if error.retryable or error.field in STRANGER:
                         raise
                     if path not in self._refused:
                         self._log.error("job %s: the master refuses the result: %s", result["job_id"],
@@ -4378,18 +4435,17 @@ class Agent:
                 "progress": {**attempt.progress, "paused": attempt.paused}, "samples": samples,
                 "lines": lines, "lines_from": first,
                 **({"published": attempt.published} if attempt.published else {})}
-        asked = time.monotonic()
+        asked = boot_clock()
         try:
             answer = self._client.progress(attempt.job_id, body)
         except ApiError as error:
-            if error.status in (404, 409) and error.field != "session":
+            if error.status in (404, 409) and error.field not in STRANGER:
                 self._abandon([attempt])
                 return PROGRESS_S
             attempt.put_back(samples)
             raise
         self._answered(asked)
-        with self._lock:
-            self._doubted.discard(attempt.key)
+        attempt.leased_at = asked
         self._obey(answer)  # a master that was started again knows only from this report what stands still
         attempt.drop_lines(first + len(lines))
         if len(lines) == LINES_A_REPORT:
@@ -4433,25 +4489,19 @@ def http_args_of(host: hwdetect.Host, ffmpeg: str) -> tuple[str, ...]:
 
 
 class Identity(NamedTuple):
-    """Who this node is: its id, which everybody may know, and the secret that proves it.
-
-    `shown_to` is the address of the master that may be told the secret: one that has said that it keeps it
-    for itself. Earlier versions would show it to everybody.
-    """
+    """Who this node is: its id, which everybody may know, and the secret that proves it."""
 
     id: str
     secret: str
-    shown_to: str | None = None
 
 
 def read_identity(path: Path) -> Identity | None:
     """Return the identity that a state folder keeps, with a new secret if it has none; None without an id."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        secret, shown_to = kept.get("secret"), kept.get("shown_to")
+        secret = kept.get("secret")
         return Identity(str(uuid.UUID(str(kept["id"]))),
-                        secret if isinstance(secret, str) and secret else secrets.token_hex(32),
-                        shown_to if isinstance(shown_to, str) else None)
+                        secret if isinstance(secret, str) and secret else secrets.token_hex(32))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -674,7 +674,7 @@ CREATE TABLE logs(job_seq INTEGER NOT NULL, attempt INTEGER NOT NULL, first INTE
 CREATE TABLE totals(kind TEXT, status TEXT, scenario TEXT, node_id TEXT, count INTEGER NOT NULL,
     PRIMARY KEY(kind, status, scenario, node_id)) WITHOUT ROWID;
 CREATE TABLE heartbeat(id INTEGER PRIMARY KEY CHECK(id = 1), at REAL);
-CREATE TABLE owners(node_id TEXT PRIMARY KEY, secret_hash TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE owners(node_id TEXT PRIMARY KEY, secret_hash TEXT NOT NULL);
 """
 
 _FROM_FORMAT_1 = """
@@ -683,7 +683,7 @@ ALTER TABLE results ADD COLUMN job_seq INTEGER;
 CREATE INDEX jobs_by_end ON jobs(ended) WHERE ended IS NOT NULL;
 CREATE INDEX results_by_job ON results(job_seq);
 """
-_FROM_FORMAT_2 = "CREATE TABLE owners(node_id TEXT PRIMARY KEY, secret_hash TEXT NOT NULL) WITHOUT ROWID"
+_FROM_FORMAT_2 = "CREATE TABLE owners(node_id TEXT PRIMARY KEY, secret_hash TEXT NOT NULL)"
 
 _WRITES = {
     "job": "INSERT INTO jobs(seq, id, status, scenario, node_id, spec, state) VALUES(?,?,?,?,?,?,?)",
@@ -1248,7 +1248,7 @@ def _hash_sessions(connection: sqlite3.Connection) -> None:
         record = json.loads(text)
         if "session" in record:
             record["session_hash"] = digest(record.pop("session"))
-            record["past"] = [digest(word) for word in record["past"]]
+            record["past"] = [digest(word) for word in record.get("past") or ()]
             facts = {name: value for name, value in json.loads(record["facts"]).items() if name != "secret"}
             record["facts"] = json.dumps(facts)
             connection.execute("UPDATE nodes SET record=? WHERE id=?", (json.dumps(record), node_id))
@@ -1321,7 +1321,7 @@ def _counts_text(connection: sqlite3.Connection, tables: Sequence[str]) -> str:
 # Table -> what its rows are looked for by, and the columns that must hold JSON; totals are counted anew.
 _SALVAGED: dict[str, tuple[str, tuple[str, ...]]] = {
     "jobs": ("seq", ("spec", "state")), "results": ("seq", ("body",)), "nodes": ("rowid", ("record",)),
-    "claims": ("1", ("words",)), "logs": ("job_seq", ("lines",)), "owners": ("1", ())}
+    "claims": ("1", ("words",)), "logs": ("job_seq", ("lines",)), "owners": ("rowid", ())}
 _NUMBERS = (0, 1 << 40)
 _FAILURES_FIRST = 2000  # reads that may fail before the first row is found, each row allows ten more
 
@@ -1884,7 +1884,6 @@ class Master:
             self._note("node %s (%s) %s: %s threads, %s", node.name, node.id,
                        "registered" if new else "is back", body.get("cpu_threads"), checked.address)
             answer = {**node.to_json(), "protocol": wire.PROTOCOL,
-                      "known_by": "secret" if node.id in self._owners else "session",
                       "node_timeout_s": self.settings.node_timeout_s, "holding": held}
         return new, answer
 
@@ -1901,9 +1900,9 @@ class Master:
             node.session_hash = checked.session_hash
             node.canary_due = self.clock()  # whoever started it anew may have mended it
             self._release(node)
-        if checked.secret_hash and checked.session_hash and node.id not in self._owners:
-            self._owners[node.id] = checked.secret_hash
-            self.journal.put("owner", node.id, checked.secret_hash)
+        if checked.owner_hash and checked.session_hash and node.id not in self._owners:
+            self._owners[node.id] = checked.owner_hash
+            self.journal.put("owner", node.id, checked.owner_hash)
         node.facts, node.name, node.slots = checked.facts, checked.name, checked.slots
         node.protocol, node.anonymous = checked.protocol, checked.id is None
         node.offline = node.leaving = False
@@ -2455,6 +2454,9 @@ class Master:
             known = self.journal.job(job_id.lower())
         if known is not None and _repeats(known, report):
             return {"status": "success"}
+        if node is None and known is not None:
+            raise ApiError(404, f"there is no node {wire.printable(report.node_id)}: register first",
+                           "node_id")
         raise self._no_lease(job_id, report)
 
     def _leased(self, job_id: str, node: Node, attempt: int | None) -> Job | None:
@@ -2741,14 +2743,15 @@ class Registration(NamedTuple):
     address: str
     facts: str
     session_hash: str | None
-    secret_hash: str | None
+    secret_hash: str | None  # of a secret that was told: a proof
+    owner_hash: str | None  # of the secret that the node has: public, no proof
     protocol: int | None
     slots: int
     holding: tuple[tuple[str, int], ...]
 
 
-_NODE_OWN = ("id", "session", "secret", "holding", "protocol", "status", "last_heartbeat", "registered_at",
-             "running", "name", "max_concurrent_jobs")
+_NODE_OWN = ("id", "session", "secret", "secret_hash", "holding", "protocol", "status", "last_heartbeat",
+             "registered_at", "running", "name", "max_concurrent_jobs")
 
 
 def registration_of(body: Json) -> Registration:
@@ -2767,10 +2770,10 @@ def registration_of(body: Json) -> Registration:
     facts = {name: value for name, value in body.items() if name not in _NODE_OWN and len(name) <= 64}
     ram = body.get("ram_total_bytes") if body.get("ram_bytes") is None else body["ram_bytes"]
     facts.update(ram_bytes=ram, ram_total_bytes=ram)
-    slots = whole_of(body, "max_concurrent_jobs", 1, 10_000)
+    slots, proof = whole_of(body, "max_concurrent_jobs", 1, 10_000), digest(text_of(body, "secret", 128))
     return Registration(node_id, text_of(body, "name") or address, address,
                         json.dumps(facts, allow_nan=False), digest(text_of(body, "session", 128)),
-                        digest(text_of(body, "secret", 128)),
+                        proof, proof or text_of(body, "secret_hash", 64),
                         whole_of(body, "protocol", 1, 1000), slots or 1, _holding_of(body))
 
 

@@ -824,7 +824,7 @@ class Spooling(FolderCase):
         self.put("b")
         self.assertEqual(self.waiting(), ["a", "b"])
         self.assertEqual(self.waiting(), ["a", "b"])
-        self.assertEqual(len(list((self.folder / "spool").glob("*.unreadable"))), 6)
+        self.assertEqual(len(list((self.folder / "spool").glob("*.aside"))), 6)
 
     def test_a_write_that_was_cut_by_a_kill_is_no_report(self) -> None:
         (self.folder / "spool" / "7.tmp").write_text('{"job_id": "half"')
@@ -899,10 +899,11 @@ class ClearingUp(FolderCase):
     def test_a_name_that_was_taken_where_there_are_no_links_is_free_again(self) -> None:
         films = self.folder / "films"
         films.mkdir()
-        for name, content in (("mine.mp4", b""), ("theirs.mp4", b"a film")):
+        for name, content in (("mine.mp4", b""), ("theirs.mp4", b"")):
             (films / name).write_bytes(content)
+            found = (films / "mine.mp4").stat()
             note = {"root": str(self.folder), "parts": ["films"], "hidden": f".ffdist-{'0' * 32}.part",
-                    "taken": name}
+                    "taken": name, "identity": [found.st_dev, found.st_ino, found.st_mtime_ns]}
             folder = self.left_behind(1, 1, f"job-{name[:4]}")
             (folder / agent.HIDDEN_NOTE).write_text(json.dumps(note))
         agent.clear_work(self.folder / "work", hwdetect.Host())

@@ -348,7 +348,7 @@ class Promises:
             return 404
         repeat = any(told["attempt"] in (None, attempt) and (holder, status) == (told["node"], told["status"])
                      for attempt, holder, status in work.records)
-        return 200 if repeat else 409
+        return 200 if repeat else 404 if node is None else 409
 
     def _end(self, work: Work, status: str, reason: str | None) -> None:
         """An accepted report: the end of an attempt, of the job too unless it is tried again."""

@@ -1089,7 +1089,7 @@ class StandIns(RunCase):
     def test_a_lease_that_is_lost_at_the_end_gives_no_output_its_name(self) -> None:
         parameters = {"input": self.film("plain.mp4"), "output": "lost.mp4", "duration": 0.2}
         job = {"scenario": "x", "parameters": parameters}
-        attempt = agent.Attempt(str(uuid.uuid4()), 1, job, self.place, lambda made: False)
+        attempt = agent.Attempt(str(uuid.uuid4()), 1, job, self.place, lambda output, made: None)
         self.assertEqual(attempt.run().status, "lost")
         self.assertFalse((self.media / "lost.mp4").exists())
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import http.server
 import json
+import math
 import os
 import shutil
 import signal
@@ -33,7 +34,7 @@ import ffdist
 from tests.proxy import Proxy
 from tests.support import TOP, Agent, Case, Master, call, exchange, need, run, wait_for
 from tests.test_api import Node
-from tests.test_end_to_end import OneFleet
+from tests.test_end_to_end import OneFleet, processes_under
 from tests.test_run import RunCase, picture, streams
 
 KEY = "\nssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKstrangerstrangerstrangerstrangerst evil@example\n"
@@ -190,14 +191,50 @@ class OpenedNotNamed(Settling):
         self.assertEqual([streams(self.media / f"{height}.mp4")[0]["height"] for height in (90, 180)],
                          [90, 180])
 
+    def test_the_word_of_the_master_counts_for_a_moment_only(self) -> None:
+        """A machine that slept after it was given must ask again: the job may be another's by now."""
+        asked: list[float] = []
+
+        def confirm(output: wire.OutputFile, made: wire.Json) -> float:
+            asked.append(wire.boot_clock())
+            return asked[-1] + (10 if len(asked) > 2 else -1)
+        job = {"scenario": "x", "parameters": {"input": self.film("plain.mp4"), "output": "late.mp4"}}
+        attempt = wire.Attempt(str(uuid.uuid4()), 1, job, self.place, confirm)
+        self.assertEqual((attempt.run().status, len(asked)), ("completed", 3))
+
+    def test_a_film_that_an_earlier_attempt_names_while_a_later_one_runs_gives_way(self) -> None:
+        name = self.film("plain.mp4")
+        stale = self.media / self.film("stale.mp4")
+        with open(stale, "rb") as film:
+            published = [wire.fingerprint(film.fileno())]
+        for number, mark, status in ((2, "", "completed"), (2, "{} 1", "completed"), (1, "{} 2", "failed"),
+                                     (2, "another 1", "failed"), (2, "{} x", "failed")):
+            with self.subTest(mark=mark, number=number):
+                job = {"scenario": "x", "published": [] if mark else published,
+                       "parameters": {"input": name, "output": "both.mp4", "settle": 0.5}}
+                attempt = wire.Attempt(str(uuid.uuid4()), number, job, self.place)
+                outcomes: list[wire.Outcome] = []
+
+                def work(attempt: wire.Attempt = attempt, outcomes: list[wire.Outcome] = outcomes) -> None:
+                    outcomes.append(attempt.run())
+                worker = threading.Thread(target=work)
+                worker.start()
+                wait_for(lambda attempt=attempt: attempt.progress["phase"] == "settling", why="it rests")
+                shutil.copy(stale, self.media / "both.mp4")
+                if mark:
+                    os.setxattr(self.media / "both.mp4", wire.MARK, mark.format(attempt.job_id).encode())
+                worker.join(60)
+                self.assertEqual(outcomes[0].status, status, outcomes[0].error)
+                (self.media / "both.mp4").unlink()
+
     def test_an_attempt_knows_what_an_earlier_one_of_its_job_has_named(self) -> None:
         name = self.film("plain.mp4")
         told: list[wire.Json] = []
         job: wire.Json = {"scenario": "x", "parameters": {"input": name, "output": "again.mp4"}}
 
-        def confirm(made: wire.Json) -> bool:
+        def confirm(output: wire.OutputFile, made: wire.Json) -> float:
             told.append(made)
-            return True
+            return math.inf
         first = wire.Attempt(str(uuid.uuid4()), 1, job, self.place, confirm)
         self.assertEqual(first.run().status, "completed")
         other = {"bytes": 1, "hash": told[0]["hash"]}
@@ -364,7 +401,6 @@ class Identity(Case):
         master, agent = self.fleet()
         kept = json.loads((agent.state / "node.json").read_text())
         self.assertRegex(kept["secret"], "^[0-9a-f]{64}$")
-        self.assertEqual(kept["shown_to"], master.url)
         self.assertEqual((agent.state / "node.json").stat().st_mode & 0o777, 0o600)
         agent.kill()
         again = self.agent(master)
@@ -420,6 +456,17 @@ class Identity(Case):
         self.assertEqual(restored.finished(restored.submit("64p25-h264", duration=0.2)["id"])["status"],
                          "completed")
 
+    def test_a_result_of_the_node_that_a_folder_was_once_stops_no_other(self) -> None:
+        master, agent = self.fleet()
+        agent.end()
+        result = {"job_id": str(uuid.uuid4()), "attempt": 1, "node_id": str(uuid.uuid4()), "status": "failed"}
+        (agent.state / "spool" / f"{0:020d}-00000000.json").write_text(json.dumps(result))
+        agent = self.agent(master)
+        wait_for(lambda: "is of another node" in agent.words(), why="it is set aside")
+        job = master.finished(master.submit("64p25-h264", duration=0.2)["id"])
+        self.assertEqual(job["status"], "completed")
+        self.assertEqual([path.suffix for path in (agent.state / "spool").iterdir()], [".aside"])
+
     def test_a_node_with_a_secret_is_not_taken_even_while_it_is_offline(self) -> None:
         master = self.master("--node-timeout", "1s")
         node = Node(master, "worker")
@@ -454,29 +501,20 @@ class Identity(Case):
         for word in words:
             self.assertNotIn(word.encode(), data)
 
-    def test_a_secret_is_told_only_to_a_master_that_keeps_it(self) -> None:
-        identity, told = wire.Identity("id", "secret"), []
-        kept: list[wire.Identity] = []
-        for answers, wanted in (([{"id": "id"}], [None]), ([{"known_by": "session"}, {}], [None, "secret"]),
-                                ([{"known_by": "secret"}], [None]),
+    def test_a_secret_is_told_only_to_a_master_that_asks_for_it(self) -> None:
+        """An earlier version keeps what it does not know with the node, and shows it to everybody."""
+        for answers, wanted in (([{"id": "id"}], [None]),
                                 ([wire.ApiError(409, "known", "secret"), {}], [None, "secret"])):
-            told.clear()
+            told: list[str | None] = []
 
-            def register(body: wire.Json, answers: list[Any] = answers) -> wire.Json:
+            def register(body: wire.Json, told: list[Any] = told, answers: list[Any] = answers) -> wire.Json:
                 told.append(body.get("secret"))
                 answer = answers[len(told) - 1]
                 if isinstance(answer, Exception):
                     raise answer
                 return dict(answer)
-            client = mock.Mock(url="http://m:8080", register=register)
-            agent = mock.Mock(_client=client, _keep_identity=kept.append)
-            wire.Agent._introduce(agent, identity, {"address": "a"})
+            wire.Agent._introduce(mock.Mock(_client=mock.Mock(register=register)), {"address": "a"}, "secret")
             self.assertEqual(told, wanted)
-        self.assertEqual({row.shown_to for row in kept}, {"http://m:8080"})
-        told.clear()
-        client = mock.Mock(url="http://m:8080", register=lambda body: told.append(body["secret"]) or {})
-        wire.Agent._introduce(mock.Mock(_client=client), kept[0], {"address": "a"})
-        self.assertEqual(told, ["secret"], "from the next start on at once")
 
     def test_a_journal_of_the_format_before_goes_on_with_hashed_sessions(self) -> None:
         master = self.master()
@@ -497,7 +535,9 @@ class Identity(Case):
         master = self.master(port=master.port)
         self.assertNotIn("shown to all", json.dumps(master.get("/nodes")))
         self.assertEqual(node.report({"id": job["id"], "attempt": 1}).status, 200)
-        self.assertEqual(node.register().body["known_by"], "secret")
+        node.register()
+        stolen = {"address": "x", "id": node.id, "session": "evil"}
+        self.assertEqual(master.call("POST", "/nodes/register", stolen).body["field"], "secret")
 
     def test_a_stranger_can_neither_lock_out_a_seeds_node_nor_take_it(self) -> None:
         master = self.master()
@@ -537,6 +577,72 @@ class Identity(Case):
                          again.words())
         self.assertNotEqual(film.stat().st_ino, first)
         self.assertEqual({"bytes", "hash"}, set(done["attempts"][0]["published"]))
+
+
+class CutOff(Case):
+    """A node that is out of reach when its film is ready: nobody's film is lost, no job fails by it."""
+
+    def cut_off(self, timeout: str) -> tuple[Master, Proxy, Agent, Any, Path]:
+        """Start a fleet of one, cut it off while it encodes, and wait until its encode has ended."""
+        need("ffmpeg", "ffprobe")
+        master = self.master("--node-timeout", timeout, "--retry-delay", "0.1s")
+        proxy = Proxy(master.port)
+        self.addCleanup(proxy.end)
+        agent = Agent(self.folder, proxy.url, name="away")
+        self.addCleanup(agent.end)
+        wait_for(lambda: master.get("/nodes")["count"], why="it registers")
+        job = master.submit("64p25-h264", duration=2, realtime=True, output="film.mp4")
+        film = self.folder / "media" / "film.mp4"
+        wait_for(lambda: list(film.parent.glob(".ffdist-*")), why="it encodes")
+        proxy.split()
+        wait_for(lambda: not processes_under(agent.work), why="the encode has ended")
+        return master, proxy, agent, job, film
+
+    def test_its_job_is_completed_elsewhere_and_its_own_film_gives_way(self) -> None:
+        master, proxy, away, job, film = self.cut_off("3s")
+        other = Agent(self.folder, master.url, name="near")
+        self.addCleanup(other.end)
+        done = master.finished(job["id"])
+        self.assertEqual((done["status"], done["attempt"], done["error"]), ("completed", 2, None))
+        inode = film.stat().st_ino
+        proxy.mend()
+        wait_for(lambda: not list(film.parent.glob(".ffdist-*")), why="the other film is removed")
+        self.assertEqual(film.stat().st_ino, inode)
+        self.assertEqual(master.get(f"/jobs/{job['id']}")["status"], "completed")
+        self.assertIsNone(away.process.poll())
+
+    def test_its_film_gets_its_name_when_it_is_back_in_time(self) -> None:
+        master, proxy, _, job, film = self.cut_off("60s")
+        wait_for(film.exists, why="nobody else can have the job: it gets its name at once")
+        proxy.mend()
+        done = master.finished(job["id"])
+        self.assertEqual((done["status"], done["attempt"], film.exists()), ("completed", 1, True))
+
+    def test_a_film_without_a_mark_waits_for_the_masters_word(self) -> None:
+        """A film that was named in silence, and bears no mark, would stand in the next attempt's way."""
+        attempt, away = mock.Mock(stopping=False, leased_at=wire.boot_clock()), wire.ApiError(0, "no answer")
+        answers = [away, away, None]
+
+        def send(attempt: Any) -> None:
+            if answer := answers.pop(0):
+                raise answer
+        agent = mock.Mock(_protocol=1, _node_timeout_s=90.0, _send_progress=send)
+        agent._stopping.wait.return_value = False
+        self.assertEqual(wire.Agent._confirm(agent, attempt, mock.Mock(marked=False), {}),
+                         attempt.leased_at + wire.PUBLISH_S)
+        self.assertEqual(answers, [], "it asked until it was answered")
+        answers = [away]
+        self.assertEqual(wire.Agent._confirm(agent, attempt, mock.Mock(marked=True), {}),
+                         attempt.leased_at + 90)
+
+    def test_its_work_counts_though_it_was_removed_meanwhile(self) -> None:
+        master, proxy, _, job, film = self.cut_off("60s")
+        wait_for(film.exists, why="it has its name")
+        node = master.get("/nodes")["nodes"][0]["id"]
+        self.assertEqual(master.call("DELETE", f"/nodes/{node}").status, 200)
+        proxy.mend()
+        done = master.finished(job["id"])
+        self.assertEqual((done["status"], done["attempt"], film.exists()), ("completed", 1, True))
 
 
 class MediaRoots(Case):
