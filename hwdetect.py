@@ -12,10 +12,15 @@ Sections:
     1 Common     what all three files share: the version, text of others made printable
     2 Facts      dataclasses with units, vendor tables with their kernel document
     3 Host       the only file and program access: one bounded read, None instead of an exception
-    4 Parsers    text to value, pure
-    5 Detectors  a table; each isolated, its failure recorded in the answer, never fatal
-    6 Sampler    owns the previous counters: sample(now) gives rates, and joules since the start
-    7 CLI        the page, --json, --root, --no-probe, --record, --watch
+    4 Archive    what detection reads, written into one text, and unpacked again
+    5 Parsers    text to value, pure
+    6 Detectors  a table; each isolated, its failure recorded in the answer, never fatal
+    7 Probe      encoders proved by a frame; detect(), which asks them all
+    8 Power      counters, integrals and streams that tell energy
+    9 Sampler    owns the previous counters: sample(now) gives rates, and joules since the start
+    11 Groups    process groups and their limits
+    12 CLI       the page, --json, --root, --no-probe, --record, --watch
+(10 is kept for the ledger of what each run used, which is the agent's Meter now.)
 """
 
 from __future__ import annotations
@@ -722,6 +727,8 @@ class Host:
             return None
 
 
+# ---- 4 Archive ------------------------------------------------------------------------------------
+
 class Recorder(Host):
     """A host that writes down what it was asked, under real paths, with the links on the way."""
 
@@ -834,8 +841,7 @@ def unpack(text: str, folder: str) -> list[str]:
     return [path for path, (kind, _) in entries.items() if kind in ("file", "part")]
 
 
-# ---- 4 Parsers ------------------------------------------------------------------------------------
-
+# ---- 5 Parsers ------------------------------------------------------------------------------------
 
 def parse_int(text: str | None) -> int | None:
     """Read a decimal number as sysfs prints it; None for anything else."""
@@ -1007,8 +1013,7 @@ def parse_duration(text: str) -> float:
     return sum(float(count) * units[unit] for count, unit in re.findall(rf"({number})([a-z]*)", text))
 
 
-# ---- 5 Detectors ----------------------------------------------------------------------------------
-
+# ---- 6 Detectors ----------------------------------------------------------------------------------
 
 def _word(host: Host, path: str) -> str | None:
     return parse_word(host.read(path))
@@ -1156,102 +1161,6 @@ def _cpu_quota(host: Host, folder: str) -> float | None:
     words = words or [host.read(f"{folder}/cpu.cfs_{name}_us") or "" for name in ("quota", "period")]
     quota, period = (parse_int(word) or 0 for word in words) if len(words) == 2 else (0, 0)
     return quota / period if quota > 0 and period > 0 else None
-
-
-GROUP_PREFIX = "ffdist-"
-GROUP_GONE_S = 2.0  # a process that was just killed may still stand in its group
-CPU_PERIOD_US = 100_000
-# controller -> (version, what to write in order; a "?" file may be missing), with the limit in its unit:
-# bytes, or µs of CPU in each period. Without swap, or a limit of memory would only move it to the disk.
-GROUP_FILES: Mapping[str, tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = {
-    "memory": (("v1", (("memory.limit_in_bytes", "{0}"), ("?memory.memsw.limit_in_bytes", "{0}"))),
-               ("v2", (("memory.max", "{0}"), ("?memory.swap.max", "0")))),
-    "cpu": (("v1", (("cpu.cfs_period_us", f"{CPU_PERIOD_US}"), ("cpu.cfs_quota_us", "{0}"))),
-            ("v2", (("cpu.max", f"{{0}} {CPU_PERIOD_US}"),))),
-}
-
-
-class ControlGroup:
-    """Control groups of one name for a process and its children: what they may use, what befell them.
-
-    Version 1 has a group for each controller, version 2 one for both; it is made as near to this
-    process's own as the kernel lets it be. Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst.
-    """
-
-    def __init__(self, host: Host, name: str) -> None:
-        self._host = host
-        self._made: dict[str, tuple[str, str]] = {}  # controller -> folder, version
-        self._places: dict[str, list[tuple[str, str]]] = {controller: [] for controller in GROUP_FILES}
-        for controllers, version, folders in _groups(host):
-            for controller in controllers or self._places:
-                self._places[controller] += [(f"{folder}/{GROUP_PREFIX}{name}", f"v{version}")
-                                             for folder in folders]
-
-    @property
-    def folders(self) -> list[str]:
-        """Every folder that may be made, to be remembered before it is."""
-        return list(dict.fromkeys(folder for places in self._places.values() for folder, _ in places))
-
-    def limit(self, controller: str, amount: int) -> str | None:
-        """Limit memory to bytes, or cpu to µs in each period; return "cgroup v1", "cgroup v2" or None.
-
-        A group beside this process's own is outside of that one's limits, so these hold for it too.
-        """
-        have = cgroup_limits(self._host)
-        most = have.memory_bytes if controller == "memory" else have.cpus and have.cpus * CPU_PERIOD_US
-        amount = min(amount, int(most or amount))
-        for folder, version in self._places[controller]:
-            parent = os.path.dirname(folder)
-            if version == "v2" and not self._enabled(parent, controller):
-                continue
-            known = folder in (made for made, _ in self._made.values())
-            files = dict(GROUP_FILES[controller])[version]
-            if self._host.make(folder) and self._written(folder, files, amount):
-                self._made[controller] = (folder, version)
-                return f"cgroup {version}"
-            if not known:
-                self._host.drop(folder)
-        return None
-
-    def _enabled(self, parent: str, controller: str) -> bool:
-        """Say whether a group's children have a controller; it is asked for where it may be."""
-        switch = f"{parent}/cgroup.subtree_control"
-        return controller in (self._host.read(switch) or "").split() or (
-            controller in (self._host.read(f"{parent}/cgroup.controllers") or "").split()
-            and self._host.set(switch, f"+{controller}"))
-
-    def _written(self, folder: str, files: Sequence[tuple[str, str]], amount: int) -> bool:
-        return all([self._host.set(f"{folder}/{name.lstrip('?')}", text.format(amount)) or name[0] == "?"
-                    for name, text in files])
-
-    def take(self, controller: str, pid: int) -> bool:
-        """Put a process under a limit that was set; say whether it is."""
-        folder = self._made.get(controller, ("",))[0]
-        return bool(folder) and self._host.set(f"{folder}/cgroup.procs", str(pid))
-
-    def killed(self) -> bool:
-        """Say whether the kernel ended a process for its memory (before Linux 4.13: refused it some)."""
-        folder, version = self._made.get("memory", ("", ""))
-        told = self._host.read(f"{folder}/{'memory.events' if version == 'v2' else 'memory.oom_control'}")
-        count = re.search(r"^oom_kill (\d+)$", told or "", re.MULTILINE)
-        return bool(int(count[1]) if count else parse_int(self._host.read(f"{folder}/memory.failcnt")))
-
-    def remove(self) -> None:
-        """End what is left in the groups that were made, and remove them."""
-        remove_groups(self._host, [folder for folder, _ in self._made.values()])
-        self._made.clear()
-
-
-def remove_groups(host: Host, folders: Iterable[str]) -> None:
-    """Remove control groups by their folders, with what is left in them; others than ours stay."""
-    for folder in folders:
-        until = time.monotonic() + GROUP_GONE_S
-        if not os.path.basename(folder).startswith(GROUP_PREFIX) or not host.exists(folder):
-            continue
-        while not host.drop(folder) and time.monotonic() < until:
-            for pid in (host.read(f"{folder}/cgroup.procs") or "").split():
-                host.kill(int(pid))
-            time.sleep(0.02)
 
 
 def _virtual(host: Host, hw: Hardware) -> Hardware:
@@ -1574,6 +1483,8 @@ DETECTORS: tuple[Callable[[Host, Hardware], Hardware], ...] = (
     _system, _cpu, _limits, _virtual, _batteries, _gpus, _rapl, _sensors, _disks, _node_type)
 
 
+# ---- 7 Probe --------------------------------------------------------------------------------------
+
 def detect(host: Host, probe: bool = True, state_dir: str | None = None,
            ffmpeg: str | None = None) -> Hardware:
     """Find out what the machine is. Never fails: what could not be found out has its reason.
@@ -1706,7 +1617,7 @@ def probe_argv(ffmpeg: str, name: str, node: str = "/dev/dri/renderD128") -> lis
             *after, kind, name, *fast, *frame, "-f", "null", "-"]
 
 
-# ---- 6 Sampler ------------------------------------------------------------------------------------
+# ---- 8 Power --------------------------------------------------------------------------------------
 
 FIRST_SAMPLE = "the first sample: a rate needs two"
 
@@ -1972,6 +1883,8 @@ class _Smi:
             self.stream = None
 
 
+# ---- 9 Sampler ------------------------------------------------------------------------------------
+
 class Sampler:
     """Takes readings, each over the time since the previous one. Close it: nvidia-smi runs until then."""
 
@@ -2169,6 +2082,104 @@ class Sampler:
             source="gpu-hwmon" if told else None, in_package=bool(gpu.integrated), covered_s=energy.covered_s)
 
 
+# ---- 11 Groups ------------------------------------------------------------------------------------
+
+GROUP_PREFIX = "ffdist-"
+GROUP_GONE_S = 2.0  # a process that was just killed may still stand in its group
+CPU_PERIOD_US = 100_000
+# controller -> (version, what to write in order; a "?" file may be missing), with the limit in its unit:
+# bytes, or µs of CPU in each period. Without swap, or a limit of memory would only move it to the disk.
+GROUP_FILES: Mapping[str, tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = {
+    "memory": (("v1", (("memory.limit_in_bytes", "{0}"), ("?memory.memsw.limit_in_bytes", "{0}"))),
+               ("v2", (("memory.max", "{0}"), ("?memory.swap.max", "0")))),
+    "cpu": (("v1", (("cpu.cfs_period_us", f"{CPU_PERIOD_US}"), ("cpu.cfs_quota_us", "{0}"))),
+            ("v2", (("cpu.max", f"{{0}} {CPU_PERIOD_US}"),))),
+}
+
+
+class ControlGroup:
+    """Control groups of one name for a process and its children: what they may use, what befell them.
+
+    Version 1 has a group for each controller, version 2 one for both; it is made as near to this
+    process's own as the kernel lets it be. Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst.
+    """
+
+    def __init__(self, host: Host, name: str) -> None:
+        self._host = host
+        self._made: dict[str, tuple[str, str]] = {}  # controller -> folder, version
+        self._places: dict[str, list[tuple[str, str]]] = {controller: [] for controller in GROUP_FILES}
+        for controllers, version, folders in _groups(host):
+            for controller in controllers or self._places:
+                self._places[controller] += [(f"{folder}/{GROUP_PREFIX}{name}", f"v{version}")
+                                             for folder in folders]
+
+    @property
+    def folders(self) -> list[str]:
+        """Every folder that may be made, to be remembered before it is."""
+        return list(dict.fromkeys(folder for places in self._places.values() for folder, _ in places))
+
+    def limit(self, controller: str, amount: int) -> str | None:
+        """Limit memory to bytes, or cpu to µs in each period; return "cgroup v1", "cgroup v2" or None.
+
+        A group beside this process's own is outside of that one's limits, so these hold for it too.
+        """
+        have = cgroup_limits(self._host)
+        most = have.memory_bytes if controller == "memory" else have.cpus and have.cpus * CPU_PERIOD_US
+        amount = min(amount, int(most or amount))
+        for folder, version in self._places[controller]:
+            parent = os.path.dirname(folder)
+            if version == "v2" and not self._enabled(parent, controller):
+                continue
+            known = folder in (made for made, _ in self._made.values())
+            files = dict(GROUP_FILES[controller])[version]
+            if self._host.make(folder) and self._written(folder, files, amount):
+                self._made[controller] = (folder, version)
+                return f"cgroup {version}"
+            if not known:
+                self._host.drop(folder)
+        return None
+
+    def _enabled(self, parent: str, controller: str) -> bool:
+        """Say whether a group's children have a controller; it is asked for where it may be."""
+        switch = f"{parent}/cgroup.subtree_control"
+        return controller in (self._host.read(switch) or "").split() or (
+            controller in (self._host.read(f"{parent}/cgroup.controllers") or "").split()
+            and self._host.set(switch, f"+{controller}"))
+
+    def _written(self, folder: str, files: Sequence[tuple[str, str]], amount: int) -> bool:
+        return all([self._host.set(f"{folder}/{name.lstrip('?')}", text.format(amount)) or name[0] == "?"
+                    for name, text in files])
+
+    def take(self, controller: str, pid: int) -> bool:
+        """Put a process under a limit that was set; say whether it is."""
+        folder = self._made.get(controller, ("",))[0]
+        return bool(folder) and self._host.set(f"{folder}/cgroup.procs", str(pid))
+
+    def killed(self) -> bool:
+        """Say whether the kernel ended a process for its memory (before Linux 4.13: refused it some)."""
+        folder, version = self._made.get("memory", ("", ""))
+        told = self._host.read(f"{folder}/{'memory.events' if version == 'v2' else 'memory.oom_control'}")
+        count = re.search(r"^oom_kill (\d+)$", told or "", re.MULTILINE)
+        return bool(int(count[1]) if count else parse_int(self._host.read(f"{folder}/memory.failcnt")))
+
+    def remove(self) -> None:
+        """End what is left in the groups that were made, and remove them."""
+        remove_groups(self._host, [folder for folder, _ in self._made.values()])
+        self._made.clear()
+
+
+def remove_groups(host: Host, folders: Iterable[str]) -> None:
+    """Remove control groups by their folders, with what is left in them; others than ours stay."""
+    for folder in folders:
+        until = time.monotonic() + GROUP_GONE_S
+        if not os.path.basename(folder).startswith(GROUP_PREFIX) or not host.exists(folder):
+            continue
+        while not host.drop(folder) and time.monotonic() < until:
+            for pid in (host.read(f"{folder}/cgroup.procs") or "").split():
+                host.kill(int(pid))
+            time.sleep(0.02)
+
+
 def process_group(host: Host, pgid: int, gpu: bool = False) -> ProcessUsage:
     """Add up a process group: CPU of its processes and of the children they waited for, memory now.
 
@@ -2194,7 +2205,7 @@ def process_started(host: Host, pid: int) -> int | None:
     return parse_process(host.read(f"/proc/{pid}/stat")).get("start")
 
 
-# ---- 7 CLI ----------------------------------------------------------------------------------------
+# ---- 12 CLI ---------------------------------------------------------------------------------------
 
 EXAMPLES = """examples:
   python3 hwdetect.py                        what this machine is and which encoders work on it
