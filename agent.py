@@ -10,17 +10,22 @@ under its media root. An attempt may be run again elsewhere when this node was o
 the master accepts one report only.
 
 Sections (each uses only those above it):
-  1 Wire      protocol, paths, the parameter table, ApiError, figures written for people
-  2 Client    the only urllib and the only sockets: one connection per thread, typed methods
-  3 Scenario  scenario and parameters -> resolved Settings (pure; the master uses it too)
-  4 Command   settings + machine + source -> Plan of argv lists (pure)
-  5 Progress  line-fed parser of -progress and of FFmpeg's last words (pure)
-  6 Meter     samples, what each run used, the idle baseline, what repeated figures are worth
-  7 Places    what a job may touch: films under the media root, hosts; how an output gets its name
-  8 Run       processes, their groups and limits, the attempt: owns everything that FFmpeg touches
-  9 Analysis  metrics, confidence, recommendation (pure)
- 10 Agent     registration, slots, heartbeat, spool, drain
- 11 CLI       flags, the single-node workflow, main
+  1 Wire        protocol, ApiError, Failure
+  2 Words       what is written for people and what they write: figures, tables, log, flags
+  3 Client      the only urllib and the only sockets: one connection per thread, typed methods
+  4 Catalogue   only tables: parameters, codecs, containers, encoders, presets, ladder
+  5 Scenario    scenario and parameters -> resolved Settings (pure; the master uses it too)
+  6 Command     settings + machine + source -> Plan of argv lists (pure)
+  7 Output      what FFmpeg and ffprobe say: progress, probe, damage, last words, scores (pure)
+  8 Statistics  intervals, outliers, confidence (pure)
+  9 Meter       samples, what each run used, the idle baseline
+ 10 Places      what a job may touch: films under the media root, hosts; how an output gets its name
+ 11 Run         one program at a time: its process group, its limits, stop verbs
+ 12 Attempt     the stages of one attempt, and what they came to
+ 13 Analysis    metrics, verdict, suggestion (pure)
+ 14 State       spool, identity, folders that are this node's own
+ 15 Agent       registration, slots, heartbeat, drain
+ 16 CLI         flags, the single-node workflow, main
 
 Threads: the main thread holds the parked request; the reporter sends progress and empties the spool;
 each slot runs one attempt. They share the state in Agent under its one lock; nothing blocks while
@@ -106,55 +111,7 @@ class ApiError(Exception):
         return {"error": self.message, "field": self.field} if self.field else {"error": self.message}
 
 
-class Parameter(NamedTuple):
-    """One row of the parameter table: its kind, its limits (inclusive) and what it means."""
-
-    kind: str
-    about: str
-    low: float = 0
-    high: float = 0
-    words: tuple[str, ...] = ()
-
-
-PRESET_WORDS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower",
-                "veryslow")
-CODECS = ("h264", "h265", "av1", "vp9")
-CODEC_ALIASES = {"hevc": "h265", "x264": "h264", "x265": "h265", "avc": "h264"}
-CONTAINERS = ("mp4", "mov", "matroska", "webm", "flv", "mpegts")
-CONTAINER_ALIASES = {"mkv": "matroska", "ts": "mpegts", "m4v": "mp4"}
-QUALITY_METRICS = ("psnr", "ssim", "vmaf", "xpsnr")
-NOTHING_ENCODED = "nothing was encoded"
 _DAY_S = 86400
-
-PARAMETERS: dict[str, Parameter] = {
-    "input": Parameter("place", "path under the media root, or URL; none: a generated source"),
-    "output": Parameter("place", "path, or rtmp/srt/http URL; none: encoded, measured, discarded"),
-    "duration": Parameter("number", "seconds; of a real input its first so many", 0.04, 30 * _DAY_S),
-    "bitrate": Parameter("bitrate", "video bit/s: 15000k, 5M or a number", 1000, 2e9),
-    "crf": Parameter("number", "constant quality, lower is better (with bitrate: its ceiling)", 0, 63),
-    "codec": Parameter("word", "h264, h265, av1 or vp9", words=CODECS),
-    "encoder": Parameter("name", "FFmpeg's name of an encoder, chosen by the agent unless said"),
-    "preset": Parameter("preset", "ultrafast … veryslow for every codec, or the encoder's own", 0, 13),
-    "width": Parameter("size", "pixels, even", 16, 16384),
-    "height": Parameter("size", "pixels, even", 16, 16384),
-    "fps": Parameter("rate", "frames per second: 30, 29.97 or 30000/1001", 1, 480),
-    "pixel_format": Parameter("name", "FFmpeg's name, such as yuv420p10le"),
-    "audio": Parameter("bool", "false drops the sound"),
-    "container": Parameter("word", "mp4, mov, matroska, webm, flv or mpegts", words=CONTAINERS),
-    "gop": Parameter("whole", "frames from one key frame to the next, at most", 1, 100000),
-    "two_pass": Parameter("bool", "two passes; needs a bitrate"),
-    "realtime": Parameter("bool", "read the input at its own speed"),
-    "hwaccel": Parameter("name", "FFmpeg's name of a hardware decoder, such as cuda or vaapi"),
-    "threads": Parameter("whole", "encoder threads", 1, 1024),
-    "overwrite": Parameter("bool", "true replaces an output that exists; else it is refused"),
-    "max_memory_mb": Parameter("whole", "MiB that the job's processes may use", 16, 1 << 24),
-    "max_cpu_percent": Parameter("number", "CPU time that they may use; 100 is one core", 1, 102400),
-    "quality": Parameter("words", "metrics to take: psnr, ssim, vmaf, xpsnr", words=QUALITY_METRICS),
-    "settle": Parameter("number", "seconds of rest before each encode, not measured", 0, _DAY_S),
-    "cooldown": Parameter("number", "seconds of rest after each encode, not measured", 0, _DAY_S),
-    "timeout": Parameter("number", "seconds the whole job may take", 1, 30 * _DAY_S),
-    "extra_args": Parameter("words", "more FFmpeg arguments; only where the master allows it"),
-}
 
 _DURATION = re.compile("".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in ("d", "h", "m", "s?")))
 
@@ -166,6 +123,39 @@ def parse_duration(text: str) -> float:
         raise ValueError(f"'{text}' is no duration: write 10s, 0.5s, 1m30s or plain seconds")
     days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
     return days * _DAY_S + hours * 3600 + minutes * 60 + seconds
+
+
+# The master and the command line reach these through this section.
+printable = hwdetect.printable
+make_folder = hwdetect.make_folder
+make_private_folder = hwdetect.make_private_folder
+
+
+def utc_text(epoch_s: float | None) -> str | None:
+    """Return an RFC 3339 time in UTC with milliseconds, ending in Z (None for None)."""
+    if epoch_s is None:
+        return None
+    whole, milli = divmod(int(epoch_s * 1000), 1000)
+    return f"{_second_text(whole)}.{milli:03d}Z"
+
+
+@functools.lru_cache(maxsize=1024)
+def _second_text(whole: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
+
+
+class Failure(Exception):
+    """Why an attempt failed: a sentence that names the file or field, and a `failure_reason` word."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+
+
+# ---- 2 Words --------------------------------------------------------------------------------------
+
+NOTHING_ENCODED = "nothing was encoded"
 
 
 def duration_text(seconds: float | None) -> str:
@@ -416,31 +406,6 @@ def close_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-# The master and the command line reach these through this section.
-printable = hwdetect.printable
-make_folder = hwdetect.make_folder
-make_private_folder = hwdetect.make_private_folder
-
-
-# Student's t, 97.5 %, for 1 to 10 degrees of freedom
-_STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-
-
-def interval(values: Sequence[float]) -> Json:
-    """Return n, mean, stdev and the 95 % interval of the mean by Student's t, of two values or more.
-
-    `relative` is half the interval over the mean, None where the mean is 0.
-    """
-    mean, stdev, free = statistics.fmean(values), statistics.stdev(values), len(values) - 1
-    z = 1.959964
-    student = _STUDENT[free - 1] if free <= len(_STUDENT) else (  # Abramowitz & Stegun 26.7.5
-        z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3))
-    half = student * stdev / math.sqrt(len(values))
-    return {"n": len(values), "mean": mean, "stdev": stdev, "ci95_low": mean - half, "ci95_high": mean + half,
-            "relative": half / abs(mean) if mean else None}
-
-
 def setup_logging(level: str, form: str, name: str) -> logging.Logger:
     """Make the one logger of a process: stderr, a line per event, as text or as JSON."""
     logger = logging.getLogger(name)
@@ -463,19 +428,6 @@ class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return json.dumps({"time": utc_text(record.created), "level": record.levelname.lower(),
                            "message": record.getMessage()})
-
-
-def utc_text(epoch_s: float | None) -> str | None:
-    """Return an RFC 3339 time in UTC with milliseconds, ending in Z (None for None)."""
-    if epoch_s is None:
-        return None
-    whole, milli = divmod(int(epoch_s * 1000), 1000)
-    return f"{_second_text(whole)}.{milli:03d}Z"
-
-
-@functools.lru_cache(maxsize=1024)
-def _second_text(whole: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
 
 
 class Flag(NamedTuple):
@@ -572,7 +524,7 @@ def state_home() -> Path:
     return Path(base) / "ffdist"
 
 
-# ---- 2 Client -------------------------------------------------------------------------------------
+# ---- 3 Client -------------------------------------------------------------------------------------
 
 ANSWER_LIMIT_BYTES = 256 << 20
 CONNECT_S = 10.0
@@ -801,7 +753,139 @@ def is_this_machine(host: str) -> bool:
     return False
 
 
-# ---- 3 Scenario -----------------------------------------------------------------------------------
+# ---- 4 Catalogue ----------------------------------------------------------------------------------
+
+class Parameter(NamedTuple):
+    """One row of the parameter table: its kind, its limits (inclusive) and what it means."""
+
+    kind: str
+    about: str
+    low: float = 0
+    high: float = 0
+    words: tuple[str, ...] = ()
+
+
+PRESET_WORDS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower",
+                "veryslow")
+CODECS = ("h264", "h265", "av1", "vp9")
+CODEC_ALIASES = {"hevc": "h265", "x264": "h264", "x265": "h265", "avc": "h264"}
+CONTAINERS = ("mp4", "mov", "matroska", "webm", "flv", "mpegts")
+CONTAINER_ALIASES = {"mkv": "matroska", "ts": "mpegts", "m4v": "mp4"}
+QUALITY_METRICS = ("psnr", "ssim", "vmaf", "xpsnr")
+
+PARAMETERS: dict[str, Parameter] = {
+    "input": Parameter("place", "path under the media root, or URL; none: a generated source"),
+    "output": Parameter("place", "path, or rtmp/srt/http URL; none: encoded, measured, discarded"),
+    "duration": Parameter("number", "seconds; of a real input its first so many", 0.04, 30 * _DAY_S),
+    "bitrate": Parameter("bitrate", "video bit/s: 15000k, 5M or a number", 1000, 2e9),
+    "crf": Parameter("number", "constant quality, lower is better (with bitrate: its ceiling)", 0, 63),
+    "codec": Parameter("word", "h264, h265, av1 or vp9", words=CODECS),
+    "encoder": Parameter("name", "FFmpeg's name of an encoder, chosen by the agent unless said"),
+    "preset": Parameter("preset", "ultrafast … veryslow for every codec, or the encoder's own", 0, 13),
+    "width": Parameter("size", "pixels, even", 16, 16384),
+    "height": Parameter("size", "pixels, even", 16, 16384),
+    "fps": Parameter("rate", "frames per second: 30, 29.97 or 30000/1001", 1, 480),
+    "pixel_format": Parameter("name", "FFmpeg's name, such as yuv420p10le"),
+    "audio": Parameter("bool", "false drops the sound"),
+    "container": Parameter("word", "mp4, mov, matroska, webm, flv or mpegts", words=CONTAINERS),
+    "gop": Parameter("whole", "frames from one key frame to the next, at most", 1, 100000),
+    "two_pass": Parameter("bool", "two passes; needs a bitrate"),
+    "realtime": Parameter("bool", "read the input at its own speed"),
+    "hwaccel": Parameter("name", "FFmpeg's name of a hardware decoder, such as cuda or vaapi"),
+    "threads": Parameter("whole", "encoder threads", 1, 1024),
+    "overwrite": Parameter("bool", "true replaces an output that exists; else it is refused"),
+    "max_memory_mb": Parameter("whole", "MiB that the job's processes may use", 16, 1 << 24),
+    "max_cpu_percent": Parameter("number", "CPU time that they may use; 100 is one core", 1, 102400),
+    "quality": Parameter("words", "metrics to take: psnr, ssim, vmaf, xpsnr", words=QUALITY_METRICS),
+    "settle": Parameter("number", "seconds of rest before each encode, not measured", 0, _DAY_S),
+    "cooldown": Parameter("number", "seconds of rest after each encode, not measured", 0, _DAY_S),
+    "timeout": Parameter("number", "seconds the whole job may take", 1, 30 * _DAY_S),
+    "extra_args": Parameter("words", "more FFmpeg arguments; only where the master allows it"),
+}
+INPUT_SCHEMES = ("http", "https", "rtmp", "rtmps", "srt")
+OUTPUT_SCHEMES = ("rtmp", "rtmps", "srt", "http", "https")
+CONTAINER_OF_SUFFIX = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm",
+                       ".flv": "flv", ".ts": "mpegts", ".m2ts": "mpegts"}
+CONTAINER_OF_SCHEME = {"rtmp": "flv", "rtmps": "flv", "srt": "mpegts", "http": "mpegts", "https": "mpegts"}
+CONTAINER_CODECS = {"webm": ("vp9", "av1"), "flv": ("h264",), "mpegts": ("h264", "h265"),
+                    "mov": ("h264", "h265", "av1")}
+
+
+class Encoder(NamedTuple):
+    """One row of the encoder table; argument templates take the fields of `_encoder_args`.
+
+    `presets` are the encoder's own words for PRESET_WORDS, `own` a pattern of all its own words.
+    `cost` is its work per pixel against libx264 at the same preset word, roughly.
+    """
+
+    codec: str
+    hardware: bool = False
+    cost: float = 1
+    presets: tuple[str, ...] = ()
+    own: str = ""
+    preset_args: tuple[str, ...] = ("-preset", "{preset}")
+    crf: int | None = None
+    crf_args: tuple[str, ...] = ("-crf", "{crf}")
+    bitrate_args: tuple[str, ...] = ("-b:v", "{bitrate}")
+    thread_args: tuple[str, ...] = ()
+    two_pass: bool = False
+    ten_bit: str | None = "yuv420p10le"
+
+
+_X_OWN = "|".join((*PRESET_WORDS, "placebo"))
+_NVENC_WORDS = ("p1", "p1", "p2", "p3", "p4", "p4", "p5", "p6", "p7")
+_QSV_WORDS = ("veryfast", "veryfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
+_VBV = ("-b:v", "{bitrate}", "-maxrate", "{maxrate}", "-bufsize", "{bufsize}")
+_THREADS = ("-threads", "{threads}")
+_ROWS = (*_THREADS, "-row-mt", "1")
+_P010 = {"h264": None, "h265": "p010le", "av1": "p010le", "vp9": "p010le"}
+_WORDS = {"h264": "h264", "hevc": "h265", "av1": "av1", "vp9": "vp9"}  # FFmpeg's word of a codec -> ours
+
+ENCODERS: dict[str, Encoder] = {
+    **{f"{word}_nvenc": Encoder(codec, True, 0, _NVENC_WORDS, "p[1-7]", crf=28 if codec == "h265" else 23,
+                                crf_args=("-rc", "vbr", "-cq", "{crf}", "-b:v", "0"),
+                                bitrate_args=("-rc", "vbr", *_VBV), ten_bit=_P010[codec])
+       for word, codec in _WORDS.items() if codec != "vp9"},
+    **{f"{word}_qsv": Encoder(codec, True, 0, _QSV_WORDS, "|".join(_QSV_WORDS), crf=25,
+                              crf_args=("-global_quality", "{crf}"), bitrate_args=_VBV, ten_bit=_P010[codec])
+       for word, codec in _WORDS.items()},
+    **{f"{word}_vaapi": Encoder(codec, True, 0, crf=25, crf_args=("-rc_mode", "CQP", "-qp", "{crf}"),
+                                bitrate_args=_VBV, ten_bit=None)
+       for word, codec in _WORDS.items()},
+    "h264_v4l2m2m": Encoder("h264", True, 0, ten_bit=None),
+    "libx264": Encoder("h264", False, 1, PRESET_WORDS, _X_OWN, crf=23, bitrate_args=_VBV,
+                       thread_args=_THREADS, two_pass=True),
+    "libx265": Encoder("h265", False, 4, PRESET_WORDS, _X_OWN, crf=28, bitrate_args=_VBV, two_pass=True),
+    "libsvtav1": Encoder("av1", False, 3, ("12", "11", "10", "9", "8", "7", "6", "5", "4"), r"\d|1[0-3]",
+                         crf=35, thread_args=("-svtav1-params", "lp={threads}")),
+    "libaom-av1": Encoder("av1", False, 12, ("8", "8", "8", "7", "6", "5", "4", "3", "2"), "[0-8]",
+                          ("-cpu-used", "{preset}"), 32, ("-crf", "{crf}", "-b:v", "0"), thread_args=_ROWS,
+                          two_pass=True),
+    "libvpx-vp9": Encoder("vp9", False, 5, ("8", "7", "6", "5", "4", "3", "2", "1", "0"), "[0-8]",
+                          ("-deadline", "{deadline}", "-cpu-used", "{preset}"), 33,
+                          ("-crf", "{crf}", "-b:v", "0"),
+                          thread_args=(*_ROWS, "-tile-columns", "{tile_columns}"), two_pass=True),
+    "librav1e": Encoder("av1", False, 15, ("10", "10", "9", "8", "8", "6", "5", "3", "2"), r"\d|10",
+                        ("-speed", "{preset}"), 100, ("-qp", "{crf}")),
+    "libopenh264": Encoder("h264", thread_args=_THREADS, ten_bit=None),
+}
+LADDER_KBPS = ((2160, 12000), (1440, 8000), (1080, 5000), (720, 2500), (480, 1200), (0, 700))
+THREADS_WORTH = ((2160, 32), (1080, 16), (720, 8), (0, 4))
+CODEC_SAVING = {"h264": 1.0, "h265": 0.6, "vp9": 0.6, "av1": 0.5}
+# Pixels per second and thread, weighed by the encoder's cost, up to which each preset word still
+# leaves a batch encode at a bearable speed, and (second) a live one above the clock.
+PRESET_LOADS = (("medium", 8e6, 3e6), ("fast", 16e6, 5e6), ("veryfast", 48e6, 12e6),
+                ("superfast", 96e6, 24e6), ("ultrafast", math.inf, math.inf))
+
+# scheme of an input -> the protocols that opening it may use
+PROTOCOLS = {None: "file,crypto", "http": "http,https,tls,tcp,crypto", "https": "https,tls,tcp,crypto",
+             "rtmp": "rtmp,tcp", "rtmps": "rtmps,tls,tcp", "srt": "srt,udp"}
+# Playlists and concat files are no films: they could name other files and hosts.
+FILM_FORMATS = ("matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,"
+                "flv,live_flv,asf,ogg,mxf,nut,rm,dv,gxf,wtv,vc1,mjpeg,yuv4mpegpipe,gif,apng,wav,mp3,flac,aac")
+
+
+# ---- 5 Scenario -----------------------------------------------------------------------------------
 
 _SCENARIO = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SIZE_WORD = re.compile(r"(?:([248])K|(\d{2,5})p)(\d{1,4})?", re.IGNORECASE)
@@ -810,13 +894,6 @@ _BITRATE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgG]?)(?:bps|bit/s)?")
 _RATE = re.compile(r"\d{1,12}(?:\.\d{1,9}|/\d{1,12})?")
 _NAME = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-INPUT_SCHEMES = ("http", "https", "rtmp", "rtmps", "srt")
-OUTPUT_SCHEMES = ("rtmp", "rtmps", "srt", "http", "https")
-CONTAINER_OF_SUFFIX = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm",
-                       ".flv": "flv", ".ts": "mpegts", ".m2ts": "mpegts"}
-CONTAINER_OF_SCHEME = {"rtmp": "flv", "rtmps": "flv", "srt": "mpegts", "http": "mpegts", "https": "mpegts"}
-CONTAINER_CODECS = {"webm": ("vp9", "av1"), "flv": ("h264",), "mpegts": ("h264", "h265"),
-                    "mov": ("h264", "h265", "av1")}
 GENERATED = {"width": 1280, "height": 720, "fps": 30, "duration": 10}
 BASELINE = "baseline"  # the word of a scenario that measures the idle machine and encodes nothing
 BASELINE_S = 60
@@ -1237,88 +1314,12 @@ def _refuse_what_cannot_be(values: Json) -> None:
         raise _bad("two_pass", f"is not possible with {encoder}")
 
 
-class Encoder(NamedTuple):
-    """One row of the encoder table; argument templates take the fields of `_encoder_args`.
-
-    `presets` are the encoder's own words for PRESET_WORDS, `own` a pattern of all its own words.
-    `cost` is its work per pixel against libx264 at the same preset word, roughly.
-    """
-
-    codec: str
-    hardware: bool = False
-    cost: float = 1
-    presets: tuple[str, ...] = ()
-    own: str = ""
-    preset_args: tuple[str, ...] = ("-preset", "{preset}")
-    crf: int | None = None
-    crf_args: tuple[str, ...] = ("-crf", "{crf}")
-    bitrate_args: tuple[str, ...] = ("-b:v", "{bitrate}")
-    thread_args: tuple[str, ...] = ()
-    two_pass: bool = False
-    ten_bit: str | None = "yuv420p10le"
-
-
-_X_OWN = "|".join((*PRESET_WORDS, "placebo"))
-_NVENC_WORDS = ("p1", "p1", "p2", "p3", "p4", "p4", "p5", "p6", "p7")
-_QSV_WORDS = ("veryfast", "veryfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
-_VBV = ("-b:v", "{bitrate}", "-maxrate", "{maxrate}", "-bufsize", "{bufsize}")
-_THREADS = ("-threads", "{threads}")
-_ROWS = (*_THREADS, "-row-mt", "1")
-_P010 = {"h264": None, "h265": "p010le", "av1": "p010le", "vp9": "p010le"}
-_WORDS = {"h264": "h264", "hevc": "h265", "av1": "av1", "vp9": "vp9"}  # FFmpeg's word of a codec -> ours
-
-ENCODERS: dict[str, Encoder] = {
-    **{f"{word}_nvenc": Encoder(codec, True, 0, _NVENC_WORDS, "p[1-7]", crf=28 if codec == "h265" else 23,
-                                crf_args=("-rc", "vbr", "-cq", "{crf}", "-b:v", "0"),
-                                bitrate_args=("-rc", "vbr", *_VBV), ten_bit=_P010[codec])
-       for word, codec in _WORDS.items() if codec != "vp9"},
-    **{f"{word}_qsv": Encoder(codec, True, 0, _QSV_WORDS, "|".join(_QSV_WORDS), crf=25,
-                              crf_args=("-global_quality", "{crf}"), bitrate_args=_VBV, ten_bit=_P010[codec])
-       for word, codec in _WORDS.items()},
-    **{f"{word}_vaapi": Encoder(codec, True, 0, crf=25, crf_args=("-rc_mode", "CQP", "-qp", "{crf}"),
-                                bitrate_args=_VBV, ten_bit=None)
-       for word, codec in _WORDS.items()},
-    "h264_v4l2m2m": Encoder("h264", True, 0, ten_bit=None),
-    "libx264": Encoder("h264", False, 1, PRESET_WORDS, _X_OWN, crf=23, bitrate_args=_VBV,
-                       thread_args=_THREADS, two_pass=True),
-    "libx265": Encoder("h265", False, 4, PRESET_WORDS, _X_OWN, crf=28, bitrate_args=_VBV, two_pass=True),
-    "libsvtav1": Encoder("av1", False, 3, ("12", "11", "10", "9", "8", "7", "6", "5", "4"), r"\d|1[0-3]",
-                         crf=35, thread_args=("-svtav1-params", "lp={threads}")),
-    "libaom-av1": Encoder("av1", False, 12, ("8", "8", "8", "7", "6", "5", "4", "3", "2"), "[0-8]",
-                          ("-cpu-used", "{preset}"), 32, ("-crf", "{crf}", "-b:v", "0"), thread_args=_ROWS,
-                          two_pass=True),
-    "libvpx-vp9": Encoder("vp9", False, 5, ("8", "7", "6", "5", "4", "3", "2", "1", "0"), "[0-8]",
-                          ("-deadline", "{deadline}", "-cpu-used", "{preset}"), 33,
-                          ("-crf", "{crf}", "-b:v", "0"),
-                          thread_args=(*_ROWS, "-tile-columns", "{tile_columns}"), two_pass=True),
-    "librav1e": Encoder("av1", False, 15, ("10", "10", "9", "8", "8", "6", "5", "3", "2"), r"\d|10",
-                        ("-speed", "{preset}"), 100, ("-qp", "{crf}")),
-    "libopenh264": Encoder("h264", thread_args=_THREADS, ten_bit=None),
-}
-
-
-# ---- 4 Command ------------------------------------------------------------------------------------
+# ---- 6 Command ------------------------------------------------------------------------------------
 
 QUIET = ("-hide_banner", "-nostdin")
 PROGRESS_ARGS = ("-nostats", "-progress", "pipe:1")
 GENERATED_CLIP_S = 2
 TONE = "sine=frequency=440:sample_rate=48000"
-LADDER_KBPS = ((2160, 12000), (1440, 8000), (1080, 5000), (720, 2500), (480, 1200), (0, 700))
-THREADS_WORTH = ((2160, 32), (1080, 16), (720, 8), (0, 4))
-CODEC_SAVING = {"h264": 1.0, "h265": 0.6, "vp9": 0.6, "av1": 0.5}
-# Pixels per second and thread, weighed by the encoder's cost, up to which each preset word still
-# leaves a batch encode at a bearable speed, and (second) a live one above the clock.
-PRESET_LOADS = (("medium", 8e6, 3e6), ("fast", 16e6, 5e6), ("veryfast", 48e6, 12e6),
-                ("superfast", 96e6, 24e6), ("ultrafast", math.inf, math.inf))
-
-
-class Failure(Exception):
-    """Why an attempt failed: a sentence that names the file or field, and a `failure_reason` word."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.message = message
 
 
 @dataclass(frozen=True)
@@ -1591,14 +1592,6 @@ def rate_mode_of(version: str | None) -> str:
     return "-vsync" if match and (int(match[1]), int(match[2])) < (5, 1) else "-fps_mode"
 
 
-# scheme of an input -> the protocols that opening it may use
-PROTOCOLS = {None: "file,crypto", "http": "http,https,tls,tcp,crypto", "https": "https,tls,tcp,crypto",
-             "rtmp": "rtmp,tcp", "rtmps": "rtmps,tls,tcp", "srt": "srt,udp"}
-# Playlists and concat files are no films: they could name other files and hosts.
-FILM_FORMATS = ("matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,"
-                "flv,live_flv,asf,ogg,mxf,nut,rm,dv,gxf,wtv,vc1,mjpeg,yuv4mpegpipe,gif,apng,wav,mp3,flac,aac")
-
-
 def open_args(url: str, demuxer: str, http_args: Sequence[str]) -> list[str]:
     """Return the options that open an input: the protocols and formats allowed, and the format if known."""
     scheme = scheme_of(url)
@@ -1708,7 +1701,7 @@ def probe_command(ffprobe: str, url: str, demuxer: str = "", http_args: Sequence
             *open_args(url, demuxer, http_args)]
 
 
-# ---- 5 Progress -----------------------------------------------------------------------------------
+# ---- 7 Output -------------------------------------------------------------------------------------
 
 _LEVEL = re.compile(r"^(?:\[[^\]]*\] |x26[45] )?\[(fatal|error|panic|warning)\]:? ")
 _PREFIX = re.compile(r"\[(?:[^\]\s]+ @ 0x[0-9a-f]+|fatal|error|panic|warning|info)\]:? ?")
@@ -1972,7 +1965,54 @@ def parse_scores(metric: str, words: Iterable[str], frames: Iterable[str]) -> tu
     return found, count
 
 
-# ---- 6 Meter --------------------------------------------------------------------------------------
+# ---- 8 Statistics ---------------------------------------------------------------------------------
+
+# Student's t, 97.5 %, for 1 to 10 degrees of freedom
+_STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+
+
+def interval(values: Sequence[float]) -> Json:
+    """Return n, mean, stdev and the 95 % interval of the mean by Student's t, of two values or more.
+
+    `relative` is half the interval over the mean, None where the mean is 0.
+    """
+    mean, stdev, free = statistics.fmean(values), statistics.stdev(values), len(values) - 1
+    z = 1.959964
+    student = _STUDENT[free - 1] if free <= len(_STUDENT) else (  # Abramowitz & Stegun 26.7.5
+        z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3))
+    half = student * stdev / math.sqrt(len(values))
+    return {"n": len(values), "mean": mean, "stdev": stdev, "ci95_low": mean - half, "ci95_high": mean + half,
+            "relative": half / abs(mean) if mean else None}
+
+
+INTERVAL_MOST = {"high": 0.02, "medium": 0.05}  # half the 95 % interval over the mean
+RUNS_LEAST = 3  # without the warm-up
+
+
+def confidence_of(intervals: Iterable[Mapping[str, Any]]) -> str:
+    """Return low, medium or high: what all these intervals are narrow enough for."""
+    widths = [math.inf if row["relative"] is None else row["relative"] for row in intervals]
+    return next((word for word, most in INTERVAL_MOST.items() if widths and max(widths) <= most), "low")
+
+
+def outliers(values: Sequence[float]) -> list[bool]:
+    """Tell of each value whether it lies beyond 3 scaled median absolute deviations; of few, none does."""
+    middle = statistics.median(values) if values else 0.0
+    spread = statistics.median(abs(value - middle) for value in values) if values else 0.0
+    limit = max(3 * 1.4826 * spread, 0.001 * abs(middle))  # of equal values a hair is no outlier
+    return [len(values) > RUNS_LEAST and abs(value - middle) > limit for value in values]
+
+
+def batch_means(values: Sequence[float], batches: int = 10) -> list[float]:
+    """Return the means of ten equal stretches of a run, for neighbours are alike; [] of too few samples."""
+    if len(values) < 3 * batches:
+        return []
+    edges = [len(values) * at // batches for at in range(batches + 1)]
+    return [statistics.fmean(values[low:high]) for low, high in zip(edges, edges[1:])]
+
+
+# ---- 9 Meter --------------------------------------------------------------------------------------
 
 SAMPLE_S = 1.0
 SERIES_MOST = 240  # points; even
@@ -1982,8 +2022,6 @@ IDLE_REST_S = 30.0  # without an attempt before one
 IDLE_EVERY_S = 600.0
 IDLE_RETRY_S = 60.0
 IDLE_BUSY_PERCENT = 10.0  # of the machine's CPUs: what is still called idle
-INTERVAL_MOST = {"high": 0.02, "medium": 0.05}  # half the 95 % interval over the mean
-RUNS_LEAST = 3  # without the warm-up
 
 
 class Series:
@@ -2392,21 +2430,7 @@ def least_covered_s(ledger: Ledger) -> float:
     return min((covered_s for _, covered_s in ledger.gpus.values()), default=0.0)
 
 
-def confidence_of(intervals: Iterable[Mapping[str, Any]]) -> str:
-    """Return low, medium or high: what all these intervals are narrow enough for."""
-    widths = [math.inf if row["relative"] is None else row["relative"] for row in intervals]
-    return next((word for word, most in INTERVAL_MOST.items() if widths and max(widths) <= most), "low")
-
-
-def outliers(values: Sequence[float]) -> list[bool]:
-    """Tell of each value whether it lies beyond 3 scaled median absolute deviations; of few, none does."""
-    middle = statistics.median(values) if values else 0.0
-    spread = statistics.median(abs(value - middle) for value in values) if values else 0.0
-    limit = max(3 * 1.4826 * spread, 0.001 * abs(middle))  # of equal values a hair is no outlier
-    return [len(values) > RUNS_LEAST and abs(value - middle) > limit for value in values]
-
-
-# ---- 7 Places -------------------------------------------------------------------------------------
+# ---- 10 Places ------------------------------------------------------------------------------------
 
 # Where clouds tell a machine its secrets, beside the link-local addresses that most of them use.
 METADATA = frozenset(map(ipaddress.ip_address, (
@@ -2822,18 +2846,14 @@ class Places:
         return made, {"root": root.path, "parts": parts[:-1]}
 
 
-# ---- 8 Run ----------------------------------------------------------------------------------------
+# ---- 11 Run ---------------------------------------------------------------------------------------
 
 CONFIDENCES = ("auto", "low", "medium", "high")
-RUNS_MOST = {"high": 20, "medium": 10}
-REPEATS_S = 3600.0  # no run begins that would end after so long
 GRACE_S = 1.0
 KEPT_LINES = 60
 UNSENT_LINES = 10_000
-CACHE_LIMIT_BYTES = 1 << 30
 PROBE_S = 60.0
 NICE = ("nice", "-n", "10")
-HIDDEN_NOTE = "hidden"  # in an attempt's folder: where its output is, which has no name yet
 CRASHES = tuple(-number for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGTRAP))
 DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")  # util-linux 2.33; busybox has none
 _SLICE_S = 0.25
@@ -3004,59 +3024,6 @@ class Workplace:
     def node(self) -> str:
         """This node's name, for sentences."""
         return self.machine.name
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What an attempt came to. `status` is completed, failed, canceled, returned or lost."""
-
-    status: str
-    settings: Settings | None = None
-    plan: Plan | None = None
-    ledger: Ledger = dataclasses.field(default_factory=Ledger)
-    progress: Progress = Progress()
-    wall_s: float = 0.0
-    output_bytes: int | None = None
-    output_s: float | None = None
-    runs: tuple[Outcome, ...] = ()  # of a job that was repeated: all, the warm-up first
-    confidence: str = "low"  # what was asked for
-    quality: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
-    unknown: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    damaged: int = 0
-    error: str | None = None
-    failure_reason: str | None = None
-    limits: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-def runs_most(confidence: str) -> int:
-    """Return how often a job of this confidence is encoded at most, with the warm-up."""
-    return RUNS_MOST[confidence] + 1 if confidence in RUNS_MOST else 1
-
-
-def measured_runs(runs: Sequence[Outcome]) -> list[Outcome]:
-    """Return the runs that count: the first of several is a warm-up."""
-    return list(runs[1:] or runs)
-
-
-def intervals_of(runs: Sequence[Outcome]) -> dict[str, Json]:
-    """Return the statistics of time and, where it is known, of energy, of runs that count."""
-    if len(runs) < 2:
-        return {}
-    found = {"duration": interval([run.wall_s for run in runs])}
-    energies = [energy_of(run.ledger).joules for run in runs]
-    if None not in energies:
-        found["energy_joules"] = interval([joules or 0.0 for joules in energies])
-    return found
-
-
-def wants_another(confidence: str, runs: Sequence[Outcome], elapsed_s: float, left_s: float) -> bool:
-    """Tell whether to encode once more; `elapsed_s` is of all runs so far, `left_s` until the timeout."""
-    one_s = elapsed_s / len(runs)
-    if len(runs) >= runs_most(confidence) or elapsed_s + one_s > REPEATS_S or one_s * 1.1 > left_s:
-        return False
-    counted = measured_runs(runs) if len(runs) > 1 else []
-    reached = confidence_of(intervals_of(counted).values()) if len(counted) >= RUNS_LEAST else "low"
-    return CONFIDENCES.index(reached) < CONFIDENCES.index(confidence)
 
 
 # All that FFmpeg says of a redirect that it may not follow, and of some other troubles.
@@ -3242,6 +3209,67 @@ class Supervisor:
                 raise Failure("out_of_disk", f"{shown} on {self._place.node} has {size_text(space[1])} free "
                               f"and {size_text(wanted)} are wanted: make room there, or set that agent's "
                               "--min-free")
+
+
+# ---- 12 Attempt -----------------------------------------------------------------------------------
+
+RUNS_MOST = {"high": 20, "medium": 10}
+REPEATS_S = 3600.0  # no run begins that would end after so long
+CACHE_LIMIT_BYTES = 1 << 30
+HIDDEN_NOTE = "hidden"  # in an attempt's folder: where its output is, which has no name yet
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an attempt came to. `status` is completed, failed, canceled, returned or lost."""
+
+    status: str
+    settings: Settings | None = None
+    plan: Plan | None = None
+    ledger: Ledger = dataclasses.field(default_factory=Ledger)
+    progress: Progress = Progress()
+    wall_s: float = 0.0
+    output_bytes: int | None = None
+    output_s: float | None = None
+    runs: tuple[Outcome, ...] = ()  # of a job that was repeated: all, the warm-up first
+    confidence: str = "low"  # what was asked for
+    quality: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+    unknown: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    damaged: int = 0
+    error: str | None = None
+    failure_reason: str | None = None
+    limits: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def runs_most(confidence: str) -> int:
+    """Return how often a job of this confidence is encoded at most, with the warm-up."""
+    return RUNS_MOST[confidence] + 1 if confidence in RUNS_MOST else 1
+
+
+def measured_runs(runs: Sequence[Outcome]) -> list[Outcome]:
+    """Return the runs that count: the first of several is a warm-up."""
+    return list(runs[1:] or runs)
+
+
+def intervals_of(runs: Sequence[Outcome]) -> dict[str, Json]:
+    """Return the statistics of time and, where it is known, of energy, of runs that count."""
+    if len(runs) < 2:
+        return {}
+    found = {"duration": interval([run.wall_s for run in runs])}
+    energies = [energy_of(run.ledger).joules for run in runs]
+    if None not in energies:
+        found["energy_joules"] = interval([joules or 0.0 for joules in energies])
+    return found
+
+
+def wants_another(confidence: str, runs: Sequence[Outcome], elapsed_s: float, left_s: float) -> bool:
+    """Tell whether to encode once more; `elapsed_s` is of all runs so far, `left_s` until the timeout."""
+    one_s = elapsed_s / len(runs)
+    if len(runs) >= runs_most(confidence) or elapsed_s + one_s > REPEATS_S or one_s * 1.1 > left_s:
+        return False
+    counted = measured_runs(runs) if len(runs) > 1 else []
+    reached = confidence_of(intervals_of(counted).values()) if len(counted) >= RUNS_LEAST else "low"
+    return CONFIDENCES.index(reached) < CONFIDENCES.index(confidence)
 
 
 class Attempt(Supervisor):
@@ -3640,7 +3668,7 @@ def _read_words(path: Path) -> list[str]:
         return []
 
 
-# ---- 9 Analysis -----------------------------------------------------------------------------------
+# ---- 13 Analysis ----------------------------------------------------------------------------------
 
 # What an analysis may recommend: README lists them.
 RECOMMENDATIONS = {
@@ -3816,14 +3844,6 @@ def confidence_reached(outcome: Outcome) -> tuple[str, list[str]]:
                   *([f"{outcome.confidence} confidence was not reached"] if missed else [])]
 
 
-def batch_means(values: Sequence[float], batches: int = 10) -> list[float]:
-    """Return the means of ten equal stretches of a run, for neighbours are alike; [] of too few samples."""
-    if len(values) < 3 * batches:
-        return []
-    edges = [len(values) * at // batches for at in range(batches + 1)]
-    return [statistics.fmean(values[low:high]) for low, high in zip(edges, edges[1:])]
-
-
 def analyze(settings: Settings, made: Plan, metrics: Json, machine: Machine, given: Json) -> Json:
     """Return scenario, recommendation (a word of RECOMMENDATIONS), reasons and a suggestion to submit.
 
@@ -3951,43 +3971,7 @@ def _history(outcome: Outcome) -> Json:
             "series": {"start": utc_text(ledger.started), "power_source": ledger.power_source, **series}}
 
 
-# ---- 10 Agent -------------------------------------------------------------------------------------
-
-BACKOFF_FIRST_S = 0.5
-BACKOFF_MOST_S = 15.0
-PROGRESS_S = 2.0
-LINES_A_REPORT = 500
-LEAVE_S = 5.0
-STRANGER = ("node_id", "session")  # fields of refusals after which the poller registers again, or ends
-PUBLISH_S = 10.0  # how long the master's word to name an output counts, from when it was asked
-HELP_S = 10.0  # for FFmpeg to tell its options
-HASTY_MOST = 5
-
-
-@dataclass(frozen=True)
-class Options:
-    """The agent's flags, checked."""
-
-    master: str
-    register: bool
-    poll_interval_s: float
-    heartbeat_interval_s: float
-    max_concurrent_jobs: int
-    state_dir: Path
-    work_dir: Path
-    media_root: str | None
-    name: str | None
-    allow_address: tuple[str, ...]
-    min_free_bytes: int = 0
-    stall_limit_s: float = 300.0
-    drain_limit_s: float = 30.0
-    power_model: tuple[float, float] | None = None
-    own_paths: bool = False
-
-
-class Superseded(Exception):
-    """A newer start of this node has taken over: this one ends."""
-
+# ---- 14 State -------------------------------------------------------------------------------------
 
 class Spool:
     """Reports on disk, from before the first try until the master has said that it knows."""
@@ -4025,6 +4009,109 @@ class Spool:
     def waiting(self) -> list[tuple[str, int]]:
         """Return job and attempt of each report that waits."""
         return [(result["job_id"], result["attempt"]) for _, result in self.entries()]
+
+
+class Identity(NamedTuple):
+    """Who this node is: its id, which everybody may know, and the secret that proves it."""
+
+    id: str
+    secret: str
+
+
+def read_identity(path: Path) -> Identity | None:
+    """Return the identity that a state folder keeps, with a new secret if it has none; None without an id."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        secret = kept.get("secret")
+        return Identity(str(uuid.UUID(str(kept["id"]))),
+                        secret if isinstance(secret, str) and secret else secrets.token_hex(32))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def locked_folder(folder: Path, what: str) -> int:
+    """Make a folder that is ours alone and lock it; return the descriptor that holds the lock.
+
+    SystemExit with a sentence when another agent holds it or it cannot be used.
+    """
+    flag = f"--{what.replace(' folder', '').replace(' ', '-')}-dir"
+    try:
+        make_private_folder(folder)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "permission denied", str(folder))
+    except BlockingIOError:
+        raise SystemExit(f"agent: {what} {folder} is in use by another agent on this machine; give this one "
+                         f"its own with {flag}") from None
+    except OSError as error:
+        raise SystemExit(f"agent: {what} {folder} cannot be used: {_cause(error)}, or name another "
+                         f"with {flag}") from None
+    return descriptor
+
+
+def why_unsafe(root: str, homes: Iterable[str], own: Iterable[str]) -> str:
+    """Return why a folder is no place for strangers' jobs, "" where it may be: all are real paths.
+
+    It must not be or hold a home folder, nor hold one of the agent's `own` files and folders, nor lie in one.
+    """
+    def within(path: str, folder: str) -> bool:
+        return path == folder or path.startswith(f"{folder.rstrip('/')}/")
+    if root == "/":
+        return "is the whole machine"
+    home = next((home for home in homes if within(home, root)), None)
+    if home is not None:
+        return "is a home folder" if home == root else f"holds the home folder {home}"
+    file = next((file for file in own if within(file, root) or within(root, file)), None)
+    return "" if file is None else f"holds the agent's own {file}" if within(file, root) else (
+        f"lies in the agent's own {file}")
+
+
+def home_folders() -> list[str]:
+    """Return the home folders of all who may log in on this machine."""
+    closed = ("nologin", "false", "sync", "shutdown", "halt")
+    homes = [account.pw_dir for account in pwd.getpwall()
+             if os.path.basename(account.pw_shell) not in closed or account.pw_uid == os.geteuid()]
+    real = {os.path.realpath(home) for home in (os.path.expanduser("~"), *homes) if os.path.isabs(home)}
+    return sorted(real - {"/"})
+
+
+# ---- 15 Agent -------------------------------------------------------------------------------------
+
+BACKOFF_FIRST_S = 0.5
+BACKOFF_MOST_S = 15.0
+PROGRESS_S = 2.0
+LINES_A_REPORT = 500
+LEAVE_S = 5.0
+STRANGER = ("node_id", "session")  # fields of refusals after which the poller registers again, or ends
+PUBLISH_S = 10.0  # how long the master's word to name an output counts, from when it was asked
+HELP_S = 10.0  # for FFmpeg to tell its options
+HASTY_MOST = 5
+
+
+@dataclass(frozen=True)
+class Options:
+    """The agent's flags, checked."""
+
+    master: str
+    register: bool
+    poll_interval_s: float
+    heartbeat_interval_s: float
+    max_concurrent_jobs: int
+    state_dir: Path
+    work_dir: Path
+    media_root: str | None
+    name: str | None
+    allow_address: tuple[str, ...]
+    min_free_bytes: int = 0
+    stall_limit_s: float = 300.0
+    drain_limit_s: float = 30.0
+    power_model: tuple[float, float] | None = None
+    own_paths: bool = False
+
+
+class Superseded(Exception):
+    """A newer start of this node has taken over: this one ends."""
 
 
 class Agent:
@@ -4488,72 +4575,7 @@ def http_args_of(host: hwdetect.Host, ffmpeg: str) -> tuple[str, ...]:
     return ("-max_redirects", "0") if "max_redirects" in told else ()
 
 
-class Identity(NamedTuple):
-    """Who this node is: its id, which everybody may know, and the secret that proves it."""
-
-    id: str
-    secret: str
-
-
-def read_identity(path: Path) -> Identity | None:
-    """Return the identity that a state folder keeps, with a new secret if it has none; None without an id."""
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        secret = kept.get("secret")
-        return Identity(str(uuid.UUID(str(kept["id"]))),
-                        secret if isinstance(secret, str) and secret else secrets.token_hex(32))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def locked_folder(folder: Path, what: str) -> int:
-    """Make a folder that is ours alone and lock it; return the descriptor that holds the lock.
-
-    SystemExit with a sentence when another agent holds it or it cannot be used.
-    """
-    flag = f"--{what.replace(' folder', '').replace(' ', '-')}-dir"
-    try:
-        make_private_folder(folder)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, "permission denied", str(folder))
-    except BlockingIOError:
-        raise SystemExit(f"agent: {what} {folder} is in use by another agent on this machine; give this one "
-                         f"its own with {flag}") from None
-    except OSError as error:
-        raise SystemExit(f"agent: {what} {folder} cannot be used: {_cause(error)}, or name another "
-                         f"with {flag}") from None
-    return descriptor
-
-
-def why_unsafe(root: str, homes: Iterable[str], own: Iterable[str]) -> str:
-    """Return why a folder is no place for strangers' jobs, "" where it may be: all are real paths.
-
-    It must not be or hold a home folder, nor hold one of the agent's `own` files and folders, nor lie in one.
-    """
-    def within(path: str, folder: str) -> bool:
-        return path == folder or path.startswith(f"{folder.rstrip('/')}/")
-    if root == "/":
-        return "is the whole machine"
-    home = next((home for home in homes if within(home, root)), None)
-    if home is not None:
-        return "is a home folder" if home == root else f"holds the home folder {home}"
-    file = next((file for file in own if within(file, root) or within(root, file)), None)
-    return "" if file is None else f"holds the agent's own {file}" if within(file, root) else (
-        f"lies in the agent's own {file}")
-
-
-def home_folders() -> list[str]:
-    """Return the home folders of all who may log in on this machine."""
-    closed = ("nologin", "false", "sync", "shutdown", "halt")
-    homes = [account.pw_dir for account in pwd.getpwall()
-             if os.path.basename(account.pw_shell) not in closed or account.pw_uid == os.geteuid()]
-    real = {os.path.realpath(home) for home in (os.path.expanduser("~"), *homes) if os.path.isabs(home)}
-    return sorted(real - {"/"})
-
-
-# ---- 11 CLI ---------------------------------------------------------------------------------------
+# ---- 16 CLI ---------------------------------------------------------------------------------------
 
 COMMON_FLAGS = (
     Flag("--max-concurrent-jobs", "1", whole_number(1, 256), "jobs to run side by side (1)"),

@@ -178,8 +178,9 @@ class Layers(unittest.TestCase):
                 found = imported(ast.parse(path.read_text(encoding="utf-8"))) - {*MODULES, "tests"}
                 self.assertEqual([name for name in sorted(found) if not is_standard(name)], [])
 
-    def test_ffdist_uses_only_the_first_three_sections_of_agent_and_no_private_name(self) -> None:
-        shared = {name for section, statement in SOURCES["agent"].statements() if 1 <= section.number <= 3
+    def test_ffdist_uses_only_what_is_shared_of_agent_and_no_private_name(self) -> None:
+        rooms = {"Wire", "Words", "Client", "Catalogue", "Scenario", "Statistics"}
+        shared = {name for section, statement in SOURCES["agent"].statements() if section.title in rooms
                   for name in stored([statement])}
         used = {node.attr for node in ast.walk(SOURCES["ffdist"].tree)
                 if isinstance(node, ast.Attribute) and dotted(node.value) == "wire"}
@@ -318,7 +319,8 @@ class Seams(unittest.TestCase):
                              r"path\.(exists|isfile|isdir|getsize|realpath))|"
                              r"(subprocess|threading|random)\..*)")
         pure = {"ffdist": {"Jobs", "Metrics", "Reports", "Pages"},
-                "agent": {"Scenario", "Command", "Progress", "Analysis"}, "hwdetect": {"Facts", "Parsers"}}
+                "agent": {"Catalogue", "Scenario", "Command", "Output", "Statistics", "Analysis"},
+                "hwdetect": {"Common", "Facts", "Parsers"}}
         for name, sections in pure.items():
             with self.subTest(name):
                 found = [(section.title, who, line) for section, who, line in SOURCES[name].uses(
