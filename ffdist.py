@@ -8,17 +8,26 @@ What it does not promise: a job's attempts may overlap in time when a node was o
 is accepted, never two); a film is never read or sent by the master.
 
 Sections (each uses only those above it):
-  1 Vocabulary  settings with units, checks of what comes in
-  2 Jobs        Job, TRANSITIONS, advance(): pure, no I/O, no clock
-  3 Journal     the only SQL: schema, group commit, replay, pages
-  4 Master      one lock; registry, lanes, leases
-  6 HTTP API    ROUTES, the handler: the API document
-  7 Metrics     the one table of metrics: text, what is pushed, dashboards, alerts
-  8 Reports     experiments, tables and plots over many results: pure
-  9 Pages       the plain page of nodes and jobs
-  10 Service    server, background threads, other programs
-  11 CLI        one table of subcommands
-(5 Access is a number kept for what it will hold.)
+   1 Vocabulary   limits with units, the master's settings
+   2 Jobs         Job, TRANSITIONS, advance(): pure, no I/O, no clock
+   3 Messages     what comes in, checked: drafts, registrations, reports (pure)
+   4 Journal      the only SQL: schema, group commit, replay, pages, backup, salvage
+   6 Master       one lock; registry, lanes, leases
+  10 Metrics      the one table of metrics: Prometheus text, lines to push (pure)
+  11 Tariff       prices and carbon by hour (pure)
+  12 Pages        tables, plots, the plain page of nodes and jobs (pure)
+  13 API          ROUTES and their handlers: the API document
+  14 HTTP         parser, connections, the server
+  15 Push         VictoriaMetrics
+  16 Service      background loops, start and stop
+  17 Experiments  a matrix of jobs (pure)
+  18 Reports      rows, statistics, documents over many results (pure)
+  19 Programs     the package manager and other programs
+  20 Monitoring   dashboards, alerts, their programs
+  21 Views        what the command line shows
+  22 Commands     one function a subcommand
+  23 CLI          the tables of subcommands and flags, main
+(5 and 7 to 9 are numbers kept for Fleet, Access, Files and Films.)
 
 A job's life (SHOWN tells how two inner states look from outside):
 
@@ -74,10 +83,10 @@ import urllib.parse
 import uuid
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import agent as wire
 from agent import ApiError, Flag, Json
@@ -98,153 +107,6 @@ PROGRESS_FIELDS_MOST = 32
 LEASE_WITHOUT_SESSION_S = 24 * 3600.0
 REAP_S = 1.0
 
-
-class Rate(NamedTuple):
-    """A price or a carbon intensity per kWh: `always` one figure, or one for each hour of UTC.
-
-    The keys of `by_hour` are hours of the day where it is `daily`, else hours since 1970.
-    """
-
-    always: float | None = None
-    by_hour: Mapping[int, float] = {}
-    daily: bool = False
-
-    def mean(self, start_s: float, length_s: float) -> float:
-        """Return the mean over a stretch of time in s since 1970; LookupError names the missing hour."""
-        if self.always is not None:
-            return self.always
-        at, end, total = start_s, start_s + max(length_s, 1.0), 0.0
-        while at < end:
-            hour = int(at // 3600)
-            key, until = hour % 24 if self.daily else hour, min(end, (hour + 1) * 3600.0)
-            if key not in self.by_hour:
-                raise LookupError((wire.utc_text(hour * 3600) or "")[:13] + "Z")
-            total += self.by_hour[key] * (until - at)
-            at = until
-        return total / (end - start_s)
-
-
-def hourly_rate_of(text: str, low: float) -> Rate:
-    """Return the rate that a CSV file tells by hour; ValueError names the line.
-
-    Its first line is a header: `time` (the beginning of an hour, RFC 3339) or `hour` (0 to 23, of UTC),
-    then a word for the value; what follows in a line is ignored.
-    """
-    found: dict[int, float] = {}
-    reader = csv.reader(text.splitlines())
-    kind = (next(reader, [""]) or [""])[0].strip().lstrip("\ufeff").lower()
-    if kind not in ("time", "hour"):
-        raise ValueError("line 1: the header must begin with time or hour, such as 'hour,price'")
-    for cells in reader:
-        if not any(cell.strip() for cell in cells):
-            continue
-        try:
-            key, value = _hour_of(kind, cells[0].strip()), float(cells[1])
-        except (ValueError, IndexError, OverflowError):
-            what = "an hour from 0 to 23" if kind == "hour" else "a whole hour such as 2025-12-29T19:00:00Z"
-            raise ValueError(f"line {reader.line_num}: {','.join(cells)[:60]!r} must be {what}, a comma "
-                             "and a number") from None
-        if not low <= value < math.inf:
-            raise ValueError(f"line {reader.line_num}: {value:g} is no value from {low:g} on")
-        if key in found:
-            raise ValueError(f"line {reader.line_num}: {cells[0].strip()} stands there twice")
-        found[key] = value
-    if not found:
-        raise ValueError("line 2: there must be a value after the header")
-    return Rate(None, found, kind == "hour")
-
-
-def _hour_of(kind: str, text: str) -> int:
-    if kind == "hour":
-        return range(24)[int(text)] if text.isdigit() else int("")
-    at = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text))
-    if at.tzinfo is None or at.timestamp() % 3600:
-        raise ValueError
-    return int(at.timestamp() // 3600)
-
-
-def rates_of(text: str, read: Callable[[str], str], low: float = 0.0) -> Mapping[str, Rate]:
-    """Return the rates by node ("" is every other) of `0.30,worker-01=0.22,worker-02=prices.csv`.
-
-    `read` returns the text of a file; ValueError tells in one sentence what is wrong.
-    """
-    rates: dict[str, Rate] = {}
-    for part in text.split(","):
-        node, _, value = part.rpartition("=")
-        if node in rates or not value.strip():
-            raise ValueError(f"'{text}' must be numbers or files with commas between, one for each node")
-        try:
-            number = float(value)
-        except ValueError:
-            try:
-                rates[node] = hourly_rate_of(read(value), low)
-            except OSError as error:
-                raise ValueError(f"'{value}' is no number, and no file to read: {error.strerror}") from None
-            except ValueError as error:
-                raise ValueError(f"{value}: {error}") from None
-            continue
-        if not low <= number < math.inf:
-            raise ValueError(f"'{value}' must be a number from {low:g} on")
-        rates[node] = Rate(number)
-    return rates
-
-
-PRICE_LOWEST = -1e6  # at some hours electricity is given away, and more
-JOULES_PER_WH = 3600.0
-PRICED = ("energy_cost", "carbon_g", "energy_wh_per_minute", "cost_per_minute", "carbon_g_per_minute")
-
-
-class Tariff(NamedTuple):
-    """What energy costs, by node ("" is every other): in a currency and in g CO2e, both per kWh."""
-
-    prices: Mapping[str, Rate] = {}
-    carbon: Mapping[str, Rate] = {}
-    currency: str | None = None
-
-    def priced(self, metrics: Json, nodes: Sequence[str], start_s: float) -> Json:
-        """Return metrics with PRICED added; `nodes` are the names that the attempt's node goes by.
-
-        The gross energy is spread evenly over `duration` from `start_s` (s since 1970); a minute is one
-        of output. Metrics without a word of energy stay as they are when nothing is priced.
-        """
-        if "energy_joules" not in metrics and not self.prices and not self.carbon:
-            return metrics
-        told = metrics.get("unknown")
-        unknown = dict(told) if isinstance(told, dict) else {}
-        energy, minutes = finite(metrics, "energy_joules"), (finite(metrics, "output_seconds") or 0) / 60
-        why = str(unknown.get("energy_joules") or "the node tells no energy")[:200]
-        figures: Json = dict.fromkeys(PRICED)
-        reasons = dict.fromkeys(PRICED, why)
-        if energy is not None:
-            length = finite(metrics, "duration") or 0.0
-            figures["energy_cost"], reasons["energy_cost"] = _cost(
-                self.prices, nodes, energy, start_s, length, "--energy-price")
-            figures["carbon_g"], reasons["carbon_g"] = _cost(
-                self.carbon, nodes, energy, start_s, length, "--carbon-intensity")
-            for name, whole, source in (("energy_wh_per_minute", energy / JOULES_PER_WH, ""),
-                                        ("cost_per_minute", figures["energy_cost"], "energy_cost"),
-                                        ("carbon_g_per_minute", figures["carbon_g"], "carbon_g")):
-                figures[name] = whole / minutes if whole is not None and minutes > 0 else None
-                reasons[name] = reasons[source] if whole is None else "the output's length is unknown"
-        figures = {name: None if value is None else float(f"{value:.6g}") for name, value in figures.items()}
-        unknown.update({name: reasons[name] for name, value in figures.items() if value is None})
-        if self.currency and figures["energy_cost"] is not None:
-            figures["currency"] = self.currency
-        return {**metrics, **figures, "unknown": unknown}
-
-
-def _cost(rates: Mapping[str, Rate], nodes: Sequence[str], energy: float, start_s: float, length_s: float,
-          flag: str) -> tuple[float | None, str]:
-    """Return what so many J cost at a node's rate, or why that is unknown."""
-    rate = next((rates[name] for name in (*nodes, "") if name in rates), None)
-    if rate is None:
-        return None, f"the master has no {flag} for this node"
-    try:
-        return energy / JOULES_PER_WH / 1000 * rate.mean(start_s, min(length_s, 31 * 86400.0)), ""
-    except LookupError as missing:
-        return None, f"the file of {flag} has no {missing.args[0]}"
-
-
 FIGURE_MOST = 1e18
 
 
@@ -256,7 +118,11 @@ def finite(values: Mapping[str, Any], name: str) -> float | None:
     return float(value)
 
 
-NO_TARIFF = Tariff()
+class Pricing(Protocol):
+    """What adds prices to the metrics of a result."""
+
+    def priced(self, metrics: Json, nodes: Sequence[str], start_s: float) -> Json:
+        """Return metrics with prices; `nodes` are the names of the node, `start_s` is since 1970."""
 
 
 @dataclass(frozen=True)
@@ -270,92 +136,22 @@ class Settings:
     quarantine_after: int = 3  # failures in a row; 0: never
     keep_jobs: float = 1e6
     keep_s: float = math.inf
-    tariff: Tariff = NO_TARIFF
+    tariff: Pricing | None = None  # the service sets one: see Tariff
     allow_hosts: frozenset[str] = frozenset()  # names beside this machine's by which browsers may reach it
 
 
-def bad(field: str, what: str) -> ApiError:
-    """Return the refusal of one field."""
-    return ApiError(400, f"{field} {what}", field)
+class CommandError(Exception):
+    """Why a command cannot do what it was asked for: one sentence with the next step."""
 
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+JSON_KIND = "application/json"
 
 
-def text_of(body: Mapping[str, Any], field: str, limit: int = 255, required: bool = False) -> str | None:
-    """Return a field that must be a printable text; ApiError 400 otherwise."""
-    value = body.get(field)
-    if value is None and not required:
-        return None
-    if not isinstance(value, str) or not value:
-        raise bad(field, "is required: a text" if value is None or value == "" else "must be a text")
-    if len(value) > limit:
-        raise bad(field, f"must be no longer than {limit} characters")
-    if _CONTROL.search(value):
-        raise bad(field, "must not hold control characters")
-    return value
+class Text(NamedTuple):
+    """An answer that is text already: a page, metrics, or JSON made without a detour."""
 
-
-def long_text_of(body: Mapping[str, Any], field: str, limit: int) -> str | None:
-    """Return a field that must be a text of any characters, cut to the limit."""
-    value = body.get(field)
-    if value is not None and not isinstance(value, str):
-        raise bad(field, "must be a text")
-    return value[:limit] if value else None
-
-
-def number_of(body: Mapping[str, Any], field: str, low: float, high: float) -> float | None:
-    """Return a field that must be a number within limits (a text of one in a query)."""
-    value = body.get(field)
-    if value is None:
-        return None
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise bad(field, "must be a number")
-    if not low <= value <= high:
-        raise bad(field, f"must be from {low:g} to {high:g}")
-    return value
-
-
-def whole_of(body: Mapping[str, Any], field: str, low: int, high: int) -> int | None:
-    """Return a field that must be a whole number within limits."""
-    value = number_of(body, field, low, high)
-    if value is not None and value != int(value):
-        raise bad(field, "must be a whole number")
-    return None if value is None else int(value)
-
-
-def typed_of(body: Mapping[str, Any], field: str, kind: type, name: str) -> Any:
-    """Return a field that must be of a type, or absent."""
-    value = body.get(field)
-    if value is not None and (not isinstance(value, kind) or (kind is not bool and isinstance(value, bool))):
-        raise bad(field, f"must be {name}")
-    return value
-
-
-def uuid_of(body: Mapping[str, Any], field: str) -> str | None:
-    """Return a field that must be a UUID, in its usual form."""
-    value = text_of(body, field, 45)
-    if value is None:
-        return None
-    try:
-        return str(uuid.UUID(value))
-    except ValueError:
-        raise bad(field, "must be a UUID") from None
-
-
-def digest(word: str | None) -> str | None:
-    """Return the SHA-256 of a session or a secret: what is kept of them in memory, journal and backups."""
-    return None if word is None else hashlib.sha256(word.encode()).hexdigest()
-
-
-def object_of(value: Any, what: str = "the body") -> Json:
-    """Return a value that must be a JSON object."""
-    if not isinstance(value, dict):
-        raise ApiError(400, f"{what} must be a JSON object")
-    return value
+    text: str
+    kind: str
 
 
 # ---- 2 Jobs ---------------------------------------------------------------------------------------
@@ -615,6 +411,92 @@ def job_detail_json(job: Job) -> Json:
     return {"attempts": attempts, "transitions": transitions}
 
 
+# ---- 3 Messages -----------------------------------------------------------------------------------
+
+def bad(field: str, what: str) -> ApiError:
+    """Return the refusal of one field."""
+    return ApiError(400, f"{field} {what}", field)
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def text_of(body: Mapping[str, Any], field: str, limit: int = 255, required: bool = False) -> str | None:
+    """Return a field that must be a printable text; ApiError 400 otherwise."""
+    value = body.get(field)
+    if value is None and not required:
+        return None
+    if not isinstance(value, str) or not value:
+        raise bad(field, "is required: a text" if value is None or value == "" else "must be a text")
+    if len(value) > limit:
+        raise bad(field, f"must be no longer than {limit} characters")
+    if _CONTROL.search(value):
+        raise bad(field, "must not hold control characters")
+    return value
+
+
+def long_text_of(body: Mapping[str, Any], field: str, limit: int) -> str | None:
+    """Return a field that must be a text of any characters, cut to the limit."""
+    value = body.get(field)
+    if value is not None and not isinstance(value, str):
+        raise bad(field, "must be a text")
+    return value[:limit] if value else None
+
+
+def number_of(body: Mapping[str, Any], field: str, low: float, high: float) -> float | None:
+    """Return a field that must be a number within limits (a text of one in a query)."""
+    value = body.get(field)
+    if value is None:
+        return None
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise bad(field, "must be a number")
+    if not low <= value <= high:
+        raise bad(field, f"must be from {low:g} to {high:g}")
+    return value
+
+
+def whole_of(body: Mapping[str, Any], field: str, low: int, high: int) -> int | None:
+    """Return a field that must be a whole number within limits."""
+    value = number_of(body, field, low, high)
+    if value is not None and value != int(value):
+        raise bad(field, "must be a whole number")
+    return None if value is None else int(value)
+
+
+def typed_of(body: Mapping[str, Any], field: str, kind: type, name: str) -> Any:
+    """Return a field that must be of a type, or absent."""
+    value = body.get(field)
+    if value is not None and (not isinstance(value, kind) or (kind is not bool and isinstance(value, bool))):
+        raise bad(field, f"must be {name}")
+    return value
+
+
+def uuid_of(body: Mapping[str, Any], field: str) -> str | None:
+    """Return a field that must be a UUID, in its usual form."""
+    value = text_of(body, field, 45)
+    if value is None:
+        return None
+    try:
+        return str(uuid.UUID(value))
+    except ValueError:
+        raise bad(field, "must be a UUID") from None
+
+
+def digest(word: str | None) -> str | None:
+    """Return the SHA-256 of a session or a secret: what is kept of them in memory, journal and backups."""
+    return None if word is None else hashlib.sha256(word.encode()).hexdigest()
+
+
+def object_of(value: Any, what: str = "the body") -> Json:
+    """Return a value that must be a JSON object."""
+    if not isinstance(value, dict):
+        raise ApiError(400, f"{what} must be a JSON object")
+    return value
+
+
 class Draft(NamedTuple):
     """A checked submission."""
 
@@ -647,7 +529,116 @@ _OWN_FIELDS = frozenset(("id", "status", "node_id", "attempt", "cancel_requested
                          "result", "published"))
 
 
-# ---- 3 Journal ------------------------------------------------------------------------------------
+class Ask(NamedTuple):
+    """What a node says with a heartbeat or a question for work."""
+
+    node_id: str
+    session: str | None
+    wait_s: float
+    seen: int
+    claim: str | None
+    leaving: bool
+    alive: Callable[[], bool]
+
+
+class Registration(NamedTuple):
+    """A checked registration."""
+
+    id: str | None
+    name: str
+    address: str
+    facts: str
+    session_hash: str | None
+    secret_hash: str | None  # of a secret that was told: a proof
+    owner_hash: str | None  # of the secret that the node has: public, no proof
+    protocol: int | None
+    slots: int
+    holding: tuple[tuple[str, int], ...]
+
+
+_NODE_OWN = ("id", "session", "secret", "secret_hash", "holding", "protocol", "status", "last_heartbeat",
+             "registered_at", "running", "name", "max_concurrent_jobs")
+
+
+def registration_of(body: Json) -> Registration:
+    """Check a registration; ApiError 400 names the field."""
+    address = text_of(body, "address", 255, required=True) or ""
+    node_id = uuid_of(body, "id")
+    for field, limit in (("type", 64), ("cpu_model", 255), ("gpu_type", 255)):
+        if body.get(field) != "":
+            text_of(body, field, limit)
+    for field in ("cpu_threads", "ram_bytes", "ram_total_bytes"):
+        whole_of(body, field, 0, 1 << 60)
+        if isinstance(body.get(field), str):
+            raise bad(field, "must be a number")
+    typed_of(body, "has_gpu", bool, "true or false")
+    typed_of(body, "labels", dict, "an object")
+    facts = {name: value for name, value in body.items() if name not in _NODE_OWN and len(name) <= 64}
+    ram = body.get("ram_total_bytes") if body.get("ram_bytes") is None else body["ram_bytes"]
+    facts.update(ram_bytes=ram, ram_total_bytes=ram)
+    slots, proof = whole_of(body, "max_concurrent_jobs", 1, 10_000), digest(text_of(body, "secret", 128))
+    return Registration(node_id, text_of(body, "name") or address, address,
+                        json.dumps(facts, allow_nan=False), digest(text_of(body, "session", 128)),
+                        proof, proof or text_of(body, "secret_hash", 64),
+                        whole_of(body, "protocol", 1, 1000), slots or 1, _holding_of(body))
+
+
+def _holding_of(body: Json) -> tuple[tuple[str, int], ...]:
+    held = typed_of(body, "holding", list, "a list") or []
+    if len(held) > BULK_MOST:
+        raise bad("holding", f"must not have more than {BULK_MOST} entries")
+    entries = []
+    for entry in held:
+        if not isinstance(entry, dict):
+            raise bad("holding", "must be a list of objects with job_id and attempt")
+        entries.append(((text_of(entry, "job_id", 64, required=True) or "").lower(),
+                        whole_of(entry, "attempt", 1, 1 << 31) or 1))
+    return tuple(entries)
+
+
+class Report(NamedTuple):
+    """A checked message of an agent about one attempt: progress, or its end."""
+
+    node_id: str
+    session: str | None
+    attempt: int | None
+    status: str
+    error: str | None
+    failure_reason: str | None
+    progress: Json
+    lines: list[str]
+    lines_from: int | None
+    published: Json | None
+
+
+def report_of(body: Json, progress: bool = False) -> Report:
+    """Check progress, or the report that ends an attempt; ApiError 400 names the field."""
+    node_id = text_of(body, "node_id", 64, required=True) or ""
+    status = "running" if progress else body.get("status")
+    if not progress and status not in wire.CLOSED_STATUSES:
+        raise bad("status", f"must be one of {', '.join(wire.CLOSED_STATUSES)}")
+    for field in ("metrics", "analyzer_output"):
+        typed_of(body, field, dict, "an object")
+    lines = typed_of(body, "lines", list, "a list of texts") or []
+    if not all(isinstance(line, str) for line in lines):
+        raise bad("lines", "must be a list of texts")
+    told = body.get("progress")
+    if isinstance(told, (int, float)) and not isinstance(told, bool):
+        told = {"percent": told}
+    if told is not None and (not isinstance(told, dict) or len(told) > PROGRESS_FIELDS_MOST):
+        raise bad("progress", "must be an object or a number of percent")
+    text_of(body, "completed_at", 64)
+    published = typed_of(body, "published", dict, "an object with bytes and hash")
+    if published is not None:
+        published = {"bytes": whole_of(published, "bytes", 0, 1 << 62),
+                     "hash": text_of(published, "hash", 64, required=True)}
+    return Report(node_id, text_of(body, "session", 128), whole_of(body, "attempt", 1, 1 << 31), str(status),
+                  long_text_of(body, "error", 8000), text_of(body, "failure_reason", 64), told or {},
+                  [line[:LOG_LINE_CHARS] for line in lines], whole_of(body, "lines_from", 0, 1 << 40),
+                  published)
+
+
+# ---- 4 Journal ------------------------------------------------------------------------------------
 
 FORMAT = 3
 JOURNAL = "journal.db"
@@ -708,10 +699,6 @@ TotalKey = tuple[str, str, str, str]
 Write = tuple[str, tuple[Any, ...]]
 
 
-class Unusable(Exception):
-    """Why a data folder cannot be used: one sentence with the next step."""
-
-
 class Ticket:
     """Waits for the commit of all that was written before it (a bare lock wakes faster than an Event)."""
 
@@ -757,19 +744,19 @@ class Journal:
         self._folder_lock = self._lock_folder()
         try:
             self._open()
-        except (sqlite3.Error, OSError, Unusable) as error:
+        except (sqlite3.Error, OSError, CommandError) as error:
             self.close()
-            if isinstance(error, Unusable):
+            if isinstance(error, CommandError):
                 raise
-            raise Unusable(f"{self._path} cannot be used as a journal: {error}; "
-                           "free or repair it, or name another folder with --data-dir") from None
+            raise CommandError(f"{self._path} cannot be used as a journal: {error}; "
+                               "free or repair it, or name another folder with --data-dir") from None
 
     def _open(self) -> None:
         """Open the journal; one that is damaged is set aside first, and what can be read of it kept."""
         marker = self._folder / DAMAGED
         if self._path.exists() and not os.access(self._path, os.W_OK):
-            raise Unusable(f"{self._path} may not be written by this user: give it to the one that runs the "
-                           "master, or name another folder with --data-dir")
+            raise CommandError(f"{self._path} may not be written by this user: give it to the one that "
+                               "runs the master, or name another folder with --data-dir")
         if marker.exists():
             self._recover(marker.read_text(errors="replace"))
         elif _size(self._path) == 0 and _size(Path(f"{self._path}-wal")):
@@ -822,14 +809,14 @@ class Journal:
             descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             os.utime(self._folder)
         except OSError as error:
-            raise Unusable(f"data folder {self._folder} cannot be used: {error.strerror}, "
-                           "or name another with --data-dir") from None
+            raise CommandError(f"data folder {self._folder} cannot be used: {error.strerror}, "
+                               "or name another with --data-dir") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(descriptor)
-            raise Unusable(f"data folder {self._folder} is held by another master; stop it, or name another "
-                           "folder with --data-dir") from None
+            raise CommandError(f"data folder {self._folder} is held by another master; stop it, or name "
+                               "another folder with --data-dir") from None
         return descriptor
 
     def _connect(self) -> sqlite3.Connection:
@@ -843,16 +830,17 @@ class Journal:
         self._connections.clear()
 
     def _prepare(self) -> None:
-        """Make the tables; Unusable when the file is newer, or another program's."""
+        """Make the tables; CommandError when the file is newer, or another program's."""
         execute = self._writer.execute
         found = execute("PRAGMA user_version").fetchone()[0]
         owner = execute("PRAGMA application_id").fetchone()[0]
         if owner not in (0, APPLICATION_ID) or (
                 found == 0 and execute("SELECT count(*) FROM sqlite_master").fetchone()[0]):
-            raise Unusable(f"{self._path} belongs to another program: name another folder with --data-dir")
+            raise CommandError(f"{self._path} belongs to another program: name another folder with "
+                               "--data-dir")
         if found > FORMAT:
-            raise Unusable(f"{self._path} has format {found}, made by a newer ffdist than {VERSION}; "
-                           "start that one, or name another folder with --data-dir")
+            raise CommandError(f"{self._path} has format {found}, made by a newer ffdist than {VERSION}; "
+                               "start that one, or name another folder with --data-dir")
         execute("PRAGMA journal_mode=WAL")
         execute("PRAGMA synchronous=FULL")
         if found == 0:
@@ -1396,7 +1384,7 @@ def scratch_file(target: Path) -> Path:
     try:
         descriptor, name = tempfile.mkstemp(".part", f".{target.name}.", target.parent)
     except OSError as error:
-        raise Unusable(f"{target} cannot be written: {error.strerror}") from None
+        raise CommandError(f"{target} cannot be written: {error.strerror}") from None
     os.close(descriptor)
     return Path(name)
 
@@ -1408,12 +1396,12 @@ def copy_journal(folder: Path, target: Path, show: Callable[[float], None]) -> s
     """
     path = folder / JOURNAL
     if not path.is_file():
-        raise Unusable(f"there is no journal in {folder}: name the master's folder with --data-dir")
+        raise CommandError(f"there is no journal in {folder}: name the master's folder with --data-dir")
     if target.resolve().parent == folder.resolve():
-        raise Unusable(f"{target} is in the data folder, where it could take the place of what the master "
-                       "works with: name a file in another folder")
+        raise CommandError(f"{target} is in the data folder, where it could take the place of what the "
+                           "master works with: name a file in another folder")
     if target.exists() and not (target.is_file() and target.open("rb").read(15) == b"SQLite format 3"):
-        raise Unusable(f"{target} is there and is no copy of a journal: name another file")
+        raise CommandError(f"{target} is there and is no copy of a journal: name another file")
     scratch = scratch_file(target)
     try:
         with contextlib.closing(_connected(path)) as source, contextlib.closing(_connected(scratch)) as copy:
@@ -1430,7 +1418,7 @@ def copy_journal(folder: Path, target: Path, show: Callable[[float], None]) -> s
             os.fsync(file.fileno())
         os.replace(scratch, target)
     except (sqlite3.Error, OSError) as error:
-        raise Unusable(f"{path} cannot be copied to {target}: {error}") from None
+        raise CommandError(f"{path} cannot be copied to {target}: {error}") from None
     finally:
         for ending in ("", "-journal", "-wal", "-shm"):
             with contextlib.suppress(OSError):
@@ -1438,7 +1426,7 @@ def copy_journal(folder: Path, target: Path, show: Callable[[float], None]) -> s
     return counts
 
 
-# ---- 4 Master -------------------------------------------------------------------------------------
+# ---- 6 Master -------------------------------------------------------------------------------------
 
 CLAIMS_KEPT = 16
 SESSIONS_KEPT = 8
@@ -1688,18 +1676,6 @@ def _refuse_stranger(node: Node | None, owner: str | None, checked: Registration
     elif node is not None and not same and not node.offline:
         raise ApiError(409, f"node {node.name} is known by another session: a new one takes over only when "
                        "it is offline", "secret")
-
-
-class Ask(NamedTuple):
-    """What a node says with a heartbeat or a question for work."""
-
-    node_id: str
-    session: str | None
-    wait_s: float
-    seen: int
-    claim: str | None
-    leaving: bool
-    alive: Callable[[], bool]
 
 
 class Master:
@@ -2536,7 +2512,7 @@ class Master:
         result = {**kept, "job_id": job.id, "node_id": node.id, "node": node.name, "attempt": job.attempt,
                   "scenario": job.scenario, "status": report.status,
                   "received_at": wire.utc_text(self.wall())}
-        if body.get("metrics"):
+        if body.get("metrics") and self.settings.tariff is not None:
             result["metrics"] = self.settings.tariff.priced(body["metrics"], (node.name, node.id),
                                                             job.attempts[-1]["started_at"])
         self.journal.put("result", self._last_result, report.status, job.scenario, node.id,
@@ -2735,103 +2711,6 @@ class Sampled(NamedTuple):
     samples: list[Any]
 
 
-class Registration(NamedTuple):
-    """A checked registration."""
-
-    id: str | None
-    name: str
-    address: str
-    facts: str
-    session_hash: str | None
-    secret_hash: str | None  # of a secret that was told: a proof
-    owner_hash: str | None  # of the secret that the node has: public, no proof
-    protocol: int | None
-    slots: int
-    holding: tuple[tuple[str, int], ...]
-
-
-_NODE_OWN = ("id", "session", "secret", "secret_hash", "holding", "protocol", "status", "last_heartbeat",
-             "registered_at", "running", "name", "max_concurrent_jobs")
-
-
-def registration_of(body: Json) -> Registration:
-    """Check a registration; ApiError 400 names the field."""
-    address = text_of(body, "address", 255, required=True) or ""
-    node_id = uuid_of(body, "id")
-    for field, limit in (("type", 64), ("cpu_model", 255), ("gpu_type", 255)):
-        if body.get(field) != "":
-            text_of(body, field, limit)
-    for field in ("cpu_threads", "ram_bytes", "ram_total_bytes"):
-        whole_of(body, field, 0, 1 << 60)
-        if isinstance(body.get(field), str):
-            raise bad(field, "must be a number")
-    typed_of(body, "has_gpu", bool, "true or false")
-    typed_of(body, "labels", dict, "an object")
-    facts = {name: value for name, value in body.items() if name not in _NODE_OWN and len(name) <= 64}
-    ram = body.get("ram_total_bytes") if body.get("ram_bytes") is None else body["ram_bytes"]
-    facts.update(ram_bytes=ram, ram_total_bytes=ram)
-    slots, proof = whole_of(body, "max_concurrent_jobs", 1, 10_000), digest(text_of(body, "secret", 128))
-    return Registration(node_id, text_of(body, "name") or address, address,
-                        json.dumps(facts, allow_nan=False), digest(text_of(body, "session", 128)),
-                        proof, proof or text_of(body, "secret_hash", 64),
-                        whole_of(body, "protocol", 1, 1000), slots or 1, _holding_of(body))
-
-
-def _holding_of(body: Json) -> tuple[tuple[str, int], ...]:
-    held = typed_of(body, "holding", list, "a list") or []
-    if len(held) > BULK_MOST:
-        raise bad("holding", f"must not have more than {BULK_MOST} entries")
-    entries = []
-    for entry in held:
-        if not isinstance(entry, dict):
-            raise bad("holding", "must be a list of objects with job_id and attempt")
-        entries.append(((text_of(entry, "job_id", 64, required=True) or "").lower(),
-                        whole_of(entry, "attempt", 1, 1 << 31) or 1))
-    return tuple(entries)
-
-
-class Report(NamedTuple):
-    """A checked message of an agent about one attempt: progress, or its end."""
-
-    node_id: str
-    session: str | None
-    attempt: int | None
-    status: str
-    error: str | None
-    failure_reason: str | None
-    progress: Json
-    lines: list[str]
-    lines_from: int | None
-    published: Json | None
-
-
-def report_of(body: Json, progress: bool = False) -> Report:
-    """Check progress, or the report that ends an attempt; ApiError 400 names the field."""
-    node_id = text_of(body, "node_id", 64, required=True) or ""
-    status = "running" if progress else body.get("status")
-    if not progress and status not in wire.CLOSED_STATUSES:
-        raise bad("status", f"must be one of {', '.join(wire.CLOSED_STATUSES)}")
-    for field in ("metrics", "analyzer_output"):
-        typed_of(body, field, dict, "an object")
-    lines = typed_of(body, "lines", list, "a list of texts") or []
-    if not all(isinstance(line, str) for line in lines):
-        raise bad("lines", "must be a list of texts")
-    told = body.get("progress")
-    if isinstance(told, (int, float)) and not isinstance(told, bool):
-        told = {"percent": told}
-    if told is not None and (not isinstance(told, dict) or len(told) > PROGRESS_FIELDS_MOST):
-        raise bad("progress", "must be an object or a number of percent")
-    text_of(body, "completed_at", 64)
-    published = typed_of(body, "published", dict, "an object with bytes and hash")
-    if published is not None:
-        published = {"bytes": whole_of(published, "bytes", 0, 1 << 62),
-                     "hash": text_of(published, "hash", 64, required=True)}
-    return Report(node_id, text_of(body, "session", 128), whole_of(body, "attempt", 1, 1 << 31), str(status),
-                  long_text_of(body, "error", 8000), text_of(body, "failure_reason", 64), told or {},
-                  [line[:LOG_LINE_CHARS] for line in lines], whole_of(body, "lines_from", 0, 1 << 40),
-                  published)
-
-
 def _repeats(job: Job, report: Report) -> bool:
     """Tell whether a report is one that was accepted before: same attempt, same status, same node."""
     return any(record["node_id"] == report.node_id and record["status"] == report.status
@@ -2852,36 +2731,402 @@ def summary_of(status: str, body: Json) -> str:
     return ", ".join(parts)
 
 
-# ---- 6 HTTP API -----------------------------------------------------------------------------------
+# ---- 10 Metrics -----------------------------------------------------------------------------------
 
-HEAD_LIMIT_BYTES = 32 << 10
-HEADERS_MOST = 100
-HEAD_S = 10.0
-BODY_S = 60.0
-SEND_S = 60
-TICK_S = 2
-IDLE_S = 300.0
-LINGER_S = 2.0
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (\S{1,8000}) HTTP/(\d)\.(\d)")
-_HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_HEADERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?(?:\n|\Z))+")
-_KNOWN_HEADERS = frozenset((b"content-length", b"transfer-encoding", b"host", b"connection", b"expect",
-                            b"content-type", b"origin", b"sec-fetch-site", b"sec-fetch-mode"))
-# Each browser sends one of these, whatever a page wants: script cannot touch Origin and Sec-Fetch-*, and of
-# Accept-Language only the value. Over plain HTTP many requests have no other sign than the last.
-_BROWSER_HEADERS = frozenset((b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest",
-                              b"accept-language"))
+Samples = Callable[[Snapshot], list[tuple[dict[str, str], float]]]
 
 
-JSON_KIND = "application/json"
+class Metric(NamedTuple):
+    """One metric, by its name in Prometheus: its help, and where its values come from.
+
+    `samples` makes them out of a Snapshot, for /metrics; `field` names them in a result's `metrics` or in
+    a sample, for the push alone, and `kept` says that what /metrics shows is pushed too.
+    """
+
+    name: str
+    about: str
+    samples: Samples | None = None
+    field: str = ""
+    kept: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Its type in Prometheus."""
+        return "counter" if self.name.endswith("_total") else "gauge"
+
+    @property
+    def place(self) -> str:
+        """Where it is found: /metrics, pushed, or both."""
+        return "pushed" if self.samples is None else "both" if self.kept else "/metrics"
 
 
-class Text(NamedTuple):
-    """An answer that is text already: a page, metrics, or JSON made without a detour."""
+def _value(name: str) -> Samples:
+    """Return the sample of a metric that is one of the snapshot's counters or fields."""
+    return lambda shot: [({}, float(shot.counts[name] if name in shot.counts else getattr(shot, name)))]
 
-    text: str
-    kind: str
 
+def _of_nodes(value: Callable[[str, int], float]) -> Samples:
+    """Return the samples of a metric with one series a node, from its status and its running jobs."""
+    return lambda shot: [({"node": name, "node_id": key}, value(status, running))
+                         for name, key, status, running in shot.nodes]
+
+
+class Figure(NamedTuple):
+    """One figure of a result: its name in `metrics`, its help, and its column in the tables of reports.
+
+    Its metric is ffdist_job_ and `metric`, or its name; one without a help has none, one without a head no
+    column. `digits` are those that count.
+    """
+
+    name: str
+    about: str
+    head: str = ""
+    unit: str = ""
+    digits: int = 3
+    metric: str = ""
+
+    @property
+    def axis(self) -> str:
+        """What stands at an axis, or above a column."""
+        return f"{self.head}, {self.unit}" if self.unit else self.head
+
+
+_MONEY = "Energy, money and carbon"
+TABLES: Mapping[str, tuple[Figure, ...]] = {
+    "Speed and size": (
+        Figure("duration", "Wall time of the encode.", "time", "s", metric="duration_seconds"),
+        Figure("speed", "Seconds of film per second of wall time.", "speed", "x"),
+        Figure("fps", "Frames per second of wall time.", "frames/s"),
+        Figure("cpu_usage", "% of the whole machine, mean over the run.", "CPU", "%"),
+        Figure("memory_usage", "Peak memory of the job's processes.", "memory", "MiB", metric="memory_mib"),
+        Figure("bitrate_kbps", "kbit/s of the whole output.", "rate", "kbit/s", 4),
+        Figure("bits_per_pixel", "Bits for each pixel of the output.", "bit/pixel"),
+        Figure("output_bytes", "Size of the output.", "size")),
+    "Quality": tuple(
+        Figure(f"{name}{part}{'_db' if unit else ''}", f"{head} {about}", head + word, unit, digits)
+        for name, head, unit, digits in (("psnr", "PSNR", "dB", 4), ("ssim", "SSIM", "", 5),
+                                         ("vmaf", "VMAF", "", 4), ("xpsnr", "XPSNR", "dB", 4))
+        for part, about, word in (("", "against the source, mean.", ""),
+                                  ("_min", "of the worst frame.", " least"),
+                                  ("_harmonic", "against the source, harmonic mean.", " harmonic mean"))),
+    _MONEY: (
+        Figure("energy_joules", "Energy, this job's share of the machine.", "energy", "J"),
+        Figure("net_energy_joules", "Energy above that of the idle machine.", "above idle", "J"),
+        Figure("energy_wh", "", "energy", "Wh"),
+        Figure("energy_cost", "Price of the energy, in the tariff's currency.", "cost"),
+        Figure("carbon_g", "gCO2e of the energy.", "CO2e", "g"),
+        Figure("energy_wh_per_minute", "Wh for each minute of output.", "Wh a minute"),
+        Figure("cost_per_minute", "Price of the energy for each minute of output.", "cost a minute"),
+        Figure("carbon_g_per_minute", "gCO2e for each minute of output.", "g CO2e a minute")),
+    "Power": (
+        Figure("power_watts", "Mean power while it ran.", "power", "W"),
+        Figure("idle_watts", "What the idle machine draws.", "idle", "W"),
+        Figure("joules_per_frame", "Energy for each frame.", "a frame", "J"),
+        Figure("pixels_per_joule", "Pixels encoded for each joule.", "pixels/J", "", 4)),
+}
+FIGURES = {figure.name: figure for figures in TABLES.values() for figure in figures}
+OF_ENERGY = {figure.name for name in (_MONEY, "Power") for figure in TABLES[name]}
+_OTHER_FIGURES = (
+    Figure("frames", "Frames encoded."),
+    Figure("dropped_frames", "Frames that FFmpeg dropped."),
+    Figure("output_seconds", "Length of the output."),
+    Figure("cpu_seconds", "CPU time of the job's processes."),
+    Figure("background_cpu_percent", "% of the machine that others used meanwhile."),
+    Figure("gpu_usage", "% of the GPU."),
+    Figure("gpu_memory_usage", "Peak memory used on the GPU.", metric="gpu_memory_mib"),
+    Figure("gpu_energy_joules", "Energy of the GPU."),
+)
+METRICS = (
+    Metric("ffdist_build_info", "Always 1; the version is in the label.",
+           lambda shot: [({"version": VERSION}, 1)]),
+    Metric("ffdist_start_time_seconds", "When this master was started, in seconds since 1970.",
+           _value("started_at")),
+    Metric("ffdist_ready", "1 when the journal can be written, else 0.", _value("ready")),
+    Metric("ffdist_jobs", "Jobs known to this master, by status.",
+           lambda shot: [({"status": word}, shot.totals.get(("jobs", word), 0)) for word in STATUSES]),
+    Metric("ffdist_results", "Accepted reports in the journal, by status.",
+           lambda shot: [({"status": word}, shot.totals.get(("results", word), 0))
+                         for word in ("completed", "failed", "canceled")]),
+    Metric("ffdist_nodes", "Registered nodes, by status.",
+           lambda shot: [({"status": word}, sum(node[2] == word for node in shot.nodes))
+                         for word in NODE_STATUSES]),
+    Metric("ffdist_node_up", "1 when the node is not offline, else 0.",
+           _of_nodes(lambda status, _: float(status != "offline")), kept=True),
+    Metric("ffdist_node_running_jobs", "Jobs that a node holds.", _of_nodes(lambda _, running: running),
+           kept=True),
+    Metric("ffdist_node_status", "A node's status: "
+           + ", ".join(f"{code} {word}" for code, word in enumerate(NODE_STATUSES)) + ".",
+           _of_nodes(lambda status, _: NODE_STATUSES.index(status)), kept=True),
+    Metric("ffdist_node_quarantined", "1 while a node is in quarantine, else 0.",
+           _of_nodes(lambda status, _: float(status == "quarantined")), kept=True),
+    *(Metric(f"ffdist_{name}", about, _value(key)) for name, key, about in (
+        ("parked_requests", "parked", "Agents' requests that wait for work or orders."),
+        ("submissions_total", "submitted", "Jobs accepted since the start."),
+        ("claims_total", "claims", "Attempts handed out since the start."),
+        ("reports_total", "reports", "Attempts ended by a report since the start."),
+        ("refused_reports_total", "refused_reports", "Reports of attempts that held no lease."),
+        ("lost_leases_total", "lost_leases", "Attempts ended without a report."),
+        ("heartbeats_total", "heartbeats", "Signs of life and questions for work."),
+        ("push_lines_total", "push_lines", "Values that VictoriaMetrics took."),
+        ("push_failures_total", "push_failures", "Pushes that VictoriaMetrics did not take."),
+        ("push_dropped_total", "push_dropped", "Values given up: past the spool's limit, or refused."),
+        ("push_spool_bytes", "push_spool_bytes", "What waits on disk for VictoriaMetrics, results aside."),
+        ("journal_commits_total", "commits", "Commits of the journal."),
+        ("journal_commit_seconds_total", "commit_seconds", "Time spent in commits of the journal."),
+        ("journal_size_bytes", "journal_bytes", "Size of the journal's files."),
+        ("disk_free_bytes", "disk_free_bytes", "Free space on the file system of the data folder."),
+        ("disk_size_bytes", "disk_bytes", "Size of the file system of the data folder."))),
+    Metric("ffdist_job_info", "Always 1: one for each accepted report.", field="info"),
+    *(Metric(f"ffdist_job_{figure.metric or figure.name}", figure.about, field=figure.name)
+      for figure in (*FIGURES.values(), *_OTHER_FIGURES) if figure.about),
+    *(Metric(f"ffdist_sample_{name}", about, field=field) for name, field, about in (
+        ("cpu_usage_percent", "cpu_usage", "% of the node's CPU while a job runs."),
+        ("memory_bytes", "memory_used_bytes", "Memory used on the node while a job runs."),
+        ("power_watts", "power_watts", "Power of the node while a job runs."),
+        ("temperature_celsius", "temperature_c", "Temperature of the node while a job runs."))),
+)
+_BY_NAME = {metric.name: metric for metric in METRICS}
+_OF_RESULTS = tuple(metric for metric in METRICS if metric.name.startswith("ffdist_job_"))
+_OF_SAMPLES = tuple(metric for metric in METRICS if metric.name.startswith("ffdist_sample_"))
+RESULT_LATE_S = 24 * 3600.0
+
+
+def metrics_view(shot: Snapshot) -> Text:
+    """Return the Prometheus text format 0.0.4 of a snapshot."""
+    lines = []
+    for metric in METRICS:
+        if metric.samples is not None:
+            lines += [f"# HELP {metric.name} {metric.about}", f"# TYPE {metric.name} {metric.kind}"]
+            lines += [_line(metric.name, _labels_text(labels), value)
+                      for labels, value in metric.samples(shot)]
+    return Text("\n".join(lines), "text/plain; version=0.0.4; charset=utf-8")
+
+
+def _escaped(text: str) -> str:
+    return wire.printable(text).replace("\\", "\\\\").replace('"', '\\"')
+
+
+def _labels_text(labels: Mapping[str, Any]) -> str:
+    """Return labels in braces; those without a value are left out."""
+    inner = ",".join(f'{name}="{_escaped(str(value)[:255])}"' for name, value in labels.items()
+                     if value not in (None, ""))
+    return f"{{{inner}}}" if inner else ""
+
+
+def _line(name: str, labels: str, value: float, at_ms: int | None = None) -> str:
+    return f"{name}{labels} {value:.15g}" + ("" if at_ms is None else f" {at_ms}")
+
+
+def epoch_of(text: Any) -> float | None:
+    """Return the seconds since 1970 of an RFC 3339 time; None when it is none."""
+    with contextlib.suppress(ValueError, TypeError, AttributeError, OverflowError):
+        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    return None
+
+
+def _field_lines(metrics: Iterable[Metric], values: Mapping[str, Any], labels: str, at: float) -> list[str]:
+    """Return a line for each field that is a finite number; what is unknown has none."""
+    lines = []
+    for metric in metrics:
+        value = values.get(metric.field)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < FIGURE_MOST:
+            lines.append(_line(metric.name, labels, value, round(at * 1000)))
+    return lines
+
+
+def result_lines(result: Json, spec: Json) -> list[str]:
+    """Return the lines of one result, at the time when it was completed.
+
+    An agent's clock is trusted when it says at most a day before the master's.
+    """
+    received = epoch_of(result.get("received_at")) or 0.0
+    completed = epoch_of(result.get("completed_at"))
+    at = completed if completed is not None and received - RESULT_LATE_S < completed < received else received
+    encode, told, word = _part(result, "encode"), _part(spec, "experiment"), spec.get("experiment")
+    labels = _labels_text({
+        **{name: result.get(name) for name in ("job_id", "node", "node_id", "scenario", "status")},
+        "codec": _part(spec, "settings").get("codec"), "encoder": encode.get("encoder"),
+        "preset": encode.get("preset"), "power_source": _part(result, "metrics").get("power_source"),
+        "experiment": told.get("name") or told.get("id") or (word if isinstance(word, str) else None)})
+    return _field_lines(_OF_RESULTS, {**_part(result, "metrics"), "info": 1}, labels, at)
+
+
+def _part(value: Mapping[str, Any], name: str) -> Json:
+    """Return an object inside another; an empty one where there is none."""
+    found = value.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def sample_lines(told: Sampled) -> list[str]:
+    """Return the lines of the samples of one message, each at its own time."""
+    lines = []
+    for sample in told.samples:
+        at = epoch_of(sample.get("time")) if isinstance(sample, dict) else None
+        if at is not None:
+            labels = _labels_text({"node": told.node, "node_id": told.node_id, "job_id": told.job_id,
+                                   "power_source": sample.get("power_source")})
+            lines += _field_lines(_OF_SAMPLES, sample, labels, at)
+    return lines
+
+
+def node_lines(shot: Snapshot, at: float, known: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    """Return the lines of the nodes that differ from what is known of them."""
+    fresh = shot._replace(nodes=[node for node in shot.nodes if known.get(node[1]) != node])
+    return [_line(metric.name, _labels_text(labels), value, round(at * 1000)) for metric in METRICS
+            if metric.kept and metric.samples for labels, value in metric.samples(fresh)]
+
+
+# ---- 11 Tariff ------------------------------------------------------------------------------------
+
+class Rate(NamedTuple):
+    """A price or a carbon intensity per kWh: `always` one figure, or one for each hour of UTC.
+
+    The keys of `by_hour` are hours of the day where it is `daily`, else hours since 1970.
+    """
+
+    always: float | None = None
+    by_hour: Mapping[int, float] = {}
+    daily: bool = False
+
+    def mean(self, start_s: float, length_s: float) -> float:
+        """Return the mean over a stretch of time in s since 1970; LookupError names the missing hour."""
+        if self.always is not None:
+            return self.always
+        at, end, total = start_s, start_s + max(length_s, 1.0), 0.0
+        while at < end:
+            hour = int(at // 3600)
+            key, until = hour % 24 if self.daily else hour, min(end, (hour + 1) * 3600.0)
+            if key not in self.by_hour:
+                raise LookupError((wire.utc_text(hour * 3600) or "")[:13] + "Z")
+            total += self.by_hour[key] * (until - at)
+            at = until
+        return total / (end - start_s)
+
+
+def hourly_rate_of(text: str, low: float) -> Rate:
+    """Return the rate that a CSV file tells by hour; ValueError names the line.
+
+    Its first line is a header: `time` (the beginning of an hour, RFC 3339) or `hour` (0 to 23, of UTC),
+    then a word for the value; what follows in a line is ignored.
+    """
+    found: dict[int, float] = {}
+    reader = csv.reader(text.splitlines())
+    kind = (next(reader, [""]) or [""])[0].strip().lstrip("\ufeff").lower()
+    if kind not in ("time", "hour"):
+        raise ValueError("line 1: the header must begin with time or hour, such as 'hour,price'")
+    for cells in reader:
+        if not any(cell.strip() for cell in cells):
+            continue
+        try:
+            key, value = _hour_of(kind, cells[0].strip()), float(cells[1])
+        except (ValueError, IndexError, OverflowError):
+            what = "an hour from 0 to 23" if kind == "hour" else "a whole hour such as 2025-12-29T19:00:00Z"
+            raise ValueError(f"line {reader.line_num}: {','.join(cells)[:60]!r} must be {what}, a comma "
+                             "and a number") from None
+        if not low <= value < math.inf:
+            raise ValueError(f"line {reader.line_num}: {value:g} is no value from {low:g} on")
+        if key in found:
+            raise ValueError(f"line {reader.line_num}: {cells[0].strip()} stands there twice")
+        found[key] = value
+    if not found:
+        raise ValueError("line 2: there must be a value after the header")
+    return Rate(None, found, kind == "hour")
+
+
+def _hour_of(kind: str, text: str) -> int:
+    if kind == "hour":
+        return range(24)[int(text)] if text.isdigit() else int("")
+    at = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text))
+    if at.tzinfo is None or at.timestamp() % 3600:
+        raise ValueError
+    return int(at.timestamp() // 3600)
+
+
+def rates_of(text: str, read: Callable[[str], str], low: float = 0.0) -> Mapping[str, Rate]:
+    """Return the rates by node ("" is every other) of `0.30,worker-01=0.22,worker-02=prices.csv`.
+
+    `read` returns the text of a file; ValueError tells in one sentence what is wrong.
+    """
+    rates: dict[str, Rate] = {}
+    for part in text.split(","):
+        node, _, value = part.rpartition("=")
+        if node in rates or not value.strip():
+            raise ValueError(f"'{text}' must be numbers or files with commas between, one for each node")
+        try:
+            number = float(value)
+        except ValueError:
+            try:
+                rates[node] = hourly_rate_of(read(value), low)
+            except OSError as error:
+                raise ValueError(f"'{value}' is no number, and no file to read: {error.strerror}") from None
+            except ValueError as error:
+                raise ValueError(f"{value}: {error}") from None
+            continue
+        if not low <= number < math.inf:
+            raise ValueError(f"'{value}' must be a number from {low:g} on")
+        rates[node] = Rate(number)
+    return rates
+
+
+PRICE_LOWEST = -1e6  # at some hours electricity is given away, and more
+JOULES_PER_WH = 3600.0
+PRICED = ("energy_cost", "carbon_g", "energy_wh_per_minute", "cost_per_minute", "carbon_g_per_minute")
+
+
+class Tariff(NamedTuple):
+    """What energy costs, by node ("" is every other): in a currency and in g CO2e, both per kWh."""
+
+    prices: Mapping[str, Rate] = {}
+    carbon: Mapping[str, Rate] = {}
+    currency: str | None = None
+
+    def priced(self, metrics: Json, nodes: Sequence[str], start_s: float) -> Json:
+        """Return metrics with PRICED added; `nodes` are the names that the attempt's node goes by.
+
+        The gross energy is spread evenly over `duration` from `start_s` (s since 1970); a minute is one
+        of output. Metrics without a word of energy stay as they are when nothing is priced.
+        """
+        if "energy_joules" not in metrics and not self.prices and not self.carbon:
+            return metrics
+        told = metrics.get("unknown")
+        unknown = dict(told) if isinstance(told, dict) else {}
+        energy, minutes = finite(metrics, "energy_joules"), (finite(metrics, "output_seconds") or 0) / 60
+        why = str(unknown.get("energy_joules") or "the node tells no energy")[:200]
+        figures: Json = dict.fromkeys(PRICED)
+        reasons = dict.fromkeys(PRICED, why)
+        if energy is not None:
+            length = finite(metrics, "duration") or 0.0
+            figures["energy_cost"], reasons["energy_cost"] = _cost(
+                self.prices, nodes, energy, start_s, length, "--energy-price")
+            figures["carbon_g"], reasons["carbon_g"] = _cost(
+                self.carbon, nodes, energy, start_s, length, "--carbon-intensity")
+            for name, whole, source in (("energy_wh_per_minute", energy / JOULES_PER_WH, ""),
+                                        ("cost_per_minute", figures["energy_cost"], "energy_cost"),
+                                        ("carbon_g_per_minute", figures["carbon_g"], "carbon_g")):
+                figures[name] = whole / minutes if whole is not None and minutes > 0 else None
+                reasons[name] = reasons[source] if whole is None else "the output's length is unknown"
+        figures = {name: None if value is None else float(f"{value:.6g}") for name, value in figures.items()}
+        unknown.update({name: reasons[name] for name, value in figures.items() if value is None})
+        if self.currency and figures["energy_cost"] is not None:
+            figures["currency"] = self.currency
+        return {**metrics, **figures, "unknown": unknown}
+
+
+def _cost(rates: Mapping[str, Rate], nodes: Sequence[str], energy: float, start_s: float, length_s: float,
+          flag: str) -> tuple[float | None, str]:
+    """Return what so many J cost at a node's rate, or why that is unknown."""
+    rate = next((rates[name] for name in (*nodes, "") if name in rates), None)
+    if rate is None:
+        return None, f"the master has no {flag} for this node"
+    try:
+        return energy / JOULES_PER_WH / 1000 * rate.mean(start_s, min(length_s, 31 * 86400.0)), ""
+    except LookupError as missing:
+        return None, f"the file of {flag} has no {missing.args[0]}"
+
+
+
+
+# ---- 12 Pages -------------------------------------------------------------------------------------
 
 class Overview(NamedTuple):
     """What the page of nodes and jobs shows."""
@@ -2890,6 +3135,208 @@ class Overview(NamedTuple):
     jobs: list[Json]
     total: int
 
+
+class Curve(NamedTuple):
+    """One series of a plot: joined points, or markers alone; `spans` are intervals in x, `hollow` numbers."""
+
+    label: str
+    points: Points
+    joined: bool = True
+    marked: bool = True
+    spans: Sequence[tuple[float, float] | None] = ()
+    hollow: frozenset[int] = frozenset()
+
+
+class Plot(NamedTuple):
+    """A plot: title, names of the axes, curves; with `names` the y axis counts these from the top.
+
+    `zero` names the axis that begins at 0.
+    """
+
+    title: str
+    x: str
+    y: str
+    curves: Sequence[Curve]
+    names: Sequence[str] = ()
+    log: bool = False
+    zero: str = ""
+    note: str = ""
+
+
+# colours of Okabe and Ito (2008), which people with any colour vision tell apart; the last is the text's
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "currentColor")
+_DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4")
+_MARKERS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z", "M-3.5-3.5h7v7h-7z", "M0-5l5 9h-10z",
+            "M0-5.5l4.5 5.5l-4.5 5.5l-4.5-5.5z", "M0 5l5-9h-10z",
+            "M-5-1.5h3.5v-3.5h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5z", "M-4-2l4-3l4 3l-2 6h-4z",
+            "M-4-4l4 2l4-2l-2 4l2 4l-4-2l-4 2l2-4z")
+_WIDTH, _HEIGHT = 480, 300
+
+
+def _ticks(low: float, high: float, log: bool) -> list[float]:
+    """Return round numbers within a range."""
+    if log:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        found = [m * 10.0 ** p for p in powers for m in (1, 2, 5) if low <= m * 10.0 ** p <= high]
+        if len(found) >= 3:
+            return found if len(found) <= 7 else found[::-(-len(found) // 6)]
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = power * next(m for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _range(values: Sequence[float], zero: bool, log: bool) -> tuple[float, float]:
+    low, high = (0.0 if zero else min(values)), max(values)
+    if log:
+        return low / 1.12, high * 1.12
+    room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    return (0.0 if zero else low - room), high + room
+
+
+def html_text(value: object) -> str:
+    """Return text of others as HTML shows it, without characters that turn or hide what follows."""
+    return html.escape(wire.printable(value))
+
+
+def plot_svg(plot: Plot) -> str:
+    """Return a plot as an SVG of its own size that scales with the page."""
+    xs = [x for curve in plot.curves for x, _ in curve.points]
+    xs += [edge for curve in plot.curves for span in curve.spans if span for edge in span]
+    log = plot.log and min(xs) > 1e-9
+    x_low, x_high = _range(xs, plot.zero == "x", log)
+    y_low, y_high = _range([y for curve in plot.curves for _, y in curve.points], plot.zero == "y", False)
+    left, bottom = 58.0, _HEIGHT - 44
+    if plot.names:
+        left = min(250, 14 + 6.8 * max(len(name) for name in plot.names))
+        bottom = 12 + 22 * len(plot.names)
+        y_low, y_high = len(plot.names) - 0.5, -0.5
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        part = (math.log(x / x_low) / math.log(x_high / x_low)) if log else (x - x_low) / (x_high - x_low)
+        return (round(left + part * (_WIDTH - 14 - left), 1),
+                round(bottom - (y - y_low) / (y_high - y_low) * (bottom - 10), 1))
+    lines = [_axis(plot, at, left, bottom, _ticks(x_low, x_high, log),
+                   [] if plot.names else _ticks(y_low, y_high, False))]
+    lines += [_curve(curve, number, at) for number, curve in enumerate(plot.curves)]
+    return (f'<svg viewBox="0 0 {_WIDTH} {bottom + 44}" role="img" aria-label="{html_text(plot.title)}">'
+            f'{"".join(lines)}</svg>')
+
+
+def _axis(plot: Plot, at: Callable[[float, float], tuple[float, float]], left: float, bottom: float,
+          x_ticks: Sequence[float], y_ticks: Sequence[float]) -> str:
+    parts = []
+    for tick in x_ticks:
+        x = at(tick, 0)[0]
+        parts.append(f'<path class="grid" d="M{x} 10V{bottom}"/><text x="{x}" y="{bottom + 16}" '
+                     f'text-anchor="middle">{tick:.6g}</text>')
+    names = [(float(number), name if len(name) < 37 else name[:35] + "…")
+             for number, name in enumerate(plot.names)]
+    for tick, word in names or [(tick, f"{tick:.6g}") for tick in y_ticks]:
+        y = at(1, tick)[1]
+        parts.append(f'<path class="grid" d="M{left} {y}H{_WIDTH - 14}"/><text x="{left - 6}" y="{y + 4}" '
+                     f'text-anchor="end">{html_text(word)}</text>')
+    return (f'{"".join(parts)}<path class="axis" d="M{left} 10V{bottom}H{_WIDTH - 14}"/>'
+            f'<text x="{(left + _WIDTH - 14) / 2}" y="{bottom + 36}" text-anchor="middle">'
+            f'{html_text(plot.x)}</text>'
+            f'<text transform="translate(13 {(10 + bottom) / 2}) rotate(-90)" text-anchor="middle">'
+            f'{html_text(plot.y)}</text>')
+
+
+def _curve(curve: Curve, number: int, at: Callable[[float, float], tuple[float, float]]) -> str:
+    spots = [at(x, y) for x, y in curve.points]
+    parts = []
+    if curve.joined and len(spots) > 1:
+        parts.append(f'<path class="line" stroke-dasharray="{_DASHES[number % len(_DASHES)]}" '
+                     f'd="M{"L".join(f"{x} {y}" for x, y in spots)}"/>')
+    for (_, y), span in zip(spots, curve.spans):
+        if span:
+            low, high = (at(edge, 0)[0] for edge in span)
+            parts.append(f'<path class="line" d="M{low} {y}H{high}M{low} {y - 4}v8M{high} {y - 4}v8"/>')
+    for spot, (x, y) in enumerate(spots if curve.marked else ()):
+        hollow = ' class="hollow"' if spot in curve.hollow else ""
+        told = f"{curve.label}: {', '.join(f'{value:.6g}' for value in curve.points[spot])}"
+        parts.append(f'<path{hollow} d="{_MARKERS[number % len(_MARKERS)]}" transform="translate({x} {y})">'
+                     f'<title>{html_text(told)}</title></path>')
+    return f'<g class="c{number % len(_COLOURS)}">{"".join(parts)}</g>'
+
+
+def _figure_html(plot: Plot) -> str:
+    """Return a plot with its title, and a legend where there is more than one curve."""
+    keys = []
+    for number, curve in enumerate(plot.curves):
+        dash = f' stroke-dasharray="{_DASHES[number % len(_DASHES)]}"' if curve.joined else ' stroke="none"'
+        mark = f'<path d="{_MARKERS[number % len(_MARKERS)]}" transform="translate(17 7)"/>' * curve.marked
+        keys.append(f'<li><svg class="key" viewBox="0 0 34 14"><g class="c{number % len(_COLOURS)}">'
+                    f'<path class="line"{dash} d="M1 7H33"/>{mark}</g></svg>{html_text(curve.label)}</li>')
+    legend = f'<ul class="keys">{"".join(keys)}</ul>' if len(keys) > 1 else ""
+    title = f"<figcaption>{html_text(plot.title)}</figcaption>"
+    return f"<figure>{title}{plot_svg(plot)}{legend}{_note(plot.note)}</figure>"
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{html_text(text)}</p>' if text else ""
+
+
+def table_html(heads: Iterable[str], rows: Iterable[Sequence[str]], texts: int = 99) -> str:
+    """Return a table of cells that are HTML already; the first `texts` columns are words, not figures."""
+    def line(cells: Iterable[str], tag: str) -> str:
+        return "<tr>" + "".join(f'<{tag}{"" if at < texts else " class=n"}>{cell}</{tag}>'
+                                for at, cell in enumerate(cells)) + "</tr>"
+    body = "".join(line(cells, "td") for cells in rows)
+    return f"<table><thead>{line(map(html_text, heads), 'th')}</thead><tbody>{body}</tbody></table>"
+
+
+_STYLE = ("body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;"
+          "color:#1b1f24;background:#fff}table{border-collapse:collapse;width:100%;margin:.5rem 0 2rem}"
+          "th,td{text-align:left;padding:.3rem .7rem .3rem 0;border-bottom:1px solid #d8dee4;"
+          "vertical-align:top}th{font-weight:600}code{font:13px ui-monospace,monospace}"
+          ".none{color:#57606a}@media(prefers-color-scheme:dark){body{color:#e6edf3;background:#0d1117}"
+          "th,td{border-color:#30363d}a{color:#58a6ff}.none{color:#8d96a0}}")
+
+
+def page_view(seen: Overview) -> Text:
+    """Return the plain page of nodes and jobs; every text is escaped."""
+    nodes, jobs, total = seen
+    node_rows = [_cells_html(
+        node["name"], node["status"], f"{node['running']} of {node['max_concurrent_jobs']}",
+        node.get("type"), node.get("cpu_threads"), wire.size_text(node.get("ram_bytes")),
+        node.get("gpu_type") or "none", node["last_heartbeat"]) for node in nodes]
+    names = {node["id"]: node["name"] for node in nodes}
+    job_rows = [[f'<a href="/jobs/{html_text(job["id"])}"><code>{html_text(job["id"][:8])}</code></a>',
+                 *_cells_html(job["status"], job["scenario"], names.get(job["node_id"], job["node_id"]),
+                              percent_text(job), job["error"], job["created_at"])] for job in jobs]
+    links = " ".join(f'<a href="{path}">{path}</a>' for path in
+                     ("/nodes", "/jobs", "/results", "/metrics", "/health", "/ready"))
+    page = (f"<!doctype html><html lang=en><meta charset=utf-8><title>ffdist</title><style>{_STYLE}</style>"
+            f"<h1>ffdist</h1><p>{links}</p>"
+            + _list_html(f"Nodes ({len(nodes)})", "name, status, running, type, threads, memory, GPU, "
+                         "last heartbeat", node_rows,
+                         "No node has registered yet: python3 agent.py --register --master URL")
+            + _list_html(f"Jobs ({len(jobs)} newest of {total})", "job, status, scenario, node, done, error, "
+                         "created", job_rows,
+                         "No job was submitted yet: python3 ffdist.py submit 720p30-h264"))
+    return Text(page, "text/html; charset=utf-8")
+
+
+def _list_html(title: str, heads: str, rows: Sequence[Sequence[str]], empty: str) -> str:
+    table = table_html(heads.split(", "), rows) if rows else f"<p class=none>{html_text(empty)}</p>"
+    return f"<h2>{title}</h2>{table}"
+
+
+def _cells_html(*cells: Any) -> list[str]:
+    return ["" if cell is None else html_text(cell) for cell in cells]
+
+
+def percent_text(job: Mapping[str, Any]) -> str:
+    """Return how far a job is."""
+    percent = (job.get("progress") or {}).get("percent")
+    if job.get("status") == "completed":
+        return "100 %"
+    return f"{percent:.0f} %" if isinstance(percent, (int, float)) else ""
+
+
+# ---- 13 API ---------------------------------------------------------------------------------------
 
 class Request(NamedTuple):
     """One request as handlers see it; `told` holds the query and, above it, the body's fields."""
@@ -3046,12 +3493,12 @@ def _report(master: Master, request: Request) -> tuple[int, Any]:
 
 
 def _metrics(master: Master, request: Request) -> tuple[int, Any]:
-    return 200, master.snapshot()
+    return 200, metrics_view(master.snapshot())
 
 
 def _home(master: Master, request: Request) -> tuple[int, Any]:
     jobs, total, _ = master.jobs({}, None, 50)
-    return 200, Overview(master.nodes(), jobs, total)
+    return 200, page_view(Overview(master.nodes(), jobs, total))
 
 
 ROUTES = (
@@ -3104,6 +3551,27 @@ def route_of(method: str, path: str) -> tuple[Route, str]:
 def printable_path(path: str) -> str:
     """Return a path that is safe and short enough for a sentence."""
     return wire.printable(path[:100])
+
+
+# ---- 14 HTTP --------------------------------------------------------------------------------------
+
+HEAD_LIMIT_BYTES = 32 << 10
+HEADERS_MOST = 100
+HEAD_S = 10.0
+BODY_S = 60.0
+SEND_S = 60
+TICK_S = 2
+IDLE_S = 300.0
+LINGER_S = 2.0
+_REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (\S{1,8000}) HTTP/(\d)\.(\d)")
+_HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?(?:\n|\Z))+")
+_KNOWN_HEADERS = frozenset((b"content-length", b"transfer-encoding", b"host", b"connection", b"expect",
+                            b"content-type", b"origin", b"sec-fetch-site", b"sec-fetch-mode"))
+# Each browser sends one of these, whatever a page wants: script cannot touch Origin and Sec-Fetch-*, and of
+# Accept-Language only the value. Over plain HTTP many requests have no other sign than the last.
+_BROWSER_HEADERS = frozenset((b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest",
+                              b"accept-language"))
 
 
 def _finite(text: str) -> float:
@@ -3424,9 +3892,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return False
 
     def _send(self, status: int, data: Any, keep: bool, head_only: bool) -> None:
-        view = self.server.views.get(type(data))
-        if view is not None:
-            data = view(data)
         answer = data if isinstance(data, Text) else Text(_ENCODE(data), JSON_KIND)
         payload = answer.text.encode("utf-8", "replace") + b"\n"
         head = (f"HTTP/1.1 {_STATUS_LINES[status]}\r\nContent-Type: {answer.kind}\r\n"
@@ -3451,7 +3916,6 @@ _ENCODE = json.JSONEncoder(allow_nan=False).encode
 _SAFETY = ("X-Content-Type-Options: nosniff\r\nContent-Security-Policy: default-src 'none'; "
            "style-src 'unsafe-inline'; frame-ancestors 'none'\r\nCache-Control: no-store\r\n")
 
-
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
 
 
@@ -3461,527 +3925,326 @@ def _head_end(buffer: bytearray) -> tuple[int, int]:
     return (end.start(), end.end() - end.start()) if end else (-1, 0)
 
 
-# ---- 7 Metrics ------------------------------------------------------------------------------------
+BACKLOG = 4096
+FILES_WANTED = 65_536
 
 
-Samples = Callable[[Snapshot], list[tuple[dict[str, str], float]]]
+class Server(http.server.ThreadingHTTPServer):
+    """The listening socket: a long backlog, no name look-ups, a pause when files run out."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = BACKLOG
+    allow_reuse_address = True
+
+    def __init__(self, host: str, port: int, log: logging.Logger) -> None:
+        self.log = log
+        self.machine = os.uname().nodename.lower()
+        self.master: Master
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Handler)
+
+    def server_bind(self) -> None:
+        """Bind without asking for the host's full name, which can take seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError as error:
+            self.log.warning("cannot accept connections for a moment: %s", error.strerror)
+            time.sleep(0.2)
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError as error:
+            self.log.warning("a connection was refused: %s", error)
+            self.shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        self.log.debug("a connection failed", exc_info=True)
 
 
-class Metric(NamedTuple):
-    """One metric, by its name in Prometheus: its help, and where its values come from.
+def _raise_file_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, FILES_WANTED)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
-    `samples` makes them out of a Snapshot, for /metrics; `field` names them in a result's `metrics` or in
-    a sample, for the push alone, and `kept` says that what /metrics shows is pushed too.
+
+# ---- 15 Push --------------------------------------------------------------------------------------
+
+PUSH_S = 5.0
+NODES_AGAIN_S = 30.0
+PUSH_LINES_MOST = 20_000
+PUSH_RESULTS_MOST = 500
+BACKFILL_MOST = 10_000
+SPOOL_LIMIT_BYTES = 256 << 20
+REFUSED_STATUSES = (400, 413, 415, 422)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file for the owner alone that is either there as a whole or as it was before."""
+    partial = path.with_name(f".{path.name}.part")
+    partial.unlink(missing_ok=True)  # what a kill has left, or a link of somebody else
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with open(os.open(partial, flags, 0o600), "wb") as file:
+        file.write(data)
+    os.replace(partial, path)
+
+
+class Spool:
+    """Batches of lines that wait in files of a folder; past its limit the oldest are given up."""
+
+    def __init__(self, folder: Path, limit_bytes: int, counts: dict[str, int], log: logging.Logger) -> None:
+        self._folder = folder
+        self._limit_bytes = limit_bytes
+        self._counts = counts
+        self._log = log
+        self._sizes = {path: path.stat().st_size for path in sorted(folder.glob("[0-9]" * 12 + ".txt"))}
+        self._number = max((int(path.stem) for path in self._sizes), default=0)
+        self.add(())
+
+    def oldest(self) -> bytes | None:
+        """Return the batch that waits longest; None when none does."""
+        path = next(iter(self._sizes), None)
+        return None if path is None else path.read_bytes() if path.exists() else b""
+
+    def forget(self) -> None:
+        """Remove the batch that waits longest."""
+        path = next(iter(self._sizes))
+        path.unlink(missing_ok=True)
+        self._sizes.pop(path)
+
+    def add(self, batches: Iterable[bytes]) -> None:
+        """Keep batches on disk, as far as the limit allows, and tell how much waits there."""
+        for body in batches:
+            self._number += 1
+            path = self._folder / f"{self._number:012d}.txt"
+            try:
+                write_whole(path, body)
+                self._sizes[path] = len(body)
+            except OSError as error:
+                self._counts["push_dropped"] += body.count(b"\n")
+                self._log.error("values for VictoriaMetrics are lost: %s: %s", path, error.strerror)
+        while sum(self._sizes.values()) > self._limit_bytes:
+            with contextlib.suppress(OSError):
+                self._counts["push_dropped"] += (self.oldest() or b"").count(b"\n")
+            self.forget()
+        self._counts["push_spool_bytes"] = sum(self._sizes.values())
+
+
+class Pusher:
+    """Pushes to VictoriaMetrics what a master learns; one thread calls loop(), then shut_down().
+
+    Results are read from the journal, after the last one that was taken (its number is in the folder), so
+    that no outage and no kill -9 loses any. Samples and states of nodes are known to memory alone: what is
+    not taken waits in the spool.
     """
 
-    name: str
-    about: str
-    samples: Samples | None = None
-    field: str = ""
-    kept: bool = False
-
-    @property
-    def kind(self) -> str:
-        """Its type in Prometheus."""
-        return "counter" if self.name.endswith("_total") else "gauge"
-
-    @property
-    def place(self) -> str:
-        """Where it is found: /metrics, pushed, or both."""
-        return "pushed" if self.samples is None else "both" if self.kept else "/metrics"
-
-
-def _value(name: str) -> Samples:
-    """Return the sample of a metric that is one of the snapshot's counters or fields."""
-    return lambda shot: [({}, float(shot.counts[name] if name in shot.counts else getattr(shot, name)))]
-
-
-def _of_nodes(value: Callable[[str, int], float]) -> Samples:
-    """Return the samples of a metric with one series a node, from its status and its running jobs."""
-    return lambda shot: [({"node": name, "node_id": key}, value(status, running))
-                         for name, key, status, running in shot.nodes]
-
-
-class Figure(NamedTuple):
-    """One figure of a result: its name in `metrics`, its help, and its column in the tables of reports.
-
-    Its metric is ffdist_job_ and `metric`, or its name; one without a help has none, one without a head no
-    column. `digits` are those that count.
-    """
-
-    name: str
-    about: str
-    head: str = ""
-    unit: str = ""
-    digits: int = 3
-    metric: str = ""
-
-    @property
-    def axis(self) -> str:
-        """What stands at an axis, or above a column."""
-        return f"{self.head}, {self.unit}" if self.unit else self.head
-
-
-_MONEY = "Energy, money and carbon"
-TABLES: Mapping[str, tuple[Figure, ...]] = {
-    "Speed and size": (
-        Figure("duration", "Wall time of the encode.", "time", "s", metric="duration_seconds"),
-        Figure("speed", "Seconds of film per second of wall time.", "speed", "x"),
-        Figure("fps", "Frames per second of wall time.", "frames/s"),
-        Figure("cpu_usage", "% of the whole machine, mean over the run.", "CPU", "%"),
-        Figure("memory_usage", "Peak memory of the job's processes.", "memory", "MiB", metric="memory_mib"),
-        Figure("bitrate_kbps", "kbit/s of the whole output.", "rate", "kbit/s", 4),
-        Figure("bits_per_pixel", "Bits for each pixel of the output.", "bit/pixel"),
-        Figure("output_bytes", "Size of the output.", "size")),
-    "Quality": tuple(
-        Figure(f"{name}{part}{'_db' if unit else ''}", f"{head} {about}", head + word, unit, digits)
-        for name, head, unit, digits in (("psnr", "PSNR", "dB", 4), ("ssim", "SSIM", "", 5),
-                                         ("vmaf", "VMAF", "", 4), ("xpsnr", "XPSNR", "dB", 4))
-        for part, about, word in (("", "against the source, mean.", ""),
-                                  ("_min", "of the worst frame.", " least"),
-                                  ("_harmonic", "against the source, harmonic mean.", " harmonic mean"))),
-    _MONEY: (
-        Figure("energy_joules", "Energy, this job's share of the machine.", "energy", "J"),
-        Figure("net_energy_joules", "Energy above that of the idle machine.", "above idle", "J"),
-        Figure("energy_wh", "", "energy", "Wh"),
-        Figure("energy_cost", "Price of the energy, in the tariff's currency.", "cost"),
-        Figure("carbon_g", "gCO2e of the energy.", "CO2e", "g"),
-        Figure("energy_wh_per_minute", "Wh for each minute of output.", "Wh a minute"),
-        Figure("cost_per_minute", "Price of the energy for each minute of output.", "cost a minute"),
-        Figure("carbon_g_per_minute", "gCO2e for each minute of output.", "g CO2e a minute")),
-    "Power": (
-        Figure("power_watts", "Mean power while it ran.", "power", "W"),
-        Figure("idle_watts", "What the idle machine draws.", "idle", "W"),
-        Figure("joules_per_frame", "Energy for each frame.", "a frame", "J"),
-        Figure("pixels_per_joule", "Pixels encoded for each joule.", "pixels/J", "", 4)),
-}
-FIGURES = {figure.name: figure for figures in TABLES.values() for figure in figures}
-OF_ENERGY = {figure.name for name in (_MONEY, "Power") for figure in TABLES[name]}
-_OTHER_FIGURES = (
-    Figure("frames", "Frames encoded."),
-    Figure("dropped_frames", "Frames that FFmpeg dropped."),
-    Figure("output_seconds", "Length of the output."),
-    Figure("cpu_seconds", "CPU time of the job's processes."),
-    Figure("background_cpu_percent", "% of the machine that others used meanwhile."),
-    Figure("gpu_usage", "% of the GPU."),
-    Figure("gpu_memory_usage", "Peak memory used on the GPU.", metric="gpu_memory_mib"),
-    Figure("gpu_energy_joules", "Energy of the GPU."),
-)
-METRICS = (
-    Metric("ffdist_build_info", "Always 1; the version is in the label.",
-           lambda shot: [({"version": VERSION}, 1)]),
-    Metric("ffdist_start_time_seconds", "When this master was started, in seconds since 1970.",
-           _value("started_at")),
-    Metric("ffdist_ready", "1 when the journal can be written, else 0.", _value("ready")),
-    Metric("ffdist_jobs", "Jobs known to this master, by status.",
-           lambda shot: [({"status": word}, shot.totals.get(("jobs", word), 0)) for word in STATUSES]),
-    Metric("ffdist_results", "Accepted reports in the journal, by status.",
-           lambda shot: [({"status": word}, shot.totals.get(("results", word), 0))
-                         for word in ("completed", "failed", "canceled")]),
-    Metric("ffdist_nodes", "Registered nodes, by status.",
-           lambda shot: [({"status": word}, sum(node[2] == word for node in shot.nodes))
-                         for word in NODE_STATUSES]),
-    Metric("ffdist_node_up", "1 when the node is not offline, else 0.",
-           _of_nodes(lambda status, _: float(status != "offline")), kept=True),
-    Metric("ffdist_node_running_jobs", "Jobs that a node holds.", _of_nodes(lambda _, running: running),
-           kept=True),
-    Metric("ffdist_node_status", "A node's status: "
-           + ", ".join(f"{code} {word}" for code, word in enumerate(NODE_STATUSES)) + ".",
-           _of_nodes(lambda status, _: NODE_STATUSES.index(status)), kept=True),
-    Metric("ffdist_node_quarantined", "1 while a node is in quarantine, else 0.",
-           _of_nodes(lambda status, _: float(status == "quarantined")), kept=True),
-    *(Metric(f"ffdist_{name}", about, _value(key)) for name, key, about in (
-        ("parked_requests", "parked", "Agents' requests that wait for work or orders."),
-        ("submissions_total", "submitted", "Jobs accepted since the start."),
-        ("claims_total", "claims", "Attempts handed out since the start."),
-        ("reports_total", "reports", "Attempts ended by a report since the start."),
-        ("refused_reports_total", "refused_reports", "Reports of attempts that held no lease."),
-        ("lost_leases_total", "lost_leases", "Attempts ended without a report."),
-        ("heartbeats_total", "heartbeats", "Signs of life and questions for work."),
-        ("push_lines_total", "push_lines", "Values that VictoriaMetrics took."),
-        ("push_failures_total", "push_failures", "Pushes that VictoriaMetrics did not take."),
-        ("push_dropped_total", "push_dropped", "Values given up: past the spool's limit, or refused."),
-        ("push_spool_bytes", "push_spool_bytes", "What waits on disk for VictoriaMetrics, results aside."),
-        ("journal_commits_total", "commits", "Commits of the journal."),
-        ("journal_commit_seconds_total", "commit_seconds", "Time spent in commits of the journal."),
-        ("journal_size_bytes", "journal_bytes", "Size of the journal's files."),
-        ("disk_free_bytes", "disk_free_bytes", "Free space on the file system of the data folder."),
-        ("disk_size_bytes", "disk_bytes", "Size of the file system of the data folder."))),
-    Metric("ffdist_job_info", "Always 1: one for each accepted report.", field="info"),
-    *(Metric(f"ffdist_job_{figure.metric or figure.name}", figure.about, field=figure.name)
-      for figure in (*FIGURES.values(), *_OTHER_FIGURES) if figure.about),
-    *(Metric(f"ffdist_sample_{name}", about, field=field) for name, field, about in (
-        ("cpu_usage_percent", "cpu_usage", "% of the node's CPU while a job runs."),
-        ("memory_bytes", "memory_used_bytes", "Memory used on the node while a job runs."),
-        ("power_watts", "power_watts", "Power of the node while a job runs."),
-        ("temperature_celsius", "temperature_c", "Temperature of the node while a job runs."))),
-)
-_BY_NAME = {metric.name: metric for metric in METRICS}
-_OF_RESULTS = tuple(metric for metric in METRICS if metric.name.startswith("ffdist_job_"))
-_OF_SAMPLES = tuple(metric for metric in METRICS if metric.name.startswith("ffdist_sample_"))
-RESULT_LATE_S = 24 * 3600.0
-
-
-def metrics_view(shot: Snapshot) -> Text:
-    """Return the Prometheus text format 0.0.4 of a snapshot."""
-    lines = []
-    for metric in METRICS:
-        if metric.samples is not None:
-            lines += [f"# HELP {metric.name} {metric.about}", f"# TYPE {metric.name} {metric.kind}"]
-            lines += [_line(metric.name, _labels_text(labels), value)
-                      for labels, value in metric.samples(shot)]
-    return Text("\n".join(lines), "text/plain; version=0.0.4; charset=utf-8")
-
-
-def _escaped(text: str) -> str:
-    return wire.printable(text).replace("\\", "\\\\").replace('"', '\\"')
-
-
-def _labels_text(labels: Mapping[str, Any]) -> str:
-    """Return labels in braces; those without a value are left out."""
-    inner = ",".join(f'{name}="{_escaped(str(value)[:255])}"' for name, value in labels.items()
-                     if value not in (None, ""))
-    return f"{{{inner}}}" if inner else ""
-
-
-def _line(name: str, labels: str, value: float, at_ms: int | None = None) -> str:
-    return f"{name}{labels} {value:.15g}" + ("" if at_ms is None else f" {at_ms}")
-
-
-def epoch_of(text: Any) -> float | None:
-    """Return the seconds since 1970 of an RFC 3339 time; None when it is none."""
-    with contextlib.suppress(ValueError, TypeError, AttributeError, OverflowError):
-        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
-    return None
-
-
-def _field_lines(metrics: Iterable[Metric], values: Mapping[str, Any], labels: str, at: float) -> list[str]:
-    """Return a line for each field that is a finite number; what is unknown has none."""
-    lines = []
-    for metric in metrics:
-        value = values.get(metric.field)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < FIGURE_MOST:
-            lines.append(_line(metric.name, labels, value, round(at * 1000)))
-    return lines
-
-
-def result_lines(result: Json, spec: Json) -> list[str]:
-    """Return the lines of one result, at the time when it was completed.
-
-    An agent's clock is trusted when it says at most a day before the master's.
-    """
-    received = epoch_of(result.get("received_at")) or 0.0
-    completed = epoch_of(result.get("completed_at"))
-    at = completed if completed is not None and received - RESULT_LATE_S < completed < received else received
-    encode, told, word = _part(result, "encode"), _part(spec, "experiment"), spec.get("experiment")
-    labels = _labels_text({
-        **{name: result.get(name) for name in ("job_id", "node", "node_id", "scenario", "status")},
-        "codec": _part(spec, "settings").get("codec"), "encoder": encode.get("encoder"),
-        "preset": encode.get("preset"), "power_source": _part(result, "metrics").get("power_source"),
-        "experiment": told.get("name") or told.get("id") or (word if isinstance(word, str) else None)})
-    return _field_lines(_OF_RESULTS, {**_part(result, "metrics"), "info": 1}, labels, at)
-
-
-def _part(value: Mapping[str, Any], name: str) -> Json:
-    """Return an object inside another; an empty one where there is none."""
-    found = value.get(name)
-    return found if isinstance(found, dict) else {}
-
-
-def sample_lines(told: Sampled) -> list[str]:
-    """Return the lines of the samples of one message, each at its own time."""
-    lines = []
-    for sample in told.samples:
-        at = epoch_of(sample.get("time")) if isinstance(sample, dict) else None
-        if at is not None:
-            labels = _labels_text({"node": told.node, "node_id": told.node_id, "job_id": told.job_id,
-                                   "power_source": sample.get("power_source")})
-            lines += _field_lines(_OF_SAMPLES, sample, labels, at)
-    return lines
-
-
-def node_lines(shot: Snapshot, at: float, known: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    """Return the lines of the nodes that differ from what is known of them."""
-    fresh = shot._replace(nodes=[node for node in shot.nodes if known.get(node[1]) != node])
-    return [_line(metric.name, _labels_text(labels), value, round(at * 1000)) for metric in METRICS
-            if metric.kept and metric.samples for labels, value in metric.samples(fresh)]
-
-
-def promql(text: str) -> str:
-    """Return an expression where each `@name` is a metric of the table; KeyError when there is none."""
-    return re.sub(r"@(\w+)", lambda match: _BY_NAME[f"ffdist_{match[1]}"].name, text)
-
-
-class Panel(NamedTuple):
-    """One picture: its title, its unit as Grafana calls it, its expressions, what labels its lines.
-
-    `kind` is timeseries, stat or table; a table has a row for each set of labels, and a column for each
-    expression, under the names of `legend`.
-    """
-
-    kind: str
-    title: str
-    unit: str
-    exprs: tuple[str, ...]
-    legend: tuple[str, ...] = ("",)
-
-
-def _graph(title: str, unit: str, expr: str, *labels: str) -> Panel:
-    """Return a picture of one expression, with a line for each value of its labels."""
-    return Panel("timeseries", title, unit, (expr,), (" ".join(f"{{{{{label}}}}}" for label in labels),))
-
-
-def _graphs(by: str, *rows: tuple[str, str, str]) -> tuple[Panel, ...]:
-    """Return pictures of results' figures, as (title, unit, name), by labels."""
-    labels = by.split(", ")
-    return tuple(_graph(f"{title} by {labels[0]}", unit, _figure(name, by), *labels)
-                 for title, unit, name in rows)
-
-
-def _figure(name: str, by: str, over: str = "avg") -> str:
-    """Return the expression of a result's figure by labels, in each interval of a picture."""
-    outer = "sum" if over == "count" else over
-    return f'{outer} by ({by}) ({over}_over_time(@job_{name}{{node=~"$node"}}[$__interval]))'
-
-
-def _whole(title: str, unit: str, name: str, status: str = "", source: str = "") -> Panel:
-    """Return the sum over results in the range of a page: all, the count of a status, or of one source."""
-    match = f',status="{status}"' if status else f',power_source=~"{source}"' if source else ""
-    over, none = "count" if status else "sum", " or vector(0)" if match else ""
-    return Panel("stat", title, unit,
-                 (f'sum({over}_over_time(@job_{name}{{node=~"$node"{match}}}[$__range])){none}',))
-
-
-def _columns(**columns: str) -> Panel:
-    """Return the table of the jobs' figures in the range of a page: name of the metric, head."""
-    by = "job_id, node, scenario, encoder, power_source, status"
-    return Panel("table", "Results", "short", tuple(
-        f'max by ({by}) (last_over_time(@job_{name}{{node=~"$node"}}[$__range]))' for name in columns),
-        tuple(columns.values()))
-
-
-def _now(name: str, by: str = "node") -> str:
-    return f'max by ({by}) (@{name}{{node=~"$node"}})'
-
-
-_SOURCED = "node, power_source"  # what is estimated has `model` in it
-_ENDED = _graph("Results in each interval", "short", _figure("info", "status", "count"), "status")
-DASHBOARDS: Mapping[str, tuple[Panel, ...]] = {
-    "Fleet": (
-        Panel("stat", "Nodes up", "short", ("sum(max by (node_id) (@node_up))",)),
-        Panel("stat", "Nodes offline", "short", ("count(max by (node_id) (@node_up) == 0) or vector(0)",)),
-        Panel("stat", "Jobs waiting", "short", ('max(@jobs{status="pending"})',)),
-        Panel("stat", "Jobs running", "short", ('max(@jobs{status="running"})',)),
-        _graph("Open jobs", "short", 'max by (status) (@jobs{status=~"blocked|pending|running|paused"})',
-               "status"),
-        _ENDED,
-        _graph("Running jobs", "short", _now("node_running_jobs"), "node"),
-        _graph("Nodes by status", "short", "max by (status) (@nodes)", "status"),
-        Panel("timeseries", "Submissions, claims and reports per second", "reqps",
-              tuple(f"max(rate(@{name}_total[5m]))" for name in ("submissions", "claims", "reports")),
-              ("submissions", "claims", "reports")),
-        Panel("timeseries", "Lost leases and refused reports in an hour", "short",
-              ("max(increase(@lost_leases_total[1h]))", "max(increase(@refused_reports_total[1h]))"),
-              ("lost leases", "refused reports")),
-        Panel("timeseries", "The master's disk", "bytes",
-              ("max(@disk_free_bytes)", "max(@journal_size_bytes)", "max(@push_spool_bytes)"),
-              ("free", "journal", "waits for VictoriaMetrics")),
-        _graph("Mean commit of the journal", "s",
-               "max(rate(@journal_commit_seconds_total[5m])) / max(rate(@journal_commits_total[5m]))"),
-        Panel("table", "Nodes", "short",
-              (_now("node_status", "node, node_id"), _now("node_running_jobs", "node, node_id")),
-              ("status", "running"))),
-    "Jobs": (
-        _whole("Completed", "short", "info", "completed"), _whole("Failed", "short", "info", "failed"),
-        _whole("Film encoded", "s", "output_seconds"), _whole("CPU time", "s", "cpu_seconds"),
-        *_graphs("scenario", ("Wall time", "s", "duration_seconds"), ("CPU %", "percent", "cpu_usage"),
-                 ("Peak memory", "mbytes", "memory_mib")),
-        *_graphs("encoder", ("Speed", "x", "speed"), ("Frames per second", "short", "fps")), _ENDED,
-        _columns(duration_seconds="s", speed="speed", fps="fps", cpu_usage="CPU %", output_bytes="bytes")),
-    "Energy & cost": (
-        _whole("Energy", "joule", "energy_joules"), _whole("Above idle", "joule", "net_energy_joules"),
-        _whole("Cost", "short", "energy_cost"), _whole("Carbon, gCO2e", "short", "carbon_g"),
-        _whole("Energy that is estimated", "joule", "energy_joules", source=".*model.*"),
-        _graph("Power while jobs run", "watt", _now("sample_power_watts", _SOURCED), *_SOURCED.split(", ")),
-        _graph("Energy by node", "joule", _figure("energy_joules", _SOURCED, "sum"), *_SOURCED.split(", ")),
-        *_graphs("encoder, power_source", ("Joules per frame", "joule", "joules_per_frame"),
-                 ("Pixels per joule", "short", "pixels_per_joule")),
-        *_graphs("scenario, power_source", ("Wh per minute of output", "watth", "energy_wh_per_minute"),
-                 ("Cost per minute of output", "short", "cost_per_minute")),
-        _columns(energy_joules="J", net_energy_joules="J above idle", power_watts="W", energy_cost="cost",
-                 carbon_g="gCO2e")),
-    "Quality": (
-        *_graphs("encoder", *((figure.head, figure.unit or "short", figure.name)
-                              for figure in TABLES["Quality"]),
-                 ("Bitrate", "Kbits", "bitrate_kbps"), ("Bits per pixel", "short", "bits_per_pixel")),
-        _columns(psnr_db="PSNR dB", ssim="SSIM", vmaf="VMAF", bitrate_kbps="kbit/s", energy_joules="J")),
-    "One node": (
-        Panel("stat", "Status", "short", (_now("node_status"),)),
-        Panel("stat", "In quarantine", "short", (_now("node_quarantined"),)),
-        Panel("stat", "Running jobs", "short", (_now("node_running_jobs"),)),
-        _whole("Failed jobs", "short", "info", "failed"),
-        _graph("CPU", "percent", _now("sample_cpu_usage_percent"), "node"),
-        _graph("Memory", "bytes", _now("sample_memory_bytes"), "node"),
-        Panel("timeseries", "Power", "watt",
-              (_now("sample_power_watts", _SOURCED), _now("job_idle_watts", _SOURCED)),
-              ("{{node}} {{power_source}}", "{{node}} {{power_source}}, idle")),
-        _graph("Temperature", "celsius", _now("sample_temperature_celsius"), "node"),
-        _graph("Up", "short", _now("node_up"), "node"),
-        *_graphs("node", ("CPU that others used during jobs", "percent", "background_cpu_percent")),
-        _columns(duration_seconds="s", speed="speed", energy_joules="J")),
-}
-_SIZES = {"stat": (6, 4), "timeseries": (12, 8), "table": (24, 10)}
-_SOURCE: Json = {"type": "prometheus", "uid": "ffdist"}
-
-
-def _panel_json(panel: Panel, number: int, x: int, y: int) -> Json:
-    width, height = _SIZES[panel.kind]
-    table, graph = panel.kind == "table", panel.kind == "timeseries"
-    targets = [{"refId": chr(65 + place), "datasource": _SOURCE, "expr": promql(expr), "legendFormat": legend,
-                "instant": not graph, "range": graph, "format": "table" if table else "time_series"}
-               for place, (expr, legend) in enumerate(zip(panel.exprs, panel.legend))]
-    defaults: Json = {"unit": panel.unit}
-    made: Json = {"id": number, "type": panel.kind, "title": panel.title, "datasource": _SOURCE,
-                  "gridPos": {"x": x, "y": y, "w": width, "h": height}, "targets": targets,
-                  "fieldConfig": {"defaults": defaults, "overrides": []}, "options": {}}
-    if graph:
-        defaults["custom"] = {"spanNulls": True, "showPoints": "auto"}
-        made["options"] = {"legend": {"showLegend": True, "displayMode": "list", "placement": "bottom"},
-                           "tooltip": {"mode": "multi", "sort": "desc"}}
-    if table:
-        names = {f"Value #{target['refId']}": target["legendFormat"] for target in targets}
-        made["transformations"] = [{"id": "merge", "options": {}}, {"id": "organize", "options": {
-            "excludeByName": {"Time": True}, "renameByName": names}}]
-    if any("node_status" in expr for expr in panel.exprs):
-        words = {str(code): {"text": word, "index": code} for code, word in enumerate(NODE_STATUSES)}
-        mappings = [{"type": "value", "options": words}]
-        if table:
-            made["fieldConfig"]["overrides"] = [{"matcher": {"id": "byName", "options": "status"},
-                                                 "properties": [{"id": "mappings", "value": mappings}]}]
-        else:
-            defaults["mappings"] = mappings
-    return made
-
-
-def dashboard_json(title: str) -> Json:
-    """Return one of DASHBOARDS as Grafana reads it, laid out from left to right."""
-    panels, x, y, tall = [], 0, 0, 0
-    for number, panel in enumerate(DASHBOARDS[title], 1):
-        width, height = _SIZES[panel.kind]
-        if x + width > 24:
-            x, y, tall = 0, y + tall, 0
-        panels.append(_panel_json(panel, number, x, y))
-        x, tall = x + width, max(tall, height)
-    single = title == "One node"
-    node: Json = {"type": "query", "name": "node", "label": "Node", "datasource": _SOURCE, "refresh": 2,
-                  "query": {"query": promql("label_values(@node_up, node)"), "refId": "node"}, "sort": 1,
-                  "multi": not single, "includeAll": not single, "options": []}
-    if not single:
-        node.update(allValue=".*", current={"selected": True, "text": ["All"], "value": ["$__all"]})
-    return {"uid": dashboard_uid(title), "title": f"ffdist: {title}", "tags": ["ffdist"],
-            "schemaVersion": 39, "editable": True, "refresh": "30s", "timezone": "browser",
-            "time": {"from": "now-6h", "to": "now"}, "templating": {"list": [node]},
-            "links": [{"title": "ffdist", "type": "dashboards", "tags": ["ffdist"], "asDropdown": True,
-                       "icon": "external link", "includeVars": True, "keepTime": True,
-                       "targetBlank": False, "tooltip": "", "url": ""}], "panels": panels}
-
-
-def dashboard_uid(title: str) -> str:
-    """Return the name of a dashboard in addresses and of its file."""
-    return "ffdist-" + re.sub(r"\W+", "-", title.lower())
-
-
-class Rule(NamedTuple):
-    """One alert: when, for how long, and one sentence with the next step."""
-
-    name: str
-    expr: str
-    lasts: str
-    severity: str
-    summary: str
-
-
-RULES = (
-    Rule("NodeOffline", "max by (node, node_id) (@node_up) == 0", "1m", "warning",
-         "Node {{ $labels.node }} is offline: see whether its machine and its agent run."),
-    Rule("NodeQuarantined", "max by (node, node_id) (@node_quarantined) == 1", "1m", "warning",
-         "Node {{ $labels.node }} is in quarantine: 'ffdist.py nodes' has the reason."),
-    Rule("QueueGrowing", 'max(@jobs{status="pending"}) > 100 '
-         'and max(delta(@jobs{status="pending"}[15m])) > 0', "15m", "warning",
-         "{{ $value }} jobs wait and their number grows: add nodes, or see which are away."),
-    Rule("FailuresInARow", 'sum by (node, node_id) (count_over_time(@job_info{status="failed"}[15m])) >= 5 '
-         'unless sum by (node, node_id) (count_over_time(@job_info{status="completed"}[15m])) > 0',
-         "0s", "warning", "{{ $value }} jobs failed on {{ $labels.node }} in 15 min and none was completed: "
-         "drain it, and read 'ffdist.py logs' of one."),
-    Rule("PowerOverLimit", "max by (node, node_id) (avg_over_time(@sample_power_watts[2m])) > POWER_LIMIT",
-         "3m", "warning",  # longer than the mean remembers: one short job is none
-         "Node {{ $labels.node }} draws {{ $value }} W, more than the limit of POWER_LIMIT W."),
-    Rule("MasterDiskFilling", "max(@disk_free_bytes) < 1e9 "
-         "or max(@disk_free_bytes / @disk_size_bytes) < 0.05", "5m", "critical",
-         "The disk of the master's data folder is nearly full: make room, or nothing more is accepted."),
-    Rule("MasterCannotWrite", "max(@ready) == 0", "30s", "critical",
-         "The master's journal cannot be written: GET /ready names the cause."),
-    Rule("MasterAway", "absent(@ready)", "2m", "critical",
-         "No metrics come from the master: see whether it runs, and whether /metrics is scraped."),
-    Rule("PushDropping", "max(increase(@push_dropped_total[15m])) > 0", "0s", "warning",
-         "Values for VictoriaMetrics were given up in the last 15 min: see the master's log."),
-)
-
-
-def rules_json(power_limit_w: float) -> Json:
-    """Return the alerts as Prometheus and vmalert read them."""
-    def said(text: str) -> str:
-        return text.replace("POWER_LIMIT", f"{power_limit_w:g}")
-    return {"groups": [{"name": "ffdist", "interval": "15s", "rules": [
-        {"alert": f"Ffdist{rule.name}", "expr": said(promql(rule.expr)), "for": rule.lasts,
-         "labels": {"severity": rule.severity}, "annotations": {"summary": said(rule.summary)}}
-        for rule in RULES]}]}
-
-
-class Site(NamedTuple):
-    """Where the parts of the monitoring are; addresses as host:port, no password for files alone."""
-
-    folder: str
-    master: str
-    victoriametrics: str
-    vmalert: str
-    grafana: str
-    power_limit_w: float
-    alertmanager: str | None = None
-    password: str | None = None
-
-
-def monitoring_files(site: Site) -> dict[str, str]:
-    """Return the files of the monitoring by their path under its folder; JSON is YAML."""
-    master = urllib.parse.urlsplit(site.master)
-    scrape = {"scrape_configs": [{"job_name": "ffdist", "scrape_interval": "15s", "scheme": master.scheme,
-                                  "metrics_path": f"{master.path.rstrip('/')}/metrics",
-                                  "static_configs": [{"targets": [master.netloc]}]}]}
-    source = {"apiVersion": 1, "datasources": [{
-        "name": "ffdist", "uid": "ffdist", "type": "prometheus", "access": "proxy", "isDefault": True,
-        "url": site.victoriametrics, "jsonData": {"httpMethod": "POST", "timeInterval": "15s"}}]}
-    provider = {"apiVersion": 1, "providers": [{
-        "name": "ffdist", "folder": "ffdist", "type": "file", "updateIntervalSeconds": 60,
-        "options": {"path": f"{site.folder}/grafana/dashboards"}}]}
-    host, _, port = site.grafana.rpartition(":")
-    grafana = {"server": {"http_addr": host.strip("[]"), "http_port": port},
-               "paths": {"data": f"{site.folder}/grafana/data", "logs": f"{site.folder}/grafana/logs",
-                         "plugins": f"{site.folder}/grafana/plugins",
-                         "provisioning": f"{site.folder}/grafana/provisioning"},
-               "analytics": {"reporting_enabled": "false", "check_for_updates": "false"},
-               "security": {"admin_password": site.password} if site.password else {}}
-    known = {"scrape.yml": scrape, "alerts.yml": rules_json(site.power_limit_w),
-             "notifier.yml": {"static_configs": []},
-             "grafana/provisioning/datasources/ffdist.yml": source,
-             "grafana/provisioning/dashboards/ffdist.yml": provider,
-             **{f"grafana/dashboards/{dashboard_uid(title)}.json": dashboard_json(title)
-                for title in DASHBOARDS}}
-    ini = "".join(f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in rows.items())
-                  for name, rows in grafana.items())
-    return {**{path: json.dumps(value, indent=2) + "\n" for path, value in known.items()},
-            "grafana/grafana.ini": ini}
-# ---- 8 Reports ------------------------------------------------------------------------------------
-
+    def __init__(self, url: str, folder: Path, master: Master, log: logging.Logger,
+                 limit_bytes: int = SPOOL_LIMIT_BYTES) -> None:
+        self._url = url
+        self._folder = folder
+        self._master = master
+        self._log = log
+        self._told = False
+        self._known: dict[str, tuple[Any, ...]] = {}
+        self._all_nodes_at = 0.0
+        self._samples: queue.Queue[Sampled] = queue.Queue(SAMPLES_MOST)
+        self._stopping = threading.Event()
+        wire.make_folder(folder)
+        self._spool = Spool(folder, limit_bytes, master.counts, log)
+        self._cursor = self._read_cursor()
+        write_whole(folder / "pushed", b"%d" % self._cursor)
+        master.samples = self._samples
+
+    def _read_cursor(self) -> int:
+        last = self._master.snapshot().last_result
+        with contextlib.suppress(OSError, ValueError):
+            return min(last, int((self._folder / "pushed").read_text()))  # a recovered journal may be shorter
+        return max(0, last - BACKFILL_MOST)
+
+    def run(self) -> None:
+        """Push now and every PUSH_S until end() is called."""
+        self.loop(self._master.wall())
+        while not self._stopping.wait(PUSH_S):
+            self.loop(self._master.wall())
+        self.shut_down(self._master.wall())
+
+    def end(self) -> None:
+        """Let run() come to its end."""
+        self._stopping.set()
+
+    def loop(self, now: float) -> None:
+        """Push all there is at this moment of the wall clock: what waits on disk first."""
+        batches = self._gather(now)
+        try:
+            while not self._stopping.is_set() and (body := self._spool.oldest()) is not None:
+                self._push(body)
+                self._spool.forget()
+            while batches:
+                self._push(batches[0])
+                del batches[0]
+            before = self._cursor
+            while self._push_results():
+                pass
+            if self._cursor > before:
+                self._show()
+            if self._told:
+                self._log.info("VictoriaMetrics takes values again")
+            self._told = False
+        except (ApiError, OSError) as error:
+            self._master.counts["push_failures"] += 1
+            if not self._told:
+                self._log.warning("nothing is pushed to VictoriaMetrics, values wait in %s: %s", self._folder,
+                                  getattr(error, "message", error))
+            self._told = True
+        self._spool.add(batches)
+
+    def shut_down(self, now: float) -> None:
+        """Keep what only memory knows for the next start."""
+        self._spool.add(self._gather(now))
+
+    def _gather(self, now: float) -> list[bytes]:
+        """Take the samples that came, and the nodes that changed; now and then all nodes."""
+        lines: list[str] = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                lines += sample_lines(self._samples.get_nowait())
+        shot = self._master.snapshot()
+        if now - self._all_nodes_at >= NODES_AGAIN_S:
+            self._known, self._all_nodes_at = {}, now
+        lines += node_lines(shot, now, self._known)
+        self._known = {node[1]: node for node in shot.nodes}
+        return [_body(lines[start:start + PUSH_LINES_MOST])
+                for start in range(0, len(lines), PUSH_LINES_MOST)]
+
+    def _push_results(self) -> bool:
+        """Push some results of the journal; return whether there may be more."""
+        found = self._master.ended_after(self._cursor, PUSH_RESULTS_MOST)
+        if found:
+            self._push(_body([line for _, result, spec in found for line in result_lines(result, spec)]))
+            self._cursor = found[-1][0]
+            write_whole(self._folder / "pushed", b"%d" % self._cursor)
+        return len(found) == PUSH_RESULTS_MOST and not self._stopping.is_set()
+
+    def _show(self) -> None:
+        """Let queries see what came: VictoriaMetrics looks for new series only every 10 s by itself."""
+        with contextlib.suppress(ApiError):
+            wire.exchange_text(f"{self._url}/internal/force_flush")
+
+    def _push(self, body: bytes) -> None:
+        """Push lines; those that can never be taken are given up. ApiError when to try again."""
+        count = body.count(b"\n")
+        try:
+            wire.exchange_text(f"{self._url}/api/v1/import/prometheus", body)
+            self._master.counts["push_lines"] += count
+        except ApiError as error:
+            if error.status not in REFUSED_STATUSES:
+                raise
+            self._master.counts["push_dropped"] += count
+            self._log.error("VictoriaMetrics refuses %d values, they are given up: %s", count, error.message)
+
+
+def _body(lines: Iterable[str]) -> bytes:
+    return "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
+
+
+# ---- 16 Service -----------------------------------------------------------------------------------
+
+HOUSEKEEPING_S = 30.0
+
+
+class Service:
+    """A running master: its socket, its state, its background threads; start() and stop()."""
+
+    def __init__(self, host: str, port: int, folder: Path, settings: Settings, log: logging.Logger,
+                 victoriametrics: str | None = None) -> None:
+        _raise_file_limit()
+        self._log = log
+        self._stopping = threading.Event()
+        try:
+            self._server = Server(host, port, log)
+        except (OSError, OverflowError) as error:
+            raise CommandError(no_port_text(host, port, error)) from None
+        try:
+            settings = replace(settings, tariff=settings.tariff or Tariff())
+            self._server.master = self.master = Master(folder, settings, log)
+        except BaseException:
+            self._server.server_close()
+            raise
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self._server.server_port}"
+        self._pusher = (Pusher(victoriametrics, folder / "push", self.master, log) if victoriametrics
+                        else None)
+        work = {"serving": lambda: self._server.serve_forever(0.2),
+                "expiry of leases": lambda: self._every(REAP_S, self.master.reap),
+                "housekeeping": self._keep_house, **({"push": self._pusher.run} if self._pusher else {})}
+        self._threads = [threading.Thread(target=self._guarded, args=row, daemon=True)
+                         for row in work.items()]
+
+    def start(self) -> None:
+        """Begin to serve and to reap."""
+        for thread in self._threads:
+            thread.start()
+
+    def _guarded(self, name: str, work: Callable[[], None]) -> None:
+        """Do what a thread is for; an error of ours is told once, and it goes on: its end would be silent."""
+        told = ""
+        while not self._stopping.is_set():
+            try:
+                return work()
+            except Exception as error:
+                words = f"{type(error).__name__}: {error}"
+                self._log.log(logging.DEBUG if words == told else logging.ERROR,
+                              "%s failed and goes on: %s", name, words)
+                self._log.debug("the failure in full", exc_info=True)
+                told = words
+            self._stopping.wait(REAP_S)
+
+    def _every(self, interval_s: float, work: Callable[[], Any]) -> None:
+        while not self._stopping.wait(interval_s):
+            try:
+                work()
+            except ApiError as error:
+                self._log.debug("%s: %s", work.__name__, error.message)
+
+    def _keep_house(self) -> None:
+        """Check the journal once; then remove what is past the limits, now and then."""
+        self.master.journal.check()
+        self._every(HOUSEKEEPING_S, self._expire)
+
+    def _expire(self) -> None:
+        while self.master.expire() and not self._stopping.wait(0.05):
+            pass  # a little at a time
+
+    def stop(self) -> None:
+        """Accept nothing more, answer what is parked, commit what is queued."""
+        self._stopping.set()
+        self._server.shutdown()
+        self._server.server_close()
+        if self._pusher is not None:
+            self._pusher.end()
+            self._threads[-1].join(wire.CONNECT_S + 2)
+        self.master.close()
+
+
+def no_port_text(host: str, port: int, error: Exception) -> str:
+    """Tell why a port cannot be opened, and what to do."""
+    code = getattr(error, "errno", None)
+    if code == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
+        return f"this machine has no address {host}: choose another with --host"
+    cause = getattr(error, "strerror", None) or str(error)
+    next_step = (f"see who has it with 'lsof -i :{port}', or choose another with --port"
+                 if code != errno.EACCES else "ports below 1024 need root: choose another with --port")
+    return f"port {port} on {host} cannot be opened: {cause}; {next_step}"
+
+
+# ---- 17 Experiments -------------------------------------------------------------------------------
 
 class Group(NamedTuple):
     """Jobs of an experiment that run side by side: on one node (`lane`) or, where that is "", on any.
@@ -4253,6 +4516,8 @@ def experiment_progress(jobs: Iterable[Json], total: int) -> Json:
     left = (sum(spans) / len(spans) * (total - ended) / max(1, count["running"])) if spans else None
     return {"phase": ", ".join(parts), "percent": 100 * ended / max(1, total), "eta_s": left}
 
+
+# ---- 18 Reports -----------------------------------------------------------------------------------
 
 def amount_text(value: float | None, unit: str = "", digits: int = 3) -> str | None:
     """Return a figure of any size with three digits and its unit: `0.00123 EUR`, `45.7 Wh`, `12345 J`."""
@@ -4589,148 +4854,6 @@ def front_of(points: Sequence[tuple[float, ...]]) -> set[int]:
     return set(front)
 
 
-class Curve(NamedTuple):
-    """One series of a plot: joined points, or markers alone; `spans` are intervals in x, `hollow` numbers."""
-
-    label: str
-    points: Points
-    joined: bool = True
-    marked: bool = True
-    spans: Sequence[tuple[float, float] | None] = ()
-    hollow: frozenset[int] = frozenset()
-
-
-class Plot(NamedTuple):
-    """A plot: title, names of the axes, curves; with `names` the y axis counts these from the top.
-
-    `zero` names the axis that begins at 0.
-    """
-
-    title: str
-    x: str
-    y: str
-    curves: Sequence[Curve]
-    names: Sequence[str] = ()
-    log: bool = False
-    zero: str = ""
-    note: str = ""
-
-
-# colours of Okabe and Ito (2008), which people with any colour vision tell apart; the last is the text's
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "currentColor")
-_DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4")
-_MARKERS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z", "M-3.5-3.5h7v7h-7z", "M0-5l5 9h-10z",
-            "M0-5.5l4.5 5.5l-4.5 5.5l-4.5-5.5z", "M0 5l5-9h-10z",
-            "M-5-1.5h3.5v-3.5h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5z", "M-4-2l4-3l4 3l-2 6h-4z",
-            "M-4-4l4 2l4-2l-2 4l2 4l-4-2l-4 2l2-4z")
-_WIDTH, _HEIGHT = 480, 300
-
-
-def _ticks(low: float, high: float, log: bool) -> list[float]:
-    """Return round numbers within a range."""
-    if log:
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [m * 10.0 ** p for p in powers for m in (1, 2, 5) if low <= m * 10.0 ** p <= high]
-        if len(found) >= 3:
-            return found if len(found) <= 7 else found[::-(-len(found) // 6)]
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next(m for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
-    return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def _range(values: Sequence[float], zero: bool, log: bool) -> tuple[float, float]:
-    low, high = (0.0 if zero else min(values)), max(values)
-    if log:
-        return low / 1.12, high * 1.12
-    room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-    return (0.0 if zero else low - room), high + room
-
-
-def html_text(value: object) -> str:
-    """Return text of others as HTML shows it, without characters that turn or hide what follows."""
-    return html.escape(wire.printable(value))
-
-
-def plot_svg(plot: Plot) -> str:
-    """Return a plot as an SVG of its own size that scales with the page."""
-    xs = [x for curve in plot.curves for x, _ in curve.points]
-    xs += [edge for curve in plot.curves for span in curve.spans if span for edge in span]
-    log = plot.log and min(xs) > 1e-9
-    x_low, x_high = _range(xs, plot.zero == "x", log)
-    y_low, y_high = _range([y for curve in plot.curves for _, y in curve.points], plot.zero == "y", False)
-    left, bottom = 58.0, _HEIGHT - 44
-    if plot.names:
-        left = min(250, 14 + 6.8 * max(len(name) for name in plot.names))
-        bottom = 12 + 22 * len(plot.names)
-        y_low, y_high = len(plot.names) - 0.5, -0.5
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        part = (math.log(x / x_low) / math.log(x_high / x_low)) if log else (x - x_low) / (x_high - x_low)
-        return (round(left + part * (_WIDTH - 14 - left), 1),
-                round(bottom - (y - y_low) / (y_high - y_low) * (bottom - 10), 1))
-    lines = [_axis(plot, at, left, bottom, _ticks(x_low, x_high, log),
-                   [] if plot.names else _ticks(y_low, y_high, False))]
-    lines += [_curve(curve, number, at) for number, curve in enumerate(plot.curves)]
-    return (f'<svg viewBox="0 0 {_WIDTH} {bottom + 44}" role="img" aria-label="{html_text(plot.title)}">'
-            f'{"".join(lines)}</svg>')
-
-
-def _axis(plot: Plot, at: Callable[[float, float], tuple[float, float]], left: float, bottom: float,
-          x_ticks: Sequence[float], y_ticks: Sequence[float]) -> str:
-    parts = []
-    for tick in x_ticks:
-        x = at(tick, 0)[0]
-        parts.append(f'<path class="grid" d="M{x} 10V{bottom}"/><text x="{x}" y="{bottom + 16}" '
-                     f'text-anchor="middle">{tick:.6g}</text>')
-    names = [(float(number), name if len(name) < 37 else name[:35] + "…")
-             for number, name in enumerate(plot.names)]
-    for tick, word in names or [(tick, f"{tick:.6g}") for tick in y_ticks]:
-        y = at(1, tick)[1]
-        parts.append(f'<path class="grid" d="M{left} {y}H{_WIDTH - 14}"/><text x="{left - 6}" y="{y + 4}" '
-                     f'text-anchor="end">{html_text(word)}</text>')
-    return (f'{"".join(parts)}<path class="axis" d="M{left} 10V{bottom}H{_WIDTH - 14}"/>'
-            f'<text x="{(left + _WIDTH - 14) / 2}" y="{bottom + 36}" text-anchor="middle">'
-            f'{html_text(plot.x)}</text>'
-            f'<text transform="translate(13 {(10 + bottom) / 2}) rotate(-90)" text-anchor="middle">'
-            f'{html_text(plot.y)}</text>')
-
-
-def _curve(curve: Curve, number: int, at: Callable[[float, float], tuple[float, float]]) -> str:
-    spots = [at(x, y) for x, y in curve.points]
-    parts = []
-    if curve.joined and len(spots) > 1:
-        parts.append(f'<path class="line" stroke-dasharray="{_DASHES[number % len(_DASHES)]}" '
-                     f'd="M{"L".join(f"{x} {y}" for x, y in spots)}"/>')
-    for (_, y), span in zip(spots, curve.spans):
-        if span:
-            low, high = (at(edge, 0)[0] for edge in span)
-            parts.append(f'<path class="line" d="M{low} {y}H{high}M{low} {y - 4}v8M{high} {y - 4}v8"/>')
-    for spot, (x, y) in enumerate(spots if curve.marked else ()):
-        hollow = ' class="hollow"' if spot in curve.hollow else ""
-        told = f"{curve.label}: {', '.join(f'{value:.6g}' for value in curve.points[spot])}"
-        parts.append(f'<path{hollow} d="{_MARKERS[number % len(_MARKERS)]}" transform="translate({x} {y})">'
-                     f'<title>{html_text(told)}</title></path>')
-    return f'<g class="c{number % len(_COLOURS)}">{"".join(parts)}</g>'
-
-
-def _figure_html(plot: Plot) -> str:
-    """Return a plot with its title, and a legend where there is more than one curve."""
-    keys = []
-    for number, curve in enumerate(plot.curves):
-        dash = f' stroke-dasharray="{_DASHES[number % len(_DASHES)]}"' if curve.joined else ' stroke="none"'
-        mark = f'<path d="{_MARKERS[number % len(_MARKERS)]}" transform="translate(17 7)"/>' * curve.marked
-        keys.append(f'<li><svg class="key" viewBox="0 0 34 14"><g class="c{number % len(_COLOURS)}">'
-                    f'<path class="line"{dash} d="M1 7H33"/>{mark}</g></svg>{html_text(curve.label)}</li>')
-    legend = f'<ul class="keys">{"".join(keys)}</ul>' if len(keys) > 1 else ""
-    title = f"<figcaption>{html_text(plot.title)}</figcaption>"
-    return f"<figure>{title}{plot_svg(plot)}{legend}{_note(plot.note)}</figure>"
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{html_text(text)}</p>' if text else ""
-
-
 def _rate_plots(rows: Sequence[Row]) -> list[Plot]:
     plots = []
     rate = FIGURES["bitrate_kbps"]
@@ -4817,15 +4940,6 @@ def _power_plots(rows: Sequence[Row]) -> tuple[list[Plot], str]:
         what = f"{about}{title} of job {row.job}: {row.label} on {row.node}"
         plots.append(Plot(what, "time, s", _axis_of(FIGURES[name], [row]), curves, zero="y"))
     return plots, "" if main == "power_watts" else f"power is unknown: {row.why('power_watts')}"
-
-
-def table_html(heads: Iterable[str], rows: Iterable[Sequence[str]], texts: int = 99) -> str:
-    """Return a table of cells that are HTML already; the first `texts` columns are words, not figures."""
-    def line(cells: Iterable[str], tag: str) -> str:
-        return "<tr>" + "".join(f'<{tag}{"" if at < texts else " class=n"}>{cell}</{tag}>'
-                                for at, cell in enumerate(cells)) + "</tr>"
-    body = "".join(line(cells, "td") for cells in rows)
-    return f"<table><thead>{line(map(html_text, heads), 'th')}</thead><tbody>{body}</tbody></table>"
 
 
 def _wide_table(heads: Iterable[str], rows: Iterable[Sequence[str]], texts: int = 3) -> str:
@@ -5000,369 +5114,7 @@ def report_rows(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
     return [tuple(line[at] for at in shown) for line in (heads, *cells)]
 
 
-# ---- 9 Pages --------------------------------------------------------------------------------------
-
-_STYLE = ("body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;"
-          "color:#1b1f24;background:#fff}table{border-collapse:collapse;width:100%;margin:.5rem 0 2rem}"
-          "th,td{text-align:left;padding:.3rem .7rem .3rem 0;border-bottom:1px solid #d8dee4;"
-          "vertical-align:top}th{font-weight:600}code{font:13px ui-monospace,monospace}"
-          ".none{color:#57606a}@media(prefers-color-scheme:dark){body{color:#e6edf3;background:#0d1117}"
-          "th,td{border-color:#30363d}a{color:#58a6ff}.none{color:#8d96a0}}")
-
-
-def page_view(seen: Overview) -> Text:
-    """Return the plain page of nodes and jobs; every text is escaped."""
-    nodes, jobs, total = seen
-    node_rows = [_cells_html(
-        node["name"], node["status"], f"{node['running']} of {node['max_concurrent_jobs']}",
-        node.get("type"), node.get("cpu_threads"), wire.size_text(node.get("ram_bytes")),
-        node.get("gpu_type") or "none", node["last_heartbeat"]) for node in nodes]
-    names = {node["id"]: node["name"] for node in nodes}
-    job_rows = [[f'<a href="/jobs/{html_text(job["id"])}"><code>{html_text(job["id"][:8])}</code></a>',
-                 *_cells_html(job["status"], job["scenario"], names.get(job["node_id"], job["node_id"]),
-                              percent_text(job), job["error"], job["created_at"])] for job in jobs]
-    links = " ".join(f'<a href="{path}">{path}</a>' for path in
-                     ("/nodes", "/jobs", "/results", "/metrics", "/health", "/ready"))
-    page = (f"<!doctype html><html lang=en><meta charset=utf-8><title>ffdist</title><style>{_STYLE}</style>"
-            f"<h1>ffdist</h1><p>{links}</p>"
-            + _list_html(f"Nodes ({len(nodes)})", "name, status, running, type, threads, memory, GPU, "
-                         "last heartbeat", node_rows,
-                         "No node has registered yet: python3 agent.py --register --master URL")
-            + _list_html(f"Jobs ({len(jobs)} newest of {total})", "job, status, scenario, node, done, error, "
-                         "created", job_rows,
-                         "No job was submitted yet: python3 ffdist.py submit 720p30-h264"))
-    return Text(page, "text/html; charset=utf-8")
-
-
-def _list_html(title: str, heads: str, rows: Sequence[Sequence[str]], empty: str) -> str:
-    table = table_html(heads.split(", "), rows) if rows else f"<p class=none>{html_text(empty)}</p>"
-    return f"<h2>{title}</h2>{table}"
-
-
-def _cells_html(*cells: Any) -> list[str]:
-    return ["" if cell is None else html_text(cell) for cell in cells]
-
-
-def percent_text(job: Mapping[str, Any]) -> str:
-    """Return how far a job is."""
-    percent = (job.get("progress") or {}).get("percent")
-    if job.get("status") == "completed":
-        return "100 %"
-    return f"{percent:.0f} %" if isinstance(percent, (int, float)) else ""
-
-
-# ---- 10 Service -----------------------------------------------------------------------------------
-
-BACKLOG = 4096
-HOUSEKEEPING_S = 30.0
-FILES_WANTED = 65_536
-PUSH_S = 5.0
-NODES_AGAIN_S = 30.0
-PUSH_LINES_MOST = 20_000
-PUSH_RESULTS_MOST = 500
-BACKFILL_MOST = 10_000
-SPOOL_LIMIT_BYTES = 256 << 20
-REFUSED_STATUSES = (400, 413, 415, 422)
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """The listening socket: a long backlog, no name look-ups, a pause when files run out."""
-
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = BACKLOG
-    allow_reuse_address = True
-    views: Mapping[type, Callable[[Any], Text]] = {Snapshot: metrics_view, Overview: page_view}
-
-    def __init__(self, host: str, port: int, log: logging.Logger) -> None:
-        self.log = log
-        self.machine = os.uname().nodename.lower()
-        self.master: Master
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), Handler)
-
-    def server_bind(self) -> None:
-        """Bind without asking for the host's full name, which can take seconds."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        try:
-            return super().get_request()
-        except OSError as error:
-            self.log.warning("cannot accept connections for a moment: %s", error.strerror)
-            time.sleep(0.2)
-            raise
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError as error:
-            self.log.warning("a connection was refused: %s", error)
-            self.shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        self.log.debug("a connection failed", exc_info=True)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file for the owner alone that is either there as a whole or as it was before."""
-    partial = path.with_name(f".{path.name}.part")
-    partial.unlink(missing_ok=True)  # what a kill has left, or a link of somebody else
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    with open(os.open(partial, flags, 0o600), "wb") as file:
-        file.write(data)
-    os.replace(partial, path)
-
-
-class Spool:
-    """Batches of lines that wait in files of a folder; past its limit the oldest are given up."""
-
-    def __init__(self, folder: Path, limit_bytes: int, counts: dict[str, int], log: logging.Logger) -> None:
-        self._folder = folder
-        self._limit_bytes = limit_bytes
-        self._counts = counts
-        self._log = log
-        self._sizes = {path: path.stat().st_size for path in sorted(folder.glob("[0-9]" * 12 + ".txt"))}
-        self._number = max((int(path.stem) for path in self._sizes), default=0)
-        self.add(())
-
-    def oldest(self) -> bytes | None:
-        """Return the batch that waits longest; None when none does."""
-        path = next(iter(self._sizes), None)
-        return None if path is None else path.read_bytes() if path.exists() else b""
-
-    def forget(self) -> None:
-        """Remove the batch that waits longest."""
-        path = next(iter(self._sizes))
-        path.unlink(missing_ok=True)
-        self._sizes.pop(path)
-
-    def add(self, batches: Iterable[bytes]) -> None:
-        """Keep batches on disk, as far as the limit allows, and tell how much waits there."""
-        for body in batches:
-            self._number += 1
-            path = self._folder / f"{self._number:012d}.txt"
-            try:
-                write_whole(path, body)
-                self._sizes[path] = len(body)
-            except OSError as error:
-                self._counts["push_dropped"] += body.count(b"\n")
-                self._log.error("values for VictoriaMetrics are lost: %s: %s", path, error.strerror)
-        while sum(self._sizes.values()) > self._limit_bytes:
-            with contextlib.suppress(OSError):
-                self._counts["push_dropped"] += (self.oldest() or b"").count(b"\n")
-            self.forget()
-        self._counts["push_spool_bytes"] = sum(self._sizes.values())
-
-
-class Pusher:
-    """Pushes to VictoriaMetrics what a master learns; one thread calls loop(), then shut_down().
-
-    Results are read from the journal, after the last one that was taken (its number is in the folder), so
-    that no outage and no kill -9 loses any. Samples and states of nodes are known to memory alone: what is
-    not taken waits in the spool.
-    """
-
-    def __init__(self, url: str, folder: Path, master: Master, log: logging.Logger,
-                 limit_bytes: int = SPOOL_LIMIT_BYTES) -> None:
-        self._url = url
-        self._folder = folder
-        self._master = master
-        self._log = log
-        self._told = False
-        self._known: dict[str, tuple[Any, ...]] = {}
-        self._all_nodes_at = 0.0
-        self._samples: queue.Queue[Sampled] = queue.Queue(SAMPLES_MOST)
-        self._stopping = threading.Event()
-        wire.make_folder(folder)
-        self._spool = Spool(folder, limit_bytes, master.counts, log)
-        self._cursor = self._read_cursor()
-        write_whole(folder / "pushed", b"%d" % self._cursor)
-        master.samples = self._samples
-
-    def _read_cursor(self) -> int:
-        last = self._master.snapshot().last_result
-        with contextlib.suppress(OSError, ValueError):
-            return min(last, int((self._folder / "pushed").read_text()))  # a recovered journal may be shorter
-        return max(0, last - BACKFILL_MOST)
-
-    def run(self) -> None:
-        """Push now and every PUSH_S until end() is called."""
-        self.loop(self._master.wall())
-        while not self._stopping.wait(PUSH_S):
-            self.loop(self._master.wall())
-        self.shut_down(self._master.wall())
-
-    def end(self) -> None:
-        """Let run() come to its end."""
-        self._stopping.set()
-
-    def loop(self, now: float) -> None:
-        """Push all there is at this moment of the wall clock: what waits on disk first."""
-        batches = self._gather(now)
-        try:
-            while not self._stopping.is_set() and (body := self._spool.oldest()) is not None:
-                self._push(body)
-                self._spool.forget()
-            while batches:
-                self._push(batches[0])
-                del batches[0]
-            before = self._cursor
-            while self._push_results():
-                pass
-            if self._cursor > before:
-                self._show()
-            if self._told:
-                self._log.info("VictoriaMetrics takes values again")
-            self._told = False
-        except (ApiError, OSError) as error:
-            self._master.counts["push_failures"] += 1
-            if not self._told:
-                self._log.warning("nothing is pushed to VictoriaMetrics, values wait in %s: %s", self._folder,
-                                  getattr(error, "message", error))
-            self._told = True
-        self._spool.add(batches)
-
-    def shut_down(self, now: float) -> None:
-        """Keep what only memory knows for the next start."""
-        self._spool.add(self._gather(now))
-
-    def _gather(self, now: float) -> list[bytes]:
-        """Take the samples that came, and the nodes that changed; now and then all nodes."""
-        lines: list[str] = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                lines += sample_lines(self._samples.get_nowait())
-        shot = self._master.snapshot()
-        if now - self._all_nodes_at >= NODES_AGAIN_S:
-            self._known, self._all_nodes_at = {}, now
-        lines += node_lines(shot, now, self._known)
-        self._known = {node[1]: node for node in shot.nodes}
-        return [_body(lines[start:start + PUSH_LINES_MOST])
-                for start in range(0, len(lines), PUSH_LINES_MOST)]
-
-    def _push_results(self) -> bool:
-        """Push some results of the journal; return whether there may be more."""
-        found = self._master.ended_after(self._cursor, PUSH_RESULTS_MOST)
-        if found:
-            self._push(_body([line for _, result, spec in found for line in result_lines(result, spec)]))
-            self._cursor = found[-1][0]
-            write_whole(self._folder / "pushed", b"%d" % self._cursor)
-        return len(found) == PUSH_RESULTS_MOST and not self._stopping.is_set()
-
-    def _show(self) -> None:
-        """Let queries see what came: VictoriaMetrics looks for new series only every 10 s by itself."""
-        with contextlib.suppress(ApiError):
-            wire.exchange_text(f"{self._url}/internal/force_flush")
-
-    def _push(self, body: bytes) -> None:
-        """Push lines; those that can never be taken are given up. ApiError when to try again."""
-        count = body.count(b"\n")
-        try:
-            wire.exchange_text(f"{self._url}/api/v1/import/prometheus", body)
-            self._master.counts["push_lines"] += count
-        except ApiError as error:
-            if error.status not in REFUSED_STATUSES:
-                raise
-            self._master.counts["push_dropped"] += count
-            self._log.error("VictoriaMetrics refuses %d values, they are given up: %s", count, error.message)
-
-
-def _body(lines: Iterable[str]) -> bytes:
-    return "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
-
-
-class Service:
-    """A running master: its socket, its state, its background threads; start() and stop()."""
-
-    def __init__(self, host: str, port: int, folder: Path, settings: Settings, log: logging.Logger,
-                 victoriametrics: str | None = None) -> None:
-        _raise_file_limit()
-        self._log = log
-        self._stopping = threading.Event()
-        try:
-            self._server = Server(host, port, log)
-        except (OSError, OverflowError) as error:
-            raise Unusable(no_port_text(host, port, error)) from None
-        try:
-            self._server.master = self.master = Master(folder, settings, log)
-        except BaseException:
-            self._server.server_close()
-            raise
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{self._server.server_port}"
-        self._pusher = (Pusher(victoriametrics, folder / "push", self.master, log) if victoriametrics
-                        else None)
-        work = {"serving": lambda: self._server.serve_forever(0.2),
-                "expiry of leases": lambda: self._every(REAP_S, self.master.reap),
-                "housekeeping": self._keep_house, **({"push": self._pusher.run} if self._pusher else {})}
-        self._threads = [threading.Thread(target=self._guarded, args=row, daemon=True)
-                         for row in work.items()]
-
-    def start(self) -> None:
-        """Begin to serve and to reap."""
-        for thread in self._threads:
-            thread.start()
-
-    def _guarded(self, name: str, work: Callable[[], None]) -> None:
-        """Do what a thread is for; an error of ours is told once, and it goes on: its end would be silent."""
-        told = ""
-        while not self._stopping.is_set():
-            try:
-                return work()
-            except Exception as error:
-                words = f"{type(error).__name__}: {error}"
-                self._log.log(logging.DEBUG if words == told else logging.ERROR,
-                              "%s failed and goes on: %s", name, words)
-                self._log.debug("the failure in full", exc_info=True)
-                told = words
-            self._stopping.wait(REAP_S)
-
-    def _every(self, interval_s: float, work: Callable[[], Any]) -> None:
-        while not self._stopping.wait(interval_s):
-            try:
-                work()
-            except ApiError as error:
-                self._log.debug("%s: %s", work.__name__, error.message)
-
-    def _keep_house(self) -> None:
-        """Check the journal once; then remove what is past the limits, now and then."""
-        self.master.journal.check()
-        self._every(HOUSEKEEPING_S, self._expire)
-
-    def _expire(self) -> None:
-        while self.master.expire() and not self._stopping.wait(0.05):
-            pass  # a little at a time
-
-    def stop(self) -> None:
-        """Accept nothing more, answer what is parked, commit what is queued."""
-        self._stopping.set()
-        self._server.shutdown()
-        self._server.server_close()
-        if self._pusher is not None:
-            self._pusher.end()
-            self._threads[-1].join(wire.CONNECT_S + 2)
-        self.master.close()
-
-
-def no_port_text(host: str, port: int, error: Exception) -> str:
-    """Tell why a port cannot be opened, and what to do."""
-    code = getattr(error, "errno", None)
-    if code == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
-        return f"this machine has no address {host}: choose another with --host"
-    cause = getattr(error, "strerror", None) or str(error)
-    next_step = (f"see who has it with 'lsof -i :{port}', or choose another with --port"
-                 if code != errno.EACCES else "ports below 1024 need root: choose another with --port")
-    return f"port {port} on {host} cannot be opened: {cause}; {next_step}"
-
-
-def _raise_file_limit() -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, FILES_WANTED)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
+# ---- 19 Programs ----------------------------------------------------------------------------------
 
 class Manager(NamedTuple):
     """One package manager: how it is refreshed, and how it installs."""
@@ -5449,7 +5201,7 @@ def install_commands(programs: Iterable[str],
 
 def provide(programs: Iterable[str], install: bool,
             packages: Mapping[str, Mapping[str, str]] = PACKAGES) -> None:
-    """See that programs are on PATH, installing them where asked to; Unusable says what to do."""
+    """See that programs are on PATH, installing them where asked to; CommandError says what to do."""
     missing = [program for program in programs if shutil.which(program) is None]
     if not missing:
         return
@@ -5457,19 +5209,296 @@ def provide(programs: Iterable[str], install: bool,
     shown = " && ".join(shlex.join(word for word in command if word != "-n") for command in commands)
     names = ", ".join(missing)
     if not commands:
-        raise Unusable(f"{names} is missing and there is no known package manager here: "
-                       "ask the administrator to install it")
+        raise CommandError(f"{names} is missing and there is no known package manager here: "
+                           "ask the administrator to install it")
     if not install:
-        raise Unusable(f"{names} is missing: install it with '{shown}', or add --install")
+        raise CommandError(f"{names} is missing: install it with '{shown}', or add --install")
     if os.geteuid() != 0 and commands[0][0] != "sudo":
-        raise Unusable(f"{names} is missing and only root may install it: ask the administrator to run "
-                       f"'{shown}'")
+        raise CommandError(f"{names} is missing and only root may install it: ask the administrator to run "
+                           f"'{shown}'")
     for command in commands:
         print(f"+ {shlex.join(command)}", file=sys.stderr, flush=True)
         if start_program(command, sys.stderr).wait() != 0:
-            raise Unusable(f"'{shlex.join(command)}' failed: ask the administrator to run '{shown}'")
+            raise CommandError(f"'{shlex.join(command)}' failed: ask the administrator to run '{shown}'")
     if any(shutil.which(program) is None for program in missing):
-        raise Unusable(f"{names} is still missing after '{shown}'")
+        raise CommandError(f"{names} is still missing after '{shown}'")
+
+
+# ---- 20 Monitoring --------------------------------------------------------------------------------
+
+def promql(text: str) -> str:
+    """Return an expression where each `@name` is a metric of the table; KeyError when there is none."""
+    return re.sub(r"@(\w+)", lambda match: _BY_NAME[f"ffdist_{match[1]}"].name, text)
+
+
+class Panel(NamedTuple):
+    """One picture: its title, its unit as Grafana calls it, its expressions, what labels its lines.
+
+    `kind` is timeseries, stat or table; a table has a row for each set of labels, and a column for each
+    expression, under the names of `legend`.
+    """
+
+    kind: str
+    title: str
+    unit: str
+    exprs: tuple[str, ...]
+    legend: tuple[str, ...] = ("",)
+
+
+def _graph(title: str, unit: str, expr: str, *labels: str) -> Panel:
+    """Return a picture of one expression, with a line for each value of its labels."""
+    return Panel("timeseries", title, unit, (expr,), (" ".join(f"{{{{{label}}}}}" for label in labels),))
+
+
+def _graphs(by: str, *rows: tuple[str, str, str]) -> tuple[Panel, ...]:
+    """Return pictures of results' figures, as (title, unit, name), by labels."""
+    labels = by.split(", ")
+    return tuple(_graph(f"{title} by {labels[0]}", unit, _figure(name, by), *labels)
+                 for title, unit, name in rows)
+
+
+def _figure(name: str, by: str, over: str = "avg") -> str:
+    """Return the expression of a result's figure by labels, in each interval of a picture."""
+    outer = "sum" if over == "count" else over
+    return f'{outer} by ({by}) ({over}_over_time(@job_{name}{{node=~"$node"}}[$__interval]))'
+
+
+def _whole(title: str, unit: str, name: str, status: str = "", source: str = "") -> Panel:
+    """Return the sum over results in the range of a page: all, the count of a status, or of one source."""
+    match = f',status="{status}"' if status else f',power_source=~"{source}"' if source else ""
+    over, none = "count" if status else "sum", " or vector(0)" if match else ""
+    return Panel("stat", title, unit,
+                 (f'sum({over}_over_time(@job_{name}{{node=~"$node"{match}}}[$__range])){none}',))
+
+
+def _columns(**columns: str) -> Panel:
+    """Return the table of the jobs' figures in the range of a page: name of the metric, head."""
+    by = "job_id, node, scenario, encoder, power_source, status"
+    return Panel("table", "Results", "short", tuple(
+        f'max by ({by}) (last_over_time(@job_{name}{{node=~"$node"}}[$__range]))' for name in columns),
+        tuple(columns.values()))
+
+
+def _now(name: str, by: str = "node") -> str:
+    return f'max by ({by}) (@{name}{{node=~"$node"}})'
+
+
+_SOURCED = "node, power_source"  # what is estimated has `model` in it
+_ENDED = _graph("Results in each interval", "short", _figure("info", "status", "count"), "status")
+DASHBOARDS: Mapping[str, tuple[Panel, ...]] = {
+    "Fleet": (
+        Panel("stat", "Nodes up", "short", ("sum(max by (node_id) (@node_up))",)),
+        Panel("stat", "Nodes offline", "short", ("count(max by (node_id) (@node_up) == 0) or vector(0)",)),
+        Panel("stat", "Jobs waiting", "short", ('max(@jobs{status="pending"})',)),
+        Panel("stat", "Jobs running", "short", ('max(@jobs{status="running"})',)),
+        _graph("Open jobs", "short", 'max by (status) (@jobs{status=~"blocked|pending|running|paused"})',
+               "status"),
+        _ENDED,
+        _graph("Running jobs", "short", _now("node_running_jobs"), "node"),
+        _graph("Nodes by status", "short", "max by (status) (@nodes)", "status"),
+        Panel("timeseries", "Submissions, claims and reports per second", "reqps",
+              tuple(f"max(rate(@{name}_total[5m]))" for name in ("submissions", "claims", "reports")),
+              ("submissions", "claims", "reports")),
+        Panel("timeseries", "Lost leases and refused reports in an hour", "short",
+              ("max(increase(@lost_leases_total[1h]))", "max(increase(@refused_reports_total[1h]))"),
+              ("lost leases", "refused reports")),
+        Panel("timeseries", "The master's disk", "bytes",
+              ("max(@disk_free_bytes)", "max(@journal_size_bytes)", "max(@push_spool_bytes)"),
+              ("free", "journal", "waits for VictoriaMetrics")),
+        _graph("Mean commit of the journal", "s",
+               "max(rate(@journal_commit_seconds_total[5m])) / max(rate(@journal_commits_total[5m]))"),
+        Panel("table", "Nodes", "short",
+              (_now("node_status", "node, node_id"), _now("node_running_jobs", "node, node_id")),
+              ("status", "running"))),
+    "Jobs": (
+        _whole("Completed", "short", "info", "completed"), _whole("Failed", "short", "info", "failed"),
+        _whole("Film encoded", "s", "output_seconds"), _whole("CPU time", "s", "cpu_seconds"),
+        *_graphs("scenario", ("Wall time", "s", "duration_seconds"), ("CPU %", "percent", "cpu_usage"),
+                 ("Peak memory", "mbytes", "memory_mib")),
+        *_graphs("encoder", ("Speed", "x", "speed"), ("Frames per second", "short", "fps")), _ENDED,
+        _columns(duration_seconds="s", speed="speed", fps="fps", cpu_usage="CPU %", output_bytes="bytes")),
+    "Energy & cost": (
+        _whole("Energy", "joule", "energy_joules"), _whole("Above idle", "joule", "net_energy_joules"),
+        _whole("Cost", "short", "energy_cost"), _whole("Carbon, gCO2e", "short", "carbon_g"),
+        _whole("Energy that is estimated", "joule", "energy_joules", source=".*model.*"),
+        _graph("Power while jobs run", "watt", _now("sample_power_watts", _SOURCED), *_SOURCED.split(", ")),
+        _graph("Energy by node", "joule", _figure("energy_joules", _SOURCED, "sum"), *_SOURCED.split(", ")),
+        *_graphs("encoder, power_source", ("Joules per frame", "joule", "joules_per_frame"),
+                 ("Pixels per joule", "short", "pixels_per_joule")),
+        *_graphs("scenario, power_source", ("Wh per minute of output", "watth", "energy_wh_per_minute"),
+                 ("Cost per minute of output", "short", "cost_per_minute")),
+        _columns(energy_joules="J", net_energy_joules="J above idle", power_watts="W", energy_cost="cost",
+                 carbon_g="gCO2e")),
+    "Quality": (
+        *_graphs("encoder", *((figure.head, figure.unit or "short", figure.name)
+                              for figure in TABLES["Quality"]),
+                 ("Bitrate", "Kbits", "bitrate_kbps"), ("Bits per pixel", "short", "bits_per_pixel")),
+        _columns(psnr_db="PSNR dB", ssim="SSIM", vmaf="VMAF", bitrate_kbps="kbit/s", energy_joules="J")),
+    "One node": (
+        Panel("stat", "Status", "short", (_now("node_status"),)),
+        Panel("stat", "In quarantine", "short", (_now("node_quarantined"),)),
+        Panel("stat", "Running jobs", "short", (_now("node_running_jobs"),)),
+        _whole("Failed jobs", "short", "info", "failed"),
+        _graph("CPU", "percent", _now("sample_cpu_usage_percent"), "node"),
+        _graph("Memory", "bytes", _now("sample_memory_bytes"), "node"),
+        Panel("timeseries", "Power", "watt",
+              (_now("sample_power_watts", _SOURCED), _now("job_idle_watts", _SOURCED)),
+              ("{{node}} {{power_source}}", "{{node}} {{power_source}}, idle")),
+        _graph("Temperature", "celsius", _now("sample_temperature_celsius"), "node"),
+        _graph("Up", "short", _now("node_up"), "node"),
+        *_graphs("node", ("CPU that others used during jobs", "percent", "background_cpu_percent")),
+        _columns(duration_seconds="s", speed="speed", energy_joules="J")),
+}
+_SIZES = {"stat": (6, 4), "timeseries": (12, 8), "table": (24, 10)}
+_SOURCE: Json = {"type": "prometheus", "uid": "ffdist"}
+
+
+def _panel_json(panel: Panel, number: int, x: int, y: int) -> Json:
+    width, height = _SIZES[panel.kind]
+    table, graph = panel.kind == "table", panel.kind == "timeseries"
+    targets = [{"refId": chr(65 + place), "datasource": _SOURCE, "expr": promql(expr), "legendFormat": legend,
+                "instant": not graph, "range": graph, "format": "table" if table else "time_series"}
+               for place, (expr, legend) in enumerate(zip(panel.exprs, panel.legend))]
+    defaults: Json = {"unit": panel.unit}
+    made: Json = {"id": number, "type": panel.kind, "title": panel.title, "datasource": _SOURCE,
+                  "gridPos": {"x": x, "y": y, "w": width, "h": height}, "targets": targets,
+                  "fieldConfig": {"defaults": defaults, "overrides": []}, "options": {}}
+    if graph:
+        defaults["custom"] = {"spanNulls": True, "showPoints": "auto"}
+        made["options"] = {"legend": {"showLegend": True, "displayMode": "list", "placement": "bottom"},
+                           "tooltip": {"mode": "multi", "sort": "desc"}}
+    if table:
+        names = {f"Value #{target['refId']}": target["legendFormat"] for target in targets}
+        made["transformations"] = [{"id": "merge", "options": {}}, {"id": "organize", "options": {
+            "excludeByName": {"Time": True}, "renameByName": names}}]
+    if any("node_status" in expr for expr in panel.exprs):
+        words = {str(code): {"text": word, "index": code} for code, word in enumerate(NODE_STATUSES)}
+        mappings = [{"type": "value", "options": words}]
+        if table:
+            made["fieldConfig"]["overrides"] = [{"matcher": {"id": "byName", "options": "status"},
+                                                 "properties": [{"id": "mappings", "value": mappings}]}]
+        else:
+            defaults["mappings"] = mappings
+    return made
+
+
+def dashboard_json(title: str) -> Json:
+    """Return one of DASHBOARDS as Grafana reads it, laid out from left to right."""
+    panels, x, y, tall = [], 0, 0, 0
+    for number, panel in enumerate(DASHBOARDS[title], 1):
+        width, height = _SIZES[panel.kind]
+        if x + width > 24:
+            x, y, tall = 0, y + tall, 0
+        panels.append(_panel_json(panel, number, x, y))
+        x, tall = x + width, max(tall, height)
+    single = title == "One node"
+    node: Json = {"type": "query", "name": "node", "label": "Node", "datasource": _SOURCE, "refresh": 2,
+                  "query": {"query": promql("label_values(@node_up, node)"), "refId": "node"}, "sort": 1,
+                  "multi": not single, "includeAll": not single, "options": []}
+    if not single:
+        node.update(allValue=".*", current={"selected": True, "text": ["All"], "value": ["$__all"]})
+    return {"uid": dashboard_uid(title), "title": f"ffdist: {title}", "tags": ["ffdist"],
+            "schemaVersion": 39, "editable": True, "refresh": "30s", "timezone": "browser",
+            "time": {"from": "now-6h", "to": "now"}, "templating": {"list": [node]},
+            "links": [{"title": "ffdist", "type": "dashboards", "tags": ["ffdist"], "asDropdown": True,
+                       "icon": "external link", "includeVars": True, "keepTime": True,
+                       "targetBlank": False, "tooltip": "", "url": ""}], "panels": panels}
+
+
+def dashboard_uid(title: str) -> str:
+    """Return the name of a dashboard in addresses and of its file."""
+    return "ffdist-" + re.sub(r"\W+", "-", title.lower())
+
+
+class Rule(NamedTuple):
+    """One alert: when, for how long, and one sentence with the next step."""
+
+    name: str
+    expr: str
+    lasts: str
+    severity: str
+    summary: str
+
+
+RULES = (
+    Rule("NodeOffline", "max by (node, node_id) (@node_up) == 0", "1m", "warning",
+         "Node {{ $labels.node }} is offline: see whether its machine and its agent run."),
+    Rule("NodeQuarantined", "max by (node, node_id) (@node_quarantined) == 1", "1m", "warning",
+         "Node {{ $labels.node }} is in quarantine: 'ffdist.py nodes' has the reason."),
+    Rule("QueueGrowing", 'max(@jobs{status="pending"}) > 100 '
+         'and max(delta(@jobs{status="pending"}[15m])) > 0', "15m", "warning",
+         "{{ $value }} jobs wait and their number grows: add nodes, or see which are away."),
+    Rule("FailuresInARow", 'sum by (node, node_id) (count_over_time(@job_info{status="failed"}[15m])) >= 5 '
+         'unless sum by (node, node_id) (count_over_time(@job_info{status="completed"}[15m])) > 0',
+         "0s", "warning", "{{ $value }} jobs failed on {{ $labels.node }} in 15 min and none was completed: "
+         "drain it, and read 'ffdist.py logs' of one."),
+    Rule("PowerOverLimit", "max by (node, node_id) (avg_over_time(@sample_power_watts[2m])) > POWER_LIMIT",
+         "3m", "warning",  # longer than the mean remembers: one short job is none
+         "Node {{ $labels.node }} draws {{ $value }} W, more than the limit of POWER_LIMIT W."),
+    Rule("MasterDiskFilling", "max(@disk_free_bytes) < 1e9 "
+         "or max(@disk_free_bytes / @disk_size_bytes) < 0.05", "5m", "critical",
+         "The disk of the master's data folder is nearly full: make room, or nothing more is accepted."),
+    Rule("MasterCannotWrite", "max(@ready) == 0", "30s", "critical",
+         "The master's journal cannot be written: GET /ready names the cause."),
+    Rule("MasterAway", "absent(@ready)", "2m", "critical",
+         "No metrics come from the master: see whether it runs, and whether /metrics is scraped."),
+    Rule("PushDropping", "max(increase(@push_dropped_total[15m])) > 0", "0s", "warning",
+         "Values for VictoriaMetrics were given up in the last 15 min: see the master's log."),
+)
+
+
+def rules_json(power_limit_w: float) -> Json:
+    """Return the alerts as Prometheus and vmalert read them."""
+    def said(text: str) -> str:
+        return text.replace("POWER_LIMIT", f"{power_limit_w:g}")
+    return {"groups": [{"name": "ffdist", "interval": "15s", "rules": [
+        {"alert": f"Ffdist{rule.name}", "expr": said(promql(rule.expr)), "for": rule.lasts,
+         "labels": {"severity": rule.severity}, "annotations": {"summary": said(rule.summary)}}
+        for rule in RULES]}]}
+
+
+class Site(NamedTuple):
+    """Where the parts of the monitoring are; addresses as host:port, no password for files alone."""
+
+    folder: str
+    master: str
+    victoriametrics: str
+    vmalert: str
+    grafana: str
+    power_limit_w: float
+    alertmanager: str | None = None
+    password: str | None = None
+
+
+def monitoring_files(site: Site) -> dict[str, str]:
+    """Return the files of the monitoring by their path under its folder; JSON is YAML."""
+    master = urllib.parse.urlsplit(site.master)
+    scrape = {"scrape_configs": [{"job_name": "ffdist", "scrape_interval": "15s", "scheme": master.scheme,
+                                  "metrics_path": f"{master.path.rstrip('/')}/metrics",
+                                  "static_configs": [{"targets": [master.netloc]}]}]}
+    source = {"apiVersion": 1, "datasources": [{
+        "name": "ffdist", "uid": "ffdist", "type": "prometheus", "access": "proxy", "isDefault": True,
+        "url": site.victoriametrics, "jsonData": {"httpMethod": "POST", "timeInterval": "15s"}}]}
+    provider = {"apiVersion": 1, "providers": [{
+        "name": "ffdist", "folder": "ffdist", "type": "file", "updateIntervalSeconds": 60,
+        "options": {"path": f"{site.folder}/grafana/dashboards"}}]}
+    host, _, port = site.grafana.rpartition(":")
+    grafana = {"server": {"http_addr": host.strip("[]"), "http_port": port},
+               "paths": {"data": f"{site.folder}/grafana/data", "logs": f"{site.folder}/grafana/logs",
+                         "plugins": f"{site.folder}/grafana/plugins",
+                         "provisioning": f"{site.folder}/grafana/provisioning"},
+               "analytics": {"reporting_enabled": "false", "check_for_updates": "false"},
+               "security": {"admin_password": site.password} if site.password else {}}
+    known = {"scrape.yml": scrape, "alerts.yml": rules_json(site.power_limit_w),
+             "notifier.yml": {"static_configs": []},
+             "grafana/provisioning/datasources/ffdist.yml": source,
+             "grafana/provisioning/dashboards/ffdist.yml": provider,
+             **{f"grafana/dashboards/{dashboard_uid(title)}.json": dashboard_json(title)
+                for title in DASHBOARDS}}
+    ini = "".join(f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in rows.items())
+                  for name, rows in grafana.items())
+    return {**{path: json.dumps(value, indent=2) + "\n" for path, value in known.items()},
+            "grafana/grafana.ini": ini}
 
 
 HEALTHY_S = 60.0
@@ -5556,7 +5585,7 @@ def start_monitoring(site: Site) -> tuple[list[Part], list[Part], list[Part]]:
     """Start what is installed and wait until it is well; return what ran already, was started, is missing."""
     parts = parts_of(site)
     if parts[0].program is None:
-        raise Unusable(f"{parts[0].name} is missing: install it {parts[0].about}")
+        raise CommandError(f"{parts[0].name} is missing: install it {parts[0].about}")
     before = [part for part in parts if _runs_already(site, part)]
     fresh = [part for part in parts if part.program and part not in before]
     try:
@@ -5569,17 +5598,17 @@ def start_monitoring(site: Site) -> tuple[list[Part], list[Part], list[Part]]:
 
 
 def _runs_already(site: Site, part: Part) -> bool:
-    """Tell whether a part was started before, at the same place; Unusable when something is in its way."""
+    """Return whether a part runs already at its place; CommandError when something is in its way."""
     path = Path(site.folder, f"{part.name}.pid")
     lock = _hold(path)
     if lock is None:
         if _told(path).get("url") != part.url:
-            raise Unusable(f"{part.name} runs already at {_told(path).get('url')}, not at {part.url}: "
-                           "end it with 'ffdist.py monitoring down'")
+            raise CommandError(f"{part.name} runs already at {_told(path).get('url')}, not at {part.url}: "
+                               "end it with 'ffdist.py monitoring down'")
         return True
     os.close(lock)
     if part.program is not None and answers(part.health):
-        raise Unusable(f"something else answers at {part.url} already: end it, or choose another port")
+        raise CommandError(f"something else answers at {part.url} already: end it, or choose another port")
     return False
 
 
@@ -5587,14 +5616,14 @@ def _told(path: Path) -> Json:
     """Return what the file of a part that runs tells of it: pid, url."""
     with contextlib.suppress(ValueError):
         return object_of(json.loads(path.read_text()))
-    raise Unusable(f"{path} does not tell its program's pid: end that by hand")
+    raise CommandError(f"{path} does not tell its program's pid: end that by hand")
 
 
 def _start_part(site: Site, part: Part, program: str) -> None:
     output = Path(site.folder, f"{part.name}.log")
     lock = _hold(Path(site.folder, f"{part.name}.pid"))
     if lock is None:
-        raise Unusable(f"{part.name} was just started by somebody else")
+        raise CommandError(f"{part.name} was just started by somebody else")
     try:
         with open(output, "wb") as file:
             process = start_program((program, *part.words), file, (lock,))
@@ -5605,7 +5634,7 @@ def _start_part(site: Site, part: Part, program: str) -> None:
         os.close(lock)
     if not await_start(process, lambda: answers(part.health, True), f"{part.name} starts", HEALTHY_S):
         how = f"does not answer at {part.health}" if process.poll() is None else "ended"
-        raise Unusable(f"{part.name} {how}: {last_line(output) or 'no word'} ({output})")
+        raise CommandError(f"{part.name} {how}: {last_line(output) or 'no word'} ({output})")
 
 
 def stop_monitoring(site: Site, parts: Sequence[Part]) -> list[str]:
@@ -5628,35 +5657,10 @@ def stop_monitoring(site: Site, parts: Sequence[Part]) -> list[str]:
     return stopped
 
 
-# ---- 11 CLI ---------------------------------------------------------------------------------------
+# ---- 21 Views -------------------------------------------------------------------------------------
 
-MASTER_FLAG = Flag("--master", "http://localhost:8080", str, "the master's address (http://localhost:8080)")
-JSON_FLAG = Flag("--json", False, None, "print the API's own JSON")
-ASK_FLAGS = (MASTER_FLAG, JSON_FLAG)
-PAGE_FLAGS = (Flag("--status", None, str, "only of this status"),
-              Flag("--scenario", None, str, "only of this scenario"),
-              Flag("--node-id", None, str, "only of this node, by name or id"),
-              Flag("--limit", "20", str, "at most so many (20)"),
-              Flag("--after", None, str, "the cursor that the page before ended with"))
 COLOURS = {"completed": "32", "available": "32", "failed": "31", "offline": "31", "running": "36",
            "busy": "36", "canceled": "33", "paused": "33", "draining": "33", "optimal": "32"}
-POLL_S = 0.4
-NODES_S = 5.0
-
-
-def _client(args: argparse.Namespace) -> wire.Client:
-    args.client = wire.Client(args.master)
-    return args.client
-
-
-def asks(ask: Callable[[wire.Client, argparse.Namespace], Json],
-         show: Callable[[Json], Any]) -> Callable[[argparse.Namespace], int]:
-    """Return the command that asks the master one thing and shows the answer, as JSON where wanted."""
-    def command(args: argparse.Namespace) -> int:
-        answer = ask(_client(args), args)
-        (_print_json if args.json else show)(answer)
-        return 0
-    return command
 
 
 def _say(line: str) -> None:
@@ -5698,6 +5702,154 @@ def _ago(text: str | None) -> str | None:
     size, unit = next(((size, unit) for size, unit in ((86400, "d"), (3600, "h"), (60, "min"))
                        if age_s >= size), (1, "s"))
     return f"{age_s // size:.0f} {unit} ago"
+
+
+def waiting_text(job: Json, nodes: Sequence[Json], now: float, room: int = 79) -> str:
+    """Return how far a job is that has not ended, and of a pending one why it does not run."""
+    if job["status"] == "running":
+        return wire.progress_text(job.get("progress") or {"phase": "starting"}, room)
+    if job["status"] != "pending":
+        return str(job["status"])
+    due = epoch_of(job.get("not_before")) or 0.0
+    busy = sum(node["running"] >= node["max_concurrent_jobs"] for node in nodes)
+    if due > now:
+        return f"pending: waits until {time.strftime('%H:%M:%S', time.localtime(due))} to try again"
+    if not nodes:
+        return "no node yet; start one with: python3 agent.py --register --master URL"
+    if busy:
+        return f"pending: {busy} of {wire.count_text(len(nodes), 'node')} {'is' if busy == 1 else 'are'} busy"
+    return f"pending: attempt {job['attempt'] + 1} waits for a node"
+
+
+def show_job(job: Json) -> None:
+    """Show one job: what it was to be, what became of it, and its result."""
+    result, settings = job.get("result") or {}, job.get("settings") or {}
+    attempts = job.get("attempts") or []
+    told = result.get("metrics") and job["status"] == "completed"
+    node = result.get("node") or (attempts[-1].get("node") if attempts else None) or job.get("node_id")
+    rows: list[tuple[Any, ...]] = [
+        ("job", job["id"]), ("status", job["status"]), ("scenario", job["scenario"]),
+        ("node", node), ("created", _ago(job["created_at"])), ("input", settings.get("input") or "generated")]
+    if settings.get("output") and not (told and result.get("output")):
+        rows.append(("output", settings["output"]))
+    if job.get("error"):
+        reason = job.get("failure_reason")
+        rows.append(("error", f"{job['error']}{f' ({reason})' if reason else ''}"))
+    rows += attempt_rows(job)
+    if job["retry_count"]:
+        rows.append(("retries", f"{job['retry_count']} of {job['max_retries']}: {job.get('retry_reason')}"))
+    if job["status"] == "running":
+        rows.append(("progress", wire.progress_text(job.get("progress") or {"phase": "starting"})))
+    if told:
+        rows += wire.result_rows(result)
+        rows += [("cost", text) for text in (cost_text(result["metrics"]),) if text]
+    else:
+        rows.append(("settings", wire.settings_text(settings)))
+    _print_table(rows, heads=False)
+
+
+def attempt_rows(job: Json) -> list[tuple[str, str]]:
+    """Return the attempts that ended and did not complete, but for the last where its error is the job's."""
+    rows = []
+    ended = [record for record in job.get("attempts") or () if record.get("ended_at")]
+    for record in ended:
+        error, reason = record.get("error"), record.get("failure_reason")
+        if record["status"] == "completed" or (record is ended[-1] and error and error == job.get("error")):
+            continue
+        rows.append((f"attempt {record['attempt']}",
+                     f"{record['status']} on {record.get('node') or record['node_id'][:8]}"
+                     f"{f': {error}' if error else ''}{f' ({reason})' if reason else ''}"))
+    return rows
+
+
+def _job_row(job: Json, names: Mapping[str, str]) -> tuple[Any, ...]:
+    settings, node = job.get("settings") or {}, job.get("node_id")
+    film = urllib.parse.urlsplit(settings.get("input") or "").path.rpartition("/")[2]
+    return (job["id"][:8], job["status"], percent_text(job), _ago(job["created_at"]),
+            names.get(node, node[:8]) if node else None, film or settings.get("input") or "generated",
+            job.get("error") or wire.settings_text(settings))
+
+
+def _result_row(result: Json) -> tuple[Any, ...]:
+    metrics = result.get("metrics") or {}
+
+    def figure(name: str, text: Callable[[Any], str]) -> str | None:
+        value = metrics.get(name)
+        return text(value) if isinstance(value, (int, float)) else None
+    return (result["job_id"][:8], result["status"], result.get("node"), figure("duration", "{:.1f} s".format),
+            figure("speed", "{:.2f}x".format), figure("cpu_usage", "{:.0f} %".format), energy_text(metrics),
+            figure_text(metrics, "energy_cost"), figure_text(metrics, "carbon_g"),
+            figure("output_bytes", wire.size_text), result["scenario"],
+            (result.get("analyzer_output") or {}).get("recommendation") or result.get("error"))
+
+
+def show_nodes(page: Json) -> None:
+    """List nodes, and say why one is in quarantine."""
+    nodes = page["nodes"]
+    _print_page(page, "nodes", "register one with: python3 agent.py --register --master URL", [
+        ("NODE", "STATUS", "JOBS", "TYPE", "THREADS", "MEMORY", "HEARD", "GPU", "CPU"),
+        *((node["name"], node["status"], f"{node['running']}/{node['max_concurrent_jobs']}",
+           node.get("type"), node.get("cpu_threads"), wire.size_text(node.get("ram_bytes")),
+           _ago(node["last_heartbeat"]), node.get("gpu_type"), node.get("cpu_model")) for node in nodes)])
+    for node in nodes:
+        if node.get("quarantine"):
+            _show(f"{node['name']} is in quarantine: {node['quarantine']['reason']}; "
+                  f"'undrain {node['id'][:8]}' lets it work at once")
+
+
+def show_order(job: Json) -> None:
+    """Tell what an order made of a job."""
+    asked = " (its node is told to stop it)" if job.get("cancel_requested") else ""
+    _show(f"job {job['id']} is {job['status']}{asked}")
+
+
+def show_node(node: Json) -> None:
+    """Tell what an order made of a node."""
+    _show(f"node {node['name']} is {node['status']}, {wire.count_text(node['running'], 'job')} on it")
+
+
+def _print_report(rows: Sequence[Row]) -> None:
+    _print_page({}, "results", "they come when jobs have run", report_rows(rows))
+    deltas = deltas_of([row for row in rows if row.status == "completed"])
+    if deltas:
+        print()
+        _print_table([("BD", "AT EQUAL", "COSTS", "THIS", "AGAINST", "WHAT"), *(
+            (delta.cost, delta.quality, delta.text(delta.cubic), delta.test, delta.anchor,
+             delta.why or delta.content) for delta in deltas)])
+
+
+def _print_plan(experiment: Experiment) -> None:
+    rows: list[tuple[Any, ...]] = [("JOB", "NODE", "STREAMS", "REPEAT", "WHAT")]
+    for group in experiment.groups:
+        job, cell = group.jobs[0], group.jobs[0]["experiment"]["cell"]
+        settings = wire.resolve(job["scenario"], job["parameters"]).to_json()
+        what = [cell.get("name"), job["scenario"], settings["input"], settings["encoder"],
+                settings["preset"], wire.settings_text(settings)]
+        rows.append((job["id"][:8], group.lane or "any", len(group.jobs), cell.get("repeat"),
+                     " ".join(str(word) for word in what if word)))
+    _print_table(rows)
+    _say(f"experiment {experiment.id}: {wire.count_text(len(experiment.jobs), 'job')}; nothing was submitted")
+
+
+# ---- 22 Commands ----------------------------------------------------------------------------------
+
+POLL_S = 0.4
+NODES_S = 5.0
+
+
+def _client(args: argparse.Namespace) -> wire.Client:
+    args.client = wire.Client(args.master)
+    return args.client
+
+
+def asks(ask: Callable[[wire.Client, argparse.Namespace], Json],
+         show: Callable[[Json], Any]) -> Callable[[argparse.Namespace], int]:
+    """Return the command that asks the master one thing and shows the answer, as JSON where wanted."""
+    def command(args: argparse.Namespace) -> int:
+        answer = ask(_client(args), args)
+        (_print_json if args.json else show)(answer)
+        return 0
+    return command
 
 
 def _data_dir(args: argparse.Namespace) -> Path:
@@ -5817,64 +5969,6 @@ def _wait_for(client: wire.Client, job: Json, as_json: bool) -> int:
     return 0 if job["status"] == "completed" else 1
 
 
-def waiting_text(job: Json, nodes: Sequence[Json], now: float, room: int = 79) -> str:
-    """Return how far a job is that has not ended, and of a pending one why it does not run."""
-    if job["status"] == "running":
-        return wire.progress_text(job.get("progress") or {"phase": "starting"}, room)
-    if job["status"] != "pending":
-        return str(job["status"])
-    due = epoch_of(job.get("not_before")) or 0.0
-    busy = sum(node["running"] >= node["max_concurrent_jobs"] for node in nodes)
-    if due > now:
-        return f"pending: waits until {time.strftime('%H:%M:%S', time.localtime(due))} to try again"
-    if not nodes:
-        return "no node yet; start one with: python3 agent.py --register --master URL"
-    if busy:
-        return f"pending: {busy} of {wire.count_text(len(nodes), 'node')} {'is' if busy == 1 else 'are'} busy"
-    return f"pending: attempt {job['attempt'] + 1} waits for a node"
-
-
-def show_job(job: Json) -> None:
-    """Show one job: what it was to be, what became of it, and its result."""
-    result, settings = job.get("result") or {}, job.get("settings") or {}
-    attempts = job.get("attempts") or []
-    told = result.get("metrics") and job["status"] == "completed"
-    node = result.get("node") or (attempts[-1].get("node") if attempts else None) or job.get("node_id")
-    rows: list[tuple[Any, ...]] = [
-        ("job", job["id"]), ("status", job["status"]), ("scenario", job["scenario"]),
-        ("node", node), ("created", _ago(job["created_at"])), ("input", settings.get("input") or "generated")]
-    if settings.get("output") and not (told and result.get("output")):
-        rows.append(("output", settings["output"]))
-    if job.get("error"):
-        reason = job.get("failure_reason")
-        rows.append(("error", f"{job['error']}{f' ({reason})' if reason else ''}"))
-    rows += attempt_rows(job)
-    if job["retry_count"]:
-        rows.append(("retries", f"{job['retry_count']} of {job['max_retries']}: {job.get('retry_reason')}"))
-    if job["status"] == "running":
-        rows.append(("progress", wire.progress_text(job.get("progress") or {"phase": "starting"})))
-    if told:
-        rows += wire.result_rows(result)
-        rows += [("cost", text) for text in (cost_text(result["metrics"]),) if text]
-    else:
-        rows.append(("settings", wire.settings_text(settings)))
-    _print_table(rows, heads=False)
-
-
-def attempt_rows(job: Json) -> list[tuple[str, str]]:
-    """Return the attempts that ended and did not complete, but for the last where its error is the job's."""
-    rows = []
-    ended = [record for record in job.get("attempts") or () if record.get("ended_at")]
-    for record in ended:
-        error, reason = record.get("error"), record.get("failure_reason")
-        if record["status"] == "completed" or (record is ended[-1] and error and error == job.get("error")):
-            continue
-        rows.append((f"attempt {record['attempt']}",
-                     f"{record['status']} on {record.get('node') or record['node_id'][:8]}"
-                     f"{f': {error}' if error else ''}{f' ({reason})' if reason else ''}"))
-    return rows
-
-
 def _page_query(client: wire.Client, args: argparse.Namespace) -> Json:
     query = {name: getattr(args, name) for name in ("status", "scenario", "node_id", "limit", "after")}
     if args.node_id:
@@ -5889,19 +5983,19 @@ def _asked(args: argparse.Namespace) -> str:
 
 
 def node_id_of(word: str, nodes: Sequence[Json]) -> str:
-    """Return the id of a node by its name, its id or how one of them begins; Unusable where none is meant."""
+    """Return the id of a node by its name, its id or how one of them begins; CommandError without one."""
     found = ([node["id"] for node in nodes if word in (node["id"], node["name"])]
              or [node["id"] for node in nodes if word and (node["id"].startswith(word.lower())
                                                            or node["name"].startswith(word))])
     if len(found) == 1:
         return str(found[0])
     if found:
-        raise Unusable(f"{len(found)} nodes begin with {wire.printable(word)}: write more of one")
+        raise CommandError(f"{len(found)} nodes begin with {wire.printable(word)}: write more of one")
     try:
         return str(uuid.UUID(word))  # results outlive a node that was forgotten
     except ValueError:
-        raise Unusable(f"there is no node {wire.printable(word)}; "
-                       "see them with: python3 ffdist.py nodes") from None
+        raise CommandError(f"there is no node {wire.printable(word)}; "
+                           "see them with: python3 ffdist.py nodes") from None
 
 
 def cmd_jobs(args: argparse.Namespace) -> int:
@@ -5918,14 +6012,6 @@ def cmd_jobs(args: argparse.Namespace) -> int:
     return 0
 
 
-def _job_row(job: Json, names: Mapping[str, str]) -> tuple[Any, ...]:
-    settings, node = job.get("settings") or {}, job.get("node_id")
-    film = urllib.parse.urlsplit(settings.get("input") or "").path.rpartition("/")[2]
-    return (job["id"][:8], job["status"], percent_text(job), _ago(job["created_at"]),
-            names.get(node, node[:8]) if node else None, film or settings.get("input") or "generated",
-            job.get("error") or wire.settings_text(settings))
-
-
 def cmd_results(args: argparse.Namespace) -> int:
     """List results, newest first."""
     client = _client(args)
@@ -5937,44 +6023,6 @@ def cmd_results(args: argparse.Namespace) -> int:
         ("JOB", "STATUS", "NODE", "TIME", "SPEED", "CPU", "ENERGY", "COST", "CO2E", "SIZE", "SCENARIO",
          "VERDICT"), *map(_result_row, page["results"])], _asked(args))
     return 0
-
-
-def _result_row(result: Json) -> tuple[Any, ...]:
-    metrics = result.get("metrics") or {}
-
-    def figure(name: str, text: Callable[[Any], str]) -> str | None:
-        value = metrics.get(name)
-        return text(value) if isinstance(value, (int, float)) else None
-    return (result["job_id"][:8], result["status"], result.get("node"), figure("duration", "{:.1f} s".format),
-            figure("speed", "{:.2f}x".format), figure("cpu_usage", "{:.0f} %".format), energy_text(metrics),
-            figure_text(metrics, "energy_cost"), figure_text(metrics, "carbon_g"),
-            figure("output_bytes", wire.size_text), result["scenario"],
-            (result.get("analyzer_output") or {}).get("recommendation") or result.get("error"))
-
-
-def show_nodes(page: Json) -> None:
-    """List nodes, and say why one is in quarantine."""
-    nodes = page["nodes"]
-    _print_page(page, "nodes", "register one with: python3 agent.py --register --master URL", [
-        ("NODE", "STATUS", "JOBS", "TYPE", "THREADS", "MEMORY", "HEARD", "GPU", "CPU"),
-        *((node["name"], node["status"], f"{node['running']}/{node['max_concurrent_jobs']}",
-           node.get("type"), node.get("cpu_threads"), wire.size_text(node.get("ram_bytes")),
-           _ago(node["last_heartbeat"]), node.get("gpu_type"), node.get("cpu_model")) for node in nodes)])
-    for node in nodes:
-        if node.get("quarantine"):
-            _show(f"{node['name']} is in quarantine: {node['quarantine']['reason']}; "
-                  f"'undrain {node['id'][:8]}' lets it work at once")
-
-
-def show_order(job: Json) -> None:
-    """Tell what an order made of a job."""
-    asked = " (its node is told to stop it)" if job.get("cancel_requested") else ""
-    _show(f"job {job['id']} is {job['status']}{asked}")
-
-
-def show_node(node: Json) -> None:
-    """Tell what an order made of a node."""
-    _show(f"node {node['name']} is {node['status']}, {wire.count_text(node['running'], 'job')} on it")
 
 
 def cmd_logs(args: argparse.Namespace) -> int:
@@ -6090,16 +6138,6 @@ def cmd_report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_report(rows: Sequence[Row]) -> None:
-    _print_page({}, "results", "they come when jobs have run", report_rows(rows))
-    deltas = deltas_of([row for row in rows if row.status == "completed"])
-    if deltas:
-        print()
-        _print_table([("BD", "AT EQUAL", "COSTS", "THIS", "AGAINST", "WHAT"), *(
-            (delta.cost, delta.quality, delta.text(delta.cubic), delta.test, delta.anchor,
-             delta.why or delta.content) for delta in deltas)])
-
-
 def _reported(client: wire.Client, args: argparse.Namespace) -> tuple[str, list[str]]:
     """Return the title and the ids of the jobs that a report is about, oldest first."""
     if not args.experiment:
@@ -6123,22 +6161,9 @@ def _reported(client: wire.Client, args: argparse.Namespace) -> tuple[str, list[
             break
         query["after"] = page["next"]
     if not found:
-        raise Unusable(f"no job belongs to an experiment {wire.printable(args.experiment)}, "
-                       "and there is no such file")
+        raise CommandError(f"no job belongs to an experiment {wire.printable(args.experiment)}, "
+                           "and there is no such file")
     return f"Experiment {args.experiment}", found[::-1]
-
-
-def _print_plan(experiment: Experiment) -> None:
-    rows: list[tuple[Any, ...]] = [("JOB", "NODE", "STREAMS", "REPEAT", "WHAT")]
-    for group in experiment.groups:
-        job, cell = group.jobs[0], group.jobs[0]["experiment"]["cell"]
-        settings = wire.resolve(job["scenario"], job["parameters"]).to_json()
-        what = [cell.get("name"), job["scenario"], settings["input"], settings["encoder"],
-                settings["preset"], wire.settings_text(settings)]
-        rows.append((job["id"][:8], group.lane or "any", len(group.jobs), cell.get("repeat"),
-                     " ".join(str(word) for word in what if word)))
-    _print_table(rows)
-    _say(f"experiment {experiment.id}: {wire.count_text(len(experiment.jobs), 'job')}; nothing was submitted")
 
 
 def _check_nodes(experiment: Experiment, nodes: Sequence[Json]) -> None:
@@ -6152,8 +6177,8 @@ def _check_nodes(experiment: Experiment, nodes: Sequence[Json]) -> None:
     for lane, size in sorted({(group.lane, len(group.jobs)) for group in experiment.groups}):
         if lane and lane not in slots:
             near = difflib.get_close_matches(lane, slots, 1, 0.5)
-            raise Unusable(f"nodes: there is no node {wire.printable(lane)}"
-                           f"{f', did you mean {near[0]}?' if near else '; see them with: ffdist.py nodes'}")
+            hint = f", did you mean {near[0]}?" if near else "; see them with: python3 ffdist.py nodes"
+            raise CommandError(f"nodes: there is no node {wire.printable(lane)}{hint}")
         room = slots.get(lane, 0) if lane else sum(node["max_concurrent_jobs"] for node in nodes)
         if size > room > 0:
             _say(f"{lane or 'the fleet'} has {room} slots, so {size} streams cannot run side by side there: "
@@ -6213,7 +6238,7 @@ def cmd_demo(args: argparse.Namespace) -> int:
     provide(("ffmpeg", "ffprobe"), args.install)
     film = Path(args.input).resolve() if args.input else None
     if film is not None and not film.is_file():
-        raise Unusable(f"input {film} is no file: name a film that is on this machine")
+        raise CommandError(f"input {film} is no file: name a film that is on this machine")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with tempfile.TemporaryDirectory(prefix="ffdist-demo-") as name:
         folder = Path(name)
@@ -6246,7 +6271,7 @@ def _demo_with_agent(args: argparse.Namespace, url: str, film: Path | None, fold
         nodes = await_start(process, lambda: client.nodes()["nodes"],
                             "the agent looks at this machine and tries its encoders")
         if not nodes:
-            raise Unusable(f"the agent ended: {last_line(folder / 'agent.log') or 'without a word'}")
+            raise CommandError(f"the agent ended: {last_line(folder / 'agent.log') or 'without a word'}")
         parameters: Json = {"quality": ["psnr", "ssim"], "duration": 30 if film else 5}
         if film is not None:
             parameters["input"] = film.name
@@ -6299,6 +6324,18 @@ def cmd_monitoring(args: argparse.Namespace) -> int:
     rows.append(("the master", f"python3 ffdist.py master --victoriametrics {site.victoriametrics}"))
     _print_table(rows, heads=False)
     return 0
+
+
+# ---- 23 CLI ---------------------------------------------------------------------------------------
+
+MASTER_FLAG = Flag("--master", "http://localhost:8080", str, "the master's address (http://localhost:8080)")
+JSON_FLAG = Flag("--json", False, None, "print the API's own JSON")
+ASK_FLAGS = (MASTER_FLAG, JSON_FLAG)
+PAGE_FLAGS = (Flag("--status", None, str, "only of this status"),
+              Flag("--scenario", None, str, "only of this scenario"),
+              Flag("--node-id", None, str, "only of this node, by name or id"),
+              Flag("--limit", "20", str, "at most so many (20)"),
+              Flag("--after", None, str, "the cursor that the page before ended with"))
 
 
 class Command(NamedTuple):
@@ -6491,7 +6528,7 @@ def _carried_out(args: argparse.Namespace) -> int:
                 if refused else "")
         _say(f"ffdist: {error.message}{hint}")
         return exit_code_of(error)
-    except Unusable as error:
+    except CommandError as error:
         _say(f"ffdist: {error}")
         return 1
     except ValueError as error:

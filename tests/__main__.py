@@ -86,7 +86,7 @@ def install() -> None:
             for command in ffdist.install_commands(["nginx-rtmp"], plain):
                 say(f"+ {' '.join(command)}")
                 ffdist.start_program(command, sys.stderr).wait()
-    except ffdist.Unusable as error:
+    except ffdist.CommandError as error:
         say(f"{error}")
     install_newer_ffmpeg()
     stop_services({SERVICES[program] for program in wanted if program in SERVICES})

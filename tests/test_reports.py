@@ -19,7 +19,7 @@ from typing import Any
 
 import agent
 import ffdist
-from ffdist import NO_TARIFF, PRICED, Experiment, Rate, Row, Tariff, due_groups, experiment_of, rates_of
+from ffdist import PRICED, Experiment, Rate, Row, Tariff, due_groups, experiment_of, rates_of
 from tests.support import PATIENCE_S, TOP, Case, interruptible, run, wait_for
 from tests.test_api import Node
 
@@ -117,12 +117,12 @@ class TestPriced(unittest.TestCase):
         self.assertEqual(sent["unknown"], {"output_seconds": "the attempt failed"})
 
     def test_unknown_energy_gives_its_own_reason(self) -> None:
-        made = NO_TARIFF.priced({"energy_joules": None, "unknown": {"energy_joules": "no RAPL"}}, (), NOON)
+        made = Tariff().priced({"energy_joules": None, "unknown": {"energy_joules": "no RAPL"}}, (), NOON)
         self.assertEqual(made["unknown"], dict.fromkeys(("energy_joules", *PRICED), "no RAPL"))
 
     def test_the_small_metrics_of_a_seed_agent_stay_as_they_are_without_a_tariff(self) -> None:
         sent = {"cpu_usage": 75.5, "memory_usage": 2048, "duration": 5.0}
-        self.assertEqual(NO_TARIFF.priced(sent, ("w",), NOON), sent)
+        self.assertEqual(Tariff().priced(sent, ("w",), NOON), sent)
         made = Tariff({"": Rate(1.0)}).priced(sent, ("w",), NOON)
         self.assertEqual(made["unknown"]["energy_cost"], "the node tells no energy")
 
@@ -189,7 +189,7 @@ class TestWordsOfTheCommandLine(unittest.TestCase):
         for word, key in (("rack", "aaaa1111"), ("rack-", "aaaa2222"), ("AAAA2", "aaaa2222")):
             self.assertEqual(ffdist.node_id_of(word, nodes), key)
         for word in ("aaaa", "nobody"):
-            with self.assertRaisesRegex(ffdist.Unusable, word):
+            with self.assertRaisesRegex(ffdist.CommandError, word):
                 ffdist.node_id_of(word, nodes)
         gone = "12345678-1234-4234-8234-123456789abc"
         self.assertEqual(ffdist.node_id_of(gone, nodes), gone, "results outlive their node")
