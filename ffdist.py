@@ -3709,25 +3709,39 @@ def refuse_foreign_page(head: Head, machine: str, allowed: Container[str]) -> No
     `machine` is this machine's name, `allowed` the names beside it. A page reaches whatever its reader
     reaches: by forms, images, scripts, and by a name of its own that it points to an inner address.
     """
-    headers = head.headers
-    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    kind = head.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if head.length and kind != b"application/json" and (kind or head.browser):
         raise ApiError(415, "a body must be declared as Content-Type: application/json")
-    if not head.browser:
-        return
-    host = headers.get(b"host", b"").decode("latin-1").lower()
-    origin = headers.get(b"origin")
+    if head.browser:
+        host = head.headers.get(b"host", b"").decode("latin-1").lower()
+        _refuse_other_site(head, host)
+        _refuse_claim(head)
+        _refuse_other_name(_host_name(host), {machine, f"{machine}.local"}, allowed)
+
+
+def _refuse_other_site(head: Head, host: str) -> None:
+    """Raise ApiError 403 for what a page of another origin or site sends, but for a link to the page here."""
+    origin = head.headers.get(b"origin")
     if origin is not None and not _is_same_place(origin.decode("latin-1").lower(), host):
         raise ApiError(403, "a page of another origin may not speak to this master")
-    home = (head.method, head.path) in (("GET", "/"), ("HEAD", "/"))
-    if headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site") and not home:
+    linked = head.path == "/" and head.method in ("GET", "HEAD")
+    if not linked and head.headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site"):
         raise ApiError(403, "a page of another site may not speak to this master")
-    by_program = b"sec-fetch-mode" in headers and b"sec-fetch-site" not in headers  # Node.js' fetch
-    if head.path == "/jobs/next" and not by_program:
+
+
+def _refuse_claim(head: Head) -> None:
+    """Raise ApiError 403 where a browser claims a job: an image over plain HTTP says nothing of its page.
+
+    A request with Sec-Fetch-Mode and without Sec-Fetch-Site is of Node.js, which no page can imitate.
+    """
+    program = b"sec-fetch-mode" in head.headers and b"sec-fetch-site" not in head.headers
+    if head.path == "/jobs/next" and not program:
         raise ApiError(403, "a browser may not claim jobs: whoever asks gets one to run")
-    name = _host_name(host)
-    if "." in name and not _is_address(name) and name not in (machine, f"{machine}.local") \
-            and name not in allowed:
+
+
+def _refuse_other_name(name: str, own: Container[str], allowed: Container[str]) -> None:
+    """Raise ApiError 403 for a name that anybody on the internet could point to this machine."""
+    if "." in name and not _is_address(name) and name not in own and name not in allowed:
         raise ApiError(403, f"a browser may not reach this master as {wire.printable(name[:100])}: allow the "
                        "name with --allow-host")
 

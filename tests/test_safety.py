@@ -24,7 +24,7 @@ import threading
 import time
 import unittest
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
@@ -39,6 +39,15 @@ from tests.test_run import RunCase, picture, streams
 
 KEY = "\nssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKstrangerstrangerstrangerstrangerst evil@example\n"
 FD = "/proc/self/fd"
+
+
+def serve(case: unittest.TestCase, handler: type[http.server.BaseHTTPRequestHandler]) -> int:
+    """Serve on loopback until the test has ended; return the port."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    case.addCleanup(server.server_close)
+    case.addCleanup(server.shutdown)
+    return int(server.server_address[1])
 
 
 class Settling(RunCase):
@@ -262,11 +271,8 @@ class Urls(RunCase):
 
             def log_message(self, *_: object) -> None:
                 pass
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Redirecting)
-        self.addCleanup(server.server_close)
-        self.addCleanup(server.shutdown)
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}/film.mp4"
+        port = serve(self, Redirecting)
+        url = f"http://127.0.0.1:{port}/film.mp4"
         self.fails("network", "if it was a redirect", url, place=self.local(), input=url,
                    output="o.mp4")
         self.assertEqual(set(asked), {"/film.mp4"}, "the secret was not asked for")
@@ -292,11 +298,8 @@ class Urls(RunCase):
 
             def log_message(self, *_: object) -> None:
                 pass
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Sending)
-        self.addCleanup(server.server_close)
-        self.addCleanup(server.shutdown)
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        url = f"http://user:pass@127.0.0.1:{server.server_address[1]}/film.ts"
+        port = serve(self, Sending)
+        url = f"http://user:pass@127.0.0.1:{port}/film.ts"
         attempt = self.attempt("180p25-h264", self.local(), duration=1, output=url)
         self.assertEqual(self.result(attempt)["status"], "failed")
         self.assertEqual(set(asked), {"/film.ts"})
@@ -801,16 +804,16 @@ class Browsers(unittest.TestCase):
     def test_a_page_of_a_stranger_changes_nothing_and_reads_nothing(self) -> None:
         node = Node(self.master, "seeds-node", session=False)
         job = self.master.submit("victim")
-        with attack(self.master.url, node.id, job["id"]) as port:
-            for number, host in enumerate(("127.0.0.1", "evil.example")):
-                with self.subTest(host):
-                    before = self.master.get("/jobs")["total"]
-                    seen = self.browse(f"http://{host}:{port}/", f"profile{number}")
-                    self.assertIn("done:", seen, "the page ran to its end")
-                    self.assertNotIn("seeds-node", seen, "nothing was read")
-                    self.assertEqual(self.master.get("/jobs")["total"], before, "nothing was submitted")
-                    self.assertEqual(self.master.get(f"/jobs/{job['id']}")["status"], "pending")
-                    self.assertEqual(node.shown()["status"], "available", "nothing was drained or claimed")
+        port = serve(self, attack(self.master.url, node.id, job["id"]))
+        for number, host in enumerate(("127.0.0.1", "evil.example")):
+            with self.subTest(host):
+                before = self.master.get("/jobs")["total"]
+                seen = self.browse(f"http://{host}:{port}/", f"profile{number}")
+                self.assertIn("done:", seen, "the page ran to its end")
+                self.assertNotIn("seeds-node", seen, "nothing was read")
+                self.assertEqual(self.master.get("/jobs")["total"], before, "nothing was submitted")
+                self.assertEqual(self.master.get(f"/jobs/{job['id']}")["status"], "pending")
+                self.assertEqual(node.shown()["status"], "available", "nothing was drained or claimed")
 
     def test_a_name_that_was_pointed_to_the_master_opens_nothing(self) -> None:
         self.master.register("rebound-node")
@@ -850,9 +853,8 @@ const tries = {
 </script>"""
 
 
-@contextlib.contextmanager
-def attack(master: str, node_id: str, job_id: str) -> Iterator[int]:
-    """Serve a page that tries all that a page can send; gives its port."""
+def attack(master: str, node_id: str, job_id: str) -> type[http.server.BaseHTTPRequestHandler]:
+    """Return what serves a page that tries all that a page can send."""
     page = ATTACK.replace("MASTER", master).replace("NODE", node_id).replace("JOB", job_id).encode()
 
     class Page(http.server.BaseHTTPRequestHandler):
@@ -865,13 +867,7 @@ def attack(master: str, node_id: str, job_id: str) -> Iterator[int]:
 
         def log_message(self, *_: object) -> None:
             pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
+    return Page
 
 
 class OtherUsers(Case):
