@@ -690,8 +690,11 @@ def _answer_to(request: urllib.request.Request, opener: urllib.request.OpenerDir
             answer, most_bytes = error, min(most_bytes, 1 << 20)
         with answer:
             length = getattr(answer, "length", None)  # Python 3.9 fills a buffer of all that it may read
-            return answer.code, answer.reason, answer.read(
-                most_bytes if length is None else min(most_bytes, length))
+            wanted = most_bytes if length is None else min(most_bytes, length)
+            raw = answer.read(wanted)
+            if length is not None and len(raw) < wanted:  # half a refusal would be one without a field
+                raise ConnectionError("the answer was cut off")
+            return answer.code, answer.reason, raw
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ApiError(0, f"no answer from {whom}: {_cause(getattr(error, 'reason', error))}") from None
 
@@ -4257,7 +4260,7 @@ class Agent:
             self._log.warning("the master does not know this %s: registering again",
                               "node" if error.status == 404 else "session")
             return False
-        if error.status == 409 and error.field != "secret":
+        if error.status == 409 and error.field == "session":
             raise Superseded(f"node {self._name} ends: {error.message}")
         if self._away is None and not self._stopping.is_set():
             self._away = time.monotonic()

@@ -459,6 +459,25 @@ class Identity(Case):
         self.assertEqual(restored.finished(restored.submit("64p25-h264", duration=0.2)["id"])["status"],
                          "completed")
 
+    def test_a_refusal_whose_body_is_cut_off_ends_no_agent(self) -> None:
+        for length, raw in ((40, b""), (40, b'{"error": "a newer'), (0, b"")):
+            class Cut(http.server.BaseHTTPRequestHandler):
+                def do_POST(self, length: int = length, raw: bytes = raw) -> None:
+                    self.send_response(409)
+                    self.send_header("Content-Length", str(length))
+                    self.end_headers()
+                    self.wfile.write(raw)
+
+                def log_message(self, *_: object) -> None:
+                    pass
+            client = wire.Client(f"http://127.0.0.1:{serve(self, Cut)}")
+            with self.assertRaises(wire.ApiError) as caught:
+                client.register({"address": "a"})
+            self.assertEqual((caught.exception.retryable, caught.exception.field), (length > 0, None))
+            agent = mock.Mock(_away=None)
+            agent._stopping.is_set.return_value = False
+            self.assertFalse(wire.Agent._weigh(agent, caught.exception, False), "it tries again")
+
     def test_a_result_of_the_node_that_a_folder_was_once_stops_no_other(self) -> None:
         master, agent = self.fleet()
         agent.end()
