@@ -1669,7 +1669,8 @@ def _refuse_stranger(node: Node | None, owner: str | None, checked: Registration
         _refuse_session(node, checked.session_hash)
     same = node is not None and checked.session_hash == node.session_hash
     if owner is not None:
-        proved = checked.secret_hash is not None and hmac.compare_digest(owner, checked.secret_hash)
+        shown = (checked.secret_hash or "").encode()  # bytes: an owner's text may be of any letters
+        proved = hmac.compare_digest(owner.encode(), shown)
         if not proved and not (same and checked.session_hash is not None):
             raise ApiError(409, f"node {checked.name} is known by its secret: a new session takes over with "
                            "that only", "secret")

@@ -513,6 +513,13 @@ class Identity(Case):
         self.assertEqual(node.register(holding=evil["holding"]).body["holding"], evil["holding"])
         self.assertEqual(node.report(claimed).status, 200, "its work goes on where it was")
 
+    def test_an_odd_hash_of_a_secret_fails_no_request(self) -> None:
+        master = self.master()
+        odd = {"address": "odd", "id": str(uuid.uuid4()), "session": "one", "secret_hash": "\u00e9" * 64}
+        self.assertEqual(master.call("POST", "/nodes/register", odd).status, 201)
+        again = {**odd, "session": "two", "secret": "\u00e9"}
+        self.assertEqual(master.call("POST", "/nodes/register", again).status, 409)
+
     def test_neither_session_nor_secret_stands_in_the_journal_or_a_backup(self) -> None:
         master = self.master()
         nodes = [Node(master, f"worker{number}") for number in range(2)]
