@@ -153,6 +153,163 @@ class Failure(Exception):
         self.message = message
 
 
+# The tables of a report, in their order.
+SPEED_TABLE = "Speed and size"
+QUALITY_TABLE = "Quality"
+MONEY_TABLE = "Energy, money and carbon"
+POWER_TABLE = "Power"
+CURRENCY = "currency"  # the unit of a price: what the tariff names
+
+
+class Metric(NamedTuple):
+    """One row of METRICS: a figure of a result, its meaning, how it is merged, exported and shown.
+
+    Agent: `repeats` is what becomes of the figures of several runs: their `mean`, the `most`, or the
+    `last` run's. `formula` is given where the figure follows from others. `unknown` is the reason beside
+    a null; a word in braces stands for a cause that is known only after the run. A metric of the machine
+    (`of_machine`) exists without a film too, as in a baseline.
+
+    Shown: `phrase` formats the value for a result on the terminal; `table` is the table of a report that
+    has it as a column, under `label` and `unit`, with `digits` that count; one with `of_energy` is an
+    estimate when energy is.
+
+    Exported: where `exported`, its time series is `series`, or else its name.
+    """
+
+    name: str
+    about: str
+    unit: str = ""
+    label: str = ""
+    digits: int = 3
+    table: str = ""
+    phrase: str = ""
+    repeats: str = "last"
+    formula: str = ""
+    unknown: str = "not measured"
+    of_machine: bool = False
+    of_energy: bool = False
+    exported: bool = True
+    series: str = ""
+    by_master: bool = False
+
+    @property
+    def series_name(self) -> str:
+        """Its time series after `ffdist_job_`."""
+        return self.series or self.name
+
+    @property
+    def axis(self) -> str:
+        """The text at an axis, or above a column."""
+        return f"{self.label}, {self.unit}" if self.unit not in ("", CURRENCY) else self.label
+
+
+def _score_rows(metric: str, label: str, unit: str, digits: int, phrase: str) -> tuple[Metric, ...]:
+    """Return the three rows of a quality metric: its mean, the worst frame, the harmonic mean."""
+    suffix = "_db" if unit else ""
+    rows = (("", "against the source, mean.", ""), ("_min", "of the worst frame.", " least"),
+            ("_harmonic", "against the source, harmonic mean.", " harmonic mean"))
+    return tuple(
+        Metric(f"{metric}{part}{suffix}", f"{label} {about}", unit, label + words, digits,
+               QUALITY_TABLE, phrase, unknown="not asked for")
+        for part, about, words in rows)
+
+
+_TOO_SHORT = "the run was too short to sample"
+_NO_SIZE = "the output's size is unknown"
+_NO_LENGTH = "the length is unknown"
+
+# Every figure of a result's `metrics`, in the order of reports and exports. Analysis computes by this
+# table; the rows of a result, the reports and the export of ffdist show by it; README lists it.
+METRICS: Mapping[str, Metric] = {row.name: row for row in (
+    Metric("duration", "Wall time of the encode.", "s", "time", table=SPEED_TABLE, repeats="mean",
+           series="duration_seconds"),
+    Metric("speed", "Seconds of film per second of wall time.", "x", "speed", table=SPEED_TABLE,
+           phrase="{:.2f}x real time", formula="output_seconds / duration", unknown=_NO_LENGTH),
+    Metric("fps", "Frames per second of wall time.", "", "frames/s", table=SPEED_TABLE,
+           phrase="{:.1f} fps", formula="frames / duration"),
+    Metric("cpu_usage", "% of the whole machine, mean over the run.", "%", "CPU", table=SPEED_TABLE,
+           phrase="{:.0f} % of the machine", repeats="mean", unknown=_TOO_SHORT, of_machine=True),
+    Metric("memory_usage", "Peak memory of the job's processes.", "MiB", "memory",
+           table=SPEED_TABLE, phrase="{:.0f} MiB peak", repeats="most", series="memory_mib"),
+    Metric("bitrate_kbps", "kbit/s of the whole output.", "kbit/s", "rate", 4, SPEED_TABLE,
+           phrase="{:.0f} kbit/s", formula="8 * output_bytes / (1000 * output_seconds)",
+           unknown=_NO_SIZE),
+    Metric("bits_per_pixel", "Bits for each pixel of the output.", "", "bit/pixel",
+           table=SPEED_TABLE, formula="8 * output_bytes / (width * height * frames)",
+           unknown=_NO_SIZE),
+    Metric("output_bytes", "Size of the output.", "", "size", table=SPEED_TABLE,
+           unknown="the output went to a stream"),
+
+    *_score_rows("psnr", "PSNR", "dB", 4, "{:.2f} dB"),
+    *_score_rows("ssim", "SSIM", "", 5, "{:.4f}"),
+    *_score_rows("vmaf", "VMAF", "", 4, "{:.1f}"),
+    *_score_rows("xpsnr", "XPSNR", "dB", 4, "{:.2f} dB"),
+
+    Metric("energy_joules", "Energy, this job's share of the machine.", "J", "energy",
+           table=MONEY_TABLE, phrase="{:.0f} J", repeats="mean", of_energy=True),
+    Metric("net_energy_joules", "Energy above that of the idle machine.", "J", "above idle",
+           table=MONEY_TABLE, phrase="{:.0f} J above idle", formula="energy_joules - idle_joules",
+           unknown="{idle}", of_machine=True, of_energy=True),
+    Metric("energy_wh", "Energy in Wh.", "Wh", "energy", table=MONEY_TABLE,
+           formula="energy_joules / 3600", unknown="{energy}", of_machine=True, of_energy=True,
+           exported=False),
+    Metric("energy_cost", "Price of the energy, in the tariff's currency.", CURRENCY, "cost",
+           table=MONEY_TABLE, of_energy=True, by_master=True),
+    Metric("carbon_g", "gCO2e of the energy.", "g", "CO2e", table=MONEY_TABLE, of_energy=True,
+           by_master=True),
+    Metric("energy_wh_per_minute", "Wh for each minute of output.", "", "Wh a minute",
+           table=MONEY_TABLE, of_energy=True, by_master=True),
+    Metric("cost_per_minute", "Price of the energy for each minute of output.", CURRENCY,
+           "cost a minute", table=MONEY_TABLE, of_energy=True, by_master=True),
+    Metric("carbon_g_per_minute", "gCO2e for each minute of output.", "", "g CO2e a minute",
+           table=MONEY_TABLE, of_energy=True, by_master=True),
+
+    Metric("power_watts", "Mean power while it ran.", "W", "power", table=POWER_TABLE,
+           phrase="{:.1f} W", formula="energy_joules / duration", unknown="{energy}",
+           of_machine=True, of_energy=True),
+    Metric("idle_watts", "What the idle machine draws.", "W", "idle", table=POWER_TABLE,
+           phrase="{:.1f} W", repeats="mean", unknown="{idle}", of_machine=True, of_energy=True),
+    Metric("joules_per_frame", "Energy for each frame.", "J", "a frame", table=POWER_TABLE,
+           phrase="{:.3g} J a frame", formula="energy_joules / frames", unknown="{energy}",
+           of_energy=True),
+    Metric("pixels_per_joule", "Pixels encoded for each joule.", "", "pixels/J", 4, POWER_TABLE,
+           formula="width * height * frames / energy_joules", unknown="{energy}", of_energy=True),
+
+    Metric("frames", "Frames encoded.", phrase="{:d}"),
+    Metric("dropped_frames", "Frames that FFmpeg dropped."),
+    Metric("output_seconds", "Length of the output.", "s"),
+    Metric("cpu_seconds", "CPU time of the job's processes.", "s", phrase="{:.1f} CPU s",
+           repeats="mean"),
+    Metric("background_cpu_percent", "% of the machine that others used meanwhile.", "%",
+           repeats="mean", unknown=_TOO_SHORT, of_machine=True),
+    Metric("gpu_usage", "% of the GPU.", "%", repeats="mean", unknown="{gpu}", of_machine=True),
+    Metric("gpu_memory_usage", "Peak memory used on the GPU.", "MiB", unknown="{gpu}",
+           of_machine=True, series="gpu_memory_mib"),
+    Metric("gpu_energy_joules", "Energy of the GPU.", "J", repeats="mean", unknown="{gpu_energy}",
+           of_machine=True),
+
+    Metric("duplicated_frames", "Frames that FFmpeg doubled.", exported=False),
+    Metric("damaged_packets", "Signs of damage in the input that FFmpeg logged.", exported=False),
+    Metric("headroom_percent", "Share of the film's length by which the encode was faster.", "%",
+           formula="100 - 100 * duration / output_seconds", unknown=_NO_LENGTH, exported=False),
+    Metric("idle_joules", "Energy of the idle machine in the same time.", "J", repeats="mean",
+           unknown="{idle}", of_machine=True, exported=False),
+    Metric("quality_per_wh", "Quality for each Wh: the first known of vmaf, psnr_db and xpsnr_db.",
+           formula="quality / energy_wh", unknown="{quality}", exported=False),
+    Metric("power_source", "Where the energy was read.", unknown="{energy}", of_machine=True,
+           exported=False),
+    Metric("power_resolution", "How fine its readings are.", unknown="{energy}", of_machine=True,
+           exported=False),
+    Metric("energy_estimated", "Whether a power model estimated the energy.", unknown="{energy}",
+           of_machine=True, exported=False),
+    Metric("throttled", "Whether heat slowed down a processor or GPU.", repeats="most",
+           unknown="the kernel does not count it here", of_machine=True, exported=False),
+    Metric("jobs_beside", "Jobs that ran at the same time.", repeats="most", exported=False),
+)}
+# Figures that follow from others. `quality` is the first known of vmaf, psnr_db and xpsnr_db.
+FORMULAS = {row.name: row.formula for row in METRICS.values() if row.formula}
+
+
 # ---- 2 Words --------------------------------------------------------------------------------------
 
 NOTHING_ENCODED = "nothing was encoded"
@@ -3685,25 +3842,6 @@ RECOMMENDATIONS = {
     "not_enough_evidence": "the run was too short, disturbed or slowed down by heat: measure again",
 }
 
-# Figures that follow from others, as they are computed: README lists them. `quality` is the first known of
-# vmaf, psnr_db and xpsnr_db.
-FORMULAS = {
-    "fps": "frames / duration",
-    "speed": "output_seconds / duration",
-    "headroom_percent": "100 - 100 * duration / output_seconds",
-    "bitrate_kbps": "8 * output_bytes / (1000 * output_seconds)",
-    "bits_per_pixel": "8 * output_bytes / (width * height * frames)",
-    "power_watts": "energy_joules / duration",
-    "net_energy_joules": "energy_joules - idle_joules",
-    "energy_wh": "energy_joules / 3600",
-    "joules_per_frame": "energy_joules / frames",
-    "pixels_per_joule": "width * height * frames / energy_joules",
-    "quality_per_wh": "quality / energy_wh",
-}
-# Of several runs the mean counts, or the most; of the rest the last run's.
-MOST = ("memory_usage", "throttled", "jobs_beside")
-MEANED = ("duration", "cpu_usage", "background_cpu_percent", "cpu_seconds", "energy_joules", "idle_watts",
-          "idle_joules", "gpu_usage", "gpu_energy_joules")
 SHORT_S = 1.0  # a shorter run tells nothing of speed
 LIVE_LATE_S = 1.0  # a live encode ends later than its film by FFmpeg's start alone
 BACKGROUND_PERCENT = 20.0  # more than this of the machine used by others disturbs a run
@@ -3723,106 +3861,167 @@ def evaluate(formula: str, facts: Mapping[str, Any]) -> float | None:
 
 
 def metrics_of(outcome: Outcome) -> Json:
-    """Return the metrics of an outcome; what is unknown is null, with a reason in `unknown`."""
-    done, unknown = outcome.progress, dict(outcome.unknown)
-    runs = measured_runs(outcome.runs or (outcome,))
-    rows = [_measured(run, unknown) for run in runs]
-    facts: Json = dict(rows[-1])
-    for name in (*MEANED, *MOST):
-        known = [row[name] for row in rows if row[name] is not None]
-        facts[name] = None if len(known) < len(rows) else (
-            max(known) if name in MOST else statistics.fmean(known))
-    facts.update({
-        "frames": done.frame or None, "dropped_frames": done.dropped_frames if done.frame else None,
-        "duplicated_frames": done.duplicated_frames if done.frame else None,
-        "output_bytes": outcome.output_bytes, "output_seconds": outcome.output_s or done.out_time_s,
-        "damaged_packets": outcome.damaged, **dict.fromkeys(SCORE_NAMES), **outcome.quality})
-    scores = [facts[word] for word in ("vmaf", "psnr_db", "xpsnr_db") if facts[word] is not None]
-    beside: Json = {"quality": scores[0] if scores else None}
-    if outcome.plan:
-        beside.update(width=outcome.plan.width, height=outcome.plan.height)
+    """Return the metrics of an outcome; an unknown one is null, with a reason in `unknown`."""
+    measured = [_measured(run) for run in measured_runs(outcome.runs or (outcome,))]
+    facts = {name: _merged([row[name] for row in measured], METRICS[name].repeats)
+             for name in measured[-1]}
+    facts.update(_film_figures(outcome))
     for name, formula in FORMULAS.items():
-        facts[name] = evaluate(formula, {**facts, **beside})
-    metrics = {name: _rounded(value) for name, value in facts.items()}
-    _explain(metrics, unknown, outcome)
-    return {**metrics, "unknown": {name: why for name, why in unknown.items()
-                                   if name in metrics and metrics[name] is None}}
+        facts[name] = evaluate(formula, facts)
+
+    metrics = {name: _rounded(facts[name]) for name, row in METRICS.items() if not row.by_master}
+    reasons = dict(outcome.unknown)
+    for run in measured_runs(outcome.runs or (outcome,)):
+        reasons.update(_energy_reasons(run.ledger))
+    return {**metrics, "unknown": _reasons(metrics, reasons, outcome)}
+
+
+def _film_figures(outcome: Outcome) -> Json:
+    """Return the figures of the film that was made, and the values that only formulas use."""
+    done = outcome.progress
+    counted = done.frame > 0
+    figures: Json = {
+        **dict.fromkeys(SCORE_NAMES), **outcome.quality,
+        "frames": done.frame or None,
+        "dropped_frames": done.dropped_frames if counted else None,
+        "duplicated_frames": done.duplicated_frames if counted else None,
+        "output_bytes": outcome.output_bytes,
+        "output_seconds": outcome.output_s or done.out_time_s,
+        "damaged_packets": outcome.damaged,
+    }
+    scores = [figures[name] for name in ("vmaf", "psnr_db", "xpsnr_db")]
+    figures["quality"] = next((score for score in scores if score is not None), None)
+    if outcome.plan is not None:
+        figures.update(width=outcome.plan.width, height=outcome.plan.height)
+    return figures
+
+
+def _merged(values: Sequence[Any], how: str) -> Any:
+    """Return one figure for those of several runs; None where a run has none."""
+    if how == "last":
+        return values[-1]
+    if any(value is None for value in values):
+        return None
+    return max(values) if how == "most" else statistics.fmean(values)
+
+
+_SIGNIFICANT_MOST = 1e6  # from here on six digits would cut whole ones
 
 
 def _rounded(value: Any) -> Any:
     """Return a figure with 6 significant digits, but none of its whole ones lost."""
-    return float(f"{value:.6g}") if isinstance(value, float) and abs(value) < 1e6 else (
-        round(value, 1) if isinstance(value, float) else value)
+    if not isinstance(value, float):
+        return value
+    if abs(value) < _SIGNIFICANT_MOST:
+        return float(f"{value:.6g}")
+    return round(value, 1)
 
 
-def _measured(run: Outcome, unknown: dict[str, str]) -> Json:
-    """Return what was measured of one run."""
+def _measured(run: Outcome) -> Json:
+    """Return the figures that were measured of one run."""
     ledger, energy = run.ledger, energy_of(run.ledger)
-    if energy.why:
-        unknown["energy_joules"] = energy.why
-    if ledger.gpus and energy.gpu_joules is None:
-        unknown["gpu_energy_joules"] = (f"{ledger.gpu_source} told for {least_covered_s(ledger):.1f} s of "
-                                        f"{ledger.measured_s:.1f} s only")
-    idle = ledger.idle_s > 0 and ledger.idle_s >= 0.9 * ledger.measured_s and energy.joules is not None
     cpu_usage, background = _cpu_usage(ledger, run.wall_s)
-    return {
-        "duration": run.wall_s, "cpu_usage": cpu_usage, "background_cpu_percent": background,
-        "memory_usage": ledger.peak_rss_bytes / 2**20 or None, "cpu_seconds": ledger.ended_cpu_s or None,
-        "energy_joules": energy.joules, "power_source": energy.source,
-        "power_resolution": "; ".join(hwdetect.POWER_SOURCES.get(name, name) for name in
-                                      energy.source.split("+")) if energy.source else None,
-        "energy_estimated": None if energy.source is None else "model" in energy.source,
-        "idle_watts": ledger.idle_watts if idle else None,
-        "idle_joules": ledger.idle_joules if idle else None,
-        "gpu_usage": ledger.gpu_usage_s / ledger.gpu_seen_s if ledger.gpu_seen_s else None,
+    figures: Json = {
+        "duration": run.wall_s,
+        "cpu_usage": cpu_usage,
+        "background_cpu_percent": background,
+        "cpu_seconds": ledger.ended_cpu_s or None,
+        "memory_usage": ledger.peak_rss_bytes / 2**20 or None,
+        "energy_joules": energy.joules,
+        "power_source": energy.source,
+        "power_resolution": None,
+        "energy_estimated": None,
+        "idle_watts": None,
+        "idle_joules": None,
+        "gpu_usage": None,
+        "gpu_memory_usage": None,
         "gpu_energy_joules": energy.gpu_joules,
-        "gpu_memory_usage": None if ledger.gpu_memory_bytes is None else ledger.gpu_memory_bytes / 2**20,
-        "throttled": ledger.throttled, "jobs_beside": ledger.beside,
+        "throttled": ledger.throttled,
+        "jobs_beside": ledger.beside,
     }
+    if energy.source is not None:
+        sources = energy.source.split("+")
+        figures["power_resolution"] = "; ".join(
+            hwdetect.POWER_SOURCES.get(name, name) for name in sources)
+        figures["energy_estimated"] = "model" in energy.source
+    if energy.joules is not None and _covers(ledger.idle_s, ledger.measured_s):
+        figures.update(idle_watts=ledger.idle_watts, idle_joules=ledger.idle_joules)
+    if ledger.gpu_seen_s:
+        figures["gpu_usage"] = ledger.gpu_usage_s / ledger.gpu_seen_s
+    if ledger.gpu_memory_bytes is not None:
+        figures["gpu_memory_usage"] = ledger.gpu_memory_bytes / 2**20
+    return figures
+
+
+def _covers(known_s: float, whole_s: float) -> bool:
+    """Return whether a figure known for so long stands for the whole time: 90 % of it."""
+    return known_s > 0 and known_s >= 0.9 * whole_s
 
 
 def _cpu_usage(ledger: Ledger, wall_s: float) -> tuple[float | None, float | None]:
-    """Return % of the whole machine, and of them what others used.
+    """Return % of the whole machine, and how much of that other programs used.
 
-    By the job's own CPU time where the run was too short to sample.
+    A run that was too short to sample has only the job's own CPU time.
     """
     capacity = os.cpu_count() or 1
     if ledger.busy_s > 0:
         usage = ledger.busy_percent_s / ledger.busy_s
         own = 100 * ledger.cpu_s / (capacity * ledger.measured_s)
         return usage, max(0.0, usage - own)
-    own = 100 * ledger.ended_cpu_s / (wall_s * capacity) if wall_s else 0.0
+    if not wall_s:
+        return None, None
+    own = 100 * ledger.ended_cpu_s / (wall_s * capacity)
     return min(100.0, own) or None, None
 
 
-def _explain(metrics: Json, unknown: dict[str, str], outcome: Outcome) -> None:
-    """Give a reason to every figure that is null: one of the machine, or one of the film."""
-    ledger = outcome.ledger
-    why_energy = unknown.get("energy_joules", "unknown energy")
-    known = metrics["energy_joules"] is not None
-    why_idle = ledger.unknown.get("idle_watts", "no idle baseline of this run") if known else why_energy
-    short, silent = "the run was too short to sample", "no GPU that tells"
-    silent = next((why for key, why in ledger.unknown.items() if re.fullmatch(r"gpus\.\d+", key)), silent)
-    apart = next((why for key, why in ledger.unknown.items() if key.startswith("gpus.")), silent)
-    apart = ledger.gpu_silent or ("energy_joules holds it already" if ledger.gpu_inside else apart)
-    energy = ("power_watts", "power_source", "power_resolution", "energy_wh", "energy_estimated")
-    machine = {**dict.fromkeys(energy, why_energy),
-               **dict.fromkeys(("idle_watts", "idle_joules", "net_energy_joules"), why_idle),
-               "gpu_usage": silent, "gpu_memory_usage": silent, "gpu_energy_joules": apart,
-               "throttled": "the kernel does not count it here", "cpu_usage": short,
-               "background_cpu_percent": short}
-    film = {**dict.fromkeys(SCORE_NAMES, "not asked for"),
-            **dict.fromkeys(("joules_per_frame", "pixels_per_joule"), why_energy),
-            "quality_per_wh": "no quality was measured" if known else why_energy,
-            "output_bytes": "the output went to a stream",
-            **dict.fromkeys(("bitrate_kbps", "bits_per_pixel"), "the output's size is unknown"),
-            **dict.fromkeys(("speed", "headroom_percent"), "the length is unknown")}
+def _energy_reasons(ledger: Ledger) -> dict[str, str]:
+    """Return why energy, or that of a GPU, is unknown of one run."""
+    energy, reasons = energy_of(ledger), {}
+    if energy.why:
+        reasons["energy_joules"] = energy.why
+    if ledger.gpus and energy.gpu_joules is None:
+        reasons["gpu_energy_joules"] = (
+            f"{ledger.gpu_source} told for {least_covered_s(ledger):.1f} s of "
+            f"{ledger.measured_s:.1f} s only")
+    return reasons
+
+
+def _reasons(metrics: Json, known: Mapping[str, str], outcome: Outcome) -> dict[str, str]:
+    """Return a reason for every figure that is null: one of the machine, or one of the film.
+
+    `known` are the reasons that were found while it ran; METRICS has the rest.
+    """
+    has_energy = metrics["energy_joules"] is not None
+    causes = _causes(known.get("energy_joules", "unknown energy"), has_energy, outcome.ledger)
+    no_film = ""
     if not metrics["frames"]:
-        idle_only = outcome.settings is not None and outcome.settings.baseline
-        film = dict.fromkeys(metrics, NOTHING_ENCODED if idle_only else "the attempt failed")
+        baseline = outcome.settings is not None and outcome.settings.baseline
+        no_film = NOTHING_ENCODED if baseline else "the attempt failed"
+    reasons = {}
     for name, value in metrics.items():
         if value is None:
-            unknown.setdefault(name, machine.get(name) or film.get(name) or "not measured")
+            row = METRICS[name]
+            usual = no_film if no_film and not row.of_machine else row.unknown.format(**causes)
+            reasons[name] = known.get(name, usual)
+    return reasons
+
+
+def _causes(no_energy: str, has_energy: bool, ledger: Ledger) -> dict[str, str]:
+    """Return the words that stand for a cause in METRICS, with what they stand for."""
+    gpus = {key: why for key, why in ledger.unknown.items() if key.startswith("gpus.")}
+    whole = [why for key, why in gpus.items() if re.fullmatch(r"gpus\.\d+", key)]
+    silent = "no GPU that tells"
+    gpu_energy = ledger.gpu_silent
+    if not gpu_energy and ledger.gpu_inside:
+        gpu_energy = "energy_joules holds it already"
+    return {
+        "energy": no_energy,
+        "idle": ledger.unknown.get("idle_watts", "no idle baseline of this run")
+                if has_energy else no_energy,
+        "quality": "no quality was measured" if has_energy else no_energy,
+        "gpu": next(iter(whole), silent),
+        "gpu_energy": gpu_energy or next(iter(gpus.values()), silent),
+    }
 
 
 def confidence_reached(outcome: Outcome) -> tuple[str, list[str]]:

@@ -1337,6 +1337,21 @@ class Metering(FolderCase):
                 self.assertIn(name, metrics)
 
 
+    def test_metrics_are_those_of_the_table(self) -> None:
+        made = agent.metrics_of(agent.Outcome("completed", progress=agent.Progress(5)))
+        own = [name for name, row in agent.METRICS.items() if not row.by_master]
+        self.assertEqual([*made], [*own, "unknown"])
+        for name, why in made["unknown"].items():
+            self.assertNotIn("{", why, name)
+
+    def test_repeats_merge_as_the_table_says(self) -> None:
+        for how, merged in (("mean", 3.0), ("most", 4), ("last", 2)):
+            self.assertEqual(agent._merged([4, 2], how), merged)
+        self.assertEqual(agent._merged([None, 2], "last"), 2)
+        self.assertIsNone(agent._merged([None, 2], "mean"))
+        self.assertLessEqual({row.repeats for row in agent.METRICS.values()}, {"mean", "most", "last"})
+
+
 class Resting(unittest.TestCase):
     """When idle power is measured, from readings with times of their own."""
 
