@@ -22,11 +22,12 @@ Sections (each uses only those above it):
   16 Service      background loops, start and stop
   17 Experiments  a matrix of jobs (pure)
   18 Reports      rows, statistics, documents over many results (pure)
-  19 Programs     the package manager and other programs
-  20 Monitoring   dashboards, alerts, their programs
-  21 Views        what the command line shows
-  22 Commands     one function a subcommand
-  23 CLI          the tables of subcommands and flags, main
+  20 Programs     the package manager and other programs
+  21 Dashboards   pictures and alerts over the metrics (pure)
+  22 Monitoring   VictoriaMetrics, vmalert and Grafana: their files and processes
+  23 Views        what the command line shows
+  24 Commands     one function a subcommand
+  25 CLI          the tables of subcommands and flags, main
 (5 and 7 to 9 are numbers kept for Fleet, Access, Files and Films.)
 
 A job's life (SHOWN tells how two inner states look from outside):
@@ -5129,64 +5130,86 @@ def report_rows(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
     return [tuple(line[at] for at in shown) for line in (heads, *cells)]
 
 
-# ---- 19 Programs ----------------------------------------------------------------------------------
+# ---- 20 Programs ----------------------------------------------------------------------------------
 
 class Manager(NamedTuple):
-    """One package manager: how it is refreshed, and how it installs."""
+    """One package manager: how its index is refreshed, and how it installs."""
 
     refresh: tuple[str, ...]
     install: tuple[str, ...]
 
 
+# In the order of looking: the first that is on PATH is used.
 MANAGERS = {
-    "apt-get": Manager(("apt-get", "update", "-q"),
-                       ("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "-y", "-q",
-                        "--no-install-recommends")),
+    "apt-get": Manager(
+        refresh=("apt-get", "update", "-q"),
+        install=("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "-y", "-q",
+                 "--no-install-recommends")),
     "dnf": Manager((), ("dnf", "install", "-y")),
     "apk": Manager((), ("apk", "add", "--no-cache")),
     "pacman": Manager(("pacman", "-Sy"), ("pacman", "-S", "--noconfirm", "--needed")),
     "zypper": Manager((), ("zypper", "--non-interactive", "install")),
 }
-PACKAGES: Mapping[str, Mapping[str, str]] = {"ffmpeg": {"dnf": "ffmpeg-free"},
-                                             "ffprobe": {"": "ffmpeg", "dnf": "ffmpeg-free"}}
+# program -> the package that has it, by package manager ("": of any other) where the names differ
+PACKAGES: Mapping[str, Mapping[str, str]] = {
+    "ffmpeg": {"dnf": "ffmpeg-free"},
+    "ffprobe": {"": "ffmpeg", "dnf": "ffmpeg-free"},
+}
 
 
 def start_again() -> None:
-    """Put a fresh start of this program in the place of this process, with the same words."""
-    words = getattr(sys, "orig_argv", [sys.executable, *sys.argv])[1:]
-    os.execv(sys.executable, [sys.executable, *words])
+    """Replace this process by a fresh start of the same program with the same arguments."""
+    arguments = getattr(sys, "orig_argv", [sys.executable, *sys.argv])[1:]  # 3.10 and newer
+    os.execv(sys.executable, [sys.executable, *arguments])
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Put Ctrl-C off to the end: a program that is just being started would be left behind."""
-    met: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: met.append(number))
+    """Delay Ctrl-C until the block has ended: it would leave a program behind that just starts or ends."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if met:
+
+    if received:
         raise KeyboardInterrupt
 
 
-def start_program(argv: Sequence[str], output: Any = None,
-                  keep: Sequence[int] = ()) -> subprocess.Popen[bytes]:
-    """Start another program in a group of its own, without ffdist's own environment variables.
+def start_program(argv: Sequence[str], output: Any = None) -> subprocess.Popen[bytes]:
+    """Start another program; its stdout and stderr go to `output`. ffdist starts none elsewhere.
 
-    It inherits the descriptors of `keep`, and with them their locks.
+    It gets a session of its own, so that Ctrl-C on the terminal reaches ffdist alone, which then ends
+    its programs in order. Our own environment variables stay here: FFDIST_MASTER, say, would turn an
+    agent of the demo to another master.
     """
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("FFDIST_")}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("FFDIST_")}
     return subprocess.Popen(list(argv), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                            start_new_session=True, env=clean, pass_fds=keep)
+                            start_new_session=True, env=env)
+
+
+def end_program(process: subprocess.Popen[bytes], limit_s: float) -> None:
+    """End a program that start_program() started: SIGTERM, after the limit SIGKILL to its whole group."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(limit_s)
+
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def await_start(process: subprocess.Popen[bytes], ready: Callable[[], Any], doing: str,
                 limit_s: float = math.inf) -> Any:
-    """Return what ready() says when it is something; None when the process ends before, or the time."""
+    """Return the first true value of ready(), or None when the process ends or the time is up before."""
     began = time.monotonic()
     with contextlib.closing(wire.ProgressLine()) as bar:
-        while process.poll() is None and (waited := time.monotonic() - began) < limit_s:
+        while process.poll() is None:
+            waited = time.monotonic() - began
+            if waited >= limit_s:
+                break
+
             found = ready()
             if found:
                 return found
@@ -5196,7 +5219,7 @@ def await_start(process: subprocess.Popen[bytes], ready: Callable[[], Any], doin
 
 
 def last_line(output: Path) -> str:
-    """Return the last words of a program, from the file that they went to."""
+    """Return the last line of the file that a program writes to."""
     return output.read_text(errors="replace").strip().rpartition("\n")[2]
 
 
@@ -5206,50 +5229,77 @@ def install_commands(programs: Iterable[str],
     manager = next((name for name in MANAGERS if shutil.which(name)), None)
     if manager is None:
         return []
-    names = [packages.get(program, {}).get(manager) or packages.get(program, {}).get("") or program
-             for program in programs]
-    sudo = () if os.geteuid() == 0 or not shutil.which("sudo") else ("sudo", "-n")
+
+    needs_sudo = os.geteuid() != 0 and shutil.which("sudo") is not None
+    sudo = ("sudo", "-n") if needs_sudo else ()
     refresh, install = MANAGERS[manager]
-    commands = [(*sudo, *refresh)] if refresh else []
-    return [*commands, (*sudo, *install, *dict.fromkeys(names))]
+    names = dict.fromkeys(_package_of(program, manager, packages) for program in programs)
+
+    commands = [(*sudo, *install, *names)]
+    if refresh:
+        commands.insert(0, (*sudo, *refresh))
+    return commands
+
+
+def _package_of(program: str, manager: str, packages: Mapping[str, Mapping[str, str]]) -> str:
+    names = packages.get(program, {})
+    return names.get(manager) or names.get("") or program
 
 
 def provide(programs: Iterable[str], install: bool,
             packages: Mapping[str, Mapping[str, str]] = PACKAGES) -> None:
-    """See that programs are on PATH, installing them where asked to; CommandError says what to do."""
+    """Make sure that programs are on PATH, installing them where `install` allows it.
+
+    CommandError names what is missing and the command that brings it.
+    """
     missing = [program for program in programs if shutil.which(program) is None]
     if not missing:
         return
-    commands = install_commands(missing, packages)
-    shown = " && ".join(shlex.join(word for word in command if word != "-n") for command in commands)
+
     names = ", ".join(missing)
+    commands = install_commands(missing, packages)
     if not commands:
-        raise CommandError(f"{names} is missing and there is no known package manager here: "
+        raise CommandError(f"{names} is missing and this host has no known package manager: "
                            "ask the administrator to install it")
+    advice = _command_line(commands)
     if not install:
-        raise CommandError(f"{names} is missing: install it with '{shown}', or add --install")
+        raise CommandError(f"{names} is missing: install it with '{advice}', or add --install")
     if os.geteuid() != 0 and commands[0][0] != "sudo":
-        raise CommandError(f"{names} is missing and only root may install it: ask the administrator to run "
-                           f"'{shown}'")
+        raise CommandError(f"{names} is missing and only root may install it: "
+                           f"ask the administrator to run '{advice}'")
+
     for command in commands:
-        print(f"+ {shlex.join(command)}", file=sys.stderr, flush=True)
-        if start_program(command, sys.stderr).wait() != 0:
-            raise CommandError(f"'{shlex.join(command)}' failed: ask the administrator to run '{shown}'")
+        _install(command, advice)
     if any(shutil.which(program) is None for program in missing):
-        raise CommandError(f"{names} is still missing after '{shown}'")
+        raise CommandError(f"{names} is still missing after '{advice}'")
 
 
-# ---- 20 Monitoring --------------------------------------------------------------------------------
+def _command_line(commands: Iterable[Sequence[str]]) -> str:
+    """Return commands as a person types them: sudo may ask, so without its -n."""
+    lines = [shlex.join(word for word in command if word != "-n") for command in commands]
+    return " && ".join(lines)
+
+
+def _install(command: Sequence[str], advice: str) -> None:
+    print(f"+ {shlex.join(command)}", file=sys.stderr, flush=True)
+    if start_program(command, sys.stderr).wait() != 0:
+        raise CommandError(f"'{shlex.join(command)}' failed: ask the administrator to run '{advice}'")
+
+
+# ---- 21 Dashboards --------------------------------------------------------------------------------
+
+# Expressions are MetricsQL, in which `@name` stands for the metric ffdist_name of the one table: promql()
+# refuses a name that is not in it, so a renamed metric cannot leave an empty picture behind.
 
 def promql(text: str) -> str:
-    """Return an expression where each `@name` is a metric of the table; KeyError when there is none."""
+    """Return an expression with the full name for each `@name`; KeyError for an unknown metric."""
     return re.sub(r"@(\w+)", lambda match: _BY_NAME[f"ffdist_{match[1]}"].name, text)
 
 
 class Panel(NamedTuple):
-    """One picture: its title, its unit as Grafana calls it, its expressions, what labels its lines.
+    """One picture: its kind, its title, its unit as Grafana calls it, its expressions, their legends.
 
-    `kind` is timeseries, stat or table; a table has a row for each set of labels, and a column for each
+    `kind` is timeseries, stat or table. A table has a row for each set of labels, and a column for each
     expression, under the names of `legend`.
     """
 
@@ -5261,163 +5311,249 @@ class Panel(NamedTuple):
 
 
 def _graph(title: str, unit: str, expr: str, *labels: str) -> Panel:
-    """Return a picture of one expression, with a line for each value of its labels."""
-    return Panel("timeseries", title, unit, (expr,), (" ".join(f"{{{{{label}}}}}" for label in labels),))
+    """Return a graph of one expression, with a line for each value of its labels."""
+    legend = " ".join(f"{{{{{label}}}}}" for label in labels)
+    return Panel("timeseries", title, unit, (expr,), (legend,))
+
+
+def _over_interval(name: str, by: str, function: str = "avg") -> str:
+    """Return the expression of a result's metric by labels, for each interval of a graph."""
+    outer = "sum" if function == "count" else function
+    return f'{outer} by ({by}) ({function}_over_time(@job_{name}{{node=~"$node"}}[$__interval]))'
 
 
 def _graphs(by: str, *rows: tuple[str, str, str]) -> tuple[Panel, ...]:
-    """Return pictures of results' figures, as (title, unit, name), by labels."""
+    """Return graphs of results' metrics, as (title, unit, name), by labels."""
     labels = by.split(", ")
-    return tuple(_graph(f"{title} by {labels[0]}", unit, _figure(name, by), *labels)
+    return tuple(_graph(f"{title} by {labels[0]}", unit, _over_interval(name, by), *labels)
                  for title, unit, name in rows)
 
 
-def _figure(name: str, by: str, over: str = "avg") -> str:
-    """Return the expression of a result's figure by labels, in each interval of a picture."""
-    outer = "sum" if over == "count" else over
-    return f'{outer} by ({by}) ({over}_over_time(@job_{name}{{node=~"$node"}}[$__interval]))'
+def _total(title: str, unit: str, name: str) -> Panel:
+    """Return the sum of a metric over all results in the range of a page."""
+    expr = f'sum(sum_over_time(@job_{name}{{node=~"$node"}}[$__range]))'
+    return Panel("stat", title, unit, (expr,))
 
 
-def _whole(title: str, unit: str, name: str, status: str = "", source: str = "") -> Panel:
-    """Return the sum over results in the range of a page: all, the count of a status, or of one source."""
-    match = f',status="{status}"' if status else f',power_source=~"{source}"' if source else ""
-    over, none = "count" if status else "sum", " or vector(0)" if match else ""
-    return Panel("stat", title, unit,
-                 (f'sum({over}_over_time(@job_{name}{{node=~"$node"{match}}}[$__range])){none}',))
+def _estimated_total(title: str, unit: str, name: str) -> Panel:
+    """Return the sum of a metric over the results whose energy a model estimated; 0 without any."""
+    labels = 'node=~"$node",power_source=~".*model.*"'
+    expr = f"sum(sum_over_time(@job_{name}{{{labels}}}[$__range])) or vector(0)"
+    return Panel("stat", title, unit, (expr,))
 
 
-def _columns(**columns: str) -> Panel:
-    """Return the table of the jobs' figures in the range of a page: name of the metric, head."""
+def _count(title: str, status: str) -> Panel:
+    """Return the number of results of a status in the range of a page; 0 without any."""
+    labels = f'node=~"$node",status="{status}"'
+    expr = f"sum(count_over_time(@job_info{{{labels}}}[$__range])) or vector(0)"
+    return Panel("stat", title, "short", (expr,))
+
+
+def _results_table(**columns: str) -> Panel:
+    """Return a table of results in the range of a page: name of the metric, head of its column."""
     by = "job_id, node, scenario, encoder, power_source, status"
-    return Panel("table", "Results", "short", tuple(
-        f'max by ({by}) (last_over_time(@job_{name}{{node=~"$node"}}[$__range]))' for name in columns),
-        tuple(columns.values()))
+    exprs = [f'max by ({by}) (last_over_time(@job_{name}{{node=~"$node"}}[$__range]))'
+             for name in columns]
+    return Panel("table", "Results", "short", tuple(exprs), tuple(columns.values()))
 
 
 def _now(name: str, by: str = "node") -> str:
+    """Return the expression of a node's metric as it is now."""
     return f'max by ({by}) (@{name}{{node=~"$node"}})'
 
 
-_SOURCED = "node, power_source"  # what is estimated has `model` in it
-_ENDED = _graph("Results in each interval", "short", _figure("info", "status", "count"), "status")
+_SOURCED = "node, power_source"  # an estimate has `model` in its power_source
+_ENDED = _graph("Results in each interval", "short",
+                _over_interval("info", "status", "count"), "status")
+
+_FLEET = (
+    Panel("stat", "Nodes up", "short", ("sum(max by (node_id) (@node_up))",)),
+    Panel("stat", "Nodes offline", "short",
+          ("count(max by (node_id) (@node_up) == 0) or vector(0)",)),
+    Panel("stat", "Jobs waiting", "short", ('max(@jobs{status="pending"})',)),
+    Panel("stat", "Jobs running", "short", ('max(@jobs{status="running"})',)),
+    _graph("Open jobs", "short",
+           'max by (status) (@jobs{status=~"blocked|pending|running|paused"})', "status"),
+    _ENDED,
+    _graph("Running jobs", "short", _now("node_running_jobs"), "node"),
+    _graph("Nodes by status", "short", "max by (status) (@nodes)", "status"),
+    Panel("timeseries", "Submissions, claims and reports per second", "reqps",
+          tuple(f"max(rate(@{name}_total[5m]))" for name in ("submissions", "claims", "reports")),
+          ("submissions", "claims", "reports")),
+    Panel("timeseries", "Lost leases and refused reports in an hour", "short",
+          ("max(increase(@lost_leases_total[1h]))", "max(increase(@refused_reports_total[1h]))"),
+          ("lost leases", "refused reports")),
+    Panel("timeseries", "The master's disk", "bytes",
+          ("max(@disk_free_bytes)", "max(@journal_size_bytes)", "max(@push_spool_bytes)"),
+          ("free", "journal", "waits for VictoriaMetrics")),
+    _graph("Mean commit of the journal", "s",
+           "max(rate(@journal_commit_seconds_total[5m])) / max(rate(@journal_commits_total[5m]))"),
+    Panel("table", "Nodes", "short",
+          (_now("node_status", "node, node_id"), _now("node_running_jobs", "node, node_id")),
+          ("status", "running")),
+)
+
+_JOBS = (
+    _count("Completed", "completed"),
+    _count("Failed", "failed"),
+    _total("Film encoded", "s", "output_seconds"),
+    _total("CPU time", "s", "cpu_seconds"),
+    *_graphs("scenario",
+             ("Wall time", "s", "duration_seconds"),
+             ("CPU %", "percent", "cpu_usage"),
+             ("Peak memory", "mbytes", "memory_mib")),
+    *_graphs("encoder",
+             ("Speed", "x", "speed"),
+             ("Frames per second", "short", "fps")),
+    _ENDED,
+    _results_table(duration_seconds="s", speed="speed", fps="fps", cpu_usage="CPU %",
+                   output_bytes="bytes"),
+)
+
+_ENERGY = (
+    _total("Energy", "joule", "energy_joules"),
+    _total("Above idle", "joule", "net_energy_joules"),
+    _total("Cost", "short", "energy_cost"),
+    _total("Carbon, gCO2e", "short", "carbon_g"),
+    _estimated_total("Energy that is estimated", "joule", "energy_joules"),
+    _graph("Power while jobs run", "watt", _now("sample_power_watts", _SOURCED),
+           *_SOURCED.split(", ")),
+    _graph("Energy by node", "joule", _over_interval("energy_joules", _SOURCED, "sum"),
+           *_SOURCED.split(", ")),
+    *_graphs("encoder, power_source",
+             ("Joules per frame", "joule", "joules_per_frame"),
+             ("Pixels per joule", "short", "pixels_per_joule")),
+    *_graphs("scenario, power_source",
+             ("Wh per minute of output", "watth", "energy_wh_per_minute"),
+             ("Cost per minute of output", "short", "cost_per_minute")),
+    _results_table(energy_joules="J", net_energy_joules="J above idle", power_watts="W",
+                   energy_cost="cost", carbon_g="gCO2e"),
+)
+
+_QUALITY = (
+    *_graphs("encoder",
+             *((figure.head, figure.unit or "short", figure.name) for figure in TABLES["Quality"]),
+             ("Bitrate", "Kbits", "bitrate_kbps"),
+             ("Bits per pixel", "short", "bits_per_pixel")),
+    _results_table(psnr_db="PSNR dB", ssim="SSIM", vmaf="VMAF", bitrate_kbps="kbit/s",
+                   energy_joules="J"),
+)
+
+_ONE_NODE = (
+    Panel("stat", "Status", "short", (_now("node_status"),)),
+    Panel("stat", "In quarantine", "short", (_now("node_quarantined"),)),
+    Panel("stat", "Running jobs", "short", (_now("node_running_jobs"),)),
+    _count("Failed jobs", "failed"),
+    _graph("CPU", "percent", _now("sample_cpu_usage_percent"), "node"),
+    _graph("Memory", "bytes", _now("sample_memory_bytes"), "node"),
+    Panel("timeseries", "Power", "watt",
+          (_now("sample_power_watts", _SOURCED), _now("job_idle_watts", _SOURCED)),
+          ("{{node}} {{power_source}}", "{{node}} {{power_source}}, idle")),
+    _graph("Temperature", "celsius", _now("sample_temperature_celsius"), "node"),
+    _graph("Up", "short", _now("node_up"), "node"),
+    *_graphs("node", ("CPU that others used during jobs", "percent", "background_cpu_percent")),
+    _results_table(duration_seconds="s", speed="speed", energy_joules="J"),
+)
+
 DASHBOARDS: Mapping[str, tuple[Panel, ...]] = {
-    "Fleet": (
-        Panel("stat", "Nodes up", "short", ("sum(max by (node_id) (@node_up))",)),
-        Panel("stat", "Nodes offline", "short", ("count(max by (node_id) (@node_up) == 0) or vector(0)",)),
-        Panel("stat", "Jobs waiting", "short", ('max(@jobs{status="pending"})',)),
-        Panel("stat", "Jobs running", "short", ('max(@jobs{status="running"})',)),
-        _graph("Open jobs", "short", 'max by (status) (@jobs{status=~"blocked|pending|running|paused"})',
-               "status"),
-        _ENDED,
-        _graph("Running jobs", "short", _now("node_running_jobs"), "node"),
-        _graph("Nodes by status", "short", "max by (status) (@nodes)", "status"),
-        Panel("timeseries", "Submissions, claims and reports per second", "reqps",
-              tuple(f"max(rate(@{name}_total[5m]))" for name in ("submissions", "claims", "reports")),
-              ("submissions", "claims", "reports")),
-        Panel("timeseries", "Lost leases and refused reports in an hour", "short",
-              ("max(increase(@lost_leases_total[1h]))", "max(increase(@refused_reports_total[1h]))"),
-              ("lost leases", "refused reports")),
-        Panel("timeseries", "The master's disk", "bytes",
-              ("max(@disk_free_bytes)", "max(@journal_size_bytes)", "max(@push_spool_bytes)"),
-              ("free", "journal", "waits for VictoriaMetrics")),
-        _graph("Mean commit of the journal", "s",
-               "max(rate(@journal_commit_seconds_total[5m])) / max(rate(@journal_commits_total[5m]))"),
-        Panel("table", "Nodes", "short",
-              (_now("node_status", "node, node_id"), _now("node_running_jobs", "node, node_id")),
-              ("status", "running"))),
-    "Jobs": (
-        _whole("Completed", "short", "info", "completed"), _whole("Failed", "short", "info", "failed"),
-        _whole("Film encoded", "s", "output_seconds"), _whole("CPU time", "s", "cpu_seconds"),
-        *_graphs("scenario", ("Wall time", "s", "duration_seconds"), ("CPU %", "percent", "cpu_usage"),
-                 ("Peak memory", "mbytes", "memory_mib")),
-        *_graphs("encoder", ("Speed", "x", "speed"), ("Frames per second", "short", "fps")), _ENDED,
-        _columns(duration_seconds="s", speed="speed", fps="fps", cpu_usage="CPU %", output_bytes="bytes")),
-    "Energy & cost": (
-        _whole("Energy", "joule", "energy_joules"), _whole("Above idle", "joule", "net_energy_joules"),
-        _whole("Cost", "short", "energy_cost"), _whole("Carbon, gCO2e", "short", "carbon_g"),
-        _whole("Energy that is estimated", "joule", "energy_joules", source=".*model.*"),
-        _graph("Power while jobs run", "watt", _now("sample_power_watts", _SOURCED), *_SOURCED.split(", ")),
-        _graph("Energy by node", "joule", _figure("energy_joules", _SOURCED, "sum"), *_SOURCED.split(", ")),
-        *_graphs("encoder, power_source", ("Joules per frame", "joule", "joules_per_frame"),
-                 ("Pixels per joule", "short", "pixels_per_joule")),
-        *_graphs("scenario, power_source", ("Wh per minute of output", "watth", "energy_wh_per_minute"),
-                 ("Cost per minute of output", "short", "cost_per_minute")),
-        _columns(energy_joules="J", net_energy_joules="J above idle", power_watts="W", energy_cost="cost",
-                 carbon_g="gCO2e")),
-    "Quality": (
-        *_graphs("encoder", *((figure.head, figure.unit or "short", figure.name)
-                              for figure in TABLES["Quality"]),
-                 ("Bitrate", "Kbits", "bitrate_kbps"), ("Bits per pixel", "short", "bits_per_pixel")),
-        _columns(psnr_db="PSNR dB", ssim="SSIM", vmaf="VMAF", bitrate_kbps="kbit/s", energy_joules="J")),
-    "One node": (
-        Panel("stat", "Status", "short", (_now("node_status"),)),
-        Panel("stat", "In quarantine", "short", (_now("node_quarantined"),)),
-        Panel("stat", "Running jobs", "short", (_now("node_running_jobs"),)),
-        _whole("Failed jobs", "short", "info", "failed"),
-        _graph("CPU", "percent", _now("sample_cpu_usage_percent"), "node"),
-        _graph("Memory", "bytes", _now("sample_memory_bytes"), "node"),
-        Panel("timeseries", "Power", "watt",
-              (_now("sample_power_watts", _SOURCED), _now("job_idle_watts", _SOURCED)),
-              ("{{node}} {{power_source}}", "{{node}} {{power_source}}, idle")),
-        _graph("Temperature", "celsius", _now("sample_temperature_celsius"), "node"),
-        _graph("Up", "short", _now("node_up"), "node"),
-        *_graphs("node", ("CPU that others used during jobs", "percent", "background_cpu_percent")),
-        _columns(duration_seconds="s", speed="speed", energy_joules="J")),
+    "Fleet": _FLEET, "Jobs": _JOBS, "Energy & cost": _ENERGY, "Quality": _QUALITY,
+    "One node": _ONE_NODE,
 }
-_SIZES = {"stat": (6, 4), "timeseries": (12, 8), "table": (24, 10)}
+
+# Grafana's grid has 24 columns; width and height of a panel by its kind
+GRID_COLUMNS = 24
+_SIZES = {"stat": (6, 4), "timeseries": (12, 8), "table": (GRID_COLUMNS, 10)}
 _SOURCE: Json = {"type": "prometheus", "uid": "ffdist"}
 
 
-def _panel_json(panel: Panel, number: int, x: int, y: int) -> Json:
-    width, height = _SIZES[panel.kind]
-    table, graph = panel.kind == "table", panel.kind == "timeseries"
-    targets = [{"refId": chr(65 + place), "datasource": _SOURCE, "expr": promql(expr), "legendFormat": legend,
-                "instant": not graph, "range": graph, "format": "table" if table else "time_series"}
-               for place, (expr, legend) in enumerate(zip(panel.exprs, panel.legend))]
-    defaults: Json = {"unit": panel.unit}
-    made: Json = {"id": number, "type": panel.kind, "title": panel.title, "datasource": _SOURCE,
-                  "gridPos": {"x": x, "y": y, "w": width, "h": height}, "targets": targets,
-                  "fieldConfig": {"defaults": defaults, "overrides": []}, "options": {}}
-    if graph:
-        defaults["custom"] = {"spanNulls": True, "showPoints": "auto"}
-        made["options"] = {"legend": {"showLegend": True, "displayMode": "list", "placement": "bottom"},
-                           "tooltip": {"mode": "multi", "sort": "desc"}}
-    if table:
-        names = {f"Value #{target['refId']}": target["legendFormat"] for target in targets}
-        made["transformations"] = [{"id": "merge", "options": {}}, {"id": "organize", "options": {
-            "excludeByName": {"Time": True}, "renameByName": names}}]
+def _panel_json(panel: Panel, number: int, place: Json) -> Json:
+    """Return one panel as Grafana reads it; the kinds differ in their options alone."""
+    made: Json = {
+        "id": number, "type": panel.kind, "title": panel.title, "datasource": _SOURCE,
+        "gridPos": place, "targets": _targets(panel),
+        "fieldConfig": {"defaults": {"unit": panel.unit}, "overrides": []}, "options": {},
+    }
+    if panel.kind == "timeseries":
+        made["fieldConfig"]["defaults"]["custom"] = {"spanNulls": True, "showPoints": "auto"}
+        made["options"] = {
+            "legend": {"showLegend": True, "displayMode": "list", "placement": "bottom"},
+            "tooltip": {"mode": "multi", "sort": "desc"}}
+    if panel.kind == "table":
+        made["transformations"] = _joined_columns(panel)
     if any("node_status" in expr for expr in panel.exprs):
-        words = {str(code): {"text": word, "index": code} for code, word in enumerate(NODE_STATUSES)}
-        mappings = [{"type": "value", "options": words}]
-        if table:
-            made["fieldConfig"]["overrides"] = [{"matcher": {"id": "byName", "options": "status"},
-                                                 "properties": [{"id": "mappings", "value": mappings}]}]
-        else:
-            defaults["mappings"] = mappings
+        _name_statuses(made)
     return made
 
 
-def dashboard_json(title: str) -> Json:
-    """Return one of DASHBOARDS as Grafana reads it, laid out from left to right."""
-    panels, x, y, tall = [], 0, 0, 0
-    for number, panel in enumerate(DASHBOARDS[title], 1):
+def _targets(panel: Panel) -> list[Json]:
+    """Return the queries of a panel; those of a graph are over its range, the others of this moment."""
+    is_graph = panel.kind == "timeseries"
+    form = "table" if panel.kind == "table" else "time_series"
+    return [{"refId": _ref(number), "datasource": _SOURCE, "expr": promql(expr),
+             "legendFormat": legend, "instant": not is_graph, "range": is_graph, "format": form}
+            for number, (expr, legend) in enumerate(zip(panel.exprs, panel.legend))]
+
+
+def _ref(number: int) -> str:
+    """Return the letter by which Grafana names a panel's query: A, B, …"""
+    return chr(ord("A") + number)
+
+
+def _joined_columns(panel: Panel) -> list[Json]:
+    """Return the transformations that join a table's queries by their labels and name the columns."""
+    names = {f"Value #{_ref(number)}": legend for number, legend in enumerate(panel.legend)}
+    return [{"id": "merge", "options": {}},
+            {"id": "organize", "options": {"excludeByName": {"Time": True}, "renameByName": names}}]
+
+
+def _name_statuses(panel: Json) -> None:
+    """Let a panel show words for the numbers that stand for a node's status."""
+    words = {str(code): {"text": word, "index": code} for code, word in enumerate(NODE_STATUSES)}
+    mappings = [{"type": "value", "options": words}]
+    if panel["type"] == "table":
+        panel["fieldConfig"]["overrides"] = [{
+            "matcher": {"id": "byName", "options": "status"},
+            "properties": [{"id": "mappings", "value": mappings}]}]
+    else:
+        panel["fieldConfig"]["defaults"]["mappings"] = mappings
+
+
+def _places(panels: Iterable[Panel]) -> Iterator[Json]:
+    """Yield the place of each panel on the grid: from left to right, a new row when one is full."""
+    x = y = row_height = 0
+    for panel in panels:
         width, height = _SIZES[panel.kind]
-        if x + width > 24:
-            x, y, tall = 0, y + tall, 0
-        panels.append(_panel_json(panel, number, x, y))
-        x, tall = x + width, max(tall, height)
-    single = title == "One node"
-    node: Json = {"type": "query", "name": "node", "label": "Node", "datasource": _SOURCE, "refresh": 2,
-                  "query": {"query": promql("label_values(@node_up, node)"), "refId": "node"}, "sort": 1,
-                  "multi": not single, "includeAll": not single, "options": []}
-    if not single:
-        node.update(allValue=".*", current={"selected": True, "text": ["All"], "value": ["$__all"]})
+        if x + width > GRID_COLUMNS:
+            x, y, row_height = 0, y + row_height, 0
+
+        yield {"x": x, "y": y, "w": width, "h": height}
+        x, row_height = x + width, max(row_height, height)
+
+
+def dashboard_json(title: str) -> Json:
+    """Return one of DASHBOARDS as Grafana reads it."""
+    board = DASHBOARDS[title]
+    panels = [_panel_json(panel, number, place)
+              for number, (panel, place) in enumerate(zip(board, _places(board)), 1)]
+    link = {"title": "ffdist", "type": "dashboards", "tags": ["ffdist"], "asDropdown": True,
+            "icon": "external link", "includeVars": True, "keepTime": True, "targetBlank": False,
+            "tooltip": "", "url": ""}
     return {"uid": dashboard_uid(title), "title": f"ffdist: {title}", "tags": ["ffdist"],
             "schemaVersion": 39, "editable": True, "refresh": "30s", "timezone": "browser",
-            "time": {"from": "now-6h", "to": "now"}, "templating": {"list": [node]},
-            "links": [{"title": "ffdist", "type": "dashboards", "tags": ["ffdist"], "asDropdown": True,
-                       "icon": "external link", "includeVars": True, "keepTime": True,
-                       "targetBlank": False, "tooltip": "", "url": ""}], "panels": panels}
+            "time": {"from": "now-6h", "to": "now"},
+            "templating": {"list": [_node_variable(several=title != "One node")]},
+            "links": [link], "panels": panels}
+
+
+def _node_variable(several: bool) -> Json:
+    """Return the choice of nodes at the top of a page: one, or `several` up to all of them."""
+    made: Json = {"type": "query", "name": "node", "label": "Node", "datasource": _SOURCE,
+                  "refresh": 2, "sort": 1, "options": [], "multi": several, "includeAll": several,
+                  "query": {"query": promql("label_values(@node_up, node)"), "refId": "node"}}
+    if several:
+        made["allValue"] = ".*"
+        made["current"] = {"selected": True, "text": ["All"], "value": ["$__all"]}
+    return made
 
 
 def dashboard_uid(title: str) -> str:
@@ -5426,7 +5562,7 @@ def dashboard_uid(title: str) -> str:
 
 
 class Rule(NamedTuple):
-    """One alert: when, for how long, and one sentence with the next step."""
+    """One alert: its condition, for how long it must last, and one sentence with the next step."""
 
     name: str
     expr: str
@@ -5435,23 +5571,30 @@ class Rule(NamedTuple):
     summary: str
 
 
+# POWER_LIMIT stands for --power-limit. A power alert lasts longer than the 2 min that its mean looks back,
+# so that one short job does not raise it.
 RULES = (
     Rule("NodeOffline", "max by (node, node_id) (@node_up) == 0", "1m", "warning",
          "Node {{ $labels.node }} is offline: see whether its machine and its agent run."),
     Rule("NodeQuarantined", "max by (node, node_id) (@node_quarantined) == 1", "1m", "warning",
          "Node {{ $labels.node }} is in quarantine: 'ffdist.py nodes' has the reason."),
-    Rule("QueueGrowing", 'max(@jobs{status="pending"}) > 100 '
+    Rule("QueueGrowing",
+         'max(@jobs{status="pending"}) > 100 '
          'and max(delta(@jobs{status="pending"}[15m])) > 0', "15m", "warning",
          "{{ $value }} jobs wait and their number grows: add nodes, or see which are away."),
-    Rule("FailuresInARow", 'sum by (node, node_id) (count_over_time(@job_info{status="failed"}[15m])) >= 5 '
-         'unless sum by (node, node_id) (count_over_time(@job_info{status="completed"}[15m])) > 0',
-         "0s", "warning", "{{ $value }} jobs failed on {{ $labels.node }} in 15 min and none was completed: "
+    Rule("FailuresInARow",
+         'sum by (node, node_id) (count_over_time(@job_info{status="failed"}[15m])) >= 5 unless '
+         'sum by (node, node_id) (count_over_time(@job_info{status="completed"}[15m])) > 0',
+         "0s", "warning",
+         "{{ $value }} jobs failed on {{ $labels.node }} in 15 min and none was completed: "
          "drain it, and read 'ffdist.py logs' of one."),
-    Rule("PowerOverLimit", "max by (node, node_id) (avg_over_time(@sample_power_watts[2m])) > POWER_LIMIT",
-         "3m", "warning",  # longer than the mean remembers: one short job is none
+    Rule("PowerOverLimit",
+         "max by (node, node_id) (avg_over_time(@sample_power_watts[2m])) > POWER_LIMIT",
+         "3m", "warning",
          "Node {{ $labels.node }} draws {{ $value }} W, more than the limit of POWER_LIMIT W."),
-    Rule("MasterDiskFilling", "max(@disk_free_bytes) < 1e9 "
-         "or max(@disk_free_bytes / @disk_size_bytes) < 0.05", "5m", "critical",
+    Rule("MasterDiskFilling",
+         "max(@disk_free_bytes) < 1e9 or max(@disk_free_bytes / @disk_size_bytes) < 0.05",
+         "5m", "critical",
          "The disk of the master's data folder is nearly full: make room, or nothing more is accepted."),
     Rule("MasterCannotWrite", "max(@ready) == 0", "30s", "critical",
          "The master's journal cannot be written: GET /ready names the cause."),
@@ -5464,13 +5607,21 @@ RULES = (
 
 def rules_json(power_limit_w: float) -> Json:
     """Return the alerts as Prometheus and vmalert read them."""
-    def said(text: str) -> str:
-        return text.replace("POWER_LIMIT", f"{power_limit_w:g}")
-    return {"groups": [{"name": "ffdist", "interval": "15s", "rules": [
-        {"alert": f"Ffdist{rule.name}", "expr": said(promql(rule.expr)), "for": rule.lasts,
-         "labels": {"severity": rule.severity}, "annotations": {"summary": said(rule.summary)}}
-        for rule in RULES]}]}
+    limit = f"{power_limit_w:g}"
+    rules = [{"alert": f"Ffdist{rule.name}",
+              "expr": promql(rule.expr).replace("POWER_LIMIT", limit),
+              "for": rule.lasts,
+              "labels": {"severity": rule.severity},
+              "annotations": {"summary": rule.summary.replace("POWER_LIMIT", limit)}}
+             for rule in RULES]
+    return {"groups": [{"name": "ffdist", "interval": "15s", "rules": rules}]}
 
+
+# ---- 22 Monitoring --------------------------------------------------------------------------------
+
+# `monitoring up` holds its programs: they live as long as it does. It starts them one after the other, each
+# when the one before answers, prints the addresses and stays in the foreground; Ctrl-C, SIGTERM or the end
+# of any of them ends all. So there is no record of processes to go stale, and a service manager can run it.
 
 class Site(NamedTuple):
     """Where the parts of the monitoring are; addresses as host:port, no password for files alone."""
@@ -5486,79 +5637,136 @@ class Site(NamedTuple):
 
 
 def monitoring_files(site: Site) -> dict[str, str]:
-    """Return the files of the monitoring by their path under its folder; JSON is YAML."""
-    master = urllib.parse.urlsplit(site.master)
-    scrape = {"scrape_configs": [{"job_name": "ffdist", "scrape_interval": "15s", "scheme": master.scheme,
-                                  "metrics_path": f"{master.path.rstrip('/')}/metrics",
-                                  "static_configs": [{"targets": [master.netloc]}]}]}
-    source = {"apiVersion": 1, "datasources": [{
-        "name": "ffdist", "uid": "ffdist", "type": "prometheus", "access": "proxy", "isDefault": True,
-        "url": site.victoriametrics, "jsonData": {"httpMethod": "POST", "timeInterval": "15s"}}]}
-    provider = {"apiVersion": 1, "providers": [{
-        "name": "ffdist", "folder": "ffdist", "type": "file", "updateIntervalSeconds": 60,
-        "options": {"path": f"{site.folder}/grafana/dashboards"}}]}
+    """Return the files of the monitoring by their path under its folder; YAML files hold JSON."""
+    values = {
+        "scrape.yml": _scrape_config(site.master),
+        "alerts.yml": rules_json(site.power_limit_w),
+        "notifier.yml": {"static_configs": []},
+        "grafana/provisioning/datasources/ffdist.yml": _datasource(site),
+        "grafana/provisioning/dashboards/ffdist.yml": _dashboard_provider(site),
+    }
+    for title in DASHBOARDS:
+        values[f"grafana/dashboards/{dashboard_uid(title)}.json"] = dashboard_json(title)
+
+    files = {path: json.dumps(value, indent=2) + "\n" for path, value in values.items()}
+    files["grafana/grafana.ini"] = _grafana_ini(site)
+    return files
+
+
+def _scrape_config(master: str) -> Json:
+    parts = urllib.parse.urlsplit(master)
+    job = {"job_name": "ffdist", "scrape_interval": "15s", "scheme": parts.scheme,
+           "metrics_path": f"{parts.path.rstrip('/')}/metrics",
+           "static_configs": [{"targets": [parts.netloc]}]}
+    return {"scrape_configs": [job]}
+
+
+def _datasource(site: Site) -> Json:
+    source = {"name": "ffdist", "uid": "ffdist", "type": "prometheus", "access": "proxy",
+              "isDefault": True, "url": site.victoriametrics,
+              "jsonData": {"httpMethod": "POST", "timeInterval": "15s"}}
+    return {"apiVersion": 1, "datasources": [source]}
+
+
+def _dashboard_provider(site: Site) -> Json:
+    provider = {"name": "ffdist", "folder": "ffdist", "type": "file", "updateIntervalSeconds": 60,
+                "options": {"path": f"{site.folder}/grafana/dashboards"}}
+    return {"apiVersion": 1, "providers": [provider]}
+
+
+def _grafana_ini(site: Site) -> str:
+    """Return Grafana's own settings; it sends nothing home."""
     host, _, port = site.grafana.rpartition(":")
-    grafana = {"server": {"http_addr": host.strip("[]"), "http_port": port},
-               "paths": {"data": f"{site.folder}/grafana/data", "logs": f"{site.folder}/grafana/logs",
-                         "plugins": f"{site.folder}/grafana/plugins",
-                         "provisioning": f"{site.folder}/grafana/provisioning"},
-               "analytics": {"reporting_enabled": "false", "check_for_updates": "false"},
-               "security": {"admin_password": site.password} if site.password else {}}
-    known = {"scrape.yml": scrape, "alerts.yml": rules_json(site.power_limit_w),
-             "notifier.yml": {"static_configs": []},
-             "grafana/provisioning/datasources/ffdist.yml": source,
-             "grafana/provisioning/dashboards/ffdist.yml": provider,
-             **{f"grafana/dashboards/{dashboard_uid(title)}.json": dashboard_json(title)
-                for title in DASHBOARDS}}
-    ini = "".join(f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in rows.items())
-                  for name, rows in grafana.items())
-    return {**{path: json.dumps(value, indent=2) + "\n" for path, value in known.items()},
-            "grafana/grafana.ini": ini}
+    base = f"{site.folder}/grafana"
+    sections = {
+        "server": {"http_addr": host.strip("[]"), "http_port": port},
+        "paths": {name: f"{base}/{name}" for name in ("data", "logs", "plugins", "provisioning")},
+        "analytics": {"reporting_enabled": "false", "check_for_updates": "false"},
+        "security": {"admin_password": site.password} if site.password else {},
+    }
+    lines = []
+    for name, settings in sections.items():
+        lines.append(f"[{name}]")
+        lines += [f"{key} = {value}" for key, value in settings.items()]
+    return "\n".join(lines) + "\n"
 
 
-HEALTHY_S = 60.0
-ENDING_S = 20.0
+HEALTHY_S = 60.0  # within which a part must answer
+ENDING_S = 20.0   # VictoriaMetrics writes what it holds in memory before it ends
 GRAFANA_HOMES = ("/usr/share/grafana", "/usr/local/share/grafana", "/opt/grafana")
+_RELEASES = ("with 'apt-get install victoria-metrics', or from "
+             "github.com/VictoriaMetrics/VictoriaMetrics/releases")
 
 
 class Part(NamedTuple):
-    """One program of the monitoring: what PATH has of its names, its words, where it tells that it is well.
+    """One program of the monitoring: its path (None: not installed), arguments, addresses.
 
-    `about` says what to do where the program is missing; the first part is needed, the others are not.
+    `flag` chooses another address for it; `source` is where to get it. The first part is needed, the
+    others are not.
     """
 
     name: str
     program: str | None
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     url: str
     health: str
-    about: str
+    flag: str
+    source: str
 
 
 def parts_of(site: Site) -> tuple[Part, ...]:
     """Return the programs of the monitoring."""
-    store, base = site.victoriametrics, site.folder
-    binaries = ("with 'apt-get install victoria-metrics', or from "
-                "github.com/VictoriaMetrics/VictoriaMetrics/releases")
-    notifier = (f"-notifier.url={site.alertmanager}" if site.alertmanager
-                else f"-notifier.config={base}/notifier.yml")
+    return _victoria_metrics(site), _vmalert(site), _grafana(site)
+
+
+def _victoria_metrics(site: Site) -> Part:
+    """Return the part that keeps the figures.
+
+    Deduplication drops a value that was pushed twice (an answer was lost); without the latency offset,
+    30 s by default, a dashboard would show a result half a minute after its job.
+    """
+    url = site.victoriametrics
+    arguments = (
+        f"-httpListenAddr={urllib.parse.urlsplit(url).netloc}",
+        f"-storageDataPath={site.folder}/victoria-metrics",
+        "-retentionPeriod=12",  # months
+        "-dedup.minScrapeInterval=1ms",
+        "-search.latencyOffset=1ms",
+        f"-promscrape.config={site.folder}/scrape.yml",
+    )
+    program = _first_on_path("victoria-metrics", "victoria-metrics-prod")
+    return Part("victoria-metrics", program, arguments, url, f"{url}/health", "--victoriametrics",
+                _RELEASES)
+
+
+def _vmalert(site: Site) -> Part:
+    """Return the part that watches the figures; it keeps the state of its alerts in VictoriaMetrics."""
+    url, store = f"http://{site.vmalert}", site.victoriametrics
+    notifier = f"-notifier.config={site.folder}/notifier.yml"
+    if site.alertmanager:
+        notifier = f"-notifier.url={site.alertmanager}"
+    arguments = (
+        f"-rule={site.folder}/alerts.yml",
+        notifier,
+        f"-datasource.url={store}",
+        f"-remoteWrite.url={store}",
+        f"-remoteRead.url={store}",
+        f"-httpListenAddr={site.vmalert}",
+    )
+    program = _first_on_path("vmalert", "vmalert-prod")
+    return Part("vmalert", program, arguments, url, f"{url}/health", "--vmalert-port", _RELEASES)
+
+
+def _grafana(site: Site) -> Part:
+    """Return the part that shows the figures: `grafana server` since version 9.3, grafana-server before."""
+    url = f"http://{site.grafana}"
     home = next((path for path in GRAFANA_HOMES if os.path.isdir(path)), GRAFANA_HOMES[0])
-    grafana = _first_on_path("grafana-server", "grafana")
-    server = () if grafana and grafana.endswith("-server") else ("server",)
-    return (
-        Part("victoria-metrics", _first_on_path("victoria-metrics", "victoria-metrics-prod"),
-             (f"-httpListenAddr={urllib.parse.urlsplit(store).netloc}",
-              f"-storageDataPath={base}/victoria-metrics", "-retentionPeriod=12",
-              "-dedup.minScrapeInterval=1ms", "-search.latencyOffset=1ms",
-              f"-promscrape.config={base}/scrape.yml"), store, f"{store}/health", binaries),
-        Part("vmalert", _first_on_path("vmalert", "vmalert-prod"),
-             (f"-rule={base}/alerts.yml", notifier, f"-datasource.url={store}",
-              f"-remoteWrite.url={store}", f"-remoteRead.url={store}", f"-httpListenAddr={site.vmalert}"),
-             f"http://{site.vmalert}", f"http://{site.vmalert}/health", binaries),
-        Part("grafana", grafana,
-             (*server, "--homepath", home, "--config", f"{base}/grafana/grafana.ini"),
-             f"http://{site.grafana}", f"http://{site.grafana}/api/health",
-             "from grafana.com/grafana/download"))
+    arguments: tuple[str, ...] = ("--homepath", home, "--config", f"{site.folder}/grafana/grafana.ini")
+    program = _first_on_path("grafana-server", "grafana")
+    if program is None or not program.endswith("-server"):
+        arguments = ("server", *arguments)
+    return Part("grafana", program, arguments, url, f"{url}/api/health", "--grafana-port",
+                "from grafana.com/grafana/download")
 
 
 def _first_on_path(*programs: str) -> str | None:
@@ -5576,103 +5784,82 @@ def write_monitoring(site: Site) -> list[Path]:
     return written
 
 
-def _hold(path: Path) -> int | None:
-    """Lock the file of a part; None while its program runs: that has inherited the lock, whatever its pid."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def answers(url: str, well: bool = False) -> bool:
-    """Tell whether a server answers at an address: whatever it says, or that it is well."""
+def answers(url: str, healthy: bool = False) -> bool:
+    """Return whether a server answers at an address, whatever it says, or that it is `healthy`."""
     try:
         wire.exchange_text(url, timeout_s=2)
     except ApiError as error:
-        return error.status != 0 and not well
+        return error.status != 0 and not healthy
     return True
 
 
-def start_monitoring(site: Site) -> tuple[list[Part], list[Part], list[Part]]:
-    """Start what is installed and wait until it is well; return what ran already, was started, is missing."""
+class Running(NamedTuple):
+    """A part that was started, and the file that it writes to."""
+
+    part: Part
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def failure(self, how: str) -> CommandError:
+        """Return the error of a part that did not do what it should, with its last words."""
+        return CommandError(f"{self.part.name} {how}: {last_line(self.log) or 'it printed nothing'} "
+                            f"({self.log})")
+
+
+@contextlib.contextmanager
+def running_monitoring(site: Site) -> Iterator[list[Running]]:
+    """Start the installed parts and wait until each is healthy; end all of them with the block."""
     parts = parts_of(site)
     if parts[0].program is None:
-        raise CommandError(f"{parts[0].name} is missing: install it {parts[0].about}")
-    before = [part for part in parts if _runs_already(site, part)]
-    fresh = [part for part in parts if part.program and part not in before]
+        raise CommandError(f"{parts[0].name} is missing: install it {parts[0].source}")
+
+    installed = [part for part in parts if part.program]
+    for part in installed:
+        if answers(part.health):
+            raise CommandError(f"something else answers at {part.url} already: end it, or choose "
+                               f"another address with {part.flag}")
+
+    running: list[Running] = []
     try:
-        for part in fresh:
-            _start_part(site, part, part.program or "")
-    except BaseException:
-        stop_monitoring(site, fresh)
-        raise
-    return before, fresh, [part for part in parts if part not in before and part not in fresh]
-
-
-def _runs_already(site: Site, part: Part) -> bool:
-    """Return whether a part runs already at its place; CommandError when something is in its way."""
-    path = Path(site.folder, f"{part.name}.pid")
-    lock = _hold(path)
-    if lock is None:
-        if _told(path).get("url") != part.url:
-            raise CommandError(f"{part.name} runs already at {_told(path).get('url')}, not at {part.url}: "
-                               "end it with 'ffdist.py monitoring down'")
-        return True
-    os.close(lock)
-    if part.program is not None and answers(part.health):
-        raise CommandError(f"something else answers at {part.url} already: end it, or choose another port")
-    return False
-
-
-def _told(path: Path) -> Json:
-    """Return what the file of a part that runs tells of it: pid, url."""
-    with contextlib.suppress(ValueError):
-        return object_of(json.loads(path.read_text()))
-    raise CommandError(f"{path} does not tell its program's pid: end that by hand")
-
-
-def _start_part(site: Site, part: Part, program: str) -> None:
-    output = Path(site.folder, f"{part.name}.log")
-    lock = _hold(Path(site.folder, f"{part.name}.pid"))
-    if lock is None:
-        raise CommandError(f"{part.name} was just started by somebody else")
-    try:
-        with open(output, "wb") as file:
-            process = start_program((program, *part.words), file, (lock,))
-        os.truncate(lock, 0)
-        os.pwrite(lock, json.dumps({"pid": process.pid, "started_at": wire.utc_text(time.time()),
-                                    "program": program, "url": part.url}).encode(), 0)
+        for part in installed:
+            with uninterrupted():
+                running.append(_start_part(site, part))
+            _await_health(running[-1])
+        yield running
     finally:
-        os.close(lock)
-    if not await_start(process, lambda: answers(part.health, True), f"{part.name} starts", HEALTHY_S):
-        how = f"does not answer at {part.health}" if process.poll() is None else "ended"
-        raise CommandError(f"{part.name} {how}: {last_line(output) or 'no word'} ({output})")
+        with uninterrupted():
+            for started in reversed(running):
+                end_program(started.process, ENDING_S)
 
 
-def stop_monitoring(site: Site, parts: Sequence[Part]) -> list[str]:
-    """End programs that start_monitoring() started, the last one first; return their names."""
-    stopped = []
-    for part in reversed(parts):
-        path = Path(site.folder, f"{part.name}.pid")
-        lock = _hold(path) if path.exists() else -1
-        began = time.monotonic()
-        while lock is None:
-            pid = _told(path)["pid"]
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGTERM if time.monotonic() - began < ENDING_S else signal.SIGKILL)
-            stopped += [] if part.name in stopped else [part.name]
-            time.sleep(0.1)
-            lock = _hold(path)
-        if lock >= 0:
-            path.unlink()
-            os.close(lock)
-    return stopped
+def _start_part(site: Site, part: Part) -> Running:
+    log = Path(site.folder, f"{part.name}.log")
+    with open(log, "wb") as output:
+        process = start_program((part.program or part.name, *part.arguments), output)
+    return Running(part, process, log)
 
 
-# ---- 21 Views -------------------------------------------------------------------------------------
+def _await_health(started: Running) -> None:
+    """Wait until a part that was just started is healthy; CommandError when it is not in time."""
+    health = started.part.health
+    if await_start(started.process, lambda: answers(health, healthy=True),
+                   f"{started.part.name} starts", HEALTHY_S):
+        return
+    if started.process.poll() is None:
+        raise started.failure(f"does not answer at {health}")
+    raise started.failure("ended")
+
+
+def await_end(running: Sequence[Running]) -> Running:
+    """Return the first part that ends by itself."""
+    while True:
+        for started in running:
+            if started.process.poll() is not None:
+                return started
+        time.sleep(0.2)
+
+
+# ---- 23 Views -------------------------------------------------------------------------------------
 
 COLOURS = {"completed": "32", "available": "32", "failed": "31", "offline": "31", "running": "36",
            "busy": "36", "canceled": "33", "paused": "33", "draining": "33", "optimal": "32"}
@@ -5823,6 +6010,18 @@ def show_node(node: Json) -> None:
     _show(f"node {node['name']} is {node['status']}, {wire.count_text(node['running'], 'job')} on it")
 
 
+def show_monitoring(site: Site, secret: Path) -> None:
+    """Show where the parts of the monitoring answer, what is not installed, and the next command."""
+    rows = [(part.name, part.url if part.program else f"is not installed: get it {part.source}")
+            for part in parts_of(site)]
+    if parts_of(site)[-1].program:
+        rows.append(("its user", f"admin, with the password in {secret}"))
+    rows.append(("the master", f"python3 ffdist.py master --victoriametrics {site.victoriametrics}"))
+    rows.append(("to end all", "Ctrl-C"))
+    _print_table(rows, heads=False)
+    sys.stdout.flush()
+
+
 def _print_report(rows: Sequence[Row]) -> None:
     _print_page({}, "results", "they come when jobs have run", report_rows(rows))
     deltas = deltas_of([row for row in rows if row.status == "completed"])
@@ -5846,15 +6045,16 @@ def _print_plan(experiment: Experiment) -> None:
     _say(f"experiment {experiment.id}: {wire.count_text(len(experiment.jobs), 'job')}; nothing was submitted")
 
 
-# ---- 22 Commands ----------------------------------------------------------------------------------
+# ---- 24 Commands ----------------------------------------------------------------------------------
 
 POLL_S = 0.4
 NODES_S = 5.0
 
 
 def _client(args: argparse.Namespace) -> wire.Client:
-    args.client = wire.Client(args.master)
-    return args.client
+    client = wire.Client(args.master)
+    args.client = client  # main() closes it
+    return client
 
 
 def asks(ask: Callable[[wire.Client, argparse.Namespace], Json],
@@ -6301,47 +6501,52 @@ def _demo_with_agent(args: argparse.Namespace, url: str, film: Path | None, fold
         return _wait_for(client, job, args.json)
     finally:
         if process is not None:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(15)
-            process.kill()
-            process.wait()
+            end_program(process, 15)
 
 
 def cmd_monitoring(args: argparse.Namespace) -> int:
-    """Start or stop VictoriaMetrics, vmalert and Grafana, or write their files."""
+    """Run VictoriaMetrics, vmalert and Grafana until Ctrl-C, or write their files."""
     if (args.action == "files") != (args.folder is not None):
-        raise ValueError("write 'monitoring up', 'monitoring down' or 'monitoring files DIR'")
-    data = _data_dir(args)
-    folder = Path(args.folder).absolute() if args.folder else data / "monitoring"
-    listen = f"[{args.listen}]" if ":" in args.listen else args.listen
-    master = args.master if "://" in args.master else f"http://{args.master}"
-    site = Site(str(folder), master, args.victoriametrics, f"127.0.0.1:{args.vmalert_port}",
-                f"{listen}:{args.grafana_port}", args.power_limit, args.alertmanager)
-    if args.action == "down":
-        stopped = stop_monitoring(site, parts_of(site))
-        _show(f"stopped: {', '.join(stopped) or 'nothing ran'}; the data stays in {folder}")
-        return 0
+        raise ValueError("invalid arguments: expected 'monitoring up' or 'monitoring files DIR'")
+
+    folder = Path(args.folder) if args.folder else _data_dir(args) / "monitoring"
+    site = _site_of(args, folder.absolute())
     if args.action == "files":
         _print_table([(path,) for path in write_monitoring(site)], heads=False)
         return 0
-    secret = folder / "grafana" / "password"
+    return _monitoring_up(site, _data_dir(args))
+
+
+def _site_of(args: argparse.Namespace, folder: Path) -> Site:
+    listen = f"[{args.listen}]" if ":" in args.listen else args.listen
+    master = args.master if "://" in args.master else f"http://{args.master}"
+    return Site(
+        folder=str(folder), master=master, victoriametrics=args.victoriametrics,
+        vmalert=f"127.0.0.1:{args.vmalert_port}", grafana=f"{listen}:{args.grafana_port}",
+        power_limit_w=args.power_limit, alertmanager=args.alertmanager)
+
+
+def _monitoring_up(site: Site, data: Path) -> int:
+    """Start the parts, print their addresses, and stay until Ctrl-C, SIGTERM or the end of one of them."""
+    secret = Path(site.folder, "grafana", "password")
     wire.make_private_folder(data)
     wire.make_folder(secret.parent)
     if not secret.exists():
         write_whole(secret, uuid.uuid4().hex.encode())
-    write_monitoring(site._replace(password=secret.read_text()))
-    before, fresh, missing = start_monitoring(site)
-    rows = [(part.name, f"{part.url} (runs already)") for part in before]
-    rows += [(part.name, part.url) for part in fresh]
-    rows += [(part.name, f"is not installed: get it {part.about}") for part in missing]
-    rows += [("its user", f"admin, with the password in {secret}")] if not missing else []
-    rows.append(("the master", f"python3 ffdist.py master --victoriametrics {site.victoriametrics}"))
-    _print_table(rows, heads=False)
+    site = site._replace(password=secret.read_text())
+    write_monitoring(site)
+
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        with running_monitoring(site) as running:
+            show_monitoring(site, secret)
+            raise await_end(running).failure("ended, so the others were ended too")
+    except KeyboardInterrupt:
+        _say(f"the monitoring has ended; its data stays in {site.folder}")
     return 0
 
 
-# ---- 23 CLI ---------------------------------------------------------------------------------------
+# ---- 25 CLI ---------------------------------------------------------------------------------------
 
 MASTER_FLAG = Flag("--master", "http://localhost:8080", str, "the master's address (http://localhost:8080)")
 JSON_FLAG = Flag("--json", False, None, "print the API's own JSON")
@@ -6436,7 +6641,7 @@ COMMANDS = {
                            lambda told: _show(f"node {told['id']} is {told['status']}")),
                       "remove a node; its jobs are pending again", ASK_FLAGS, ("node",)),
     "results": Command(cmd_results, "list results", (*PAGE_FLAGS, *ASK_FLAGS)),
-    "monitoring": Command(cmd_monitoring, "start or stop VictoriaMetrics, vmalert and Grafana", (
+    "monitoring": Command(cmd_monitoring, "run VictoriaMetrics, vmalert and Grafana until Ctrl-C", (
         _DATA_FLAG,
         Flag("--victoriametrics", "http://127.0.0.1:8428", wire.web_address,
              "where VictoriaMetrics listens (http://127.0.0.1:8428)"),
@@ -6457,7 +6662,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "experiment": ("codecs.json --dry-run", "codecs.json", "codecs.json --retry-failed"),
     "report": ("--experiment codecs.json -o report.html", "--scenario 1080p30-h264 -o results.csv"),
     "drain": ("worker-01 --deadline 10m",), "backup": ("ffdist-copy.db",),
-    "monitoring": ("up", "down", "files DIR")}
+    "monitoring": ("up", "files DIR")}
 EXAMPLE_OF = {"id": "550e8400", "node": "worker-01"}  # where a subcommand has none of its own
 
 
@@ -6477,8 +6682,8 @@ WORDS: Mapping[str, tuple[Sequence[str], Json]] = {
     "node": (["id"], {"metavar": "NODE", "help": "a node's name or id"}),
     "file": (["file"], {"metavar": "FILE", "help": "the copy; an earlier one is replaced"}),
     "matrix": (["file"], {"metavar": "FILE", "help": "an experiment, as JSON"}),
-    "action": (["action"], {"metavar": "ACTION", "choices": ("up", "down", "files"),
-                            "help": "up, down, or files with a folder"}),
+    "action": (["action"], {"metavar": "ACTION", "choices": ("up", "files"),
+                            "help": "up, or files with a folder"}),
     "folder": (["folder"], {"metavar": "DIR", "nargs": "?", "help": "where 'files' writes to"}),
     "follow": (["-f", "--follow"], {"action": "store_true", "help": "follow it to its end"}),
     "scenario": (["scenario"], {"metavar": "SCENARIO", "nargs": "?", "default": "transcode",

@@ -11,8 +11,10 @@ import logging
 import os
 import re
 import shutil
+import signal
 import ssl
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -26,7 +28,7 @@ from typing import Any
 
 import agent as wire
 import ffdist
-from tests.support import TOP, Case, Program, call, free_port, need, run, wait_for
+from tests.support import TOP, Case, Program, call, free_port, interruptible, need, run, wait_for
 from tests.test_api import Node
 
 RECEIVED = "2026-05-04T10:00:30.250Z"
@@ -657,7 +659,7 @@ class Rules(Case):
 
 
 class Monitoring(Case):
-    """`monitoring up|down|files` on real programs."""
+    """`monitoring up|files` on real programs."""
 
     def monitoring(self, *words: str, **more: Any) -> subprocess.CompletedProcess[str]:
         return run(str(TOP / "ffdist.py"), "monitoring", *words, "--data-dir", str(self.folder / "master"),
@@ -667,32 +669,50 @@ class Monitoring(Case):
         self.url = f"http://127.0.0.1:{free_port()}"
         return ["--victoriametrics", self.url, "--vmalert-port", str(free_port())]
 
-    def test_up_and_down_leave_the_data_and_no_process(self) -> None:
+    def up(self, *words: str) -> subprocess.Popen[str]:
+        """Start `monitoring up`, and return it when it has printed its addresses."""
+        argv = [sys.executable, str(TOP / "ffdist.py"), "monitoring", "up", *words, "--data-dir",
+                str(self.folder / "master")]
+        process = subprocess.Popen(argv, cwd=self.folder, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, preexec_fn=interruptible)
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.terminate)
+        assert process.stdout is not None
+        self.shown = "".join(iter(process.stdout.readline, "to end all        Ctrl-C\n"))
+        self.parts = processes_below(process.pid)
+        return process
+
+    def test_up_runs_its_programs_until_ctrl_c_and_leaves_the_data(self) -> None:
         need("victoria-metrics", "vmalert")
         ports, home = self.ports(), self.folder / "master" / "monitoring"
-        self.addCleanup(self.monitoring, "down")
-        done = self.monitoring("up", *ports, "--alertmanager", "http://127.0.0.1:9/am/")
-        self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertIn(f"master --victoriametrics {self.url}", done.stdout)
+        process = self.up(*ports, "--alertmanager", "http://127.0.0.1:9/am/")
+        self.assertIn(f"master --victoriametrics {self.url}", self.shown)
         for path in (self.folder / "master", home):
             self.assertEqual(oct(path.stat().st_mode)[-3:], "700")
         wire.exchange_text(f"{self.url}/api/v1/import/prometheus", b"ffdist_kept 7\n")
-        pids = [json.loads(path.read_text())["pid"] for path in home.glob("*.pid") if path.stat().st_size]
-        self.assertEqual(len(pids), 2)
-        words = "".join(Path(f"/proc/{pid}/cmdline").read_text() for pid in pids)
+        self.assertEqual(len(self.parts), 2)
+        words = "".join(Path(f"/proc/{pid}/cmdline").read_text() for pid in self.parts)
         self.assertIn("-notifier.url=http://127.0.0.1:9/am\0", words)
         again = self.monitoring("up", *ports)
-        self.assertEqual((again.returncode, again.stdout.count("(runs already)")), (0, 2), again.stderr)
-        moved = self.monitoring("up", *self.ports())
-        self.assertEqual((moved.returncode, "runs already at http" in moved.stderr), (1, True), moved.stderr)
-        down = self.monitoring("down")
-        self.assertEqual(down.returncode, 0, down.stderr)
-        self.assertIn("stopped: vmalert, victoria-metrics;", down.stdout)
-        for pid in pids:
-            wait_for(functools.partial(ended, pid), 5, f"process {pid} is gone")
-        self.assertIn("nothing ran", self.monitoring("down").stdout)
+        self.assertEqual(again.returncode, 1)
+        self.assertIn("something else answers", again.stderr)
+        self.assertTrue(ffdist.answers(f"{self.url}/health", healthy=True))
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+        self.assertEqual(process.returncode, 0)
+        self.assertTrue(said.endswith(f"\nthe monitoring has ended; its data stays in {home}\n"), said)
+        self.assertTrue(all(map(ended, self.parts)))
         self.assertTrue((home / "victoria-metrics").is_dir())
-        self.assertEqual(list(home.glob("*.pid")), [])
+
+    def test_a_part_that_ends_by_itself_ends_the_others(self) -> None:
+        need("victoria-metrics", "vmalert")
+        process = self.up(*self.ports())
+        alert, = (pid for pid in self.parts if b"vmalert" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        os.kill(alert, signal.SIGKILL)
+        said = process.communicate(timeout=60)[1]
+        self.assertEqual(process.returncode, 1)
+        self.assertIn("ffdist: vmalert ended, so the others were ended too: ", said)
+        self.assertTrue(all(map(ended, self.parts)))
 
     def test_what_is_missing_or_taken_is_said(self) -> None:
         bare = self.monitoring("up", env={"PATH": str(self.folder)})
@@ -737,8 +757,18 @@ class Monitoring(Case):
             self.assertEqual(subprocess.run(words, capture_output=True, timeout=60).returncode, 0, words)
 
 
+def processes_below(pid: int) -> set[int]:
+    """Return the children of a process."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.add(int(path.parent.name))
+    return found
+
+
 def ended(pid: int) -> bool:
-    """Tell whether a process has ended, buried or not."""
+    """Return whether a process has ended, buried or not."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     return True
