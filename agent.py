@@ -11,7 +11,7 @@ the master accepts one report only.
 
 Sections (each uses only those above it):
   1 Wire        protocol, ApiError, Failure
-  2 Words       what is written for people and what they write: figures, tables, log, flags
+  2 Words       what is written for people: figures, tables, log
   3 Client      the only urllib and the only sockets: one connection per thread, typed methods
   4 Catalogue   only tables: parameters, codecs, containers, encoders, presets, ladder
   5 Scenario    scenario and parameters -> resolved Settings (pure; the master uses it too)
@@ -76,9 +76,31 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import hwdetect
+
+# ffdist never imports hwdetect: it reaches what all three files share through these names.
+from hwdetect import DAY_S as DAY_S
+from hwdetect import Flag as Flag
+from hwdetect import Json as Json
+from hwdetect import Parser as Parser
+from hwdetect import add_flags as add_flags
+from hwdetect import cause_text as cause_text
+from hwdetect import count_text as count_text
+from hwdetect import duration_text as duration_text
+from hwdetect import make_folder as make_folder
+from hwdetect import make_private_folder as make_private_folder
+from hwdetect import one_of as one_of
+from hwdetect import parse_duration as parse_duration
+from hwdetect import power_model as power_model
+from hwdetect import printable as printable
+from hwdetect import seconds as seconds
+from hwdetect import size_bytes as size_bytes
+from hwdetect import size_text as size_text
+from hwdetect import state_home as state_home
+from hwdetect import utc_text as utc_text
+from hwdetect import whole_number as whole_number
 
 # ---- 1 Wire ---------------------------------------------------------------------------------------
 
@@ -87,7 +109,6 @@ PROTOCOL = 1
 WAIT_MAX_S = 60.0
 CLOSED_STATUSES = ("completed", "failed", "canceled", "returned")
 
-Json = dict[str, Any]
 
 
 class ApiError(Exception):
@@ -111,37 +132,9 @@ class ApiError(Exception):
         return {"error": self.message, "field": self.field} if self.field else {"error": self.message}
 
 
-_DAY_S = 86400
-
-_DURATION = re.compile("".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in ("d", "h", "m", "s?")))
 
 
-def parse_duration(text: str) -> float:
-    """Return the seconds of `10s`, `0.5s`, `1m30s`, `2h`, `90d` or plain seconds; ValueError otherwise."""
-    match = _DURATION.fullmatch(text.strip())
-    if not match or not any(match.groups()):
-        raise ValueError(f"'{text}' is no duration: write 10s, 0.5s, 1m30s or plain seconds")
-    days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
-    return days * _DAY_S + hours * 3600 + minutes * 60 + seconds
 
-
-# The master and the command line reach these through this section.
-printable = hwdetect.printable
-make_folder = hwdetect.make_folder
-make_private_folder = hwdetect.make_private_folder
-
-
-def utc_text(epoch_s: float | None) -> str | None:
-    """Return an RFC 3339 time in UTC with milliseconds, ending in Z (None for None)."""
-    if epoch_s is None:
-        return None
-    whole, milli = divmod(int(epoch_s * 1000), 1000)
-    return f"{_second_text(whole)}.{milli:03d}Z"
-
-
-@functools.lru_cache(maxsize=1024)
-def _second_text(whole: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
 
 
 class Failure(Exception):
@@ -313,39 +306,6 @@ FORMULAS = {row.name: row.formula for row in METRICS.values() if row.formula}
 # ---- 2 Words --------------------------------------------------------------------------------------
 
 NOTHING_ENCODED = "nothing was encoded"
-
-
-def duration_text(seconds: float | None) -> str:
-    """Return seconds for people: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 10 min`, `3 d 4 h`."""
-    if seconds is None:
-        return "unknown"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < _DAY_S:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // _DAY_S} d {whole % _DAY_S // 3600} h"
-
-
-def size_text(size_bytes: float | None) -> str:
-    """Return bytes for people, in powers of 1024: `812 B`, `3.4 MiB`."""
-    if size_bytes is None:
-        return "unknown"
-    size = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
-def count_text(count: int, what: str) -> str:
-    """Return a number of things for people: `1 job`, `2 jobs`."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def progress_text(progress: Mapping[str, Any], room: int = 79) -> str:
@@ -587,100 +547,6 @@ class _JsonLines(logging.Formatter):
                            "message": record.getMessage()})
 
 
-class Flag(NamedTuple):
-    """One command-line flag; its environment variable is FFDIST_ and its name in capitals."""
-
-    name: str
-    default: Any
-    kind: Callable[[str], Any] | None
-    about: str
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that refuses by itself what it does not know, and asks whether a word like it was meant."""
-
-    words: Iterable[str] = ()  # beside its flags
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, left = super().parse_known_args(args, namespace)
-        if left:
-            self.error(f"unrecognized arguments: {' '.join(left)}")
-        return found, left
-
-    def error(self, message: str) -> NoReturn:
-        wrong = re.search(r"(?:choice: |arguments: )'?([\w-]+)", message)
-        known = (*self.words, *re.findall(r"--?\w[\w-]*", self.format_usage()))
-        near = difflib.get_close_matches(wrong[1], known, 1) if wrong else ()
-        super().error(message + "".join(f"; did you mean {word}?" for word in near))
-
-
-def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
-    """Add flags to a parser; the environment gives the default, a flag on the line beats it."""
-    for flag in flags:
-        variable = "FFDIST_" + flag.name.lstrip("-").replace("-", "_").upper()
-        value = os.environ.get(variable)
-        shown = f"{flag.about} [{variable}]".replace("%", "%%")
-        if flag.kind is None:
-            parser.add_argument(flag.name, action="store_true", help=shown,
-                                default=(value or "").lower() in ("1", "true", "yes", "on"))
-        else:
-            default = flag.default if value is None else value
-            parser.add_argument(flag.name, type=flag.kind, default=default, help=shown,
-                                metavar=flag.name.lstrip("-").upper().replace("-", "_"))
-
-
-def seconds(text: str, none: bool = False) -> float:
-    """Argument type of a duration that is more than nothing, unless `none` allows for 0s too."""
-    try:
-        value = parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if not (none or value > 0) or value > 30 * _DAY_S:
-        raise argparse.ArgumentTypeError(f"'{text}' must be {'' if none else 'longer than nothing and '}"
-                                         "at most 30 days")
-    return value
-
-
-def size_bytes(text: str) -> int:
-    """Argument type of a size: 64M, 1.5G or plain bytes, in powers of 1024; 0 is none."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,3})?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise argparse.ArgumentTypeError(f"'{text}' is no size: write 256M, 2G or 0")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
-
-
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """Argument type of a whole number within limits."""
-    def check(text: str) -> int:
-        if not re.fullmatch(r"\d{1,9}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {low} to {high}")
-        return int(text)
-    return check
-
-
-def power_model(text: str) -> tuple[float, float]:
-    """Argument type of a power model: W of the idle machine and W with all its CPUs busy."""
-    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?),(\d{1,6}(?:\.\d{1,3})?)", text.strip())
-    if not match or not 0 < float(match[2]) >= float(match[1]):
-        raise argparse.ArgumentTypeError(f"'{text}' is no power model: write W idle,W busy, as 35,120")
-    return float(match[1]), float(match[2])
-
-
-def one_of(*words: str) -> Callable[[str], str]:
-    """Argument type of one word out of a few; checks values of the environment too."""
-    def check(text: str) -> str:
-        if text not in words:
-            raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(words)}")
-        return text
-    return check
-
-
-def state_home() -> Path:
-    """Return the folder of this user's own ffdist state."""
-    base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
-    return Path(base) / "ffdist"
-
-
 # ---- 3 Client -------------------------------------------------------------------------------------
 
 ANSWER_LIMIT_BYTES = 256 << 20
@@ -853,7 +719,7 @@ def _answer_to(request: urllib.request.Request, opener: urllib.request.OpenerDir
                 raise ConnectionError("the answer was cut off")
             return answer.code, answer.reason, raw
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ApiError(0, f"no answer from {whom}: {_cause(getattr(error, 'reason', error))}") from None
+        raise ApiError(0, f"no answer from {whom}: {cause_text(getattr(error, 'reason', error))}") from None
 
 
 def web_address(text: str) -> str:
@@ -885,14 +751,6 @@ def _refusal(status: int, raw: bytes) -> ApiError:
         body = json.loads(raw)
         return ApiError(status, str(body.get("error") or f"HTTP {status}"), body.get("field"))
     return ApiError(status, f"HTTP {status}: {raw[:200].decode(errors='replace').strip() or 'no reason'}")
-
-
-def _cause(reason: object) -> str:
-    if isinstance(reason, TimeoutError):
-        return "timed out"
-    if isinstance(reason, OSError) and reason.strerror:
-        return reason.strerror
-    return str(reason) or type(reason).__name__
 
 
 def host_addresses(host: str) -> list[str]:
@@ -936,7 +794,7 @@ QUALITY_METRICS = ("psnr", "ssim", "vmaf", "xpsnr")
 PARAMETERS: dict[str, Parameter] = {
     "input": Parameter("place", "path under the media root, or URL; none: a generated source"),
     "output": Parameter("place", "path, or rtmp/srt/http URL; none: encoded, measured, discarded"),
-    "duration": Parameter("number", "seconds; of a real input its first so many", 0.04, 30 * _DAY_S),
+    "duration": Parameter("number", "seconds; of a real input its first so many", 0.04, 30 * DAY_S),
     "bitrate": Parameter("bitrate", "video bit/s: 15000k, 5M or a number", 1000, 2e9),
     "crf": Parameter("number", "constant quality, lower is better (with bitrate: its ceiling)", 0, 63),
     "codec": Parameter("word", "h264, h265, av1 or vp9", words=CODECS),
@@ -957,9 +815,9 @@ PARAMETERS: dict[str, Parameter] = {
     "max_memory_mb": Parameter("whole", "MiB that the job's processes may use", 16, 1 << 24),
     "max_cpu_percent": Parameter("number", "CPU time that they may use; 100 is one core", 1, 102400),
     "quality": Parameter("words", "metrics to take: psnr, ssim, vmaf, xpsnr", words=QUALITY_METRICS),
-    "settle": Parameter("number", "seconds of rest before each encode, not measured", 0, _DAY_S),
-    "cooldown": Parameter("number", "seconds of rest after each encode, not measured", 0, _DAY_S),
-    "timeout": Parameter("number", "seconds the whole job may take", 1, 30 * _DAY_S),
+    "settle": Parameter("number", "seconds of rest before each encode, not measured", 0, DAY_S),
+    "cooldown": Parameter("number", "seconds of rest after each encode, not measured", 0, DAY_S),
+    "timeout": Parameter("number", "seconds the whole job may take", 1, 30 * DAY_S),
     "extra_args": Parameter("words", "more FFmpeg arguments; only where the master allows it"),
 }
 INPUT_SCHEMES = ("http", "https", "rtmp", "rtmps", "srt")
@@ -2905,7 +2763,7 @@ class OutputFile:
     def failure_of(self, error: OSError) -> Failure:
         """Return the failure that an error of the operating system makes of it."""
         reason = ERRNO_REASONS.get(error.errno or 0, "output")
-        return Failure(reason, f"{self._shown} cannot be written on {self._node}: {_cause(error)} "
+        return Failure(reason, f"{self._shown} cannot be written on {self._node}: {cause_text(error)} "
                        f"(in {self.above})")
 
     def close(self) -> None:
@@ -2975,7 +2833,7 @@ class Places:
         except OSError as error:
             long = error.errno == errno.ENAMETOOLONG
             raise Failure("input" if long else ERRNO_REASONS.get(error.errno or 0, "agent"),
-                          f"input {place} cannot be read on {self.node}: {_cause(error)}") from None
+                          f"input {place} cannot be read on {self.node}: {cause_text(error)}") from None
         found = os.fstat(film)
         if stat.S_ISREG(found.st_mode) and found.st_size:
             return film
@@ -3000,7 +2858,7 @@ class Places:
             raise Failure("output", self._link_text("output", place, error)) from None
         except OSError as error:
             missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-            why = f"there is no folder {above}" if missing else f"{_cause(error)} in {above}"
+            why = f"there is no folder {above}" if missing else f"{cause_text(error)} in {above}"
             raise Failure("output", f"output {place} cannot be written on {self.node}: {why}") from None
         made = OutputFile(place, self.node, folder, above, parts[-1])
         return made, {"root": root.path, "parts": parts[:-1]}
@@ -3468,8 +3326,9 @@ class Attempt(Supervisor):
         except ApiError as error:
             outcome = Outcome("failed", error=error.message, failure_reason="parameters")
         except OSError as error:
-            outcome = Outcome("failed", error=f"{error.filename or self._folder} on {self._place.node}: "
-                              f"{_cause(error)}", failure_reason=ERRNO_REASONS.get(error.errno or 0, "agent"))
+            where = f"{error.filename or self._folder} on {self._place.node}"
+            outcome = Outcome("failed", error=f"{where}: {cause_text(error)}",
+                              failure_reason=ERRNO_REASONS.get(error.errno or 0, "agent"))
         finally:
             self._clean()
             self._place.meter.work(self, False)
@@ -4247,7 +4106,7 @@ def locked_folder(folder: Path, what: str) -> int:
         raise SystemExit(f"agent: {what} {folder} is in use by another agent on this machine; give this one "
                          f"its own with {flag}") from None
     except OSError as error:
-        raise SystemExit(f"agent: {what} {folder} cannot be used: {_cause(error)}, or name another "
+        raise SystemExit(f"agent: {what} {folder} cannot be used: {cause_text(error)}, or name another "
                          f"with {flag}") from None
     return descriptor
 
@@ -4640,7 +4499,7 @@ class Agent:
             except OSError as error:
                 if not said:
                     self._log.error("the result of job %s cannot be kept in %s: %s; trying again",
-                                    result["job_id"], self._options.state_dir, _cause(error))
+                                    result["job_id"], self._options.state_dir, cause_text(error))
                 said = True
                 if self._stopping.wait(1):
                     return
@@ -5018,7 +4877,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"agent: {printable(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(printable(f"agent: {error.filename or 'this machine'}: {_cause(error)}"), file=sys.stderr)
+        print(printable(f"agent: {error.filename or 'this machine'}: {cause_text(error)}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

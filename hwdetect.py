@@ -9,7 +9,7 @@ detector that fails is named under `problems`. It does not promise figures that 
 virtual machines have no energy counters, and an estimate is never passed off as a reading.
 
 Sections:
-    1 Common     what all three files share: the version, text of others made printable
+    1 Common     what all three files share: printable text, times, durations, sizes, flags
     2 Facts      dataclasses with units, vendor tables with their kernel document
     3 Host       the only file and program access: one bounded read, None instead of an exception
     4 Archive    what detection reads, written into one text, and unpacked again
@@ -29,7 +29,9 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import errno
+import functools
 import json
 import math
 import os
@@ -46,7 +48,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Callable, ClassVar
+from pathlib import Path
+from typing import Any, Callable, ClassVar, NamedTuple, NoReturn
 
 if sys.hexversion < 0x3090000:  # the other two files import this one first
     sys.exit("ffdist needs Python 3.9 or newer; this is " + sys.version.split()[0])
@@ -54,6 +57,9 @@ if sys.hexversion < 0x3090000:  # the other two files import this one first
 # ---- 1 Common -------------------------------------------------------------------------------------
 
 VERSION = "1.0.0"
+DAY_S = 86400
+
+Json = dict[str, Any]
 
 
 def printable(text: object) -> str:
@@ -66,6 +72,169 @@ def printable(text: object) -> str:
     if words.isprintable():
         return words
     return "".join(char if char.isprintable() else "?" for char in words)
+
+
+def utc_text(epoch_s: float | None) -> str | None:
+    """Return an RFC 3339 time in UTC with milliseconds, ending in Z (None for None)."""
+    if epoch_s is None:
+        return None
+    whole, milli = divmod(int(epoch_s * 1000), 1000)
+    return f"{_second_text(whole)}.{milli:03d}Z"
+
+
+@functools.lru_cache(maxsize=1024)
+def _second_text(whole: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
+
+
+# Each unit once, the largest first; a bare number is seconds, and may stand at the end only ("1m30").
+_DURATION = re.compile(
+    "".join(rf"(?:([0-9]{{1,9}}(?:\.[0-9]{{1,9}})?){unit})?" for unit in ("d", "h", "m", r"(?:s|\Z)", "ms")))
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of `10s`, `500ms`, `1m30s`, `2h`, `90d` or plain seconds; ValueError otherwise."""
+    match = _DURATION.fullmatch(text.strip())
+    if not match or not any(match.groups()):
+        raise ValueError(f"invalid duration '{text}': expected 10s, 0.5s, 1m30s or plain seconds")
+    days, hours, minutes, seconds, milliseconds = (float(part or 0) for part in match.groups())
+    return days * DAY_S + hours * 3600 + minutes * 60 + seconds + milliseconds / 1000
+
+
+def duration_text(seconds: float | None) -> str:
+    """Return seconds for people: `0.4 s`, `12 s`, `3 min 05 s`, `2 h 10 min`, `3 d 4 h`."""
+    if seconds is None:
+        return "unknown"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < DAY_S:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // DAY_S} d {whole % DAY_S // 3600} h"
+
+
+def size_text(size_bytes: float | None) -> str:
+    """Return bytes for people, in powers of 1024: `812 B`, `3.4 MiB`."""
+    if size_bytes is None:
+        return "unknown"
+    size = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def count_text(count: int, what: str) -> str:
+    """Return a number of things for people: `1 job`, `2 jobs`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def cause_text(reason: object) -> str:
+    """Return an error of the operating system in a few words: its `strerror`, or what else it says."""
+    if isinstance(reason, TimeoutError):
+        return "timed out"
+    if isinstance(reason, OSError) and reason.strerror:
+        return reason.strerror
+    return str(reason) or type(reason).__name__
+
+
+class Flag(NamedTuple):
+    """One command-line flag; its environment variable is FFDIST_ and its name in capitals."""
+
+    name: str
+    default: Any
+    kind: Callable[[str], Any] | None
+    about: str
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses by itself what it does not know, and asks whether a word like it was meant."""
+
+    words: Iterable[str] = ()  # beside its flags
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, left = super().parse_known_args(args, namespace)
+        if left:
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return found, left
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"(?:choice: |arguments: )'?([\w-]+)", message)
+        known = (*self.words, *re.findall(r"--?\w[\w-]*", self.format_usage()))
+        near = difflib.get_close_matches(wrong[1], known, 1) if wrong else ()
+        super().error(message + "".join(f"; did you mean {word}?" for word in near))
+
+
+def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
+    """Add flags to a parser; the environment gives the default, a flag on the line beats it."""
+    for flag in flags:
+        variable = "FFDIST_" + flag.name.lstrip("-").replace("-", "_").upper()
+        value = os.environ.get(variable)
+        shown = f"{flag.about} [{variable}]".replace("%", "%%")
+        if flag.kind is None:
+            parser.add_argument(flag.name, action="store_true", help=shown,
+                                default=(value or "").lower() in ("1", "true", "yes", "on"))
+        else:
+            default = flag.default if value is None else value
+            parser.add_argument(flag.name, type=flag.kind, default=default, help=shown,
+                                metavar=flag.name.lstrip("-").upper().replace("-", "_"))
+
+
+def seconds(text: str, none: bool = False) -> float:
+    """Argument type of a duration that is more than nothing, unless `none` allows for 0s too."""
+    try:
+        value = parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not (none or value > 0) or value > 30 * DAY_S:
+        raise argparse.ArgumentTypeError(f"'{text}' must be {'' if none else 'longer than nothing and '}"
+                                         "at most 30 days")
+    return value
+
+
+def size_bytes(text: str) -> int:
+    """Argument type of a size: 64M, 1.5G or plain bytes, in powers of 1024; 0 is none."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,3})?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"'{text}' is no size: write 256M, 2G or 0")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """Argument type of a whole number within limits."""
+    def check(text: str) -> int:
+        if not re.fullmatch(r"\d{1,9}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {low} to {high}")
+        return int(text)
+    return check
+
+
+def power_model(text: str) -> tuple[float, float]:
+    """Argument type of a power model: W of the idle machine and W with all its CPUs busy."""
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?),(\d{1,6}(?:\.\d{1,3})?)", text.strip())
+    if not match or not 0 < float(match[2]) >= float(match[1]):
+        raise argparse.ArgumentTypeError(f"'{text}' is no power model: write W idle,W busy, as 35,120")
+    return float(match[1]), float(match[2])
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """Argument type of one word out of a few; checks values of the environment too."""
+    def check(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(words)}")
+        return text
+    return check
+
+
+def state_home() -> Path:
+    """Return the folder of this user's own ffdist state."""
+    base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    return Path(base) / "ffdist"
 
 
 # ---- 2 Facts --------------------------------------------------------------------------------------
@@ -1002,15 +1171,6 @@ def parse_failure(result: Result) -> str:
     code = result.returncode or 0
     end = f"ffmpeg was ended by signal {-code}" if code < 0 else f"ffmpeg gave exit code {code} and no words"
     return next(iter([*telling, *filter(None, lines)]), end)[:160]
-
-
-def parse_duration(text: str) -> float:
-    """Read "10s", "0.5s", "200ms", "1m30s" or plain seconds; ValueError for anything else."""
-    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001, "": 1.0}
-    number = r"[0-9]{1,9}(?:\.[0-9]{1,9})?"
-    if not re.fullmatch(rf"({number}(h|ms|m|s))+|{number}", text, re.ASCII):
-        raise ValueError(f"{text!r} is no duration such as 1s, 0.5s or 1m30s")
-    return sum(float(count) * units[unit] for count, unit in re.findall(rf"({number})([a-z]*)", text))
 
 
 # ---- 6 Detectors ----------------------------------------------------------------------------------

@@ -182,6 +182,9 @@ class Layers(unittest.TestCase):
         rooms = {"Wire", "Words", "Client", "Catalogue", "Scenario", "Statistics"}
         shared = {name for section, statement in SOURCES["agent"].statements() if section.title in rooms
                   for name in stored([statement])}
+        shared |= {alias.name for node in SOURCES["agent"].tree.body
+                   if isinstance(node, ast.ImportFrom) and node.module == "hwdetect"
+                   for alias in node.names if alias.asname == alias.name}
         used = {node.attr for node in ast.walk(SOURCES["ffdist"].tree)
                 if isinstance(node, ast.Attribute) and dotted(node.value) == "wire"}
         used |= {alias.name for node in ast.walk(SOURCES["ffdist"].tree)
@@ -320,7 +323,7 @@ class Seams(unittest.TestCase):
                              r"(subprocess|threading|random)\..*)")
         pure = {"ffdist": {"Jobs", "Messages", "Metrics", "Tariff", "Pages", "Experiments", "Reports"},
                 "agent": {"Catalogue", "Scenario", "Command", "Output", "Statistics", "Analysis"},
-                "hwdetect": {"Common", "Facts", "Parsers"}}
+                "hwdetect": {"Facts", "Parsers"}}
         for name, sections in pure.items():
             with self.subTest(name):
                 found = [(section.title, who, line) for section, who, line in SOURCES[name].uses(
