@@ -18,14 +18,13 @@ Sections (each uses only those above it):
   6 Command     settings + machine + source -> Plan of argv lists (pure)
   7 Output      what FFmpeg and ffprobe say: progress, probe, damage, last words, scores (pure)
   8 Statistics  intervals, outliers, confidence (pure)
-  9 Meter       samples, what each run used, the idle baseline
- 10 Places      what a job may touch: films under the media root, hosts; how an output gets its name
- 11 Run         one program at a time: its process group, its limits, stop verbs
- 12 Attempt     the stages of one attempt, and what they came to
- 13 Analysis    metrics, verdict, suggestion (pure)
- 14 State       spool, identity, folders that are this node's own
- 15 Agent       registration, slots, heartbeat, drain
- 16 CLI         flags, the single-node workflow, main
+  9 Places      what a job may touch: films under the media root, hosts; how an output gets its name
+ 10 Run         one program at a time: its process group, its limits, stop verbs
+ 11 Attempt     the stages of one attempt, and what they came to
+ 12 Analysis    metrics, verdict, suggestion (pure)
+ 13 State       spool, identity, folders that are this node's own
+ 14 Agent       registration, slots, heartbeat, drain
+ 15 CLI         flags, the single-node workflow, main
 
 Threads: the main thread holds the parked request; the reporter sends progress and empties the spool;
 each slot runs one attempt. They share the state in Agent under its one lock; nothing blocks while
@@ -51,7 +50,6 @@ import logging
 import math
 import os
 import pwd
-import queue
 import random
 import re
 import resource
@@ -2030,425 +2028,7 @@ def batch_means(values: Sequence[float], batches: int = 10) -> list[float]:
     return [statistics.fmean(values[low:high]) for low, high in zip(edges, edges[1:])]
 
 
-# ---- 9 Meter --------------------------------------------------------------------------------------
-
-SAMPLE_S = 1.0
-SERIES_MOST = 240  # points; even
-IDLE_FIRST_S = 3.0  # the first idle baseline, at the start
-IDLE_S = 10.0  # a later one
-IDLE_REST_S = 30.0  # without an attempt before one
-IDLE_EVERY_S = 600.0
-IDLE_RETRY_S = 60.0
-IDLE_BUSY_PERCENT = 10.0  # of the machine's CPUs: what is still called idle
-
-
-class Series:
-    """Figures over time in a bounded number of points: when it is full, neighbours become their mean."""
-
-    def __init__(self, most: int = SERIES_MOST) -> None:
-        self.points: list[tuple[float | None, ...]] = []
-        self._most = most
-        self._stride = 1
-        self._waiting: list[tuple[float | None, ...]] = []
-
-    def add(self, *values: float | None) -> None:
-        """Add a point: the time in s first."""
-        self._waiting.append(values)
-        if len(self._waiting) < self._stride:
-            return
-        if len(self.points) == self._most:
-            self.points = [_middle(self.points[at:at + 2]) for at in range(0, self._most, 2)]
-            self._stride *= 2
-            return
-        self.points.append(_middle(self._waiting))
-        self._waiting = []
-
-
-def _middle(points: Sequence[tuple[float | None, ...]]) -> tuple[float | None, ...]:
-    known = [[value for value in column if value is not None] for column in zip(*points)]
-    return tuple(sum(column) / len(column) if column else None for column in known)
-
-
-@dataclass(eq=False)
-class Ledger:
-    """What one run used, filled by the meter: energy in J, CPU in s, memory in bytes.
-
-    `uses_gpu` says that it works with the GPU; its `samples` may go on from an earlier run's.
-    """
-
-    samples: deque[Json] = dataclasses.field(default_factory=lambda: deque(maxlen=600))
-    uses_gpu: bool = False
-    pgid: int | None = None
-    paused: bool = False
-    ended_cpu_s: float = 0.0
-    peak_rss_bytes: int = 0
-    cpu_s: float = 0.0
-    started: float | None = None  # epoch
-    measured_s: float = 0.0
-    busy_s: float = 0.0  # of them with the machine's CPU use known
-    busy_percent_s: float = 0.0
-    energy_joules: float | None = None
-    energy_s: float = 0.0  # of them with energy known
-    idle_joules: float = 0.0
-    idle_s: float = 0.0
-    idle_watts: float | None = None
-    gpus: dict[int, tuple[float, float]] = dataclasses.field(default_factory=dict)  # told J, s they are of
-    gpu_s: float = 0.0
-    gpu_usage_s: float = 0.0
-    gpu_seen_s: float = 0.0
-    gpu_memory_bytes: int | None = None
-    power_source: str | None = None
-    gpu_source: str | None = None
-    gpu_inside: bool = False  # the machine's figure holds a GPU's energy
-    gpu_silent: str | None = None  # why the energy of a GPU beside the processor is unknown
-    throttles: int | None = None  # the machine's count at the start
-    throttled: bool | None = None
-    beside: int = 0
-    unknown: dict[str, str] = dataclasses.field(default_factory=dict)
-    series: Series = dataclasses.field(default_factory=Series)  # s, W, % of the machine
-    pace: Series = dataclasses.field(default_factory=Series)  # s, frames per second
-
-    def ended(self, cpu_s: float, rss_bytes: int) -> None:
-        """Note what a process of this attempt had used when it ended."""
-        self.pgid = None
-        self.ended_cpu_s += cpu_s
-        self.peak_rss_bytes = max(self.peak_rss_bytes, rss_bytes)
-
-    def heat(self, throttles: int | None) -> None:
-        """Note the machine's count of slow-downs by heat, at the start and at the end."""
-        if self.started is None:
-            self.throttles = throttles
-        elif throttles is not None and self.throttles is not None:
-            self.throttled = bool(self.throttled) or throttles > self.throttles
-
-
-class Idle(NamedTuple):
-    """Power of the machine at rest in W, its standard deviation from sample to sample, when (epoch s).
-
-    And where it was read, with the power of how many GPUs beside the processor.
-    """
-
-    watts: float
-    spread: float
-    at: float
-    source: str | None = None
-    gpus: int = 0
-
-    def why_not_of(self, reading: hwdetect.Reading) -> str:
-        """Return why this is not the idle share of a reading, "" where it is."""
-        if reading.power_source != self.source:
-            return f"the idle baseline is of {self.source}, this run of {reading.power_source}"
-        return "the idle baseline lacks a GPU whose power is known now" if gpus_beside(
-            reading) > self.gpus else ""
-
-
-def gpus_beside(reading: hwdetect.Reading) -> int:
-    """Return of how many GPUs the power is known beside the machine's own figure."""
-    return sum(gpu.power_watts is not None and not gpu.in_package for gpu in reading.gpus)
-
-
-class Baseline:
-    """When idle power is to be measured, and what came of it; fed with readings and times, no clock."""
-
-    def __init__(self, now: float) -> None:
-        self.idle: Idle | None = None
-        self.why = "no idle baseline yet: the node had no rest"
-        self._due = now
-        self._readings: list[hwdetect.Reading] = []
-
-    def wait_s(self, now: float) -> float:
-        """Return how long it needs no reading."""
-        return SAMPLE_S if self._readings else max(0.0, self._due - now)
-
-    def disturb(self, now: float) -> None:
-        """Begin the rest anew: an attempt begins or ends, so what was taken in part is void."""
-        self._end(max(self._due, now + IDLE_REST_S))
-
-    def take(self, reading: hwdetect.Reading, epoch_s: float) -> bool:
-        """Take a reading of the resting machine; return whether no more is wanted for now."""
-        if reading.energy_joules is None:
-            self.why = reading.unknown.get("energy_joules") or "no energy counter was read"
-            return self._end(reading.time + IDLE_EVERY_S)
-        self._readings.append(reading)
-        if reading.time - self._readings[0].time < (IDLE_S if self.idle else IDLE_FIRST_S):
-            return False
-        rows = self._readings[1:]
-        told = [gpus_beside(row) for row in rows]
-        watts = [row.total_watts for row, known in zip(rows, told)
-                 if row.total_watts is not None and known == max(told)]  # nvidia-smi speaks up late
-        self.why = _unrest(rows) or ("" if watts else "its power was not told when its idle power was due")
-        if self.why:
-            return self._end(reading.time + IDLE_RETRY_S)
-        spread = statistics.stdev(watts) if len(watts) > 1 else 0.0
-        self.idle = Idle(round(statistics.fmean(watts), 3), round(spread, 3), epoch_s, reading.power_source,
-                         max(told))
-        return self._end(reading.time + IDLE_EVERY_S)
-
-    def _end(self, due: float) -> bool:
-        self._readings.clear()
-        self._due = due
-        return True
-
-
-def _unrest(rows: Sequence[hwdetect.Reading]) -> str:
-    """Return why a machine of which these readings were taken was not at rest, "" where it was."""
-    sources = {row.power_source for row in rows}
-    if len(sources) > 1:
-        return f"its source changed meanwhile: {', '.join(sorted(map(str, sources)))}"
-    uses = [("the machine", [row.cpu_usage for row in rows])]
-    uses += [(gpu.name, [row.gpus[at].usage for row in rows]) for at, gpu in enumerate(rows[-1].gpus)]
-    for what, column in uses:
-        known = [value for value in column if value is not None]
-        if known and statistics.fmean(known) > IDLE_BUSY_PERCENT:
-            return f"{what} was {statistics.fmean(known):.0f} % busy when its idle power was due"
-        if not known and what == "the machine":
-            return "how busy the machine was is unknown"
-    return ""
-
-
-class Meter:
-    """Samples this machine while an attempt runs, and now and then at rest; one thread does it all."""
-
-    def __init__(self, host: hwdetect.Host, hardware: hwdetect.Hardware,
-                 model: tuple[float, float] | None = None, clock: Callable[[], float] = time.monotonic,
-                 ) -> None:
-        self._host = host
-        self._hardware = hardware
-        self._model = model
-        self._clock = clock
-        self._messages: queue.SimpleQueue[tuple[str, Ledger, threading.Event]] = queue.SimpleQueue()
-        self._ledgers: list[Ledger] = []
-        self._sampler: hwdetect.Sampler | None = None
-        self._last: hwdetect.Reading | None = None
-        self._baseline = Baseline(clock())
-        self._working: set[Attempt] = set()  # measured or not: the machine is not at rest
-        self._worked_at = -math.inf
-        self.rested = threading.Event()  # the first idle baseline was tried
-        threading.Thread(target=self._loop, name="meter", daemon=True).start()
-
-    @property
-    def idle(self) -> Idle | None:
-        """The newest idle baseline."""
-        return self._baseline.idle
-
-    def facts(self) -> Json:
-        """Return the idle baseline as a registration has it."""
-        idle = self._baseline.idle
-        return {"idle_watts": idle and idle.watts, "idle_watts_spread": idle and idle.spread,
-                "idle_measured_at": idle and utc_text(idle.at), "idle_source": idle and idle.source,
-                "idle_estimated": idle and idle.source == "model",
-                "idle_unknown": None if idle else self._baseline.why}
-
-    def work(self, attempt: Attempt, works: bool) -> None:
-        """Note that an attempt begins or has ended: idle power is not measured meanwhile.
-
-        And nvidia-smi, which starts slowly, goes on for a while between two of its encodes.
-        """
-        (self._working.add if works else self._working.discard)(attempt)
-        self._worked_at = self._clock()
-        if not works:
-            self._tell("rest", Ledger())
-
-    def join(self, ledger: Ledger) -> None:
-        """Begin to measure for a ledger; returns when the first reading is taken."""
-        self._tell("join", ledger)
-
-    def leave(self, ledger: Ledger) -> None:
-        """Stop measuring for a ledger; returns when the last reading is in it."""
-        self._tell("leave", ledger)
-
-    def pause(self, ledger: Ledger, paused: bool) -> None:
-        """Stop or go on booking to a ledger; what came before is booked when this returns."""
-        self._tell("pause" if paused else "resume", ledger)
-
-    def _tell(self, what: str, ledger: Ledger) -> None:
-        done = threading.Event()
-        self._messages.put((what, ledger, done))
-        done.wait(10)
-
-    def _loop(self) -> None:
-        while True:
-            message = None
-            wait_s = SAMPLE_S if self._ledgers else self._baseline.wait_s(self._clock())
-            if self._sampler is not None:
-                wait_s = min(wait_s, self._sampler.patience_s)
-            with contextlib.suppress(queue.Empty):
-                message = self._messages.get(timeout=wait_s)
-            what, told, done = message or ("", None, None)
-            try:
-                if what != "rest":
-                    self._sample(told)
-            except Exception as error:  # a driver's whim must not end an encode
-                self._baseline.disturb(self._clock())
-                for ledger in filter(None, (*self._ledgers, told)):
-                    ledger.unknown["energy_joules"] = f"the sampler failed: {type(error).__name__}: {error}"
-            if told and done:
-                self._admit(what, told)
-                done.set()
-
-    def _sample(self, told: Ledger | None) -> None:
-        """Take a reading; a ledger that was told of joins or leaves with it."""
-        if told is None and not self._ledgers and (
-                self._working or self._clock() < self._worked_at + IDLE_REST_S):
-            self._baseline.disturb(self._clock())
-            self.rested.set()
-            return self._close()
-        if self._sampler is None:
-            self._sampler = hwdetect.Sampler(self._host, self._hardware, model=self._model)
-            self._last = None
-        reading = self._sampler.sample(self._clock())
-        self._tick(reading)
-        if told:
-            told.heat(self._sampler.throttles())
-        elif not self._ledgers and self._baseline.take(reading, time.time()):
-            self.rested.set()
-            self._close()
-
-    def _close(self) -> None:
-        sampler, self._sampler = self._sampler, None
-        if sampler is not None:
-            with contextlib.suppress(Exception):
-                sampler.close()
-
-    def _admit(self, what: str, ledger: Ledger) -> None:
-        self._baseline.disturb(self._clock())
-        self.rested.set()
-        if what in ("pause", "resume"):
-            ledger.paused = what == "pause"
-        else:
-            self._ledgers = [other for other in self._ledgers if other is not ledger]
-        if what == "join":
-            ledger.started = time.time()
-            self._ledgers.append(ledger)
-        if not self._ledgers and not self._working:
-            self._close()
-
-    def _tick(self, reading: hwdetect.Reading) -> None:
-        last, self._last = self._last, reading
-        active = [ledger for ledger in self._ledgers if not ledger.paused]
-        for ledger, (share, gpu_share) in zip(active, self._shares(active)):
-            ledger.beside = max(ledger.beside, len(active) - 1)
-            ledger.unknown.update(reading.unknown)
-            ledger.power_source = reading.power_source or ledger.power_source
-            if last is not None:
-                _book(ledger, last, reading, share, self._baseline)
-                _book_gpus(ledger, last, reading, gpu_share)
-
-    def _shares(self, ledgers: Sequence[Ledger]) -> list[tuple[float, float]]:
-        """Return each ledger's part of this interval, and of its GPUs': by CPU and by GPU time.
-
-        A GPU whose driver counts no time goes evenly to those who use it, like the rest if nobody does.
-        """
-        used, gpu_used = [], []
-        for ledger in ledgers:
-            total, gpu_total = ledger.ended_cpu_s, ledger.gpu_s
-            if ledger.pgid is not None:
-                usage = hwdetect.process_group(self._host, ledger.pgid, ledger.uses_gpu)
-                total, gpu_total = total + usage.cpu_seconds, usage.gpu_seconds
-                ledger.peak_rss_bytes = max(ledger.peak_rss_bytes, usage.rss_bytes)
-            used.append(max(0.0, total - ledger.cpu_s))
-            gpu_used.append(max(0.0, gpu_total - ledger.gpu_s))
-            ledger.cpu_s, ledger.gpu_s = max(ledger.cpu_s, total), max(ledger.gpu_s, gpu_total)
-        users = [float(ledger.uses_gpu) for ledger in ledgers]
-        return list(zip(_parts(used), _parts(next(filter(any, (gpu_used, users)), used))))
-
-
-def _parts(used: Sequence[float]) -> list[float]:
-    """Return each one's part of the whole; equal parts of nothing."""
-    whole = sum(used)
-    return [part / whole if whole else 1 / len(used) for part in used]
-
-
-def _book(ledger: Ledger, last: hwdetect.Reading, now: hwdetect.Reading, share: float,
-          baseline: Baseline) -> None:
-    """Book one interval between two readings; `share` is this attempt's part of the energy."""
-    span = now.time - last.time
-    ledger.measured_s += span
-    if now.cpu_usage is not None:
-        ledger.busy_s += span
-        ledger.busy_percent_s += now.cpu_usage * span
-    alike = now.power_source == last.power_source
-    if now.energy_joules is not None and last.energy_joules is not None and alike:
-        used = share * (now.energy_joules - last.energy_joules)
-        ledger.energy_joules = (ledger.energy_joules or 0.0) + used
-        ledger.energy_s += now.covered_s - last.covered_s
-    why = baseline.idle.why_not_of(now) if baseline.idle else baseline.why
-    if baseline.idle is None or why:
-        ledger.unknown["idle_watts"] = why
-    else:
-        ledger.idle_watts = baseline.idle.watts
-        ledger.idle_joules += share * baseline.idle.watts * span
-        ledger.idle_s += span
-    ledger.series.add(ledger.measured_s, now.total_watts, now.cpu_usage)
-    ledger.samples.append({"time": utc_text(time.time()), "cpu_usage": now.cpu_usage,
-                           "memory_used_bytes": now.memory_used_bytes, "power_watts": now.total_watts,
-                           "power_source": now.power_source, "temperature_c": now.temperature_c})
-
-
-def _book_gpus(ledger: Ledger, last: hwdetect.Reading, now: hwdetect.Reading, share: float) -> None:
-    """Book what the GPUs did in an interval; those inside the machine's own figure add no energy."""
-    span = now.time - last.time
-    for at, (gpu, before) in enumerate(zip(now.gpus, last.gpus)):
-        if gpu.energy_joules is not None and not gpu.in_package:
-            joules, covered_s = ledger.gpus.get(at, (0.0, 0.0))
-            ledger.gpus[at] = (joules + share * (gpu.energy_joules - (before.energy_joules or 0.0)),
-                               covered_s + gpu.covered_s - before.covered_s)
-            ledger.gpu_source = gpu.source or ledger.gpu_source
-        elif not gpu.in_package:
-            ledger.gpu_silent = now.unknown.get(f"gpus.{at}.power_watts") or now.unknown.get(f"gpus.{at}")
-        elif gpu.energy_joules is not None:
-            ledger.gpu_inside = True
-        if gpu.usage is not None:
-            ledger.gpu_usage_s += gpu.usage * span
-            ledger.gpu_seen_s += span
-        if gpu.memory_used_bytes is not None:
-            ledger.gpu_memory_bytes = max(ledger.gpu_memory_bytes or 0, gpu.memory_used_bytes)
-        if gpu.too_hot is not None:
-            ledger.throttled = bool(ledger.throttled) or gpu.too_hot
-
-
-class Energy(NamedTuple):
-    """Energy of one run: J, where it was read (both None where unknown), and why it is unknown."""
-
-    joules: float | None
-    source: str | None
-    gpu_joules: float | None
-    why: str
-
-
-def energy_of(ledger: Ledger) -> Energy:
-    """Return a run's energy: the machine's figure and the GPUs that it does not hold.
-
-    What was not told of counts like the rest; but a figure of less than 90 % of the run (of a GPU, which is
-    sampled: half) is none of the run.
-    """
-    told = bool(ledger.gpus) and 0 < ledger.measured_s <= 2 * least_covered_s(ledger)
-    gpu = sum(joules / s * ledger.measured_s for joules, s in ledger.gpus.values()) if told else None
-    why = ""
-    if ledger.energy_joules is None:
-        why = (ledger.unknown.get("energy_joules") or ledger.unknown.get("power_watts")
-               or "no energy counter was read") + ("; gpu_energy_joules is known" if told else "")
-    elif ledger.energy_s < 0.9 * ledger.measured_s:
-        why = f"its source told for {ledger.energy_s:.1f} s of {ledger.measured_s:.1f} s only"
-    elif ledger.energy_joules == 0:
-        why = f"{ledger.power_source} counted nothing: it stands still, or the run was too short"
-    elif ledger.gpus and not told:
-        why = "of the GPU too little is known, see gpu_energy_joules"
-    elif ledger.uses_gpu and not ledger.gpus and ledger.gpu_silent:
-        why = f"the job used a GPU whose power is unknown: {ledger.gpu_silent}"
-    if why:
-        return Energy(None, None, gpu, why)
-    sources = [ledger.power_source or "unknown", *([ledger.gpu_source or "gpu"] if told else [])]
-    whole = ledger.measured_s / ledger.energy_s if 0 < ledger.energy_s < ledger.measured_s else 1.0
-    return Energy((ledger.energy_joules or 0.0) * whole + (gpu or 0.0), "+".join(sources), gpu, "")
-
-
-def least_covered_s(ledger: Ledger) -> float:
-    """Return for how long that GPU told its energy that told it least."""
-    return min((covered_s for _, covered_s in ledger.gpus.values()), default=0.0)
-
-
-# ---- 10 Places ------------------------------------------------------------------------------------
+# ---- 9 Places -------------------------------------------------------------------------------------
 
 # Where clouds tell a machine its secrets, beside the link-local addresses that most of them use.
 METADATA = frozenset(map(ipaddress.ip_address, (
@@ -2864,7 +2444,7 @@ class Places:
         return made, {"root": root.path, "parts": parts[:-1]}
 
 
-# ---- 11 Run ---------------------------------------------------------------------------------------
+# ---- 10 Run ---------------------------------------------------------------------------------------
 
 CONFIDENCES = ("auto", "low", "medium", "high")
 GRACE_S = 1.0
@@ -3031,7 +2611,7 @@ class Workplace:
     machine: Machine
     ffprobe: str
     host: hwdetect.Host
-    meter: Meter
+    meter: hwdetect.Meter
     work_dir: Path
     places: Places
     filters: tuple[str, ...] = ()
@@ -3066,7 +2646,7 @@ class Supervisor:
         self._limits: Limits | None = None
         self._opened: dict[int, str] = {}  # descriptors that the programs inherit -> as the user names them
         self._samples: deque[Json] = deque(maxlen=600)
-        self._ledger = Ledger(self._samples)
+        self._ledger = hwdetect.Ledger(self._samples)
         self._process: Process | None = None
         self._tail: deque[str] = deque(maxlen=KEPT_LINES)
         self._damaged = 0
@@ -3177,7 +2757,7 @@ class Supervisor:
         self._check()
         return process.exit or Exit(-signal.SIGKILL, 0.0, 0)
 
-    def _read(self, verb: Callable[[Ledger], None]) -> None:
+    def _read(self, verb: Callable[[hwdetect.Ledger], None]) -> None:
         """Have the meter read for the ledger; how long its sensors take is no time of the encode."""
         asked = time.monotonic()
         verb(self._ledger)
@@ -3229,7 +2809,7 @@ class Supervisor:
                               "--min-free")
 
 
-# ---- 12 Attempt -----------------------------------------------------------------------------------
+# ---- 11 Attempt -----------------------------------------------------------------------------------
 
 RUNS_MOST = {"high": 20, "medium": 10}
 REPEATS_S = 3600.0  # no run begins that would end after so long
@@ -3244,7 +2824,7 @@ class Outcome:
     status: str
     settings: Settings | None = None
     plan: Plan | None = None
-    ledger: Ledger = dataclasses.field(default_factory=Ledger)
+    ledger: hwdetect.Ledger = dataclasses.field(default_factory=hwdetect.Ledger)
     progress: Progress = Progress()
     wall_s: float = 0.0
     output_bytes: int | None = None
@@ -3274,7 +2854,7 @@ def intervals_of(runs: Sequence[Outcome]) -> dict[str, Json]:
     if len(runs) < 2:
         return {}
     found = {"duration": interval([run.wall_s for run in runs])}
-    energies = [energy_of(run.ledger).joules for run in runs]
+    energies = [hwdetect.energy_of(run.ledger).joules for run in runs]
     if None not in energies:
         found["energy_joules"] = interval([joules or 0.0 for joules in energies])
     return found
@@ -3379,9 +2959,9 @@ class Attempt(Supervisor):
         finally:
             self._place.meter.leave(self._ledger)
         self._rest(settings.cooldown, "cooling down")
-        ledger, joules = self._ledger, energy_of(self._ledger).joules
+        ledger, joules = self._ledger, hwdetect.energy_of(self._ledger).joules
         busy = ledger.busy_percent_s / ledger.busy_s if ledger.busy_s else 0.0
-        if busy > IDLE_BUSY_PERCENT:
+        if busy > hwdetect.IDLE_BUSY_PERCENT:
             ledger.idle_s, ledger.idle_watts = 0.0, None
             ledger.unknown["idle_watts"] = f"the machine was not idle: {busy:.0f} % of it was busy"
         elif joules is not None:  # this is idle power, whatever the node's own baseline says
@@ -3470,7 +3050,8 @@ class Attempt(Supervisor):
         began = time.monotonic()
         while True:
             self._rest(settings.settle, "settling")
-            self._ledger = Ledger(self._samples, ENCODERS[made.encoder].hardware or bool(settings.hwaccel))
+            uses_gpu = ENCODERS[made.encoder].hardware or bool(settings.hwaccel)
+            self._ledger = hwdetect.Ledger(self._samples, uses_gpu)
             self._ledger.paused = self.paused
             outcome = self._encode(settings, made, len(runs), most)
             if file:
@@ -3602,7 +3183,8 @@ class Attempt(Supervisor):
             return {}, f"{metric} needs {WINDOW}x{WINDOW} pixels, the picture has {made.width}x{made.height}"
         machine, log = self._place.machine, self._folder / FRAME_LOG
         argv = quality_command(machine, metric, source, made)
-        kept, self._ledger = self._ledger, Ledger()  # so that no job beside this one is booked its energy
+        # A ledger of its own, so that no job beside this one is booked its energy.
+        kept, self._ledger = self._ledger, hwdetect.Ledger()
         try:
             exit_ = self._execute(argv, lambda line: None, measured=True)
         finally:
@@ -3687,7 +3269,7 @@ def _read_words(path: Path) -> list[str]:
         return []
 
 
-# ---- 13 Analysis ----------------------------------------------------------------------------------
+# ---- 12 Analysis ----------------------------------------------------------------------------------
 
 # What an analysis may recommend: README lists them.
 RECOMMENDATIONS = {
@@ -3778,7 +3360,7 @@ def _rounded(value: Any) -> Any:
 
 def _measured(run: Outcome) -> Json:
     """Return the figures that were measured of one run."""
-    ledger, energy = run.ledger, energy_of(run.ledger)
+    ledger, energy = run.ledger, hwdetect.energy_of(run.ledger)
     cpu_usage, background = _cpu_usage(ledger, run.wall_s)
     figures: Json = {
         "duration": run.wall_s,
@@ -3817,7 +3399,7 @@ def _covers(known_s: float, whole_s: float) -> bool:
     return known_s > 0 and known_s >= 0.9 * whole_s
 
 
-def _cpu_usage(ledger: Ledger, wall_s: float) -> tuple[float | None, float | None]:
+def _cpu_usage(ledger: hwdetect.Ledger, wall_s: float) -> tuple[float | None, float | None]:
     """Return % of the whole machine, and how much of that other programs used.
 
     A run that was too short to sample has only the job's own CPU time.
@@ -3833,14 +3415,14 @@ def _cpu_usage(ledger: Ledger, wall_s: float) -> tuple[float | None, float | Non
     return min(100.0, own) or None, None
 
 
-def _energy_reasons(ledger: Ledger) -> dict[str, str]:
+def _energy_reasons(ledger: hwdetect.Ledger) -> dict[str, str]:
     """Return why energy, or that of a GPU, is unknown of one run."""
-    energy, reasons = energy_of(ledger), {}
+    energy, reasons = hwdetect.energy_of(ledger), {}
     if energy.why:
         reasons["energy_joules"] = energy.why
     if ledger.gpus and energy.gpu_joules is None:
         reasons["gpu_energy_joules"] = (
-            f"{ledger.gpu_source} told for {least_covered_s(ledger):.1f} s of "
+            f"{ledger.gpu_source} told for {hwdetect.least_covered_s(ledger):.1f} s of "
             f"{ledger.measured_s:.1f} s only")
     return reasons
 
@@ -3865,7 +3447,7 @@ def _reasons(metrics: Json, known: Mapping[str, str], outcome: Outcome) -> dict[
     return reasons
 
 
-def _causes(no_energy: str, has_energy: bool, ledger: Ledger) -> dict[str, str]:
+def _causes(no_energy: str, has_energy: bool, ledger: hwdetect.Ledger) -> dict[str, str]:
     """Return the words that stand for a cause in METRICS, with what they stand for."""
     gpus = {key: why for key, why in ledger.unknown.items() if key.startswith("gpus.")}
     whole = [why for key, why in gpus.items() if re.fullmatch(r"gpus\.\d+", key)]
@@ -4013,7 +3595,7 @@ def _history(outcome: Outcome) -> Json:
     """Return the runs of an outcome, their statistics, and the samples of the last one."""
     runs, ledger = outcome.runs, outcome.ledger
     counted = measured_runs(runs)
-    energies = [energy_of(run.ledger).joules for run in runs]
+    energies = [hwdetect.energy_of(run.ledger).joules for run in runs]
     warm = len(runs) - len(counted)
     columns = [[run.wall_s for run in counted]]
     if None not in energies:
@@ -4032,7 +3614,7 @@ def _history(outcome: Outcome) -> Json:
             "series": {"start": utc_text(ledger.started), "power_source": ledger.power_source, **series}}
 
 
-# ---- 14 State -------------------------------------------------------------------------------------
+# ---- 13 State -------------------------------------------------------------------------------------
 
 class Spool:
     """Reports on disk, from before the first try until the master has said that it knows."""
@@ -4137,7 +3719,7 @@ def home_folders() -> list[str]:
     return sorted(real - {"/"})
 
 
-# ---- 15 Agent -------------------------------------------------------------------------------------
+# ---- 14 Agent -------------------------------------------------------------------------------------
 
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MOST_S = 15.0
@@ -4210,7 +3792,7 @@ class Agent:
         self._freed = threading.Event()
         self._news = threading.Event()
         self._refused: set[Path] = set()
-        self._idle: Idle | None = None  # as the master was told
+        self._idle: hwdetect.Idle | None = None  # as the master was told
         name = options.name or hardware.address or os.uname().nodename
         self._name = name
         self._place = workplace(options, hardware, host, name)
@@ -4297,7 +3879,7 @@ class Agent:
     def _poll(self) -> None:
         backoff = BACKOFF_FIRST_S
         registered = False
-        self._place.meter.rested.wait(IDLE_FIRST_S + 2)
+        self._place.meter.rested.wait(hwdetect.IDLE_FIRST_S + 2)
         while not self._stopping.is_set():
             try:
                 if not registered or (self._protocol and self._place.meter.idle is not self._idle):
@@ -4624,7 +4206,7 @@ def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host
                       hardware.vaapi_device or Machine.vaapi_device,
                       rate_mode_of(hardware.ffmpeg_version),
                       http_args_of(host, hardware.ffmpeg) if hardware.ffmpeg else ())
-    meter = Meter(host, hardware, options.power_model)
+    meter = hwdetect.Meter(host, hardware, options.power_model)
     places = Places(name, options.media_root, options.allow_address, options.own_paths)
     return Workplace(machine, hardware.ffprobe or "ffprobe", host, meter, options.work_dir, places,
                      hardware.filters, options.min_free_bytes, options.stall_limit_s)
@@ -4636,7 +4218,7 @@ def http_args_of(host: hwdetect.Host, ffmpeg: str) -> tuple[str, ...]:
     return ("-max_redirects", "0") if "max_redirects" in told else ()
 
 
-# ---- 16 CLI ---------------------------------------------------------------------------------------
+# ---- 15 CLI ---------------------------------------------------------------------------------------
 
 COMMON_FLAGS = (
     Flag("--max-concurrent-jobs", "1", whole_number(1, 256), "jobs to run side by side (1)"),
@@ -4832,7 +4414,7 @@ def _run_and_print(args: argparse.Namespace, job: Json, options: Options, signal
     print("looking at this machine …", file=sys.stderr)
     hardware = hwdetect.detect(host, not args.no_probe, str(options.state_dir))
     place = workplace(options, hardware, host, options.name or hardware.address or "this machine")
-    place.meter.rested.wait(IDLE_FIRST_S + 2)  # so that the idle share is known
+    place.meter.rested.wait(hwdetect.IDLE_FIRST_S + 2)  # so that the idle share is known
     attempt = Attempt(str(uuid.uuid4()), 1, job, place)
     results: list[Json] = []
     worker = threading.Thread(target=lambda: results.append(carry_out(attempt, place.machine, log)[1]),

@@ -18,9 +18,9 @@ Sections:
     7 Probe      encoders proved by a frame; detect(), which asks them all
     8 Power      counters, integrals and streams that tell energy
     9 Sampler    owns the previous counters: sample(now) gives rates, and joules since the start
-    11 Groups    process groups and their limits
+    10 Ledger    what each run used, the idle baseline, shares by CPU time
+    11 Groups    control groups: limits of processes
     12 CLI       the page, --json, --root, --no-probe, --record, --watch
-(10 is kept for the ledger of what each run used, which is the agent's Meter now.)
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ import functools
 import json
 import math
 import os
+import queue
 import re
 import shutil
 import signal
 import stat
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -2242,6 +2244,444 @@ class Sampler:
             source="gpu-hwmon" if told else None, in_package=bool(gpu.integrated), covered_s=energy.covered_s)
 
 
+def process_group(host: Host, pgid: int, gpu: bool = False) -> ProcessUsage:
+    """Add up a process group: CPU of its processes and of the children they waited for, memory now.
+
+    `gpu` asks for their time on GPUs too: Documentation/gpu/drm-usage-stats.rst.
+    """
+    ticks, rss, pids = 0, 0, []
+    engines: dict[str, int] = {}  # ns by client, which several descriptors may stand for
+    for pid in (int(name) for name in host.list("/proc") if name.isascii() and name.isdigit()):
+        if host.group(pid) not in (None, pgid):
+            continue
+        found = parse_process(host.read(f"/proc/{pid}/stat"))
+        if found.get("group") == pgid:
+            pids.append(pid)
+            ticks += found["ticks"]
+            rss += parse_sizes(host.read(f"/proc/{pid}/status")).get("VmRSS", 0)
+            for name in host.list(f"/proc/{pid}/fdinfo") if gpu else ():
+                engines.update(parse_engines(host.read(f"/proc/{pid}/fdinfo/{name}")))
+    return ProcessUsage(ticks / USER_HZ, rss, tuple(pids), sum(engines.values()) / 1e9)
+
+
+# ---- 10 Ledger ------------------------------------------------------------------------------------
+
+SAMPLE_S = 1.0
+SERIES_MOST = 240  # points; even
+IDLE_FIRST_S = 3.0  # the first idle baseline, at the start
+IDLE_S = 10.0  # a later one
+IDLE_REST_S = 30.0  # without an attempt before one
+IDLE_EVERY_S = 600.0
+IDLE_RETRY_S = 60.0
+IDLE_BUSY_PERCENT = 10.0  # of the machine's CPUs: what is still called idle
+
+
+class Series:
+    """Figures over time in a bounded number of points: when it is full, neighbours become their mean."""
+
+    def __init__(self, most: int = SERIES_MOST) -> None:
+        self.points: list[tuple[float | None, ...]] = []
+        self._most = most
+        self._stride = 1
+        self._waiting: list[tuple[float | None, ...]] = []
+
+    def add(self, *values: float | None) -> None:
+        """Add a point: the time in s first."""
+        self._waiting.append(values)
+        if len(self._waiting) < self._stride:
+            return
+        if len(self.points) == self._most:
+            self.points = [_middle(self.points[at:at + 2]) for at in range(0, self._most, 2)]
+            self._stride *= 2
+            return
+        self.points.append(_middle(self._waiting))
+        self._waiting = []
+
+
+def _middle(points: Sequence[tuple[float | None, ...]]) -> tuple[float | None, ...]:
+    known = [[value for value in column if value is not None] for column in zip(*points)]
+    return tuple(sum(column) / len(column) if column else None for column in known)
+
+
+@dataclass(eq=False)
+class Ledger:
+    """What one run used, filled by the meter: energy in J, CPU in s, memory in bytes.
+
+    `uses_gpu` says that it works with the GPU; its `samples` may go on from an earlier run's.
+    """
+
+    samples: deque[Json] = field(default_factory=lambda: deque(maxlen=600))
+    uses_gpu: bool = False
+    pgid: int | None = None
+    paused: bool = False
+    ended_cpu_s: float = 0.0
+    peak_rss_bytes: int = 0
+    cpu_s: float = 0.0
+    started: float | None = None  # epoch
+    measured_s: float = 0.0
+    busy_s: float = 0.0  # of them with the machine's CPU use known
+    busy_percent_s: float = 0.0
+    energy_joules: float | None = None
+    energy_s: float = 0.0  # of them with energy known
+    idle_joules: float = 0.0
+    idle_s: float = 0.0
+    idle_watts: float | None = None
+    gpus: dict[int, tuple[float, float]] = field(default_factory=dict)  # told J, s they are of
+    gpu_s: float = 0.0
+    gpu_usage_s: float = 0.0
+    gpu_seen_s: float = 0.0
+    gpu_memory_bytes: int | None = None
+    power_source: str | None = None
+    gpu_source: str | None = None
+    gpu_inside: bool = False  # the machine's figure holds a GPU's energy
+    gpu_silent: str | None = None  # why the energy of a GPU beside the processor is unknown
+    throttles: int | None = None  # the machine's count at the start
+    throttled: bool | None = None
+    beside: int = 0
+    unknown: dict[str, str] = field(default_factory=dict)
+    series: Series = field(default_factory=Series)  # s, W, % of the machine
+    pace: Series = field(default_factory=Series)  # s, frames per second
+
+    def ended(self, cpu_s: float, rss_bytes: int) -> None:
+        """Note what a process of this attempt had used when it ended."""
+        self.pgid = None
+        self.ended_cpu_s += cpu_s
+        self.peak_rss_bytes = max(self.peak_rss_bytes, rss_bytes)
+
+    def heat(self, throttles: int | None) -> None:
+        """Note the machine's count of slow-downs by heat, at the start and at the end."""
+        if self.started is None:
+            self.throttles = throttles
+        elif throttles is not None and self.throttles is not None:
+            self.throttled = bool(self.throttled) or throttles > self.throttles
+
+
+class Idle(NamedTuple):
+    """Power of the machine at rest in W, its standard deviation from sample to sample, when (epoch s).
+
+    And where it was read, with the power of how many GPUs beside the processor.
+    """
+
+    watts: float
+    spread: float
+    at: float
+    source: str | None = None
+    gpus: int = 0
+
+    def why_not_of(self, reading: Reading) -> str:
+        """Return why this is not the idle share of a reading, "" where it is."""
+        if reading.power_source != self.source:
+            return f"the idle baseline is of {self.source}, this run of {reading.power_source}"
+        return "the idle baseline lacks a GPU whose power is known now" if gpus_beside(
+            reading) > self.gpus else ""
+
+
+def gpus_beside(reading: Reading) -> int:
+    """Return of how many GPUs the power is known beside the machine's own figure."""
+    return sum(gpu.power_watts is not None and not gpu.in_package for gpu in reading.gpus)
+
+
+class Baseline:
+    """When idle power is to be measured, and what came of it; fed with readings and times, no clock."""
+
+    def __init__(self, now: float) -> None:
+        self.idle: Idle | None = None
+        self.why = "no idle baseline yet: the node had no rest"
+        self._due = now
+        self._readings: list[Reading] = []
+
+    def wait_s(self, now: float) -> float:
+        """Return how long it needs no reading."""
+        return SAMPLE_S if self._readings else max(0.0, self._due - now)
+
+    def disturb(self, now: float) -> None:
+        """Begin the rest anew: an attempt begins or ends, so what was taken in part is void."""
+        self._end(max(self._due, now + IDLE_REST_S))
+
+    def take(self, reading: Reading, epoch_s: float) -> bool:
+        """Take a reading of the resting machine; return whether no more is wanted for now."""
+        if reading.energy_joules is None:
+            self.why = reading.unknown.get("energy_joules") or "no energy counter was read"
+            return self._end(reading.time + IDLE_EVERY_S)
+        self._readings.append(reading)
+        if reading.time - self._readings[0].time < (IDLE_S if self.idle else IDLE_FIRST_S):
+            return False
+        rows = self._readings[1:]
+        told = [gpus_beside(row) for row in rows]
+        watts = [row.total_watts for row, known in zip(rows, told)
+                 if row.total_watts is not None and known == max(told)]  # nvidia-smi speaks up late
+        self.why = _unrest(rows) or ("" if watts else "its power was not told when its idle power was due")
+        if self.why:
+            return self._end(reading.time + IDLE_RETRY_S)
+        spread = statistics.stdev(watts) if len(watts) > 1 else 0.0
+        self.idle = Idle(round(statistics.fmean(watts), 3), round(spread, 3), epoch_s, reading.power_source,
+                         max(told))
+        return self._end(reading.time + IDLE_EVERY_S)
+
+    def _end(self, due: float) -> bool:
+        self._readings.clear()
+        self._due = due
+        return True
+
+
+def _unrest(rows: Sequence[Reading]) -> str:
+    """Return why a machine of which these readings were taken was not at rest, "" where it was."""
+    sources = {row.power_source for row in rows}
+    if len(sources) > 1:
+        return f"its source changed meanwhile: {', '.join(sorted(map(str, sources)))}"
+    uses = [("the machine", [row.cpu_usage for row in rows])]
+    uses += [(gpu.name, [row.gpus[at].usage for row in rows]) for at, gpu in enumerate(rows[-1].gpus)]
+    for what, column in uses:
+        known = [value for value in column if value is not None]
+        if known and statistics.fmean(known) > IDLE_BUSY_PERCENT:
+            return f"{what} was {statistics.fmean(known):.0f} % busy when its idle power was due"
+        if not known and what == "the machine":
+            return "how busy the machine was is unknown"
+    return ""
+
+
+class Meter:
+    """Samples this machine while an attempt runs, and now and then at rest; one thread does it all."""
+
+    def __init__(self, host: Host, hardware: Hardware,
+                 model: tuple[float, float] | None = None, clock: Callable[[], float] = time.monotonic,
+                 ) -> None:
+        self._host = host
+        self._hardware = hardware
+        self._model = model
+        self._clock = clock
+        self._messages: queue.SimpleQueue[tuple[str, Ledger, threading.Event]] = queue.SimpleQueue()
+        self._ledgers: list[Ledger] = []
+        self._sampler: Sampler | None = None
+        self._last: Reading | None = None
+        self._baseline = Baseline(clock())
+        self._working: set[object] = set()  # measured or not: the machine is not at rest
+        self._worked_at = -math.inf
+        self.rested = threading.Event()  # the first idle baseline was tried
+        threading.Thread(target=self._loop, name="meter", daemon=True).start()
+
+    @property
+    def idle(self) -> Idle | None:
+        """The newest idle baseline."""
+        return self._baseline.idle
+
+    def facts(self) -> Json:
+        """Return the idle baseline as a registration has it."""
+        idle = self._baseline.idle
+        return {"idle_watts": idle and idle.watts, "idle_watts_spread": idle and idle.spread,
+                "idle_measured_at": idle and utc_text(idle.at), "idle_source": idle and idle.source,
+                "idle_estimated": idle and idle.source == "model",
+                "idle_unknown": None if idle else self._baseline.why}
+
+    def work(self, attempt: object, works: bool) -> None:
+        """Note that an attempt begins or has ended: idle power is not measured meanwhile.
+
+        And nvidia-smi, which starts slowly, goes on for a while between two of its encodes.
+        """
+        (self._working.add if works else self._working.discard)(attempt)
+        self._worked_at = self._clock()
+        if not works:
+            self._tell("rest", Ledger())
+
+    def join(self, ledger: Ledger) -> None:
+        """Begin to measure for a ledger; returns when the first reading is taken."""
+        self._tell("join", ledger)
+
+    def leave(self, ledger: Ledger) -> None:
+        """Stop measuring for a ledger; returns when the last reading is in it."""
+        self._tell("leave", ledger)
+
+    def pause(self, ledger: Ledger, paused: bool) -> None:
+        """Stop or go on booking to a ledger; what came before is booked when this returns."""
+        self._tell("pause" if paused else "resume", ledger)
+
+    def _tell(self, what: str, ledger: Ledger) -> None:
+        done = threading.Event()
+        self._messages.put((what, ledger, done))
+        done.wait(10)
+
+    def _loop(self) -> None:
+        while True:
+            message = None
+            wait_s = SAMPLE_S if self._ledgers else self._baseline.wait_s(self._clock())
+            if self._sampler is not None:
+                wait_s = min(wait_s, self._sampler.patience_s)
+            with contextlib.suppress(queue.Empty):
+                message = self._messages.get(timeout=wait_s)
+            what, told, done = message or ("", None, None)
+            try:
+                if what != "rest":
+                    self._sample(told)
+            except Exception as error:  # a driver's whim must not end an encode
+                self._baseline.disturb(self._clock())
+                for ledger in filter(None, (*self._ledgers, told)):
+                    ledger.unknown["energy_joules"] = f"the sampler failed: {type(error).__name__}: {error}"
+            if told and done:
+                self._admit(what, told)
+                done.set()
+
+    def _sample(self, told: Ledger | None) -> None:
+        """Take a reading; a ledger that was told of joins or leaves with it."""
+        if told is None and not self._ledgers and (
+                self._working or self._clock() < self._worked_at + IDLE_REST_S):
+            self._baseline.disturb(self._clock())
+            self.rested.set()
+            return self._close()
+        if self._sampler is None:
+            self._sampler = Sampler(self._host, self._hardware, model=self._model)
+            self._last = None
+        reading = self._sampler.sample(self._clock())
+        self._tick(reading)
+        if told:
+            told.heat(self._sampler.throttles())
+        elif not self._ledgers and self._baseline.take(reading, time.time()):
+            self.rested.set()
+            self._close()
+
+    def _close(self) -> None:
+        sampler, self._sampler = self._sampler, None
+        if sampler is not None:
+            with contextlib.suppress(Exception):
+                sampler.close()
+
+    def _admit(self, what: str, ledger: Ledger) -> None:
+        self._baseline.disturb(self._clock())
+        self.rested.set()
+        if what in ("pause", "resume"):
+            ledger.paused = what == "pause"
+        else:
+            self._ledgers = [other for other in self._ledgers if other is not ledger]
+        if what == "join":
+            ledger.started = time.time()
+            self._ledgers.append(ledger)
+        if not self._ledgers and not self._working:
+            self._close()
+
+    def _tick(self, reading: Reading) -> None:
+        last, self._last = self._last, reading
+        active = [ledger for ledger in self._ledgers if not ledger.paused]
+        for ledger, (share, gpu_share) in zip(active, self._shares(active)):
+            ledger.beside = max(ledger.beside, len(active) - 1)
+            ledger.unknown.update(reading.unknown)
+            ledger.power_source = reading.power_source or ledger.power_source
+            if last is not None:
+                _book(ledger, last, reading, share, self._baseline)
+                _book_gpus(ledger, last, reading, gpu_share)
+
+    def _shares(self, ledgers: Sequence[Ledger]) -> list[tuple[float, float]]:
+        """Return each ledger's part of this interval, and of its GPUs': by CPU and by GPU time.
+
+        A GPU whose driver counts no time goes evenly to those who use it, like the rest if nobody does.
+        """
+        used, gpu_used = [], []
+        for ledger in ledgers:
+            total, gpu_total = ledger.ended_cpu_s, ledger.gpu_s
+            if ledger.pgid is not None:
+                usage = process_group(self._host, ledger.pgid, ledger.uses_gpu)
+                total, gpu_total = total + usage.cpu_seconds, usage.gpu_seconds
+                ledger.peak_rss_bytes = max(ledger.peak_rss_bytes, usage.rss_bytes)
+            used.append(max(0.0, total - ledger.cpu_s))
+            gpu_used.append(max(0.0, gpu_total - ledger.gpu_s))
+            ledger.cpu_s, ledger.gpu_s = max(ledger.cpu_s, total), max(ledger.gpu_s, gpu_total)
+        users = [float(ledger.uses_gpu) for ledger in ledgers]
+        return list(zip(_parts(used), _parts(next(filter(any, (gpu_used, users)), used))))
+
+
+def _parts(used: Sequence[float]) -> list[float]:
+    """Return each one's part of the whole; equal parts of nothing."""
+    whole = sum(used)
+    return [part / whole if whole else 1 / len(used) for part in used]
+
+
+def _book(ledger: Ledger, last: Reading, now: Reading, share: float,
+          baseline: Baseline) -> None:
+    """Book one interval between two readings; `share` is this attempt's part of the energy."""
+    span = now.time - last.time
+    ledger.measured_s += span
+    if now.cpu_usage is not None:
+        ledger.busy_s += span
+        ledger.busy_percent_s += now.cpu_usage * span
+    alike = now.power_source == last.power_source
+    if now.energy_joules is not None and last.energy_joules is not None and alike:
+        used = share * (now.energy_joules - last.energy_joules)
+        ledger.energy_joules = (ledger.energy_joules or 0.0) + used
+        ledger.energy_s += now.covered_s - last.covered_s
+    why = baseline.idle.why_not_of(now) if baseline.idle else baseline.why
+    if baseline.idle is None or why:
+        ledger.unknown["idle_watts"] = why
+    else:
+        ledger.idle_watts = baseline.idle.watts
+        ledger.idle_joules += share * baseline.idle.watts * span
+        ledger.idle_s += span
+    ledger.series.add(ledger.measured_s, now.total_watts, now.cpu_usage)
+    ledger.samples.append({"time": utc_text(time.time()), "cpu_usage": now.cpu_usage,
+                           "memory_used_bytes": now.memory_used_bytes, "power_watts": now.total_watts,
+                           "power_source": now.power_source, "temperature_c": now.temperature_c})
+
+
+def _book_gpus(ledger: Ledger, last: Reading, now: Reading, share: float) -> None:
+    """Book what the GPUs did in an interval; those inside the machine's own figure add no energy."""
+    span = now.time - last.time
+    for at, (gpu, before) in enumerate(zip(now.gpus, last.gpus)):
+        if gpu.energy_joules is not None and not gpu.in_package:
+            joules, covered_s = ledger.gpus.get(at, (0.0, 0.0))
+            ledger.gpus[at] = (joules + share * (gpu.energy_joules - (before.energy_joules or 0.0)),
+                               covered_s + gpu.covered_s - before.covered_s)
+            ledger.gpu_source = gpu.source or ledger.gpu_source
+        elif not gpu.in_package:
+            ledger.gpu_silent = now.unknown.get(f"gpus.{at}.power_watts") or now.unknown.get(f"gpus.{at}")
+        elif gpu.energy_joules is not None:
+            ledger.gpu_inside = True
+        if gpu.usage is not None:
+            ledger.gpu_usage_s += gpu.usage * span
+            ledger.gpu_seen_s += span
+        if gpu.memory_used_bytes is not None:
+            ledger.gpu_memory_bytes = max(ledger.gpu_memory_bytes or 0, gpu.memory_used_bytes)
+        if gpu.too_hot is not None:
+            ledger.throttled = bool(ledger.throttled) or gpu.too_hot
+
+
+class Energy(NamedTuple):
+    """Energy of one run: J, where it was read (both None where unknown), and why it is unknown."""
+
+    joules: float | None
+    source: str | None
+    gpu_joules: float | None
+    why: str
+
+
+def energy_of(ledger: Ledger) -> Energy:
+    """Return a run's energy: the machine's figure and the GPUs that it does not hold.
+
+    What was not told of counts like the rest; but a figure of less than 90 % of the run (of a GPU, which is
+    sampled: half) is none of the run.
+    """
+    told = bool(ledger.gpus) and 0 < ledger.measured_s <= 2 * least_covered_s(ledger)
+    gpu = sum(joules / s * ledger.measured_s for joules, s in ledger.gpus.values()) if told else None
+    why = ""
+    if ledger.energy_joules is None:
+        why = (ledger.unknown.get("energy_joules") or ledger.unknown.get("power_watts")
+               or "no energy counter was read") + ("; gpu_energy_joules is known" if told else "")
+    elif ledger.energy_s < 0.9 * ledger.measured_s:
+        why = f"its source told for {ledger.energy_s:.1f} s of {ledger.measured_s:.1f} s only"
+    elif ledger.energy_joules == 0:
+        why = f"{ledger.power_source} counted nothing: it stands still, or the run was too short"
+    elif ledger.gpus and not told:
+        why = "of the GPU too little is known, see gpu_energy_joules"
+    elif ledger.uses_gpu and not ledger.gpus and ledger.gpu_silent:
+        why = f"the job used a GPU whose power is unknown: {ledger.gpu_silent}"
+    if why:
+        return Energy(None, None, gpu, why)
+    sources = [ledger.power_source or "unknown", *([ledger.gpu_source or "gpu"] if told else [])]
+    whole = ledger.measured_s / ledger.energy_s if 0 < ledger.energy_s < ledger.measured_s else 1.0
+    return Energy((ledger.energy_joules or 0.0) * whole + (gpu or 0.0), "+".join(sources), gpu, "")
+
+
+def least_covered_s(ledger: Ledger) -> float:
+    """Return for how long that GPU told its energy that told it least."""
+    return min((covered_s for _, covered_s in ledger.gpus.values()), default=0.0)
+
+
 # ---- 11 Groups ------------------------------------------------------------------------------------
 
 GROUP_PREFIX = "ffdist-"
@@ -2338,26 +2778,6 @@ def remove_groups(host: Host, folders: Iterable[str]) -> None:
             for pid in (host.read(f"{folder}/cgroup.procs") or "").split():
                 host.kill(int(pid))
             time.sleep(0.02)
-
-
-def process_group(host: Host, pgid: int, gpu: bool = False) -> ProcessUsage:
-    """Add up a process group: CPU of its processes and of the children they waited for, memory now.
-
-    `gpu` asks for their time on GPUs too: Documentation/gpu/drm-usage-stats.rst.
-    """
-    ticks, rss, pids = 0, 0, []
-    engines: dict[str, int] = {}  # ns by client, which several descriptors may stand for
-    for pid in (int(name) for name in host.list("/proc") if name.isascii() and name.isdigit()):
-        if host.group(pid) not in (None, pgid):
-            continue
-        found = parse_process(host.read(f"/proc/{pid}/stat"))
-        if found.get("group") == pgid:
-            pids.append(pid)
-            ticks += found["ticks"]
-            rss += parse_sizes(host.read(f"/proc/{pid}/status")).get("VmRSS", 0)
-            for name in host.list(f"/proc/{pid}/fdinfo") if gpu else ():
-                engines.update(parse_engines(host.read(f"/proc/{pid}/fdinfo/{name}")))
-    return ProcessUsage(ticks / USER_HZ, rss, tuple(pids), sum(engines.values()) / 1e9)
 
 
 def process_started(host: Host, pid: int) -> int | None:

@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import hwdetect
-from agent import SAMPLE_S
 from tests import archive
 from tests.support import TOP, Agent, Master, Program, call, free_port, need, wait_for
 
@@ -575,7 +574,8 @@ class Bench:
                 sampler.sample(float(number))
                 hwdetect.process_group(hwdetect.Host(), os.getpgid(self.master.pid))
             each = (time.process_time() - began) / count
-            self.add(f"sampling once a second, {where}", f"{100 * each / SAMPLE_S:.3f} % of a core", "-", "")
+            share = f"{100 * each / hwdetect.SAMPLE_S:.3f} % of a core"
+            self.add(f"sampling once a second, {where}", share, "-", "")
 
     def agent(self) -> None:
         """A real agent: idle, and its wall time over the very same FFmpeg commands run alone."""

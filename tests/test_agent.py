@@ -970,11 +970,11 @@ class Metering(FolderCase):
         self.used_uj, self.busy, self.free, self.load, self.now = 5_000_000, 0, 0, 50, 1000.0
         self.energy(0)
         self.host = hwdetect.Host(str(self.folder))
-        patch = mock.patch("agent.SAMPLE_S", 3600)
+        patch = mock.patch("hwdetect.SAMPLE_S", 3600)
         patch.start()
         self.addCleanup(patch.stop)
         self.hardware = hwdetect.Hardware(rapl=hwdetect.rapl_zones(self.host))
-        self.meter = agent.Meter(self.host, self.hardware, clock=lambda: self.now)
+        self.meter = hwdetect.Meter(self.host, self.hardware, clock=lambda: self.now)
 
     def put(self, path: str, text: object) -> None:
         place = self.folder / path
@@ -995,8 +995,8 @@ class Metering(FolderCase):
                  f"{pid} (ffmpeg) R 1 {pid} {pid} 0 -1 0 0 0 0 0 {ticks} 0 0 0 20 0 1 0 77 0 0")
         self.put(f"proc/{pid}/status", "Name: ffmpeg\nVmRSS:     2048 kB")
 
-    def ledger(self, pid: int) -> agent.Ledger:
-        ledger = agent.Ledger()
+    def ledger(self, pid: int) -> hwdetect.Ledger:
+        ledger = hwdetect.Ledger()
         self.process(pid, 0)
         ledger.pgid = pid
         self.meter.join(ledger)
@@ -1046,7 +1046,7 @@ class Metering(FolderCase):
         self.assertAlmostEqual(total, 30, places=3)
 
     def test_idle_power_is_shared_like_the_gross_and_the_net_sums_too(self) -> None:
-        self.meter._baseline.idle = agent.Idle(10.0, 0.5, 0.0, "rapl")
+        self.meter._baseline.idle = hwdetect.Idle(10.0, 0.5, 0.0, "rapl")
         first, second = self.ledger(10), self.ledger(20)
         self.process(10, 3.0)
         self.process(20, 1.0)
@@ -1074,21 +1074,21 @@ class Metering(FolderCase):
         gpu = hwdetect.GpuReading("T4", 0, 30.0, 5.0, source="nvidia-smi", covered_s=1.0)
         rows = [hwdetect.Reading(float(at), 5.0, None, 9.0, 9.0 * at, float(at), power_source="rapl",
                                  gpus=(gpu,)) for at in (0, 1)]
-        for idle, words in ((agent.Idle(10.0, 0.5, 0.0, "model", 1), "of model, this run of rapl"),
-                            (agent.Idle(10.0, 0.5, 0.0, "rapl"), "lacks a GPU"),
-                            (agent.Idle(10.0, 0.5, 0.0, "rapl", 1), "")):
-            baseline, ledger = agent.Baseline(0.0), agent.Ledger()
+        for idle, words in ((hwdetect.Idle(10.0, 0.5, 0.0, "model", 1), "of model, this run of rapl"),
+                            (hwdetect.Idle(10.0, 0.5, 0.0, "rapl"), "lacks a GPU"),
+                            (hwdetect.Idle(10.0, 0.5, 0.0, "rapl", 1), "")):
+            baseline, ledger = hwdetect.Baseline(0.0), hwdetect.Ledger()
             baseline.idle = idle
-            agent._book(ledger, *rows, 1.0, baseline)
+            hwdetect._book(ledger, *rows, 1.0, baseline)
             self.assertEqual(ledger.idle_s, 0.0 if words else 1.0)
             self.assertIn(words, ledger.unknown.get("idle_watts", ""))
 
     def test_no_idle_power_is_measured_while_an_attempt_works_unmeasured(self) -> None:
         """It fetches, makes a clip or compares: its ledger is not joined then."""
-        with mock.patch.object(agent.Baseline, "wait_s", return_value=3600):  # its thread sleeps
-            meter = agent.Meter(self.host, self.hardware, clock=lambda: self.now)
+        with mock.patch.object(hwdetect.Baseline, "wait_s", return_value=3600):  # its thread sleeps
+            meter = hwdetect.Meter(self.host, self.hardware, clock=lambda: self.now)
         self.load, attempt, found = 1, mock.Mock(), []
-        for works, rest_s in ((True, agent.IDLE_REST_S), (False, 0.0), (None, agent.IDLE_REST_S)):
+        for works, rest_s in ((True, hwdetect.IDLE_REST_S), (False, 0.0), (None, hwdetect.IDLE_REST_S)):
             if works is not None:
                 meter.work(attempt, works)
             self.now += rest_s
@@ -1119,7 +1119,7 @@ class Metering(FolderCase):
         short = self.ledger(11)
         self.energy(0)
         self.meter.leave(short)
-        self.assertIn("rapl counted nothing", agent.energy_of(short).why)
+        self.assertIn("rapl counted nothing", hwdetect.energy_of(short).why)
 
     def test_each_gpu_s_energy_is_of_the_time_that_it_told(self) -> None:
         def reading(at: float, *told: tuple[float, float]) -> hwdetect.Reading:
@@ -1127,11 +1127,11 @@ class Metering(FolderCase):
                 hwdetect.GpuReading("L4", number, 30.0, joules, source="nvidia-smi", covered_s=covered_s)
                 for number, (joules, covered_s) in enumerate(told)))
         for second, joules in (((200.0, 5.0), 90.0 + 300 + 400), ((80.0, 2.0), None)):
-            ledger = agent.Ledger(power_source="rapl")
+            ledger = hwdetect.Ledger(power_source="rapl")
             rows = reading(0.0, (0.0, 0.0), (0.0, 0.0)), reading(10.0, (300.0, 10.0), second)
-            agent._book(ledger, *rows, 1.0, agent.Baseline(0.0))
-            agent._book_gpus(ledger, *rows, 1.0)
-            self.assertEqual(agent.energy_of(ledger).joules, joules)
+            hwdetect._book(ledger, *rows, 1.0, hwdetect.Baseline(0.0))
+            hwdetect._book_gpus(ledger, *rows, 1.0)
+            self.assertEqual(hwdetect.energy_of(ledger).joules, joules)
 
     def test_a_paused_run_is_booked_nothing(self) -> None:
         first, second = self.ledger(10), self.ledger(20)
@@ -1151,14 +1151,14 @@ class Metering(FolderCase):
         def clock() -> float:
             self.energy(5, 0.5)
             return self.now
-        with mock.patch("agent.SAMPLE_S", 0.001):
-            busy = agent.Meter(self.host, self.hardware, clock=clock)
+        with mock.patch("hwdetect.SAMPLE_S", 0.001):
+            busy = hwdetect.Meter(self.host, self.hardware, clock=clock)
             self.assertTrue(busy.rested.wait(20))
             self.assertIn("50 % busy", busy._baseline.why)
             self.assertIsNone(busy.idle)
-        with mock.patch("agent.SAMPLE_S", 0.001):
+        with mock.patch("hwdetect.SAMPLE_S", 0.001):
             self.load = 1
-            meter = agent.Meter(self.host, self.hardware, clock=clock)
+            meter = hwdetect.Meter(self.host, self.hardware, clock=clock)
             self.assertTrue(meter.rested.wait(20))
         self.assertEqual(meter.idle and meter.idle[:2], (10.0, 0.0))
         self.assertEqual(meter.facts()["idle_watts"], 10.0)
@@ -1169,20 +1169,20 @@ class Metering(FolderCase):
             gpu = hwdetect.GpuReading("T4", 0, 30.0, gpu_joules, source="nvidia-smi", covered_s=covered_s)
             return hwdetect.Reading(now, 50.0, None, 100.0, now * 100.0, now, power_source="rapl",
                                     gpus=(gpu,))
-        coder, other, late = agent.Ledger(uses_gpu=True), agent.Ledger(), agent.Ledger(uses_gpu=True)
+        coder, other, late = hwdetect.Ledger(uses_gpu=True), hwdetect.Ledger(), hwdetect.Ledger(uses_gpu=True)
         coder.power_source = other.power_source = "rapl"
         shares = [gpu for _, gpu in self.meter._shares([coder, other])]
         self.assertEqual((shares, self.meter._shares([other])), ([1.0, 0.0], [(1.0, 1.0)]))
         last, now = reading(0.0, 0.0, 0.0), reading(10.0, 240.0, 8.0)
         for ledger, share in zip((coder, other), shares):
-            agent._book(ledger, last, now, 0.5, agent.Baseline(0.0))
-            agent._book_gpus(ledger, last, now, share)
-        found = [agent.energy_of(ledger) for ledger in (coder, other)]
+            hwdetect._book(ledger, last, now, 0.5, hwdetect.Baseline(0.0))
+            hwdetect._book_gpus(ledger, last, now, share)
+        found = [hwdetect.energy_of(ledger) for ledger in (coder, other)]
         self.assertEqual([row.joules for row in found], [500 + 300, 500], "8 s of 10 s stand for all")
         self.assertEqual(found[0].source, "rapl+nvidia-smi")
-        agent._book(late, last, reading(10.0, 240.0, 2.0), 1.0, agent.Baseline(0.0))
-        agent._book_gpus(late, last, reading(10.0, 240.0, 2.0), 1.0)
-        self.assertIsNone(agent.energy_of(late).joules)
+        hwdetect._book(late, last, reading(10.0, 240.0, 2.0), 1.0, hwdetect.Baseline(0.0))
+        hwdetect._book_gpus(late, last, reading(10.0, 240.0, 2.0), 1.0)
+        self.assertIsNone(hwdetect.energy_of(late).joules)
         metrics = agent.metrics_of(agent.Outcome("completed", ledger=late, wall_s=10.0))
         self.assertIn("2.0 s of 10.0 s", metrics["unknown"]["gpu_energy_joules"])
         self.assertIn("GPU", metrics["unknown"]["energy_joules"])
@@ -1195,10 +1195,10 @@ class Metering(FolderCase):
                 (told, {}, ["energy_joules holds it already", "no GPU that tells"]),
                 (none, {"gpus.0": "nvidia-smi is not installed"}, ["nvidia-smi is not installed"] * 2),
                 (small, {"gpus.0.power_watts": "no power sensor"}, ["no power sensor", "no GPU that tells"])):
-            ledger = agent.Ledger()
+            ledger = hwdetect.Ledger()
             now = hwdetect.Reading(1.0, gpus=(gpu,), unknown=why)
             ledger.unknown.update(now.unknown)
-            agent._book_gpus(ledger, now, now, 1.0)
+            hwdetect._book_gpus(ledger, now, now, 1.0)
             unknown = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=1.0))["unknown"]
             self.assertEqual([unknown[name] for name in ("gpu_energy_joules", "gpu_usage")], reasons)
 
@@ -1210,20 +1210,20 @@ class Metering(FolderCase):
                 for descriptor in (4, 5):  # two descriptors of one client
                     self.put(f"proc/{pid}/fdinfo/{descriptor}", f"pos:\t0\ndrm-pdev:\t0000:03:00.0\n"
                              f"drm-client-id:\t{pid}\n{words.format(busy)}")
-            ledgers = [agent.Ledger(uses_gpu=True), agent.Ledger(uses_gpu=True)]
+            ledgers = [hwdetect.Ledger(uses_gpu=True), hwdetect.Ledger(uses_gpu=True)]
             ledgers[0].pgid, ledgers[1].pgid = 10, 20
             self.assertEqual(self.meter._shares(ledgers), [(0.5, 0.75), (0.5, 0.25)])
             self.assertEqual([ledger.gpu_s for ledger in ledgers], [3.0, 1.0])
 
     def test_a_source_that_changes_is_no_energy(self) -> None:
-        ledger = agent.Ledger()
+        ledger = hwdetect.Ledger()
         rows = [hwdetect.Reading(0.0, 5.0, None, 9.0, 900.0, power_source="battery"),
                 hwdetect.Reading(5.0, 5.0, None, 9.0, 3.0, power_source="hwmon"),
                 hwdetect.Reading(10.0, 5.0, None, 9.0, 48.0, 5.0, power_source="hwmon")]
         for last, now in zip(rows, rows[1:]):
-            agent._book(ledger, last, now, 1.0, agent.Baseline(0.0))
-        self.assertEqual((ledger.energy_joules, agent.energy_of(ledger).joules), (45.0, None))
-        self.assertIn("5.0 s of 10.0 s", agent.energy_of(ledger).why)
+            hwdetect._book(ledger, last, now, 1.0, hwdetect.Baseline(0.0))
+        self.assertEqual((ledger.energy_joules, hwdetect.energy_of(ledger).joules), (45.0, None))
+        self.assertIn("5.0 s of 10.0 s", hwdetect.energy_of(ledger).why)
 
     def test_a_counter_that_goes_away_or_is_reset_during_a_run_is_no_energy(self) -> None:
         zone = self.folder / "sys/class/powercap/intel-rapl:0/energy_uj"
@@ -1253,12 +1253,12 @@ class Metering(FolderCase):
             self.meter.join(ledger)  # a reading
         self.meter.leave(ledger)
         self.assertEqual((ledger.energy_joules, ledger.energy_s), (570.0, 19.0))
-        self.assertAlmostEqual(agent.energy_of(ledger).joules or 0, 600.0)
+        self.assertAlmostEqual(hwdetect.energy_of(ledger).joules or 0, 600.0)
 
     def test_an_estimate_is_marked_wherever_it_is_shown(self) -> None:
         shutil.rmtree(self.folder / "sys")
-        meter = agent.Meter(self.host, hwdetect.Hardware(), (20.0, 100.0), lambda: self.now)
-        ledger = agent.Ledger()
+        meter = hwdetect.Meter(self.host, hwdetect.Hardware(), (20.0, 100.0), lambda: self.now)
+        ledger = hwdetect.Ledger()
         meter.join(ledger)
         self.busy += 50
         self.put("proc/stat", f"cpu  {self.busy} 0 0 {self.free} 0 0 0 0 0 0")
@@ -1272,7 +1272,7 @@ class Metering(FolderCase):
         self.assertEqual({row["power_source"] for row in ledger.samples}, {"model"})
         self.assertEqual(agent._history(agent.Outcome("completed", ledger=ledger))["series"]["power_source"],
                          "model")
-        meter._baseline.idle = agent.Idle(20.0, 0.0, 0.0, "model")
+        meter._baseline.idle = hwdetect.Idle(20.0, 0.0, 0.0, "model")
         self.assertEqual((meter.facts()["idle_source"], meter.facts()["idle_estimated"]), ("model", True))
         self.assertIn("about 1000 J", shown)
         self.assertIn("estimated", shown)
@@ -1304,8 +1304,8 @@ class Metering(FolderCase):
 
     def test_a_machine_without_counters_says_why_and_never_zero(self) -> None:
         shutil.rmtree(self.folder / "sys")
-        meter = agent.Meter(self.host, hwdetect.Hardware())
-        ledger = agent.Ledger()
+        meter = hwdetect.Meter(self.host, hwdetect.Hardware())
+        ledger = hwdetect.Ledger()
         meter.join(ledger)
         meter.leave(ledger)
         metrics = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=1.0))
@@ -1355,7 +1355,7 @@ class Metering(FolderCase):
 class Resting(unittest.TestCase):
     """When idle power is measured, from readings with times of their own."""
 
-    def feed(self, baseline: agent.Baseline, start: float, watts: list[float], busy: float = 1.0) -> bool:
+    def feed(self, baseline: hwdetect.Baseline, start: float, watts: list[float], busy: float = 1.0) -> bool:
         done, joules = False, 0.0
         for at, drawn in enumerate([0.0, *watts]):
             joules += drawn
@@ -1364,42 +1364,42 @@ class Resting(unittest.TestCase):
         return done
 
     def test_the_first_is_short_and_at_once_and_later_ones_wait_for_rest(self) -> None:
-        baseline = agent.Baseline(100.0)
+        baseline = hwdetect.Baseline(100.0)
         self.assertEqual(baseline.wait_s(100.0), 0.0)
         self.assertTrue(self.feed(baseline, 100.0, [12.0, 15.0, 18.0]))
-        self.assertEqual(baseline.idle, agent.Idle(15.0, 3.0, 7.0, "rapl"))
-        self.assertEqual(baseline.wait_s(103.0), agent.IDLE_EVERY_S)
+        self.assertEqual(baseline.idle, hwdetect.Idle(15.0, 3.0, 7.0, "rapl"))
+        self.assertEqual(baseline.wait_s(103.0), hwdetect.IDLE_EVERY_S)
         baseline.disturb(690.0)
-        self.assertEqual(baseline.wait_s(690.0), agent.IDLE_REST_S)
+        self.assertEqual(baseline.wait_s(690.0), hwdetect.IDLE_REST_S)
         self.assertFalse(self.feed(baseline, 720.0, [1.0] * 3), "later ones take longer")
         baseline.disturb(724.0)
-        self.assertEqual(baseline.wait_s(724.0), agent.IDLE_REST_S, "what was taken in part is void")
+        self.assertEqual(baseline.wait_s(724.0), hwdetect.IDLE_REST_S, "what was taken in part is void")
         self.assertTrue(self.feed(baseline, 760.0, [20.0] * 10))
-        self.assertEqual(baseline.idle, agent.Idle(20.0, 0.0, 7.0, "rapl"))
+        self.assertEqual(baseline.idle, hwdetect.Idle(20.0, 0.0, 7.0, "rapl"))
 
     def test_a_busy_machine_is_not_called_idle(self) -> None:
-        baseline = agent.Baseline(0.0)
+        baseline = hwdetect.Baseline(0.0)
         self.assertTrue(self.feed(baseline, 0.0, [90.0] * 3, busy=60.0))
         self.assertIsNone(baseline.idle)
         self.assertIn("60 % busy", baseline.why)
-        self.assertEqual(baseline.wait_s(3.0), agent.IDLE_RETRY_S)
+        self.assertEqual(baseline.wait_s(3.0), hwdetect.IDLE_RETRY_S)
 
     def test_what_works_on_the_gpu_or_cannot_be_seen_is_not_called_idle(self) -> None:
         for busy, usage, source, words in (
                 (1.0, 60.0, "rapl", "L4 was 60 % busy"), (None, 0.0, "rapl", "is unknown"),
                 (1.0, None, "battery", "changed meanwhile: battery, rapl"), (1.0, 3.0, "rapl", "")):
-            baseline = agent.Baseline(0.0)
+            baseline = hwdetect.Baseline(0.0)
             for at in range(4):
                 gpu = hwdetect.GpuReading("L4", 0, 20.0, 0.0, usage)
                 baseline.take(hwdetect.Reading(float(at), busy, None, 9.0, 9.0, gpus=(gpu,),
                                                power_source=source if at == 2 else "rapl"), 7.0)
             self.assertIn(words, baseline.why)
-            self.assertEqual(baseline.idle, None if words else agent.Idle(29.0, 0.0, 7.0, "rapl", 1))
+            self.assertEqual(baseline.idle, None if words else hwdetect.Idle(29.0, 0.0, 7.0, "rapl", 1))
 
     def test_a_machine_that_tells_nothing_is_asked_once(self) -> None:
-        baseline = agent.Baseline(0.0)
+        baseline = hwdetect.Baseline(0.0)
         self.assertTrue(baseline.take(hwdetect.Reading(0.0, unknown={"energy_joules": "no RAPL"}), 7.0))
-        self.assertEqual((baseline.why, baseline.wait_s(0.0)), ("no RAPL", agent.IDLE_EVERY_S))
+        self.assertEqual((baseline.why, baseline.wait_s(0.0)), ("no RAPL", hwdetect.IDLE_EVERY_S))
 
 
 class Counting(unittest.TestCase):
@@ -1408,7 +1408,7 @@ class Counting(unittest.TestCase):
     def runs(self, *seconds: float, joules: float | None = None) -> list[agent.Outcome]:
         made = []
         for wall in seconds:
-            ledger = agent.Ledger()
+            ledger = hwdetect.Ledger()
             ledger.measured_s = ledger.energy_s = wall
             ledger.energy_joules = joules and joules * wall
             ledger.power_source = "rapl"
@@ -1470,7 +1470,7 @@ class Counting(unittest.TestCase):
 
     def test_one_run_is_as_good_as_its_samples(self) -> None:
         outcome = self.runs(20.0)[0]
-        ledger = outcome.ledger or agent.Ledger()
+        ledger = outcome.ledger or hwdetect.Ledger()
         outcome = dataclasses.replace(outcome, runs=(outcome,), confidence="auto")
         self.assertEqual(agent.confidence_reached(outcome)[0], "low", "no samples")
         for at in range(40):
@@ -1484,7 +1484,7 @@ class Counting(unittest.TestCase):
         self.assertEqual(agent.confidence_reached(outcome), ("low", []))
 
     def test_a_series_keeps_its_span_and_its_mean_in_few_points(self) -> None:
-        series = agent.Series(240)
+        series = hwdetect.Series(240)
         for at in range(100_000):
             series.add(float(at), None if at % 2 else 30.0, float(at % 4))
         self.assertLessEqual(len(series.points), 240)
@@ -1498,7 +1498,7 @@ class Judging(unittest.TestCase):
     def test_formulas_are_what_they_say(self) -> None:
         """Each formula, read as Python would, gives the figure that is reported."""
         settings = agent.resolve("1080p30-h264", {"input": "in.mp4", "output": "out.mp4"})
-        ledger = agent.Ledger()
+        ledger = hwdetect.Ledger()
         ledger.measured_s = ledger.energy_s = ledger.idle_s = ledger.busy_s = 40.0
         ledger.energy_joules, ledger.idle_joules, ledger.idle_watts = 3000.0, 800.0, 20.0
         ledger.power_source = "rapl"

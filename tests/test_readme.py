@@ -137,11 +137,11 @@ class Complete(unittest.TestCase):
         self.assertEqual(listed, agent.FORMULAS)
 
     def test_limits_of_measuring(self) -> None:
-        self.assertEqual((agent.IDLE_FIRST_S, agent.IDLE_S, agent.IDLE_REST_S, agent.IDLE_EVERY_S,
-                          agent.IDLE_BUSY_PERCENT), (3, 10, 30, 600, 10))
+        self.assertEqual((hwdetect.IDLE_FIRST_S, hwdetect.IDLE_S, hwdetect.IDLE_REST_S, hwdetect.IDLE_EVERY_S,
+                          hwdetect.IDLE_BUSY_PERCENT), (3, 10, 30, 600, 10))
         self.assertEqual((agent.RUNS_LEAST, agent.RUNS_MOST, agent.INTERVAL_MOST, agent.REPEATS_S),
                          (3, {"medium": 10, "high": 20}, {"medium": 0.05, "high": 0.02}, 3600))
-        self.assertEqual((agent.SERIES_MOST, agent.BASELINE_S), (240, 60))
+        self.assertEqual((hwdetect.SERIES_MOST, agent.BASELINE_S), (240, 60))
 
     def test_every_metric_that_the_master_adds(self) -> None:
         self.assertEqual(names_of(rows("Added by the master")), set(ffdist.PRICED))

@@ -923,13 +923,13 @@ class Quality(RunCase):
 
     def test_a_comparison_is_booked_to_nobody(self) -> None:
         """Neither to its own job, nor to one beside it, which it would be if the meter did not know of it."""
-        joined: list[agent.Ledger] = []
-        join = agent.Meter.join
+        joined: list[hwdetect.Ledger] = []
+        join = hwdetect.Meter.join
 
-        def noted(meter: agent.Meter, ledger: agent.Ledger) -> None:
+        def noted(meter: hwdetect.Meter, ledger: hwdetect.Ledger) -> None:
             joined.append(ledger)
             join(meter, ledger)
-        with mock.patch("agent.Meter.join", noted):
+        with mock.patch("hwdetect.Meter.join", noted):
             attempt = self.attempt(input=self.film("plain.mp4"), quality="psnr")
             outcome = attempt.run()
         self.assertEqual((len(joined), outcome.status), (2, "completed"))
