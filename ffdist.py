@@ -2777,7 +2777,8 @@ class Figure(NamedTuple):
     """One figure of a result: its name in `metrics`, its help, and its column in the tables of reports.
 
     Its metric is ffdist_job_ and `metric`, or its name; one without a help has none, one without a head no
-    column. `digits` are those that count.
+    column. `digits` are those that count. `money` marks an amount of the tariff's currency: its unit is the
+    result's `currency`, and it may be below zero.
     """
 
     name: str
@@ -2786,6 +2787,7 @@ class Figure(NamedTuple):
     unit: str = ""
     digits: int = 3
     metric: str = ""
+    money: bool = False
 
     @property
     def axis(self) -> str:
@@ -2815,10 +2817,11 @@ TABLES: Mapping[str, tuple[Figure, ...]] = {
         Figure("energy_joules", "Energy, this job's share of the machine.", "energy", "J"),
         Figure("net_energy_joules", "Energy above that of the idle machine.", "above idle", "J"),
         Figure("energy_wh", "", "energy", "Wh"),
-        Figure("energy_cost", "Price of the energy, in the tariff's currency.", "cost"),
+        Figure("energy_cost", "Price of the energy, in the tariff's currency.", "cost", money=True),
         Figure("carbon_g", "gCO2e of the energy.", "CO2e", "g"),
         Figure("energy_wh_per_minute", "Wh for each minute of output.", "Wh a minute"),
-        Figure("cost_per_minute", "Price of the energy for each minute of output.", "cost a minute"),
+        Figure("cost_per_minute", "Price of the energy for each minute of output.", "cost a minute",
+               money=True),
         Figure("carbon_g_per_minute", "gCO2e for each minute of output.", "g CO2e a minute")),
     "Power": (
         Figure("power_watts", "Mean power while it ran.", "power", "W"),
@@ -4545,7 +4548,7 @@ def amount_text(value: float | None, unit: str = "", digits: int = 3) -> str | N
 
 def figure_of(metrics: Mapping[str, Any], name: str) -> float | None:
     """Return a figure that may be missing, a finite number; only a price may be below nothing."""
-    if name not in ("energy_cost", "cost_per_minute"):
+    if name not in FIGURES or not FIGURES[name].money:
         return finite(metrics, name)
     value = metrics.get(name)
     return float(value) if isinstance(value, (int, float)) and abs(value) < FIGURE_MOST else None
@@ -4562,7 +4565,7 @@ def figure_text(metrics: Mapping[str, Any], name: str, unit: str | None = None,
 
     A price is in the tariff's currency.
     """
-    own = str(metrics.get("currency") or "") if "cost" in name else FIGURES[name].unit
+    own = str(metrics.get("currency") or "") if FIGURES[name].money else FIGURES[name].unit
     text = amount_text(figure_of(metrics, name), own if unit is None else unit, digits)
     return f"~{text}" if text and estimated(metrics, name) else text
 
@@ -4998,7 +5001,7 @@ def _jobs_table(rows: Sequence[Row], columns: Iterable[Figure],
             return wire.size_text(value)
         return figure_text(row.metrics, column.name, "", column.digits) or ""
     currency = next((str(row.metrics["currency"]) for row in rows if row.metrics.get("currency")), "")
-    names = [(column._replace(unit=currency) if "cost" in column.name else column).axis for column in shown]
+    names = [(column._replace(unit=currency) if column.money else column).axis for column in shown]
     begun = [words(row) for row in rows]
     cells = [[*map(html_text, begin.values()), *(cell(row, column) for column in shown)]
              for begin, row in zip(begun, rows)]
