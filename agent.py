@@ -52,7 +52,6 @@ import os
 import pwd
 import random
 import re
-import resource
 import secrets
 import shlex
 import shutil
@@ -60,7 +59,6 @@ import signal
 import socket
 import stat
 import statistics
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -2447,152 +2445,30 @@ class Places:
 # ---- 10 Run ---------------------------------------------------------------------------------------
 
 CONFIDENCES = ("auto", "low", "medium", "high")
-GRACE_S = 1.0
 KEPT_LINES = 60
 UNSENT_LINES = 10_000
 PROBE_S = 60.0
-NICE = ("nice", "-n", "10")
 CRASHES = tuple(-number for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGTRAP))
-DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")  # util-linux 2.33; busybox has none
 _SLICE_S = 0.25
 
 
-class Exit(NamedTuple):
-    """How a process ended: status (negative: the signal), CPU s and peak memory of it and its children."""
-
-    returncode: int
-    cpu_seconds: float
-    peak_rss_bytes: int
+LIMIT_PARAMETERS = {"memory": "max_memory_mb", "cpu": "max_cpu_percent"}
 
 
-@functools.lru_cache(maxsize=1)
-def launcher() -> tuple[str, ...]:
-    """Return the words before a command: low priority, and where possible an end with the agent's own."""
-    words: tuple[str, ...] = ()
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        tried = subprocess.run([*DIE_WITH_PARENT, "true"], stdin=subprocess.DEVNULL, capture_output=True,
-                               timeout=10)
-        words = DIE_WITH_PARENT if tried.returncode == 0 else ()
-    return (*words, *NICE) if shutil.which(NICE[0]) else words
+def memory_burst(limits: hwdetect.Limits, ended: hwdetect.Exit, reason: str) -> str:
+    """Return in words that a process failed for its limit of memory, "" where it did not.
 
-
-class Process:
-    """One program in a process group of its own, niced, both its pipes always drained."""
-
-    def __init__(self, argv: Sequence[str], folder: Path, on_stdout: Callable[[str], None],
-                 on_stderr: Callable[[str], None], descriptors: Iterable[int] = ()) -> None:
-        if shutil.which(argv[0]) is None:
-            raise Failure("no_capability", f"{argv[0]} is not there or not executable on this node")
-        self._popen = subprocess.Popen([*launcher(), *argv], cwd=folder, stdin=subprocess.DEVNULL,
-                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                                       pass_fds=tuple(descriptors))
-        self.pid = self._popen.pid
-        self.ended = threading.Event()
-        self.exit: Exit | None = None
-        drains = [threading.Thread(target=_drain, args=pair, daemon=True)
-                  for pair in ((self._popen.stdout, on_stdout), (self._popen.stderr, on_stderr))]
-        for drain in drains:
-            drain.start()
-        threading.Thread(target=self._reap, args=(drains,), daemon=True).start()
-
-    def _reap(self, drains: list[threading.Thread]) -> None:
-        # The zombie keeps the group's number from being given to a stranger while the rest is killed.
-        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
-        self.signal(signal.SIGKILL)
-        for drain in drains:
-            drain.join(2)
-        _, status, usage = os.wait4(self.pid, 0)
-        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-        self._popen.returncode = code
-        self.exit = Exit(code, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
-        self.ended.set()
-
-    def signal(self, number: int) -> None:
-        """Send a signal to the whole group; one that has gone already is no error."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, number)
-
-    def end(self) -> None:
-        """End the group: TERM, then KILL; returns when it is gone."""
-        if self.ended.is_set():
-            return
-        self.signal(signal.SIGTERM)
-        self.signal(signal.SIGCONT)
-        if not self.ended.wait(GRACE_S):
-            self.signal(signal.SIGKILL)
-            self.ended.wait(10)
-
-
-def _drain(pipe: Any, take: Callable[[str], None]) -> None:
-    with pipe:
-        for line in iter(lambda: pipe.readline(1 << 16), b""):
-            take(line.decode("utf-8", "replace").rstrip("\r\n"))
-
-
-class Limits:
-    """What the processes of one attempt may use: by a control group of its own, else by plain limits."""
-
-    def __init__(self, settings: Settings, folder: Path, host: hwdetect.Host, node: str) -> None:
-        self._node = node
-        self._memory_bytes = (settings.max_memory_mb or 0) << 20
-        self._percent = settings.max_cpu_percent or 0
-        self._group = hwdetect.ControlGroup(host, folder.name)
-        self._grouped: dict[str, str | None] = {}  # asked for -> how the group enforces it, if it does
-        self.told: dict[str, str] = {}  # limit -> how it is enforced
-        asked = {"memory": self._memory_bytes, "cpu": int(self._percent * hwdetect.CPU_PERIOD_US / 100)}
-        if any(asked.values()):  # noted before one is made: see clear_work
-            (folder / "groups").write_text("\n".join(self._group.folders))
-        for name, amount in asked.items():
-            if amount:
-                self._grouped[name] = self._group.limit(name, amount)
-
-    def take(self, pid: int) -> str:
-        """Put a process that was just started under the limits; return how, in words, when that is news.
-
-        Raises Failure where one can't be enforced: rather no process than one without limits.
-        """
-        before, missed = dict(self.told), []
-        plain = {"memory": ("max_memory_mb", self._plain_memory), "cpu": ("max_cpu_percent", self._plain_cpu)}
-        for name, how in self._grouped.items():
-            parameter, by_itself = plain[name]
-            try:
-                self.told[name] = how if how and self._group.take(name, pid) else by_itself(pid)
-            except ProcessLookupError:
-                pass  # it has ended already
-            except (OSError, ValueError):
-                missed.append(parameter)
-        if missed:
-            raise Failure("no_capability", f"{' and '.join(missed)} cannot be enforced on {self._node}: "
-                          "neither a control group nor a plain limit is allowed to the agent")
-        return ", ".join(f"{name} by {how}" for name, how in self.told.items()) if self.told != before else ""
-
-    def _plain_memory(self, pid: int) -> str:
-        resource.prlimit(pid, resource.RLIMIT_AS, (self._memory_bytes, self._memory_bytes))
-        return "rlimit"
-
-    def _plain_cpu(self, pid: int) -> str:
-        mine = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(pid, random.sample(mine, min(len(mine), math.ceil(self._percent / 100))))
-        return "affinity"
-
-    def burst(self, exit_: Exit, reason: str) -> str:
-        """Return in words that a process failed for its limit of memory, "" where it did not.
-
-        Encoders that get no memory under a plain limit may fail without a word of it, or crash.
-        """
-        how = self.told.get("memory")
-        if how is None:
-            return ""
-        silent = reason in ("encoder", "no_capability") or exit_.returncode in CRASHES
-        burst = self._group.killed() if how != "rlimit" else silent and exit_.returncode != 0
-        if not burst and reason != "out_of_memory":
-            return ""
-        counts = ", which counts addresses, not pages in use" if how == "rlimit" else ""
-        return f"max_memory_mb of {self._memory_bytes >> 20} ({how}{counts}) is too little for it"
-
-    def lift(self) -> None:
-        """Remove the control group."""
-        self._group.remove()
+    Encoders that get no memory under a plain limit may fail without a word of it, or crash.
+    """
+    how = limits.enforced.get("memory")
+    if how is None:
+        return ""
+    silent = reason in ("encoder", "no_capability") or ended.returncode in CRASHES
+    burst = limits.killed() if how != "rlimit" else silent and ended.returncode != 0
+    if not burst and reason != "out_of_memory":
+        return ""
+    counts = ", which counts addresses, not pages in use" if how == "rlimit" else ""
+    return f"max_memory_mb of {limits.memory_bytes >> 20} ({how}{counts}) is too little for it"
 
 
 def boot_clock() -> float:
@@ -2643,11 +2519,11 @@ class Supervisor:
         self._stop: str | None = None
         self._place = place
         self._folder = folder
-        self._limits: Limits | None = None
+        self._limits: hwdetect.Limits | None = None
         self._opened: dict[int, str] = {}  # descriptors that the programs inherit -> as the user names them
         self._samples: deque[Json] = deque(maxlen=600)
         self._ledger = hwdetect.Ledger(self._samples)
-        self._process: Process | None = None
+        self._process: hwdetect.Program | None = None
         self._tail: deque[str] = deque(maxlen=KEPT_LINES)
         self._damaged = 0
         self._subject = "the generated source"  # what is worked on, for sentences
@@ -2725,17 +2601,17 @@ class Supervisor:
                      for word in argv)
 
     def _execute(self, argv: Sequence[str], on_stdout: Callable[[str], None], measured: bool = False,
-                 limit_s: float = math.inf) -> Exit:
+                 limit_s: float = math.inf) -> hwdetect.Exit:
         """Run one program to its end, or raise Stopped or Failure(timeout) when its group is gone."""
         self._check()
         self._tail.clear()
         if measured:  # from before its start, for of a short run that is much
             self._read(self._place.meter.join)
-        process: Process | None = None
+        process: hwdetect.Program | None = None
         try:
-            process = self._process = Process(argv, self._folder, on_stdout, self._hear, self._opened)
+            process = self._process = self._start(argv, on_stdout)
             self._ledger.pgid = process.pid if measured else None
-            news = self._limits.take(process.pid) if self._limits else ""
+            news = self._limit(process.pid)
             if news:
                 self._say(f"limits: {news}")
             started = hwdetect.process_started(self._place.host, process.pid)
@@ -2755,7 +2631,21 @@ class Supervisor:
                 self._ledger.ended(*(process.exit[1:] if process and process.exit else (0.0, 0)))
                 self._read(self._place.meter.leave)
         self._check()
-        return process.exit or Exit(-signal.SIGKILL, 0.0, 0)
+        return process.exit or hwdetect.Exit(-signal.SIGKILL, 0.0, 0)
+
+    def _start(self, argv: Sequence[str], on_stdout: Callable[[str], None]) -> hwdetect.Program:
+        try:
+            return hwdetect.Program(argv, self._folder, on_stdout, self._hear, self._opened)
+        except hwdetect.ProgramMissing as missing:
+            raise Failure("no_capability", f"{missing} is not there or not executable on this node") from None
+
+    def _limit(self, pid: int) -> str:
+        try:
+            return self._limits.take(pid) if self._limits else ""
+        except hwdetect.LimitsRefused as refused:
+            parameters = " and ".join(LIMIT_PARAMETERS[name] for name in refused.args)
+            raise Failure("no_capability", f"{parameters} cannot be enforced on {self._place.node}: "
+                          "neither a control group nor a plain limit is allowed to the agent") from None
 
     def _read(self, verb: Callable[[hwdetect.Ledger], None]) -> None:
         """Have the meter read for the ledger; how long its sensors take is no time of the encode."""
@@ -2912,11 +2802,12 @@ class Attempt(Supervisor):
         finally:
             self._clean()
             self._place.meter.work(self, False)
+        limits = self._limits.enforced if self._limits else {}
         made = self._plan and dataclasses.replace(self._plan, passes=tuple(map(self._argv_with_user_names,
                                                                                self._plan.passes)))
         return dataclasses.replace(outcome, wall_s=outcome.wall_s or time.monotonic() - started,
                                    settings=self._settings, plan=made, ledger=self._ledger,
-                                   damaged=self._damaged, limits=self._limits.told if self._limits else {})
+                                   damaged=self._damaged, limits=limits)
 
     def _work(self) -> Outcome:
         settings = self._settings = resolve(self._job.get("scenario"), self._job.get("parameters"),
@@ -2928,7 +2819,9 @@ class Attempt(Supervisor):
         make_folder(self._place.work_dir)
         self._folder.mkdir(mode=0o700)
         self._want(str(self._place.work_dir), str(self._place.work_dir))
-        self._limits = Limits(settings, self._folder, self._place.host, self._place.node)
+        memory_bytes = (settings.max_memory_mb or 0) << 20
+        self._limits = hwdetect.Limits(self._place.host, self._folder, memory_bytes,
+                                       settings.max_cpu_percent or 0)
         if settings.baseline:
             return self._measure_idle(settings)
         source = self._source(settings)
@@ -3091,7 +2984,7 @@ class Attempt(Supervisor):
         self._moved = math.inf
         return Outcome("completed", wall_s=time.monotonic() - began - self._paused_s, progress=latest)
 
-    def _expect(self, exit_: Exit, settings: Settings) -> None:
+    def _expect(self, exit_: hwdetect.Exit, settings: Settings) -> None:
         """Raise a Failure in FFmpeg's own words unless it ended well and wrote all that it had."""
         unwritten = [line for line in telling_lines(self._tail) if UNWRITTEN.search(line)]
         if exit_.returncode == 0 and not unwritten:
@@ -3105,11 +2998,11 @@ class Attempt(Supervisor):
         raise Failure(reason, f"{names}: ffmpeg {how} on {self._place.node}"
                       f"{': ' + words if words else ' without a word'}")
 
-    def _reason(self, exit_: Exit) -> tuple[str, str]:
+    def _reason(self, exit_: hwdetect.Exit) -> tuple[str, str]:
         """Return the class of a failure, and in words that a limit of the job was its cause ("" if not)."""
         lines = telling_lines(self._tail)
         reason = failure_reason(exit_.returncode, "\n".join(lines))
-        burst = self._limits.burst(exit_, reason) if self._limits else ""
+        burst = memory_burst(self._limits, exit_, reason) if self._limits else ""
         target = self._plan.target if self._plan else None
         if reason == "input" and target and re.search(rf"{re.escape(target)}(?!\d)", "\n".join(lines)):
             reason = "output"

@@ -11,7 +11,7 @@ virtual machines have no energy counters, and an estimate is never passed off as
 Sections:
     1 Common     what all three files share: printable text, times, durations, sizes, flags
     2 Facts      dataclasses with units, vendor tables with their kernel document
-    3 Host       the only file and program access: one bounded read, None instead of an exception
+    3 Host       the only file and program access: one bounded read, None instead of an exception; Program
     4 Archive    what detection reads, written into one text, and unpacked again
     5 Parsers    text to value, pure
     6 Detectors  a table; each isolated, its failure recorded in the answer, never fatal
@@ -19,7 +19,7 @@ Sections:
     8 Power      counters, integrals and streams that tell energy
     9 Sampler    owns the previous counters: sample(now) gives rates, and joules since the start
     10 Ledger    what each run used, the idle baseline, shares by CPU time
-    11 Groups    control groups: limits of processes
+    11 Groups    control groups, and what the processes of a run may use
     12 CLI       the page, --json, --root, --no-probe, --record, --watch
 """
 
@@ -36,7 +36,9 @@ import json
 import math
 import os
 import queue
+import random
 import re
+import resource
 import shutil
 import signal
 import stat
@@ -896,6 +898,87 @@ class Host:
             return None if self.foreign else os.getpgid(pid)
         except OSError:
             return None
+
+
+GRACE_S = 1.0  # between TERM and KILL
+# An encode takes what the machine has left, never what its users need.
+NICE = ("nice", "-n", "10")
+DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")  # util-linux 2.33; busybox has none
+
+class Exit(NamedTuple):
+    """How a process ended: status (negative: the signal), CPU s and peak memory of it and its children."""
+
+    returncode: int
+    cpu_seconds: float
+    peak_rss_bytes: int
+
+
+class ProgramMissing(Exception):
+    """A program is not there or not executable; `args[0]` is its name."""
+
+
+@functools.lru_cache(maxsize=1)
+def launcher() -> tuple[str, ...]:
+    """Return the words before a command: low priority, and where possible an end with the agent's own."""
+    words: tuple[str, ...] = ()
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        tried = subprocess.run([*DIE_WITH_PARENT, "true"], stdin=subprocess.DEVNULL, capture_output=True,
+                               timeout=10)
+        words = DIE_WITH_PARENT if tried.returncode == 0 else ()
+    return (*words, *NICE) if shutil.which(NICE[0]) else words
+
+
+class Program:
+    """One program in a process group of its own, niced, both its pipes always drained."""
+
+    def __init__(self, argv: Sequence[str], folder: Path, on_stdout: Callable[[str], None],
+                 on_stderr: Callable[[str], None], descriptors: Iterable[int] = ()) -> None:
+        if shutil.which(argv[0]) is None:
+            raise ProgramMissing(argv[0])
+        self._popen = subprocess.Popen([*launcher(), *argv], cwd=folder, stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                                       pass_fds=tuple(descriptors))
+        self.pid = self._popen.pid
+        self.ended = threading.Event()
+        self.exit: Exit | None = None
+        drains = [threading.Thread(target=_drain, args=pair, daemon=True)
+                  for pair in ((self._popen.stdout, on_stdout), (self._popen.stderr, on_stderr))]
+        for drain in drains:
+            drain.start()
+        threading.Thread(target=self._reap, args=(drains,), daemon=True).start()
+
+    def _reap(self, drains: list[threading.Thread]) -> None:
+        # The zombie keeps the group's number from being given to a stranger while the rest is killed.
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        self.signal(signal.SIGKILL)
+        for drain in drains:
+            drain.join(2)
+        _, status, usage = os.wait4(self.pid, 0)
+        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        self._popen.returncode = code
+        self.exit = Exit(code, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+        self.ended.set()
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the whole group; one that has gone already is no error."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+    def end(self) -> None:
+        """End the group: TERM, then KILL; returns when it is gone."""
+        if self.ended.is_set():
+            return
+        self.signal(signal.SIGTERM)
+        self.signal(signal.SIGCONT)
+        if not self.ended.wait(GRACE_S):
+            self.signal(signal.SIGKILL)
+            self.ended.wait(10)
+
+
+def _drain(pipe: Any, take: Callable[[str], None]) -> None:
+    with pipe:
+        for line in iter(lambda: pipe.readline(1 << 16), b""):
+            take(line.decode("utf-8", "replace").rstrip("\r\n"))
 
 
 # ---- 4 Archive ------------------------------------------------------------------------------------
@@ -2783,6 +2866,77 @@ def remove_groups(host: Host, folders: Iterable[str]) -> None:
 def process_started(host: Host, pid: int) -> int | None:
     """Give a process's start in clock ticks since boot; with its pid it is a name that is never reused."""
     return parse_process(host.read(f"/proc/{pid}/stat")).get("start")
+
+
+class LimitsRefused(Exception):
+    """The kernel lets this user enforce some limits neither way; `args` are their names."""
+
+
+class Limits:
+    """What the processes of one run may use: by a control group of its own, else by plain limits.
+
+    A control group holds for all processes together and counts pages in use. Where none may be made (no
+    delegation, no root) a plain limit of the process takes its place: of address space for memory, and of
+    as many CPUs as the quota rounds up to.
+    """
+
+    def __init__(self, host: Host, folder: Path, memory_bytes: int, cpu_percent: float) -> None:
+        """Make the groups; a limit of 0 is none. `folder` is the run's own, its name the groups'."""
+        self.memory_bytes = memory_bytes
+        self.enforced: dict[str, str] = {}  # limit -> how
+        self._percent = cpu_percent
+        self._group = ControlGroup(host, folder.name)
+        asked = {"memory": memory_bytes, "cpu": int(cpu_percent * CPU_PERIOD_US / 100)}
+        amounts = {name: amount for name, amount in asked.items() if amount}
+        if amounts:
+            # Written before a group is made: after a kill the folder says what is to be removed.
+            (folder / "groups").write_text("\n".join(self._group.folders))
+        # How the group enforces each limit, None where it cannot.
+        self._grouped = {name: self._group.limit(name, amount) for name, amount in amounts.items()}
+
+    def take(self, pid: int) -> str:
+        """Put a process that was just started under the limits; return how, in words, when that is news.
+
+        Raises LimitsRefused where one cannot be enforced: rather no process than one without limits.
+        """
+        before = dict(self.enforced)
+        refused = []
+        for name, how in self._grouped.items():
+            try:
+                self.enforced[name] = self._enforce(name, how, pid)
+            except ProcessLookupError:
+                pass  # it has ended already
+            except (OSError, ValueError):
+                refused.append(name)
+        if refused:
+            raise LimitsRefused(*refused)
+        if self.enforced == before:
+            return ""
+        return ", ".join(f"{name} by {how}" for name, how in self.enforced.items())
+
+    def _enforce(self, name: str, how: str | None, pid: int) -> str:
+        if how and self._group.take(name, pid):
+            return how
+        return self._limit_memory(pid) if name == "memory" else self._limit_cpu(pid)
+
+    def _limit_memory(self, pid: int) -> str:
+        resource.prlimit(pid, resource.RLIMIT_AS, (self.memory_bytes, self.memory_bytes))
+        return "rlimit"
+
+    def _limit_cpu(self, pid: int) -> str:
+        # Chosen at random, so that several runs do not meet on the first CPUs.
+        mine = sorted(os.sched_getaffinity(0))
+        count = min(len(mine), math.ceil(self._percent / 100))
+        os.sched_setaffinity(pid, random.sample(mine, count))
+        return "affinity"
+
+    def killed(self) -> bool:
+        """Return whether the kernel ended a process for the control group's limit of memory."""
+        return self._group.killed()
+
+    def lift(self) -> None:
+        """Remove the control group."""
+        self._group.remove()
 
 
 # ---- 12 CLI ---------------------------------------------------------------------------------------

@@ -289,8 +289,8 @@ class Seams(unittest.TestCase):
         found = {name: sorted((section.title, who) for section, who, _ in source.uses(starts))
                  for name, source in SOURCES.items()}
         self.assertEqual(found, {"ffdist": [("Programs", "start_again"), ("Programs", "start_program")],
-                                 "agent": [("Run", "Process"), ("Run", "launcher")],
-                                 "hwdetect": [("Host", "_spawn")]})
+                                 "agent": [],
+                                 "hwdetect": [("Host", "Program"), ("Host", "_spawn"), ("Host", "launcher")]})
 
     def test_no_shell_anywhere(self) -> None:
         for source in SOURCES.values():

@@ -757,29 +757,27 @@ class JobLimits(RunCase):
             worker.join(20)
 
     def test_a_limit_that_nothing_enforces_fails_the_job_rather_than_run_it_without(self) -> None:
-        for call, parameter in (("agent.resource.prlimit", {"max_memory_mb": 500}),
-                                ("agent.os.sched_setaffinity", {"max_cpu_percent": 50})):
+        for call, parameter in (("hwdetect.resource.prlimit", {"max_memory_mb": 500}),
+                                ("hwdetect.os.sched_setaffinity", {"max_cpu_percent": 50})):
             with self.subTest(call), mock.patch(call, side_effect=PermissionError(1, "not permitted")):
                 self.fails("no_capability", next(iter(parameter)), "worker-01", scenario="64p25-h264",
                            place=self.plain(), duration=0.2, **parameter)
 
     def test_a_process_that_ended_before_it_could_be_limited_is_no_failure(self) -> None:
-        settings = agent.resolve("64p25-h264", {"max_memory_mb": 100, "max_cpu_percent": 100})
         folder = self.work / f"over-{os.getpid()}"
         folder.mkdir()
         self.addCleanup(agent.clear_work, self.work, self.place.host)
         over = subprocess.Popen(["true"])
         over.wait()
         for host in (self.place.host, NoGroups()):
-            limits = agent.Limits(settings, folder, host, "worker-01")
-            self.assertEqual((limits.take(over.pid), limits.told), ("", {}))
+            limits = hwdetect.Limits(host, folder, 100 << 20, 100)
+            self.assertEqual((limits.take(over.pid), limits.enforced), ("", {}))
 
     def test_a_group_left_by_a_killed_agent_is_removed_with_what_runs_in_it(self) -> None:
         self.grouped()
         folder = self.work / "left-1"
         folder.mkdir()
-        settings = agent.resolve("64p25-h264", {"max_memory_mb": 100, "max_cpu_percent": 100})
-        limits = agent.Limits(settings, folder, self.place.host, "worker-01")
+        limits = hwdetect.Limits(self.place.host, folder, 100 << 20, 100)
         orphan = subprocess.Popen(["sleep", "600"])
         self.addCleanup(orphan.kill)
         limits.take(orphan.pid)
@@ -851,7 +849,7 @@ class Encoders(RunCase):
         self.fails("no_capability", "ffmpeg-that-is-not-there", scenario="66p25-h264", duration=0.2,
                    place=dataclasses.replace(self.place, machine=machine))
         place = dataclasses.replace(self.place, machine=dataclasses.replace(machine, ffmpeg="/vanished"))
-        with mock.patch("agent.shutil.which", lambda name: name):
+        with mock.patch("hwdetect.shutil.which", lambda name: name):
             self.fails("no_capability", "/vanished", scenario="66p25-h264", duration=0.2, place=place)
         self.fails("no_capability", "ffprobe-not-there", input=self.film("plain.mp4"),
                    place=dataclasses.replace(self.place, ffprobe="ffprobe-not-there"))
