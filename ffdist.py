@@ -2735,14 +2735,33 @@ def summary_of(status: str, body: Json) -> str:
 
 # ---- 10 Metrics -----------------------------------------------------------------------------------
 
-Samples = Callable[[Snapshot], list[tuple[dict[str, str], float]]]
+# METRICS is the one table of time series. A row whose values come from a Snapshot stands on /metrics,
+# for any scraper. A row whose values come from a field of a result or of a sample has jobs' ids as
+# labels: too many for a page, so it is only pushed, each value with its own time. Rows of nodes are
+# both. README, dashboards and alerts name only rows of this table, and tests hold them to it.
+#
+# What a figure of a result means is not written here: wire.METRICS describes it once for the agent's
+# measurements, the reports and this export.
+
+FIGURES: Mapping[str, wire.Metric] = {
+    name: row for name, row in wire.METRICS.items() if row.table}
+TABLES: Mapping[str, tuple[wire.Metric, ...]] = {
+    table: tuple(row for row in FIGURES.values() if row.table == table)
+    for table in dict.fromkeys(row.table for row in FIGURES.values())}
+
+OF_ENERGY = frozenset(name for name, row in wire.METRICS.items() if row.of_energy)
+# Amounts in the tariff's currency. Only these may be below zero: at some hours a kWh is paid for.
+PRICES = frozenset(name for name, row in wire.METRICS.items() if row.unit == wire.CURRENCY)
+
+Labels = Mapping[str, Any]
+Samples = Callable[[Snapshot], list[tuple[Labels, float]]]
 
 
 class Metric(NamedTuple):
-    """One metric, by its name in Prometheus: its help, and where its values come from.
+    """One metric, under its name in Prometheus, with its help.
 
-    `samples` makes them out of a Snapshot, for /metrics; `field` names them in a result's `metrics` or in
-    a sample, for the push alone, and `kept` says that what /metrics shows is pushed too.
+    `samples` computes its values from a Snapshot; without it the metric is pushed only, and `field` is
+    its name in a result's `metrics` or in a sample. `kept`: the values of /metrics are pushed as well.
     """
 
     name: str
@@ -2759,201 +2778,219 @@ class Metric(NamedTuple):
     @property
     def place(self) -> str:
         """Where it is found: /metrics, pushed, or both."""
-        return "pushed" if self.samples is None else "both" if self.kept else "/metrics"
+        if self.samples is None:
+            return "pushed"
+        return "both" if self.kept else "/metrics"
 
 
-def _value(name: str) -> Samples:
-    """Return the sample of a metric that is one of the snapshot's counters or fields."""
-    return lambda shot: [({}, float(shot.counts[name] if name in shot.counts else getattr(shot, name)))]
+def _field_of(name: str) -> Samples:
+    """Return the one sample of a metric that is a field of the snapshot."""
+    return lambda shot: [({}, float(getattr(shot, name)))]
+
+
+def _count_of(name: str) -> Samples:
+    """Return the one sample of a metric that is one of the master's counters."""
+    return lambda shot: [({}, float(shot.counts[name]))]
+
+
+def _totals_of(kind: str, statuses: Sequence[str]) -> Samples:
+    """Return a sample for each status of jobs or results."""
+    return lambda shot: [({"status": word}, shot.totals.get((kind, word), 0)) for word in statuses]
 
 
 def _of_nodes(value: Callable[[str, int], float]) -> Samples:
-    """Return the samples of a metric with one series a node, from its status and its running jobs."""
-    return lambda shot: [({"node": name, "node_id": key}, value(status, running))
-                         for name, key, status, running in shot.nodes]
+    """Return a sample for each node, computed from its status and the number of its running jobs."""
+    return lambda shot: [
+        ({"node": name, "node_id": node_id}, float(value(status, running)))
+        for name, node_id, status, running in shot.nodes]
 
 
-class Figure(NamedTuple):
-    """One figure of a result: its name in `metrics`, its help, and its column in the tables of reports.
-
-    Its metric is ffdist_job_ and `metric`, or its name; one without a help has none, one without a head no
-    column. `digits` are those that count. `money` marks an amount of the tariff's currency: its unit is the
-    result's `currency`, and it may be below zero.
-    """
-
-    name: str
-    about: str
-    head: str = ""
-    unit: str = ""
-    digits: int = 3
-    metric: str = ""
-    money: bool = False
-
-    @property
-    def axis(self) -> str:
-        """What stands at an axis, or above a column."""
-        return f"{self.head}, {self.unit}" if self.unit else self.head
+def _version(shot: Snapshot) -> list[tuple[Labels, float]]:
+    return [({"version": VERSION}, 1.0)]
 
 
-_MONEY = "Energy, money and carbon"
-TABLES: Mapping[str, tuple[Figure, ...]] = {
-    "Speed and size": (
-        Figure("duration", "Wall time of the encode.", "time", "s", metric="duration_seconds"),
-        Figure("speed", "Seconds of film per second of wall time.", "speed", "x"),
-        Figure("fps", "Frames per second of wall time.", "frames/s"),
-        Figure("cpu_usage", "% of the whole machine, mean over the run.", "CPU", "%"),
-        Figure("memory_usage", "Peak memory of the job's processes.", "memory", "MiB", metric="memory_mib"),
-        Figure("bitrate_kbps", "kbit/s of the whole output.", "rate", "kbit/s", 4),
-        Figure("bits_per_pixel", "Bits for each pixel of the output.", "bit/pixel"),
-        Figure("output_bytes", "Size of the output.", "size")),
-    "Quality": tuple(
-        Figure(f"{name}{part}{'_db' if unit else ''}", f"{head} {about}", head + word, unit, digits)
-        for name, head, unit, digits in (("psnr", "PSNR", "dB", 4), ("ssim", "SSIM", "", 5),
-                                         ("vmaf", "VMAF", "", 4), ("xpsnr", "XPSNR", "dB", 4))
-        for part, about, word in (("", "against the source, mean.", ""),
-                                  ("_min", "of the worst frame.", " least"),
-                                  ("_harmonic", "against the source, harmonic mean.", " harmonic mean"))),
-    _MONEY: (
-        Figure("energy_joules", "Energy, this job's share of the machine.", "energy", "J"),
-        Figure("net_energy_joules", "Energy above that of the idle machine.", "above idle", "J"),
-        Figure("energy_wh", "", "energy", "Wh"),
-        Figure("energy_cost", "Price of the energy, in the tariff's currency.", "cost", money=True),
-        Figure("carbon_g", "gCO2e of the energy.", "CO2e", "g"),
-        Figure("energy_wh_per_minute", "Wh for each minute of output.", "Wh a minute"),
-        Figure("cost_per_minute", "Price of the energy for each minute of output.", "cost a minute",
-               money=True),
-        Figure("carbon_g_per_minute", "gCO2e for each minute of output.", "g CO2e a minute")),
-    "Power": (
-        Figure("power_watts", "Mean power while it ran.", "power", "W"),
-        Figure("idle_watts", "What the idle machine draws.", "idle", "W"),
-        Figure("joules_per_frame", "Energy for each frame.", "a frame", "J"),
-        Figure("pixels_per_joule", "Pixels encoded for each joule.", "pixels/J", "", 4)),
-}
-FIGURES = {figure.name: figure for figures in TABLES.values() for figure in figures}
-OF_ENERGY = {figure.name for name in (_MONEY, "Power") for figure in TABLES[name]}
-_OTHER_FIGURES = (
-    Figure("frames", "Frames encoded."),
-    Figure("dropped_frames", "Frames that FFmpeg dropped."),
-    Figure("output_seconds", "Length of the output."),
-    Figure("cpu_seconds", "CPU time of the job's processes."),
-    Figure("background_cpu_percent", "% of the machine that others used meanwhile."),
-    Figure("gpu_usage", "% of the GPU."),
-    Figure("gpu_memory_usage", "Peak memory used on the GPU.", metric="gpu_memory_mib"),
-    Figure("gpu_energy_joules", "Energy of the GPU."),
-)
-METRICS = (
-    Metric("ffdist_build_info", "Always 1; the version is in the label.",
-           lambda shot: [({"version": VERSION}, 1)]),
+def _nodes_by_status(shot: Snapshot) -> list[tuple[Labels, float]]:
+    counts = dict.fromkeys(NODE_STATUSES, 0)
+    for _, _, status, _ in shot.nodes:
+        counts[status] += 1
+    return [({"status": word}, count) for word, count in counts.items()]
+
+
+_NODE_CODES = ", ".join(f"{code} {word}" for code, word in enumerate(NODE_STATUSES))
+_REPORTED = ("completed", "failed", "canceled")
+
+_OF_MASTER = (
+    Metric("ffdist_build_info", "Always 1; the version is in the label.", _version),
     Metric("ffdist_start_time_seconds", "When this master was started, in seconds since 1970.",
-           _value("started_at")),
-    Metric("ffdist_ready", "1 when the journal can be written, else 0.", _value("ready")),
-    Metric("ffdist_jobs", "Jobs known to this master, by status.",
-           lambda shot: [({"status": word}, shot.totals.get(("jobs", word), 0)) for word in STATUSES]),
+           _field_of("started_at")),
+    Metric("ffdist_ready", "1 when the journal can be written, else 0.", _field_of("ready")),
+    Metric("ffdist_jobs", "Jobs known to this master, by status.", _totals_of("jobs", STATUSES)),
     Metric("ffdist_results", "Accepted reports in the journal, by status.",
-           lambda shot: [({"status": word}, shot.totals.get(("results", word), 0))
-                         for word in ("completed", "failed", "canceled")]),
-    Metric("ffdist_nodes", "Registered nodes, by status.",
-           lambda shot: [({"status": word}, sum(node[2] == word for node in shot.nodes))
-                         for word in NODE_STATUSES]),
+           _totals_of("results", _REPORTED)),
+    Metric("ffdist_nodes", "Registered nodes, by status.", _nodes_by_status),
+
     Metric("ffdist_node_up", "1 when the node is not offline, else 0.",
-           _of_nodes(lambda status, _: float(status != "offline")), kept=True),
-    Metric("ffdist_node_running_jobs", "Jobs that a node holds.", _of_nodes(lambda _, running: running),
-           kept=True),
-    Metric("ffdist_node_status", "A node's status: "
-           + ", ".join(f"{code} {word}" for code, word in enumerate(NODE_STATUSES)) + ".",
-           _of_nodes(lambda status, _: NODE_STATUSES.index(status)), kept=True),
+           _of_nodes(lambda status, running: status != "offline"), kept=True),
+    Metric("ffdist_node_running_jobs", "Jobs that a node holds.",
+           _of_nodes(lambda status, running: running), kept=True),
+    Metric("ffdist_node_status", f"A node's status: {_NODE_CODES}.",
+           _of_nodes(lambda status, running: NODE_STATUSES.index(status)), kept=True),
     Metric("ffdist_node_quarantined", "1 while a node is in quarantine, else 0.",
-           _of_nodes(lambda status, _: float(status == "quarantined")), kept=True),
-    *(Metric(f"ffdist_{name}", about, _value(key)) for name, key, about in (
-        ("parked_requests", "parked", "Agents' requests that wait for work or orders."),
-        ("submissions_total", "submitted", "Jobs accepted since the start."),
-        ("claims_total", "claims", "Attempts handed out since the start."),
-        ("reports_total", "reports", "Attempts ended by a report since the start."),
-        ("refused_reports_total", "refused_reports", "Reports of attempts that held no lease."),
-        ("lost_leases_total", "lost_leases", "Attempts ended without a report."),
-        ("heartbeats_total", "heartbeats", "Signs of life and questions for work."),
-        ("push_lines_total", "push_lines", "Values that VictoriaMetrics took."),
-        ("push_failures_total", "push_failures", "Pushes that VictoriaMetrics did not take."),
-        ("push_dropped_total", "push_dropped", "Values given up: past the spool's limit, or refused."),
-        ("push_spool_bytes", "push_spool_bytes", "What waits on disk for VictoriaMetrics, results aside."),
-        ("journal_commits_total", "commits", "Commits of the journal."),
-        ("journal_commit_seconds_total", "commit_seconds", "Time spent in commits of the journal."),
-        ("journal_size_bytes", "journal_bytes", "Size of the journal's files."),
-        ("disk_free_bytes", "disk_free_bytes", "Free space on the file system of the data folder."),
-        ("disk_size_bytes", "disk_bytes", "Size of the file system of the data folder."))),
-    Metric("ffdist_job_info", "Always 1: one for each accepted report.", field="info"),
-    *(Metric(f"ffdist_job_{figure.metric or figure.name}", figure.about, field=figure.name)
-      for figure in (*FIGURES.values(), *_OTHER_FIGURES) if figure.about),
-    *(Metric(f"ffdist_sample_{name}", about, field=field) for name, field, about in (
-        ("cpu_usage_percent", "cpu_usage", "% of the node's CPU while a job runs."),
-        ("memory_bytes", "memory_used_bytes", "Memory used on the node while a job runs."),
-        ("power_watts", "power_watts", "Power of the node while a job runs."),
-        ("temperature_celsius", "temperature_c", "Temperature of the node while a job runs."))),
+           _of_nodes(lambda status, running: status == "quarantined"), kept=True),
+
+    Metric("ffdist_parked_requests", "Agents' requests that wait for work or orders.",
+           _field_of("parked")),
+    Metric("ffdist_submissions_total", "Jobs accepted since the start.", _count_of("submitted")),
+    Metric("ffdist_claims_total", "Attempts handed out since the start.", _count_of("claims")),
+    Metric("ffdist_reports_total", "Attempts ended by a report since the start.",
+           _count_of("reports")),
+    Metric("ffdist_refused_reports_total", "Reports of attempts that held no lease.",
+           _count_of("refused_reports")),
+    Metric("ffdist_lost_leases_total", "Attempts ended without a report.", _count_of("lost_leases")),
+    Metric("ffdist_heartbeats_total", "Signs of life and questions for work.",
+           _count_of("heartbeats")),
+
+    Metric("ffdist_push_lines_total", "Values that VictoriaMetrics took.", _count_of("push_lines")),
+    Metric("ffdist_push_failures_total", "Pushes that VictoriaMetrics did not take.",
+           _count_of("push_failures")),
+    Metric("ffdist_push_dropped_total", "Values given up: past the spool's limit, or refused.",
+           _count_of("push_dropped")),
+    Metric("ffdist_push_spool_bytes", "What waits on disk for VictoriaMetrics, results aside.",
+           _count_of("push_spool_bytes")),
+
+    Metric("ffdist_journal_commits_total", "Commits of the journal.", _field_of("commits")),
+    Metric("ffdist_journal_commit_seconds_total", "Time spent in commits of the journal.",
+           _field_of("commit_seconds")),
+    Metric("ffdist_journal_size_bytes", "Size of the journal's files.", _field_of("journal_bytes")),
+    Metric("ffdist_disk_free_bytes", "Free space on the file system of the data folder.",
+           _field_of("disk_free_bytes")),
+    Metric("ffdist_disk_size_bytes", "Size of the file system of the data folder.",
+           _field_of("disk_bytes")),
 )
+_OF_RESULTS = (
+    Metric("ffdist_job_info", "Always 1: one for each accepted report.", field="info"),
+    *(Metric(f"ffdist_job_{row.series_name}", row.about, field=row.name)
+      for row in wire.METRICS.values() if row.exported),
+)
+_OF_SAMPLES = (
+    Metric("ffdist_sample_cpu_usage_percent", "% of the node's CPU while a job runs.",
+           field="cpu_usage"),
+    Metric("ffdist_sample_memory_bytes", "Memory used on the node while a job runs.",
+           field="memory_used_bytes"),
+    Metric("ffdist_sample_power_watts", "Power of the node while a job runs.", field="power_watts"),
+    Metric("ffdist_sample_temperature_celsius", "Temperature of the node while a job runs.",
+           field="temperature_c"),
+)
+METRICS = (*_OF_MASTER, *_OF_RESULTS, *_OF_SAMPLES)
 _BY_NAME = {metric.name: metric for metric in METRICS}
-_OF_RESULTS = tuple(metric for metric in METRICS if metric.name.startswith("ffdist_job_"))
-_OF_SAMPLES = tuple(metric for metric in METRICS if metric.name.startswith("ffdist_sample_"))
+
+# An agent's clock is trusted when it is at most so far behind the master's, and never ahead of it.
 RESULT_LATE_S = 24 * 3600.0
+LABEL_CHARS = 255
 
 
 def metrics_view(shot: Snapshot) -> Text:
     """Return the Prometheus text format 0.0.4 of a snapshot."""
     lines = []
-    for metric in METRICS:
-        if metric.samples is not None:
-            lines += [f"# HELP {metric.name} {metric.about}", f"# TYPE {metric.name} {metric.kind}"]
-            lines += [_line(metric.name, _labels_text(labels), value)
-                      for labels, value in metric.samples(shot)]
+    for metric in _OF_MASTER:
+        assert metric.samples is not None
+        lines.append(f"# HELP {metric.name} {metric.about}")
+        lines.append(f"# TYPE {metric.name} {metric.kind}")
+        for labels, value in metric.samples(shot):
+            lines.append(_line(metric.name, _labels_text(labels), value))
     return Text("\n".join(lines), "text/plain; version=0.0.4; charset=utf-8")
 
 
-def _escaped(text: str) -> str:
-    return wire.printable(text).replace("\\", "\\\\").replace('"', '\\"')
-
-
-def _labels_text(labels: Mapping[str, Any]) -> str:
-    """Return labels in braces; those without a value are left out."""
-    inner = ",".join(f'{name}="{_escaped(str(value)[:255])}"' for name, value in labels.items()
-                     if value not in (None, ""))
-    return f"{{{inner}}}" if inner else ""
-
-
-def _line(name: str, labels: str, value: float, at_ms: int | None = None) -> str:
-    return f"{name}{labels} {value:.15g}" + ("" if at_ms is None else f" {at_ms}")
-
-
-def epoch_of(text: Any) -> float | None:
-    """Return the seconds since 1970 of an RFC 3339 time; None when it is none."""
-    with contextlib.suppress(ValueError, TypeError, AttributeError, OverflowError):
-        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
-    return None
-
-
-def _field_lines(metrics: Iterable[Metric], values: Mapping[str, Any], labels: str, at: float) -> list[str]:
-    """Return a line for each field that is a finite number; what is unknown has none."""
+def node_lines(shot: Snapshot, at: float, known: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    """Return the lines of the nodes that differ from `known`, which has the last state by id."""
+    changed = [node for node in shot.nodes if known.get(node[1]) != node]
     lines = []
-    for metric in metrics:
-        value = values.get(metric.field)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < FIGURE_MOST:
-            lines.append(_line(metric.name, labels, value, round(at * 1000)))
+    for metric in _OF_MASTER:
+        if metric.kept and metric.samples is not None:
+            for labels, value in metric.samples(shot._replace(nodes=changed)):
+                lines.append(_line(metric.name, _labels_text(labels), value, at))
     return lines
 
 
 def result_lines(result: Json, spec: Json) -> list[str]:
-    """Return the lines of one result, at the time when it was completed.
+    """Return the lines of one result, at its `completed_at`; `spec` is the JSON of its job.
 
-    An agent's clock is trusted when it says at most a day before the master's.
+    The time is the agent's word. Where its clock cannot be right, the time of receipt stands in for it.
     """
     received = epoch_of(result.get("received_at")) or 0.0
-    completed = epoch_of(result.get("completed_at"))
-    at = completed if completed is not None and received - RESULT_LATE_S < completed < received else received
-    encode, told, word = _part(result, "encode"), _part(spec, "experiment"), spec.get("experiment")
+    at = epoch_of(result.get("completed_at"))
+    if at is None or not received - RESULT_LATE_S < at < received:
+        at = received
+
+    metrics, encode = _part(result, "metrics"), _part(result, "encode")
     labels = _labels_text({
-        **{name: result.get(name) for name in ("job_id", "node", "node_id", "scenario", "status")},
-        "codec": _part(spec, "settings").get("codec"), "encoder": encode.get("encoder"),
-        "preset": encode.get("preset"), "power_source": _part(result, "metrics").get("power_source"),
-        "experiment": told.get("name") or told.get("id") or (word if isinstance(word, str) else None)})
-    return _field_lines(_OF_RESULTS, {**_part(result, "metrics"), "info": 1}, labels, at)
+        "job_id": result.get("job_id"),
+        "node": result.get("node"),
+        "node_id": result.get("node_id"),
+        "scenario": result.get("scenario"),
+        "status": result.get("status"),
+        "codec": _part(spec, "settings").get("codec"),
+        "encoder": encode.get("encoder"),
+        "preset": encode.get("preset"),
+        "power_source": metrics.get("power_source"),
+        "experiment": _experiment_name(spec),
+    })
+    return _field_lines(_OF_RESULTS, {**metrics, "info": 1}, labels, at)
+
+
+def sample_lines(message: Sampled) -> list[str]:
+    """Return the lines of the samples of one message, each at its own time."""
+    lines = []
+    for sample in message.samples:
+        at = epoch_of(sample.get("time")) if isinstance(sample, dict) else None
+        if at is None:
+            continue
+        labels = _labels_text({
+            "node": message.node,
+            "node_id": message.node_id,
+            "job_id": message.job_id,
+            "power_source": sample.get("power_source"),
+        })
+        lines += _field_lines(_OF_SAMPLES, sample, labels, at)
+    return lines
+
+
+def _experiment_name(spec: Json) -> str | None:
+    """Return the name of a job's experiment: an object of ours, or any text that a client sent."""
+    experiment = spec.get("experiment")
+    if isinstance(experiment, dict):
+        return experiment.get("name") or experiment.get("id")
+    return experiment if isinstance(experiment, str) else None
+
+
+def _field_lines(metrics: Iterable[Metric], values: Mapping[str, Any], labels: str,
+                 at: float) -> list[str]:
+    """Return a line for each field that is a finite number; an unknown figure has none."""
+    lines = []
+    for metric in metrics:
+        value = values.get(metric.field)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        if abs(value) < FIGURE_MOST:
+            lines.append(_line(metric.name, labels, value, at))
+    return lines
+
+
+def _line(name: str, labels: str, value: float, at: float | None = None) -> str:
+    """Return one line of the text format; `at` is in s since 1970, the line has ms."""
+    line = f"{name}{labels} {value:.15g}"
+    return line if at is None else f"{line} {round(at * 1000)}"
+
+
+def _labels_text(labels: Labels) -> str:
+    """Return labels in braces; empty ones are left out, as Prometheus treats them."""
+    pairs = []
+    for name, value in labels.items():
+        if value is not None and value != "":
+            text = wire.printable(str(value)[:LABEL_CHARS])
+            text = text.replace("\\", "\\\\").replace('"', '\\"')
+            pairs.append(f'{name}="{text}"')
+    return f"{{{','.join(pairs)}}}" if pairs else ""
 
 
 def _part(value: Mapping[str, Any], name: str) -> Json:
@@ -2962,23 +2999,11 @@ def _part(value: Mapping[str, Any], name: str) -> Json:
     return found if isinstance(found, dict) else {}
 
 
-def sample_lines(told: Sampled) -> list[str]:
-    """Return the lines of the samples of one message, each at its own time."""
-    lines = []
-    for sample in told.samples:
-        at = epoch_of(sample.get("time")) if isinstance(sample, dict) else None
-        if at is not None:
-            labels = _labels_text({"node": told.node, "node_id": told.node_id, "job_id": told.job_id,
-                                   "power_source": sample.get("power_source")})
-            lines += _field_lines(_OF_SAMPLES, sample, labels, at)
-    return lines
-
-
-def node_lines(shot: Snapshot, at: float, known: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    """Return the lines of the nodes that differ from what is known of them."""
-    fresh = shot._replace(nodes=[node for node in shot.nodes if known.get(node[1]) != node])
-    return [_line(metric.name, _labels_text(labels), value, round(at * 1000)) for metric in METRICS
-            if metric.kept and metric.samples for labels, value in metric.samples(fresh)]
+def epoch_of(text: Any) -> float | None:
+    """Return the seconds since 1970 of an RFC 3339 time; None for anything else."""
+    with contextlib.suppress(ValueError, TypeError, AttributeError, OverflowError):
+        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    return None
 
 
 # ---- 11 Tariff ------------------------------------------------------------------------------------
@@ -4548,7 +4573,7 @@ def amount_text(value: float | None, unit: str = "", digits: int = 3) -> str | N
 
 def figure_of(metrics: Mapping[str, Any], name: str) -> float | None:
     """Return a figure that may be missing, a finite number; only a price may be below nothing."""
-    if name not in FIGURES or not FIGURES[name].money:
+    if name not in PRICES:
         return finite(metrics, name)
     value = metrics.get(name)
     return float(value) if isinstance(value, (int, float)) and abs(value) < FIGURE_MOST else None
@@ -4565,7 +4590,7 @@ def figure_text(metrics: Mapping[str, Any], name: str, unit: str | None = None,
 
     A price is in the tariff's currency.
     """
-    own = str(metrics.get("currency") or "") if FIGURES[name].money else FIGURES[name].unit
+    own = str(metrics.get("currency") or "") if name in PRICES else FIGURES[name].unit
     text = amount_text(figure_of(metrics, name), own if unit is None else unit, digits)
     return f"~{text}" if text and estimated(metrics, name) else text
 
@@ -4812,7 +4837,7 @@ def knowing(rows: Iterable[Row], *names: str) -> list[Row]:
     return [row for row in rows if all(row.figure(name) is not None for name in names)]
 
 
-def _axis_of(figure: Figure, rows: Iterable[Row]) -> str:
+def _axis_of(figure: wire.Metric, rows: Iterable[Row]) -> str:
     """Return what stands at the axis of a figure, which says where one of the rows has an estimate of it."""
     return figure.axis + " (estimated)" * any(estimated(row.metrics, figure.name) for row in rows)
 
@@ -4857,7 +4882,7 @@ def deltas_of(rows: Sequence[Row]) -> list[Delta]:
                     pchip = bd_percent(curves[one], curves[other], pchip=True)
                 except ValueError as error:
                     cubic, why = None, str(error)
-                made.append(Delta(content, cost.head, quality.name, one, other, cubic, pchip, why,
+                made.append(Delta(content, cost.label, quality.name, one, other, cubic, pchip, why,
                                   about))
     return made
 
@@ -4879,7 +4904,7 @@ def _rate_plots(rows: Sequence[Row]) -> list[Plot]:
     for quality in QUALITIES:
         curves = curves_of(rows, rate.name, quality.name)
         if any(len(points) > 1 for points in curves.values()):
-            plots.append(Plot(f"{quality.head} over {rate.head}", rate.axis, quality.axis, [
+            plots.append(Plot(f"{quality.label} over {rate.label}", rate.axis, quality.axis, [
                 Curve(label, points) for label, points in curves.items()], log=True))
     return plots
 
@@ -4905,7 +4930,7 @@ def _front_plots(rows: Sequence[Row]) -> list[Plot]:
                   for label, mine in _by(range(len(cells)), lambda n: cells[n].curve).items()]
         best = sorted(points_of((cells[n] for n in front), axis.name, quality.name))
         curves.append(Curve("the front (filled): no other is better in all", best, marked=False))
-        plots.append(Plot(f"Pareto front: {quality.head} over {axis.head}", _axis_of(axis, cells),
+        plots.append(Plot(f"Pareto front: {quality.label} over {axis.label}", _axis_of(axis, cells),
                           quality.axis, curves, zero="x", note=note))
     return plots
 
@@ -4923,7 +4948,7 @@ def _node_plots(rows: Sequence[Row]) -> list[Plot]:
             bars = any(span for curve in curves for span in curve.spans)
             note = "bars: 95 % interval of the mean" if bars else "each ran once: no interval is known"
             more = f"; the first {LABELS_MOST} of {len(labels)}" if len(labels) > LABELS_MOST else ""
-            title = f"{figure.head.capitalize()} by node: {', '.join(nodes)}"
+            title = f"{figure.label.capitalize()} by node: {', '.join(nodes)}"
             plots.append(Plot(title, _axis_of(figure, cells), "", curves, list(shown), zero="x",
                               note=note + more))
     return plots
@@ -4976,7 +5001,7 @@ def _noted_table(heads: Iterable[str], rows: Iterable[Sequence[str]], notes: Ite
     return _wide_table(heads, rows, texts) + (f'<ol class="note">{items}</ol>' if items else "")
 
 
-def _jobs_table(rows: Sequence[Row], columns: Iterable[Figure],
+def _jobs_table(rows: Sequence[Row], columns: Iterable[wire.Metric],
                 words: Callable[[Row], Mapping[str, str]] | None = None) -> str:
     """Return a table of the columns that say something: a figure, or why one that was wanted is unknown.
 
@@ -4993,7 +5018,7 @@ def _jobs_table(rows: Sequence[Row], columns: Iterable[Figure],
         why = dict.fromkeys(row.why(column.name) for row in rows for column in shown)
         return _note(f"unknown: {'; '.join(why)}") if why else ""
 
-    def cell(row: Row, column: Figure) -> str:
+    def cell(row: Row, column: wire.Metric) -> str:
         value = row.figure(column.name)
         if value is None:
             return _unknown(row.why(column.name), notes)
@@ -5001,7 +5026,7 @@ def _jobs_table(rows: Sequence[Row], columns: Iterable[Figure],
             return wire.size_text(value)
         return figure_text(row.metrics, column.name, "", column.digits) or ""
     currency = next((str(row.metrics["currency"]) for row in rows if row.metrics.get("currency")), "")
-    names = [(column._replace(unit=currency) if column.money else column).axis for column in shown]
+    names = [(column._replace(unit=currency) if column.name in PRICES else column).axis for column in shown]
     begun = [words(row) for row in rows]
     cells = [[*map(html_text, begin.values()), *(cell(row, column) for column in shown)]
              for begin, row in zip(begun, rows)]
@@ -5019,7 +5044,7 @@ def _delta_table(deltas: Sequence[Delta]) -> str:
             texts = (None, None) if delta is None else map(delta.text, (delta.cubic, delta.pchip))
             cells += [text or _unknown(delta.why if delta else "not measured", notes) for text in texts]
         lines.append(cells)
-    heads = [f"equal {FIGURES[name].head}, {fit}" for name in qualities for fit in ("cubic", "PCHIP")]
+    heads = [f"equal {FIGURES[name].label}, {fit}" for name in qualities for fit in ("cubic", "PCHIP")]
     return _noted_table(["", "this", "against", *heads], lines, notes)
 
 
@@ -5071,7 +5096,7 @@ def report_html(title: str, rows: Sequence[Row], made_at: str) -> str:
     power, why = _power_plots(encodes or done)
     parts.append(_plots_html("Power over time", power, why))
     means = merged(encodes, lambda row: (row.rendition, row.curve))
-    sections = {"Means by rendition": _jobs_table(means, TABLES[_MONEY], lambda row: {
+    sections = {"Means by rendition": _jobs_table(means, TABLES[wire.MONEY_TABLE], lambda row: {
         "rendition": row.rendition, "encoder": row.curve, "jobs": str(row.jobs)})}
     sections.update((name, _jobs_table(done, columns)) for name, columns in TABLES.items())
     failed = [[html_text(text) for text in
@@ -5124,7 +5149,7 @@ def report_rows(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
     several = len({row.content for row in rows if row.rendition}) > 1
     cells = [(row.job, row.status, row.node,
               *(figure_text(row.metrics, name) for name in ("duration", "speed", "bitrate_kbps")),
-              next((f"{figure.head} {amount_text(row.figure(figure.name), '', 4)}" for figure in QUALITIES
+              next((f"{figure.label} {amount_text(row.figure(figure.name), '', 4)}" for figure in QUALITIES
                     if row.figure(figure.name) is not None), None), energy_text(row.metrics),
               *(figure_text(row.metrics, name) for name in ("energy_cost", "carbon_g")),
               f"{f'{row.content}: ' if several else ''}{row.label}{f': {row.error}' if row.error else ''}")
@@ -5435,7 +5460,7 @@ _ENERGY = (
 
 _QUALITY = (
     *_graphs("encoder",
-             *((figure.head, figure.unit or "short", figure.name) for figure in TABLES["Quality"]),
+             *((figure.label, figure.unit or "short", figure.name) for figure in TABLES["Quality"]),
              ("Bitrate", "Kbits", "bitrate_kbps"),
              ("Bits per pixel", "short", "bits_per_pixel")),
     _results_table(psnr_db="PSNR dB", ssim="SSIM", vmaf="VMAF", bitrate_kbps="kbit/s",
