@@ -142,6 +142,437 @@ class Failure(Exception):
         self.message = message
 
 
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, halves of a character
+
+
+class Fields:
+    """The fields of one JSON object, each checked as it is read: the only reader of JSON at the edge.
+
+    Messages to the master, parameters of a job and answers to the Client are read by it. A method
+    returns None (a text in free words "", a list or an object an empty one) where the field is absent or
+    null. A value of another kind, or outside its limits, raises ApiError with `status` (400 for a
+    request, 0 for an answer that makes no sense), which names the field as `prefix` and its name:
+    `parameters.crf`. A `lenient` reader takes such a value for an absent one: what programs of others
+    stored through the master must not hide everything beside it.
+
+    With `texts` a number may be a text, as all values of a query are. Fields that nobody asks for are
+    ignored, for later versions may send more.
+    """
+
+    def __init__(self, value: object, name: str = "the body", *, prefix: str = "", status: int = 400,
+                 texts: bool = False, lenient: bool = False) -> None:
+        self._prefix = prefix
+        self._status = status
+        self._texts = texts
+        self._lenient = lenient
+        self.values: Json = {}
+        if isinstance(value, dict):
+            self.values = value
+        elif not lenient:
+            raise ApiError(status, f"{name} must be a JSON object", prefix.rstrip(".") or None)
+
+    def error(self, field: str, message: str) -> ApiError:
+        """Return the refusal of a field: a sentence that begins with its name."""
+        name = self._prefix + field
+        return ApiError(self._status, f"{name} {message}", name)
+
+    def _refuse(self, field: str, message: str) -> None:
+        if not self._lenient:
+            raise self.error(field, message)
+
+    def text(self, field: str, limit: int = 255) -> str | None:
+        """Return a printable text of 1 to `limit` characters."""
+        value = self.values.get(field)
+        if value is None:
+            return None
+        if not isinstance(value, str) or not 0 < len(value) <= limit:
+            self._refuse(field, f"must be a text of 1 to {limit} characters")
+            return None
+        if _UNPRINTABLE.search(value):
+            self._refuse(field, "must not hold control characters")
+            return None
+        return value
+
+    def required_text(self, field: str, limit: int = 255) -> str:
+        """Return a printable text; one that is missing is refused, of a lenient reader too."""
+        value = self.text(field, limit)
+        if value is None:
+            raise self.error(field, f"is required: a text of 1 to {limit} characters")
+        return value
+
+    def words(self, field: str, limit: int = 1 << 16) -> str:
+        """Return a text of any characters, cut to `limit`."""
+        value = self.values.get(field)
+        if isinstance(value, str):
+            return value[:limit]
+        if value is not None:
+            self._refuse(field, "must be a text")
+        return ""
+
+    def number(self, field: str, low: float = -math.inf, high: float = math.inf) -> float | None:
+        """Return a finite number within limits (inclusive)."""
+        value: object = self.values.get(field)
+        if value is None:
+            return None
+        if self._texts and isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = float(value)
+        if not isinstance(value, (int, float)) or not is_number(value):
+            self._refuse(field, "must be a number")
+            return None
+        if not low <= value <= high:
+            self._refuse(field, f"must be from {low:g} to {high:g}")
+            return None
+        return value
+
+    def whole(self, field: str, low: float = -math.inf, high: float = math.inf) -> int | None:
+        """Return a whole number within limits (inclusive); 3.0 is one."""
+        value = self.number(field, low, high)
+        if value is None:
+            return None
+        if value != int(value):
+            self._refuse(field, "must be a whole number")
+            return None
+        return int(value)
+
+    def flag(self, field: str) -> bool | None:
+        """Return true or false."""
+        value = self.values.get(field)
+        if value is not None and not isinstance(value, bool):
+            self._refuse(field, "must be true or false")
+            return None
+        return value
+
+    def uuid(self, field: str) -> str | None:
+        """Return a UUID in its usual form."""
+        value = self.text(field, 45)
+        if value is None:
+            return None
+        try:
+            return str(uuid.UUID(value))
+        except ValueError:
+            self._refuse(field, "must be a UUID")
+            return None
+
+    def items(self, field: str, kind: str = "a list") -> list[Any]:
+        """Return the entries of a list, unchecked."""
+        value = self.values.get(field)
+        if isinstance(value, list):
+            return value
+        if value is not None:
+            self._refuse(field, f"must be {kind}")
+        return []
+
+    def mapping(self, field: str, kind: str = "an object") -> Json:
+        """Return an object, unchecked."""
+        value = self.values.get(field)
+        if isinstance(value, dict):
+            return value
+        if value is not None:
+            self._refuse(field, f"must be {kind}")
+        return {}
+
+    def inside(self, field: str) -> Fields:
+        """Return the reader of an object."""
+        return self._reader(self.mapping(field), field)
+
+    def entries(self, field: str, kind: str = "a list of objects") -> list[Fields]:
+        """Return the readers of a list of objects."""
+        found = []
+        for number, value in enumerate(self.items(field, kind)):
+            if isinstance(value, dict):
+                found.append(self._reader(value, f"{field}[{number}]"))
+            else:
+                self._refuse(field, f"must be {kind}")
+        return found
+
+    def _reader(self, value: Json, name: str) -> Fields:
+        prefix = f"{self._prefix}{name}."
+        return Fields(value, name, prefix=prefix, status=self._status, lenient=self._lenient)
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value of JSON is a finite number: true, false, NaN and infinity are not."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # more digits than a float has room for
+        return False
+
+
+def answer_fields(value: object) -> Fields:
+    """Return the fields of an answer of the master."""
+    return Fields(value, "the master's answer", status=0)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that this node has claimed: the attempt, and what is asked for.
+
+    `scenario` and `parameters` are as they were given: resolve() checks them, and its error is the
+    attempt's. `published` are the fingerprints of the films that earlier attempts have named.
+    """
+
+    id: str
+    attempt: int
+    scenario: object
+    parameters: object
+    confidence: str = "auto"
+    published: tuple[Json, ...] = ()
+
+    @classmethod
+    def from_json(cls, value: object) -> Job:
+        """Return the job of a claim; the seed's master numbers no attempts and may send fewer fields."""
+        fields = Fields(value, "the claimed job", prefix="job.", status=0)
+        return cls(
+            fields.required_text("id", 64), fields.whole("attempt", 1) or 1,
+            fields.values.get("scenario"), fields.values.get("parameters"),
+            fields.text("confidence") or "auto",
+            tuple(entry.values for entry in fields.entries("published")))
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The job and the number of this attempt."""
+        return self.id, self.attempt
+
+
+class Order(NamedTuple):
+    """An order of the master about one attempt: cancel, return, pause or resume."""
+
+    action: str
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The master's answer to a claim, a heartbeat or progress.
+
+    `orders` stand until they are obeyed; `seen` is their number, which the next request sends back.
+    `claim` is true where the claim word was used up: the next claim needs a new one. `next_s` is when
+    the master wants the next progress.
+    """
+
+    job: Job | None = None
+    orders: tuple[Order, ...] = ()
+    seen: int | None = None
+    claim: bool = False
+    next_s: float | None = None
+
+    @classmethod
+    def from_json(cls, value: object) -> Answer:
+        """Return the answer; the seed's master may send the bare job for a claim."""
+        fields = answer_fields(value)
+        job = fields.mapping("job")
+        if not job and "job" not in fields.values and "scenario" in fields.values:
+            job = fields.values
+        orders = tuple(
+            Order(entry.required_text("action"), entry.required_text("job_id"),
+                  entry.whole("attempt", 1) or 1)
+            for entry in fields.entries("actions"))
+        return cls(Job.from_json(job) if job else None, orders, fields.whole("orders"),
+                   bool(job or fields.values.get("claim")), fields.number("next_s"))
+
+
+@dataclass(frozen=True)
+class Registered:
+    """The master's answer to a registration.
+
+    `protocol` is None for the seed's master, which knows no sessions and parks no requests. `holding`
+    are the attempts, by job and number, that the master still takes for this node's.
+    """
+
+    id: str | None
+    protocol: int | None = None
+    node_timeout_s: float = 90.0
+    holding: frozenset[tuple[str, int]] = frozenset()
+
+    @classmethod
+    def from_json(cls, value: object) -> Registered:
+        """Return the answer; the seed's master sends only the node."""
+        fields = answer_fields(value)
+        holding = frozenset((entry.required_text("job_id"), entry.whole("attempt", 1) or 1)
+                            for entry in fields.entries("holding"))
+        return cls(fields.text("id"), fields.whole("protocol"),
+                   fields.number("node_timeout_s", 0) or 90.0, holding)
+
+
+@dataclass(frozen=True)
+class ResultView:
+    """A result for people; `json` is the whole of it, and absent texts are empty.
+
+    Figures of `metrics` are described by METRICS. Results of foreign agents are kept as they were sent:
+    a field that makes no sense counts as absent.
+    """
+
+    json: Json
+    job_id: str
+    status: str
+    node: str
+    scenario: str
+    error: str
+    output: str
+    encoder: str
+    preset: str
+    reason: str
+    settings: str
+    metrics: Json
+    unknown: Json
+    recommendation: str
+    reasons: tuple[str, ...]
+    confidence: str
+    statistics: Json
+    series: Json
+    repeats: tuple[Json, ...]
+
+    @classmethod
+    def from_json(cls, value: object) -> ResultView:
+        """Return the view of a result."""
+        fields = Fields(value, lenient=True)
+        encode, metrics = fields.inside("encode"), fields.inside("metrics")
+        analysis = fields.inside("analyzer_output")
+        return cls(
+            json=fields.values,
+            job_id=fields.words("job_id"), status=fields.words("status"), node=fields.words("node"),
+            scenario=fields.words("scenario"), error=fields.words("error"),
+            output=fields.words("output"),
+            encoder=encode.words("encoder"), preset=encode.words("preset"),
+            reason=encode.words("reason"), settings=encode.words("settings"),
+            metrics=metrics.values, unknown=metrics.mapping("unknown"),
+            recommendation=analysis.words("recommendation"),
+            reasons=tuple(map(str, analysis.items("reasons"))),
+            confidence=analysis.words("confidence"),
+            statistics=fields.mapping("statistics"), series=fields.mapping("series"),
+            repeats=tuple(entry.values for entry in fields.entries("repeats")))
+
+    def why_unknown(self, metric: str) -> str:
+        """Return the reason why a metric has no figure."""
+        return str(self.unknown.get(metric) or "not measured")
+
+
+@dataclass(frozen=True)
+class AttemptView:
+    """One attempt of a job, for people."""
+
+    number: int
+    status: str
+    node: str
+    node_id: str
+    error: str
+    failure_reason: str
+    ended_at: str | None
+
+    @classmethod
+    def of_fields(cls, fields: Fields) -> AttemptView:
+        """Return the view of one record of a job's `attempts`."""
+        return cls(fields.whole("attempt") or 1, fields.words("status"), fields.words("node"),
+                   fields.words("node_id"), fields.words("error"), fields.words("failure_reason"),
+                   fields.text("ended_at"))
+
+
+@dataclass(frozen=True)
+class JobView:
+    """A job for people; `json` is the whole answer, and absent texts are empty.
+
+    `settings` are the resolved ones, `parameters` those that were given. `result` and `attempts` stand
+    only in the answer about one job. A job of the seed's master may lack all but `id`.
+    """
+
+    json: Json
+    id: str
+    status: str
+    scenario: str
+    node_id: str
+    attempt: int
+    progress: Json
+    error: str
+    failure_reason: str
+    retry_count: int
+    max_retries: int
+    retry_reason: str
+    waiting_for: str
+    cancel_requested: bool
+    not_before: str | None
+    created_at: str | None
+    settings: Json
+    parameters: Json
+    experiment: Json
+    attempts: tuple[AttemptView, ...]
+    result: ResultView | None
+
+    @classmethod
+    def from_json(cls, value: object) -> JobView:
+        """Return the view of a job; ApiError where it has no id."""
+        fields = Fields(value, "a job of the master's answer", status=0, lenient=True)
+        result, progress = fields.mapping("result"), fields.mapping("progress")
+        percent = fields.number("progress")  # a number alone is the percent of a seed's agent
+        if percent is not None:
+            progress = {"percent": percent}
+        return cls(
+            json=fields.values,
+            id=fields.required_text("id"), status=fields.words("status"),
+            scenario=fields.words("scenario"), node_id=fields.words("node_id"),
+            attempt=fields.whole("attempt") or 0, progress=progress,
+            error=fields.words("error"), failure_reason=fields.words("failure_reason"),
+            retry_count=fields.whole("retry_count") or 0,
+            max_retries=fields.whole("max_retries") or 0,
+            retry_reason=fields.words("retry_reason"), waiting_for=fields.words("waiting_for"),
+            cancel_requested=bool(fields.flag("cancel_requested")),
+            not_before=fields.text("not_before"), created_at=fields.text("created_at"),
+            settings=fields.mapping("settings"), parameters=fields.mapping("parameters"),
+            experiment=fields.mapping("experiment"),
+            attempts=tuple(map(AttemptView.of_fields, fields.entries("attempts"))),
+            result=ResultView.from_json(result) if result else None)
+
+    @property
+    def short_id(self) -> str:
+        """The first characters of its id: lists show them, commands take them."""
+        return self.id[:8]
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """A node for people; `json` is the whole answer, and absent texts are empty.
+
+    A node of the seed's master has its address for a name, and one slot.
+    """
+
+    json: Json
+    id: str
+    name: str
+    status: str
+    type: str
+    running: int
+    slots: int
+    cpu_threads: int | None
+    ram_bytes: int | None
+    last_heartbeat: str | None
+    cpu_model: str
+    gpu_type: str
+    quarantine: str
+
+    @classmethod
+    def from_json(cls, value: object) -> NodeView:
+        """Return the view of a node; ApiError where it has no id."""
+        fields = Fields(value, "a node of the master's answer", status=0, lenient=True)
+        node_id = fields.required_text("id")
+        return cls(
+            json=fields.values, id=node_id,
+            name=fields.words("name") or fields.words("address") or node_id,
+            status=fields.words("status"), type=fields.words("type"),
+            running=fields.whole("running") or 0, slots=fields.whole("max_concurrent_jobs") or 1,
+            cpu_threads=fields.whole("cpu_threads"), ram_bytes=fields.whole("ram_bytes"),
+            last_heartbeat=fields.text("last_heartbeat"), cpu_model=fields.words("cpu_model"),
+            gpu_type=fields.words("gpu_type"),
+            quarantine=fields.inside("quarantine").words("reason"))
+
+    @property
+    def short_id(self) -> str:
+        """The first characters of its id: lists show them, commands take them."""
+        return self.id[:8]
+
+
 # The tables of a report, in their order.
 SPEED_TABLE = "Speed and size"
 QUALITY_TABLE = "Quality"
@@ -626,20 +1057,22 @@ class Client:
         """Close this thread's connection."""
         self._handler.close()
 
-    def register(self, registration: Json) -> Json:
-        return self._call("POST", "/nodes/register", registration)
+    def register(self, registration: Json) -> Registered:
+        return Registered.from_json(self._call("POST", "/nodes/register", registration))
 
-    def heartbeat(self, node_id: str, body: Json, wait_s: float | None = None) -> Json:
-        return self._call("POST", f"/nodes/{_quoted(node_id)}/heartbeat", body, {"wait": wait_s}, wait_s)
+    def heartbeat(self, node_id: str, body: Json, wait_s: float | None = None) -> Answer:
+        path = f"/nodes/{_quoted(node_id)}/heartbeat"
+        return Answer.from_json(self._call("POST", path, body, {"wait": wait_s}, wait_s))
 
-    def claim(self, query: Json, wait_s: float | None = None) -> Json:
-        return self._call("GET", "/jobs/next", None, {**query, "wait": wait_s}, wait_s)
+    def claim(self, query: Json, wait_s: float | None = None) -> Answer:
+        answer = self._call("GET", "/jobs/next", None, {**query, "wait": wait_s}, wait_s)
+        return Answer.from_json(answer)
 
-    def progress(self, job_id: str, body: Json) -> Json:
-        return self._call("POST", f"/jobs/{_quoted(job_id)}/progress", body)
+    def progress(self, job_id: str, body: Json) -> Answer:
+        return Answer.from_json(self._call("POST", f"/jobs/{_quoted(job_id)}/progress", body))
 
-    def report(self, result: Json) -> Json:
-        return self._call("POST", "/results", result)
+    def report(self, result: Json) -> None:
+        self._call("POST", "/results", result)
 
     def submit(self, job: Json | list[Json]) -> Json:
         return self._call("POST", "/jobs", job, wait_s=90)
@@ -2925,8 +3358,7 @@ class Attempt(Supervisor):
         self._output, where = self._place.places.output(settings.output)
         file = self._folder / HIDDEN_NOTE
         try:
-            published = self._job.get("published")
-            owner = Ownership(self.job_id, self.number, published if isinstance(published, list) else ())
+            owner = Ownership(self.job_id, self.number, self._job.get("published") or ())
             self._output.check(self._source_file, settings.overwrite, owner)
             made = self._output.create(lambda note: _write_json(file, {**where, **note}))
             return self._open_to_programs(made, settings.output)
@@ -3826,18 +4258,18 @@ class Agent:
                 "max_concurrent_jobs": self._options.max_concurrent_jobs, **self._place.meter.facts(),
                 "holding": [{"job_id": job_id, "attempt": number} for job_id, number in holding]}
         asked = boot_clock()
-        answer = self._introduce(body, identity.secret)
+        registered = self._introduce(body, identity.secret)
         self._answered(asked)
-        self._protocol = answer.get("protocol") if isinstance(answer.get("protocol"), int) else None
-        self._keep_identity(identity._replace(id=str(answer.get("id") or identity.id)))
-        self._node_timeout_s = float(answer.get("node_timeout_s") or 90.0)
+        self._protocol = registered.protocol
+        self._keep_identity(identity._replace(id=registered.id or identity.id))
+        self._node_timeout_s = registered.node_timeout_s
         self._log.info("registered with %s as %s, node %s", self._client.url, self._name, self._node_id)
         if self._protocol:
-            own = {(held.get("job_id"), held.get("attempt")) for held in answer.get("holding") or ()}
-            self._abandon(attempt for attempt in self._attempts() if attempt.key not in own)
+            self._abandon(attempt for attempt in self._attempts()
+                          if attempt.key not in registered.holding)
         self._news.set()
 
-    def _introduce(self, body: Json, secret: str) -> Json:
+    def _introduce(self, body: Json, secret: str) -> Registered:
         """Register; return the master's answer. ApiError.
 
         The secret goes only to a master that asks for it, so that of an earlier start nobody else takes the
@@ -3878,16 +4310,16 @@ class Agent:
         asked = boot_clock()
         if free:
             answer = self._client.claim({**common, "node_id": self._node_id, "claim": self._word}, wait)
-            if answer.get("job") or answer.get("claim"):  # else a copy on its way may yet get a job for it
+            if answer.claim:  # else a copy on its way may yet get a job for it
                 self._word = uuid.uuid4().hex
         else:
             answer = self._client.heartbeat(self._node_id, {**common, "leaving": leaving}, wait)
         self._answered(asked)
         self._log.debug("heartbeat: the master answers (%s)", "free" if free else "busy")
-        if isinstance(answer.get("job"), dict):
-            self._start(answer["job"], asked)
+        if answer.job is not None:
+            self._start(answer.job, asked)
         self._obey(answer)  # after the start: an order may be for this very job
-        empty = not answer.get("job") and not answer.get("actions") and boot_clock() - asked < wait / 10
+        empty = answer.job is None and not answer.orders and boot_clock() - asked < wait / 10
         self._hasty = self._hasty + 1 if empty else 0
         if self._hasty > HASTY_MOST:  # a master that says to park and does not
             self._stopping.wait(min(1.0, wait / 10))
@@ -3901,24 +4333,21 @@ class Agent:
             self._beat = now
             self._answered(now)
             self._log.debug("heartbeat: the master answers")
-        job = self._client.claim({"node_id": self._node_id}).get("job") if free else None
-        if isinstance(job, dict):
+        job = self._client.claim({"node_id": self._node_id}).job if free else None
+        if job is not None:
             self._start(job, now)
             return
         self._freed.wait(min(self._options.poll_interval_s, self._options.heartbeat_interval_s))
         self._freed.clear()
 
-    def _obey(self, answer: Json) -> None:
-        if isinstance(answer.get("orders"), int):
-            self._seen = answer["orders"]
-        for order in answer.get("actions") or ():
-            if not isinstance(order, dict):
-                continue
-            attempt = order.get("attempt")
-            key = (str(order.get("job_id")), attempt if isinstance(attempt, int) else 1)
+    def _obey(self, answer: Answer) -> None:
+        if answer.seen is not None:
+            self._seen = answer.seen
+        for order in answer.orders:
+            key = order.job_id, order.attempt
             with self._lock:
                 attempt = self._running.get(key)
-            self._carry_out(str(order.get("action")), key, attempt)
+            self._carry_out(order.action, key, attempt)
 
     def _carry_out(self, action: str, key: tuple[str, int], attempt: Attempt | None) -> None:
         status = {"cancel": "canceled", "return": "returned"}.get(action)
@@ -3932,10 +4361,10 @@ class Agent:
             getattr(attempt, action)()
             self._news.set()
 
-    def _start(self, job: Json, asked: float) -> None:
+    def _start(self, job: Job, asked: float) -> None:
         """Begin an attempt of a job that was claimed by a request of this moment (boot_clock)."""
-        key = job_id, number = str(job.get("id")), int(job.get("attempt") or 1)
-        attempt = Attempt(job_id, number, job, self._place,
+        key = job_id, number = job.key
+        attempt = Attempt(job_id, number, vars(job), self._place,
                           lambda output, made: self._confirm(attempt, output, made))
         attempt.leased_at = asked
         with self._lock:
@@ -3944,7 +4373,7 @@ class Agent:
             self._running[key] = attempt
             if self._leaving.is_set():  # it crossed with our word that we take nothing more
                 attempt.stop("returned")
-        self._log.info("job %s attempt %d: %s begins", *key, job.get("scenario"))
+        self._log.info("job %s attempt %d: %s begins", *key, job.scenario)
         threading.Thread(target=self._work, args=(attempt,), name=f"job-{job_id[:8]}", daemon=True).start()
         self._news.set()
 
@@ -4073,7 +4502,7 @@ class Agent:
         attempt.drop_lines(first + len(lines))
         if len(lines) == LINES_A_REPORT:
             return 0.0
-        return max(0.2, min(60.0, float(answer.get("next_s") or PROGRESS_S)))
+        return max(0.2, min(60.0, answer.next_s or PROGRESS_S))
 
 
 def carry_out(attempt: Attempt, machine: Machine, log: logging.Logger) -> tuple[Outcome, Json]:

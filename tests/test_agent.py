@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ import tempfile
 import threading
 import tracemalloc
 import unittest
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 from unittest import mock
@@ -859,8 +860,12 @@ class Registering(FolderCase):
             if node._running.pop(attempt.key, None):
                 node._spool.put({"job_id": "job-1", "attempt": 3, "status": "completed"})
             return found
+
+        def register(body: agent.Json) -> agent.Registered:
+            sent.append(body)
+            return agent.Registered(None)
         with mock.patch.object(node._spool, "entries", ends_after_the_look), \
-                mock.patch.object(node._client, "register", lambda body: sent.append(body) or {}):
+                mock.patch.object(node._client, "register", register):
             node._register()
         self.assertEqual(sent[0]["holding"], [{"job_id": "job-1", "attempt": 3}])
 
@@ -1622,6 +1627,87 @@ class StandInServer:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
         self._listener.close()
+
+
+SOME_ID = "550e8400-e29b-41d4-a716-446655440000"
+
+
+class Decoding(unittest.TestCase):
+    """JSON at the edge: one reader of fields, and the types that come out."""
+
+    def refused(self, read: Callable[[agent.Fields], object], value: object) -> agent.ApiError:
+        with self.assertRaises(agent.ApiError, msg=repr(value)) as caught:
+            read(agent.Fields({"x": value}, prefix="job."))
+        return caught.exception
+
+    def test_each_kind_of_field_takes_its_own_and_refuses_others_by_name(self) -> None:
+        kinds: dict[Callable[[agent.Fields], object], tuple[object, Sequence[object], str]] = {
+            lambda fields: fields.text("x", 5): (
+                "word", ("", "longer", 5, ["a"], "a\nb", "\ud800"), "text|control"),
+            lambda fields: fields.words("x"): ("two\nlines", (5, {}), "text"),
+            lambda fields: fields.number("x", 1, 9): (
+                2.5, ("2", True, math.nan, math.inf, 10**400, 0, 10), "number|from 1 to 9"),
+            lambda fields: fields.whole("x"): (3.0, (2.5, "3", [3]), "number"),
+            lambda fields: fields.flag("x"): (False, (0, "true"), "true or false"),
+            lambda fields: fields.uuid("x"): (SOME_ID, ("abc", 4), "UUID|text"),
+            lambda fields: fields.items("x"): ([1], ({}, "ab"), "list"),
+            lambda fields: fields.mapping("x"): ({"y": 1}, ([], "ab"), "object"),
+            lambda fields: [entry.values for entry in fields.entries("x")]: ([{"y": 1}], ([1], {}), "list"),
+        }
+        for read, (good, wrong, words) in kinds.items():
+            self.assertEqual(read(agent.Fields({"x": good})), good)
+            self.assertFalse(read(agent.Fields({})))
+            for value in wrong:
+                error = self.refused(read, value)
+                self.assertEqual((error.status, error.field), (400, "job.x"))
+                self.assertRegex(error.message, f"^job.x must .*(?:{words})")
+                self.assertFalse(read(agent.Fields({"x": value}, lenient=True)))
+
+    def test_numbers_of_a_query_are_texts(self) -> None:
+        fields = agent.Fields({"limit": "20", "wait": "soon"}, texts=True)
+        self.assertEqual(fields.whole("limit", 1, 1000), 20)
+        with self.assertRaisesRegex(agent.ApiError, "wait must be a number"):
+            fields.number("wait")
+
+    def test_a_field_inside_another_is_named_with_its_place(self) -> None:
+        fields = agent.Fields({"holding": [{"job_id": "a"}, {"job_id": 5}]})
+        with self.assertRaises(agent.ApiError) as caught:
+            [entry.required_text("job_id") for entry in fields.entries("holding")]
+        self.assertEqual(caught.exception.field, "holding[1].job_id")
+
+    def test_the_seeds_master_may_answer_with_the_bare_job(self) -> None:
+        bare = {"id": "job-1", "scenario": "720p30-h264", "parameters": {"crf": 23}, "engine": "auto"}
+        for answer in (bare, {"job": bare}):
+            made = agent.Answer.from_json(answer)
+            assert made.job is not None
+            self.assertEqual((made.job.key, made.job.parameters), (("job-1", 1), {"crf": 23}))
+            self.assertTrue(made.claim)
+        for nothing in ({"job": None}, {}, {"status": "ok"}):
+            self.assertEqual(agent.Answer.from_json(nothing), agent.Answer())
+
+    def test_an_answer_that_makes_no_sense_names_its_field(self) -> None:
+        for answer, field in (({"job": {"scenario": "x"}}, "job.id"), ({"job": 5}, "job"),
+                              ({"actions": [{"job_id": "a"}]}, "actions[0].action"),
+                              ({"next_s": "soon"}, "next_s"), ({"orders": 0.5}, "orders")):
+            with self.assertRaises(agent.ApiError) as caught:
+                agent.Answer.from_json(answer)
+            self.assertEqual((caught.exception.field, caught.exception.retryable), (field, True))
+
+    def test_views_take_the_seeds_jobs_and_nodes_and_strange_results(self) -> None:
+        job = agent.JobView.from_json({"id": "0123456789", "status": "running", "progress": 40})
+        self.assertEqual((job.short_id, job.progress, job.attempts, job.result),
+                         ("01234567", {"percent": 40}, (), None))
+        node = agent.NodeView.from_json({"id": "n", "address": "worker-1", "ram_bytes": None})
+        self.assertEqual((node.name, node.slots, node.running, node.quarantine), ("worker-1", 1, 0, ""))
+        strange = agent.ResultView.from_json({
+            "job_id": "a", "metrics": {"fps": 5, "unknown": "x"}, "encode": [], "analyzer_output": {
+                "recommendation": 5, "reasons": "x"}, "repeats": [1, {"duration": 2.0}]})
+        self.assertEqual((strange.metrics["fps"], strange.unknown, strange.encoder, strange.recommendation),
+                         (5, {}, "", ""))
+        self.assertEqual((strange.reasons, strange.repeats), ((), ({"duration": 2.0},)))
+        for view in (agent.JobView, agent.NodeView):
+            with self.assertRaises(agent.ApiError):
+                view.from_json({"name": "without an id"})
 
 
 def http_answer(body: bytes, status: str = "200 OK", more: str = "") -> bytes:
