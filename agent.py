@@ -3897,6 +3897,7 @@ def result_of(attempt: Attempt, outcome: Outcome, machine: Machine) -> Json:
         told = {**settings.to_json(), "width": made.width, "height": made.height, "fps": made.fps,
                 "bitrate": None, "crf": None, "duration": made.duration_s}
         result["encode"] = {"encoder": made.encoder, "preset": made.preset, "threads": made.threads,
+                            "width": made.width, "height": made.height,
                             "pixel_format": made.pixel_format, "rate": made.rate, "reason": made.reason,
                             "settings": f"{settings_text(told)} {made.rate}",
                             "commands": [list(argv) for argv in made.passes],

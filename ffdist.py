@@ -21,7 +21,8 @@ Sections (each uses only those above it):
   15 Push         VictoriaMetrics
   16 Service      background loops, start and stop
   17 Experiments  a matrix of jobs (pure)
-  18 Reports      rows, statistics, documents over many results (pure)
+  18 Reports      rows over many results, their statistics, BD figures (pure)
+  19 Documents    a report as a page, JSON, CSV and a table (pure)
   20 Programs     the package manager and other programs
   21 Dashboards   pictures and alerts over the metrics (pure)
   22 Monitoring   VictoriaMetrics, vmalert and Grafana: their files and processes
@@ -3166,6 +3167,9 @@ class Overview(NamedTuple):
     total: int
 
 
+Points = Sequence[tuple[float, float]]
+
+
 class Curve(NamedTuple):
     """One series of a plot: joined points, or markers alone; `spans` are intervals in x, `hollow` numbers."""
 
@@ -4563,60 +4567,94 @@ def experiment_progress(jobs: Iterable[Json], total: int) -> Json:
 
 # ---- 18 Reports -----------------------------------------------------------------------------------
 
+# A report compares jobs. Each job is a row; rows with the same content are comparable, those with
+# the same curve and rate are repeats of each other, and a curve is a line of rates in a plot.
+# This section has the rows and their statistics, Documents the forms that a report takes.
+
+QUALITIES = tuple(FIGURES[name] for name in ("vmaf", "xpsnr_db", "psnr_db", "ssim"))
+COSTS = tuple(FIGURES[name] for name in ("bitrate_kbps", "energy_joules", "duration"))
+
+
 def amount_text(value: float | None, unit: str = "", digits: int = 3) -> str | None:
-    """Return a figure of any size with three digits and its unit: `0.00123 EUR`, `45.7 Wh`, `12345 J`."""
+    """Return a value with its unit and without exponent: `0.00123 EUR`, `45.7 Wh`, `12345 J`.
+
+    Whole numbers print whole, however few `digits` count.
+    """
     if value is None:
         return None
-    places = digits - 1 - (math.floor(math.log10(abs(value))) if value else 0)
-    return f"{value:.{min(12, max(0, places))}f} {unit}".rstrip()
+
+    magnitude = math.floor(math.log10(abs(value))) if value else 0
+    places = min(12, max(0, digits - 1 - magnitude))
+    return f"{value:.{places}f} {unit}".rstrip()
 
 
 def figure_of(metrics: Mapping[str, Any], name: str) -> float | None:
-    """Return a figure that may be missing, a finite number; only a price may be below nothing."""
+    """Return a metric that may be missing as a finite number; only a price may be below zero."""
     if name not in PRICES:
         return finite(metrics, name)
+
     value = metrics.get(name)
-    return float(value) if isinstance(value, (int, float)) and abs(value) < FIGURE_MOST else None
+    if isinstance(value, (int, float)) and abs(value) < FIGURE_MOST:
+        return float(value)
+    return None
 
 
-def estimated(metrics: Mapping[str, Any], name: str) -> bool:
-    """Tell whether a figure follows from energy that a power model estimated."""
+def unit_of(metric: wire.Metric, metrics: Mapping[str, Any]) -> str:
+    """Return the unit of a metric; that of a price is the currency of the tariff at that time."""
+    if metric.unit == wire.CURRENCY:
+        return str(metrics.get("currency") or "")
+    return metric.unit
+
+
+def is_estimated(metrics: Mapping[str, Any], name: str) -> bool:
+    """Return whether a metric follows from energy that a power model estimated."""
     return name in OF_ENERGY and bool(metrics.get("energy_estimated"))
 
 
-def figure_text(metrics: Mapping[str, Any], name: str, unit: str | None = None,
-                digits: int = 3) -> str | None:
-    """Return a figure for people with its own unit, or another; `~` marks an estimate.
+def figure_text(metrics: Mapping[str, Any], name: str, unit: str | None = None) -> str | None:
+    """Return a metric for people in its own unit, or another; `~` marks an estimate."""
+    value = figure_of(metrics, name)
+    if value is None:
+        return None
 
-    A price is in the tariff's currency.
-    """
-    own = str(metrics.get("currency") or "") if name in PRICES else FIGURES[name].unit
-    text = amount_text(figure_of(metrics, name), own if unit is None else unit, digits)
-    return f"~{text}" if text and estimated(metrics, name) else text
+    metric = FIGURES[name]
+    if name == "output_bytes":
+        return wire.size_text(value)
+    if unit is None:
+        unit = unit_of(metric, metrics)
+    text = amount_text(value, unit, metric.digits)
+    return f"~{text}" if is_estimated(metrics, name) else text
 
 
-def energy_text(metrics: Mapping[str, Any]) -> str | None:
-    """Return energy for people, in Wh; an estimate says so."""
+def with_energy_wh(metrics: Mapping[str, Any]) -> Json:
+    """Return metrics with energy in Wh too; agents of other programs know joules alone."""
     joules = finite(metrics, "energy_joules")
-    watt_hours = None if joules is None else joules / JOULES_PER_WH
-    return figure_text({**metrics, "energy_wh": watt_hours}, "energy_wh")
+    if joules is None:
+        return dict(metrics)
+    return {**metrics, "energy_wh": joules / JOULES_PER_WH}
 
 
 def cost_text(metrics: Mapping[str, Any]) -> str | None:
-    """Return what an attempt's energy cost, as one phrase; None where the master priced nothing."""
-    whole = [energy_text(metrics), figure_text(metrics, "energy_cost"),
-             figure_text(metrics, "carbon_g", "g CO2e")]
-    minute = [figure_text(metrics, "energy_wh_per_minute", "Wh"), figure_text(metrics, "cost_per_minute"),
-              figure_text(metrics, "carbon_g_per_minute", "g CO2e")]
-    shown, per = (", ".join(filter(None, parts)) for parts in (whole, minute))
-    return f"{shown}; a minute of output: {per}" if shown and per else shown or None
+    """Return the cost of an attempt's energy as one phrase; None where nothing was priced."""
+    known = with_energy_wh(metrics)
+    whole = (figure_text(known, "energy_wh"), figure_text(known, "energy_cost"),
+             figure_text(known, "carbon_g", "g CO2e"))
+    minute = (figure_text(known, "energy_wh_per_minute", "Wh"),
+              figure_text(known, "cost_per_minute"),
+              figure_text(known, "carbon_g_per_minute", "g CO2e"))
+    phrase = ", ".join(filter(None, whole))
+    per_minute = ", ".join(filter(None, minute))
+    if phrase and per_minute:
+        return f"{phrase}; a minute of output: {per_minute}"
+    return phrase or None
 
 
 class Row(NamedTuple):
-    """One job and what came out of it, as tables and plots see it.
+    """One job and its result, as tables and plots see it.
 
-    `content` is what was encoded (only equal ones are compared), `curve` how, `rate` at which rate, `more`
-    what was asked for beside all that.
+    `content` is the film as it was encoded, `rendition` its size and frame rate, `curve` the
+    encoder and preset, `rate` the quality or bitrate that was asked for, `more` the other
+    parameters that change the cost of an encode.
     """
 
     job: str
@@ -4637,415 +4675,559 @@ class Row(NamedTuple):
 
     @property
     def beside(self) -> str:
-        """How many ran side by side, where it was more than one."""
+        """The number of streams that ran side by side, where there were several."""
         return f" ×{self.streams}" if self.streams > 1 else ""
 
     @property
     def label(self) -> str:
-        """What was done, for people."""
+        """The work, for people."""
         return f"{self.curve} {self.rate}".strip() + self.beside
 
     def interval(self, name: str) -> tuple[float, float] | None:
         """Return the 95 % interval of a mean; None of a single run."""
-        told = _part(self.statistics, name)
-        low, high = finite(told, "ci95_low"), finite(told, "ci95_high")
-        return None if low is None or high is None else (low, high)
+        statistic = _part(self.statistics, name)
+        low, high = finite(statistic, "ci95_low"), finite(statistic, "ci95_high")
+        if low is None or high is None:
+            return None
+        return low, high
 
     def figure(self, name: str) -> float | None:
-        """Return a figure of the metrics; None where it is unknown."""
+        """Return a metric; None where it is unknown."""
         return figure_of(self.metrics, name)
 
-    def why(self, name: str) -> str:
-        """Return the reason why a figure is unknown."""
-        why = _part(self.metrics, "unknown").get(name)
-        return str(why or self.error or ("not measured" if self.status == "completed" else self.status))
+    def reason(self, name: str) -> str:
+        """Return the reason why a metric is unknown."""
+        reason = _part(self.metrics, "unknown").get(name) or self.error
+        if reason:
+            return str(reason)
+        return "not measured" if self.status == "completed" else self.status
 
 
-def row_of(job: Json) -> Row:
-    """Return the row of a job as GET /jobs/{id} shows it."""
-    settings, result = _part(job, "settings"), _part(job, "result")
-    encode, cell = _part(result, "encode"), _part(_part(job, "experiment"), "cell")
-    metrics = dict(_part(result, "metrics"))
-    joules = finite(metrics, "energy_joules")
-    if joules is not None:
-        metrics["energy_wh"] = joules / JOULES_PER_WH
-    size = re.search(r"\b\d+x\d+\b", str(encode.get("settings"))) or re.search(
-        r"\b\d+x\d+\b", wire.settings_text(settings))
-    rate = f" {settings['fps']:g} fps" if finite(settings, "fps") else ""
-    rendition = (size[0] if size else "size of the input") + rate
-    length = f", {settings['duration']:g} s" if finite(settings, "duration") else ""
-    film = re.sub("//[^/@]*@", "//", str(settings.get("input") or "generated source"))  # no passwords
-    asked = _part(job, "parameters")
-    if "baseline" in str(job.get("scenario")).lower().split("-"):
-        film, rendition, length, encode, settings = "idle machine", "", length[2:], {}, {"encoder": "idle"}
-    rates = [f"crf {settings['crf']:g}" if finite(settings, "crf") is not None else "",
-             str(settings.get("bitrate") or "")]
-    coder = [encode.get("encoder") or settings.get("encoder") or settings.get("codec"),
-             encode.get("preset") or settings.get("preset")]
-    return Row(
-        str(job.get("id"))[:8], str(job.get("status")), str(result.get("node") or job.get("node") or ""),
-        f"{film} {rendition}{length}".strip(), rendition, " ".join(str(part) for part in coder if part),
-        " ".join(part for part in rates if part), int(finite(cell, "streams") or 1),
-        str(job.get("error") or ""), str(_part(result, "analyzer_output").get("recommendation") or ""),
-        metrics, _part(result, "statistics"), _part(result, "series"),
-        {name: str(asked[name]).lower() for name in _MORE if asked.get(name) not in (None, "")})
-
-
-# parameters that change what an encode costs and are neither content, curve nor rate
+# Parameters that change the cost of an encode and are neither content, curve nor rate
 _MORE = ("audio", "container", "gop", "two_pass", "realtime", "hwaccel", "threads", "pixel_format",
          "max_memory_mb", "max_cpu_percent")
 
 
-def told_apart(rows: Sequence[Row]) -> list[Row]:
-    """Return rows whose curves name what was not asked for alike in all: means are of equals alone."""
-    names = [name for name in _MORE if len({row.more.get(name) for row in rows if row.rendition}) > 1]
-    return [row._replace(curve=" ".join((row.curve, *(f"{name}={row.more[name]}" for name in names
-                                                      if name in row.more)))) for row in rows]
+def row_of(job: Json) -> Row:
+    """Return the row of a job as GET /jobs/{id} answers it."""
+    settings, result = _part(job, "settings"), _part(job, "result")
+    cell = _part(_part(job, "experiment"), "cell")
+    asked = _part(job, "parameters")
+    content, rendition, curve, rate = _work_of(
+        str(job.get("scenario")), settings, _part(result, "encode"))
+    more = {name: str(asked[name]).lower() for name in _MORE if asked.get(name) not in (None, "")}
+
+    return Row(
+        job=str(job.get("id"))[:8],
+        status=str(job.get("status")),
+        node=str(result.get("node") or job.get("node") or ""),
+        content=content,
+        rendition=rendition,
+        curve=curve,
+        rate=rate,
+        streams=int(finite(cell, "streams") or 1),
+        error=str(job.get("error") or ""),
+        verdict=str(_part(result, "analyzer_output").get("recommendation") or ""),
+        metrics=with_energy_wh(_part(result, "metrics")),
+        statistics=_part(result, "statistics"),
+        series=_part(result, "series"),
+        more=more)
 
 
-QUALITIES = tuple(FIGURES[name] for name in ("vmaf", "xpsnr_db", "psnr_db", "ssim"))
-COSTS = tuple(FIGURES[name] for name in ("bitrate_kbps", "energy_joules", "duration"))
-OVERLAP_LEAST = 0.25
-POINTS_LEAST = 4
-PANELS_MOST = 12
-LABELS_MOST = 40
+def _work_of(scenario: str, settings: Json, encode: Json) -> tuple[str, str, str, str]:
+    """Return content, rendition, curve and rate of a job; a baseline has neither film nor rate."""
+    seconds = finite(settings, "duration")
+    length = f"{seconds:g} s" if seconds else ""
+    if wire.BASELINE in scenario.lower().split("-"):
+        return f"idle machine {length}".rstrip(), "", "idle", ""
 
-Points = Sequence[tuple[float, float]]
+    film = str(settings.get("input") or "generated source")
+    film = re.sub("//[^/@]*@", "//", film)  # a report may be passed on: without passwords
+    rendition = _rendition_of(settings, encode)
+    content = ", ".join(filter(None, (f"{film} {rendition}", length)))
+    return content, rendition, _curve_of(settings, encode), _rate_of(settings)
 
 
-class Delta(NamedTuple):
-    """What a curve costs more than another at equal quality, in percent; `why` where it is unknown.
+def _rendition_of(settings: Json, encode: Json) -> str:
+    """Return size and frame rate: of the output where the agent reported it, else as asked for."""
+    size = "size of the input"
+    for known in (encode, settings):
+        width, height = finite(known, "width"), finite(known, "height")
+        if width and height:
+            size = f"{width:.0f}x{height:.0f}"
+            break
 
-    `estimated` says that a cost of either is an estimate.
+    fps = finite(settings, "fps")
+    return f"{size} {fps:g} fps" if fps else size
+
+
+def _curve_of(settings: Json, encode: Json) -> str:
+    encoder = encode.get("encoder") or settings.get("encoder") or settings.get("codec")
+    preset = encode.get("preset") or settings.get("preset")
+    return " ".join(str(word) for word in (encoder, preset) if word)
+
+
+def _rate_of(settings: Json) -> str:
+    crf = finite(settings, "crf")
+    quality = "" if crf is None else f"crf {crf:g}"
+    return f"{quality} {settings.get('bitrate') or ''}".strip()
+
+
+def distinct_curves(rows: Sequence[Row]) -> list[Row]:
+    """Return rows whose curves name every further parameter in which they differ.
+
+    Means are of equals alone: without the name, jobs with other `threads` would count as repeats.
     """
+    encodes = [row for row in rows if row.rendition]
+    differing = [name for name in _MORE if len({row.more.get(name) for row in encodes}) > 1]
 
-    content: str
-    cost: str
-    quality: str
-    anchor: str
-    test: str
-    cubic: float | None
-    pchip: float | None
-    why: str = ""
-    estimated: bool = False
-
-    def text(self, value: float | None) -> str | None:
-        """Return one of the two for people."""
-        return None if value is None else f"{'~' * self.estimated}{value:+.1f} %"
-
-
-def bd_percent(anchor: Points, test: Points, pchip: bool = False) -> float:
-    """Return by how many percent `test` costs more than `anchor` at equal quality; ValueError tells why not.
-
-    Points are (cost, quality). After G. Bjøntegaard, VCEG-M33 (2001): a cubic polynomial fits the logarithm
-    of the cost over the quality (by least squares for more than four points), the mean distance is taken
-    where both have points, never outside. `pchip` takes the monotone piecewise cubic of Fritsch and Carlson
-    in its place, as JCTVC-L1100 and the JVET common test conditions do.
-    """
-    ranges = []
-    for points in (anchor, test):
-        qualities = sorted(q for _, q in points)
-        if len(points) < POINTS_LEAST:
-            raise ValueError(f"fewer than {POINTS_LEAST} points")
-        if any(a >= b for a, b in zip(qualities, qualities[1:])) or min(cost for cost, _ in points) <= 0:
-            raise ValueError("points of the same quality, or without cost")
-        ranges.append((qualities[0], qualities[-1]))
-    low, high = max(ends[0] for ends in ranges), min(ends[1] for ends in ranges)
-    if high - low < OVERLAP_LEAST * max(ends[1] - ends[0] for ends in ranges):
-        raise ValueError("not enough overlap of the qualities")
-    area = _pchip_area if pchip else _cubic_area
-    sums = [area(sorted((q, math.log10(cost)) for cost, q in points), low, high) for points in (anchor, test)]
-    mean = (sums[1] - sums[0]) / (high - low)
-    if abs(mean) > 6:
-        raise ValueError("the fit is no curve of these points")
-    return (10 ** mean - 1) * 100
-
-
-def _cubic_area(points: Points, low: float, high: float) -> float:
-    """Integrate the cubic that fits points best, over x scaled to -1 … 1 for the sake of the digits."""
-    middle, half = (points[0][0] + points[-1][0]) / 2, (points[-1][0] - points[0][0]) / 2
-    scaled = [((x - middle) / half, y) for x, y in points]
-    rows = [[sum(x ** (i + j) for x, _ in scaled) for j in range(4)] + [sum(y * x ** i for x, y in scaled)]
-            for i in range(4)]
-    for i in range(4):  # Gauss and Jordan, with the largest pivot
-        pivot = max(range(i, 4), key=lambda k: abs(rows[k][i]))
-        rows[i], rows[pivot] = rows[pivot], rows[i]
-        rows[i] = [value / rows[i][i] for value in rows[i]]
-        for k in range(4):
-            if k != i:
-                rows[k] = [a - rows[k][i] * b for a, b in zip(rows[k], rows[i])]
-    ends = [sum(rows[i][4] * ((x - middle) / half) ** (i + 1) / (i + 1) for i in range(4))
-            for x in (low, high)]
-    return half * (ends[1] - ends[0])
-
-
-def _pchip_area(points: Points, low: float, high: float) -> float:
-    """Integrate the monotone cubic through points: Fritsch and Carlson 1980, Fritsch and Butland 1984."""
-    steps = [b[0] - a[0] for a, b in zip(points, points[1:])]
-    rises = [(b[1] - a[1]) / step for a, b, step in zip(points, points[1:], steps)]
-    slopes = [_end_slope(steps[0], steps[1], rises[0], rises[1])]
-    for h0, h1, d0, d1 in zip(steps, steps[1:], rises, rises[1:]):
-        weights = (2 * h1 + h0, h1 + 2 * h0)
-        slopes.append(0.0 if d0 * d1 <= 0 else sum(weights) / (weights[0] / d0 + weights[1] / d1))
-    slopes.append(_end_slope(steps[-1], steps[-2], rises[-1], rises[-2]))
-    total = 0.0
-    for (x, y), step, rise, m0, m1 in zip(points, steps, rises, slopes, slopes[1:]):
-        start, end = (min(max(edge - x, 0.0), step) / step for edge in (low, high))
-        parts = (y, m0 * step / 2, (3 * rise - 2 * m0 - m1) * step / 3, (m0 + m1 - 2 * rise) * step / 4)
-        total += step * sum(part * (end ** n - start ** n) for n, part in enumerate(parts, 1))
-    return total
-
-
-def _end_slope(h0: float, h1: float, d0: float, d1: float) -> float:
-    slope = ((2 * h0 + h1) * d0 - h0 * d1) / (h0 + h1)
-    if slope * d0 <= 0:
-        return 0.0
-    return 3 * d0 if d0 * d1 <= 0 and abs(slope) > 3 * abs(d0) else slope
+    def curve(row: Row) -> str:
+        return " ".join((row.curve, *(f"{name}={row.more[name]}" for name in differing
+                                      if name in row.more)))
+    return [row._replace(curve=curve(row)) for row in rows]
 
 
 _Item = TypeVar("_Item")
 
 
-def _by(items: Iterable[_Item], key: Callable[[_Item], Any]) -> dict[Any, list[_Item]]:
+def grouped(items: Iterable[_Item], key: Callable[[_Item], Any]) -> dict[Any, list[_Item]]:
+    """Return items by their key, in the order in which the keys first occur."""
     groups: dict[Any, list[_Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups
 
 
-def merged(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[Row]:
-    """Return one row for all that are alike: means of what is known, and 95 % intervals of these means.
-
-    A row that stands alone keeps the intervals of its own repeats.
-    """
-    made = []
-    for group in _by(rows, key).values():
-        metrics, statistics = dict(group[0].metrics), dict(group[0].statistics)
-        for name in (*FIGURES, "output_seconds"):
-            values = [value for row in group if (value := row.figure(name)) is not None]
-            metrics[name] = sum(values) / len(values) if values else None
-            if len(values) > 1:
-                told = wire.interval(values)
-                statistics[name] = {**told, "ci95_low": max(0.0, told["ci95_low"])}
-        metrics["energy_estimated"] = any(row.metrics.get("energy_estimated") for row in group)
-        made.append(group[0]._replace(metrics=metrics, statistics=statistics, jobs=len(group)))
-    return made
-
-
-def knowing(rows: Iterable[Row], *names: str) -> list[Row]:
-    """Return the rows that know all these figures."""
+def rows_with(rows: Iterable[Row], *names: str) -> list[Row]:
+    """Return the rows in which all these metrics are known."""
     return [row for row in rows if all(row.figure(name) is not None for name in names)]
 
 
-def _axis_of(figure: wire.Metric, rows: Iterable[Row]) -> str:
-    """Return what stands at the axis of a figure, which says where one of the rows has an estimate of it."""
-    return figure.axis + " (estimated)" * any(estimated(row.metrics, figure.name) for row in rows)
-
-
 def points_of(rows: Iterable[Row], x: str, y: str) -> list[tuple[float, float]]:
-    """Return two figures of the rows that know both."""
-    return [(row.figure(x) or 0.0, row.figure(y) or 0.0) for row in knowing(rows, x, y)]
+    """Return two metrics of the rows in which both are known."""
+    return [(row.figure(x) or 0.0, row.figure(y) or 0.0) for row in rows_with(rows, x, y)]
+
+
+def mean_rows(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[Row]:
+    """Return one row for each group of equals: means of what is known, with their 95 % intervals.
+
+    A row that is alone in its group keeps the intervals of its own repeats.
+    """
+    return [_mean_row(group) for group in grouped(rows, key).values()]
+
+
+def _mean_row(group: Sequence[Row]) -> Row:
+    first = group[0]
+    metrics, statistics = dict(first.metrics), dict(first.statistics)
+    for name in FIGURES:
+        values = [value for value in (row.figure(name) for row in group) if value is not None]
+        metrics[name] = sum(values) / len(values) if values else None
+        if len(values) > 1:
+            statistic = wire.interval(values)
+            statistics[name] = {**statistic, "ci95_low": max(0.0, statistic["ci95_low"])}
+
+    metrics["energy_estimated"] = any(row.metrics.get("energy_estimated") for row in group)
+    return first._replace(metrics=metrics, statistics=statistics, jobs=len(group))
 
 
 def curves_of(rows: Iterable[Row], cost: str, quality: str) -> dict[str, list[tuple[float, float]]]:
-    """Return (cost, quality) of each rate on each curve, means where a cell was repeated.
+    """Return the points (cost, quality) of each curve, one for each rate: the mean of its repeats.
 
-    Time and energy are of one node, and of so many streams: those stand in the curve's name there.
+    A rate is the same on every node. Time and energy are not: there nodes, and numbers of streams,
+    have curves of their own.
     """
-    known = knowing(rows, cost, quality)
-    several = len({row.node for row in known}) > 1
+    known = rows_with(rows, cost, quality)
+    several_nodes = len({row.node for row in known}) > 1
 
     def name(row: Row) -> str:
         if cost == "bitrate_kbps":
             return row.curve
-        return f"{row.curve}{row.beside}{f' on {row.node}' if several else ''}"
-    cells = merged(known, lambda row: (name(row), row.rate))
-    return {label: sorted(points_of(group, cost, quality)) for label, group in _by(cells, name).items()}
+        node = f" on {row.node}" if several_nodes else ""
+        return f"{row.curve}{row.beside}{node}"
+
+    means = mean_rows(known, lambda row: (name(row), row.rate))
+    return {label: sorted(points_of(group, cost, quality))
+            for label, group in grouped(means, name).items()}
+
+
+MIN_OVERLAP = 0.25     # of the wider range of qualities: less says little about the curves
+MIN_POINTS = 4         # as in the JVET common test conditions
+MAX_LOG_DISTANCE = 6   # powers of ten; beyond it the costs are not of the same kind of work
+MAX_CURVES_PAIRED = 4  # six pairs; of more curves each is compared with the first alone
+
+
+def bd_percent(anchor: Points, test: Points) -> float:
+    """Return by how many percent `test` costs more than `anchor` at equal quality.
+
+    Points are (cost, quality). After G. Bjøntegaard, VCEG-M33 (2001): the mean distance between
+    the two curves of log cost over quality, taken where both have points, never outside. The
+    curves are piecewise cubic Hermite polynomials (PCHIP), as in JCTVC-L1100 and the JVET common
+    test conditions. ValueError says why there is no such figure.
+    """
+    low, high = _common_range(anchor, test)
+    areas = []
+    for points in (anchor, test):
+        curve = sorted((quality, math.log10(cost)) for cost, quality in points)
+        areas.append(_pchip_area(curve, low, high))
+
+    distance = (areas[1] - areas[0]) / (high - low)
+    if abs(distance) > MAX_LOG_DISTANCE:
+        raise ValueError("the costs differ by more than a factor of a million")
+    return (10 ** distance - 1) * 100
+
+
+def _common_range(anchor: Points, test: Points) -> tuple[float, float]:
+    """Return the range of quality that two curves share; ValueError when there is none."""
+    ranges = []
+    for points in (anchor, test):
+        if len(points) < MIN_POINTS:
+            raise ValueError(f"fewer than {MIN_POINTS} points")
+        qualities = sorted(quality for _, quality in points)
+        if len(set(qualities)) < len(qualities) or min(cost for cost, _ in points) <= 0:
+            raise ValueError("points of the same quality, or without cost")
+        ranges.append((qualities[0], qualities[-1]))
+
+    low = max(first for first, _ in ranges)
+    high = min(last for _, last in ranges)
+    if high - low < MIN_OVERLAP * max(last - first for first, last in ranges):
+        raise ValueError("not enough overlap of the qualities")
+    return low, high
+
+
+def _pchip_area(points: Points, low: float, high: float) -> float:
+    """Return the area under the monotone cubic through points (x ascending), from low to high.
+
+    Slopes at the inner points are the weighted harmonic means of Fritsch and Butland (1984), which
+    keep the curve monotone where the points are (Fritsch and Carlson, 1980).
+    """
+    widths = [b[0] - a[0] for a, b in zip(points, points[1:])]
+    rises = [(b[1] - a[1]) / width for a, b, width in zip(points, points[1:], widths)]
+    slopes = [_end_slope(widths[:2], rises[:2])]
+    slopes += map(_inner_slope, zip(widths, widths[1:]), zip(rises, rises[1:]))
+    slopes.append(_end_slope(widths[:-3:-1], rises[:-3:-1]))
+
+    area = 0.0
+    for number, (x, y) in enumerate(points[:-1]):
+        width, rise = widths[number], rises[number]
+        left, right = slopes[number], slopes[number + 1]
+        begin, end = (min(max(edge - x, 0.0), width) / width for edge in (low, high))
+        # The cubic over t = 0 … 1 within this piece, by ascending powers of t, times its width …
+        cubic = (
+            y,
+            left * width,
+            (3 * rise - 2 * left - right) * width,
+            (left + right - 2 * rise) * width,
+        )
+        for power, factor in enumerate(cubic, 1):  # … integrated term by term
+            area += width * factor * (end ** power - begin ** power) / power
+    return area
+
+
+def _inner_slope(widths: tuple[float, float], rises: tuple[float, float]) -> float:
+    """Return the slope between two pieces: 0 at a turn, else their weighted harmonic mean."""
+    if rises[0] * rises[1] <= 0:
+        return 0.0
+    first, second = widths[0] + 2 * widths[1], 2 * widths[0] + widths[1]
+    return (first + second) / (first / rises[0] + second / rises[1])
+
+
+def _end_slope(widths: Sequence[float], rises: Sequence[float]) -> float:
+    """Return the slope at an end: of the parabola through three points, kept in their shape."""
+    width, rise = widths[0], rises[0]
+    slope = ((2 * width + widths[1]) * rise - width * rises[1]) / (width + widths[1])
+    if slope * rise <= 0:
+        return 0.0
+    if rise * rises[1] <= 0 and abs(slope) > 3 * abs(rise):
+        return 3 * rise
+    return slope
+
+
+class Delta(NamedTuple):
+    """By how many percent `test` costs more than `anchor` at equal quality, or `why` unknown."""
+
+    content: str
+    cost: str
+    quality: str
+    anchor: str
+    test: str
+    percent: float | None
+    why: str = ""
+    estimated: bool = False
+
+    def text(self) -> str | None:
+        """Return the figure for people, with `~` where a cost of either curve is an estimate."""
+        if self.percent is None:
+            return None
+        mark = "~" if self.estimated else ""
+        return f"{mark}{self.percent:+.1f} %"
 
 
 def deltas_of(rows: Sequence[Row]) -> list[Delta]:
-    """Return BD-rate, BD-energy and BD-time between the curves of each content, pair by pair.
-
-    Above four curves each is compared with the first alone.
-    """
-    made = []
-    for content, group in _by(rows, lambda row: row.content).items():
+    """Return BD-rate, BD-energy and BD-time between the curves of each content, pair by pair."""
+    deltas = []
+    for content, group in grouped(rows, lambda row: row.content).items():
         for cost, quality in itertools.product(COSTS, QUALITIES):
-            curves = curves_of(group, cost.name, quality.name)
-            about = any(estimated(row.metrics, cost.name) for row in knowing(group, cost.name, quality.name))
-            pairs = list(itertools.combinations(curves, 2))
-            for one, other in pairs if len(curves) <= 4 else pairs[:len(curves) - 1]:
-                cubic = pchip = None
-                why = ""
+            known = rows_with(group, cost.name, quality.name)
+            estimated = any(is_estimated(row.metrics, cost.name) for row in known)
+            curves = curves_of(known, cost.name, quality.name)
+            for anchor, test in _pairs(list(curves)):
+                delta = Delta(content, cost.label, quality.name, anchor, test, None, "", estimated)
                 try:
-                    cubic = bd_percent(curves[one], curves[other])
-                    pchip = bd_percent(curves[one], curves[other], pchip=True)
+                    percent = bd_percent(curves[anchor], curves[test])
+                    deltas.append(delta._replace(percent=percent))
                 except ValueError as error:
-                    cubic, why = None, str(error)
-                made.append(Delta(content, cost.label, quality.name, one, other, cubic, pchip, why,
-                                  about))
-    return made
+                    deltas.append(delta._replace(why=str(error)))
+    return deltas
+
+
+def _pairs(labels: Sequence[str]) -> list[tuple[str, str]]:
+    if len(labels) <= MAX_CURVES_PAIRED:
+        return list(itertools.combinations(labels, 2))
+    return [(labels[0], label) for label in labels[1:]]
 
 
 def front_of(points: Sequence[tuple[float, ...]]) -> set[int]:
-    """Return the numbers of the points that no other beats; in each dimension less is better."""
+    """Return the numbers of the points that no other beats; in each dimension less is better.
+
+    In ascending order only an earlier point can beat one, and only those of the front need
+    comparing: the point that beats a beaten one beats everything that one beats.
+    """
     front: list[int] = []
     for number in sorted(range(len(points)), key=lambda n: points[n]):
-        mine = points[number]
-        better = (all(a <= b for a, b in zip(points[best], mine)) for best in front if points[best] != mine)
-        if not any(better):
+        point = points[number]
+        rivals = [points[other] for other in front if points[other] != point]
+        if not any(all(a <= b for a, b in zip(rival, point)) for rival in rivals):
             front.append(number)
     return set(front)
 
 
+# ---- 19 Documents ---------------------------------------------------------------------------------
+
+MAX_CONTENTS = 12  # films with plots of their own on one page; the tables have all
+MAX_LABELS = 40    # lines of a plot of nodes that can still be read
+
+
 def _rate_plots(rows: Sequence[Row]) -> list[Plot]:
-    plots = []
+    """Return quality over rate, for each quality of which a curve has two points."""
     rate = FIGURES["bitrate_kbps"]
+    plots = []
     for quality in QUALITIES:
         curves = curves_of(rows, rate.name, quality.name)
         if any(len(points) > 1 for points in curves.values()):
-            plots.append(Plot(f"{quality.label} over {rate.label}", rate.axis, quality.axis, [
-                Curve(label, points) for label, points in curves.items()], log=True))
+            drawn = [Curve(label, points) for label, points in curves.items()]
+            plots.append(Plot(f"{quality.label} over {rate.label}", rate.axis, quality.axis, drawn,
+                              log=True))
     return plots
 
 
 def _front_plots(rows: Sequence[Row]) -> list[Plot]:
-    """Return quality over time and over energy; what no other beats in all three is filled and joined."""
-    quality = next((figure for figure in QUALITIES if knowing(rows, figure.name)), None)
-    axes = [FIGURES[name] for name in ("duration", "energy_joules") if knowing(rows, name)]
+    """Return quality over time and energy; the Pareto front of all three is filled and joined."""
+    quality = next((metric for metric in QUALITIES if rows_with(rows, metric.name)), None)
+    axes = [FIGURES[name] for name in ("duration", "energy_joules") if rows_with(rows, name)]
     if quality is None:
         return []
-    cells = merged(knowing(rows, quality.name, *(axis.name for axis in axes)),
-                   lambda row: (row.curve, row.rate, row.streams, row.node))
+
+    known = rows_with(rows, quality.name, *(axis.name for axis in axes))
+    cells = mean_rows(known, lambda row: (row.curve, row.rate, row.streams, row.node))
     if len(cells) < 3:
         return []
-    front = front_of([(-(row.figure(quality.name) or 0), *(row.figure(axis.name) or 0 for axis in axes))
-                      for row in cells])
-    note = "" if len(axes) == 2 else ("energy is unknown, so the front is of quality and time: "
-                                      + rows[0].why("energy_joules"))
+
+    front = front_of([_rank(cell, quality, axes) for cell in cells])
+    note = ""
+    if len(axes) < 2:
+        reason = rows[0].reason("energy_joules")
+        note = f"energy is unknown, so the front is of quality and time: {reason}"
     plots = []
     for axis in axes:
-        curves = [Curve(label, points_of((cells[n] for n in mine), axis.name, quality.name), joined=False,
-                        hollow=frozenset(k for k, n in enumerate(mine) if n not in front))
-                  for label, mine in _by(range(len(cells)), lambda n: cells[n].curve).items()]
-        best = sorted(points_of((cells[n] for n in front), axis.name, quality.name))
-        curves.append(Curve("the front (filled): no other is better in all", best, marked=False))
+        curves = _front_curves(cells, front, axis.name, quality.name)
         plots.append(Plot(f"Pareto front: {quality.label} over {axis.label}", _axis_of(axis, cells),
                           quality.axis, curves, zero="x", note=note))
     return plots
 
 
+def _rank(row: Row, quality: wire.Metric, costs: Iterable[wire.Metric]) -> tuple[float, ...]:
+    """Return a row as a point of which less is better in each dimension."""
+    return (-(row.figure(quality.name) or 0), *(row.figure(cost.name) or 0 for cost in costs))
+
+
+def _front_curves(cells: Sequence[Row], front: Container[int], x: str, y: str) -> list[Curve]:
+    """Return the cells by curve, hollow unless they are of the front, and the front itself."""
+    curves = []
+    for label, numbers in grouped(range(len(cells)), lambda number: cells[number].curve).items():
+        hollow = frozenset(at for at, number in enumerate(numbers) if number not in front)
+        points = points_of((cells[number] for number in numbers), x, y)
+        curves.append(Curve(label, points, joined=False, hollow=hollow))
+
+    best = points_of((cell for number, cell in enumerate(cells) if number in front), x, y)
+    label = "the front (filled): no other is better in all"
+    curves.append(Curve(label, sorted(best), marked=False))
+    return curves
+
+
+def _axis_of(metric: wire.Metric, rows: Iterable[Row]) -> str:
+    """Return the text at an axis; it says where one of the rows has an estimate."""
+    estimated = any(is_estimated(row.metrics, metric.name) for row in rows)
+    return f"{metric.axis} (estimated)" if estimated else metric.axis
+
+
 def _node_plots(rows: Sequence[Row]) -> list[Plot]:
+    """Return time and energy of each work, node by node."""
     plots = []
-    for name, figure in ((name, FIGURES[name]) for name in ("duration", "energy_joules")):
-        cells = merged(knowing(rows, name), lambda row: (row.node, row.label))
-        labels = list(dict.fromkeys(row.label for row in cells))
-        shown = {label: float(at) for at, label in enumerate(labels[:LABELS_MOST])}
-        nodes = _by((row for row in cells if row.label in shown), lambda row: row.node)
-        curves = [Curve(node, [(row.figure(name) or 0.0, shown[row.label]) for row in group], joined=False,
-                        spans=[row.interval(name) for row in group]) for node, group in nodes.items()]
-        if shown:
-            bars = any(span for curve in curves for span in curve.spans)
-            note = "bars: 95 % interval of the mean" if bars else "each ran once: no interval is known"
-            more = f"; the first {LABELS_MOST} of {len(labels)}" if len(labels) > LABELS_MOST else ""
-            title = f"{figure.label.capitalize()} by node: {', '.join(nodes)}"
-            plots.append(Plot(title, _axis_of(figure, cells), "", curves, list(shown), zero="x",
-                              note=note + more))
+    for name in ("duration", "energy_joules"):
+        cells = mean_rows(rows_with(rows, name), lambda row: (row.node, row.label))
+        if cells:
+            plots.append(_node_plot(FIGURES[name], cells))
     return plots
 
 
+def _node_plot(metric: wire.Metric, cells: Sequence[Row]) -> Plot:
+    labels = list(dict.fromkeys(cell.label for cell in cells))
+    height = {label: float(at) for at, label in enumerate(labels[:MAX_LABELS])}
+    shown = [cell for cell in cells if cell.label in height]
+
+    curves = []
+    for node, group in grouped(shown, lambda cell: cell.node).items():
+        points = [(cell.figure(metric.name) or 0.0, height[cell.label]) for cell in group]
+        spans = [cell.interval(metric.name) for cell in group]
+        curves.append(Curve(node, points, joined=False, spans=spans))
+
+    note = "each ran once: no interval is known"
+    if any(span for curve in curves for span in curve.spans):
+        note = "bars: 95 % interval of the mean"
+    if len(labels) > MAX_LABELS:
+        note += f"; the first {MAX_LABELS} of {len(labels)}"
+    title = f"{metric.label.capitalize()} by node: {', '.join(curve.label for curve in curves)}"
+    return Plot(title, _axis_of(metric, cells), "", curves, list(height), zero="x", note=note)
+
+
+# series of a result -> its title and its metric; the first that any job has chooses the job to show
 _SAMPLED = {"power_watts": "Power", "cpu_usage": "CPU use"}
 
 
 def _samples(row: Row, name: str) -> list[tuple[float, float]]:
-    """Return (s, value) of the samples of a job that are known; none of fewer than two."""
-    lists = [row.series.get(key) for key in ("seconds", name)]
-    pairs = zip(*lists) if all(isinstance(values, list) for values in lists) else ()
-    points = [(x, y) for x, y in ((finite({"x": x}, "x"), finite({"y": y}, "y")) for x, y in pairs)
-              if x is not None and y is not None]
+    """Return (s, value) of the known samples of a job; [] of fewer than two."""
+    times, values = row.series.get("seconds"), row.series.get(name)
+    if not isinstance(times, list) or not isinstance(values, list):
+        return []
+
+    points = []
+    for time_s, value in zip(times, values):
+        sample = {"time": time_s, "value": value}
+        x, y = finite(sample, "time"), finite(sample, "value")
+        if x is not None and y is not None:
+            points.append((x, y))
     return points if len(points) > 1 else []
 
 
 def _power_plots(rows: Sequence[Row]) -> tuple[list[Plot], str]:
-    """Return power and CPU use over time of the longest sampled job, or why there are none."""
+    """Return power and CPU use over time of the job with the longest series, or why not."""
     main = next((name for name in _SAMPLED if any(_samples(row, name) for row in rows)), None)
     if main is None:
         return [], "no result holds samples"
-    row, plots = max(rows, key=lambda row: [x for x, _ in _samples(row, main)][-1:]), []
-    for name, title in _SAMPLED.items():
-        points = _samples(row, name)
-        if not points:
-            continue
-        curves = [Curve(title, points, marked=False)]
-        idle = row.figure("idle_watts") if name == "power_watts" else None
-        if idle is not None:
-            curves.append(Curve("idle", [(points[0][0], idle), (points[-1][0], idle)], marked=False))
-        about = "~ " if estimated(row.metrics, name) else ""
-        what = f"{about}{title} of job {row.job}: {row.label} on {row.node}"
-        plots.append(Plot(what, "time, s", _axis_of(FIGURES[name], [row]), curves, zero="y"))
-    return plots, "" if main == "power_watts" else f"power is unknown: {row.why('power_watts')}"
+
+    row = max(rows, key=lambda row: [x for x, _ in _samples(row, main)][-1:])
+    plots = [_series_plot(row, name, title) for name, title in _SAMPLED.items()
+             if _samples(row, name)]
+    if main == "power_watts":
+        return plots, ""
+    return plots, f"power is unknown: {row.reason('power_watts')}"
+
+
+def _series_plot(row: Row, name: str, title: str) -> Plot:
+    points = _samples(row, name)
+    curves = [Curve(title, points, marked=False)]
+    idle = row.figure("idle_watts")
+    if name == "power_watts" and idle is not None:
+        first, last = points[0][0], points[-1][0]
+        curves.append(Curve("idle", [(first, idle), (last, idle)], marked=False))
+
+    mark = "~ " if is_estimated(row.metrics, name) else ""
+    return Plot(f"{mark}{title} of job {row.job}: {row.label} on {row.node}", "time, s",
+                _axis_of(FIGURES[name], [row]), curves, zero="y")
+
+
+class _Notes(dict[str, int]):
+    """The reasons under a table, numbered in the order in which its cells refer to them."""
+
+    def unknown(self, reason: str) -> str:
+        """Return the cell of an unknown figure, with the number of its reason."""
+        number = self.setdefault(reason, len(self) + 1)
+        return f'<span class="none">unknown<sup>{number}</sup></span>'
+
+    def html(self) -> str:
+        """Return the list of the reasons."""
+        items = "".join(f"<li>{html_text(reason)}</li>" for reason in self)
+        return f'<ol class="note">{items}</ol>' if items else ""
 
 
 def _wide_table(heads: Iterable[str], rows: Iterable[Sequence[str]], texts: int = 3) -> str:
+    """Return a table that scrolls by itself where it is wider than the page."""
     return f'<div class="wide">{table_html(heads, rows, texts)}</div>'
 
 
-def _unknown(why: str, notes: dict[str, int]) -> str:
-    """Return the cell of what is unknown, with the number of its reason among those under the table."""
-    return f'<span class="none">unknown<sup>{notes.setdefault(why, len(notes) + 1)}</sup></span>'
+def _metrics_table(lines: Sequence[tuple[Mapping[str, str], Row]],
+                   metrics: Iterable[wire.Metric]) -> str:
+    """Return a table of rows, each after the words that it begins with, by their heads.
 
-
-def _noted_table(heads: Iterable[str], rows: Iterable[Sequence[str]], notes: Iterable[str],
-                 texts: int = 3) -> str:
-    items = "".join(f"<li>{html_text(why)}</li>" for why in notes)
-    return _wide_table(heads, rows, texts) + (f'<ol class="note">{items}</ol>' if items else "")
-
-
-def _jobs_table(rows: Sequence[Row], columns: Iterable[wire.Metric],
-                words: Callable[[Row], Mapping[str, str]] | None = None) -> str:
-    """Return a table of the columns that say something: a figure, or why one that was wanted is unknown.
-
-    `words` are what each line begins with, by their heads: what was done (and to what, where that
-    differs), where, the job.
+    A metric has a column when it is known of a row, or is unknown though it was wanted.
     """
-    several = len({row.content for row in rows if row.rendition}) > 1
-    words = words or (lambda row: {**({"film": row.content} if several else {}), "what": row.label,
-                                   "node": row.node, "job": row.job})
-    notes: dict[str, int] = {}
-    shown = [column for column in columns if knowing(rows, column.name) or any(
-        _part(row.metrics, "unknown").get(column.name) not in (None, "not asked for") for row in rows)]
-    if not any(knowing(rows, column.name) for column in shown):
-        why = dict.fromkeys(row.why(column.name) for row in rows for column in shown)
-        return _note(f"unknown: {'; '.join(why)}") if why else ""
+    rows = [row for _, row in lines]
+    shown = [metric for metric in metrics
+             if rows_with(rows, metric.name) or _is_wanted(metric.name, rows)]
+    if not any(rows_with(rows, metric.name) for metric in shown):
+        reasons = dict.fromkeys(row.reason(metric.name) for row in rows for metric in shown)
+        return _note(f"unknown: {'; '.join(reasons)}") if reasons else ""
 
-    def cell(row: Row, column: wire.Metric) -> str:
-        value = row.figure(column.name)
-        if value is None:
-            return _unknown(row.why(column.name), notes)
-        if column.name == "output_bytes":
-            return wire.size_text(value)
-        return figure_text(row.metrics, column.name, "", column.digits) or ""
-    currency = next((str(row.metrics["currency"]) for row in rows if row.metrics.get("currency")), "")
-    names = [(column._replace(unit=currency) if column.name in PRICES else column).axis for column in shown]
-    begun = [words(row) for row in rows]
-    cells = [[*map(html_text, begin.values()), *(cell(row, column) for column in shown)]
-             for begin, row in zip(begun, rows)]
-    return _noted_table([*begun[0], *names], cells, notes, len(begun[0]))
+    notes = _Notes()
+    cells = []
+    for words, row in lines:
+        figures = [_figure_cell(row, metric, notes) for metric in shown]
+        cells.append([*map(html_text, words.values()), *figures])
+    first = lines[0][0]
+    heads = [*first, *(_column_head(metric, rows) for metric in shown)]
+    return _wide_table(heads, cells, len(first)) + notes.html()
+
+
+def _is_wanted(name: str, rows: Iterable[Row]) -> bool:
+    """Return whether a metric is unknown for another reason than that nobody asked for it."""
+    reasons = [_part(row.metrics, "unknown").get(name) for row in rows]
+    return any(reason not in (None, "not asked for") for reason in reasons)
+
+
+def _column_head(metric: wire.Metric, rows: Iterable[Row]) -> str:
+    """Return the head of a column with the unit that its rows have."""
+    if metric.unit != wire.CURRENCY:
+        return metric.axis
+    currency = next(filter(None, (unit_of(metric, row.metrics) for row in rows)), "")
+    return metric._replace(unit=currency).axis
+
+
+def _figure_cell(row: Row, metric: wire.Metric, notes: _Notes) -> str:
+    text = figure_text(row.metrics, metric.name, unit="")
+    if text is None:
+        return notes.unknown(row.reason(metric.name))
+    return html_text(text)
 
 
 def _delta_table(deltas: Sequence[Delta]) -> str:
-    notes: dict[str, int] = {}
-    lines = []
+    """Return the differences at equal quality: a row for each cost of a pair of curves."""
+    notes = _Notes()
     qualities = list(dict.fromkeys(delta.quality for delta in deltas))
-    for (cost, test, anchor), group in _by(deltas, lambda d: (d.cost, d.test, d.anchor)).items():
+    lines = []
+    by_line = grouped(deltas, lambda delta: (delta.cost, delta.test, delta.anchor))
+    for (cost, test, anchor), group in by_line.items():
         cells = [f"BD-{cost}", html_text(test), html_text(anchor)]
         by_quality = {delta.quality: delta for delta in group}
-        for delta in (by_quality.get(quality) for quality in qualities):
-            texts = (None, None) if delta is None else map(delta.text, (delta.cubic, delta.pchip))
-            cells += [text or _unknown(delta.why if delta else "not measured", notes) for text in texts]
+        for quality in qualities:
+            delta = by_quality.get(quality)
+            if delta is None:
+                cells.append(notes.unknown("not measured"))
+            else:
+                cells.append(delta.text() or notes.unknown(delta.why))
         lines.append(cells)
-    heads = [f"equal {FIGURES[name].label}, {fit}" for name in qualities for fit in ("cubic", "PCHIP")]
-    return _noted_table(["", "this", "against", *heads], lines, notes)
+
+    heads = [f"equal {FIGURES[name].label}" for name in qualities]
+    return _wide_table(["", "this", "against", *heads], lines) + notes.html()
 
 
 _REPORT_STYLE = """
@@ -5054,60 +5236,77 @@ body{font:15px/1.45 system-ui,sans-serif;margin:1.5rem auto;max-width:68rem;padd
 color:var(--text);background:var(--back)}h1{margin:0 0 .2rem}h3{margin:1.4rem 0 .2rem}
 h2{margin:2.2rem 0 .6rem;border-bottom:1px solid var(--rule)}
 .note,.lead,.none{color:var(--soft);font-size:13px}.none{font-size:12px}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.2rem 1.5rem}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));
+gap:1.2rem 1.5rem}
 figure{margin:0;break-inside:avoid;max-width:36rem}figcaption{font-weight:600}
 svg{width:100%;height:auto;display:block}svg text{font:12px system-ui,sans-serif;fill:var(--text)}
 .grid{stroke:var(--rule);stroke-width:.7}.axis{stroke:var(--soft);fill:none}
 g[class]{stroke:var(--c);fill:var(--c)}g .line{fill:none;stroke-width:2}
 g .hollow{fill:var(--back);stroke-width:1.5}
-.keys{list-style:none;display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;margin:.2rem 0;padding:0;font-size:13px}
+.keys{list-style:none;display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;margin:.2rem 0;padding:0;
+font-size:13px}
 .keys li{display:flex;align-items:center}.key{width:34px;height:14px;margin-right:.4rem;flex:none}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:13px;margin:.4rem 0}
-th,td{text-align:left;padding:.2rem .8rem .2rem 0;border-bottom:1px solid var(--rule);vertical-align:top}
+th,td{text-align:left;padding:.2rem .8rem .2rem 0;border-bottom:1px solid var(--rule);
+vertical-align:top}
 td{white-space:nowrap}.n{text-align:right;font-variant-numeric:tabular-nums}sup{line-height:0}
 @media screen and (prefers-color-scheme:dark){
 :root{--text:#e6edf3;--soft:#9aa4ae;--rule:#30363d;--back:#0d1117}}
-@media print{@page{margin:14mm}:root{color-scheme:light}body{margin:0;max-width:none;font-size:11px}
-table{font-size:8.5px}th,td{padding:.1rem .4rem .1rem 0}tr{break-inside:avoid}.wide{overflow:visible}
-.plots{grid-template-columns:1fr 1fr}h2,h3{break-after:avoid}.keys,.note,.lead,.none{font-size:8.5px}}
+@media print{@page{margin:14mm}:root{color-scheme:light}
+body{margin:0;max-width:none;font-size:11px}
+table{font-size:8.5px}th,td{padding:.1rem .4rem .1rem 0}tr{break-inside:avoid}
+.wide{overflow:visible}
+.plots{grid-template-columns:1fr 1fr}h2,h3{break-after:avoid}
+.keys,.note,.lead,.none{font-size:8.5px}}
 """ + "".join(f".c{number}{{--c:{colour}}}" for number, colour in enumerate(_COLOURS))
 
 
 def report_html(title: str, rows: Sequence[Row], made_at: str) -> str:
     """Return the whole report as one page that fetches nothing and runs no script."""
-    done = [row for row in rows if row.status == "completed"]
-    count = ", ".join(f"{len(group)} {word}" for word, group in _by(rows, lambda row: row.status).items())
-    nodes = ", ".join(dict.fromkeys(row.node for row in rows if row.node)) or "no node"
-    parts = [f'<h1>{html_text(title)}</h1><p class="lead">{html_text(count or "no jobs")} on '
-             f"{html_text(nodes)}; made {html_text(made_at)} by ffdist {VERSION}</p>"]
+    completed = [row for row in rows if row.status == "completed"]
+    encodes = [row for row in completed if row.rendition]  # the rest are baselines
+    body = [
+        _lead_html(title, rows, made_at),
+        *_contents_html(encodes),
+        _plots_html("Power over time", *_power_plots(encodes or completed)),
+        *_tables_html(rows, completed, encodes),
+    ]
+    return ('<!doctype html><html lang="en"><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width">'
+            f"<title>{html_text(title)}</title><style>{_REPORT_STYLE}</style>"
+            f"{''.join(body)}</html>\n")
+
+
+def _lead_html(title: str, rows: Sequence[Row], made_at: str) -> str:
+    """Return the title of a report and how many jobs of which nodes it is about."""
+    by_status = grouped(rows, lambda row: row.status)
+    counts = ", ".join(f"{len(group)} {status}" for status, group in by_status.items())
+    nodes = ", ".join(dict.fromkeys(row.node for row in rows if row.node))
+    lead = (f"{counts or 'no jobs'} on {nodes or 'no node'}; "
+            f"made {made_at} by ffdist {VERSION}")
+    parts = [f'<h1>{html_text(title)}</h1><p class="lead">{html_text(lead)}</p>']
     if any(row.metrics.get("energy_estimated") for row in rows):
-        parts.append('<p class="lead">~ marks energy that is estimated by a power model, not measured.</p>')
-    deltas = _by(deltas_of(done), lambda delta: delta.content)
-    encodes = [row for row in done if row.rendition]
-    contents = _by(encodes, lambda row: row.content)
-    for content, group in list(contents.items())[:PANELS_MOST]:
+        parts.append('<p class="lead">~ marks energy that is estimated by a power model, '
+                     "not measured.</p>")
+    return "".join(parts)
+
+
+def _contents_html(encodes: Sequence[Row]) -> list[str]:
+    """Return the plots and the differences of each content."""
+    contents = grouped(encodes, lambda row: row.content)
+    parts = []
+    for content, group in list(contents.items())[:MAX_CONTENTS]:
         plots = [*_rate_plots(group), *_front_plots(group), *_node_plots(group)]
         parts.append(_plots_html(content, plots))
-        if content in deltas:
-            parts.append("<h3>What one costs more or less than another, at equal quality</h3>"
-                         + _delta_table(deltas[content]))
-    if len(contents) > PANELS_MOST:
-        parts.append(_note(f"{len(contents) - PANELS_MOST} more are only in the tables."))
-    power, why = _power_plots(encodes or done)
-    parts.append(_plots_html("Power over time", power, why))
-    means = merged(encodes, lambda row: (row.rendition, row.curve))
-    sections = {"Means by rendition": _jobs_table(means, TABLES[wire.MONEY_TABLE], lambda row: {
-        "rendition": row.rendition, "encoder": row.curve, "jobs": str(row.jobs)})}
-    sections.update((name, _jobs_table(done, columns)) for name, columns in TABLES.items())
-    failed = [[html_text(text) for text in
-               (row.content, row.label, row.node, row.job, row.status, row.error)]
-              for row in rows if row.status != "completed"]
-    if failed:
-        sections["Not completed"] = _wide_table(["film", "what", "node", "job", "status", "error"], failed, 6)
-    parts += [f"<h2>{name}</h2>{table}" for name, table in sections.items() if table]
-    return ('<!doctype html><html lang="en"><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width"><title>'
-            f"{html_text(title)}</title><style>{_REPORT_STYLE}</style>{''.join(parts)}</html>\n")
+        deltas = deltas_of(group)
+        if deltas:
+            parts.append("<h3>What one costs more or less than another, at equal quality</h3>")
+            parts.append(_delta_table(deltas))
+
+    left = len(contents) - MAX_CONTENTS
+    if left > 0:
+        parts.append(_note(f"{left} more are only in the tables."))
+    return parts
 
 
 def _plots_html(title: str, plots: Iterable[Plot], note: str = "") -> str:
@@ -5115,47 +5314,111 @@ def _plots_html(title: str, plots: Iterable[Plot], note: str = "") -> str:
     return f'<h2>{html_text(title)}</h2><div class="plots">{figures}</div>{_note(note)}'
 
 
+def _tables_html(rows: Sequence[Row], completed: Sequence[Row],
+                 encodes: Sequence[Row]) -> list[str]:
+    """Return the tables of a report under their titles: means, all metrics, incomplete jobs."""
+    means = [({"rendition": mean.rendition, "encoder": mean.curve, "jobs": str(mean.jobs)}, mean)
+             for mean in mean_rows(encodes, lambda row: (row.rendition, row.curve))]
+    lines = [(_words_of(row, encodes), row) for row in completed]
+
+    tables = {"Means by rendition": _metrics_table(means, TABLES[wire.MONEY_TABLE])}
+    for name, columns in TABLES.items():
+        tables[name] = _metrics_table(lines, columns)
+    failed = [[html_text(text) for text in
+               (row.content, row.label, row.node, row.job, row.status, row.error)]
+              for row in rows if row.status != "completed"]
+    if failed:
+        heads = ["film", "what", "node", "job", "status", "error"]
+        tables["Not completed"] = _wide_table(heads, failed, len(heads))
+    return [f"<h2>{name}</h2>{table}" for name, table in tables.items() if table]
+
+
+def _words_of(row: Row, encodes: Iterable[Row]) -> dict[str, str]:
+    """Return the words that a line begins with, by their heads; films only where they differ."""
+    words = {"what": row.label, "node": row.node, "job": row.job}
+    if len({encode.content for encode in encodes}) > 1:
+        return {"film": row.content, **words}
+    return words
+
+
 def report_json(title: str, rows: Sequence[Row], made_at: str) -> Json:
-    """Return the report as data: the rows with all their figures, and the differences at equal quality."""
+    """Return the report as data: rows with all metrics, and the differences at equal quality."""
     deltas = deltas_of([row for row in rows if row.status == "completed"])
-    return {"title": title, "made_at": made_at, "rows": [row._asdict() for row in rows],
+    return {"title": title, "made_at": made_at,
+            "rows": [row._asdict() for row in rows],
             "deltas": [delta._asdict() for delta in deltas]}
 
 
+_CSV_WORDS = Row._fields[:Row._fields.index("metrics")]
+_CSV_MARKS = ("currency", "power_source", "energy_estimated")
+
+
 def report_csv(rows: Iterable[Row]) -> str:
-    """Return the rows as CSV; no text begins a formula, what is unknown is empty, its reason stands last."""
+    """Return the rows as CSV; an unknown figure is empty, and the last column has the reasons."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    heads = Row._fields[:Row._fields.index("metrics")]
-    told = ("currency", "power_source", "energy_estimated")
-    writer.writerow([*heads, *FIGURES, *told, "unknown"])
+    writer.writerow([*_CSV_WORDS, *FIGURES, *_CSV_MARKS, "unknown"])
     for row in rows:
-        words = [_plain(getattr(row, name)) for name in heads]
-        why = {name: row.why(name) for name in FIGURES if row.figure(name) is None}
-        more = ["" if (value := row.metrics.get(name)) is None else _plain(value) for name in told]
-        writer.writerow([*words, *map(row.figure, FIGURES), *more, json.dumps(why)])
+        words = [_plain(getattr(row, name)) for name in _CSV_WORDS]
+        marks = [_plain(row.metrics.get(name)) for name in _CSV_MARKS]
+        reasons = {name: row.reason(name) for name in FIGURES if row.figure(name) is None}
+        writer.writerow([*words, *map(row.figure, FIGURES), *marks, json.dumps(reasons)])
     return out.getvalue()
 
 
 def _plain(value: Any) -> str:
+    """Return a cell that no spreadsheet takes for a formula; "" for None."""
+    if value is None:
+        return ""
     word = wire.printable(value)
     return f"'{word}" if word.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else word
 
 
+_TERMINAL_HEADS = ("JOB", "STATUS", "NODE", "TIME", "SPEED", "RATE", "QUALITY", "ENERGY", "COST",
+                   "CO2E", "WHAT")
+
+
 def report_rows(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
-    """Return the rows as a table for a terminal, without the columns that nothing is known for."""
-    heads = ("JOB", "STATUS", "NODE", "TIME", "SPEED", "RATE", "QUALITY", "ENERGY", "COST", "CO2E", "WHAT")
+    """Return the rows as a table for a terminal, without the columns of which nothing is known."""
     rows = list(rows)
     several = len({row.content for row in rows if row.rendition}) > 1
-    cells = [(row.job, row.status, row.node,
-              *(figure_text(row.metrics, name) for name in ("duration", "speed", "bitrate_kbps")),
-              next((f"{figure.label} {amount_text(row.figure(figure.name), '', 4)}" for figure in QUALITIES
-                    if row.figure(figure.name) is not None), None), energy_text(row.metrics),
-              *(figure_text(row.metrics, name) for name in ("energy_cost", "carbon_g")),
-              f"{f'{row.content}: ' if several else ''}{row.label}{f': {row.error}' if row.error else ''}")
-             for row in rows]
-    shown = [at for at in range(len(heads)) if any(line[at] for line in cells)]
-    return [tuple(line[at] for at in shown) for line in (heads, *cells)]
+    lines = [_terminal_line(row, several) for row in rows]
+    shown = [at for at in range(len(_TERMINAL_HEADS)) if any(line[at] for line in lines)]
+    return [tuple(line[at] for at in shown) for line in (_TERMINAL_HEADS, *lines)]
+
+
+def _terminal_line(row: Row, several: bool) -> tuple[str | None, ...]:
+    """Return the cells of a row; `several` films are named."""
+    def figures(*names: str) -> list[str | None]:
+        return [figure_text(row.metrics, name) for name in names]
+
+    film = f"{row.content}: " if several else ""
+    error = f": {row.error}" if row.error else ""
+    return (row.job, row.status, row.node, *figures("duration", "speed", "bitrate_kbps"),
+            _best_quality(row), *figures("energy_wh", "energy_cost", "carbon_g"),
+            f"{film}{row.label}{error}")
+
+
+def _best_quality(row: Row) -> str | None:
+    """Return the first known metric of quality, with its name and without its unit."""
+    for metric in QUALITIES:
+        text = figure_text(row.metrics, metric.name, unit="")
+        if text is not None:
+            return f"{metric.label} {text}"
+    return None
+
+
+def _report_json_text(title: str, rows: Sequence[Row], made_at: str) -> str:
+    return json.dumps(report_json(title, rows, made_at), indent=2) + "\n"
+
+
+def _report_csv_text(title: str, rows: Sequence[Row], made_at: str) -> str:
+    return report_csv(rows)
+
+
+# the ending of a report's file -> what makes its text
+REPORT_KINDS: Mapping[str, Callable[[str, Sequence[Row], str], str]] = {
+    ".html": report_html, ".htm": report_html, ".csv": _report_csv_text, ".json": _report_json_text}
 
 
 # ---- 20 Programs ----------------------------------------------------------------------------------
@@ -5193,7 +5456,7 @@ def start_again() -> None:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Delay Ctrl-C until the block has ended: it would leave a program behind that just starts or ends."""
+    """Delay Ctrl-C to the end of the block: a program that is just started would be left behind."""
     received: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
     try:
@@ -5208,9 +5471,9 @@ def uninterrupted() -> Iterator[None]:
 def start_program(argv: Sequence[str], output: Any = None) -> subprocess.Popen[bytes]:
     """Start another program; its stdout and stderr go to `output`. ffdist starts none elsewhere.
 
-    It gets a session of its own, so that Ctrl-C on the terminal reaches ffdist alone, which then ends
-    its programs in order. Our own environment variables stay here: FFDIST_MASTER, say, would turn an
-    agent of the demo to another master.
+    It gets a session of its own, so that Ctrl-C on the terminal reaches ffdist alone, which then
+    ends its programs in order. Our own environment variables are not passed on: FFDIST_MASTER,
+    say, would turn the demo's agent to another master.
     """
     env = {name: value for name, value in os.environ.items() if not name.startswith("FFDIST_")}
     return subprocess.Popen(list(argv), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
@@ -5218,7 +5481,7 @@ def start_program(argv: Sequence[str], output: Any = None) -> subprocess.Popen[b
 
 
 def end_program(process: subprocess.Popen[bytes], limit_s: float) -> None:
-    """End a program that start_program() started: SIGTERM, after the limit SIGKILL to its whole group."""
+    """End a program of start_program(): SIGTERM, after the limit SIGKILL to its whole group."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(limit_s)
@@ -5230,7 +5493,7 @@ def end_program(process: subprocess.Popen[bytes], limit_s: float) -> None:
 
 def await_start(process: subprocess.Popen[bytes], ready: Callable[[], Any], doing: str,
                 limit_s: float = math.inf) -> Any:
-    """Return the first true value of ready(), or None when the process ends or the time is up before."""
+    """Return the first true value of ready(); None when the process or the time ends before."""
     began = time.monotonic()
     with contextlib.closing(wire.ProgressLine()) as bar:
         while process.poll() is None:
@@ -5253,7 +5516,7 @@ def last_line(output: Path) -> str:
 
 def install_commands(programs: Iterable[str],
                      packages: Mapping[str, Mapping[str, str]] = PACKAGES) -> list[tuple[str, ...]]:
-    """Return the commands that install programs with this host's package manager; [] without one."""
+    """Return the commands that install programs with this host's manager; [] without one."""
     manager = next((name for name in MANAGERS if shutil.which(name)), None)
     if manager is None:
         return []
@@ -5311,13 +5574,15 @@ def _command_line(commands: Iterable[Sequence[str]]) -> str:
 def _install(command: Sequence[str], advice: str) -> None:
     print(f"+ {shlex.join(command)}", file=sys.stderr, flush=True)
     if start_program(command, sys.stderr).wait() != 0:
-        raise CommandError(f"'{shlex.join(command)}' failed: ask the administrator to run '{advice}'")
+        raise CommandError(f"'{shlex.join(command)}' failed: "
+                           f"ask the administrator to run '{advice}'")
 
 
 # ---- 21 Dashboards --------------------------------------------------------------------------------
 
-# Expressions are MetricsQL, in which `@name` stands for the metric ffdist_name of the one table: promql()
-# refuses a name that is not in it, so a renamed metric cannot leave an empty picture behind.
+# Expressions are MetricsQL, in which `@name` stands for the metric ffdist_name of the one table.
+# promql() refuses a name that is not in it, so a renamed metric cannot leave an empty picture
+# behind.
 
 def promql(text: str) -> str:
     """Return an expression with the full name for each `@name`; KeyError for an unknown metric."""
@@ -5325,10 +5590,10 @@ def promql(text: str) -> str:
 
 
 class Panel(NamedTuple):
-    """One picture: its kind, its title, its unit as Grafana calls it, its expressions, their legends.
+    """One picture: kind, title, unit as Grafana calls it, expressions and their legends.
 
-    `kind` is timeseries, stat or table. A table has a row for each set of labels, and a column for each
-    expression, under the names of `legend`.
+    `kind` is timeseries, stat or table. A table has a row for each set of labels, and a column for
+    each expression, under the names of `legend`.
     """
 
     kind: str
@@ -5514,7 +5779,7 @@ def _panel_json(panel: Panel, number: int, place: Json) -> Json:
 
 
 def _targets(panel: Panel) -> list[Json]:
-    """Return the queries of a panel; those of a graph are over its range, the others of this moment."""
+    """Return the queries of a panel: of a graph over its range, of the others at this moment."""
     is_graph = panel.kind == "timeseries"
     form = "table" if panel.kind == "table" else "time_series"
     return [{"refId": _ref(number), "datasource": _SOURCE, "expr": promql(expr),
@@ -5528,7 +5793,7 @@ def _ref(number: int) -> str:
 
 
 def _joined_columns(panel: Panel) -> list[Json]:
-    """Return the transformations that join a table's queries by their labels and name the columns."""
+    """Return the transformations that join a table's queries by label, and name its columns."""
     names = {f"Value #{_ref(number)}": legend for number, legend in enumerate(panel.legend)}
     return [{"id": "merge", "options": {}},
             {"id": "organize", "options": {"excludeByName": {"Time": True}, "renameByName": names}}]
@@ -5599,8 +5864,8 @@ class Rule(NamedTuple):
     summary: str
 
 
-# POWER_LIMIT stands for --power-limit. A power alert lasts longer than the 2 min that its mean looks back,
-# so that one short job does not raise it.
+# POWER_LIMIT stands for --power-limit. The power must stay above it for longer than the 2 min of
+# its mean, so that one short job raises no alert.
 RULES = (
     Rule("NodeOffline", "max by (node, node_id) (@node_up) == 0", "1m", "warning",
          "Node {{ $labels.node }} is offline: see whether its machine and its agent run."),
@@ -5623,7 +5888,8 @@ RULES = (
     Rule("MasterDiskFilling",
          "max(@disk_free_bytes) < 1e9 or max(@disk_free_bytes / @disk_size_bytes) < 0.05",
          "5m", "critical",
-         "The disk of the master's data folder is nearly full: make room, or nothing more is accepted."),
+         "The disk of the master's data folder is nearly full: make room, or nothing more is "
+         "accepted."),
     Rule("MasterCannotWrite", "max(@ready) == 0", "30s", "critical",
          "The master's journal cannot be written: GET /ready names the cause."),
     Rule("MasterAway", "absent(@ready)", "2m", "critical",
@@ -5647,12 +5913,16 @@ def rules_json(power_limit_w: float) -> Json:
 
 # ---- 22 Monitoring --------------------------------------------------------------------------------
 
-# `monitoring up` holds its programs: they live as long as it does. It starts them one after the other, each
-# when the one before answers, prints the addresses and stays in the foreground; Ctrl-C, SIGTERM or the end
-# of any of them ends all. So there is no record of processes to go stale, and a service manager can run it.
+# `monitoring up` holds its programs: they live as long as it does. It starts them one after the
+# other, each when the one before answers, prints the addresses and stays in the foreground;
+# Ctrl-C, SIGTERM or the end of any of them ends all. So there is no record of processes that
+# could be stale, and a service manager can run it.
 
 class Site(NamedTuple):
-    """Where the parts of the monitoring are; addresses as host:port, no password for files alone."""
+    """Where the parts of the monitoring are.
+
+    `vmalert` and `grafana` are host:port. Without a password Grafana keeps its own.
+    """
 
     folder: str
     master: str
@@ -5729,8 +5999,8 @@ _RELEASES = ("with 'apt-get install victoria-metrics', or from "
 class Part(NamedTuple):
     """One program of the monitoring: its path (None: not installed), arguments, addresses.
 
-    `flag` chooses another address for it; `source` is where to get it. The first part is needed, the
-    others are not.
+    `flag` chooses another address for it; `source` is where to get it. The first part is needed,
+    the others are not.
     """
 
     name: str
@@ -5750,8 +6020,8 @@ def parts_of(site: Site) -> tuple[Part, ...]:
 def _victoria_metrics(site: Site) -> Part:
     """Return the part that keeps the figures.
 
-    Deduplication drops a value that was pushed twice (an answer was lost); without the latency offset,
-    30 s by default, a dashboard would show a result half a minute after its job.
+    Deduplication drops a value that was pushed twice because an answer was lost. With the default
+    latency offset of 30 s a dashboard would show a result half a minute after its job.
     """
     url = site.victoriametrics
     arguments = (
@@ -5768,7 +6038,7 @@ def _victoria_metrics(site: Site) -> Part:
 
 
 def _vmalert(site: Site) -> Part:
-    """Return the part that watches the figures; it keeps the state of its alerts in VictoriaMetrics."""
+    """Return the part that watches the figures; it keeps its alerts' state in VictoriaMetrics."""
     url, store = f"http://{site.vmalert}", site.victoriametrics
     notifier = f"-notifier.config={site.folder}/notifier.yml"
     if site.alertmanager:
@@ -5786,10 +6056,11 @@ def _vmalert(site: Site) -> Part:
 
 
 def _grafana(site: Site) -> Part:
-    """Return the part that shows the figures: `grafana server` since version 9.3, grafana-server before."""
+    """Return the part that shows the figures: `grafana-server`, or `grafana server`."""
     url = f"http://{site.grafana}"
     home = next((path for path in GRAFANA_HOMES if os.path.isdir(path)), GRAFANA_HOMES[0])
-    arguments: tuple[str, ...] = ("--homepath", home, "--config", f"{site.folder}/grafana/grafana.ini")
+    config = f"{site.folder}/grafana/grafana.ini"
+    arguments: tuple[str, ...] = ("--homepath", home, "--config", config)
     program = _first_on_path("grafana-server", "grafana")
     if program is None or not program.endswith("-server"):
         arguments = ("server", *arguments)
@@ -5830,8 +6101,8 @@ class Running(NamedTuple):
 
     def failure(self, how: str) -> CommandError:
         """Return the error of a part that did not do what it should, with its last words."""
-        return CommandError(f"{self.part.name} {how}: {last_line(self.log) or 'it printed nothing'} "
-                            f"({self.log})")
+        words = last_line(self.log) or "it printed nothing"
+        return CommandError(f"{self.part.name} {how}: {words} ({self.log})")
 
 
 @contextlib.contextmanager
@@ -6007,7 +6278,8 @@ def _result_row(result: Json) -> tuple[Any, ...]:
         value = metrics.get(name)
         return text(value) if isinstance(value, (int, float)) else None
     return (result["job_id"][:8], result["status"], result.get("node"), figure("duration", "{:.1f} s".format),
-            figure("speed", "{:.2f}x".format), figure("cpu_usage", "{:.0f} %".format), energy_text(metrics),
+            figure("speed", "{:.2f}x".format), figure("cpu_usage", "{:.0f} %".format),
+            figure_text(with_energy_wh(metrics), "energy_wh"),
             figure_text(metrics, "energy_cost"), figure_text(metrics, "carbon_g"),
             figure("output_bytes", wire.size_text), result["scenario"],
             (result.get("analyzer_output") or {}).get("recommendation") or result.get("error"))
@@ -6055,9 +6327,9 @@ def _print_report(rows: Sequence[Row]) -> None:
     deltas = deltas_of([row for row in rows if row.status == "completed"])
     if deltas:
         print()
-        _print_table([("BD", "AT EQUAL", "COSTS", "THIS", "AGAINST", "WHAT"), *(
-            (delta.cost, delta.quality, delta.text(delta.cubic), delta.test, delta.anchor,
-             delta.why or delta.content) for delta in deltas)])
+        lines = [(delta.cost, delta.quality, delta.text(), delta.test, delta.anchor,
+                  delta.why or delta.content) for delta in deltas]
+        _print_table([("BD", "AT EQUAL", "COSTS", "THIS", "AGAINST", "WHAT"), *lines])
 
 
 def _print_plan(experiment: Experiment) -> None:
@@ -6336,18 +6608,13 @@ def cmd_experiment(args: argparse.Namespace) -> int:
     if args.json:
         _print_json({"experiment": experiment.id, "jobs": details})
     else:
-        _print_table(report_rows(told_apart([row_of(job) for job in details])))
+        _print_table(report_rows(distinct_curves([row_of(job) for job in details])))
         _say(f"plots: python3 ffdist.py report --experiment {shlex.quote(args.file)} -o report.html")
     bad_ones = [job for job in details if job["status"] in BROKEN]
     if bad_ones:
         _say(f"{wire.count_text(len(bad_ones), 'job')} did not complete; once more with: "
              f"{retry}")
     return 1 if bad_ones else 0
-
-
-REPORT_KINDS: Mapping[str, Callable[[str, Sequence[Row], str], str]] = {
-    ".html": report_html, ".htm": report_html, ".csv": lambda title, rows, made_at: report_csv(rows),
-    ".json": lambda *report: json.dumps(report_json(*report), indent=2) + "\n"}
 
 
 def cmd_report(args: argparse.Namespace) -> int:
@@ -6367,7 +6634,7 @@ def cmd_report(args: argparse.Namespace) -> int:
     if len(rows) < len(ids):
         _say(f"{len(ids) - len(rows)} of {wire.count_text(len(ids), 'job')} are not known to the master: "
              "not submitted yet, or no longer kept")
-    rows = told_apart(rows)
+    rows = distinct_curves(rows)
     make = REPORT_KINDS[".json"] if args.json else make
     if make is None:
         _print_report(rows)
