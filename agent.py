@@ -53,6 +53,7 @@ import pwd
 import random
 import re
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -101,17 +102,16 @@ from hwdetect import whole_number as whole_number
 # ---- 1 Wire ---------------------------------------------------------------------------------------
 
 VERSION = hwdetect.VERSION
-PROTOCOL = 1
-WAIT_MAX_S = 60.0
+PROTOCOL = 1  # sessions, parked requests, orders; the seed's master and agents have none
+WAIT_MAX_S = 60.0  # the longest time that a request may be parked
 CLOSED_STATUSES = ("completed", "failed", "canceled", "returned")
-
 
 
 class ApiError(Exception):
     """A request that was refused, or that never got an answer.
 
-    `status` is the HTTP status (0: no answer at all), `field` the field to blame, `retryable` whether
-    the same request may succeed later.
+    `status` is the HTTP status (0: no answer at all), `field` the field to blame, `retryable`
+    whether the same request may succeed later.
     """
 
     def __init__(self, status: int, message: str, field: str | None = None) -> None:
@@ -125,16 +125,13 @@ class ApiError(Exception):
         return self.status == 0 or self.status >= 500 or self.status in (408, 429)
 
     def to_json(self) -> Json:
-        return {"error": self.message, "field": self.field} if self.field else {"error": self.message}
-
-
-
-
-
+        if self.field is None:
+            return {"error": self.message}
+        return {"error": self.message, "field": self.field}
 
 
 class Failure(Exception):
-    """Why an attempt failed: a sentence that names the file or field, and a `failure_reason` word."""
+    """The failure of an attempt: a sentence that names the file or field, and a `failure_reason`."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -142,25 +139,26 @@ class Failure(Exception):
         self.message = message
 
 
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, halves of a character
+# Control characters, and halves of a character, which UTF-8 cannot carry.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 class Fields:
     """The fields of one JSON object, each checked as it is read: the only reader of JSON at the edge.
 
-    Messages to the master, parameters of a job and answers to the Client are read by it. A method
-    returns None (a text in free words "", a list or an object an empty one) where the field is absent or
-    null. A value of another kind, or outside its limits, raises ApiError with `status` (400 for a
-    request, 0 for an answer that makes no sense), which names the field as `prefix` and its name:
-    `parameters.crf`. A `lenient` reader takes such a value for an absent one: what programs of others
-    stored through the master must not hide everything beside it.
+    It reads messages to the master, parameters of a job and answers to the Client. A method returns
+    None (`words` "", lists and objects empty ones) where the field is absent or null. A value of another
+    kind, or outside its limits, raises ApiError with `status` (400 for a request, 0 for an answer that
+    makes no sense), which names the field as `prefix` and its name: `parameters.crf`. A `lenient` reader
+    takes such a value for an absent one: a strange result that another program stored must not hide
+    everything beside it.
 
-    With `texts` a number may be a text, as all values of a query are. Fields that nobody asks for are
-    ignored, for later versions may send more.
+    With `texts` a number may be a text, as all values of a query are. Unknown fields are ignored, for
+    later versions may send more.
     """
 
-    def __init__(self, value: object, name: str = "the body", *, prefix: str = "", status: int = 400,
-                 texts: bool = False, lenient: bool = False) -> None:
+    def __init__(self, value: object, name: str = "the body", *, prefix: str = "",
+                 status: int = 400, texts: bool = False, lenient: bool = False) -> None:
         self._prefix = prefix
         self._status = status
         self._texts = texts
@@ -323,7 +321,7 @@ class Job:
 
     @classmethod
     def from_json(cls, value: object) -> Job:
-        """Return the job of a claim; the seed's master numbers no attempts and may send fewer fields."""
+        """Return the job of a claim; the seed's master numbers no attempts, it may lack fields."""
         fields = Fields(value, "the claimed job", prefix="job.", status=0)
         return cls(
             fields.required_text("id", 64), fields.whole("attempt", 1) or 1,
@@ -349,9 +347,9 @@ class Order(NamedTuple):
 class Answer:
     """The master's answer to a claim, a heartbeat or progress.
 
-    `orders` stand until they are obeyed; `seen` is their number, which the next request sends back.
-    `claim` is true where the claim word was used up: the next claim needs a new one. `next_s` is when
-    the master wants the next progress.
+    Orders stand until they are obeyed; `seen` is the number of the newest, which the next request sends
+    back. `claim` is true where the claim word was used up: the next claim needs a new one. `next_s` is
+    when the master wants the next progress, in s from now.
     """
 
     job: Job | None = None
@@ -380,7 +378,7 @@ class Registered:
     """The master's answer to a registration.
 
     `protocol` is None for the seed's master, which knows no sessions and parks no requests. `holding`
-    are the attempts, by job and number, that the master still takes for this node's.
+    has the attempts, by job and number, that are still this node's.
     """
 
     id: str | None
@@ -402,8 +400,8 @@ class Registered:
 class ResultView:
     """A result for people; `json` is the whole of it, and absent texts are empty.
 
-    Figures of `metrics` are described by METRICS. Results of foreign agents are kept as they were sent:
-    a field that makes no sense counts as absent.
+    METRICS describes the figures of `metrics`. Results of foreign agents are kept as they were sent: a
+    field that makes no sense counts as absent.
     """
 
     json: Json
@@ -475,8 +473,8 @@ class AttemptView:
 class JobView:
     """A job for people; `json` is the whole answer, and absent texts are empty.
 
-    `settings` are the resolved ones, `parameters` those that were given. `result` and `attempts` stand
-    only in the answer about one job. A job of the seed's master may lack all but `id`.
+    `settings` are the resolved ones, `parameters` those that were given. Only the answer about one job
+    has `result` and `attempts`. A job of the seed's master may lack all but its id.
     """
 
     json: Json
@@ -584,14 +582,14 @@ CURRENCY = "currency"  # the unit of a price: what the tariff names
 class Metric(NamedTuple):
     """One row of METRICS: a figure of a result, its meaning, how it is merged, exported and shown.
 
-    Agent: `repeats` is what becomes of the figures of several runs: their `mean`, the `most`, or the
-    `last` run's. `formula` is given where the figure follows from others. `unknown` is the reason beside
-    a null; a word in braces stands for a cause that is known only after the run. A metric of the machine
-    (`of_machine`) exists without a film too, as in a baseline.
+    Agent: `repeats` says how figures of several runs merge: their `mean`, the `most`, or the `last`
+    run's. `formula` is given where the figure follows from others. `unknown` is the reason beside a
+    null; a word in braces is replaced by a cause that is known only after the run. A metric of the
+    machine (`of_machine`) exists without a film too, as in a baseline.
 
-    Shown: `phrase` formats the value for a result on the terminal; `table` is the table of a report that
-    has it as a column, under `label` and `unit`, with `digits` that count; one with `of_energy` is an
-    estimate when energy is.
+    Shown: `phrase` formats the value for a result on the terminal; `table` is the table of a report
+    with a column for it, under `label` and `unit`, with `digits` that count. One with `of_energy` is
+    an estimate when energy is.
 
     Exported: where `exported`, its time series is `series`, or else its name.
     """
@@ -638,8 +636,8 @@ _TOO_SHORT = "the run was too short to sample"
 _NO_SIZE = "the output's size is unknown"
 _NO_LENGTH = "the length is unknown"
 
-# Every figure of a result's `metrics`, in the order of reports and exports. Analysis computes by this
-# table; the rows of a result, the reports and the export of ffdist show by it; README lists it.
+# Every figure of a result's `metrics`, in the order of reports and exports. Analysis computes by it;
+# the rows of a result, the reports and the export of ffdist show by it; README lists it.
 METRICS: Mapping[str, Metric] = {row.name: row for row in (
     Metric("duration", "Wall time of the encode.", "s", "time", table=SPEED_TABLE, repeats="mean",
            series="duration_seconds"),
@@ -976,43 +974,74 @@ class _JsonLines(logging.Formatter):
 
 # ---- 3 Client -------------------------------------------------------------------------------------
 
-ANSWER_LIMIT_BYTES = 256 << 20
-CONNECT_S = 10.0
 MASTER_PORT = 8080
+CONNECT_S = 10.0
+ANSWER_S = 30.0  # patience for an answer, beside the time that the request asked to wait
+SUBMIT_WAIT_S = 90.0  # more patience: 10,000 jobs at once are checked and committed
+ANSWER_LIMIT_BYTES = 256 << 20
+REFUSAL_LIMIT_BYTES = 1 << 20
+
+# A GET that changes something: each claim may take a job. A master that knows no claim words (the
+# seed's) would hand out a second one when it is repeated.
+CLAIM_PATH = "/jobs/next"
+
+
+class _Request(urllib.request.Request):
+    """A request to the master; a `repeatable` one may be sent twice."""
+
+    repeatable = False
 
 
 class _KeepAlive(urllib.request.HTTPHandler):
-    """Keeps one connection per thread; urllib by itself closes each after its answer."""
+    """Keeps one connection for each thread; urllib by itself closes each after its answer.
+
+    A server may close a connection while it is idle. One that is found closed before a request is
+    replaced: nothing was sent yet. One that breaks afterwards is an error, for the master may have done
+    what was asked; only a request that is `repeatable` is sent once more, on a new connection.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._local = threading.local()
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        headers = {**request.headers, **request.unredirected_hdrs}
-        timeout = float(getattr(request, "timeout", CONNECT_S) or CONNECT_S)
-        kept: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
-        if kept is not None and kept.sock is not None and self._local.host == request.host:
+        kept = self._kept(request.host)
+        if kept is not None:
             try:
-                return self._exchange(kept, request, headers, timeout)
-            except (http.client.BadStatusLine, http.client.CannotSendRequest, ConnectionError):
-                kept.close()  # the server had closed it while it was idle: once more, on a new one
+                return self._exchange(kept, request)
+            except (http.client.BadStatusLine, ConnectionError):
+                if not getattr(request, "repeatable", False):
+                    raise
         fresh = http.client.HTTPConnection(request.host, timeout=CONNECT_S)
-        return self._exchange(fresh, request, headers, timeout)
+        return self._exchange(fresh, request)
 
-    def _exchange(self, connection: http.client.HTTPConnection, request: urllib.request.Request,
-                  headers: Mapping[str, str], timeout: float) -> http.client.HTTPResponse:
+    def _kept(self, host: str) -> http.client.HTTPConnection | None:
+        """Return this thread's connection if it is one to this host and still open."""
+        connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
+        if connection is None or connection.sock is None or self._local.host != host:
+            return None
+        poll = select.poll()
+        poll.register(connection.sock, select.POLLIN)
+        if poll.poll(0):  # its end, or bytes that nobody asked for: of no use either way
+            connection.close()
+            return None
+        return connection
+
+    def _exchange(self, connection: http.client.HTTPConnection,
+                  request: urllib.request.Request) -> http.client.HTTPResponse:
+        """Send a request and read the head of its answer; a connection that fails is closed."""
+        headers = {**request.headers, **request.unredirected_hdrs}
         try:
             if connection.sock is None:
                 connection.connect()
-            connection.sock.settimeout(timeout)
-            connection.request(request.get_method(), request.selector, request.data, dict(headers))
+            connection.sock.settimeout(request.timeout or CONNECT_S)
+            connection.request(request.get_method(), request.selector, request.data, headers)
             answer = connection.getresponse()
         except BaseException:
             connection.close()
             raise
         self._local.connection, self._local.host = connection, request.host
-        answer.msg = answer.reason  # type: ignore[assignment]  # what urllib's own handler does
+        answer.msg = answer.reason  # type: ignore[assignment]  # as urllib's own handler does
         return answer
 
     def close(self) -> None:
@@ -1022,33 +1051,32 @@ class _KeepAlive(urllib.request.HTTPHandler):
 
 
 class Client:
-    """Talks to one master. Every method raises ApiError; none retries by itself."""
+    """Talks to one master: a typed method for each route. Every method raises ApiError.
+
+    No request that may change something is sent twice by itself: the caller knows whether it may be
+    repeated (`ApiError.retryable`), as a claim may by its word and a report by its attempt (DESIGN 4).
+    Requests that only read are sent once more when an idle connection turns out to be closed.
+    """
 
     def __init__(self, url: str) -> None:
-        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme != "http" or not parts.hostname:
-            raise ValueError(f"'{url}' is no master's address: write http://host:8080")
-        try:
-            self.host, self.port = parts.hostname, parts.port or MASTER_PORT
-        except ValueError:
-            raise ValueError(f"'{url}' has no valid port: write http://host:8080") from None
-        self.patience_s = 30.0  # for an answer, beside what was asked to wait
-        place = parts.netloc if parts.port else f"{parts.netloc.rstrip(':')}:{self.port}"
-        self.url = f"{parts.scheme}://{place}{parts.path.rstrip('/')}"
+        self.url, self.host, self.port = _master_address(url)
+        self.patience_s = ANSWER_S
         self._handler = _KeepAlive()
-        self._opener = urllib.request.OpenerDirector()  # no proxies, no redirects, no certificates to load
-        for handler in (self._handler, urllib.request.HTTPDefaultErrorHandler(),
-                        urllib.request.HTTPErrorProcessor()):
-            self._opener.add_handler(handler)
+        # Without urllib's other handlers: no proxies, no redirects, no certificates to load.
+        self._opener = _opener_with(self._handler)
 
-    def _call(self, method: str, path: str, body: Any = None, query: Mapping[str, Any] | None = None,
-              wait_s: float | None = None) -> Json:
+    def _call(self, method: str, path: str, body: Any = None,
+              query: Mapping[str, Any] | None = None, wait_s: float | None = None) -> Json:
         known = {name: value for name, value in (query or {}).items() if value is not None}
-        url = self.url + path + ("?" + urllib.parse.urlencode(known) if known else "")
+        url = self.url + path
+        if known:
+            url += "?" + urllib.parse.urlencode(known)
         data = None if body is None else json.dumps(body, allow_nan=False).encode()
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
-        status, _, raw = _answer_to(request, self._opener, self.patience_s + (wait_s or 0),
-                                    f"the master at {self.url}", ANSWER_LIMIT_BYTES)
+        request = _Request(url, data, {"Content-Type": "application/json"}, method=method)
+        request.repeatable = method == "GET" and path != CLAIM_PATH
+        timeout_s = self.patience_s + (wait_s or 0)
+        status, _, raw = _answer_to(request, self._opener, timeout_s, f"the master at {self.url}",
+                                    ANSWER_LIMIT_BYTES)
         if not 200 <= status < 300:
             raise _refusal(status, raw)
         return _decode(raw, self.url)
@@ -1065,8 +1093,8 @@ class Client:
         return Answer.from_json(self._call("POST", path, body, {"wait": wait_s}, wait_s))
 
     def claim(self, query: Json, wait_s: float | None = None) -> Answer:
-        answer = self._call("GET", "/jobs/next", None, {**query, "wait": wait_s}, wait_s)
-        return Answer.from_json(answer)
+        query = {**query, "wait": wait_s}
+        return Answer.from_json(self._call("GET", CLAIM_PATH, None, query, wait_s))
 
     def progress(self, job_id: str, body: Json) -> Answer:
         return Answer.from_json(self._call("POST", f"/jobs/{_quoted(job_id)}/progress", body))
@@ -1075,7 +1103,7 @@ class Client:
         self._call("POST", "/results", result)
 
     def submit(self, job: Json | list[Json]) -> Json:
-        return self._call("POST", "/jobs", job, wait_s=90)
+        return self._call("POST", "/jobs", job, wait_s=SUBMIT_WAIT_S)
 
     def nodes(self) -> Json:
         return self._call("GET", "/nodes")
@@ -1093,7 +1121,8 @@ class Client:
         return self._call("POST", f"/jobs/{_quoted(job_id)}/{verb}")
 
     def order_node(self, node_id: str, verb: str, deadline_s: float | None = None) -> Json:
-        return self._call("POST", f"/nodes/{_quoted(node_id)}/{verb}", None, {"deadline": deadline_s})
+        path = f"/nodes/{_quoted(node_id)}/{verb}"
+        return self._call("POST", path, None, {"deadline": deadline_s})
 
     def forget_node(self, node_id: str) -> Json:
         return self._call("DELETE", f"/nodes/{_quoted(node_id)}")
@@ -1103,20 +1132,42 @@ class Client:
         return self._call("GET", f"/jobs/{_quoted(job_id)}/logs", None, query, wait_s)
 
 
-@functools.lru_cache(maxsize=1)
-def _plain_opener() -> urllib.request.OpenerDirector:
-    """Return what opens http and https without proxies and redirects; made once: it loads certificates."""
+def _master_address(url: str) -> tuple[str, str, int]:
+    """Return the base URL, host and port of a master's address; ValueError for any other text."""
+    parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+    if parts.scheme != "http" or not parts.hostname:
+        raise ValueError(f"invalid address of a master '{url}': expected http://host:8080")
+    try:
+        port = parts.port or MASTER_PORT
+    except ValueError:
+        raise ValueError(f"invalid port in '{url}': expected http://host:8080") from None
+    place = parts.netloc if parts.port else f"{parts.netloc.rstrip(':')}:{port}"
+    return f"{parts.scheme}://{place}{parts.path.rstrip('/')}", parts.hostname, port
+
+
+def _opener_with(*handlers: urllib.request.BaseHandler) -> urllib.request.OpenerDirector:
+    """Return an opener of these handlers that raises HTTPError for a refusal."""
     opener = urllib.request.OpenerDirector()
-    for handler in (urllib.request.HTTPHandler(), urllib.request.HTTPSHandler(),
-                    urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor()):
+    for handler in handlers:
         opener.add_handler(handler)
+    opener.add_handler(urllib.request.HTTPDefaultErrorHandler())
+    opener.add_handler(urllib.request.HTTPErrorProcessor())
     return opener
 
 
-def exchange_text(url: str, text: bytes | None = None, timeout_s: float = CONNECT_S) -> str:
-    """GET an address of another server (VictoriaMetrics, say), or POST text there; return what it answers.
+@functools.lru_cache(maxsize=1)
+def _plain_opener() -> urllib.request.OpenerDirector:
+    """Return an opener of http and https without proxies and redirects.
 
-    A user and a password in the address become basic authentication and stand in no message. ApiError.
+    It is made once, for it loads certificates.
+    """
+    return _opener_with(urllib.request.HTTPHandler(), urllib.request.HTTPSHandler())
+
+
+def exchange_text(url: str, text: bytes | None = None, timeout_s: float = CONNECT_S) -> str:
+    """GET an address of another server (VictoriaMetrics, say), or POST text there; return its answer.
+
+    A user and a password in the address become basic authentication and appear in no message. ApiError.
     """
     parts = urllib.parse.urlsplit(url)
     user, _, place = parts.netloc.rpartition("@")
@@ -1125,40 +1176,49 @@ def exchange_text(url: str, text: bytes | None = None, timeout_s: float = CONNEC
     if user:
         word = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
         request.add_header("Authorization", f"Basic {word}")
-    status, reason, raw = _answer_to(request, _plain_opener(), timeout_s, shown, 1 << 20)
+    status, reason, raw = _answer_to(request, _plain_opener(), timeout_s, shown, REFUSAL_LIMIT_BYTES)
     if not 200 <= status < 300:
         words = raw[:1 << 10].decode(errors="replace").strip()
         raise ApiError(status, f"{shown} answers {status}: {words or reason}")
     return raw.decode(errors="replace")
 
 
-def _answer_to(request: urllib.request.Request, opener: urllib.request.OpenerDirector, timeout_s: float,
-               whom: str, most_bytes: int) -> tuple[int, str, bytes]:
-    """Return status, reason and body of an answer, a refusal's too; ApiError where none came."""
+def _answer_to(request: urllib.request.Request, opener: urllib.request.OpenerDirector,
+               timeout_s: float, server: str, limit_bytes: int) -> tuple[int, str, bytes]:
+    """Return status, reason and body of an answer, of a refusal too; ApiError where none came."""
     try:
         try:
             answer = opener.open(request, timeout=timeout_s)
         except urllib.error.HTTPError as error:
-            answer, most_bytes = error, min(most_bytes, 1 << 20)
+            answer, limit_bytes = error, min(limit_bytes, REFUSAL_LIMIT_BYTES)
         with answer:
-            length = getattr(answer, "length", None)  # Python 3.9 fills a buffer of all that it may read
-            wanted = most_bytes if length is None else min(most_bytes, length)
-            raw = answer.read(wanted)
-            if length is not None and len(raw) < wanted:  # half a refusal would be one without a field
-                raise ConnectionError("the answer was cut off")
-            return answer.code, answer.reason, raw
+            return answer.code, answer.reason, _body_of(answer, limit_bytes)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ApiError(0, f"no answer from {whom}: {cause_text(getattr(error, 'reason', error))}") from None
+        cause = cause_text(getattr(error, "reason", error))
+        raise ApiError(0, f"no answer from {server}: {cause}") from None
+
+
+def _body_of(answer: Any, limit_bytes: int) -> bytes:
+    """Return the whole body of an answer, up to the limit; ConnectionError where it was cut off."""
+    length: int | None = getattr(answer, "length", None)
+    if length is None:
+        return bytes(answer.read(limit_bytes))
+    wanted = min(limit_bytes, length)  # Python 3.9 fills a buffer of as much as it may read
+    raw = bytes(answer.read(wanted))
+    if len(raw) < wanted:  # half a refusal would lose its field
+        raise ConnectionError("the answer was cut off")
+    return raw
 
 
 def web_address(text: str) -> str:
     """Argument type of an http or https address, with or without a path."""
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(text)
-        if parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port) \
-                and not parts.query and not parts.fragment and text.isprintable() and " " not in text:
+        is_web = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        is_plain = not parts.query and not parts.fragment
+        if is_web and is_plain and text.isprintable() and " " not in text:
             return text.rstrip("/")
-    raise argparse.ArgumentTypeError(f"'{text}' is no address: write http://host:8428")
+    raise argparse.ArgumentTypeError(f"invalid address '{text}': expected http://host:8428")
 
 
 def _quoted(part: str) -> str:
@@ -1166,24 +1226,27 @@ def _quoted(part: str) -> str:
 
 
 def _decode(raw: bytes, url: str) -> Json:
+    """Return the JSON object of an answer."""
     try:
         value = json.loads(raw) if raw else {}
     except (ValueError, RecursionError):
-        raise ApiError(0, f"what answers at {url} is no ffdist master") from None
-    if not isinstance(value, dict):
-        raise ApiError(0, "the master's answer is not a JSON object")
-    return value
+        raise ApiError(0, f"the server at {url} is not an ffdist master: its answer is not JSON") \
+            from None
+    return answer_fields(value).values
 
 
 def _refusal(status: int, raw: bytes) -> ApiError:
-    with contextlib.suppress(ValueError, AttributeError, RecursionError):
-        body = json.loads(raw)
-        return ApiError(status, str(body.get("error") or f"HTTP {status}"), body.get("field"))
-    return ApiError(status, f"HTTP {status}: {raw[:200].decode(errors='replace').strip() or 'no reason'}")
+    """Return the error of a refusal; a proxy's page has neither sentence nor field."""
+    with contextlib.suppress(ValueError, RecursionError):
+        body = Fields(json.loads(raw), lenient=True)
+        if body.values:
+            return ApiError(status, body.words("error") or f"HTTP {status}", body.text("field"))
+    words = raw[:200].decode(errors="replace").strip()
+    return ApiError(status, f"HTTP {status}: {words or 'no reason'}")
 
 
 def host_addresses(host: str) -> list[str]:
-    """Return the addresses that a host name stands for ([] when it stands for none)."""
+    """Return the addresses of a host name, none where it has none."""
     try:
         return sorted({str(info[4][0]) for info in socket.getaddrinfo(host, None)})
     except (OSError, UnicodeError):
@@ -1191,7 +1254,7 @@ def host_addresses(host: str) -> list[str]:
 
 
 def is_this_machine(host: str) -> bool:
-    """Tell whether a host name stands for this machine: binding to its address succeeds only here."""
+    """Return whether a host name is this machine's: binding to its address succeeds only here."""
     for address in host_addresses(host):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:

@@ -1589,7 +1589,10 @@ class Judging(unittest.TestCase):
 
 
 class StandInServer:
-    """A raw socket that answers what a test hands it: for faults that no real master has."""
+    """A raw socket that answers what a test hands it, for faults that no real master has.
+
+    An empty answer closes the connection.
+    """
 
     def __init__(self, *answers: bytes, close_after: bool = False) -> None:
         self.answers = list(answers)
@@ -1619,8 +1622,9 @@ class StandInServer:
                         return
                     head += data
                 self.requests.append(head)
-                connection.sendall(self.answers.pop(0))
-                if self.close_after:
+                answer = self.answers.pop(0)
+                connection.sendall(answer)
+                if self.close_after or not answer:
                     return
 
     def close(self) -> None:
@@ -1752,6 +1756,39 @@ class Calling(unittest.TestCase):
             for _ in range(3):
                 self.assertEqual(client.nodes(), {})
             self.assertEqual(server.connections, 3)
+
+    def test_nothing_that_may_have_been_done_is_sent_twice(self) -> None:
+        """A connection that breaks after the request was sent: the master may have acted on it."""
+        good = http_answer(b"{}")
+        for ask in (lambda client: client.report({}), lambda client: client.submit({}),
+                    lambda client: client.heartbeat("n", {}), lambda client: client.order("j", "retry"),
+                    lambda client: client.forget_node("n"), lambda client: client.claim({"node_id": "n"})):
+            with self.server(good, b"", good) as (server, client):
+                client.nodes()
+                with self.assertRaises(agent.ApiError) as caught:
+                    ask(client)
+                self.assertTrue(caught.exception.retryable)
+                self.assertEqual(len(server.requests), 2)
+                ask(client)
+                self.assertEqual(len(server.requests), 3)
+
+    def test_a_reading_request_is_repeated_once(self) -> None:
+        good = http_answer(b"{}")
+        with self.server(good, b"", good) as (server, client):
+            client.nodes()
+            client.jobs({})
+            self.assertEqual((len(server.requests), server.connections), (3, 2))
+        with self.server(good, b"", b"") as (server, client):
+            client.nodes()
+            with self.assertRaises(agent.ApiError):
+                client.jobs({})
+
+    def test_a_request_goes_out_on_a_new_connection_when_the_kept_one_was_closed(self) -> None:
+        with self.server(*[http_answer(b"{}")] * 2, close_after=True) as (server, client):
+            client.nodes()
+            wait_for(lambda: client._handler._kept(client._handler._local.host) is None, 10)
+            client.report({})
+            self.assertEqual((len(server.requests), server.connections), (2, 2))
 
     def test_each_thread_has_its_own_connection(self) -> None:
         with self.server(*[http_answer(b"{}")] * 2) as (server, client):
