@@ -2736,13 +2736,14 @@ def summary_of(status: str, body: Json) -> str:
 
 # ---- 10 Metrics -----------------------------------------------------------------------------------
 
-# METRICS is the one table of time series. A row whose values come from a Snapshot stands on /metrics,
-# for any scraper. A row whose values come from a field of a result or of a sample has jobs' ids as
-# labels: too many for a page, so it is only pushed, each value with its own time. Rows of nodes are
-# both. README, dashboards and alerts name only rows of this table, and tests hold them to it.
+# METRICS is the one table of time series. A row whose values come from a Snapshot stands on
+# /metrics, for any scraper. A row whose values come from a field of a result or of a sample has
+# jobs' ids as labels: too many for a page, so it is only pushed, each value with its own time.
+# Rows of nodes are both. README, dashboards and alerts name only rows of this table, and tests
+# hold them to it.
 #
-# What a figure of a result means is not written here: wire.METRICS describes it once for the agent's
-# measurements, the reports and this export.
+# What a figure of a result means is not written here: wire.METRICS describes it once for the
+# agent's measurements, the reports and this export.
 
 FIGURES: Mapping[str, wire.Metric] = {
     name: row for name, row in wire.METRICS.items() if row.table}
@@ -2761,8 +2762,8 @@ Samples = Callable[[Snapshot], list[tuple[Labels, float]]]
 class Metric(NamedTuple):
     """One metric, under its name in Prometheus, with its help.
 
-    `samples` computes its values from a Snapshot; without it the metric is pushed only, and `field` is
-    its name in a result's `metrics` or in a sample. `kept`: the values of /metrics are pushed as well.
+    `samples` computes its values from a Snapshot; without it the metric is pushed only, and `field`
+    is its name in a result's `metrics` or in a sample. `kept`: what /metrics shows is pushed too.
     """
 
     name: str
@@ -2800,7 +2801,7 @@ def _totals_of(kind: str, statuses: Sequence[str]) -> Samples:
 
 
 def _of_nodes(value: Callable[[str, int], float]) -> Samples:
-    """Return a sample for each node, computed from its status and the number of its running jobs."""
+    """Return a sample for each node, from its status and the number of its running jobs."""
     return lambda shot: [
         ({"node": name, "node_id": node_id}, float(value(status, running)))
         for name, node_id, status, running in shot.nodes]
@@ -2847,7 +2848,8 @@ _OF_MASTER = (
            _count_of("reports")),
     Metric("ffdist_refused_reports_total", "Reports of attempts that held no lease.",
            _count_of("refused_reports")),
-    Metric("ffdist_lost_leases_total", "Attempts ended without a report.", _count_of("lost_leases")),
+    Metric("ffdist_lost_leases_total", "Attempts ended without a report.",
+           _count_of("lost_leases")),
     Metric("ffdist_heartbeats_total", "Signs of life and questions for work.",
            _count_of("heartbeats")),
 
@@ -2916,7 +2918,7 @@ def node_lines(shot: Snapshot, at: float, known: Mapping[str, tuple[Any, ...]]) 
 def result_lines(result: Json, spec: Json) -> list[str]:
     """Return the lines of one result, at its `completed_at`; `spec` is the JSON of its job.
 
-    The time is the agent's word. Where its clock cannot be right, the time of receipt stands in for it.
+    That time is the agent's; where its clock cannot be right, the time of receipt stands in.
     """
     received = epoch_of(result.get("received_at")) or 0.0
     at = epoch_of(result.get("completed_at"))
@@ -3009,6 +3011,20 @@ def epoch_of(text: Any) -> float | None:
 
 # ---- 11 Tariff ------------------------------------------------------------------------------------
 
+# The master prices the energy of each result when it is reported. A price and a carbon intensity
+# are rates per kWh: one figure, or one for each hour, and a node may have its own. The energy of a
+# job is spread evenly over its run, so a run over the turn of an hour is priced by its share of
+# both.
+
+JOULES_PER_WH = 3600.0
+PRICE_LOWEST = -1e6  # at some hours a kWh is paid for
+# A longer run is priced by its first month: the walk over hours stays short whatever an agent
+# reports.
+LONGEST_RUN_S = 31 * 86400.0
+PRICED = tuple(name for name, row in wire.METRICS.items() if row.by_master)
+_HOUR_S = 3600
+
+
 class Rate(NamedTuple):
     """A price or a carbon intensity per kWh: `always` one figure, or one for each hour of UTC.
 
@@ -3020,141 +3036,209 @@ class Rate(NamedTuple):
     daily: bool = False
 
     def mean(self, start_s: float, length_s: float) -> float:
-        """Return the mean over a stretch of time in s since 1970; LookupError names the missing hour."""
+        """Return the mean over a stretch of time in s since 1970.
+
+        LookupError names an hour that is missing.
+        """
         if self.always is not None:
             return self.always
-        at, end, total = start_s, start_s + max(length_s, 1.0), 0.0
+
+        end = start_s + max(length_s, 1.0)
+        at, total = start_s, 0.0
         while at < end:
-            hour = int(at // 3600)
-            key, until = hour % 24 if self.daily else hour, min(end, (hour + 1) * 3600.0)
-            if key not in self.by_hour:
-                raise LookupError((wire.utc_text(hour * 3600) or "")[:13] + "Z")
-            total += self.by_hour[key] * (until - at)
+            hour = int(at // _HOUR_S)
+            until = min(end, (hour + 1.0) * _HOUR_S)
+            total += self._of_hour(hour) * (until - at)
             at = until
         return total / (end - start_s)
 
+    def _of_hour(self, hour: int) -> float:
+        key = hour % 24 if self.daily else hour
+        if key not in self.by_hour:
+            text = wire.utc_text(hour * _HOUR_S) or ""
+            raise LookupError(f"{text[:13]}Z")
+        return self.by_hour[key]
+
 
 def hourly_rate_of(text: str, low: float) -> Rate:
-    """Return the rate that a CSV file tells by hour; ValueError names the line.
+    """Return the rate by hour of a CSV file; ValueError names the line.
 
-    Its first line is a header: `time` (the beginning of an hour, RFC 3339) or `hour` (0 to 23, of UTC),
-    then a word for the value; what follows in a line is ignored.
+    Its first line is a header: `time` (the beginning of an hour, RFC 3339) or `hour` (0 to 23, of
+    UTC), then a word for the value. Further columns are ignored.
     """
-    found: dict[int, float] = {}
     reader = csv.reader(text.splitlines())
-    kind = (next(reader, [""]) or [""])[0].strip().lstrip("\ufeff").lower()
-    if kind not in ("time", "hour"):
-        raise ValueError("line 1: the header must begin with time or hour, such as 'hour,price'")
+    header = next(reader, [])
+    kind = header[0].strip().lstrip("\ufeff").lower() if header else ""
+    if kind not in _HOURS:
+        raise ValueError("line 1: invalid header: expected time or hour first, "
+                         "such as 'hour,price'")
+
+    values: dict[int, float] = {}
     for cells in reader:
         if not any(cell.strip() for cell in cells):
             continue
         try:
-            key, value = _hour_of(kind, cells[0].strip()), float(cells[1])
-        except (ValueError, IndexError, OverflowError):
-            what = "an hour from 0 to 23" if kind == "hour" else "a whole hour such as 2025-12-29T19:00:00Z"
-            raise ValueError(f"line {reader.line_num}: {','.join(cells)[:60]!r} must be {what}, a comma "
-                             "and a number") from None
-        if not low <= value < math.inf:
-            raise ValueError(f"line {reader.line_num}: {value:g} is no value from {low:g} on")
-        if key in found:
-            raise ValueError(f"line {reader.line_num}: {cells[0].strip()} stands there twice")
-        found[key] = value
-    if not found:
-        raise ValueError("line 2: there must be a value after the header")
-    return Rate(None, found, kind == "hour")
+            hour, value = _hour_and_value(kind, cells, low)
+            if hour in values:
+                raise ValueError(f"duplicate hour {cells[0].strip()}")
+        except ValueError as error:
+            raise ValueError(f"line {reader.line_num}: {error}") from None
+        values[hour] = value
+    if not values:
+        raise ValueError("line 2: missing value: expected at least one line after the header")
+    return Rate(None, values, daily=kind == "hour")
 
 
-def _hour_of(kind: str, text: str) -> int:
-    if kind == "hour":
-        return range(24)[int(text)] if text.isdigit() else int("")
-    at = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text))
-    if at.tzinfo is None or at.timestamp() % 3600:
+def _hour_and_value(kind: str, cells: Sequence[str], low: float) -> tuple[int, float]:
+    """Return the hour and the value of one line of a rate file."""
+    hour_of, expected = _HOURS[kind]
+    try:
+        hour, value = hour_of(cells[0].strip()), float(cells[1])
+    except (ValueError, IndexError, OverflowError):
+        line = ",".join(cells)[:60]
+        raise ValueError(f"invalid line {line!r}: expected {expected}, "
+                         "a comma and a number") from None
+    if not low <= value < math.inf:
+        raise ValueError(f"invalid value {value:g}: expected a number from {low:g} on")
+    return hour, value
+
+
+def _hour_of_day(text: str) -> int:
+    if not text.isdigit() or int(text) > 23:
         raise ValueError
-    return int(at.timestamp() // 3600)
+    return int(text)
+
+
+def _hour_of_time(text: str) -> int:
+    """Return the hour since 1970 of a time with a zone that is the beginning of an hour."""
+    at = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text))
+    if at.tzinfo is None or at.timestamp() % _HOUR_S:
+        raise ValueError
+    return int(at.timestamp() // _HOUR_S)
+
+
+_HOURS: Mapping[str, tuple[Callable[[str], int], str]] = {
+    "hour": (_hour_of_day, "an hour from 0 to 23"),
+    "time": (_hour_of_time, "a whole hour such as 2025-12-29T19:00:00Z"),
+}
 
 
 def rates_of(text: str, read: Callable[[str], str], low: float = 0.0) -> Mapping[str, Rate]:
     """Return the rates by node ("" is every other) of `0.30,worker-01=0.22,worker-02=prices.csv`.
 
-    `read` returns the text of a file; ValueError tells in one sentence what is wrong.
+    `read` returns the text of a file; ValueError says in one sentence what is wrong.
     """
     rates: dict[str, Rate] = {}
     for part in text.split(","):
         node, _, value = part.rpartition("=")
         if node in rates or not value.strip():
-            raise ValueError(f"'{text}' must be numbers or files with commas between, one for each node")
-        try:
-            number = float(value)
-        except ValueError:
-            try:
-                rates[node] = hourly_rate_of(read(value), low)
-            except OSError as error:
-                raise ValueError(f"'{value}' is no number, and no file to read: {error.strerror}") from None
-            except ValueError as error:
-                raise ValueError(f"{value}: {error}") from None
-            continue
-        if not low <= number < math.inf:
-            raise ValueError(f"'{value}' must be a number from {low:g} on")
-        rates[node] = Rate(number)
+            raise ValueError(f"invalid rates '{text}': expected numbers or files with commas "
+                             "between, one for each node")
+        rates[node] = _rate_of(value, read, low)
     return rates
 
 
-PRICE_LOWEST = -1e6  # at some hours electricity is given away, and more
-JOULES_PER_WH = 3600.0
-PRICED = ("energy_cost", "carbon_g", "energy_wh_per_minute", "cost_per_minute", "carbon_g_per_minute")
+def _rate_of(value: str, read: Callable[[str], str], low: float) -> Rate:
+    """Return the rate of a number, or of the file of that name."""
+    try:
+        number = float(value)
+    except ValueError:
+        return _file_rate_of(value, read, low)
+    if not low <= number < math.inf:
+        raise ValueError(f"invalid rate '{value}': expected a number from {low:g} on")
+    return Rate(number)
+
+
+def _file_rate_of(name: str, read: Callable[[str], str], low: float) -> Rate:
+    try:
+        return hourly_rate_of(read(name), low)
+    except OSError as error:
+        raise ValueError(f"invalid rate '{name}': expected a number, or a file to read "
+                         f"({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+class Energy(NamedTuple):
+    """The energy of one run: J from `start_s` (s since 1970) on; `nodes` are its node's names."""
+
+    joules: float
+    start_s: float
+    length_s: float
+    nodes: Sequence[str]
+
+
+class Amount(NamedTuple):
+    """A figure, or the reason why it is unknown."""
+
+    value: float | None
+    reason: str = ""
+
+    def per(self, minutes: float) -> Amount:
+        """Return this amount for each minute of output."""
+        if self.value is None:
+            return self
+        if minutes <= 0:
+            return Amount(None, "the output's length is unknown")
+        return Amount(self.value / minutes)
 
 
 class Tariff(NamedTuple):
-    """What energy costs, by node ("" is every other): in a currency and in g CO2e, both per kWh."""
+    """The rates of energy by node ("" is every other): in a currency and in g CO2e, per kWh."""
 
     prices: Mapping[str, Rate] = {}
     carbon: Mapping[str, Rate] = {}
     currency: str | None = None
 
     def priced(self, metrics: Json, nodes: Sequence[str], start_s: float) -> Json:
-        """Return metrics with PRICED added; `nodes` are the names that the attempt's node goes by.
+        """Return metrics with PRICED added; `nodes` are the names of the attempt's node.
 
-        The gross energy is spread evenly over `duration` from `start_s` (s since 1970); a minute is one
-        of output. Metrics without a word of energy stay as they are when nothing is priced.
+        Metrics that do not mention energy stay as they are where nothing is priced.
         """
         if "energy_joules" not in metrics and not self.prices and not self.carbon:
             return metrics
-        told = metrics.get("unknown")
-        unknown = dict(told) if isinstance(told, dict) else {}
-        energy, minutes = finite(metrics, "energy_joules"), (finite(metrics, "output_seconds") or 0) / 60
-        why = str(unknown.get("energy_joules") or "the node tells no energy")[:200]
-        figures: Json = dict.fromkeys(PRICED)
-        reasons = dict.fromkeys(PRICED, why)
-        if energy is not None:
-            length = finite(metrics, "duration") or 0.0
-            figures["energy_cost"], reasons["energy_cost"] = _cost(
-                self.prices, nodes, energy, start_s, length, "--energy-price")
-            figures["carbon_g"], reasons["carbon_g"] = _cost(
-                self.carbon, nodes, energy, start_s, length, "--carbon-intensity")
-            for name, whole, source in (("energy_wh_per_minute", energy / JOULES_PER_WH, ""),
-                                        ("cost_per_minute", figures["energy_cost"], "energy_cost"),
-                                        ("carbon_g_per_minute", figures["carbon_g"], "carbon_g")):
-                figures[name] = whole / minutes if whole is not None and minutes > 0 else None
-                reasons[name] = reasons[source] if whole is None else "the output's length is unknown"
-        figures = {name: None if value is None else float(f"{value:.6g}") for name, value in figures.items()}
-        unknown.update({name: reasons[name] for name, value in figures.items() if value is None})
+
+        figures: Json = {}
+        reasons = dict(_part(metrics, "unknown"))
+        for name, amount in self._amounts(metrics, nodes, start_s).items():
+            figures[name] = None if amount.value is None else float(f"{amount.value:.6g}")
+            if amount.value is None:
+                reasons[name] = amount.reason
         if self.currency and figures["energy_cost"] is not None:
             figures["currency"] = self.currency
-        return {**metrics, **figures, "unknown": unknown}
+        return {**metrics, **figures, "unknown": reasons}
+
+    def _amounts(self, metrics: Json, nodes: Sequence[str], start_s: float) -> dict[str, Amount]:
+        """Return the amount of each of PRICED, in their order."""
+        joules = finite(metrics, "energy_joules")
+        if joules is None:
+            reason = _part(metrics, "unknown").get("energy_joules") or "the node reports no energy"
+            return dict.fromkeys(PRICED, Amount(None, str(reason)[:200]))
+
+        length_s = min(finite(metrics, "duration") or 0.0, LONGEST_RUN_S)
+        energy = Energy(joules, start_s, length_s, nodes)
+        cost = _amount_at(self.prices, energy, "--energy-price")
+        carbon = _amount_at(self.carbon, energy, "--carbon-intensity")
+        minutes = (finite(metrics, "output_seconds") or 0.0) / 60
+        return {
+            "energy_cost": cost,
+            "carbon_g": carbon,
+            "energy_wh_per_minute": Amount(joules / JOULES_PER_WH).per(minutes),
+            "cost_per_minute": cost.per(minutes),
+            "carbon_g_per_minute": carbon.per(minutes),
+        }
 
 
-def _cost(rates: Mapping[str, Rate], nodes: Sequence[str], energy: float, start_s: float, length_s: float,
-          flag: str) -> tuple[float | None, str]:
-    """Return what so many J cost at a node's rate, or why that is unknown."""
-    rate = next((rates[name] for name in (*nodes, "") if name in rates), None)
-    if rate is None:
-        return None, f"the master has no {flag} for this node"
+def _amount_at(rates: Mapping[str, Rate], energy: Energy, flag: str) -> Amount:
+    """Return the price of some energy at its node's rate; `flag` is where the rates came from."""
+    names = [name for name in (*energy.nodes, "") if name in rates]
+    if not names:
+        return Amount(None, f"the master has no {flag} for this node")
     try:
-        return energy / JOULES_PER_WH / 1000 * rate.mean(start_s, min(length_s, 31 * 86400.0)), ""
+        mean = rates[names[0]].mean(energy.start_s, energy.length_s)
     except LookupError as missing:
-        return None, f"the file of {flag} has no {missing.args[0]}"
-
-
+        return Amount(None, f"the file of {flag} has no {missing.args[0]}")
+    return Amount(energy.joules / JOULES_PER_WH / 1000 * mean)
 
 
 # ---- 12 Pages -------------------------------------------------------------------------------------
@@ -3197,7 +3281,8 @@ class Plot(NamedTuple):
     note: str = ""
 
 
-# colours of Okabe and Ito (2008), which people with any colour vision tell apart; the last is the text's
+# colours of Okabe and Ito (2008), which people with any colour vision tell apart; the last is the
+# text's
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "currentColor")
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4")
 _MARKERS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z", "M-3.5-3.5h7v7h-7z", "M0-5l5 9h-10z",
@@ -3602,8 +3687,9 @@ _HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?(?:\n|\Z))+")
 _KNOWN_HEADERS = frozenset((b"content-length", b"transfer-encoding", b"host", b"connection", b"expect",
                             b"content-type", b"origin", b"sec-fetch-site", b"sec-fetch-mode"))
-# Each browser sends one of these, whatever a page wants: script cannot touch Origin and Sec-Fetch-*, and of
-# Accept-Language only the value. Over plain HTTP many requests have no other sign than the last.
+# Each browser sends one of these, whatever a page wants: script cannot touch Origin and Sec-
+# Fetch-*, and of Accept-Language only the value. Over plain HTTP many requests have no other sign
+# than the last.
 _BROWSER_HEADERS = frozenset((b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest",
                               b"accept-language"))
 

@@ -56,13 +56,13 @@ class TestRates(unittest.TestCase):
 
     def test_a_bad_file_is_one_sentence_with_its_line(self) -> None:
         for text, words in (
-                ("", "line 1: the header"), ("price\n0.3\n", "line 1: the header"),
-                ("0,0.3\n", "line 1: the header"), ("hour,price\n", "line 2: there must be a value"),
-                ("hour,price\n24,1\n", "line 2: '24,1' must be an hour from 0 to 23"),
-                ("hour,price\n-1,1\n", "line 2"), ("hour,price\n0,1\n\n0,2\n", "line 4: 0 stands .* twice"),
+                ("", "line 1: invalid header"), ("price\n0.3\n", "line 1: invalid header"),
+                ("0,0.3\n", "line 1: invalid header"), ("hour,price\n", "line 2: missing value"),
+                ("hour,price\n24,1\n", "line 2: invalid line '24,1': expected an hour from 0 to 23"),
+                ("hour,price\n-1,1\n", "line 2"), ("hour,price\n0,1\n\n0,2\n", "line 4: duplicate hour 0"),
                 ("hour,price\n1,free\n", "line 2"), ("hour,price\n1\n", "line 2"),
-                ("hour,price\n1,nan\n", "line 2: nan is no value"), ("hour,price\n1,inf\n", "line 2"),
-                ("hour,price\n1,-2\n", "line 2: -2 is no value from 0"),
+                ("hour,price\n1,nan\n", "line 2: invalid value nan"), ("hour,price\n1,inf\n", "line 2"),
+                ("hour,price\n1,-2\n", "line 2: invalid value -2: expected a number from 0"),
                 ("time,price\n2025-12-29T12:30:00Z,1\n", "line 2.*whole hour"),
                 ("time,price\n2025-12-29T12:00:00,1\n", "line 2"), ("time,price\nnoon,1\n", "line 2")):
             with self.subTest(text), self.assertRaisesRegex(ValueError, words):
@@ -79,8 +79,8 @@ class TestRates(unittest.TestCase):
 
     def test_bad_rates_are_one_sentence(self) -> None:
         for text, words in (("0.3,0.4", "one for each node"), ("a=", "numbers or files"), ("", "numbers"),
-                            ("gone.csv", "'gone.csv' is no number, and no file to read: No such"),
-                            ("-3", "'-3' must be a number from 0"), ("nan", "'nan' must be a number")):
+                            ("gone.csv", "invalid rate 'gone.csv': .* file to read .No such"),
+                            ("-3", "'-3': expected a number from 0"), ("nan", "'nan': expected a number")):
             with self.subTest(text), self.assertRaisesRegex(ValueError, words):
                 rates_of(text, no_file)
         with self.assertRaisesRegex(ValueError, "^day.csv: line 2: "):
@@ -126,7 +126,7 @@ class TestPriced(unittest.TestCase):
         sent = {"cpu_usage": 75.5, "memory_usage": 2048, "duration": 5.0}
         self.assertEqual(Tariff().priced(sent, ("w",), NOON), sent)
         made = Tariff({"": Rate(1.0)}).priced(sent, ("w",), NOON)
-        self.assertEqual(made["unknown"]["energy_cost"], "the node tells no energy")
+        self.assertEqual(made["unknown"]["energy_cost"], "the node reports no energy")
 
     def test_nonsense_of_an_agent_does_no_harm(self) -> None:
         tariff = Tariff({"": Rate(None, dict.fromkeys(range(24), 1.0), True)})
@@ -232,7 +232,8 @@ class TestPricesOfARealMaster(Case):
         made = run(str(TOP / "ffdist.py"), "master", "--energy-price", "day.csv", "--port", "0",
                    folder=self.folder)
         self.assertEqual(made.returncode, 2)
-        self.assertRegex(made.stderr, r"^ffdist: --energy-price day.csv: line 3: '1,cheap' must be .*\n$")
+        self.assertRegex(made.stderr, r"^ffdist: --energy-price day.csv: line 3: invalid line '1,cheap': "
+                         r"expected .*\n$")
 
 
 SEED_FILE = {"scenarios": [
