@@ -3134,22 +3134,22 @@ def rates_of(text: str, read: Callable[[str], str], low: float = 0.0) -> Mapping
         if node in rates or not value.strip():
             raise ValueError(f"invalid rates '{text}': expected numbers or files with commas "
                              "between, one for each node")
-        rates[node] = _rate_of(value, read, low)
+        rates[node] = _node_rate(value, read, low)
     return rates
 
 
-def _rate_of(value: str, read: Callable[[str], str], low: float) -> Rate:
+def _node_rate(value: str, read: Callable[[str], str], low: float) -> Rate:
     """Return the rate of a number, or of the file of that name."""
     try:
         number = float(value)
     except ValueError:
-        return _file_rate_of(value, read, low)
+        return _file_node_rate(value, read, low)
     if not low <= number < math.inf:
         raise ValueError(f"invalid rate '{value}': expected a number from {low:g} on")
     return Rate(number)
 
 
-def _file_rate_of(name: str, read: Callable[[str], str], low: float) -> Rate:
+def _file_rate(name: str, read: Callable[[str], str], low: float) -> Rate:
     try:
         return hourly_rate_of(read(name), low)
     except OSError as error:
