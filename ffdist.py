@@ -3143,7 +3143,7 @@ def _node_rate(value: str, read: Callable[[str], str], low: float) -> Rate:
     try:
         number = float(value)
     except ValueError:
-        return _file_node_rate(value, read, low)
+        return _file_rate(value, read, low)
     if not low <= number < math.inf:
         raise ValueError(f"invalid rate '{value}': expected a number from {low:g} on")
     return Rate(number)
