@@ -26,9 +26,10 @@ Sections (each uses only those above it):
   20 Programs     the package manager and other programs
   21 Dashboards   pictures and alerts over the metrics (pure)
   22 Monitoring   VictoriaMetrics, vmalert and Grafana: their files and processes
-  23 Views        what the command line shows
-  24 Commands     one function a subcommand
-  25 CLI          the tables of subcommands and flags, main
+  23 Views        words and tables for the person at a terminal
+  24 Fleet Commands  those that ask a master
+  25 Host Commands   those that run something on this host
+  26 CLI          the one table of subcommands, main
 (5 and 7 to 9 are numbers kept for Fleet, Access, Files and Films.)
 
 A job's life (SHOWN tells how two inner states look from outside):
@@ -4794,44 +4795,43 @@ _MORE = ("audio", "container", "gop", "two_pass", "realtime", "hwaccel", "thread
          "max_memory_mb", "max_cpu_percent")
 
 
-def row_of(job: Json) -> Row:
-    """Return the row of a job as GET /jobs/{id} answers it."""
-    settings, result = _part(job, "settings"), _part(job, "result")
-    cell = _part(_part(job, "experiment"), "cell")
-    asked = _part(job, "parameters")
-    content, rendition, curve, rate = _work_of(
-        str(job.get("scenario")), settings, _part(result, "encode"))
-    more = {name: str(asked[name]).lower() for name in _MORE if asked.get(name) not in (None, "")}
+def row_of(job: wire.JobView) -> Row:
+    """Return the row of a job that the master was asked about alone."""
+    result = job.result or wire.ResultView.from_json({})
+    content, rendition, curve, rate = _work_of(job, result)
+    cell = _part(job.experiment, "cell")
+    more = {name: str(job.parameters[name]).lower() for name in _MORE
+            if job.parameters.get(name) not in (None, "")}
 
     return Row(
-        job=str(job.get("id"))[:8],
-        status=str(job.get("status")),
-        node=str(result.get("node") or job.get("node") or ""),
+        job=job.short_id,
+        status=job.status,
+        node=result.node or wire.Fields(job.json, lenient=True).words("node"),
         content=content,
         rendition=rendition,
         curve=curve,
         rate=rate,
         streams=int(finite(cell, "streams") or 1),
-        error=str(job.get("error") or ""),
-        verdict=str(_part(result, "analyzer_output").get("recommendation") or ""),
-        metrics=with_energy_wh(_part(result, "metrics")),
-        statistics=_part(result, "statistics"),
-        series=_part(result, "series"),
+        error=job.error,
+        verdict=result.recommendation,
+        metrics=with_energy_wh(result.metrics),
+        statistics=result.statistics,
+        series=result.series,
         more=more)
 
 
-def _work_of(scenario: str, settings: Json, encode: Json) -> tuple[str, str, str, str]:
+def _work_of(job: wire.JobView, result: wire.ResultView) -> tuple[str, str, str, str]:
     """Return content, rendition, curve and rate of a job; a baseline has neither film nor rate."""
-    seconds = finite(settings, "duration")
+    seconds = finite(job.settings, "duration")
     length = f"{seconds:g} s" if seconds else ""
-    if wire.BASELINE in scenario.lower().split("-"):
+    if wire.BASELINE in job.scenario.lower().split("-"):
         return f"idle machine {length}".rstrip(), "", "idle", ""
 
-    film = str(settings.get("input") or "generated source")
+    film = str(job.settings.get("input") or "generated source")
     film = re.sub("//[^/@]*@", "//", film)  # a report may be passed on: without passwords
-    rendition = _rendition_of(settings, encode)
+    rendition = _rendition_of(job.settings, _part(result.json, "encode"))
     content = ", ".join(filter(None, (f"{film} {rendition}", length)))
-    return content, rendition, _curve_of(settings, encode), _rate_of(settings)
+    return content, rendition, _curve_of(job.settings, result), _rate_of(job.settings)
 
 
 def _rendition_of(settings: Json, encode: Json) -> str:
@@ -4847,9 +4847,9 @@ def _rendition_of(settings: Json, encode: Json) -> str:
     return f"{size} {fps:g} fps" if fps else size
 
 
-def _curve_of(settings: Json, encode: Json) -> str:
-    encoder = encode.get("encoder") or settings.get("encoder") or settings.get("codec")
-    preset = encode.get("preset") or settings.get("preset")
+def _curve_of(settings: Json, result: wire.ResultView) -> str:
+    encoder = result.encoder or settings.get("encoder") or settings.get("codec")
+    preset = result.preset or settings.get("preset")
     return " ".join(str(word) for word in (encoder, preset) if word)
 
 
@@ -6246,12 +6246,20 @@ def await_end(running: Sequence[Running]) -> Running:
 
 # ---- 23 Views -------------------------------------------------------------------------------------
 
-COLOURS = {"completed": "32", "available": "32", "failed": "31", "offline": "31", "running": "36",
-           "busy": "36", "canceled": "33", "paused": "33", "draining": "33", "optimal": "32"}
+# Words for the person at a terminal. Answers come as the Client's views; a job, a node and a
+# result have one line for lists and one block of rows for a single one, whichever command shows
+# them.
+
+COLOURS = {
+    "completed": "32", "available": "32", "optimal": "32",  # green
+    "running": "36", "busy": "36",                          # cyan
+    "canceled": "33", "paused": "33", "draining": "33",     # yellow
+    "failed": "31", "offline": "31",                        # red
+}
 
 
 def _say(line: str) -> None:
-    """Print a line on stderr."""
+    """Print a line on stderr: all that is not the answer itself."""
     print(wire.printable(line), file=sys.stderr, flush=True)
 
 
@@ -6265,176 +6273,265 @@ def _print_json(value: Any) -> None:
 
 
 def _print_table(rows: Iterable[Sequence[Any]], heads: bool = True) -> None:
-    colours = COLOURS if sys.stdout.isatty() and "NO_COLOR" not in os.environ else None
+    """Print rows as a table as wide as the terminal; an empty cell is `-`."""
+    in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     texts = [["-" if cell is None or cell == "" else str(cell) for cell in row] for row in rows]
-    print(wire.table_text(texts, shutil.get_terminal_size((100, 24)).columns, colours, heads))
+    width = shutil.get_terminal_size((100, 24)).columns
+    print(wire.table_text(texts, width, COLOURS if in_colour else None, heads))
 
 
-def _print_page(page: Json, what: str, hint: str, rows: Sequence[Sequence[Any]], asked: str = "") -> None:
-    """Print rows, the first of them heads, and where the next page begins; a hint where there are none."""
-    if len(rows) == 1:
-        _show(f"no {what} match {asked}" if asked else f"no {what}; {hint}")
-        return
-    _print_table(rows)
-    if page.get("next"):
-        _show(f"{page['count']} of {page['total']} {what}; the next with --after {page['next']}")
+class Page(NamedTuple):
+    """One page of a listing: its kind, its table, and the answer with `next`, `count` and `total`.
+
+    The first line of the table are its heads. `hint` is the next step where there is nothing at
+    all, `filters` are the words that chose the lines.
+    """
+
+    kind: str
+    hint: str
+    table: Sequence[Sequence[Any]]
+    answer: Json
+    filters: str = ""
+
+
+def show_page(page: Page) -> None:
+    """Show a page of a listing, and how to get the next one."""
+    if len(page.table) > 1:
+        _print_table(page.table)
+    elif page.filters:
+        _show(f"no {page.kind} match {page.filters}")
+    else:
+        _show(f"no {page.kind}; {page.hint}")
+
+    cursor = page.answer.get("next")
+    if cursor:
+        _show(f"{page.answer['count']} of {page.answer['total']} {page.kind}; "
+              f"the next with --after {cursor}")
+
+
+_AGES = ((86400, "d"), (3600, "h"), (60, "min"), (0, "s"))
 
 
 def _ago(text: str | None) -> str | None:
-    """Return an API time for people: how long ago it was, in one unit."""
+    """Return how long ago a time of the API was, in one unit."""
     at = epoch_of(text)
     if at is None:
         return text
+
     age_s = max(0.0, time.time() - at)
-    size, unit = next(((size, unit) for size, unit in ((86400, "d"), (3600, "h"), (60, "min"))
-                       if age_s >= size), (1, "s"))
-    return f"{age_s // size:.0f} {unit} ago"
+    size, unit = next((size, unit) for size, unit in _AGES if age_s >= size)
+    return f"{age_s // max(1, size):.0f} {unit} ago"
 
 
-def waiting_text(job: Json, nodes: Sequence[Json], now: float, room: int = 79) -> str:
-    """Return how far a job is that has not ended, and of a pending one why it does not run."""
-    if job["status"] == "running":
-        return wire.progress_text(job.get("progress") or {"phase": "starting"}, room)
-    if job["status"] != "pending":
-        return str(job["status"])
-    due = epoch_of(job.get("not_before")) or 0.0
-    busy = sum(node["running"] >= node["max_concurrent_jobs"] for node in nodes)
+def waiting_text(job: wire.JobView, nodes: Sequence[wire.NodeView], now: float,
+                 room: int = 79) -> str:
+    """Return the state of a job that has not ended: its progress, or the reason why it waits."""
+    if job.status == "running":
+        return wire.progress_text(job.progress or {"phase": "starting"}, room)
+    if job.waiting_for:
+        return f"{job.status}: {job.waiting_for}"
+    if job.status != "pending":
+        return job.status
+
+    due = epoch_of(job.not_before) or 0.0
     if due > now:
-        return f"pending: waits until {time.strftime('%H:%M:%S', time.localtime(due))} to try again"
+        clock = time.strftime("%H:%M:%S", time.localtime(due))
+        return f"pending: waits until {clock} to try again"
     if not nodes:
         return "no node yet; start one with: python3 agent.py --register --master URL"
+
+    busy = sum(node.running >= node.slots for node in nodes)
     if busy:
-        return f"pending: {busy} of {wire.count_text(len(nodes), 'node')} {'is' if busy == 1 else 'are'} busy"
-    return f"pending: attempt {job['attempt'] + 1} waits for a node"
+        verb = "is" if busy == 1 else "are"
+        return f"pending: {busy} of {wire.count_text(len(nodes), 'node')} {verb} busy"
+    return f"pending: attempt {job.attempt + 1} waits for a node"
 
 
-def show_job(job: Json) -> None:
-    """Show one job: what it was to be, what became of it, and its result."""
-    result, settings = job.get("result") or {}, job.get("settings") or {}
-    attempts = job.get("attempts") or []
-    told = result.get("metrics") and job["status"] == "completed"
-    node = result.get("node") or (attempts[-1].get("node") if attempts else None) or job.get("node_id")
-    rows: list[tuple[Any, ...]] = [
-        ("job", job["id"]), ("status", job["status"]), ("scenario", job["scenario"]),
-        ("node", node), ("created", _ago(job["created_at"])), ("input", settings.get("input") or "generated")]
-    if settings.get("output") and not (told and result.get("output")):
-        rows.append(("output", settings["output"]))
-    if job.get("error"):
-        reason = job.get("failure_reason")
-        rows.append(("error", f"{job['error']}{f' ({reason})' if reason else ''}"))
+JOB_HEADS = ("JOB", "STATUS", "DONE", "CREATED", "NODE", "FILM", "WHAT")
+
+
+def job_line(job: wire.JobView, names: Mapping[str, str]) -> tuple[Any, ...]:
+    """Return the line of a job under JOB_HEADS; `names` are those of the nodes by their ids."""
+    source = job.settings.get("input") or "generated"
+    film = urllib.parse.urlsplit(source).path.rpartition("/")[2] or source
+    node = names.get(job.node_id, job.node_id[:8])
+    return (job.short_id, job.status, percent_text(job.json), _ago(job.created_at), node, film,
+            job.error or wire.settings_text(job.settings))
+
+
+def show_job(job: wire.JobView) -> None:
+    """Show one job: what was asked for, its errors and attempts, and its result."""
+    result = job.result
+    completed = job.status == "completed" and result is not None and bool(result.metrics)
+    rows = _asked_rows(job, with_output=not (completed and result is not None and result.output))
+    rows += _error_rows(job)
     rows += attempt_rows(job)
-    if job["retry_count"]:
-        rows.append(("retries", f"{job['retry_count']} of {job['max_retries']}: {job.get('retry_reason')}"))
-    if job["status"] == "running":
-        rows.append(("progress", wire.progress_text(job.get("progress") or {"phase": "starting"})))
-    if told:
-        rows += wire.result_rows(result)
-        rows += [("cost", text) for text in (cost_text(result["metrics"]),) if text]
+    if job.retry_count:
+        rows.append(("retries", f"{job.retry_count} of {job.max_retries}: {job.retry_reason}"))
+    if job.status == "running":
+        rows.append(("progress", wire.progress_text(job.progress or {"phase": "starting"})))
+
+    if completed and result is not None:
+        rows += result_rows(result)
     else:
-        rows.append(("settings", wire.settings_text(settings)))
+        rows.append(("settings", wire.settings_text(job.settings)))
     _print_table(rows, heads=False)
 
 
-def attempt_rows(job: Json) -> list[tuple[str, str]]:
-    """Return the attempts that ended and did not complete, but for the last where its error is the job's."""
-    rows = []
-    ended = [record for record in job.get("attempts") or () if record.get("ended_at")]
-    for record in ended:
-        error, reason = record.get("error"), record.get("failure_reason")
-        if record["status"] == "completed" or (record is ended[-1] and error and error == job.get("error")):
-            continue
-        rows.append((f"attempt {record['attempt']}",
-                     f"{record['status']} on {record.get('node') or record['node_id'][:8]}"
-                     f"{f': {error}' if error else ''}{f' ({reason})' if reason else ''}"))
+def _asked_rows(job: wire.JobView, with_output: bool) -> list[tuple[str, str | None]]:
+    """Return the rows of what was asked for, and where it ran."""
+    rows = [("job", job.id), ("status", job.status), ("scenario", job.scenario),
+            ("node", _node_of(job)), ("created", _ago(job.created_at)),
+            ("input", job.settings.get("input") or "generated")]
+    if with_output and job.settings.get("output"):
+        rows.append(("output", job.settings["output"]))
     return rows
 
 
-def _job_row(job: Json, names: Mapping[str, str]) -> tuple[Any, ...]:
-    settings, node = job.get("settings") or {}, job.get("node_id")
-    film = urllib.parse.urlsplit(settings.get("input") or "").path.rpartition("/")[2]
-    return (job["id"][:8], job["status"], percent_text(job), _ago(job["created_at"]),
-            names.get(node, node[:8]) if node else None, film or settings.get("input") or "generated",
-            job.get("error") or wire.settings_text(settings))
+def _node_of(job: wire.JobView) -> str:
+    """Return the node of a job by name, of its result or last attempt, else by id."""
+    if job.result is not None and job.result.node:
+        return job.result.node
+    if job.attempts and job.attempts[-1].node:
+        return job.attempts[-1].node
+    return job.node_id
 
 
-def _result_row(result: Json) -> tuple[Any, ...]:
-    metrics = result.get("metrics") or {}
-
-    def figure(name: str, text: Callable[[Any], str]) -> str | None:
-        value = metrics.get(name)
-        return text(value) if isinstance(value, (int, float)) else None
-    return (result["job_id"][:8], result["status"], result.get("node"), figure("duration", "{:.1f} s".format),
-            figure("speed", "{:.2f}x".format), figure("cpu_usage", "{:.0f} %".format),
-            figure_text(with_energy_wh(metrics), "energy_wh"),
-            figure_text(metrics, "energy_cost"), figure_text(metrics, "carbon_g"),
-            figure("output_bytes", wire.size_text), result["scenario"],
-            (result.get("analyzer_output") or {}).get("recommendation") or result.get("error"))
+def _error_rows(job: wire.JobView) -> list[tuple[str, str | None]]:
+    if not job.error:
+        return []
+    return [("error", _with_reason(job.error, job.failure_reason))]
 
 
-def show_nodes(page: Json) -> None:
+def _with_reason(error: str, reason: str) -> str:
+    return f"{error} ({reason})" if reason else error
+
+
+def attempt_rows(job: wire.JobView) -> list[tuple[str, str | None]]:
+    """Return the attempts that ended and did not complete.
+
+    The last one is left out where its error is the job's own, which is shown already.
+    """
+    ended = [attempt for attempt in job.attempts if attempt.ended_at]
+    rows: list[tuple[str, str | None]] = []
+    for attempt in ended:
+        is_last = attempt is ended[-1]
+        if attempt.status == "completed":
+            continue
+        if is_last and attempt.error and attempt.error == job.error:
+            continue
+
+        where = f"{attempt.status} on {attempt.node or attempt.node_id[:8]}"
+        text = f"{where}: {attempt.error}" if attempt.error else where
+        rows.append((f"attempt {attempt.number}", _with_reason(text, attempt.failure_reason)))
+    return rows
+
+
+def result_rows(result: wire.ResultView) -> list[tuple[str, str | None]]:
+    """Return the rows of a result, with the cost that the master added to it."""
+    rows: list[tuple[str, str | None]] = [*wire.result_rows(result.json)]
+    cost = cost_text(result.metrics)
+    if cost:
+        rows.append(("cost", cost))
+    return rows
+
+
+# metric of a result -> the head of its column
+_RESULT_FIGURES = {"duration": "TIME", "speed": "SPEED", "cpu_usage": "CPU", "energy_wh": "ENERGY",
+                   "energy_cost": "COST", "carbon_g": "CO2E", "output_bytes": "SIZE"}
+RESULT_HEADS = ("JOB", "STATUS", "NODE", *_RESULT_FIGURES.values(), "SCENARIO", "VERDICT")
+
+
+def result_line(result: wire.ResultView) -> tuple[Any, ...]:
+    """Return the line of a result under RESULT_HEADS."""
+    metrics = with_energy_wh(result.metrics)
+    figures = [figure_text(metrics, name) for name in _RESULT_FIGURES]
+    return (result.job_id[:8], result.status, result.node, *figures, result.scenario,
+            result.recommendation or result.error)
+
+
+NODE_HEADS = ("NODE", "STATUS", "JOBS", "TYPE", "THREADS", "MEMORY", "HEARD", "GPU", "CPU")
+
+
+def node_line(node: wire.NodeView) -> tuple[Any, ...]:
+    """Return the line of a node under NODE_HEADS."""
+    jobs = f"{node.running}/{node.slots}"
+    return (node.name, node.status, jobs, node.type, node.cpu_threads,
+            wire.size_text(node.ram_bytes), _ago(node.last_heartbeat), node.gpu_type,
+            node.cpu_model)
+
+
+def show_nodes(nodes: Sequence[wire.NodeView]) -> None:
     """List nodes, and say why one is in quarantine."""
-    nodes = page["nodes"]
-    _print_page(page, "nodes", "register one with: python3 agent.py --register --master URL", [
-        ("NODE", "STATUS", "JOBS", "TYPE", "THREADS", "MEMORY", "HEARD", "GPU", "CPU"),
-        *((node["name"], node["status"], f"{node['running']}/{node['max_concurrent_jobs']}",
-           node.get("type"), node.get("cpu_threads"), wire.size_text(node.get("ram_bytes")),
-           _ago(node["last_heartbeat"]), node.get("gpu_type"), node.get("cpu_model")) for node in nodes)])
+    hint = "register one with: python3 agent.py --register --master URL"
+    show_page(Page("nodes", hint, [NODE_HEADS, *map(node_line, nodes)], {}))
     for node in nodes:
-        if node.get("quarantine"):
-            _show(f"{node['name']} is in quarantine: {node['quarantine']['reason']}; "
-                  f"'undrain {node['id'][:8]}' lets it work at once")
+        if node.quarantine:
+            _show(f"{node.name} is in quarantine: {node.quarantine}; "
+                  f"'undrain {node.short_id}' lets it work at once")
 
 
-def show_order(job: Json) -> None:
-    """Tell what an order made of a job."""
-    asked = " (its node is told to stop it)" if job.get("cancel_requested") else ""
-    _show(f"job {job['id']} is {job['status']}{asked}")
+def show_ordered_job(job: wire.JobView) -> None:
+    """Say what an order made of a job."""
+    doing = " (its node was ordered to stop it)" if job.cancel_requested else ""
+    _show(f"job {job.id} is {job.status}{doing}")
 
 
-def show_node(node: Json) -> None:
-    """Tell what an order made of a node."""
-    _show(f"node {node['name']} is {node['status']}, {wire.count_text(node['running'], 'job')} on it")
+def show_ordered_node(node: wire.NodeView) -> None:
+    """Say what an order made of a node."""
+    _show(f"node {node.name} is {node.status}, {wire.count_text(node.running, 'job')} on it")
 
 
 def show_monitoring(site: Site, secret: Path) -> None:
-    """Show where the parts of the monitoring answer, what is not installed, and the next command."""
+    """Show where the parts of the monitoring answer, which are missing, and the next command."""
+    parts = parts_of(site)
     rows = [(part.name, part.url if part.program else f"is not installed: get it {part.source}")
-            for part in parts_of(site)]
-    if parts_of(site)[-1].program:
+            for part in parts]
+    if parts[-1].program:
         rows.append(("its user", f"admin, with the password in {secret}"))
-    rows.append(("the master", f"python3 ffdist.py master --victoriametrics {site.victoriametrics}"))
-    rows.append(("to end all", "Ctrl-C"))
+    command = f"python3 ffdist.py master --victoriametrics {site.victoriametrics}"
+    rows += [("the master", command), ("to end all", "Ctrl-C")]
     _print_table(rows, heads=False)
     sys.stdout.flush()
 
 
-def _print_report(rows: Sequence[Row]) -> None:
-    _print_page({}, "results", "they come when jobs have run", report_rows(rows))
+def show_report(rows: Sequence[Row]) -> None:
+    """Show a report as a table, with the differences at equal quality below it."""
+    show_page(Page("results", "they come when jobs have run", report_rows(rows), {}))
     deltas = deltas_of([row for row in rows if row.status == "completed"])
-    if deltas:
-        print()
-        lines = [(delta.cost, delta.quality, delta.text(), delta.test, delta.anchor,
-                  delta.why or delta.content) for delta in deltas]
-        _print_table([("BD", "AT EQUAL", "COSTS", "THIS", "AGAINST", "WHAT"), *lines])
+    if not deltas:
+        return
+
+    lines = [(delta.cost, delta.quality, delta.text(), delta.test, delta.anchor,
+              delta.why or delta.content) for delta in deltas]
+    print()
+    _print_table([("BD", "AT EQUAL", "COSTS", "THIS", "AGAINST", "WHAT"), *lines])
 
 
-def _print_plan(experiment: Experiment) -> None:
+def show_plan(experiment: Experiment) -> None:
+    """Show the jobs of an experiment, of which none was submitted."""
     rows: list[tuple[Any, ...]] = [("JOB", "NODE", "STREAMS", "REPEAT", "WHAT")]
     for group in experiment.groups:
-        job, cell = group.jobs[0], group.jobs[0]["experiment"]["cell"]
+        job = group.jobs[0]
+        cell = job["experiment"]["cell"]
         settings = wire.resolve(job["scenario"], job["parameters"]).to_json()
-        what = [cell.get("name"), job["scenario"], settings["input"], settings["encoder"],
-                settings["preset"], wire.settings_text(settings)]
+        words = (cell.get("name"), job["scenario"], settings["input"], settings["encoder"],
+                 settings["preset"], wire.settings_text(settings))
         rows.append((job["id"][:8], group.lane or "any", len(group.jobs), cell.get("repeat"),
-                     " ".join(str(word) for word in what if word)))
+                     " ".join(str(word) for word in words if word)))
     _print_table(rows)
-    _say(f"experiment {experiment.id}: {wire.count_text(len(experiment.jobs), 'job')}; nothing was submitted")
+    _say(f"experiment {experiment.id}: {wire.count_text(len(experiment.jobs), 'job')}; "
+         "nothing was submitted")
 
 
-# ---- 24 Commands ----------------------------------------------------------------------------------
+# ---- 24 Fleet Commands ----------------------------------------------------------------------------
 
-POLL_S = 0.4
-NODES_S = 5.0
+# Commands that ask a master. Each takes the parsed words, prints its answer and returns an exit
+# code; what goes wrong is raised and becomes one sentence in CLI.
+
+POLL_S = 0.4    # between two questions about a job that someone waits for
+FOLLOW_S = 20.0  # for which the master parks a request for new lines of a log
+NODES_S = 5.0   # between two questions about the nodes that it may be waiting for
 
 
 def _client(args: argparse.Namespace) -> wire.Client:
@@ -6443,155 +6540,163 @@ def _client(args: argparse.Namespace) -> wire.Client:
     return client
 
 
-def asks(ask: Callable[[wire.Client, argparse.Namespace], Json],
-         show: Callable[[Json], Any]) -> Callable[[argparse.Namespace], int]:
-    """Return the command that asks the master one thing and shows the answer, as JSON where wanted."""
-    def command(args: argparse.Namespace) -> int:
-        answer = ask(_client(args), args)
-        (_print_json if args.json else show)(answer)
-        return 0
-    return command
-
-
-def _data_dir(args: argparse.Namespace) -> Path:
-    return Path(args.data_dir or wire.state_home() / "master").absolute()
-
-
-def keep_of(text: str) -> tuple[float, float]:
-    """Argument type of --keep: how many finished jobs, and for how many seconds; inf is no limit."""
-    jobs = age_s = math.inf
-    for part in text.split(","):
-        word = part.strip()
-        if re.fullmatch(r"\d{1,12}", word):
-            jobs = float(word)
-        elif word != "forever":
-            try:
-                age_s = wire.parse_duration(word if word[-1:].isalpha() else "")  # 1.5 is no seconds here
-            except ValueError:
-                raise argparse.ArgumentTypeError(
-                    f"'{text}' is no limit: write a number of jobs, an age such as 90d, both with a comma, "
-                    "or forever") from None
-    return jobs, age_s
-
-
-def cmd_backup(args: argparse.Namespace) -> int:
-    """Copy the journal of a master, which may be running, to a file."""
-    target = Path(args.file).absolute()
-    with contextlib.closing(wire.ProgressLine()) as bar:
-        counts = copy_journal(_data_dir(args), target,
-                              lambda part: bar.show(f"copying the journal … {100 * part:.0f} %"))
-    _show(f"{target}: {counts}, {wire.size_text(target.stat().st_size)}")
-    return 0
-
-
-def _rates(flag: str, text: str | None, low: float) -> Mapping[str, Rate]:
-    try:
-        return rates_of(text, lambda name: Path(name).read_text(encoding="utf-8"), low) if text else {}
-    except ValueError as error:
-        raise ValueError(f"{flag} {error}") from None
-
-
-def cmd_master(args: argparse.Namespace) -> int:
-    """Run the master until it is told to stop."""
-    log = wire.setup_logging(args.log_level, args.log_format, "ffdist.master")
-    folder = _data_dir(args)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    tariff = Tariff(_rates("--energy-price", args.energy_price, PRICE_LOWEST),
-                    _rates("--carbon-intensity", args.carbon_intensity, 0), args.currency)
-    settings = Settings(args.node_timeout, args.max_retries, args.retry_delay, args.retry_delay_most,
-                        args.quarantine_after, args.keep[0], args.keep[1], tariff,
-                        frozenset(name.strip().lower() for name in args.allow_host.split(",")))
-    service = Service(args.host, args.port, folder, settings, log, args.victoriametrics)
-    shot = service.master.snapshot()
-    waiting = sum(shot.totals.get(("jobs", word), 0) for word in ("pending", "running", "paused", "blocked"))
-    service.start()
-    log.info("ffdist %s master at %s, data in %s: %s, %s", VERSION, service.url, folder,
-             wire.count_text(len(shot.nodes), "node"), wire.count_text(waiting, "open job"))
-    log.warning("plain HTTP without tokens: whoever reaches this port may submit jobs")
-    while not stop.wait(0.5) and service.master.journal.damage is None:
-        pass  # a signal that another thread took is seen only when this one wakes
-    service.stop()
-    if not stop.is_set():
-        log.error("the journal is damaged: %s; starting again to recover what can be read",
-                  service.master.journal.damage)
-        start_again()
-    log.info("stopped; nothing is lost: agents work on and wait for the next start")
-    return 0
+def _nodes_of(answer: Json) -> list[wire.NodeView]:
+    return [wire.NodeView.from_json(node) for node in wire.answer_fields(answer).items("nodes")]
 
 
 def cmd_submit(args: argparse.Namespace) -> int:
     """Submit one job, and wait for it where asked to."""
-    places = {"input": args.input, "output": args.output}
-    parameters = {**wire.parameters_of(args.parameters), **({"overwrite": True} if args.overwrite else {}),
-                  **{name: place for name, place in places.items() if place is not None}}
     client = _client(args)
-    job = client.submit({"id": str(uuid.uuid4()), "scenario": args.scenario, "confidence": args.confidence,
-                         "parameters": parameters, **({"node": args.node} if args.node else {})})
+    answer = client.submit(_job_of(args))
+    job = wire.JobView.from_json(answer)
     if args.wait:
-        try:
-            code = _wait_for(client, job, args.json)
-        except KeyboardInterrupt:
-            _say(f"the job goes on; stop it with: python3 ffdist.py cancel {job['id'][:8]}")
-            return 130
-        if code:
-            _say(f"its log: python3 ffdist.py logs {job['id'][:8]}")
-        return code
+        return _wait_and_advise(client, job, args.json)
     if args.json:
-        _print_json(job)
+        _print_json(answer)
         return 0
-    _show(f"job {job['id']} submitted: {wire.settings_text(job.get('settings') or {})}")
-    _say(f"follow it with: python3 ffdist.py logs {job['id'][:8]} -f")
+
+    _show(f"job {job.id} submitted: {wire.settings_text(job.settings)}")
+    _say(f"follow it with: python3 ffdist.py logs {job.short_id} -f")
     return 0
 
 
-def _wait_for(client: wire.Client, job: Json, as_json: bool) -> int:
-    """Show progress until a job ends, then what came out."""
-    _say(f"job {job['id']}")
-    nodes: list[Json] = []
-    ask_at = 0.0
+def _job_of(args: argparse.Namespace) -> Json:
+    """Return the submission that the words of a command ask for.
+
+    It has an id of its own, so that a request that is repeated after a lost answer counts once.
+    """
+    parameters = dict(wire.parameters_of(args.parameters))
+    if args.overwrite:
+        parameters["overwrite"] = True
+    if args.input is not None:
+        parameters["input"] = args.input
+    if args.output is not None:
+        parameters["output"] = args.output
+
+    job: Json = {"id": str(uuid.uuid4()), "scenario": args.scenario, "confidence": args.confidence,
+                 "parameters": parameters}
+    if args.node:
+        job["node"] = args.node
+    return job
+
+
+def _wait_and_advise(client: wire.Client, job: wire.JobView, as_json: bool) -> int:
+    """Wait for a job; say how to stop it after Ctrl-C, and where its log is after a failure."""
+    try:
+        code = wait_for_job(client, job, as_json)
+    except KeyboardInterrupt:
+        _say(f"the job goes on; stop it with: python3 ffdist.py cancel {job.short_id}")
+        return 130
+
+    if code:
+        _say(f"its log: python3 ffdist.py logs {job.short_id}")
+    return code
+
+
+def wait_for_job(client: wire.Client, job: wire.JobView, as_json: bool) -> int:
+    """Show progress until a job has ended, then its result; return the exit code.
+
+    An absent master is waited for: the job goes on without it.
+    """
+    _say(f"job {job.id}")
+    nodes: list[wire.NodeView] = []
+    ask_nodes_at = 0.0
     with contextlib.closing(wire.ProgressLine()) as bar:
-        while job["status"] not in FINAL:
+        while job.status not in FINAL:
             time.sleep(POLL_S)
             try:
-                job = client.job(job["id"])
-                if job["status"] == "pending" and time.monotonic() >= ask_at:
-                    nodes, ask_at = client.nodes()["nodes"], time.monotonic() + NODES_S
+                job = wire.JobView.from_json(client.job(job.id))
+                if job.status == "pending" and time.monotonic() >= ask_nodes_at:
+                    nodes = _nodes_of(client.nodes())
+                    ask_nodes_at = time.monotonic() + NODES_S
             except ApiError as error:
                 if not error.retryable:
                     raise
                 bar.show(f"{error.message}; waiting")
                 continue
-            if job["status"] not in FINAL:
+
+            if job.status not in FINAL:
                 bar.show(waiting_text(job, nodes, time.time(), bar.room()))
-    job = client.job(job["id"])
-    (_print_json if as_json else show_job)(job)
-    return 0 if job["status"] == "completed" else 1
+
+    answer = client.job(job.id)
+    job = wire.JobView.from_json(answer)
+    if as_json:
+        _print_json(answer)
+    else:
+        show_job(job)
+    return 0 if job.status == "completed" else 1
+
+
+def cmd_show(args: argparse.Namespace) -> int:
+    """Show one job."""
+    answer = _client(args).job(args.id)
+    if args.json:
+        _print_json(answer)
+    else:
+        show_job(wire.JobView.from_json(answer))
+    return 0
+
+
+def cmd_order(args: argparse.Namespace) -> int:
+    """Cancel, pause, resume or retry a job: the command's own name is the order."""
+    answer = _client(args).order(args.id, args.command)
+    if args.json:
+        _print_json(answer)
+    else:
+        show_ordered_job(wire.JobView.from_json(answer))
+    return 0
+
+
+def cmd_logs(args: argparse.Namespace) -> int:
+    """Print the log of a job; -f follows it to its end."""
+    client, after = _client(args), 0
+    kept: list[str] = []
+    while True:
+        answer = client.logs(args.id, after, FOLLOW_S if args.follow else None)
+        lines, after = answer["lines"], answer["next"]
+        if args.json:
+            kept += lines
+        else:
+            for line in lines:
+                _show(line)
+            sys.stdout.flush()
+
+        if lines:
+            continue
+        if not args.follow or answer.get("status") in FINAL:
+            break
+
+    if args.json:
+        _print_json({"lines": kept, "next": after})
+    return 0
 
 
 def _page_query(client: wire.Client, args: argparse.Namespace) -> Json:
-    query = {name: getattr(args, name) for name in ("status", "scenario", "node_id", "limit", "after")}
+    """Return the query of a listing; a node is asked for by its id, whatever word was typed."""
+    query = {name: getattr(args, name) for name in ("status", "scenario", "limit", "after")}
     if args.node_id:
-        query["node_id"] = node_id_of(args.node_id, client.nodes()["nodes"])
+        query["node_id"] = node_id_of(args.node_id, _nodes_of(client.nodes()))
     return query
 
 
-def _asked(args: argparse.Namespace) -> str:
+def _filters_of(args: argparse.Namespace) -> str:
     """Return the filters of a listing as they were typed."""
     return " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}"
                     for name in ("status", "scenario", "node_id", "after") if getattr(args, name))
 
 
-def node_id_of(word: str, nodes: Sequence[Json]) -> str:
-    """Return the id of a node by its name, its id or how one of them begins; CommandError without one."""
-    found = ([node["id"] for node in nodes if word in (node["id"], node["name"])]
-             or [node["id"] for node in nodes if word and (node["id"].startswith(word.lower())
-                                                           or node["name"].startswith(word))])
+def node_id_of(word: str, nodes: Sequence[wire.NodeView]) -> str:
+    """Return the id of a node by its name, its id, or the beginning of one of them."""
+    exact = [node.id for node in nodes if word in (node.id, node.name)]
+    beginning = [node.id for node in nodes
+                 if node.id.startswith(word.lower()) or node.name.startswith(word)]
+    found = exact or beginning
     if len(found) == 1:
-        return str(found[0])
+        return found[0]
     if found:
-        raise CommandError(f"{len(found)} nodes begin with {wire.printable(word)}: write more of one")
+        raise CommandError(f"{len(found)} nodes begin with {wire.printable(word)}: "
+                           "write more of the name or id")
+
     try:
         return str(uuid.UUID(word))  # results outlive a node that was forgotten
     except ValueError:
@@ -6602,45 +6707,69 @@ def node_id_of(word: str, nodes: Sequence[Json]) -> str:
 def cmd_jobs(args: argparse.Namespace) -> int:
     """List jobs, newest first."""
     client = _client(args)
-    page = client.jobs(_page_query(client, args))
+    answer = client.jobs(_page_query(client, args))
     if args.json:
-        _print_json(page)
+        _print_json(answer)
         return 0
-    names = {node["id"]: node["name"] for node in client.nodes()["nodes"]} if page["jobs"] else {}
-    _print_page(page, "jobs", "submit one with: python3 ffdist.py submit 720p30-h264", [
-        ("JOB", "STATUS", "DONE", "CREATED", "NODE", "FILM", "WHAT"),
-        *(_job_row(job, names) for job in page["jobs"])], _asked(args))
+
+    jobs = [wire.JobView.from_json(job) for job in wire.answer_fields(answer).items("jobs")]
+    nodes = _nodes_of(client.nodes()) if jobs else []
+    names = {node.id: node.name for node in nodes}
+    show_page(Page("jobs", "submit one with: python3 ffdist.py submit 720p30-h264",
+                   [JOB_HEADS, *(job_line(job, names) for job in jobs)], answer, _filters_of(args)))
     return 0
 
 
 def cmd_results(args: argparse.Namespace) -> int:
     """List results, newest first."""
     client = _client(args)
-    page = client.results(_page_query(client, args))
+    answer = client.results(_page_query(client, args))
     if args.json:
-        _print_json(page)
+        _print_json(answer)
         return 0
-    _print_page(page, "results", "they come when jobs have run", [
-        ("JOB", "STATUS", "NODE", "TIME", "SPEED", "CPU", "ENERGY", "COST", "CO2E", "SIZE", "SCENARIO",
-         "VERDICT"), *map(_result_row, page["results"])], _asked(args))
+
+    results = map(wire.ResultView.from_json, wire.answer_fields(answer).items("results"))
+    show_page(Page("results", "they come when jobs have run",
+                   [RESULT_HEADS, *map(result_line, results)], answer, _filters_of(args)))
     return 0
 
 
-def cmd_logs(args: argparse.Namespace) -> int:
-    """Print the log of a job; -f follows it to its end."""
-    client, after = _client(args), 0
-    kept: list[str] = []
-    while True:
-        part = client.logs(args.id, after, 20 if args.follow else None)
-        kept += part["lines"] if args.json else []
-        for line in () if args.json else part["lines"]:
-            _show(line)
-        sys.stdout.flush()
-        after = part["next"]
-        if not part["lines"] and (not args.follow or part.get("status") in FINAL):
-            if args.json:
-                _print_json({"lines": kept, "next": after})
-            return 0
+def cmd_nodes(args: argparse.Namespace) -> int:
+    """List nodes."""
+    answer = _client(args).nodes()
+    if args.json:
+        _print_json(answer)
+    else:
+        show_nodes(_nodes_of(answer))
+    return 0
+
+
+def cmd_drain(args: argparse.Namespace) -> int:
+    """Let a node finish what runs and take nothing more."""
+    return _show_node_answer(_client(args).order_node(args.id, "drain", args.deadline), args.json)
+
+
+def cmd_undrain(args: argparse.Namespace) -> int:
+    """Let a node work again that was drained or in quarantine."""
+    return _show_node_answer(_client(args).order_node(args.id, "resume"), args.json)
+
+
+def _show_node_answer(answer: Json, as_json: bool) -> int:
+    if as_json:
+        _print_json(answer)
+    else:
+        show_ordered_node(wire.NodeView.from_json(answer))
+    return 0
+
+
+def cmd_forget(args: argparse.Namespace) -> int:
+    """Remove a node."""
+    answer = _client(args).forget_node(args.id)
+    if args.json:
+        _print_json(answer)
+    else:
+        _show(f"node {answer['id']} is {answer['status']}")
+    return 0
 
 
 def _once(pairs: list[tuple[str, Any]]) -> Json:
@@ -6674,10 +6803,10 @@ def cmd_experiment(args: argparse.Namespace) -> int:
         if args.json:
             _print_json({"experiment": experiment.id, "jobs": jobs})
         else:
-            _print_plan(experiment)
+            show_plan(experiment)
         return 0
     client = _client(args)
-    _check_nodes(experiment, client.nodes()["nodes"])
+    _check_nodes(experiment, _nodes_of(client.nodes()))
     again = f"python3 ffdist.py experiment {shlex.quote(args.file)}"
     retry = f"{again} --retry-failed"
     _say(f"experiment {experiment.id}: {wire.count_text(len(jobs), 'job')}")
@@ -6694,7 +6823,8 @@ def cmd_experiment(args: argparse.Namespace) -> int:
     if args.json:
         _print_json({"experiment": experiment.id, "jobs": details})
     else:
-        _print_table(report_rows(distinct_curves([row_of(job) for job in details])))
+        _print_table(report_rows(distinct_curves(
+            [row_of(wire.JobView.from_json(job)) for job in details])))
         _say(f"plots: python3 ffdist.py report --experiment {shlex.quote(args.file)} -o report.html")
     bad_ones = [job for job in details if job["status"] in BROKEN]
     if bad_ones:
@@ -6703,79 +6833,20 @@ def cmd_experiment(args: argparse.Namespace) -> int:
     return 1 if bad_ones else 0
 
 
-def cmd_report(args: argparse.Namespace) -> int:
-    """Report on an experiment, or on all results that were accepted: a table, or a file."""
-    make = REPORT_KINDS.get(Path(args.output).suffix.lower()) if args.output else None
-    if args.output and make is None:
-        raise ValueError(f"--output {args.output} must end with {', '.join(REPORT_KINDS)}")
-    client = _client(args)
-    title, ids = _reported(client, args)
-    rows = []
-    for job_id in ids:
-        try:
-            rows.append(row_of(client.job(job_id)))
-        except ApiError as error:
-            if error.status != 404:
-                raise
-    if len(rows) < len(ids):
-        _say(f"{len(ids) - len(rows)} of {wire.count_text(len(ids), 'job')} are not known to the master: "
-             "not submitted yet, or no longer kept")
-    rows = distinct_curves(rows)
-    make = REPORT_KINDS[".json"] if args.json else make
-    if make is None:
-        _print_report(rows)
-        return 0
-    text = make(title, rows, wire.utc_text(time.time()) or "")
-    if args.output:
-        Path(args.output).write_text(text, encoding="utf-8", errors="replace")
-        _say(f"{args.output}: {title}, {wire.count_text(len(rows), 'job')}")
-    else:
-        sys.stdout.write(text)
-    return 0
-
-
-def _reported(client: wire.Client, args: argparse.Namespace) -> tuple[str, list[str]]:
-    """Return the title and the ids of the jobs that a report is about, oldest first."""
-    if not args.experiment:
-        page = client.results(_page_query(client, args))
-        if page.get("next"):
-            _say(f"these are {page['count']} of {page['total']} results; "
-                 f"the next with --after {page['next']}")
-        return "Results", list(dict.fromkeys(result["job_id"] for result in reversed(page["results"])))
-    if _asked(args):
-        raise ValueError(f"a report on an experiment is on all of it: leave out {_asked(args)}")
-    if Path(args.experiment).is_file():
-        experiment = load_experiment(args.experiment)
-        return f"Experiment {experiment.name}", [job["id"] for job in experiment.jobs]
-    found: list[str] = []
-    query: Json = {"limit": PAGE_MOST}
-    while True:
-        page = client.jobs(query)
-        found += [job["id"] for job in page["jobs"]
-                  if (job.get("experiment") or {}).get("id") == args.experiment]
-        if not page.get("next"):
-            break
-        query["after"] = page["next"]
-    if not found:
-        raise CommandError(f"no job belongs to an experiment {wire.printable(args.experiment)}, "
-                           "and there is no such file")
-    return f"Experiment {args.experiment}", found[::-1]
-
-
-def _check_nodes(experiment: Experiment, nodes: Sequence[Json]) -> None:
+def _check_nodes(experiment: Experiment, nodes: Sequence[wire.NodeView]) -> None:
     """Refuse nodes that are not registered; warn of those away, and of streams that cannot run as asked."""
     lanes = {group.lane for group in experiment.groups}
-    away = [f"{node['name']} is {node['status']}" for node in nodes if {node["id"], node["name"]} & lanes
-            and node["status"] in ("draining", "quarantined", "offline")]
+    away = [f"{node.name} is {node.status}" for node in nodes if {node.id, node.name} & lanes
+            and node.status in ("draining", "quarantined", "offline")]
     if away or not nodes:
         _say(f"{', '.join(away) or 'no node is there yet'}: jobs wait for it; see: python3 ffdist.py nodes")
-    slots = {key: node["max_concurrent_jobs"] for node in nodes for key in (node["id"], node["name"])}
+    slots = {key: node.slots for node in nodes for key in (node.id, node.name)}
     for lane, size in sorted({(group.lane, len(group.jobs)) for group in experiment.groups}):
         if lane and lane not in slots:
             near = difflib.get_close_matches(lane, slots, 1, 0.5)
             hint = f", did you mean {near[0]}?" if near else "; see them with: python3 ffdist.py nodes"
             raise CommandError(f"nodes: there is no node {wire.printable(lane)}{hint}")
-        room = slots.get(lane, 0) if lane else sum(node["max_concurrent_jobs"] for node in nodes)
+        room = slots.get(lane, 0) if lane else sum(node.slots for node in nodes)
         if size > room > 0:
             _say(f"{lane or 'the fleet'} has {room} slots, so {size} streams cannot run side by side there: "
                  "start its agent with --max-concurrent-jobs")
@@ -6829,12 +6900,206 @@ def _follow(client: wire.Client, experiment: Experiment, wait: bool, retry: bool
                 time.sleep(max(POLL_S, sum(len(group.jobs) for group in due) / 1000))
 
 
+def cmd_report(args: argparse.Namespace) -> int:
+    """Report on an experiment, or on all accepted results: a table, or a file."""
+    ending = Path(args.output).suffix.lower() if args.output else ""
+    if args.output and ending not in REPORT_KINDS:
+        raise ValueError(f"invalid --output {args.output}: expected a name that ends with "
+                         f"{', '.join(REPORT_KINDS)}")
+
+    client = _client(args)
+    title, ids = _jobs_to_report(client, args)
+    rows = _rows_of(client, ids)
+    if not args.output and not args.json:
+        show_report(rows)
+        return 0
+
+    make = REPORT_KINDS[".json" if args.json else ending]
+    text = make(title, rows, wire.utc_text(time.time()) or "")
+    if not args.output:
+        sys.stdout.write(text)
+        return 0
+    Path(args.output).write_text(text, encoding="utf-8", errors="replace")
+    _say(f"{args.output}: {title}, {wire.count_text(len(rows), 'job')}")
+    return 0
+
+
+def _rows_of(client: wire.Client, ids: Sequence[str]) -> list[Row]:
+    """Return the rows of the jobs that the master knows, and say how many it does not know."""
+    rows = []
+    for job_id in ids:
+        try:
+            rows.append(row_of(wire.JobView.from_json(client.job(job_id))))
+        except ApiError as error:
+            if error.status != 404:
+                raise
+
+    missing = len(ids) - len(rows)
+    if missing:
+        _say(f"{missing} of {wire.count_text(len(ids), 'job')} are unknown to the master: "
+             "not submitted yet, or no longer kept")
+    return distinct_curves(rows)
+
+
+def _jobs_to_report(client: wire.Client, args: argparse.Namespace) -> tuple[str, list[str]]:
+    """Return the title of a report and the ids of its jobs, oldest first."""
+    if not args.experiment:
+        return "Results", _reported_results(client, args)
+
+    filters = _filters_of(args)
+    if filters:
+        raise ValueError(f"a report on an experiment is on all of it: leave out {filters}")
+    if Path(args.experiment).is_file():
+        experiment = load_experiment(args.experiment)
+        return f"Experiment {experiment.name}", [job["id"] for job in experiment.jobs]
+
+    ids = _jobs_of_experiment(client, args.experiment)
+    if not ids:
+        raise CommandError(f"no job belongs to an experiment {wire.printable(args.experiment)}, "
+                           "and there is no such file: see the names with 'ffdist.py jobs --json'")
+    return f"Experiment {args.experiment}", ids
+
+
+def _reported_results(client: wire.Client, args: argparse.Namespace) -> list[str]:
+    """Return the ids of the jobs of a page of results; say so where there are more pages."""
+    answer = client.results(_page_query(client, args))
+    if answer.get("next"):
+        _say(f"these are {answer['count']} of {answer['total']} results; "
+             f"the next with --after {answer['next']}")
+
+    results = [wire.ResultView.from_json(result) for result in answer["results"]]
+    return list(dict.fromkeys(result.job_id for result in reversed(results)))
+
+
+def _jobs_of_experiment(client: wire.Client, name: str) -> list[str]:
+    """Return the ids of an experiment's jobs, oldest first, from all that the master keeps."""
+    ids: list[str] = []
+    query: Json = {"limit": PAGE_MOST}
+    while True:
+        answer = client.jobs(query)
+        jobs = [wire.JobView.from_json(job) for job in answer["jobs"]]
+        ids += [job.id for job in jobs if job.experiment.get("id") == name]
+        if not answer.get("next"):
+            return ids[::-1]
+        query["after"] = answer["next"]
+
+
+# ---- 25 Host Commands -----------------------------------------------------------------------------
+
+# Commands that run something on this host, or touch the files of a master here.
+
+def _data_dir(args: argparse.Namespace) -> Path:
+    return Path(args.data_dir or wire.state_home() / "master").absolute()
+
+
+def keep_of(text: str) -> tuple[float, float]:
+    """Argument type of --keep: most finished jobs, and their most age in s; inf is no limit."""
+    jobs = age_s = math.inf
+    for part in text.split(","):
+        word = part.strip()
+        if re.fullmatch(r"\d{1,12}", word):
+            jobs = float(word)
+        elif word != "forever":
+            age_s = _age_of(word, text)
+    return jobs, age_s
+
+
+def _age_of(word: str, text: str) -> float:
+    """Return the seconds of an age; it needs a unit, for a number alone is one of jobs."""
+    if word[-1:].isalpha():
+        with contextlib.suppress(ValueError):
+            return wire.parse_duration(word)
+    raise argparse.ArgumentTypeError(
+        f"invalid limit '{text}': expected a job count, an age such as 90d, both with a comma, "
+        "or forever")
+
+
+def cmd_backup(args: argparse.Namespace) -> int:
+    """Copy the journal of a master, which may be running, to a file."""
+    target = Path(args.file).absolute()
+    with contextlib.closing(wire.ProgressLine()) as bar:
+        counts = copy_journal(_data_dir(args), target,
+                              lambda part: bar.show(f"copying the journal … {100 * part:.0f} %"))
+    _show(f"{target}: {counts}, {wire.size_text(target.stat().st_size)}")
+    return 0
+
+
+def cmd_master(args: argparse.Namespace) -> int:
+    """Run the master until Ctrl-C or SIGTERM."""
+    log = wire.setup_logging(args.log_level, args.log_format, "ffdist.master")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+
+    folder = _data_dir(args)
+    service = Service(args.host, args.port, folder, settings_of(args), log, args.victoriametrics)
+    _start_and_log(service, folder, log)
+
+    # Python runs a handler in this thread alone, and only when it wakes: so it does not wait for
+    # ever.
+    while not stop.wait(0.5) and service.master.journal.damage is None:
+        pass
+    service.stop()
+    if not stop.is_set():
+        log.error("the journal is damaged: %s; starting again to recover what can be read",
+                  service.master.journal.damage)
+        start_again()
+    log.info("stopped; nothing is lost: agents work on and wait for the next start")
+    return 0
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """Return the master's settings out of its flags; ValueError for a bad file of prices."""
+    max_jobs, max_age_s = args.keep
+    tariff = Tariff(
+        prices=_rates("--energy-price", args.energy_price, PRICE_LOWEST),
+        carbon=_rates("--carbon-intensity", args.carbon_intensity, 0),
+        currency=args.currency)
+    names = (name.strip().lower() for name in args.allow_host.split(","))
+    return Settings(
+        node_timeout_s=args.node_timeout,
+        max_retries=args.max_retries,
+        retry_delay_s=args.retry_delay,
+        retry_delay_most_s=args.retry_delay_most,
+        quarantine_after=args.quarantine_after,
+        keep_jobs=max_jobs,
+        keep_s=max_age_s,
+        tariff=tariff,
+        allow_hosts=frozenset(names))
+
+
+def _rates(flag: str, text: str | None, low: float) -> Mapping[str, Rate]:
+    if not text:
+        return {}
+    try:
+        return rates_of(text, lambda name: Path(name).read_text(encoding="utf-8"), low)
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from None
+
+
+def _start_and_log(service: Service, folder: Path, log: logging.Logger) -> None:
+    """Start the service and log its address and its open work; the count is of before the start."""
+    shot = service.master.snapshot()
+    open_jobs = sum(shot.totals.get(("jobs", status), 0) for status in STATUSES
+                    if status not in FINAL)
+    service.start()
+    log.info("ffdist %s master at %s, data in %s: %s, %s", VERSION, service.url, folder,
+             wire.count_text(len(shot.nodes), "node"), wire.count_text(open_jobs, "open job"))
+    log.warning("plain HTTP without tokens: whoever reaches this port may submit jobs")
+
+
+DEMO_S = 5         # of the generated source
+DEMO_FILM_S = 30   # of a film: long enough for figures, short enough to wait for
+DEMO_END_S = 15.0  # an agent needs a moment to end FFmpeg and remove its files
+
+
 def cmd_demo(args: argparse.Namespace) -> int:
     """Run a whole fleet of one on this machine: a master, an agent, a real encode."""
     provide(("ffmpeg", "ffprobe"), args.install)
     film = Path(args.input).resolve() if args.input else None
     if film is not None and not film.is_file():
-        raise CommandError(f"input {film} is no file: name a film that is on this machine")
+        raise CommandError(f"there is no file {film}: name an input that is on this machine")
+
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with tempfile.TemporaryDirectory(prefix="ffdist-demo-") as name:
         folder = Path(name)
@@ -6844,7 +7109,7 @@ def cmd_demo(args: argparse.Namespace) -> int:
         try:
             return _demo_with_agent(args, service.url, film, folder)
         except KeyboardInterrupt:
-            pass  # told when all is gone
+            pass  # said below, when agent, master and folder are gone
         finally:
             service.stop()
     _say("the demo was stopped; nothing is left of it")
@@ -6852,37 +7117,52 @@ def cmd_demo(args: argparse.Namespace) -> int:
 
 
 def _demo_with_agent(args: argparse.Namespace, url: str, film: Path | None, folder: Path) -> int:
+    """Run an agent beside the demo's master until one job has ended."""
     _say(f"a master runs at {url}")
-    script, media = Path(__file__).resolve().parent / "agent.py", folder / "media"
-    media.mkdir()
-    argv = [sys.executable, str(script), "--register", "--master", url, "--allow-master-as-worker", "--yes",
-            "--state-dir", str(folder / "agent"), "--media-root", str(film.parent if film else media),
-            "--yes-home",  # the master listens on loopback, and only while the demo runs
-            "--log-format", "text", "--drain-limit", "0s"]
+    log = folder / "agent.log"
     process: subprocess.Popen[bytes] | None = None
     try:
-        with open(folder / "agent.log", "wb") as output, uninterrupted():
-            process = start_program(argv, output)
+        with open(log, "wb") as output, uninterrupted():
+            process = start_program(_demo_agent(url, film, folder), output)
         client = args.client = wire.Client(url)
-        nodes = await_start(process, lambda: client.nodes()["nodes"],
-                            "the agent looks at this machine and tries its encoders")
-        if not nodes:
-            raise CommandError(f"the agent ended: {last_line(folder / 'agent.log') or 'without a word'}")
-        parameters: Json = {"quality": ["psnr", "ssim"], "duration": 30 if film else 5}
-        if film is not None:
-            parameters["input"] = film.name
-            _say(f"the first {parameters['duration']} s of {film.name} are encoded; "
-                 "nothing is written beside it")
-        job = client.submit({"scenario": args.scenario, "parameters": parameters})
+        answer = await_start(process, lambda: client.nodes()["nodes"] and client.nodes(),
+                             "the agent looks at this machine and tries its encoders")
+        if not answer:
+            raise CommandError(f"the agent ended: {last_line(log) or 'it printed nothing'}")
+
+        job = wire.JobView.from_json(client.submit(_demo_job(args.scenario, film)))
         if not args.json:
-            node = nodes[0]
-            memory, gpu = wire.size_text(node.get("ram_bytes")), node.get("gpu_type") or "none"
-            _print_table([("node", f"{node['name']}: {node.get('type')}, {node.get('cpu_threads')} threads, "
-                           f"{node.get('cpu_model') or 'unknown CPU'}, {memory}, GPU {gpu}")], heads=False)
-        return _wait_for(client, job, args.json)
+            show_nodes(_nodes_of(answer))
+        return wait_for_job(client, job, args.json)
     finally:
         if process is not None:
-            end_program(process, 15)
+            end_program(process, DEMO_END_S)
+
+
+def _demo_agent(url: str, film: Path | None, folder: Path) -> list[str]:
+    """Return the command of the demo's agent.
+
+    Its media root may be a home folder (--yes-home), where a film of the user's mostly is: the
+    master listens on loopback, and only while the demo runs.
+    """
+    media = folder / "media"
+    media.mkdir()
+    root = film.parent if film else media
+    return [sys.executable, str(Path(__file__).resolve().parent / "agent.py"),
+            "--register", "--master", url, "--allow-master-as-worker", "--yes",
+            "--state-dir", str(folder / "agent"), "--media-root", str(root), "--yes-home",
+            "--log-format", "text", "--drain-limit", "0s"]
+
+
+def _demo_job(scenario: str | None, film: Path | None) -> Json:
+    """Return the demo's job: the generated source, or the beginning of a film."""
+    parameters: Json = {"quality": ["psnr", "ssim"], "duration": DEMO_S}
+    if film is None:
+        return {"scenario": scenario or "720p30-h264", "parameters": parameters}
+
+    parameters.update(input=film.name, duration=DEMO_FILM_S)
+    _say(f"the first {DEMO_FILM_S} s of {film.name} are encoded; nothing is written beside it")
+    return {"scenario": scenario or "transcode", "parameters": parameters}
 
 
 def cmd_monitoring(args: argparse.Namespace) -> int:
@@ -6902,13 +7182,17 @@ def _site_of(args: argparse.Namespace, folder: Path) -> Site:
     listen = f"[{args.listen}]" if ":" in args.listen else args.listen
     master = args.master if "://" in args.master else f"http://{args.master}"
     return Site(
-        folder=str(folder), master=master, victoriametrics=args.victoriametrics,
-        vmalert=f"127.0.0.1:{args.vmalert_port}", grafana=f"{listen}:{args.grafana_port}",
-        power_limit_w=args.power_limit, alertmanager=args.alertmanager)
+        folder=str(folder),
+        master=master,
+        victoriametrics=args.victoriametrics,
+        vmalert=f"127.0.0.1:{args.vmalert_port}",
+        grafana=f"{listen}:{args.grafana_port}",
+        power_limit_w=args.power_limit,
+        alertmanager=args.alertmanager)
 
 
 def _monitoring_up(site: Site, data: Path) -> int:
-    """Start the parts, print their addresses, and stay until Ctrl-C, SIGTERM or the end of one of them."""
+    """Start the parts, show their addresses, and stay until a signal or the end of one of them."""
     secret = Path(site.folder, "grafana", "password")
     wire.make_private_folder(data)
     wire.make_folder(secret.parent)
@@ -6927,152 +7211,259 @@ def _monitoring_up(site: Site, data: Path) -> int:
     return 0
 
 
-# ---- 25 CLI ---------------------------------------------------------------------------------------
+# ---- 26 CLI ---------------------------------------------------------------------------------------
 
-MASTER_FLAG = Flag("--master", "http://localhost:8080", str, "the master's address (http://localhost:8080)")
-JSON_FLAG = Flag("--json", False, None, "print the API's own JSON")
-ASK_FLAGS = (MASTER_FLAG, JSON_FLAG)
-PAGE_FLAGS = (Flag("--status", None, str, "only of this status"),
-              Flag("--scenario", None, str, "only of this scenario"),
-              Flag("--node-id", None, str, "only of this node, by name or id"),
-              Flag("--limit", "20", str, "at most so many (20)"),
-              Flag("--after", None, str, "the cursor that the page before ended with"))
+# COMMANDS has a row for each subcommand: name, function, help, examples, words, flags. The
+# parser, --help, the environment variables and the tables of README (by a test) all derive from
+# it.
+
+class Word(NamedTuple):
+    """A positional argument, or a flag without an environment variable, as argparse takes it."""
+
+    names: tuple[str, ...]
+    options: Json
+
+
+def _word(name: str, metavar: str, about: str, **more: Any) -> Word:
+    return Word((name,), {"metavar": metavar, "help": about, **more})
+
+
+_JOB_WORD = _word("id", "ID", "a job's id, or 4 or more of its first characters")
+_NODE_WORD = _word("id", "NODE", "a node's name or id")
+_OUTPUT_WORD = Word(("-o",), {"metavar": "OUTPUT", "dest": "output", "help": "short for --output"})
+_PARAMETER_WORD = Word(("-p",), {
+    "metavar": "NAME=VALUE", "dest": "parameters", "action": "append", "default": [],
+    "help": "a parameter, such as -p bitrate=5M; may be repeated"})
 
 
 class Command(NamedTuple):
-    """One subcommand: what it does, its flags, and its own positional words."""
+    """One subcommand."""
 
+    name: str
     run: Callable[[argparse.Namespace], int]
     about: str
-    flags: tuple[Flag, ...]
-    words: tuple[str, ...] = ()
+    examples: tuple[str, ...]
+    words: tuple[Word, ...] = ()
+    flags: tuple[Flag, ...] = ()
+
+    @property
+    def description(self) -> str:
+        """The help as a sentence."""
+        return f"{self.about[0].upper()}{self.about[1:]}."
 
 
 def _currency(text: str) -> str:
-    if not 0 < len(text) <= 16 or wire.printable(text) != text:
-        raise argparse.ArgumentTypeError("a currency is a word of at most 16 characters, such as EUR")
-    return text
+    if 0 < len(text) <= 16 and wire.printable(text) == text:
+        return text
+    raise argparse.ArgumentTypeError(
+        f"invalid currency '{text}': expected a word of at most 16 characters, such as EUR")
 
 
-_LOG_FLAGS = (Flag("--log-level", "info", wire.one_of("debug", "info", "warning", "error"),
-                   "debug, info, warning or error"),
-              Flag("--log-format", "text", wire.one_of("text", "json"), "text or json"))
+_MASTER_FLAG = Flag("--master", "http://localhost:8080", str,
+                    "the master's address (http://localhost:8080)")
+_JSON_FLAG = Flag("--json", False, None, "print the API's own JSON")
+_ASK_FLAGS = (_MASTER_FLAG, _JSON_FLAG)
 _DATA_FLAG = Flag("--data-dir", None, Path, "folder of the journal (~/.local/state/ffdist/master)")
-COMMANDS = {
-    "master": Command(cmd_master, "run the master", (
-        Flag("--port", "8080", wire.whole_number(0, 65535), "port to listen on (8080; 0: any free one)"),
+
+
+def _page_flags(limit: int) -> tuple[Flag, ...]:
+    """Return the flags of a listing with a default limit; the master checks the values."""
+    return (
+        Flag("--status", None, str, "only of this status"),
+        Flag("--scenario", None, str, "only of this scenario"),
+        Flag("--node-id", None, str, "only of this node, by name or id"),
+        Flag("--limit", str(limit), str, f"at most so many ({limit})"),
+        Flag("--after", None, str, "the cursor that the page before ended with"),
+    )
+
+
+_MASTER = Command(
+    "master", cmd_master, "run the master",
+    examples=("--port 8080", "--energy-price 0.30 --currency EUR"),
+    flags=(
+        Flag("--port", "8080", wire.whole_number(0, 65535),
+             "port to listen on (8080; 0: any free one)"),
         Flag("--host", "0.0.0.0", str, "address to listen on (0.0.0.0: all)"),
-        Flag("--allow-host", "", str, "names by which browsers may reach it beside the host name, "
-             "comma-separated (none)"),
+        Flag("--allow-host", "", str,
+             "names by which browsers may reach it beside the host name, comma-separated (none)"),
         _DATA_FLAG,
         Flag("--node-timeout", "90s", wire.seconds, "silence after which a node is lost (90s)"),
         Flag("--max-retries", "3", wire.whole_number(0, 100),
              "how often a job is tried again after a lost node or a failure that may pass (3)"),
-        Flag("--retry-delay", "1s", wire.seconds, "longest wait before the first retry, doubling then (1s)"),
+        Flag("--retry-delay", "1s", wire.seconds,
+             "longest wait before the first retry, doubling then (1s)"),
         Flag("--retry-delay-most", "5m", wire.seconds, "longest wait before any retry (5m)"),
         Flag("--quarantine-after", "3", wire.whole_number(0, 1000),
              "failures in a row that put a node in quarantine (3; 0: never)"),
         Flag("--keep", "1000000", keep_of,
              "finished jobs to keep: a number, an age such as 90d, both, or forever (1000000)"),
-        Flag("--victoriametrics", None, wire.web_address, "address of a VictoriaMetrics to push to (none)"),
+        Flag("--victoriametrics", None, wire.web_address,
+             "address of a VictoriaMetrics to push to (none)"),
         Flag("--energy-price", None, str, "price of a kWh, or a CSV file by hour"),
         Flag("--carbon-intensity", None, str, "g CO2e of a kWh, or a CSV file by hour"),
         Flag("--currency", None, _currency, "what the price is in, such as EUR"),
-        *_LOG_FLAGS)),
-    "backup": Command(cmd_backup, "copy the journal of a master, running or not, to a file", (_DATA_FLAG,),
-                      ("file",)),
-    "demo": Command(cmd_demo, "a master, an agent and a real encode, here and now", (
+        Flag("--log-level", "info", wire.one_of("debug", "info", "warning", "error"),
+             "debug, info, warning or error"),
+        Flag("--log-format", "text", wire.one_of("text", "json"), "text or json"),
+    ),
+)
+
+_BACKUP = Command(
+    "backup", cmd_backup, "copy the journal of a master, running or not, to a file",
+    examples=("ffdist-copy.db",),
+    words=(_word("file", "FILE", "the copy; an earlier one is replaced"),),
+    flags=(_DATA_FLAG,),
+)
+
+_DEMO = Command(
+    "demo", cmd_demo, "a master, an agent and a real encode, here and now",
+    examples=("--install",),
+    flags=(
         Flag("--install", False, None, "install ffmpeg where it is missing"),
         Flag("--input", None, str, "a film of yours (a generated source)"),
-        Flag("--scenario", None, str, "what to encode (720p30-h264; with a film: transcode)"), JSON_FLAG)),
-    "submit": Command(cmd_submit, "submit a job", (
-        Flag("--input", None, str, "path under the agents' media root, or URL (a generated source)"),
+        Flag("--scenario", None, str, "what to encode (720p30-h264; with a film: transcode)"),
+        _JSON_FLAG,
+    ),
+)
+
+_SUBMIT = Command(
+    "submit", cmd_submit, "submit a job",
+    examples=("4K60-h264 -p duration=300 -p bitrate=15000k --wait",
+              "1080p30-h264 --input movie.mov -o movie.mp4 --wait"),
+    words=(
+        _word("scenario", "SCENARIO", "such as 1080p30-h264 (transcode)", nargs="?",
+              default="transcode"),
+        _PARAMETER_WORD,
+        _OUTPUT_WORD,
+    ),
+    flags=(
+        Flag("--input", None, str,
+             "path under the agents' media root, or URL (a generated source)"),
         Flag("--output", None, str, "path or URL (encoded, measured, discarded)"),
         Flag("--overwrite", False, None, "replace an output that exists"),
         Flag("--confidence", "auto", wire.one_of(*CONFIDENCES), "auto, low, medium or high"),
         Flag("--node", None, str, "the node that is to run it, by name or id (any)"),
-        Flag("--wait", False, None, "show progress until the job ends"), *ASK_FLAGS),
-        ("scenario", "parameters", "output")),
-    "jobs": Command(cmd_jobs, "list jobs", (*PAGE_FLAGS, *ASK_FLAGS)),
-    "show": Command(asks(lambda client, args: client.job(args.id), show_job), "show one job", ASK_FLAGS,
-                    ("id",)),
-    "logs": Command(cmd_logs, "print the log of a job", ASK_FLAGS, ("id", "follow")),
-    **{verb: Command(asks(lambda client, args: client.order(args.id, args.command), show_order), about,
-                     ASK_FLAGS, ("id",)) for verb, about in (
-        ("cancel", "cancel a job"), ("pause", "hold a job; a running one stands still"),
-        ("resume", "let a paused job go on"), ("retry", "run a finished job again"))},
-    "experiment": Command(cmd_experiment, "run a matrix of jobs from a file, or go on with it", (
+        Flag("--wait", False, None, "show progress until the job ends"),
+        *_ASK_FLAGS,
+    ),
+)
+
+_LOGS = Command(
+    "logs", cmd_logs, "print the log of a job",
+    examples=("550e8400 -f",),
+    words=(_JOB_WORD,
+           Word(("-f", "--follow"), {"action": "store_true", "help": "follow it to its end"})),
+    flags=_ASK_FLAGS,
+)
+
+_EXPERIMENT = Command(
+    "experiment", cmd_experiment,
+    "run a matrix of jobs from a file, or go on with it",
+    examples=("codecs.json --dry-run", "codecs.json", "codecs.json --retry-failed"),
+    words=(_word("file", "FILE", "an experiment, as JSON"),),
+    flags=(
         Flag("--dry-run", False, None, "check the file and show the jobs; submit nothing"),
         Flag("--no-wait", False, None, "submit what may run now, and do not follow it"),
-        Flag("--retry-failed", False, None, "run again what failed or was canceled before, with its streams"),
-        *ASK_FLAGS), ("matrix",)),
-    "report": Command(cmd_report, "tables and plots over many results", (
+        Flag("--retry-failed", False, None,
+             "run again what failed or was canceled before, with its streams"),
+        *_ASK_FLAGS,
+    ),
+)
+
+_REPORT = Command(
+    "report", cmd_report, "tables and plots over many results",
+    examples=("--experiment codecs.json -o report.html", "--scenario 1080p30-h264 -o results.csv"),
+    words=(_OUTPUT_WORD,),
+    flags=(
         Flag("--experiment", None, str, "an experiment's file or id (all results)"),
-        Flag("--output", None, str, "a file to write: .html, .csv or .json (a table on the terminal)"),
-        *(flag._replace(default="1000", about="at most so many (1000)") if flag.name == "--limit" else flag
-          for flag in PAGE_FLAGS), *ASK_FLAGS), ("output",)),
-    "nodes": Command(asks(lambda client, _: client.nodes(), show_nodes), "list nodes", ASK_FLAGS),
-    "drain": Command(asks(lambda client, args: client.order_node(args.id, "drain", args.deadline), show_node),
-                     "let a node finish what runs and take nothing more", (
-        Flag("--deadline", None, wire.seconds, "what still runs then is given back to other nodes (never)"),
-        *ASK_FLAGS), ("node",)),
-    "undrain": Command(asks(lambda client, args: client.order_node(args.id, "resume"), show_node),
-                       "let a node work again that was drained or in quarantine", ASK_FLAGS, ("node",)),
-    "forget": Command(asks(lambda client, args: client.forget_node(args.id),
-                           lambda told: _show(f"node {told['id']} is {told['status']}")),
-                      "remove a node; its jobs are pending again", ASK_FLAGS, ("node",)),
-    "results": Command(cmd_results, "list results", (*PAGE_FLAGS, *ASK_FLAGS)),
-    "monitoring": Command(cmd_monitoring, "run VictoriaMetrics, vmalert and Grafana until Ctrl-C", (
+        Flag("--output", None, str,
+             "a file to write: .html, .csv or .json (a table on the terminal)"),
+        *_page_flags(PAGE_MOST),
+        *_ASK_FLAGS,
+    ),
+)
+
+_DRAIN = Command(
+    "drain", cmd_drain, "let a node finish what runs and take nothing more",
+    examples=("worker-01 --deadline 10m",),
+    words=(_NODE_WORD,),
+    flags=(
+        Flag("--deadline", None, wire.seconds,
+             "what still runs then is given back to other nodes (never)"),
+        *_ASK_FLAGS,
+    ),
+)
+
+_MONITORING = Command(
+    "monitoring", cmd_monitoring,
+    "run VictoriaMetrics, vmalert and Grafana until Ctrl-C",
+    examples=("up", "files DIR"),
+    words=(
+        _word("action", "ACTION", "up, or files with a folder", choices=("up", "files")),
+        _word("folder", "DIR", "where 'files' writes to", nargs="?"),
+    ),
+    flags=(
         _DATA_FLAG,
         Flag("--victoriametrics", "http://127.0.0.1:8428", wire.web_address,
              "where VictoriaMetrics listens (http://127.0.0.1:8428)"),
-        Flag("--listen", "127.0.0.1", str, "address that Grafana listens on (127.0.0.1; 0.0.0.0: all)"),
+        Flag("--listen", "127.0.0.1", str,
+             "address that Grafana listens on (127.0.0.1; 0.0.0.0: all)"),
         Flag("--grafana-port", "3000", wire.whole_number(1, 65535), "port of Grafana (3000)"),
-        Flag("--vmalert-port", "8880", wire.whole_number(1, 65535), "port of vmalert on 127.0.0.1 (8880)"),
+        Flag("--vmalert-port", "8880", wire.whole_number(1, 65535),
+             "port of vmalert on 127.0.0.1 (8880)"),
         Flag("--alertmanager", None, wire.web_address, "address that alerts are sent to (none)"),
         Flag("--power-limit", "1000", wire.whole_number(1, 1_000_000),
              "W of one node that raise an alert (1000)"),
-        MASTER_FLAG), ("action", "folder")),
-}
-# what may stand behind each subcommand: the examples of --help
-EXAMPLES: Mapping[str, tuple[str, ...]] = {
-    "demo": ("--install",), "master": ("--port 8080", "--energy-price 0.30 --currency EUR"),
-    "submit": ("4K60-h264 -p duration=300 -p bitrate=15000k --wait",
-               "1080p30-h264 --input movie.mov -o movie.mp4 --wait"),
-    "jobs": ("--status running",), "results": ("--json",), "logs": ("550e8400 -f",),
-    "experiment": ("codecs.json --dry-run", "codecs.json", "codecs.json --retry-failed"),
-    "report": ("--experiment codecs.json -o report.html", "--scenario 1080p30-h264 -o results.csv"),
-    "drain": ("worker-01 --deadline 10m",), "backup": ("ffdist-copy.db",),
-    "monitoring": ("up", "files DIR")}
-EXAMPLE_OF = {"id": "550e8400", "node": "worker-01"}  # where a subcommand has none of its own
+        _MASTER_FLAG,
+    ),
+)
+
+
+def _about_job(name: str, run: Callable[[argparse.Namespace], int], about: str) -> Command:
+    """Return a command about one job."""
+    return Command(name, run, about, ("550e8400",), (_JOB_WORD,), _ASK_FLAGS)
+
+
+def _about_node(name: str, run: Callable[[argparse.Namespace], int], about: str) -> Command:
+    """Return a command about one node."""
+    return Command(name, run, about, ("worker-01",), (_NODE_WORD,), _ASK_FLAGS)
+
+
+COMMANDS: Mapping[str, Command] = {command.name: command for command in (
+    _MASTER,
+    _BACKUP,
+    _DEMO,
+    _SUBMIT,
+    Command("jobs", cmd_jobs, "list jobs", ("--status running",),
+            flags=(*_page_flags(20), *_ASK_FLAGS)),
+    _about_job("show", cmd_show, "show one job"),
+    _LOGS,
+    _about_job("cancel", cmd_order, "cancel a job"),
+    _about_job("pause", cmd_order, "hold a job; a running one stands still"),
+    _about_job("resume", cmd_order, "let a paused job go on"),
+    _about_job("retry", cmd_order, "run a finished job again"),
+    _EXPERIMENT,
+    _REPORT,
+    Command("nodes", cmd_nodes, "list nodes", ("",), flags=_ASK_FLAGS),
+    _DRAIN,
+    _about_node("undrain", cmd_undrain, "let a node work again that was drained or in quarantine"),
+    _about_node("forget", cmd_forget, "remove a node; its jobs are pending again"),
+    Command("results", cmd_results, "list results", ("--json",),
+            flags=(*_page_flags(20), *_ASK_FLAGS)),
+    _MONITORING,
+)}
 
 
 def epilog_of(*names: str) -> str:
-    """Return examples of subcommands, and what exit codes mean."""
-    lines = [f"  python3 ffdist.py {name}{f' {words}' if words else ''}\n" for name in names for words in
-             EXAMPLES.get(name) or ["".join(EXAMPLE_OF.get(word, "") for word in COMMANDS[name].words)]]
+    """Return examples of subcommands, and the meaning of the exit codes."""
+    lines = [f"  python3 ffdist.py {name} {example}".rstrip()
+             for name in names for example in COMMANDS[name].examples]
+    examples = "\n".join(lines)
     return f"""examples:
-{''.join(lines)}exit codes: 0 done; 1 the job failed, or it does not exist; 2 wrong usage;
+{examples}
+exit codes: 0 done; 1 the job failed, or it does not exist; 2 wrong usage;
             3 no master there; 130 interrupted
 """
-
-
-# the positional words and short flags of subcommands, as argparse takes them
-WORDS: Mapping[str, tuple[Sequence[str], Json]] = {
-    "id": (["id"], {"metavar": "ID", "help": "a job's id, or 4 or more of its first characters"}),
-    "node": (["id"], {"metavar": "NODE", "help": "a node's name or id"}),
-    "file": (["file"], {"metavar": "FILE", "help": "the copy; an earlier one is replaced"}),
-    "matrix": (["file"], {"metavar": "FILE", "help": "an experiment, as JSON"}),
-    "action": (["action"], {"metavar": "ACTION", "choices": ("up", "files"),
-                            "help": "up, or files with a folder"}),
-    "folder": (["folder"], {"metavar": "DIR", "nargs": "?", "help": "where 'files' writes to"}),
-    "follow": (["-f", "--follow"], {"action": "store_true", "help": "follow it to its end"}),
-    "scenario": (["scenario"], {"metavar": "SCENARIO", "nargs": "?", "default": "transcode",
-                                "help": "such as 1080p30-h264 (transcode)"}),
-    "parameters": (["-p"], {"metavar": "NAME=VALUE", "dest": "parameters", "action": "append", "default": [],
-                            "help": "a parameter, such as -p bitrate=5M; may be repeated"}),
-    "output": (["-o"], {"metavar": "OUTPUT", "dest": "output", "help": "short for --output"}),
-}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -7084,12 +7475,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ffdist {VERSION}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
-        sub = subparsers.add_parser(name, help=command.about, description=f"{command.about[0].upper()}"
-                                    f"{command.about[1:]}.", epilog=epilog_of(name),
+        sub = subparsers.add_parser(name, help=command.about, description=command.description,
+                                    epilog=epilog_of(name),
                                     formatter_class=argparse.RawDescriptionHelpFormatter)
         for word in command.words:
-            names, told = WORDS[word]
-            sub.add_argument(*names, **told)
+            sub.add_argument(*word.names, **word.options)
         wire.add_flags(sub, command.flags)
     return parser
 
@@ -7110,41 +7500,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command is None:
             parser.print_help(sys.stderr)
             return 2
-        if args.command == "demo" and args.scenario is None:
-            args.scenario = "transcode" if args.input else "720p30-h264"
-        return _carried_out(args)
+        return _run(args)
     finally:
         wire.close_output()
 
 
-def _carried_out(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     """Run a command; turn what it raises into one sentence and an exit code."""
     try:
         code = COMMANDS[args.command].run(args)
-        print(end="", flush=True)
+        print(end="", flush=True)  # here, where a reader that has gone is no error
         return code
-    except ApiError as error:
-        refused = not error.status and os.strerror(errno.ECONNREFUSED) in error.message
-        hint = ("; start one with 'python3 ffdist.py master', or name it with --master or FFDIST_MASTER"
-                if refused else "")
-        _say(f"ffdist: {error.message}{hint}")
-        return exit_code_of(error)
-    except CommandError as error:
-        _say(f"ffdist: {error}")
-        return 1
-    except ValueError as error:
-        _say(f"ffdist: {error}")
-        return 2
     except BrokenPipeError:
         return 0
-    except OSError as error:
-        _say(f"ffdist: {error.filename or 'this machine'}: {error.strerror or error}")
-        return 1
     except KeyboardInterrupt:
         return 130
+    except (ApiError, CommandError, ValueError, OSError) as error:
+        code, sentence = _failure_of(error)
+        _say(f"ffdist: {sentence}")
+        return code
     finally:
-        if getattr(args, "client", None) is not None:
-            args.client.close()
+        client = getattr(args, "client", None)
+        if client is not None:
+            client.close()
+
+
+def _failure_of(error: Exception) -> tuple[int, str]:
+    """Return the exit code and the sentence of what a command raised."""
+    if isinstance(error, ApiError):
+        return exit_code_of(error), error.message + _hint_of(error)
+    if isinstance(error, CommandError):
+        return 1, str(error)
+    if isinstance(error, OSError):
+        return 1, f"{error.filename or 'this machine'}: {error.strerror or error}"
+    return 2, str(error)  # ValueError: wrong usage or input
+
+
+def _hint_of(error: ApiError) -> str:
+    """Return the next step where nothing listens at the master's address."""
+    if error.status or os.strerror(errno.ECONNREFUSED) not in error.message:
+        return ""
+    return "; start one with 'python3 ffdist.py master', or name it with --master or FFDIST_MASTER"
 
 
 if __name__ == "__main__":

@@ -138,6 +138,11 @@ class TestPriced(unittest.TestCase):
                 self.assertIsInstance(made["unknown"], dict)
 
 
+def job_view(**fields: Any) -> agent.JobView:
+    """Return a job as the command line sees it."""
+    return agent.JobView.from_json({"id": "x", **fields})
+
+
 class TestWords(unittest.TestCase):
     def test_amounts_have_three_digits_and_no_exponent(self) -> None:
         for value, text in ((0.0000123, "0.0000123 EUR"), (0.5, "0.500 EUR"), (12.34, "12.3 EUR"),
@@ -155,30 +160,35 @@ class TestWords(unittest.TestCase):
 
 class TestWordsOfTheCommandLine(unittest.TestCase):
     def test_a_pending_job_tells_why_it_does_not_run(self) -> None:
-        job = {"status": "pending", "attempt": 1, "not_before": None}
-        free, full = ({"running": count, "max_concurrent_jobs": 2} for count in (1, 2))
-        self.assertIn("agent.py --register", ffdist.waiting_text(job, [], 0))
-        self.assertEqual(ffdist.waiting_text(job, [free], 0), "pending: attempt 2 waits for a node")
-        self.assertEqual(ffdist.waiting_text(job, [full], 0), "pending: 1 of 1 node is busy")
-        self.assertEqual(ffdist.waiting_text(job, [full, full, free], 0), "pending: 2 of 3 nodes are busy")
-        later = {**job, "not_before": "2026-01-01T00:00:10Z"}
-        due = ffdist.epoch_of(later["not_before"]) or 0.0
-        self.assertRegex(ffdist.waiting_text(later, [free], due - 1), r"^pending: waits until \d\d:\d\d:10 ")
-        self.assertIn("waits for a node", ffdist.waiting_text(later, [free], due + 1))
-        self.assertEqual(ffdist.waiting_text({"status": "paused"}, [], 0), "paused")
+        def said(nodes: list[Any], now: float = 0, **fields: Any) -> str:
+            job = job_view(**{"status": "pending", "attempt": 1, **fields})
+            return ffdist.waiting_text(job, list(map(agent.NodeView.from_json, nodes)), now)
+        free, full = ({"id": "n", "running": count, "max_concurrent_jobs": 2} for count in (1, 2))
+        self.assertIn("agent.py --register", said([]))
+        self.assertEqual(said([free]), "pending: attempt 2 waits for a node")
+        self.assertEqual(said([full]), "pending: 1 of 1 node is busy")
+        self.assertEqual(said([full, full, free]), "pending: 2 of 3 nodes are busy")
+        later = "2026-01-01T00:00:10Z"
+        due = ffdist.epoch_of(later) or 0.0
+        self.assertRegex(said([free], due - 1, not_before=later), r"^pending: waits until \d\d:\d\d:10 ")
+        self.assertIn("waits for a node", said([free], due + 1, not_before=later))
+        self.assertEqual(said([], status="paused"), "paused")
+        self.assertEqual(said([], status="blocked", waiting_for="2 jobs"), "blocked: 2 jobs")
 
     def test_attempts_tell_what_the_job_does_not(self) -> None:
         def record(number: int, status: str, error: str | None, node: str | None = "n1") -> dict[str, Any]:
             return {"attempt": number, "status": status, "error": error, "failure_reason": None, "node": node,
                     "node_id": "0123456789abcdef", "ended_at": "2026-01-01T00:00:10Z"}
+
+        def shown(*attempts: Any, **fields: Any) -> Any:
+            return ffdist.attempt_rows(job_view(attempts=list(attempts), **fields))
         lost = record(1, "failed", "gone")
-        self.assertEqual(ffdist.attempt_rows({"attempts": [lost, {**lost, "ended_at": None}]}),
-                         [("attempt 1", "failed on n1: gone")])
-        self.assertEqual(ffdist.attempt_rows({"error": "gone", "attempts": [lost]}), [])
-        self.assertEqual(ffdist.attempt_rows({"error": "bad", "attempts": [
-            {**record(1, "failed", "gone", None), "failure_reason": "stalled"}, record(2, "failed", "bad")]}),
-            [("attempt 1", "failed on 01234567: gone (stalled)")])
-        self.assertEqual(ffdist.attempt_rows({"attempts": [record(1, "completed", None)]}), [])
+        self.assertEqual(shown(lost, {**lost, "ended_at": None}), [("attempt 1", "failed on n1: gone")])
+        self.assertEqual(shown(lost, error="gone"), [])
+        self.assertEqual(shown({**record(1, "failed", "gone", None), "failure_reason": "stalled"},
+                               record(2, "failed", "bad"), error="bad"),
+                         [("attempt 1", "failed on 01234567: gone (stalled)")])
+        self.assertEqual(shown(record(1, "completed", None)), [])
 
     def test_a_port_that_cannot_be_opened_names_the_next_step(self) -> None:
         for code, step in ((errno.EADDRNOTAVAIL, "--host"), (errno.EACCES, "need root"),
@@ -187,7 +197,8 @@ class TestWordsOfTheCommandLine(unittest.TestCase):
         self.assertIn("--host", ffdist.no_port_text("nowhere", 80, socket.gaierror(-2, "not known")))
 
     def test_a_node_is_meant_by_its_name_its_id_or_how_one_begins(self) -> None:
-        nodes = [{"id": "aaaa1111", "name": "rack"}, {"id": "aaaa2222", "name": "rack-2"}]
+        nodes = [agent.NodeView.from_json({"id": key, "name": name})
+                 for key, name in (("aaaa1111", "rack"), ("aaaa2222", "rack-2"))]
         for word, key in (("rack", "aaaa1111"), ("rack-", "aaaa2222"), ("AAAA2", "aaaa2222")):
             self.assertEqual(ffdist.node_id_of(word, nodes), key)
         for word in ("aaaa", "nobody"):
@@ -327,7 +338,7 @@ class TestExperimentFiles(unittest.TestCase):
                 ({"scenarios": ["360p", {}, {"bitrate": "fast"}]}, r"^scenarios\[2\].bitrate must be"),
                 ({"scenarios": [{"type": "mutli"}]}, r"^scenarios\[0\].type must be one of single, multi"),
                 ({"scenarios": [{"count": 0}]}, r"^scenarios\[0\].count must be a whole number from 1"),
-                ({"scenarios": [{"stabilization": "soon"}]}, r"^scenarios\[0\].stabilization: 'soon' is no"),
+                ({"scenarios": [{"stabilization": "soon"}]}, r"^scenarios\[0\].stabilization: invalid d"),
                 ({"scenarios": [{"stabilization": -1}]}, r"^scenarios\[0\].stabilization must be from 0 to"),
                 ({**one, "codecs": ["h264", "x26"]}, r"^codecs\[1\] must be one of h264"),
                 ({**one, "crfs": [20, 99]}, r"^crfs\[1\] must be from 0 to 63"),
@@ -342,7 +353,7 @@ class TestExperimentFiles(unittest.TestCase):
                 ({**one, "repeats": 0}, "repeats must be a whole number"),
                 ({**one, "streams": [1, True]}, "streams must be a whole number"),
                 ({**one, "nodes": [1]}, r"nodes\[0\] must be one of the names of nodes"),
-                ({**one, "name": ""}, "name must be a text"), ({**one, "settle": "x"}, "settle: 'x' is no"),
+                ({**one, "name": ""}, "name must be a text"), ({**one, "settle": "x"}, "settle: invalid d"),
                 ({**one, "crfs": [20, 20]}, r"crfs\[1\] stands there twice: use repeats"),
                 ({**one, "nodes": ["a", "b", "a"]}, r"nodes\[2\] stands there twice"),
                 ({"scenarios": ["360p", {"scenario": "360p"}]}, "asks twice for the same job"),
@@ -415,7 +426,7 @@ class TestRealExperiment(Case):
         self.assertIn("2 of 8 jobs are submitted", begun.stderr)
         made = self.ffdist("report", "--experiment", name, "--json", url=master.url)
         self.assertEqual((made.returncode, len(json.loads(made.stdout)["rows"])), (0, 2))
-        self.assertIn("6 of 8 jobs are not known to the master", made.stderr)
+        self.assertIn("6 of 8 jobs are unknown to the master", made.stderr)
         made = self.ffdist("experiment", name, url=master.url)
         self.assertEqual(made.returncode, 0, made.stderr)
         self.assertEqual(made.stdout.count("completed"), 8)
@@ -437,7 +448,7 @@ class TestRealExperiment(Case):
         made = self.ffdist("report", "--experiment", "mine", "--status", "failed", url=master.url)
         self.assertEqual((made.returncode, "leave out --status failed" in made.stderr), (2, True))
         made = self.ffdist("report", "-o", "r.pdf", url=master.url)
-        self.assertEqual((made.returncode, "must end with .html" in made.stderr), (2, True))
+        self.assertEqual((made.returncode, "that ends with .html" in made.stderr), (2, True))
         self.assertEqual(jobs[0]["experiment"]["cell"]["node"], "agent")
 
     def test_what_failed_runs_again_with_the_streams_beside_it(self) -> None:
@@ -501,7 +512,7 @@ class TestRealExperiment(Case):
             heard = io.StringIO()
             with contextlib.redirect_stderr(heard):
                 ffdist._check_nodes(experiment_of({"scenarios": ["144p25"], **file}, "x"), [
-                    {"id": name, "name": name, "status": status, "max_concurrent_jobs": 1}
+                    agent.NodeView.from_json({"id": name, "name": name, "status": status})
                     for name, status in nodes])
             return heard.getvalue()
         self.assertIn("no node is there yet", said())
@@ -627,23 +638,27 @@ def job_of(encoder: str = "libx264", crf: float = 20, node: str = "worker-01", j
 
 
 def rows_of(*jobs: Any) -> list[Row]:
-    return [ffdist.row_of(job) for job in jobs]
+    return list(map(row_of, jobs))
+
+
+def row_of(job: Any) -> Row:
+    return ffdist.row_of(agent.JobView.from_json(job))
 
 
 class TestRows(unittest.TestCase):
     """What reports compare: what was encoded, how, at which rate, and on which node."""
 
     def test_a_job_is_told_by_content_curve_and_rate(self) -> None:
-        row = ffdist.row_of(job_of(cell={"streams": 3, "repeat": 2}))
+        row = row_of(job_of(cell={"streams": 3, "repeat": 2}))
         self.assertEqual((row.content, row.rendition, row.curve, row.rate, row.label),
                          ("films/a.mov 1280x720 25 fps, 10 s", "1280x720 25 fps", "libx264 fast", "crf 20",
                           "libx264 fast crf 20 ×3"))
         self.assertEqual(row.metrics["energy_wh"], 1300 / 3600)
 
     def test_a_job_without_a_result_or_with_nonsense_in_it_is_a_row_too(self) -> None:
-        row = ffdist.row_of({"id": "x", "status": "failed", "error": "no such film", "result": None})
+        row = row_of({"id": "x", "status": "failed", "error": "no such film", "result": None})
         self.assertEqual((row.figure("duration"), row.reason("duration")), (None, "no such film"))
-        row = ffdist.row_of(job_of(series=[1], statistics=3, metrics={"duration": "long", "unknown": 3}))
+        row = row_of(job_of(series=[1], statistics=3, metrics={"duration": "long", "unknown": 3}))
         self.assertEqual((row.series, row.statistics, row.figure("duration")), ({}, {}, None))
 
     def test_what_was_asked_for_otherwise_is_no_repeat(self) -> None:
@@ -655,7 +670,7 @@ class TestRows(unittest.TestCase):
         self.assertEqual(len(ffdist.curves_of(rows, "duration", "psnr_db")), 4)
 
     def test_films_of_one_name_in_two_folders_are_two(self) -> None:
-        contents = {ffdist.row_of(job_of(settings={"input": film})).content for film in
+        contents = {row_of(job_of(settings={"input": film})).content for film in
                     ("a/film.mov", "b/film.mov", "http://user:word@host/film.mov")}
         self.assertEqual(len(contents), 3)
         self.assertNotIn("word", str(contents))
