@@ -1266,7 +1266,7 @@ def is_this_machine(host: str) -> bool:
 # ---- 4 Catalogue ----------------------------------------------------------------------------------
 
 class Parameter(NamedTuple):
-    """One row of the parameter table: its kind, its limits (inclusive) and what it means."""
+    """One row of the parameter table: its kind, its meaning, its limits (inclusive) or words."""
 
     kind: str
     about: str
@@ -1314,18 +1314,41 @@ PARAMETERS: dict[str, Parameter] = {
 }
 INPUT_SCHEMES = ("http", "https", "rtmp", "rtmps", "srt")
 OUTPUT_SCHEMES = ("rtmp", "rtmps", "srt", "http", "https")
-CONTAINER_OF_SUFFIX = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm",
-                       ".flv": "flv", ".ts": "mpegts", ".m2ts": "mpegts"}
-CONTAINER_OF_SCHEME = {"rtmp": "flv", "rtmps": "flv", "srt": "mpegts", "http": "mpegts", "https": "mpegts"}
-CONTAINER_CODECS = {"webm": ("vp9", "av1"), "flv": ("h264",), "mpegts": ("h264", "h265"),
-                    "mov": ("h264", "h265", "av1")}
+LIVE_SCHEMES = ("rtmp", "rtmps", "srt")  # they carry a stream at its own speed
+HTTP_SCHEMES = ("http", "https")
+
+CONTAINER_OF_SUFFIX = {
+    ".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm", ".flv": "flv",
+    ".ts": "mpegts", ".m2ts": "mpegts",
+}
+CONTAINER_OF_SCHEME = {
+    "rtmp": "flv", "rtmps": "flv", "srt": "mpegts", "http": "mpegts", "https": "mpegts",
+}
+# The codecs that a container can hold; one without a row holds all.
+CONTAINER_CODECS = {
+    "webm": ("vp9", "av1"), "flv": ("h264",), "mpegts": ("h264", "h265"),
+    "mov": ("h264", "h265", "av1"),
+}
+
+
+class Sound(NamedTuple):
+    """How the sound of a container is encoded: encoder, bit/s, and the sample rate where it is bound."""
+
+    encoder: str
+    bitrate: str
+    sample_rate: str = ""
+
+
+SOUNDS = {"webm": Sound("libopus", "96k"), "flv": Sound("aac", "128k", "44100")}
+USUAL_SOUND = Sound("aac", "128k")
 
 
 class Encoder(NamedTuple):
-    """One row of the encoder table; argument templates take the fields of `_encoder_args`.
+    """One row of the encoder table; argument templates take the fields of `_video_args`.
 
     `presets` are the encoder's own words for PRESET_WORDS, `own` a pattern of all its own words.
-    `cost` is its work per pixel against libx264 at the same preset word, roughly.
+    `cost` is its work per pixel against libx264 at the same preset word, roughly. `upload` is the
+    format in which frames go up to a device: such an encoder gets no other, whatever is asked for.
     """
 
     codec: str
@@ -1339,82 +1362,137 @@ class Encoder(NamedTuple):
     bitrate_args: tuple[str, ...] = ("-b:v", "{bitrate}")
     thread_args: tuple[str, ...] = ()
     two_pass: bool = False
+    pass_args: tuple[str, ...] = ("-pass", "{number}", "-passlogfile", "pass")
     ten_bit: str | None = "yuv420p10le"
+    upload: str = ""
+
+    def takes(self, pixel_format: str) -> bool:
+        """Return whether it can encode frames of a format; software encoders take all, or convert."""
+        return not self.hardware or pixel_format in ("yuv420p", "nv12", self.ten_bit)
 
 
 _X_OWN = "|".join((*PRESET_WORDS, "placebo"))
 _NVENC_WORDS = ("p1", "p1", "p2", "p3", "p4", "p4", "p5", "p6", "p7")
-_QSV_WORDS = ("veryfast", "veryfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
+_QSV_WORDS = ("veryfast", "veryfast", "veryfast", "faster", "fast", "medium", "slow", "slower",
+              "veryslow")
+_SVT_WORDS = ("12", "11", "10", "9", "8", "7", "6", "5", "4")
+_AOM_WORDS = ("8", "8", "8", "7", "6", "5", "4", "3", "2")
+_VPX_WORDS = ("8", "7", "6", "5", "4", "3", "2", "1", "0")
+_RAV1E_WORDS = ("10", "10", "9", "8", "8", "6", "5", "3", "2")
 _VBV = ("-b:v", "{bitrate}", "-maxrate", "{maxrate}", "-bufsize", "{bufsize}")
+_CRF_ALONE = ("-crf", "{crf}", "-b:v", "0")  # libvpx and libaom: else a default bitrate is its ceiling
 _THREADS = ("-threads", "{threads}")
 _ROWS = (*_THREADS, "-row-mt", "1")
 _P010 = {"h264": None, "h265": "p010le", "av1": "p010le", "vp9": "p010le"}
-_WORDS = {"h264": "h264", "hevc": "h265", "av1": "av1", "vp9": "vp9"}  # FFmpeg's word of a codec -> ours
+_WORDS = {"h264": "h264", "hevc": "h265", "av1": "av1", "vp9": "vp9"}  # FFmpeg's word -> ours
 
+
+def _nvenc(codec: str) -> Encoder:
+    return Encoder(codec, True, 0, _NVENC_WORDS, "p[1-7]", crf=28 if codec == "h265" else 23,
+                   crf_args=("-rc", "vbr", "-cq", "{crf}", "-b:v", "0"),
+                   bitrate_args=("-rc", "vbr", *_VBV), ten_bit=_P010[codec])
+
+
+def _qsv(codec: str) -> Encoder:
+    return Encoder(codec, True, 0, _QSV_WORDS, "|".join(_QSV_WORDS), crf=25,
+                   crf_args=("-global_quality", "{crf}"), bitrate_args=_VBV, ten_bit=_P010[codec])
+
+
+def _vaapi(codec: str) -> Encoder:
+    return Encoder(codec, True, 0, crf=25, crf_args=("-rc_mode", "CQP", "-qp", "{crf}"),
+                   bitrate_args=_VBV, ten_bit=None, upload="nv12")
+
+
+# The first of a codec that was proved here is used: hardware first, then the usual software.
 ENCODERS: dict[str, Encoder] = {
-    **{f"{word}_nvenc": Encoder(codec, True, 0, _NVENC_WORDS, "p[1-7]", crf=28 if codec == "h265" else 23,
-                                crf_args=("-rc", "vbr", "-cq", "{crf}", "-b:v", "0"),
-                                bitrate_args=("-rc", "vbr", *_VBV), ten_bit=_P010[codec])
-       for word, codec in _WORDS.items() if codec != "vp9"},
-    **{f"{word}_qsv": Encoder(codec, True, 0, _QSV_WORDS, "|".join(_QSV_WORDS), crf=25,
-                              crf_args=("-global_quality", "{crf}"), bitrate_args=_VBV, ten_bit=_P010[codec])
-       for word, codec in _WORDS.items()},
-    **{f"{word}_vaapi": Encoder(codec, True, 0, crf=25, crf_args=("-rc_mode", "CQP", "-qp", "{crf}"),
-                                bitrate_args=_VBV, ten_bit=None)
-       for word, codec in _WORDS.items()},
+    **{f"{word}_nvenc": _nvenc(codec) for word, codec in _WORDS.items() if codec != "vp9"},
+    **{f"{word}_qsv": _qsv(codec) for word, codec in _WORDS.items()},
+    **{f"{word}_vaapi": _vaapi(codec) for word, codec in _WORDS.items()},
     "h264_v4l2m2m": Encoder("h264", True, 0, ten_bit=None),
     "libx264": Encoder("h264", False, 1, PRESET_WORDS, _X_OWN, crf=23, bitrate_args=_VBV,
                        thread_args=_THREADS, two_pass=True),
-    "libx265": Encoder("h265", False, 4, PRESET_WORDS, _X_OWN, crf=28, bitrate_args=_VBV, two_pass=True),
-    "libsvtav1": Encoder("av1", False, 3, ("12", "11", "10", "9", "8", "7", "6", "5", "4"), r"\d|1[0-3]",
-                         crf=35, thread_args=("-svtav1-params", "lp={threads}")),
-    "libaom-av1": Encoder("av1", False, 12, ("8", "8", "8", "7", "6", "5", "4", "3", "2"), "[0-8]",
-                          ("-cpu-used", "{preset}"), 32, ("-crf", "{crf}", "-b:v", "0"), thread_args=_ROWS,
-                          two_pass=True),
-    "libvpx-vp9": Encoder("vp9", False, 5, ("8", "7", "6", "5", "4", "3", "2", "1", "0"), "[0-8]",
-                          ("-deadline", "{deadline}", "-cpu-used", "{preset}"), 33,
-                          ("-crf", "{crf}", "-b:v", "0"),
+    # x265 reads its passes, and its pool of threads, from parameters of its own.
+    "libx265": Encoder("h265", False, 4, PRESET_WORDS, _X_OWN, crf=28, bitrate_args=_VBV,
+                       thread_args=("-x265-params", "pools={threads}:log-level=warning{stats}"),
+                       two_pass=True, pass_args=()),
+    "libsvtav1": Encoder("av1", False, 3, _SVT_WORDS, r"\d|1[0-3]", crf=35,
+                         thread_args=("-svtav1-params", "lp={threads}")),
+    "libaom-av1": Encoder("av1", False, 12, _AOM_WORDS, "[0-8]", ("-cpu-used", "{preset}"), 32,
+                          _CRF_ALONE, thread_args=_ROWS, two_pass=True),
+    "libvpx-vp9": Encoder("vp9", False, 5, _VPX_WORDS, "[0-8]",
+                          ("-deadline", "{deadline}", "-cpu-used", "{preset}"), 33, _CRF_ALONE,
                           thread_args=(*_ROWS, "-tile-columns", "{tile_columns}"), two_pass=True),
-    "librav1e": Encoder("av1", False, 15, ("10", "10", "9", "8", "8", "6", "5", "3", "2"), r"\d|10",
-                        ("-speed", "{preset}"), 100, ("-qp", "{crf}")),
+    "librav1e": Encoder("av1", False, 15, _RAV1E_WORDS, r"\d|10", ("-speed", "{preset}"), 100,
+                        ("-qp", "{crf}")),
     "libopenh264": Encoder("h264", thread_args=_THREADS, ten_bit=None),
 }
+# Where a job names no rate: kbit/s of h264 for a picture of at least so many lines.
 LADDER_KBPS = ((2160, 12000), (1440, 8000), (1080, 5000), (720, 2500), (480, 1200), (0, 700))
-THREADS_WORTH = ((2160, 32), (1080, 16), (720, 8), (0, 4))
+LADDER_FAST_FPS = 40  # above it the rate is half as much again
 CODEC_SAVING = {"h264": 1.0, "h265": 0.6, "vp9": 0.6, "av1": 0.5}
-# Pixels per second and thread, weighed by the encoder's cost, up to which each preset word still
-# leaves a batch encode at a bearable speed, and (second) a live one above the clock.
-PRESET_LOADS = (("medium", 8e6, 3e6), ("fast", 16e6, 5e6), ("veryfast", 48e6, 12e6),
-                ("superfast", 96e6, 24e6), ("ultrafast", math.inf, math.inf))
+THREADS_WORTH = ((2160, 32), (1080, 16), (720, 8), (0, 4))  # threads that so many lines can feed
 
-# scheme of an input -> the protocols that opening it may use
-PROTOCOLS = {None: "file,crypto", "http": "http,https,tls,tcp,crypto", "https": "https,tls,tcp,crypto",
-             "rtmp": "rtmp,tcp", "rtmps": "rtmps,tls,tcp", "srt": "srt,udp"}
-# Playlists and concat files are no films: they could name other files and hosts.
-FILM_FORMATS = ("matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,"
-                "flv,live_flv,asf,ogg,mxf,nut,rm,dv,gxf,wtv,vc1,mjpeg,yuv4mpegpipe,gif,apng,wav,mp3,flac,aac")
+
+class PresetLoad(NamedTuple):
+    """The most pixels per second and thread at which a preset word is still fast enough.
+
+    They are weighed by the encoder's cost. `batch` leaves an encode at a bearable speed, `live` one
+    above the clock.
+    """
+
+    word: str
+    batch: float
+    live: float
+
+
+PRESET_LOADS = (
+    PresetLoad("medium", 8e6, 3e6),
+    PresetLoad("fast", 16e6, 5e6),
+    PresetLoad("veryfast", 48e6, 12e6),
+    PresetLoad("superfast", 96e6, 24e6),
+    PresetLoad("ultrafast", math.inf, math.inf),
+)
+
+# The protocols that opening an input may use, by its scheme: a local film cannot lead to the network.
+PROTOCOLS = {
+    None: "file,crypto",
+    "http": "http,https,tls,tcp,crypto",
+    "https": "https,tls,tcp,crypto",
+    "rtmp": "rtmp,tcp",
+    "rtmps": "rtmps,tls,tcp",
+    "srt": "srt,udp",
+}
+# Playlists and concat files are not films: they could name other files and hosts.
+FILM_FORMATS = ("matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,"
+                "obu,ivf,flv,live_flv,asf,ogg,mxf,nut,rm,dv,gxf,wtv,vc1,mjpeg,yuv4mpegpipe,gif,apng,"
+                "wav,mp3,flac,aac")
 
 
 # ---- 5 Scenario -----------------------------------------------------------------------------------
+
+BASELINE = "baseline"  # the word of a scenario that measures the idle machine and encodes nothing
+BASELINE_S = 60
+GENERATED = {"width": 1280, "height": 720, "fps": 30, "duration": 10}  # a job without an input
+CRF_MOST = {"h264": 51, "h265": 51}
+RATE_MOST_CHARS = 24
 
 _SCENARIO = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SIZE_WORD = re.compile(r"(?:([248])K|(\d{2,5})p)(\d{1,4})?", re.IGNORECASE)
 _K_SIZES = {"2": (2560, 1440), "4": (3840, 2160), "8": (7680, 4320)}
 _BITRATE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgG]?)(?:bps|bit/s)?")
+_BITRATE_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}
 _RATE = re.compile(r"\d{1,12}(?:\.\d{1,9}|/\d{1,12})?")
 _NAME = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
+_OWN_PRESET = re.compile(r"p[1-7]|\d|1[0-3]|placebo")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-GENERATED = {"width": 1280, "height": 720, "fps": 30, "duration": 10}
-BASELINE = "baseline"  # the word of a scenario that measures the idle machine and encodes nothing
-BASELINE_S = 60
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a job asks for, resolved; None means: as the input is, or the agent chooses.
+    """The resolved wishes of a job; None means: as the input is, or as the agent chooses.
 
-    duration and timeout in s, bitrate in bit/s, width and height in pixels, fps in 1/s, max_cpu_percent
-    of one core.
+    duration and timeout in s, bitrate in bit/s, width and height in pixels, fps in 1/s,
+    max_cpu_percent of one core.
     """
 
     scenario: str
@@ -1448,22 +1526,30 @@ class Settings:
     @property
     def baseline(self) -> bool:
         """Whether the idle machine is to be measured, and nothing encoded."""
-        return _is_baseline(self.scenario)
+        return is_baseline(self.scenario)
 
     @property
     def live(self) -> bool:
         """Whether frames must keep up with the clock: a stream out, or a source read at its speed."""
-        return self.realtime or scheme_of(self.output) in ("rtmp", "rtmps", "srt")
+        return self.realtime or scheme_of(self.output) in LIVE_SCHEMES
 
     def to_json(self) -> Json:
+        """Return all fields by name; a baseline has none of a film's."""
         fields = dict(vars(self))
         fields["bitrate"] = None if self.bitrate is None else bitrate_text(self.bitrate)
-        kept = ("scenario", "duration", "settle", "cooldown", "timeout") if self.baseline else fields
-        return {name: value if name in kept else None for name, value in fields.items()}
+        if self.baseline:
+            kept = ("scenario", "duration", "settle", "cooldown", "timeout")
+            return {**dict.fromkeys(fields), **{name: fields[name] for name in kept}}
+        return fields
+
+
+def is_baseline(scenario: str) -> bool:
+    """Return whether a scenario measures the idle machine: `baseline` is one of its words."""
+    return BASELINE in scenario.lower().split("-")
 
 
 def bitrate_text(bits: int) -> str:
-    """Return bit/s in FFmpeg's short form: 15000k, or plain where it is no whole kilobit."""
+    """Return bit/s in FFmpeg's short form: 15000k, or plain where they are not whole kilobits."""
     return f"{bits // 1000}k" if bits % 1000 == 0 else str(bits)
 
 
@@ -1486,24 +1572,25 @@ class Url(NamedTuple):
     def __str__(self) -> str:
         user = "" if self.user is None else f"{self.user}@"
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{user}{host}{'' if self.port is None else f':{self.port}'}{self.rest}"
+        port = "" if self.port is None else f":{self.port}"
+        return f"{self.scheme}://{user}{host}{port}{self.rest}"
 
 
-# No character that a parser might take for the end of the host stands in a part before it.
+# Before the path no character is allowed that a parser might take for the end of the host.
 _URL_PARTS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(?:([^/?#@\\\[\]\s]*)@)?"
                         r"(\[[0-9A-Fa-f:.]+\]|[^/?#@\\\[\]:\s]+)(?::(\d{0,5}))?((?:[/?#].*)?)")
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 
 def parse_url(text: str) -> Url:
-    """Return the parts of a URL of which every parser makes the same; ValueError of any other.
+    """Return the parts of a URL that every parser reads alike; ValueError for any other.
 
-    Python and FFmpeg see different hosts in `http://169.254.169.254:80[2001:db8::1]/`: so that what is
-    checked is what is opened, FFmpeg gets the text of the result, never the text that was given.
+    Python and FFmpeg see different hosts in `http://169.254.169.254:80[2001:db8::1]/`. FFmpeg gets the
+    text of the result, never the text that was given, so that it opens the host that was checked.
     """
     match = _URL_PARTS.fullmatch(text)
     if match is None:
-        raise ValueError("it is not scheme://host:port/path")
+        raise ValueError("expected scheme://host:port/path")
     scheme, user, host, port, rest = match.groups()
     if host.startswith("["):
         host = str(ipaddress.IPv6Address(host[1:-1]))
@@ -1520,12 +1607,13 @@ def parse_url(text: str) -> Url:
 def resolve(scenario: object, parameters: object = None, own_paths: bool = False) -> Settings:
     """Return the settings of a job; ApiError 400 names the field that is to blame.
 
-    `own_paths` says that the paths are those of the caller's own shell: they may have hidden parts.
+    Parameters override the words of the scenario. With `own_paths` the paths are those of the caller's
+    own shell: they may have hidden parts.
     """
     values: Json = {**_scenario_values(scenario), **_checked_parameters(parameters)}
-    encoder = values.get("encoder")
-    values.setdefault("codec", ENCODERS[encoder].codec if encoder in ENCODERS else "h264")
-    if _is_baseline(str(scenario)):
+    encoder = ENCODERS.get(values.get("encoder", ""))
+    values.setdefault("codec", encoder.codec if encoder else "h264")
+    if is_baseline(str(scenario)):
         values.setdefault("duration", BASELINE_S)
     if values.get("input") is None:
         _complete_size(values)
@@ -1533,16 +1621,13 @@ def resolve(scenario: object, parameters: object = None, own_paths: bool = False
     values["container"] = _container(values)
     if not own_paths:
         _refuse_hidden(values.get("output"))
-    _refuse_what_cannot_be(values)
-    return Settings(scenario=str(scenario), **values)
-
-
-def _is_baseline(scenario: str) -> bool:
-    return BASELINE in scenario.lower().split("-")
+    settings = Settings(scenario=str(scenario), **values)
+    _refuse_impossible(settings)
+    return settings
 
 
 def _complete_size(values: Json) -> None:
-    """Give a picture of which one side is known the other one of 16:9."""
+    """Give a picture with one known side the other one of 16:9."""
     if "height" in values:
         values.setdefault("width", 2 * round(values["height"] * 16 / 9 / 2))
     elif "width" in values:
@@ -1550,6 +1635,7 @@ def _complete_size(values: Json) -> None:
 
 
 def _scenario_values(scenario: object) -> Json:
+    """Return the values that the words of a scenario name: one size with a rate, one codec."""
     if scenario is None:
         raise ApiError(400, "scenario is required: a short name such as 1080p30-h264", "scenario")
     if not isinstance(scenario, str) or not _SCENARIO.fullmatch(scenario):
@@ -1559,27 +1645,38 @@ def _scenario_values(scenario: object) -> Json:
     for word in scenario.split("-"):
         size = _SIZE_WORD.fullmatch(word)
         codec = CODEC_ALIASES.get(word.lower(), word.lower())
-        if (size and "height" in values) or (codec in CODECS and "codec" in values):
-            raise ApiError(400, f"scenario {scenario} names two {'sizes' if size else 'codecs'}", "scenario")
         if size:
+            if "height" in values:
+                raise ApiError(400, f"scenario {scenario} names two sizes", "scenario")
             values.update(_size_values(size, word))
         elif codec in CODECS:
+            if "codec" in values:
+                raise ApiError(400, f"scenario {scenario} names two codecs", "scenario")
             values["codec"] = codec
     return values
 
 
 def _size_values(match: re.Match[str], word: str) -> Json:
+    """Return width, height and, where it has one, the frame rate of a word such as 4K60 or 720p."""
     thousands, lines, rate = match.groups()
-    values = dict(zip(("width", "height"), _K_SIZES[thousands])) if thousands else {"height": int(lines)}
+    values: Json = {}
+    if thousands:
+        values["width"], values["height"] = _K_SIZES[thousands]
+    else:
+        values["height"] = int(lines)
     if not 16 <= values["height"] <= 8640 or values["height"] % 2:
-        raise ApiError(400, f"scenario asks for {word}: a height must be even, from 16 to 8640", "scenario")
+        raise ApiError(400, f"scenario asks for {word}: a height must be even, from 16 to 8640",
+                       "scenario")
     if rate and not 1 <= int(rate) <= PARAMETERS["fps"].high:
         raise ApiError(400, f"scenario asks for {word}: a frame rate is from 1 to 480", "scenario")
     _complete_size(values)
-    return {**values, "fps": int(rate)} if rate else values
+    if rate:
+        values["fps"] = int(rate)
+    return values
 
 
 def _checked_parameters(parameters: object) -> Json:
+    """Return parameters of their own types, without those that are null."""
     if parameters is None:
         return {}
     if not isinstance(parameters, dict):
@@ -1590,119 +1687,130 @@ def _checked_parameters(parameters: object) -> Json:
             continue
         if name not in PARAMETERS:
             raise _bad(str(name)[:64], f"is unknown; {_nearest(str(name), PARAMETERS)}")
-        values[name] = _CHECKS[PARAMETERS[name].kind](name, value, PARAMETERS[name])
+        rule = PARAMETERS[name]
+        values[name] = _CHECKS[rule.kind](name, value, rule)
     if values.pop("extra_args", None):
         raise _bad("extra_args", "are not allowed on this fleet")
     return values
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint: the known name that is nearest, both where two are equally near."""
-    names = list(known)
-    near = difflib.get_close_matches(name[:64], names, 2, 0.6)
-    likeness = [difflib.SequenceMatcher(None, other, name[:64]).ratio() for other in near]
+    """Return a hint: the nearest known name, both where two are equally near."""
+    names, name = list(known), name[:64]
+    near = difflib.get_close_matches(name, names, 2, 0.6)
+    if not near:
+        return f"known are {', '.join(names)}"
+    likeness = [difflib.SequenceMatcher(None, other, name).ratio() for other in near]
     alike = [other for other, value in zip(near, likeness) if value == likeness[0]]
-    return f"did you mean {' or '.join(alike)}?" if alike else f"known are {', '.join(names)}"
+    return f"did you mean {' or '.join(alike)}?"
 
 
 def _without_aliases(parameters: Json) -> Json:
-    """Translate the names of the seed's code: resolution, frame_rate, output_mode, rtmp_url, stream_key."""
+    """Translate the names of the seed's code; a parameter of ours beside one wins."""
     values = dict(parameters)
-    size = values.pop("resolution", None)
-    if size is not None:
-        text = size if isinstance(size, str) else ""
-        if match := re.fullmatch(r"(\d{2,5})[xX](\d{2,5})", text):
-            values = {"width": int(match[1]), "height": int(match[2]), **values}
-        elif match := _SIZE_WORD.fullmatch(text):
-            values = {**_size_values(match, text), **values}
-        else:
-            raise _bad("resolution", "must be like 1920x1080 or 1080p")
     if "frame_rate" in values:
         values.setdefault("fps", values.pop("frame_rate"))
+    resolution = values.pop("resolution", None)
+    if resolution is not None:
+        values = {**_resolution_values(resolution), **values}
     mode, url, key = (values.pop(name, None) for name in ("output_mode", "rtmp_url", "stream_key"))
-    if mode not in (None, "file", "rtmp", "null", "none"):
-        raise _bad("output_mode", "must be file, rtmp or none")
-    if mode == "rtmp" and not url and not values.get("output"):
+    output = _seed_output(mode, url, key)
+    if mode == "rtmp" and output is None and not values.get("output"):
         raise _bad("rtmp_url", "is required where output_mode is rtmp")
-    if url is not None and mode in (None, "rtmp"):
-        if not isinstance(url, str) or not isinstance(key or "", str):
-            raise _bad("rtmp_url", "and stream_key must be texts")
-        values.setdefault("output", f"{url.rstrip('/')}/{key}" if key else url)
+    if output is not None:
+        values.setdefault("output", output)
     return values
 
 
-def _bad(name: str, what: str) -> ApiError:
-    return ApiError(400, f"parameters.{name} {what}", f"parameters.{name}")
+def _resolution_values(resolution: object) -> Json:
+    """Return the size, and the rate where it has one, of 1920x1080 or 1080p60."""
+    text = resolution if isinstance(resolution, str) else ""
+    sides = re.fullmatch(r"(\d{2,5})[xX](\d{2,5})", text)
+    if sides:
+        return {"width": int(sides[1]), "height": int(sides[2])}
+    word = _SIZE_WORD.fullmatch(text)
+    if word:
+        return _size_values(word, text)
+    raise _bad("resolution", "must be like 1920x1080 or 1080p")
 
 
-def _number(name: str, value: object, rule: Parameter) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _bad(name, "must be a number")
-    if not rule.low <= value <= rule.high:
-        raise _bad(name, f"must be from {rule.low:g} to {rule.high:g}")
-    return value
+def _seed_output(mode: object, url: object, key: object) -> str | None:
+    """Return the output that output_mode, rtmp_url and stream_key name, None where they name none."""
+    if mode not in (None, "file", "rtmp", "null", "none"):
+        raise _bad("output_mode", "must be file, rtmp or none")
+    if mode not in (None, "rtmp") or url is None:
+        return None
+    if not isinstance(url, str) or not isinstance(key or "", str):
+        raise _bad("rtmp_url", "and stream_key must be texts")
+    if mode == "rtmp" and not url:
+        return None
+    return f"{url.rstrip('/')}/{key}" if key else url
 
 
-def _whole(name: str, value: object, rule: Parameter) -> int:
-    number = _number(name, value, rule)
-    if number != int(number):
-        raise _bad(name, "must be a whole number")
-    return int(number)
+def _bad(name: str, message: str) -> ApiError:
+    """Return the refusal of a parameter."""
+    return ApiError(400, f"parameters.{name} {message}", f"parameters.{name}")
 
 
-def _even(name: str, value: object, rule: Parameter) -> int:
+def _field(name: str, value: object) -> Fields:
+    """Return the reader of one parameter."""
+    return Fields({name: value}, prefix="parameters.")
+
+
+def _number(name: str, value: object, rule: Parameter) -> float | None:
+    return _field(name, value).number(name, rule.low, rule.high)
+
+
+def _whole(name: str, value: object, rule: Parameter) -> int | None:
+    return _field(name, value).whole(name, rule.low, rule.high)
+
+
+def _even(name: str, value: object, rule: Parameter) -> int | None:
     number = _whole(name, value, rule)
-    if number % 2:
+    if number is not None and number % 2:
         raise _bad(name, "must be even")
     return number
 
 
-def _rate(name: str, value: object, rule: Parameter) -> float:
+def _rate(name: str, value: object, rule: Parameter) -> float | None:
     if isinstance(value, str):
-        number = _fraction(value.strip())
-        if number is None:
+        value = _fraction(value.strip())
+        if value is None:
             raise _bad(name, "must be a number or a fraction such as 30000/1001")
-        value = number
     return _number(name, value, rule)
 
 
 def _fraction(text: str) -> float | None:
-    """Return the number of `25`, `29.97` or `30000/1001`; None of anything else."""
+    """Return the number of `25`, `29.97` or `30000/1001`; None for anything else."""
     found = _exact(text)
     return None if found is None else float(found)
 
 
 def _exact(text: str) -> fractions.Fraction | None:
-    with contextlib.suppress(ZeroDivisionError):
-        return fractions.Fraction(text) if _RATE.fullmatch(text) else None
-    return None
+    """Return the exact number of a rate, None for anything else."""
+    if not _RATE.fullmatch(text):
+        return None
+    try:
+        return fractions.Fraction(text)
+    except ZeroDivisionError:
+        return None
 
 
 def _bits(name: str, value: object, rule: Parameter) -> int:
     if isinstance(value, str):
         match = _BITRATE.fullmatch(value.strip())
-        if not match or len(value) > 24:
+        if not match or len(value) > RATE_MOST_CHARS:
             raise _bad(name, "must be bits per second, such as 15000k or 5M")
-        value = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[match[2].lower()]
-    return int(_number(name, value, rule))
+        value = float(match[1]) * _BITRATE_UNITS[match[2].lower()]
+    return int(_number(name, value, rule) or 0)
 
 
-def _bool(name: str, value: object, rule: Parameter) -> bool:
-    if not isinstance(value, bool):
-        raise _bad(name, "must be true or false")
-    return value
-
-
-def _text(name: str, value: object, limit: int) -> str:
-    if not isinstance(value, str) or not value or len(value) > limit:
-        raise _bad(name, f"must be a text of 1 to {limit} characters")
-    if any(ord(char) < 32 or ord(char) == 127 or 0xD800 <= ord(char) <= 0xDFFF for char in value):
-        raise _bad(name, "must not hold control characters or halves of them")
-    return value
+def _bool(name: str, value: object, rule: Parameter) -> bool | None:
+    return _field(name, value).flag(name)
 
 
 def _word(name: str, value: object, rule: Parameter) -> str:
-    text = _text(name, value, 32).lower()
+    text = _field(name, value).required_text(name, 32).lower()
     text = CODEC_ALIASES.get(text, CONTAINER_ALIASES.get(text, text))
     if text not in rule.words:
         raise _bad(name, f"must be one of {', '.join(rule.words)}")
@@ -1710,15 +1818,22 @@ def _word(name: str, value: object, rule: Parameter) -> str:
 
 
 def _words(name: str, value: object, rule: Parameter) -> tuple[str, ...]:
-    items = [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+    """Return the words of a list, or of a text with commas, each once."""
+    items = value
+    if isinstance(value, str):
+        items = [item.strip() for item in value.split(",")]
     if not isinstance(items, list):
-        raise _bad(name, f"must be a list{' of ' + ', '.join(rule.words) if rule.words else ''}")
-    checked = [_word(name, item, rule) if rule.words else _text(name, item, 4096) for item in items]
+        choice = f" of {', '.join(rule.words)}" if rule.words else ""
+        raise _bad(name, f"must be a list{choice}")
+    if rule.words:
+        checked = [_word(name, item, rule) for item in items]
+    else:
+        checked = [_field(name, item).required_text(name, 4096) for item in items]
     return tuple(dict.fromkeys(checked))
 
 
 def _plain_name(name: str, value: object, rule: Parameter) -> str:
-    text = _text(name, value, 64)
+    text = _field(name, value).required_text(name, 64)
     if not _NAME.fullmatch(text):
         raise _bad(name, "must be a name of letters, digits, dots, dashes and underscores")
     return text
@@ -1727,17 +1842,19 @@ def _plain_name(name: str, value: object, rule: Parameter) -> str:
 def _preset(name: str, value: object, rule: Parameter) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(_whole(name, value, rule))
-    text = _text(name, value, 16).lower()
-    if text in PRESET_WORDS or re.fullmatch(r"p[1-7]|\d|1[0-3]|placebo", text):
+    text = _field(name, value).required_text(name, 16).lower()
+    if text in PRESET_WORDS or _OWN_PRESET.fullmatch(text):
         return text
-    raise _bad(name, f"must be one of {', '.join(PRESET_WORDS)}, or the encoder's own: 0 to 13, p1 to p7")
+    raise _bad(name, f"must be one of {', '.join(PRESET_WORDS)}, or the encoder's own: 0 to 13, "
+               "p1 to p7")
 
 
 _LISTENS = re.compile(r"[?&]mode=(?!caller(?:&|$))", re.IGNORECASE)  # it would open a port
 
 
 def _place(name: str, value: object, rule: Parameter) -> str:
-    text = _text(name, value, 4096)
+    """Return a path as given, or a URL rebuilt from its checked parts."""
+    text = _field(name, value).required_text(name, 4096)
     scheme = scheme_of(text)
     known = INPUT_SCHEMES if name == "input" else OUTPUT_SCHEMES
     if scheme is None:
@@ -1754,45 +1871,57 @@ def _place(name: str, value: object, rule: Parameter) -> str:
 
 
 _CHECKS: dict[str, Callable[[str, object, Parameter], Any]] = {
-    "number": _number, "whole": _whole, "size": _even, "rate": _rate, "bitrate": _bits, "bool": _bool,
-    "word": _word, "words": _words, "name": _plain_name, "preset": _preset, "place": _place,
+    "number": _number, "whole": _whole, "size": _even, "rate": _rate, "bitrate": _bits,
+    "bool": _bool, "word": _word, "words": _words, "name": _plain_name, "preset": _preset,
+    "place": _place,
 }
 
 
 def parameters_of(pairs: Iterable[str]) -> Json:
-    """Return the parameters of `-p name=value` words; ValueError names the word that is none."""
+    """Return the parameters of `-p name=value` words; ValueError names the word that is not one."""
     values: Json = {}
     for pair in pairs:
         name, found, text = pair.partition("=")
         if not found or not name:
-            raise ValueError(f"'{pair}' is no parameter: write -p name=value")
+            raise ValueError(f"invalid parameter '{pair}': expected -p name=value")
         kind = PARAMETERS[name].kind if name in PARAMETERS else "word"
-        values[name] = _typed(kind, text) if kind not in ("word", "name", "place") else text
+        values[name] = _typed(kind, text)
     return values
 
 
+_TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
 def _typed(kind: str, text: str) -> Any:
+    """Return a word of the command line as JSON has it; resolve() refuses what stays a text."""
+    if kind in ("word", "name", "place"):
+        return text
     if kind == "words":
         return [item for item in text.split(",") if item]
     if kind == "bool":
-        return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(
-            text.lower(), text)
-    for number in (int, float, parse_duration if kind == "number" else float):
+        return _TRUTHS.get(text.lower(), text)
+    numbers: list[Callable[[str], float]] = [int, float]
+    if kind == "number":
+        numbers.append(parse_duration)
+    for number in numbers:
         with contextlib.suppress(ValueError):
             return number(text)
     return text
 
 
 def _container(values: Json) -> str:
-    """Return the container: that of the output's ending, with which `container` may only agree."""
+    """Return the container: that of the output's suffix, with which `container` may only agree."""
     output, named = values.get("output"), values.get("container")
+    if output is None:
+        return str(named or "matroska")
     scheme = scheme_of(output)
-    if output is None or scheme:
-        return str(named or ("matroska" if scheme is None else CONTAINER_OF_SCHEME[scheme]))
+    if scheme is not None:
+        return str(named or CONTAINER_OF_SCHEME[scheme])
     suffix = os.path.splitext(output)[1]
     suffix = suffix.lower() if suffix.isascii() else ""  # the Kelvin sign is a k in lower case
     if suffix not in CONTAINER_OF_SUFFIX:
-        raise _bad("output", f"must end with the suffix of a container: {', '.join(CONTAINER_OF_SUFFIX)}")
+        known = ", ".join(CONTAINER_OF_SUFFIX)
+        raise _bad("output", f"must end with the suffix of a container: {known}")
     container = CONTAINER_OF_SUFFIX[suffix]
     if named and named != container:
         raise _bad("container", f"is {named}, but the output ends with {suffix}, which is {container}")
@@ -1806,35 +1935,83 @@ def _refuse_hidden(output: str | None) -> None:
         raise _bad("output", "must not have a part that begins with a dot")
 
 
-def _refuse_what_cannot_be(values: Json) -> None:
-    codec, container, encoder = values["codec"], values["container"], values.get("encoder")
-    if codec not in CONTAINER_CODECS.get(container, CODECS):
-        fits = ", ".join(CONTAINER_CODECS[container])
-        raise _bad("container" if "container" in values and not values.get("output") else "codec",
-                   f"cannot be {codec} in {container}: it holds {fits}")
-    if encoder is not None and encoder not in ENCODERS:
-        raise _bad("encoder", f"{encoder} is unknown; {_nearest(encoder, ENCODERS)}")
-    if encoder is not None and ENCODERS[encoder].codec != codec:
-        raise _bad("encoder", f"{encoder} makes {ENCODERS[encoder].codec}, the job asks for {codec}")
-    if values.get("crf") is not None and codec in ("h264", "h265") and values["crf"] > 51:
-        raise _bad("crf", f"of {codec} is from 0 to 51")
-    if values.get("two_pass") and values.get("crf") is not None:
-        raise _bad("two_pass", "needs a bitrate, and goes without crf")
-    if values.get("two_pass") and encoder is not None and not ENCODERS[encoder].two_pass:
-        raise _bad("two_pass", f"is not possible with {encoder}")
+class Refusal(NamedTuple):
+    """Settings that cannot be: the parameter that is to blame, when, and the reason."""
+
+    field: str
+    applies: Callable[[Settings, Encoder], bool]
+    reason: Callable[[Settings, Encoder], str]
+
+
+def _is_held(settings: Settings) -> bool:
+    """Return whether the container can hold the codec."""
+    return settings.codec in CONTAINER_CODECS.get(settings.container, CODECS)
+
+
+def _why_not_held(settings: Settings, encoder: Encoder) -> str:
+    holds = ", ".join(CONTAINER_CODECS[settings.container])
+    return f"cannot be {settings.codec} in {settings.container}: it holds {holds}"
+
+
+def _is_other_format(settings: Settings, encoder: Encoder) -> bool:
+    """Return whether frames would go up to a device in another format than the one asked for."""
+    wanted = settings.pixel_format
+    return wanted is not None and bool(encoder.upload) and not encoder.takes(wanted)
+
+
+# The first that applies is the reason. Where a job names no encoder, the row is that of ANY_ENCODER.
+ANY_ENCODER = Encoder("", presets=PRESET_WORDS, two_pass=True)
+REFUSALS = (
+    Refusal("container", lambda job, row: not _is_held(job) and not job.output, _why_not_held),
+    Refusal("codec", lambda job, row: not _is_held(job), _why_not_held),
+    Refusal("encoder", lambda job, row: job.encoder not in (None, *ENCODERS),
+            lambda job, row: f"{job.encoder} is unknown; {_nearest(str(job.encoder), ENCODERS)}"),
+    Refusal("encoder", lambda job, row: row.codec != job.codec,
+            lambda job, row: f"{job.encoder} makes {row.codec}, the job asks for {job.codec}"),
+    Refusal("crf", lambda job, row: (job.crf or 0) > CRF_MOST.get(job.codec, math.inf),
+            lambda job, row: f"of {job.codec} is from 0 to {CRF_MOST[job.codec]}"),
+    Refusal("two_pass", lambda job, row: job.two_pass and job.crf is not None,
+            lambda job, row: "needs a bitrate, and goes without crf"),
+    Refusal("two_pass", lambda job, row: job.two_pass and not row.two_pass,
+            lambda job, row: f"is not possible with {job.encoder}"),
+    Refusal("preset", lambda job, row: job.preset is not None and not row.presets,
+            lambda job, row: f"is not possible with {job.encoder}: it has no presets"),
+    Refusal("pixel_format", _is_other_format,
+            lambda job, row: f"{job.pixel_format} is not possible with {job.encoder}: it takes "
+                             "yuv420p or nv12"),
+)
+
+
+def _refuse_impossible(settings: Settings) -> None:
+    """Raise the first refusal of the table that applies."""
+    named = ENCODERS.get(settings.encoder or "")
+    encoder = named or ANY_ENCODER._replace(codec=settings.codec)
+    for refusal in REFUSALS:
+        if refusal.applies(settings, encoder):
+            raise _bad(refusal.field, refusal.reason(settings, encoder))
 
 
 # ---- 6 Command ------------------------------------------------------------------------------------
 
 QUIET = ("-hide_banner", "-nostdin")
 PROGRESS_ARGS = ("-nostats", "-progress", "pipe:1")
+LOG_ARGS = ("-loglevel", "repeat+level+info")  # each line on its own, with its level in front
+READ_TIMEOUT_ARGS = ("-rw_timeout", "30000000")  # µs without a byte from the network
 GENERATED_CLIP_S = 2
 TONE = "sine=frequency=440:sample_rate=48000"
+FALLBACK_FPS = 25.0  # of a film that does not tell its own
+FINEST_FPS = 480
+NOT_BUILT_IN = "not built into this FFmpeg"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What planning needs to know of this machine; `encoders` maps a tried name to None or a reason."""
+    """The facts of this machine that planning needs.
+
+    `encoders` maps the encoders that were tried, of sound too, to None where they work, or to the
+    reason why not; empty where none was tried. `http_args` keep FFmpeg from following a redirect,
+    where this one can; `rate_mode` is its option that keeps the input's own frames.
+    """
 
     name: str
     ffmpeg: str
@@ -1842,24 +2019,39 @@ class Machine:
     slots: int = 1
     encoders: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     vaapi_device: str = "/dev/dri/renderD128"
-    rate_mode: str = "-fps_mode"  # -vsync before FFmpeg 5.1
-    http_args: tuple[str, ...] = ()  # what keeps this FFmpeg from following a redirect, where it has that
+    rate_mode: str = "-fps_mode"
+    http_args: tuple[str, ...] = ()
 
-    def hardware(self, codec: str) -> dict[str, str | None]:
-        """Return the hardware encoders of a codec that were tried here: None of a proved one, or why not."""
-        return {name: why for name, why in self.encoders.items()
-                if name in ENCODERS and ENCODERS[name].hardware and ENCODERS[name].codec == codec}
+    def is_proved(self, encoder: str) -> bool:
+        """Return whether an encoder has encoded a frame here."""
+        return encoder in self.encoders and self.encoders[encoder] is None
+
+    def why_undecided(self, encoder: str) -> str:
+        """Return why the trial of an encoder came to no answer, "" where it did or never was."""
+        reason = self.encoders.get(encoder) or ""
+        return reason if reason.startswith(hwdetect.UNDECIDED) else ""
+
+    def why_broken(self, encoder: str) -> str:
+        """Return why an encoder does not work here, "" where it may: one that was not tried may."""
+        if not self.encoders or self.is_proved(encoder) or self.why_undecided(encoder):
+            return ""
+        return self.encoders.get(encoder) or NOT_BUILT_IN
+
+    def hardware(self, codec: str) -> list[str]:
+        """Return the hardware encoders of a codec that were tried here."""
+        return [name for name in self.encoders
+                if name in ENCODERS and ENCODERS[name].hardware and ENCODERS[name].codec == codec]
 
 
 @dataclass(frozen=True)
 class Source:
     """The input as ffprobe saw it; sizes after rotation, `loop` for a clip to be repeated.
 
-    `url` is what FFmpeg opens: a URL, or the path of a descriptor or of a file of the attempt's own.
-    `demuxer` is FFmpeg's name of what reads it, as ffprobe found it. `duration_s` is the picture's,
-    which begins `start_s` after the film; `base_fps` is the rate on whose beat FFmpeg puts the frames
-    (a fraction), where it is not the mean: a film of changing rate. `steady` tells that the rate is
-    known to be constant.
+    `url` is the name by which FFmpeg opens it: a URL, or the path of a descriptor or of a file of the
+    attempt's own. `demuxer` is FFmpeg's name of the format, as ffprobe found it. `duration_s` is the
+    picture's, which begins `start_s` after the film. `base_fps` is the rate (a fraction) to whose beat
+    FFmpeg puts the frames, where it is not the mean: a film of changing rate. `steady` tells that the
+    rate is known to be constant.
     """
 
     url: str
@@ -1876,6 +2068,22 @@ class Source:
     base_fps: str = ""
     steady: bool = False
     demuxer: str = ""
+
+
+class Picture(NamedTuple):
+    """Size, rate and pixel format of a picture."""
+
+    width: int
+    height: int
+    fps: float
+    pixel_format: str = "yuv420p"
+
+
+class Rate(NamedTuple):
+    """The rule for the size of an output: in words, and as FFmpeg's arguments."""
+
+    words: str
+    args: list[str]
 
 
 @dataclass(frozen=True)
@@ -1898,162 +2106,241 @@ class Plan:
     container: str
 
 
+@dataclass(frozen=True)
+class _Encode:
+    """All decisions about one encode; its arguments follow from them."""
+
+    settings: Settings
+    machine: Machine
+    source: Source
+    target: str
+    name: str
+    picture: Picture
+    threads: int
+    preset: str | None
+    rate: Rate
+    filters: list[str]
+
+    @property
+    def encoder(self) -> Encoder:
+        return ENCODERS[self.name]
+
+
 def plan(settings: Settings, machine: Machine, source: Source, target: str) -> Plan:
     """Return the commands that encode `source` to `target` on this machine; Failure says why not.
 
-    `target` is the path or URL that FFmpeg writes to.
+    `target` is the path or URL that FFmpeg writes to. The decisions come first, each with its reason,
+    then the arguments, which hold no decision of their own.
     """
     name, why = choose_encoder(settings, machine)
     encoder = ENCODERS[name]
-    width, height = _output_size(settings, source)
-    fps = settings.fps or source.fps or 25.0
-    pixel_format = _pixel_format(settings, encoder, source)
+    picture = _picture(settings, source, encoder)
+    width, height, fps, pixel_format = picture
     threads = settings.threads or _threads(machine, height, settings.max_cpu_percent)
-    preset, preset_why = choose_preset(settings, name, width * height * fps, threads)
-    rate, rate_args = _rate_control(settings, name, height, fps)
-    filters = _filters(settings, source, width, height, fps)
-    upload = ("format=nv12,hwupload",) if name.endswith("_vaapi") else (f"format={pixel_format}",)
-    tiles = min(4, max(0, width.bit_length() - 9))
-    video = ["-map", "0:V:0", "-vf", ",".join((*filters, *upload)), "-c:v", name,
-             *_filled(encoder.preset_args if preset else (), preset=preset,
-                      deadline="realtime" if settings.live else "good"),
-             *rate_args, machine.rate_mode, "vfr", *_clock_args(settings, source),
-             *_filled(encoder.thread_args, threads=threads, tile_columns=tiles),
-             *(["-g", str(settings.gop or max(1, round(2 * fps)))] if settings.gop or settings.live else [])]
-    duration = settings.duration
-    if source.duration_s is not None and not source.loop:
-        duration = max(0.0, min((duration or math.inf) - source.start_s, source.duration_s))
-    device = ["-vaapi_device", machine.vaapi_device] if name.endswith("_vaapi") else []
-    head = [machine.ffmpeg, *QUIET, "-y", "-loglevel", "repeat+level+info", *device,
-            *_input_args(settings, source, machine)]
-    limit = ["-t", f"{settings.duration:.6f}".rstrip("0").rstrip(".")] if settings.duration else []
-    tail = [*_audio_args(settings, source), *_container_args(settings, target, machine.http_args)]
-    passes = _passes(settings, name, threads, head, [*video, *limit], tail)
-    size_why = f"{width}x{height} at {fps:g} fps with {threads} threads" if not encoder.hardware else ""
-    reason = "; ".join(part for part in (why, preset_why, size_why) if part)
-    return Plan(passes, name, preset, None if encoder.hardware else threads, pixel_format, width, height, fps,
-                duration, rate, reason, ",".join(filters), target, settings.container)
+    preset, why_preset = choose_preset(settings, name, width * height * fps, threads)
+    rate = _rate_control(settings, name, height, fps)
+    filters = _filters(settings, source, picture)
+    encode = _Encode(settings, machine, source, target, name, picture, threads, preset, rate, filters)
+
+    why_size = "" if encoder.hardware else f"{width}x{height} at {fps:g} fps with {threads} threads"
+    return Plan(
+        passes=_passes(encode),
+        encoder=name,
+        preset=preset,
+        threads=None if encoder.hardware else threads,
+        pixel_format=pixel_format,
+        width=width,
+        height=height,
+        fps=fps,
+        duration_s=_expected_s(settings, source),
+        rate=rate.words,
+        reason="; ".join(part for part in (why, why_preset, why_size) if part),
+        filters=",".join(filters),
+        target=target,
+        container=settings.container)
 
 
-def choose_encoder(settings: Settings, machine: Machine) -> tuple[str, str]:
-    """Return an encoder that was proved on this machine, and why it; Failure where there is none."""
-    wanted = settings.encoder
-    fits = [name for name, row in ENCODERS.items() if row.codec == settings.codec]
-    if wanted:
-        refused = machine.encoders.get(wanted, "not built into this FFmpeg") if machine.encoders else None
-        if refused and not refused.startswith(hwdetect.UNDECIDED):
-            raise Failure("no_capability", f"encoder {wanted} does not work on {machine.name}: {refused}")
-        return wanted, f"{wanted} as the job asks"
-    if settings.two_pass:
-        fits = [name for name in fits if ENCODERS[name].two_pass]
-    if settings.pixel_format:
-        fits = [name for name in fits if _takes(ENCODERS[name], settings.pixel_format)] or fits
-    if not machine.encoders:
-        name = next(name for name in fits if not ENCODERS[name].hardware)
-        return name, f"{name}, unproved: encoders were not probed"
-    proved = [name for name in fits if name in machine.encoders and machine.encoders[name] is None]
-    undecided = [name for name in fits if not ENCODERS[name].hardware
-                 and (machine.encoders.get(name) or "").startswith(hwdetect.UNDECIDED)]
-    if not proved and undecided:
-        return undecided[0], f"{undecided[0]}, unproved: {machine.encoders[undecided[0]]}"
-    if not proved:
-        tried = [f"{name}: {machine.encoders.get(name) or 'not built in'}" for name in fits
-                 if not ENCODERS[name].hardware]
-        twice = " in two passes" if settings.two_pass else ""
-        raise Failure("no_capability", f"no encoder for {settings.codec}{twice} works on "
-                      f"{machine.name} ({'; '.join(tried) or 'none is known'})")
-    return proved[0], _encoder_reason(settings, machine, proved[0])
+def _expected_s(settings: Settings, source: Source) -> float | None:
+    """Return how long the output's picture will be: of a film, at most as long as there is one."""
+    if source.duration_s is None or source.loop:
+        return settings.duration
+    asked_s = math.inf if settings.duration is None else settings.duration
+    return max(0.0, min(asked_s - source.start_s, source.duration_s))
 
 
-def _encoder_reason(settings: Settings, machine: Machine, name: str) -> str:
+class Choice(NamedTuple):
+    """A decision, and its reason."""
+
+    name: str
+    reason: str
+
+
+def choose_encoder(settings: Settings, machine: Machine) -> Choice:
+    """Return the encoder of a job on this machine, and why; Failure where none works.
+
+    The first rule that has an answer decides.
+    """
+    if settings.encoder is not None:
+        return _named_encoder(settings.encoder, machine)
+    fitting = _fitting_encoders(settings)
+    for rule in (_unprobed_encoder, _proved_encoder, _undecided_encoder):
+        choice = rule(settings, machine, fitting)
+        if choice is not None:
+            return choice
+    tried = [f"{name}: {machine.encoders.get(name) or 'not built in'}" for name in fitting
+             if not ENCODERS[name].hardware]
+    twice = " in two passes" if settings.two_pass else ""
+    raise Failure("no_capability", f"no encoder for {settings.codec}{twice} works on {machine.name} "
+                  f"({'; '.join(tried) or 'none is known'})")
+
+
+def _named_encoder(name: str, machine: Machine) -> Choice:
+    why = machine.why_broken(name)
+    if why:
+        raise Failure("no_capability", f"encoder {name} does not work on {machine.name}: {why}")
+    return Choice(name, f"{name} as the job asks")
+
+
+def _fitting_encoders(settings: Settings) -> list[str]:
+    """Return the encoders that can do what the job asks for, best first."""
+    fitting = []
+    for name, row in ENCODERS.items():
+        passes = row.two_pass or not settings.two_pass
+        format_ = settings.pixel_format is None or row.takes(settings.pixel_format)
+        if row.codec == settings.codec and passes and format_:
+            fitting.append(name)
+    return fitting
+
+
+def _unprobed_encoder(settings: Settings, machine: Machine, fitting: Sequence[str]) -> Choice | None:
+    """Return the first software encoder of a machine on which none was tried."""
+    if machine.encoders:
+        return None
+    name = next(name for name in fitting if not ENCODERS[name].hardware)
+    return Choice(name, f"{name}, unproved: encoders were not probed")
+
+
+def _proved_encoder(settings: Settings, machine: Machine, fitting: Sequence[str]) -> Choice | None:
+    name = next((name for name in fitting if machine.is_proved(name)), None)
+    return None if name is None else Choice(name, _why_proved(settings, machine, name))
+
+
+def _undecided_encoder(settings: Settings, machine: Machine, fitting: Sequence[str]) -> Choice | None:
+    """Return the first software encoder whose trial came to no answer in time: a machine under load."""
+    for name in fitting:
+        why = machine.why_undecided(name)
+        if why and not ENCODERS[name].hardware:
+            return Choice(name, f"{name}, unproved: {why}")
+    return None
+
+
+def _why_proved(settings: Settings, machine: Machine, name: str) -> str:
     if ENCODERS[name].hardware:
         return f"{name}: the hardware encoder was proved on this machine"
     if settings.two_pass:
         return f"{name}: two passes need a software encoder"
-    failed = [other for other, why in machine.hardware(settings.codec).items() if why]
-    return f"{name}: no hardware encoder for {settings.codec} works here" + (
-        f" ({', '.join(failed)} tried)" if failed else "")
+    failed = [other for other in machine.hardware(settings.codec) if not machine.is_proved(other)]
+    tried = f" ({', '.join(failed)} tried)" if failed else ""
+    return f"{name}: no hardware encoder for {settings.codec} works here{tried}"
 
 
-def choose_preset(settings: Settings, name: str, pixels_per_s: float, threads: int) -> tuple[str | None, str]:
-    """Return the preset in the encoder's own words (None where it has none), and why it."""
-    encoder = ENCODERS[name]
+def choose_preset(settings: Settings, name: str, pixels_per_s: float,
+                  threads: int) -> tuple[str | None, str]:
+    """Return the preset in the encoder's own words (None where it has none), and why."""
+    encoder, asked = ENCODERS[name], settings.preset
     if not encoder.presets:
-        return None, ""
-    asked = settings.preset
-    if asked in PRESET_WORDS:
-        return encoder.presets[PRESET_WORDS.index(asked)], f"preset {asked} as the job asks"
-    if asked:
-        if not re.fullmatch(encoder.own, asked):
-            raise Failure("parameters", f"parameters.preset {asked} is none of {name}'s: "
-                          f"{', '.join(dict.fromkeys(encoder.presets))}")
-        return asked, f"preset {asked} as the job asks"
+        return None, f"preset {asked} is ignored: {name} has no presets" if asked else ""
+    if asked is not None:
+        return _own_preset(encoder, name, asked), f"preset {asked} as the job asks"
     if encoder.hardware:
         return encoder.presets[PRESET_WORDS.index("medium")], ""
     load = pixels_per_s * encoder.cost / threads
-    word = next(word for word, batch, live in PRESET_LOADS if load <= (live if settings.live else batch))
-    reason = f"preset {word} for {load / 1e6:.0f} Mpixel/s a thread{', live' if settings.live else ''}"
+    word = _preset_for(load, settings.live)
+    live = ", live" if settings.live else ""
+    reason = f"preset {word} for {load / 1e6:.0f} Mpixel/s a thread{live}"
     if encoder.cost > 1:
         reason += f" ({name}: {encoder.cost:g} times the work of libx264)"
     return encoder.presets[PRESET_WORDS.index(word)], reason
 
 
-def _takes(encoder: Encoder, pixel_format: str) -> bool:
-    return not encoder.hardware or pixel_format in ("yuv420p", "nv12", encoder.ten_bit)
+def _own_preset(encoder: Encoder, name: str, asked: str) -> str:
+    """Return a common preset word in the encoder's own, or its own word as it is."""
+    if asked in PRESET_WORDS:
+        return encoder.presets[PRESET_WORDS.index(asked)]
+    if not re.fullmatch(encoder.own, asked):
+        known = ", ".join(dict.fromkeys(encoder.presets))
+        raise Failure("parameters", f"invalid parameters.preset {asked} for {name}: expected {known}")
+    return asked
 
 
-def _output_size(settings: Settings, source: Source) -> tuple[int, int]:
+def _preset_for(load: float, live: bool) -> str:
+    """Return the slowest preset word that keeps up with a load, in pixel/s a thread."""
+    for row in PRESET_LOADS:
+        if load <= (row.live if live else row.batch):
+            return row.word
+    return PRESET_LOADS[-1].word
+
+
+def _picture(settings: Settings, source: Source, encoder: Encoder) -> Picture:
+    """Return the output's picture: as the job asks, the rest as the film is."""
     width, height = settings.width, settings.height
     if width and not height:
         height = max(16, 2 * round(source.height * width / max(1, source.width) / 2))
     elif height and not width:
         width = max(16, 2 * round(source.width * height / max(1, source.height) / 2))
-    return width or source.width // 2 * 2, height or source.height // 2 * 2
+    return Picture(
+        width or source.width // 2 * 2,
+        height or source.height // 2 * 2,
+        settings.fps or source.fps or FALLBACK_FPS,
+        _pixel_format(settings, encoder, source))
+
+
+_DEEP = re.compile(r"(10|12|16)(le|be)$|^p010")  # more than 8 bit
 
 
 def _pixel_format(settings: Settings, encoder: Encoder, source: Source) -> str:
+    """Return the format that is encoded: as asked, else 10 bit for a deep film where it is possible."""
     if settings.pixel_format:
         return settings.pixel_format
-    deep = re.search(r"(10|12|16)(le|be)$|^p010", source.pixel_format)
-    return encoder.ten_bit if deep and encoder.ten_bit else "yuv420p"
+    if encoder.ten_bit and _DEEP.search(source.pixel_format):
+        return encoder.ten_bit
+    return "yuv420p"
 
 
 def _threads(machine: Machine, height: int, quota_percent: float | None) -> int:
+    """Return the threads that a picture can feed, within this slot's share and the job's CPU limit."""
     worth = next(count for lines, count in THREADS_WORTH if height >= lines)
     quota = math.ceil(quota_percent / 100) if quota_percent else worth
     return max(1, min(worth, quota, machine.threads // max(1, machine.slots)))
 
 
-def _filters(settings: Settings, source: Source, width: int, height: int, fps: float) -> list[str]:
-    """Return the filters from the input's frames to the output's; the shape of the picture is kept."""
+def _filters(settings: Settings, source: Source, picture: Picture) -> list[str]:
+    """Return the filters from the input's frames to the output's; the picture keeps its shape."""
     filters = [] if source.square_pixels else ["scale=trunc(iw*sar/2)*2:ih", "setsar=1"]
     if settings.width or settings.height:
+        width, height = picture.width, picture.height
         if (width, height) != (source.width, source.height):
-            filters += [f"scale={width}:{height}:force_original_aspect_ratio=decrease:flags=bicubic",
-                        f"pad={width}:{height}:(ow-iw)/2:(oh-ih)/2", "setsar=1"]
+            filters += [
+                f"scale={width}:{height}:force_original_aspect_ratio=decrease:flags=bicubic",
+                f"pad={width}:{height}:(ow-iw)/2:(oh-ih)/2",
+                "setsar=1"]
     elif source.width % 2 or source.height % 2:
         filters.append("crop=trunc(iw/2)*2:trunc(ih/2)*2")
-    if settings.fps and not (source.steady and abs(settings.fps - source.fps) < 1e-3):
-        # With its first frame on the beat a film gives the same frames wherever FFmpeg lets it begin: a
-        # comparison without the sound may begin it earlier.
-        rate = rational(fps)
-        filters += [f"setpts=PTS-STARTPTS+round(STARTPTS*TB*{rate})/({rate})/TB", f"fps={rate}"]
-    return filters
+    return filters + _rate_filters(settings, source)
 
 
-FINEST_FPS = 480
+def _rate_filters(settings: Settings, source: Source) -> list[str]:
+    """Return the filters to the frame rate asked for, none for a steady film of that rate.
 
-
-def _clock_args(settings: Settings, source: Source) -> list[str]:
-    """Return a time base for a film of changing rate, which would lose what is faster than its beat.
-
-    It is a whole part of the beat, so that frames which keep to it stay exact.
+    With its first frame on the beat a film gives the same frames wherever FFmpeg lets it begin: a
+    comparison without the sound may begin it earlier.
     """
-    beat = _exact(source.base_fps)
-    if settings.fps or not beat:
+    if settings.fps is None:
         return []
-    tick = (1 / (beat * max(1, math.ceil(FINEST_FPS / beat)))).limit_denominator(1_000_000)
-    return ["-enc_time_base", f"{tick.numerator}/{tick.denominator}"] if tick else []
+    if source.steady and abs(settings.fps - source.fps) < 1e-3:
+        return []
+    rate = rational(settings.fps)
+    return [f"setpts=PTS-STARTPTS+round(STARTPTS*TB*{rate})/({rate})/TB", f"fps={rate}"]
 
 
 def rational(fps: float) -> str:
@@ -2061,64 +2348,167 @@ def rational(fps: float) -> str:
     if fps == int(fps):
         return str(int(fps))
     thousands = round(fps * 1.001) * 1000
-    return f"{thousands}/1001" if abs(thousands / 1001 - fps) < 5e-3 else f"{fps:.6g}"
+    if abs(thousands / 1001 - fps) < 5e-3:
+        return f"{thousands}/1001"
+    return f"{fps:.6g}"
 
 
-def _rate_control(settings: Settings, name: str, height: int, fps: float) -> tuple[str, list[str]]:
-    """Return what rules the size of the output, in words and as arguments."""
-    encoder, crf, bitrate = ENCODERS[name], settings.crf, settings.bitrate
+def _rate_control(settings: Settings, name: str, height: int, fps: float) -> Rate:
+    """Return the rule for the output's size: a crf, a bitrate, or a crf up to a bitrate."""
+    encoder, crf = ENCODERS[name], settings.crf
     if crf is not None and encoder.crf is None:
         raise Failure("parameters", f"parameters.crf is not possible with {name}: give a bitrate")
+    bitrate = settings.bitrate
     if bitrate is None and (settings.live or settings.two_pass or encoder.crf is None):
         bitrate = ladder_bitrate(settings.codec, height, fps)
     if bitrate is None:
         words = f"{encoder.crf if crf is None else crf:g}"
-        return f"crf {words}", _filled(encoder.crf_args, crf=words)
-    bits = {"bitrate": bitrate_text(bitrate), "bufsize": bitrate_text(2 * bitrate),
-            "maxrate": bitrate_text(bitrate if settings.live else bitrate * 3 // 2)}
+        return Rate(f"crf {words}", _filled(encoder.crf_args, crf=words))
     if crf is None:
-        return bits["bitrate"], _filled(encoder.bitrate_args, **bits)
+        most = bitrate if settings.live else bitrate * 3 // 2
+        args = _filled(encoder.bitrate_args, bitrate=bitrate_text(bitrate),
+                       maxrate=bitrate_text(most), bufsize=bitrate_text(2 * bitrate))
+        return Rate(bitrate_text(bitrate), args)
+    return Rate(f"crf {crf:g} up to {bitrate_text(bitrate)}", _capped_crf(encoder, crf, bitrate))
+
+
+def _capped_crf(encoder: Encoder, crf: float, bitrate: int) -> list[str]:
+    """Return the arguments of a constant quality with a ceiling."""
     constant = _filled(encoder.crf_args, crf=f"{crf:g}")
-    if constant[-2:] == ["-b:v", "0"] and not encoder.hardware:
-        capped = [*constant[:-1], bits["bitrate"]]
-    else:
-        capped = [*constant, "-maxrate", bits["bitrate"], "-bufsize", bits["bufsize"]]
-    return f"crf {crf:g} up to {bits['bitrate']}", capped
+    if encoder.crf_args == _CRF_ALONE:
+        return [*constant[:-1], bitrate_text(bitrate)]
+    return [*constant, "-maxrate", bitrate_text(bitrate), "-bufsize", bitrate_text(2 * bitrate)]
 
 
 def ladder_bitrate(codec: str, height: int, fps: float) -> int:
-    """Return bit/s that a picture of this size needs where the job names none (fps beyond 30: half more)."""
+    """Return bit/s that a picture of this size needs where the job names none."""
     kbps = next(rate for lines, rate in LADDER_KBPS if height >= lines)
-    return round(kbps * (1.5 if fps > 40 else 1) * CODEC_SAVING[codec]) * 1000
+    faster = 1.5 if fps > LADDER_FAST_FPS else 1
+    return round(kbps * faster * CODEC_SAVING[codec]) * 1000
 
 
 def _filled(template: Sequence[str], **values: object) -> list[str]:
     return [part.format(**values) for part in template]
 
 
+def _passes(encode: _Encode) -> tuple[tuple[str, ...], ...]:
+    """Return one command, or two; FFmpeg runs in the attempt's folder, so their log has a plain name."""
+    tail = [*_audio_args(encode), *_container_args(encode)]
+    if not encode.settings.two_pass:
+        return ((*_head_args(encode), *_video_args(encode), *tail),)
+    nothing = ["-an", "-f", "null", *PROGRESS_ARGS, "-"]
+    first = (*_head_args(encode, paced=False), *_video_args(encode, 1), *nothing)
+    return first, (*_head_args(encode), *_video_args(encode, 2), *tail)
+
+
+def _head_args(encode: _Encode, paced: bool = True) -> list[str]:
+    """Return a command up to its inputs; `paced` reads a live job's input at its own speed."""
+    machine, settings, source = encode.machine, encode.settings, encode.source
+    scheme = scheme_of(source.url)
+    args = [machine.ffmpeg, *QUIET, "-y", *LOG_ARGS]
+    if encode.encoder.upload:
+        args += ["-vaapi_device", machine.vaapi_device]
+    if paced and settings.live and scheme not in LIVE_SCHEMES:  # else the source has a clock of its own
+        args.append("-re")
+    if source.loop:
+        args += ["-stream_loop", "-1"]
+    if settings.hwaccel:
+        args += ["-hwaccel", settings.hwaccel]
+    if scheme in ("http", "https", "rtmp"):
+        args += READ_TIMEOUT_ARGS
+    args += open_args(source.url, source.demuxer, machine.http_args)
+    if source.loop and settings.audio:
+        args += ["-f", "lavfi", "-i", TONE]
+    return args
+
+
+def _video_args(encode: _Encode, number: int = 0) -> list[str]:
+    """Return how the picture is filtered and encoded, in a pass of this number (0: the only one)."""
+    settings, encoder, picture = encode.settings, encode.encoder, encode.picture
+    upload = [f"format={picture.pixel_format}"]
+    if encoder.upload:
+        upload = [f"format={encoder.upload}", "hwupload"]
+    args = ["-map", "0:V:0", "-vf", ",".join([*encode.filters, *upload]), "-c:v", encode.name]
+    if encode.preset is not None:
+        deadline = "realtime" if settings.live else "good"
+        args += _filled(encoder.preset_args, preset=encode.preset, deadline=deadline)
+    args += [*encode.rate.args, encode.machine.rate_mode, "vfr", *_clock_args(encode)]
+    stats = f":pass={number}:stats=pass.log" if number else ""
+    tiles = min(4, max(0, picture.width.bit_length() - 9))
+    args += _filled(encoder.thread_args, threads=encode.threads, tile_columns=tiles, stats=stats)
+    gop = settings.gop
+    if gop is None and settings.live:
+        gop = max(1, round(2 * picture.fps))
+    if gop is not None:
+        args += ["-g", str(gop)]
+    if settings.duration:
+        args += ["-t", f"{settings.duration:.6f}".rstrip("0").rstrip(".")]
+    if number:
+        args += _filled(encoder.pass_args, number=number)
+    return args
+
+
+def _clock_args(encode: _Encode) -> list[str]:
+    """Return a time base for a film of changing rate, which would lose what is faster than its beat.
+
+    It is a whole part of the beat, so that frames which keep to it stay exact.
+    """
+    beat = _exact(encode.source.base_fps)
+    if encode.settings.fps or not beat:
+        return []
+    parts = max(1, math.ceil(FINEST_FPS / beat))
+    tick = (1 / (beat * parts)).limit_denominator(1_000_000)
+    return ["-enc_time_base", f"{tick.numerator}/{tick.denominator}"] if tick else []
+
+
+def _audio_args(encode: _Encode) -> list[str]:
+    """Return how the sound is encoded; Failure where the encoder of its codec is broken here."""
+    settings, source, machine = encode.settings, encode.source, encode.machine
+    if not settings.audio or not source.has_audio:
+        return ["-an"]
+    sound = SOUNDS.get(settings.container, USUAL_SOUND)
+    why = machine.encoders.get(sound.encoder)
+    if why and not machine.why_undecided(sound.encoder):
+        raise Failure("no_capability", f"audio encoder {sound.encoder} does not work on {machine.name}: "
+                      f"{why}; audio=false encodes the picture alone")
+    track = "1:a:0" if source.loop else "0:a:0"
+    args = ["-map", track, "-c:a", sound.encoder, "-b:a", sound.bitrate, "-ac", "2"]
+    if sound.sample_rate:
+        args += ["-ar", sound.sample_rate]
+    return args
+
+
+def _container_args(encode: _Encode) -> list[str]:
+    """Return how the output is written, and where."""
+    container, scheme = encode.settings.container, scheme_of(encode.target)
+    args = []
+    if container in ("mp4", "mov") and scheme is None:
+        args += ["-movflags", "+faststart"]
+    if scheme in HTTP_SCHEMES:
+        args += encode.machine.http_args
+    return [*args, "-f", container, *PROGRESS_ARGS, named_file(encode.target)]
+
+
 def rate_mode_of(version: str | None) -> str:
     """Return the option that keeps the input's own frames, by FFmpeg's version text."""
     match = re.search(r"(\d+)\.(\d+)", version or "")
-    return "-vsync" if match and (int(match[1]), int(match[2])) < (5, 1) else "-fps_mode"
+    if match and (int(match[1]), int(match[2])) < (5, 1):
+        return "-vsync"
+    return "-fps_mode"
 
 
 def open_args(url: str, demuxer: str, http_args: Sequence[str]) -> list[str]:
-    """Return the options that open an input: the protocols and formats allowed, and the format if known."""
+    """Return the options that open an input: the protocols and formats allowed, the format if known."""
     scheme = scheme_of(url)
-    allowed = PROTOCOLS.get(scheme)
-    return [*(["-protocol_whitelist", allowed] if allowed else []),
-            *(http_args if scheme in ("http", "https") else []),
-            "-format_whitelist", FILM_FORMATS, *(["-f", demuxer] if demuxer else []), "-i", named_file(url)]
-
-
-def _input_args(settings: Settings, source: Source, machine: Machine) -> list[str]:
-    speed = ["-re"] if settings.live and scheme_of(source.url) not in ("rtmp", "rtmps", "srt") else []
-    loop = ["-stream_loop", "-1"] if source.loop else []
-    decode = ["-hwaccel", settings.hwaccel] if settings.hwaccel else []
-    timeout = ["-rw_timeout", "30000000"] if scheme_of(source.url) in ("http", "https", "rtmp") else []
-    tone = ["-f", "lavfi", "-i", TONE] if source.loop and settings.audio else []
-    film = open_args(source.url, source.demuxer, machine.http_args)
-    return [*speed, *loop, *decode, *timeout, *film, *tone]
+    args = []
+    if scheme in PROTOCOLS:
+        args += ["-protocol_whitelist", PROTOCOLS[scheme]]
+    if scheme in HTTP_SCHEMES:
+        args += http_args
+    args += ["-format_whitelist", FILM_FORMATS]
+    if demuxer:
+        args += ["-f", demuxer]
+    return [*args, "-i", named_file(url)]
 
 
 def named_file(place: str) -> str:
@@ -2126,48 +2516,19 @@ def named_file(place: str) -> str:
     return place if scheme_of(place) else f"file:{place}"
 
 
-def _audio_args(settings: Settings, source: Source) -> list[str]:
-    if not settings.audio or not source.has_audio:
-        return ["-an"]
-    codec = ["-c:a", "libopus", "-b:a", "96k"] if settings.container == "webm" else [
-        "-c:a", "aac", "-b:a", "128k"]
-    rate = ["-ar", "44100"] if settings.container == "flv" else []
-    return ["-map", "1:a:0" if source.loop else "0:a:0", *codec, "-ac", "2", *rate]
-
-
-def _container_args(settings: Settings, target: str, http_args: Sequence[str]) -> list[str]:
-    http = http_args if scheme_of(target) in ("http", "https") else ()
-    faststart = ["-movflags", "+faststart"] if settings.container in ("mp4", "mov") and not scheme_of(
-        target) else []
-    return [*faststart, *http, "-f", settings.container, *PROGRESS_ARGS, named_file(target)]
-
-
-def _passes(settings: Settings, name: str, threads: int, head: list[str], video: list[str],
-            tail: list[str]) -> tuple[tuple[str, ...], ...]:
-    """Return one command, or two; FFmpeg runs in the attempt's folder, so the log has a plain name."""
-    def step(number: int | None) -> list[str]:
-        if name == "libx265":
-            log = f":pass={number}:stats=pass.log" if number else ""
-            return ["-x265-params", f"pools={threads}:log-level=warning{log}"]
-        return ["-pass", str(number), "-passlogfile", "pass"] if number else []
-    if not settings.two_pass:
-        return ((*head, *video, *step(None), *tail),)
-    first = [*head, *video, *step(1), "-an", "-f", "null", *PROGRESS_ARGS, "-"]
-    if settings.live and "-re" in first:
-        first.remove("-re")
-    return (tuple(first), (*head, *video, *step(2), *tail))
-
-
-def clip_command(ffmpeg: str, width: int, height: int, fps: float, encoder: str, target: str) -> list[str]:
+def clip_command(ffmpeg: str, picture: Picture, encoder: str, target: str) -> list[str]:
     """Return the command that makes the generated source: a moving test picture.
 
     It has no sound, and a container with an exact clock: only so does FFmpeg loop it without a slip.
     """
-    quality = ["-preset", "ultrafast", "-crf", "18", "-g", "30"] if encoder == "libx264" else ["-q:v", "2"]
+    size, rate = f"{picture.width}x{picture.height}", rational(picture.fps)
+    quality = ["-q:v", "2"]
+    if encoder == "libx264":
+        quality = ["-preset", "ultrafast", "-crf", "18", "-g", "30"]
     return [ffmpeg, *QUIET, "-y", "-loglevel", "repeat+level+warning",
-            "-f", "lavfi", "-i", f"testsrc2=size={width}x{height}:rate={rational(fps)}",
-            "-frames:v", str(clip_frames(fps)), "-pix_fmt", "yuv420p", "-c:v", encoder,
-            *quality, "-f", "mov", *PROGRESS_ARGS, named_file(target)]
+            "-f", "lavfi", "-i", f"testsrc2=size={size}:rate={rate}",
+            "-frames:v", str(clip_frames(picture.fps)), "-pix_fmt", picture.pixel_format,
+            "-c:v", encoder, *quality, "-f", "mov", *PROGRESS_ARGS, named_file(target)]
 
 
 def clip_frames(fps: float) -> int:
@@ -2179,36 +2540,41 @@ def comparison_format(source: str) -> str:
     """Return the pixel format to compare in: the source's own depth and chroma, planar."""
     chroma = re.match(r"yuvj?(422|444)p", source)
     depth = re.search(r"(\d\d)(?:le|be)$", source)
-    bits = "" if depth is None else "10le" if int(depth[1]) <= 10 else "12le"
+    bits = ""
+    if depth:
+        bits = "10le" if int(depth[1]) <= 10 else "12le"
     return f"yuv{chroma[1] if chroma else '420'}p{bits}"
 
 
 FRAME_LOG = "frames.log"
-WINDOW = 16  # pixels; of a smaller plane, which has no two windows, FFmpeg's SSIM is no number
+WINDOW = 16  # pixels; of a smaller plane, which has no two windows, FFmpeg's SSIM is not a number
 
 
 def quality_command(machine: Machine, metric: str, source: Source, made: Plan) -> list[str]:
-    """Return the command that compares an output with its source, which is filtered as it was to encode it.
+    """Return the command that compares an output with its source, filtered as it was to encode it.
 
-    Frames are paired by their number: so a film of changing rate, or one that begins late, is too. Each
-    frame's score goes to FRAME_LOG in the current folder.
+    Frames are paired by their number: so a film of changing rate, or one that begins late, is too.
+    Each frame's score goes to FRAME_LOG in the current folder.
     """
     threads = max(1, machine.threads // machine.slots)
-    log = {"vmaf": f"libvmaf=n_threads={threads}:log_fmt=csv:log_path="}.get(metric, f"{metric}=stats_file=")
+    log = f"{metric}=stats_file={FRAME_LOG}"
+    if metric == "vmaf":
+        log = f"libvmaf=n_threads={threads}:log_fmt=csv:log_path={FRAME_LOG}"
     number = f"settb=AVTB,setpts=N/(25*TB),format={comparison_format(source.pixel_format)}"
-    reference = ",".join(part for part in (made.filters, number) if part)
-    graph = f"[0:V:0]{number}[a];[1:V:0]{reference}[b];[a][b]{log}{FRAME_LOG}:shortest=1"
+    reference = f"{made.filters},{number}" if made.filters else number
+    graph = f"[0:V:0]{number}[a];[1:V:0]{reference}[b];[a][b]{log}:shortest=1"
     loop = ["-stream_loop", "-1"] if source.loop else []
-    return [machine.ffmpeg, *QUIET, "-loglevel", "repeat+level+info", "-threads", str(threads),
+    return [machine.ffmpeg, *QUIET, *LOG_ARGS, "-threads", str(threads),
             *open_args(made.target, made.container, machine.http_args),
             *loop, *open_args(source.url, source.demuxer, machine.http_args),
             "-lavfi", graph, "-an", "-sn", "-dn", "-f", "null", *PROGRESS_ARGS, "-"]
 
 
-def probe_command(ffprobe: str, url: str, demuxer: str = "", http_args: Sequence[str] = ()) -> list[str]:
-    """Return the command that describes a film as JSON; ffprobe finds the format where none is said."""
-    return [ffprobe, "-hide_banner", "-v", "error", "-print_format", "json", "-show_format", "-show_streams",
-            *open_args(url, demuxer, http_args)]
+def probe_command(ffprobe: str, url: str, demuxer: str = "",
+                  http_args: Sequence[str] = ()) -> list[str]:
+    """Return the command that describes a film as JSON; without `demuxer` ffprobe finds the format."""
+    return [ffprobe, "-hide_banner", "-v", "error", "-print_format", "json", "-show_format",
+            "-show_streams", *open_args(url, demuxer, http_args)]
 
 
 # ---- 7 Output -------------------------------------------------------------------------------------
@@ -3398,7 +3764,8 @@ class Attempt(Supervisor):
         except OSError:
             self.progress = phase_json("making the generated source", 0.0)
             encoder = "libx264" if self._place.machine.encoders.get("libx264", "") is None else "mpeg4"
-            argv = clip_command(self._place.machine.ffmpeg, width, height, fps, encoder, str(mine))
+            picture = Picture(width, height, fps)
+            argv = clip_command(self._place.machine.ffmpeg, picture, encoder, str(mine))
             self._expect(self._execute(argv, lambda line: None), settings)
             with contextlib.suppress(OSError):
                 os.link(mine, kept)
@@ -3903,9 +4270,9 @@ def _verdict(settings: Settings, made: Plan, metrics: Json, machine: Machine) ->
     row, speed = ENCODERS[made.encoder], metrics.get("speed")
     if metrics.get("damaged_packets"):
         return "check_input", [f"FFmpeg told of damage {metrics['damaged_packets']} times"], {}
-    hardware = next((name for name, why in machine.hardware(row.codec).items()
-                     if why is None and (settings.crf is None or ENCODERS[name].crf is not None)
-                     and _takes(ENCODERS[name], settings.pixel_format or "yuv420p")), None)
+    hardware = next((name for name in machine.hardware(row.codec)
+                     if machine.is_proved(name) and (settings.crf is None or ENCODERS[name].crf is not None)
+                     and ENCODERS[name].takes(settings.pixel_format or "yuv420p")), None)
     if hardware and not row.hardware and not settings.two_pass:
         return "hardware_encoder", [f"{hardware} was proved on this machine"], {"encoder": hardware}
     doubts = _disturbances(metrics) or ([] if speed is not None else ["the speed is unknown"])

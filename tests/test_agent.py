@@ -163,7 +163,43 @@ class ChoosingAPreset(unittest.TestCase):
         self.assertIn("libx264", caught.exception.message)
 
 
+    def test_a_preset_for_an_encoder_without_any_is_refused_or_said_to_be_ignored(self) -> None:
+        for name, row in ENCODERS.items():
+            if not row.presets:
+                with self.assertRaises(agent.ApiError, msg=name) as caught:
+                    agent.resolve("transcode", {"codec": row.codec, "encoder": name, "preset": "fast"})
+                self.assertEqual(caught.exception.field, "parameters.preset")
+                self.assertIn(f"{name}: it has no presets", caught.exception.message)
+        made = planned(on=machine(h264_vaapi=None), preset="fast")
+        self.assertIsNone(made.preset)
+        self.assertIn("preset fast is ignored: h264_vaapi has no presets", made.reason)
+
+
 class Planning(unittest.TestCase):
+    def test_a_pixel_format_that_does_not_go_up_to_the_device_is_refused(self) -> None:
+        for wanted in ("p010le", "yuv420p10le", "yuv444p"):
+            with self.assertRaises(agent.ApiError) as caught:
+                agent.resolve("transcode-h265", {"encoder": "hevc_vaapi", "pixel_format": wanted})
+            self.assertEqual(caught.exception.field, "parameters.pixel_format")
+        on = machine(hevc_vaapi=None)
+        self.assertEqual(planned("transcode-h265", on=on, pixel_format="p010le").encoder, "libx265")
+        deep = dataclasses.replace(FILM, pixel_format="yuv420p10le")
+        made = planned("transcode-h265", deep, on, encoder="hevc_vaapi")
+        self.assertIn("format=nv12,hwupload", str(value_of(made.passes[0], "-vf")))
+        self.assertEqual(made.pixel_format, "yuv420p", "what is encoded")
+
+    def test_a_sound_encoder_that_is_broken_here_fails_the_attempt_with_its_reason(self) -> None:
+        on = machine(aac=NO_CUDA, libopus=None)
+        with self.assertRaises(Failure) as caught:
+            planned(on=on)
+        self.assertEqual(caught.exception.reason, "no_capability")
+        for word in ("aac", "worker-01", NO_CUDA, "audio=false"):
+            self.assertIn(word, caught.exception.message)
+        self.assertIn("libopus", planned("transcode-vp9", on=on, output="o.webm").passes[0])
+        self.assertIn("-an", planned(on=on, audio=False).passes[0])
+        busy = machine(aac=f"{hwdetect.UNDECIDED} 9 s")
+        self.assertIn("aac", planned(on=busy).passes[0])
+
     def test_a_film_in_another_shape_keeps_its_shape_inside_the_size_asked_for(self) -> None:
         made = planned("1080p30-h264", dataclasses.replace(FILM, width=1440, height=1080))
         self.assertEqual((made.width, made.height), (1920, 1080))
@@ -197,7 +233,7 @@ class Planning(unittest.TestCase):
                           (30000 / 1001, "30000/1001"), (24, "24"), (12.5, "12.5"), (119.88, "120000/1001")):
             self.assertEqual(agent.rational(fps), word)
             self.assertIn(f"fps={word}", planned(fps=fps).filters)
-            clip = agent.clip_command("ffmpeg", 64, 64, fps, "libx264", "c.mov")
+            clip = agent.clip_command("ffmpeg", agent.Picture(64, 64, fps), "libx264", "c.mov")
             self.assertIn(f":rate={word}", " ".join(clip))
 
     def test_a_steady_ntsc_film_at_its_own_rate_is_not_resampled_and_another_is(self) -> None:
