@@ -1696,7 +1696,7 @@ class Master:
         self.started_at = wall()
         self.counts: dict[str, int] = {"submitted": 0, "claims": 0, "reports": 0, "heartbeats": 0,
                                        "lost_leases": 0, "refused_reports": 0, "push_lines": 0,
-                                       "push_failures": 0, "push_dropped": 0, "push_spool_bytes": 0}
+                                       "push_failures": 0, "push_dropped": 0}
         self.samples: queue.Queue[Sampled] | None = None  # there is one while somebody takes from it
         self._log = log
         self._lock = threading.Lock()
@@ -2661,6 +2661,11 @@ class Master:
                         self.journal.size_bytes(), self.started_at, self.journal.trouble is None,
                         *self.journal.disk_bytes(), last_result)
 
+    def count(self, name: str, step: int) -> None:
+        """Add to one of the counters of /metrics."""
+        with self._lock:
+            self.counts[name] += step
+
     def close(self) -> None:
         """Answer what is parked, commit what is queued, let the folder go."""
         with self._lock:
@@ -2857,10 +2862,8 @@ _OF_MASTER = (
     Metric("ffdist_push_lines_total", "Values that VictoriaMetrics took.", _count_of("push_lines")),
     Metric("ffdist_push_failures_total", "Pushes that VictoriaMetrics did not take.",
            _count_of("push_failures")),
-    Metric("ffdist_push_dropped_total", "Values given up: past the spool's limit, or refused.",
+    Metric("ffdist_push_dropped_total", "Values dropped in a long outage, or refused.",
            _count_of("push_dropped")),
-    Metric("ffdist_push_spool_bytes", "What waits on disk for VictoriaMetrics, results aside.",
-           _count_of("push_spool_bytes")),
 
     Metric("ffdist_journal_commits_total", "Commits of the journal.", _field_of("commits")),
     Metric("ffdist_journal_commit_seconds_total", "Time spent in commits of the journal.",
@@ -4112,177 +4115,205 @@ def _raise_file_limit() -> None:
 
 # ---- 15 Push --------------------------------------------------------------------------------------
 
+# Three kinds of values go to VictoriaMetrics, each with its own time:
+#
+# Results are read from the journal, from the last one on that was taken. Its number is kept in a
+# file of the data folder, so that neither an outage nor a kill -9 loses a result. A value that is
+# pushed twice counts once (-dedup.minScrapeInterval).
+#
+# Samples are known to memory alone. They wait there while VictoriaMetrics is away, up to
+# UNSENT_LIMIT_BYTES; then the oldest are dropped and counted. A kill of the master loses them.
+#
+# States of nodes are pushed when they change, and all of them now and then. In an outage none are
+# kept: the next push has the states of its own time.
+
 PUSH_S = 5.0
+# A query looks back 5 min for a state; one that is repeated more often than a panel's step is
+# dense.
 NODES_AGAIN_S = 30.0
+# About 3 MB a request: VictoriaMetrics takes 32 MiB a line and any body, but answers after the
+# whole.
 PUSH_LINES_MOST = 20_000
 PUSH_RESULTS_MOST = 500
+# Results from before pushing was switched on; the journal may hold a million.
 BACKFILL_MOST = 10_000
-SPOOL_LIMIT_BYTES = 256 << 20
+# About 400,000 values: 17 minutes of an outage with 100 busy nodes.
+UNSENT_LIMIT_BYTES = 64 << 20
+# Answers that the same body would get again; every other failure may pass.
 REFUSED_STATUSES = (400, 413, 415, 422)
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file for the owner alone that is either there as a whole or as it was before."""
+    """Write a file for the owner alone; readers see the old content or the new, never a part."""
     partial = path.with_name(f".{path.name}.part")
-    partial.unlink(missing_ok=True)  # what a kill has left, or a link of somebody else
+    partial.unlink(missing_ok=True)  # a leftover of a kill, or a link of somebody else
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     with open(os.open(partial, flags, 0o600), "wb") as file:
         file.write(data)
     os.replace(partial, path)
 
 
-class Spool:
-    """Batches of lines that wait in files of a folder; past its limit the oldest are given up."""
+class Unsent:
+    """Bodies of lines that wait in memory for VictoriaMetrics, oldest first, within a limit."""
 
-    def __init__(self, folder: Path, limit_bytes: int, counts: dict[str, int], log: logging.Logger) -> None:
-        self._folder = folder
+    def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self._counts = counts
-        self._log = log
-        self._sizes = {path: path.stat().st_size for path in sorted(folder.glob("[0-9]" * 12 + ".txt"))}
-        self._number = max((int(path.stem) for path in self._sizes), default=0)
-        self.add(())
+        self._bodies: deque[bytes] = deque()
+        self._size = 0
+
+    def add(self, lines: Sequence[str]) -> int:
+        """Append lines; return how many values were dropped to make room for them."""
+        for start in range(0, len(lines), PUSH_LINES_MOST):
+            body = _body(lines[start:start + PUSH_LINES_MOST])
+            self._bodies.append(body)
+            self._size += len(body)
+        dropped = 0
+        while self._size > self._limit_bytes:
+            dropped += self.pop().count(b"\n")
+        return dropped
 
     def oldest(self) -> bytes | None:
-        """Return the batch that waits longest; None when none does."""
-        path = next(iter(self._sizes), None)
-        return None if path is None else path.read_bytes() if path.exists() else b""
+        """Return the body that waits longest; None where none waits."""
+        return self._bodies[0] if self._bodies else None
 
-    def forget(self) -> None:
-        """Remove the batch that waits longest."""
-        path = next(iter(self._sizes))
-        path.unlink(missing_ok=True)
-        self._sizes.pop(path)
-
-    def add(self, batches: Iterable[bytes]) -> None:
-        """Keep batches on disk, as far as the limit allows, and tell how much waits there."""
-        for body in batches:
-            self._number += 1
-            path = self._folder / f"{self._number:012d}.txt"
-            try:
-                write_whole(path, body)
-                self._sizes[path] = len(body)
-            except OSError as error:
-                self._counts["push_dropped"] += body.count(b"\n")
-                self._log.error("values for VictoriaMetrics are lost: %s: %s", path, error.strerror)
-        while sum(self._sizes.values()) > self._limit_bytes:
-            with contextlib.suppress(OSError):
-                self._counts["push_dropped"] += (self.oldest() or b"").count(b"\n")
-            self.forget()
-        self._counts["push_spool_bytes"] = sum(self._sizes.values())
+    def pop(self) -> bytes:
+        """Remove the body that waits longest, and return it."""
+        body = self._bodies.popleft()
+        self._size -= len(body)
+        return body
 
 
 class Pusher:
-    """Pushes to VictoriaMetrics what a master learns; one thread calls loop(), then shut_down().
+    """Pushes to VictoriaMetrics what a master learns; one thread calls step()."""
 
-    Results are read from the journal, after the last one that was taken (its number is in the folder), so
-    that no outage and no kill -9 loses any. Samples and states of nodes are known to memory alone: what is
-    not taken waits in the spool.
-    """
-
-    def __init__(self, url: str, folder: Path, master: Master, log: logging.Logger,
-                 limit_bytes: int = SPOOL_LIMIT_BYTES) -> None:
+    def __init__(self, url: str, cursor: Path, master: Master, log: logging.Logger,
+                 limit_bytes: int = UNSENT_LIMIT_BYTES) -> None:
         self._url = url
-        self._folder = folder
         self._master = master
         self._log = log
-        self._told = False
-        self._known: dict[str, tuple[Any, ...]] = {}
-        self._all_nodes_at = 0.0
-        self._samples: queue.Queue[Sampled] = queue.Queue(SAMPLES_MOST)
         self._stopping = threading.Event()
-        wire.make_folder(folder)
-        self._spool = Spool(folder, limit_bytes, master.counts, log)
+
+        self._samples: queue.Queue[Sampled] = queue.Queue(SAMPLES_MOST)
+        self._unsent = Unsent(limit_bytes)
+        self._node_states: dict[str, tuple[Any, ...]] = {}
+        self._all_nodes_at = 0.0
+        self._cursor_path = cursor
         self._cursor = self._read_cursor()
-        write_whole(folder / "pushed", b"%d" % self._cursor)
+        self._write_cursor()
+
+        self._is_away = False
+        self._dropped = 0  # in this outage
         master.samples = self._samples
 
-    def _read_cursor(self) -> int:
-        last = self._master.snapshot().last_result
-        with contextlib.suppress(OSError, ValueError):
-            return min(last, int((self._folder / "pushed").read_text()))  # a recovered journal may be shorter
-        return max(0, last - BACKFILL_MOST)
+    def step(self, now: float) -> None:
+        """Push all there is at this moment of the wall clock: samples, nodes, results."""
+        self._take_samples()
+        try:
+            self._push_unsent()
+            self._push_nodes(now)
+            self._push_results()
+        except (ApiError, OSError) as error:
+            self._note_outage(error)
+        else:
+            self._note_return()
 
-    def run(self) -> None:
-        """Push now and every PUSH_S until end() is called."""
-        self.loop(self._master.wall())
-        while not self._stopping.wait(PUSH_S):
-            self.loop(self._master.wall())
-        self.shut_down(self._master.wall())
-
-    def end(self) -> None:
-        """Let run() come to its end."""
+    def stop(self) -> None:
+        """Let a step() come to its end soon: the journal keeps the results that it leaves."""
         self._stopping.set()
 
-    def loop(self, now: float) -> None:
-        """Push all there is at this moment of the wall clock: what waits on disk first."""
-        batches = self._gather(now)
-        try:
-            while not self._stopping.is_set() and (body := self._spool.oldest()) is not None:
-                self._push(body)
-                self._spool.forget()
-            while batches:
-                self._push(batches[0])
-                del batches[0]
-            before = self._cursor
-            while self._push_results():
-                pass
-            if self._cursor > before:
-                self._show()
-            if self._told:
-                self._log.info("VictoriaMetrics takes values again")
-            self._told = False
-        except (ApiError, OSError) as error:
-            self._master.counts["push_failures"] += 1
-            if not self._told:
-                self._log.warning("nothing is pushed to VictoriaMetrics, values wait in %s: %s", self._folder,
-                                  getattr(error, "message", error))
-            self._told = True
-        self._spool.add(batches)
+    def finish(self, now: float) -> None:
+        """Push the values of the last seconds after stop(); none while VictoriaMetrics is away."""
+        if not self._is_away:
+            self.step(now)
 
-    def shut_down(self, now: float) -> None:
-        """Keep what only memory knows for the next start."""
-        self._spool.add(self._gather(now))
-
-    def _gather(self, now: float) -> list[bytes]:
-        """Take the samples that came, and the nodes that changed; now and then all nodes."""
+    def _take_samples(self) -> None:
+        """Turn the samples that came into lines that wait; the oldest go where they are too many."""
         lines: list[str] = []
         with contextlib.suppress(queue.Empty):
             while True:
                 lines += sample_lines(self._samples.get_nowait())
+        dropped = self._unsent.add(lines)
+        if dropped:
+            self._dropped += dropped
+            self._master.count("push_dropped", dropped)
+
+    def _push_unsent(self) -> None:
+        while (body := self._unsent.oldest()) is not None:
+            self._push(body)
+            self._unsent.pop()
+
+    def _push_nodes(self, now: float) -> None:
+        """Push the states of the nodes that changed; of all of them every NODES_AGAIN_S."""
         shot = self._master.snapshot()
-        if now - self._all_nodes_at >= NODES_AGAIN_S:
-            self._known, self._all_nodes_at = {}, now
-        lines += node_lines(shot, now, self._known)
-        self._known = {node[1]: node for node in shot.nodes}
-        return [_body(lines[start:start + PUSH_LINES_MOST])
-                for start in range(0, len(lines), PUSH_LINES_MOST)]
+        is_due = now - self._all_nodes_at >= NODES_AGAIN_S
+        lines = node_lines(shot, now, {} if is_due else self._node_states)
+        for start in range(0, len(lines), PUSH_LINES_MOST):
+            self._push(_body(lines[start:start + PUSH_LINES_MOST]))
+        self._node_states = {node[1]: node for node in shot.nodes}
+        if is_due:
+            self._all_nodes_at = now
 
-    def _push_results(self) -> bool:
-        """Push some results of the journal; return whether there may be more."""
-        found = self._master.ended_after(self._cursor, PUSH_RESULTS_MOST)
-        if found:
-            self._push(_body([line for _, result, spec in found for line in result_lines(result, spec)]))
-            self._cursor = found[-1][0]
-            write_whole(self._folder / "pushed", b"%d" % self._cursor)
-        return len(found) == PUSH_RESULTS_MOST and not self._stopping.is_set()
+    def _push_results(self) -> None:
+        """Push the results of the journal after the cursor, a page at a time."""
+        before, is_full = self._cursor, True
+        while is_full and not self._stopping.is_set():
+            page = self._master.ended_after(self._cursor, PUSH_RESULTS_MOST)
+            is_full = len(page) == PUSH_RESULTS_MOST
+            if page:
+                self._push(_body([
+                    line for _, result, spec in page for line in result_lines(result, spec)]))
+                self._cursor = page[-1][0]
+                self._write_cursor()
+        if self._cursor > before:
+            self._flush()
 
-    def _show(self) -> None:
-        """Let queries see what came: VictoriaMetrics looks for new series only every 10 s by itself."""
+    def _flush(self) -> None:
+        """Let queries see new series: VictoriaMetrics looks for them only every 10 s by itself."""
         with contextlib.suppress(ApiError):
             wire.exchange_text(f"{self._url}/internal/force_flush")
 
     def _push(self, body: bytes) -> None:
-        """Push lines; those that can never be taken are given up. ApiError when to try again."""
+        """Push lines. ApiError where they may be taken later; those never taken are dropped."""
         count = body.count(b"\n")
         try:
             wire.exchange_text(f"{self._url}/api/v1/import/prometheus", body)
-            self._master.counts["push_lines"] += count
         except ApiError as error:
             if error.status not in REFUSED_STATUSES:
                 raise
-            self._master.counts["push_dropped"] += count
-            self._log.error("VictoriaMetrics refuses %d values, they are given up: %s", count, error.message)
+            self._master.count("push_dropped", count)
+            self._log.error("VictoriaMetrics refuses %d values; they are dropped: %s",
+                            count, error.message)
+        else:
+            self._master.count("push_lines", count)
+
+    def _note_outage(self, error: Exception) -> None:
+        """Count a failure; log the first of an outage."""
+        self._master.count("push_failures", 1)
+        if not self._is_away:
+            self._log.warning("nothing is pushed to VictoriaMetrics; results wait in the journal, "
+                              "samples in memory: %s", getattr(error, "message", error))
+        self._is_away = True
+
+    def _note_return(self) -> None:
+        """Log the end of an outage, and what it cost."""
+        if self._dropped:
+            self._log.warning("%d values of samples were dropped while VictoriaMetrics was away",
+                              self._dropped)
+        if self._is_away:
+            self._log.info("VictoriaMetrics takes values again")
+        self._is_away, self._dropped = False, 0
+
+    def _read_cursor(self) -> int:
+        """Return the number of the last result that was taken."""
+        last = self._master.snapshot().last_result
+        try:
+            kept = int(self._cursor_path.read_text())
+        except (OSError, ValueError):
+            return max(0, last - BACKFILL_MOST)
+        return min(last, kept)  # a recovered journal may be shorter
+
+    def _write_cursor(self) -> None:
+        write_whole(self._cursor_path, b"%d" % self._cursor)
 
 
 def _body(lines: Iterable[str]) -> bytes:
@@ -4291,92 +4322,151 @@ def _body(lines: Iterable[str]) -> bytes:
 
 # ---- 16 Service -----------------------------------------------------------------------------------
 
+# A service starts from the inside out: first the port is bound (a second master on it must not
+# touch the journal), then the journal is opened and replayed, then the threads begin, the one that
+# accepts connections among them. It stops from the outside in: the socket closes, so that no
+# request comes; the loops end; Master answers what is parked, commits what is queued and closes
+# the journal.
+#
+# Each loop of the background calls a step() at its interval, in a thread of its own. A step that
+# fails is logged and called again: the silent end of a thread would be noticed too late.
+
 HOUSEKEEPING_S = 30.0
+# The thread that accepts connections looks so often whether it should end.
+ACCEPT_S = 0.2
+# Finished jobs are removed a few at a time, with a pause in which others get the lock.
+EXPIRY_PAUSE_S = 0.05
 
 
-class Service:
-    """A running master: its socket, its state, its background threads; start() and stop()."""
+class Loop:
+    """Calls a step at once and at its interval, in a thread of its own, until end()."""
 
-    def __init__(self, host: str, port: int, folder: Path, settings: Settings, log: logging.Logger,
-                 victoriametrics: str | None = None) -> None:
-        _raise_file_limit()
+    def __init__(self, name: str, interval_s: float, step: Callable[[], object],
+                 log: logging.Logger, *, patience_s: float = 1.0) -> None:
+        self._name = name
+        self._interval_s = interval_s
+        self._step = step
         self._log = log
+        self._patience_s = patience_s
+        self._last_error = ""
         self._stopping = threading.Event()
-        try:
-            self._server = Server(host, port, log)
-        except (OSError, OverflowError) as error:
-            raise CommandError(no_port_text(host, port, error)) from None
-        try:
-            settings = replace(settings, tariff=settings.tariff or Tariff())
-            self._server.master = self.master = Master(folder, settings, log)
-        except BaseException:
-            self._server.server_close()
-            raise
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{self._server.server_port}"
-        self._pusher = (Pusher(victoriametrics, folder / "push", self.master, log) if victoriametrics
-                        else None)
-        work = {"serving": lambda: self._server.serve_forever(0.2),
-                "expiry of leases": lambda: self._every(REAP_S, self.master.reap),
-                "housekeeping": self._keep_house, **({"push": self._pusher.run} if self._pusher else {})}
-        self._threads = [threading.Thread(target=self._guarded, args=row, daemon=True)
-                         for row in work.items()]
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        """Begin to serve and to reap."""
-        for thread in self._threads:
-            thread.start()
+        """Begin with the first step."""
+        self._thread.start()
 
-    def _guarded(self, name: str, work: Callable[[], None]) -> None:
-        """Do what a thread is for; an error of ours is told once, and it goes on: its end would be silent."""
-        told = ""
-        while not self._stopping.is_set():
-            try:
-                return work()
-            except Exception as error:
-                words = f"{type(error).__name__}: {error}"
-                self._log.log(logging.DEBUG if words == told else logging.ERROR,
-                              "%s failed and goes on: %s", name, words)
-                self._log.debug("the failure in full", exc_info=True)
-                told = words
-            self._stopping.wait(REAP_S)
-
-    def _every(self, interval_s: float, work: Callable[[], Any]) -> None:
-        while not self._stopping.wait(interval_s):
-            try:
-                work()
-            except ApiError as error:
-                self._log.debug("%s: %s", work.__name__, error.message)
-
-    def _keep_house(self) -> None:
-        """Check the journal once; then remove what is past the limits, now and then."""
-        self.master.journal.check()
-        self._every(HOUSEKEEPING_S, self._expire)
-
-    def _expire(self) -> None:
-        while self.master.expire() and not self._stopping.wait(0.05):
-            pass  # a little at a time
-
-    def stop(self) -> None:
-        """Accept nothing more, answer what is parked, commit what is queued."""
+    def end(self) -> None:
+        """End after the step that is under way."""
         self._stopping.set()
-        self._server.shutdown()
-        self._server.server_close()
-        if self._pusher is not None:
-            self._pusher.end()
-            self._threads[-1].join(wire.CONNECT_S + 2)
-        self.master.close()
+
+    def join(self) -> None:
+        """Wait for the end, `patience_s` at most."""
+        if self._thread.is_alive():
+            self._thread.join(self._patience_s)
+
+    def _run(self) -> None:
+        self.step()
+        while not self._stopping.wait(self._interval_s):
+            self.step()
+
+    def step(self) -> None:
+        """Call the step once; log its error, one like the last for debugging only."""
+        try:
+            self._step()
+        except ApiError as error:
+            # Refused while the journal cannot be written: Master has logged that already.
+            self._log.debug("%s: %s", self._name, error.message)
+        except Exception as error:
+            words = f"{type(error).__name__}: {error}"
+            level = logging.DEBUG if words == self._last_error else logging.ERROR
+            self._log.log(level, "%s failed and goes on: %s", self._name, words)
+            self._log.debug("the failure in full", exc_info=True)
+            self._last_error = words
+
+
+def _bound(host: str, port: int, log: logging.Logger) -> Server:
+    """Return a server that listens; CommandError says why that is not possible."""
+    try:
+        return Server(host, port, log)
+    except (OSError, OverflowError) as error:
+        raise CommandError(no_port_text(host, port, error)) from None
 
 
 def no_port_text(host: str, port: int, error: Exception) -> str:
-    """Tell why a port cannot be opened, and what to do."""
+    """Return why a port cannot be opened, and the next step."""
     code = getattr(error, "errno", None)
     if code == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
         return f"this machine has no address {host}: choose another with --host"
+
     cause = getattr(error, "strerror", None) or str(error)
-    next_step = (f"see who has it with 'lsof -i :{port}', or choose another with --port"
-                 if code != errno.EACCES else "ports below 1024 need root: choose another with --port")
+    next_step = f"see who has it with 'lsof -i :{port}', or choose another with --port"
+    if code == errno.EACCES:
+        next_step = "ports below 1024 need root: choose another with --port"
     return f"port {port} on {host} cannot be opened: {cause}; {next_step}"
+
+
+class Service:
+    """A running master: its socket, its state, the threads of the background."""
+
+    def __init__(self, host: str, port: int, folder: Path, settings: Settings, *,
+                 log: logging.Logger, victoriametrics: str | None = None) -> None:
+        _raise_file_limit()
+        self._server = _bound(host, port, log)
+        try:
+            settings = replace(settings, tariff=settings.tariff or Tariff())
+            self.master = self._server.master = Master(folder, settings, log)
+        except BaseException:
+            self._server.server_close()
+            raise
+
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self._server.server_port}"
+        self._is_checked = False
+        self._stopping = threading.Event()
+        self._loops = [
+            Loop("serving", REAP_S, lambda: self._server.serve_forever(ACCEPT_S), log),
+            Loop("expiry of leases", REAP_S, lambda: self.master.reap(), log),
+            Loop("housekeeping", HOUSEKEEPING_S, self._keep_house, log),
+        ]
+        self._pusher: Pusher | None = None
+        if victoriametrics is not None:
+            pusher = self._pusher = Pusher(victoriametrics, folder / "pushed", self.master, log)
+            self._loops.append(Loop("push", PUSH_S, lambda: pusher.step(self.master.wall()), log,
+                                    patience_s=wire.CONNECT_S + 2))
+
+    def start(self) -> None:
+        """Begin to serve, and start the loops."""
+        for loop in self._loops:
+            loop.start()
+
+    def stop(self) -> None:
+        """Stop in the order that the head of this section gives."""
+        self._stopping.set()
+        for loop in self._loops:
+            loop.end()
+        self._server.shutdown()
+        self._server.server_close()
+
+        if self._pusher is not None:
+            self._pusher.stop()
+        for loop in self._loops:
+            loop.join()
+        if self._pusher is not None:
+            self._pusher.finish(self.master.wall())
+        self.master.close()
+
+    def _keep_house(self) -> None:
+        """Check the journal at first; then remove the jobs past the limits, a few at a time.
+
+        A check reads the whole journal, which may take minutes: stop() does not wait for it.
+        """
+        if not self._is_checked:
+            self.master.journal.check()
+            self._is_checked = True
+            return
+        while self.master.expire() and not self._stopping.wait(EXPIRY_PAUSE_S):
+            pass
 
 
 # ---- 17 Experiments -------------------------------------------------------------------------------
@@ -5763,8 +5853,8 @@ _FLEET = (
           ("max(increase(@lost_leases_total[1h]))", "max(increase(@refused_reports_total[1h]))"),
           ("lost leases", "refused reports")),
     Panel("timeseries", "The master's disk", "bytes",
-          ("max(@disk_free_bytes)", "max(@journal_size_bytes)", "max(@push_spool_bytes)"),
-          ("free", "journal", "waits for VictoriaMetrics")),
+          ("max(@disk_free_bytes)", "max(@journal_size_bytes)"),
+          ("free", "journal")),
     _graph("Mean commit of the journal", "s",
            "max(rate(@journal_commit_seconds_total[5m])) / max(rate(@journal_commits_total[5m]))"),
     Panel("table", "Nodes", "short",
@@ -7032,7 +7122,8 @@ def cmd_master(args: argparse.Namespace) -> int:
         signal.signal(number, lambda *_: stop.set())
 
     folder = _data_dir(args)
-    service = Service(args.host, args.port, folder, settings_of(args), log, args.victoriametrics)
+    service = Service(args.host, args.port, folder, settings_of(args), log=log,
+                      victoriametrics=args.victoriametrics)
     _start_and_log(service, folder, log)
 
     # Python runs a handler in this thread alone, and only when it wakes: so it does not wait for
@@ -7104,7 +7195,7 @@ def cmd_demo(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="ffdist-demo-") as name:
         folder = Path(name)
         log = wire.setup_logging("error", "text", "ffdist.master")
-        service = Service("127.0.0.1", 0, folder / "master", Settings(), log)
+        service = Service("127.0.0.1", 0, folder / "master", Settings(), log=log)
         service.start()
         try:
             return _demo_with_agent(args, service.url, film, folder)

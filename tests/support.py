@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -322,6 +323,24 @@ def served(folder: Path) -> Iterator[str]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+class _Listener(logging.Handler):
+    """Keeps the messages of a logger."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def listening_log(level: int = logging.DEBUG) -> tuple[logging.Logger, list[str]]:
+    """Return a logger of its own, and the list that its messages from a level on are appended to."""
+    log, listener = logging.Logger("test"), _Listener(level)
+    log.addHandler(listener)
+    return log, listener.messages
 
 
 def control_groups() -> set[str]:

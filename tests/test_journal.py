@@ -25,7 +25,7 @@ from typing import Any
 from unittest import mock
 
 import ffdist
-from tests.support import TOP, Case, Master, call, free_port, run, small_disk, wait_for
+from tests.support import TOP, Case, Master, call, free_port, listening_log, run, small_disk, wait_for
 from tests.test_api import Node
 
 LOG = logging.getLogger("ffdist.test-journal")
@@ -746,7 +746,8 @@ class TestRetention(Case):
 
     def test_a_master_keeps_house_by_itself(self) -> None:
         with mock.patch.object(ffdist, "HOUSEKEEPING_S", 0.05):
-            service = ffdist.Service("127.0.0.1", 0, self.folder / "s", ffdist.Settings(keep_jobs=2), LOG)
+            service = ffdist.Service("127.0.0.1", 0, self.folder / "s", ffdist.Settings(keep_jobs=2),
+                                     log=LOG)
             service.start()
             self.addCleanup(service.stop)
             self.master_of.close()
@@ -797,12 +798,10 @@ class TestErrorsOfItsOwn(Case):
         self.assertEqual(master.ready(), {"status": "ready"})
 
     def test_no_thread_of_the_service_ends_by_an_error(self) -> None:
-        said: list[str] = []
-        log = mock.Mock(wraps=LOG, log=lambda level, text, *values: said.extend(
-            [text % values] * (level == logging.ERROR)))
+        log, said = listening_log(logging.ERROR)
         with mock.patch.object(ffdist, "REAP_S", 0.02), mock.patch.object(ffdist, "HOUSEKEEPING_S", 0.02):
-            service = ffdist.Service("127.0.0.1", 0, self.folder / "s", ffdist.Settings(), log,
-                                     "http://127.0.0.1:9")
+            service = ffdist.Service("127.0.0.1", 0, self.folder / "s", ffdist.Settings(), log=log,
+                                     victoriametrics="http://127.0.0.1:9")
             broken = {"reap": service.master, "expire": service.master, "snapshot": service.master,
                       "_handle_request_noblock": service._server}
             whole = {name: getattr(thing, name) for name, thing in broken.items()}

@@ -28,7 +28,19 @@ from typing import Any
 
 import agent as wire
 import ffdist
-from tests.support import TOP, Case, Program, call, free_port, interruptible, need, run, wait_for
+from tests.support import (
+    TOP,
+    Case,
+    Master,
+    Program,
+    call,
+    free_port,
+    interruptible,
+    listening_log,
+    need,
+    run,
+    wait_for,
+)
 from tests.test_api import Node
 
 RECEIVED = "2026-05-04T10:00:30.250Z"
@@ -38,7 +50,7 @@ SITE = ffdist.Site("/srv/m", "http://127.0.0.1:8080", "http://127.0.0.1:8428", "
 NODES = [("a", "id-a", "busy", 1), ('b "quoted" \\ back', "id-b", "offline", 0)]
 SHOT = ffdist.Snapshot({}, NODES, 0, dict.fromkeys(
     ("submitted", "claims", "reports", "heartbeats", "lost_leases", "refused_reports", "push_lines",
-     "push_failures", "push_dropped", "push_spool_bytes"), 0), 0, 0.0, 0, 0.0, True, 1, 2, 0)
+     "push_failures", "push_dropped"), 0), 0, 0.0, 0, 0.0, True, 1, 2, 0)
 TARIFF = ("--energy-price", "0.3", "--carbon-intensity", "400")
 EVERY_FIELD = {metric.field: 10.0 + number / 4 for number, metric in enumerate(ffdist.METRICS)
                if metric.name.startswith("ffdist_job_") and metric.field != "info"}
@@ -215,14 +227,12 @@ class Store:
 
 
 class Pushing(unittest.TestCase):
-    """The pusher alone, its loop called by hand, beside a master in this process."""
+    """The pusher alone, its step called by hand, beside a master in this process."""
 
     def setUp(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ffdist-test-"))
         self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
-        self.said: list[str] = []
-        self.log = logging.Logger("push")
-        self.log.addHandler(_Heard(self.said))
+        self.log, self.said = listening_log()
         self.store = Store()
         self.addCleanup(self.store.close)
         self.open()
@@ -236,7 +246,7 @@ class Pushing(unittest.TestCase):
         self.pusher = self.made(**more)
 
     def made(self, **more: Any) -> ffdist.Pusher:
-        return ffdist.Pusher(f"http://{self.store.place}", self.folder / "push", self.master, self.log,
+        return ffdist.Pusher(f"http://{self.store.place}", self.folder / "pushed", self.master, self.log,
                              **more)
 
     def again(self) -> None:
@@ -259,12 +269,9 @@ class Pushing(unittest.TestCase):
     def count(self, name: str) -> int:
         return self.master.counts[f"push_{name}"]
 
-    def spooled(self) -> list[str]:
-        return [path.read_text() for path in sorted((self.folder / "push").glob("*.txt"))]
-
     def test_results_samples_and_nodes_are_pushed_once(self) -> None:
         first = self.job(samples=2, duration=1.5)
-        self.pusher.loop(1000.0)
+        self.pusher.step(1000.0)
         lines = self.store.lines()
         names = [re.split(r"[ {]", line)[0] for line in lines]
         self.assertEqual(names, ["ffdist_sample_cpu_usage_percent"] * 2 + [
@@ -272,114 +279,135 @@ class Pushing(unittest.TestCase):
             "ffdist_job_info", "ffdist_job_duration_seconds"])
         self.assertEqual(sum(first in line for line in lines), 4)
         self.assertEqual(self.count("lines"), len(lines))
-        self.pusher.loop(1005.0)
+        self.pusher.step(1005.0)
         self.assertEqual(self.store.lines(), lines)
-        self.pusher.loop(1031.0)
+        self.pusher.step(1031.0)
         self.assertEqual(len(self.store.lines()), len(lines) + 4)
         self.assertEqual((self.said, self.store.asked), ([], ["/internal/force_flush"]))
 
     def test_the_last_samples_come_with_the_result_and_are_not_kept_in_it(self) -> None:
         job = self.job(last=[{"time": "2026-05-04T10:00:59Z", "cpu_usage": 9}])
-        self.pusher.loop(1000.0)
+        self.pusher.step(1000.0)
         self.assertEqual(sum("sample_cpu" in line and job in line for line in self.store.lines()), 1)
         self.assertNotIn("samples", self.master.job(job)["result"])
 
     def test_an_outage_is_said_once_and_nothing_is_lost_by_it(self) -> None:
         self.store.status = 503
         first = self.job(samples=1)
-        self.pusher.loop(1000.0)
+        self.pusher.step(1000.0)
         second = self.job(samples=1)
-        self.pusher.loop(1005.0)
+        self.pusher.step(1005.0)
         self.assertEqual((self.count("failures"), self.count("lines"), len(self.said)), (2, 0, 1))
         self.assertIn("503", self.said[0])
-        self.assertEqual(self.count("spool_bytes"), sum(map(len, self.spooled())))
         self.store.status = 204
-        self.pusher.loop(1010.0)
+        self.pusher.step(1010.0)
         text = "".join(self.store.bodies)
         order = [text.index(f'cpu_usage_percent{{node="w",node_id="{self.node["id"]}",job_id="{job}"')
                  for job in (first, second)]
         self.assertEqual(order, sorted(order))
         self.assertEqual([text.count(f'ffdist_job_info{{job_id="{job}"') for job in (first, second)], [1, 1])
-        self.assertEqual((self.spooled(), self.count("spool_bytes"), self.count("dropped")), ([], 0, 0))
-        self.assertEqual(len(self.said), 2)
+        states = [line for line in self.store.lines() if line.startswith("ffdist_node_up")]
+        self.assertEqual([line.split()[-1] for line in states], ["1010000"], "states of now, none of then")
+        self.assertEqual((self.count("dropped"), len(self.said)), (0, 2))
 
-    def test_past_the_limit_the_oldest_go_and_are_counted(self) -> None:
+    def test_samples_of_a_long_outage_are_dropped_and_counted_and_results_are_not(self) -> None:
         self.store.status = 500
-        self.pusher.loop(1000.0)
         self.pusher = self.made(limit_bytes=1000)
         jobs = []
         for number in range(6):
             jobs.append(self.job(samples=3))
-            self.pusher.loop(1001.0 + number)
-        kept = "".join(self.spooled())
-        self.assertLessEqual(len(kept), 1000)
-        self.assertIn(jobs[-1], kept)
-        self.assertNotIn(jobs[0], kept)
-        self.assertEqual(self.count("spool_bytes"), len(kept))
-        made = 4 + 6 * 3 + 4
-        self.assertEqual(self.count("dropped") + kept.count("\n"), made)
+            self.pusher.step(1001.0 + number)
+        self.assertEqual(len(self.said), 1, "one line at the beginning of an outage")
+        dropped = self.count("dropped")
         self.store.status = 204
-        self.pusher.loop(1010.0)
-        self.assertEqual({job for job in jobs if f'ffdist_job_info{{job_id="{job}"' in
-                          "".join(self.store.bodies)}, set(jobs), "results are never dropped")
+        self.pusher.step(1010.0)
+        text = "".join(self.store.bodies)
+        samples = [line for line in text.splitlines() if line.startswith("ffdist_sample")]
+        self.assertLessEqual(sum(len(line) + 1 for line in samples), 1000)
+        self.assertEqual((dropped + len(samples), self.count("dropped")), (6 * 3, dropped))
+        self.assertGreater(dropped, 0)
+        self.assertIn(jobs[-1], "".join(samples), "the newest are kept")
+        self.assertNotIn(jobs[0], "".join(samples))
+        self.assertEqual([job for job in jobs if f'ffdist_job_info{{job_id="{job}"' in text], jobs)
+        self.assertIn(f"{dropped} values of samples were dropped", "".join(self.said))
+        self.pusher.step(1015.0)
+        self.assertEqual(len(self.said), 3, "and two when it has ended")
 
-    def test_a_restart_goes_on_where_it_was(self) -> None:
+    def test_a_restart_goes_on_with_the_results_that_were_not_taken(self) -> None:
         done = self.job(samples=1)
-        self.pusher.loop(1000.0)
+        self.pusher.step(1000.0)
         self.store.status = 500
         waiting = self.job(samples=1)
-        self.pusher.loop(1005.0)
+        self.pusher.step(1005.0)
         last = self.job(samples=1)
-        self.pusher.shut_down(1006.0)
         self.store.bodies.clear()
         self.store.status = 204
         self.again()
-        self.assertGreater(self.count("spool_bytes"), 0)
-        self.pusher.loop(1010.0)
+        self.pusher.step(1010.0)
         text = "".join(self.store.bodies)
         self.assertNotIn(done, text)
-        for job in (waiting, last):
-            self.assertEqual((text.count(f'job_id="{job}"'), f'ffdist_job_info{{job_id="{job}"' in text),
-                             (2, True))
+        self.assertEqual([text.count(f'ffdist_job_info{{job_id="{job}"') for job in (waiting, last)], [1, 1])
+
+    def test_a_stop_pushes_the_last_seconds_unless_it_would_wait(self) -> None:
+        self.pusher.step(1000.0)
+        last = self.job(samples=1)
+        self.pusher.stop()
+        self.pusher.finish(1002.0)
+        self.assertIn(f'job_id="{last}"', "".join(self.store.bodies))
+        self.store.status = 500
+        self.pusher.step(1003.0)
+        failures = self.count("failures")
+        self.pusher.finish(1004.0)
+        self.assertEqual(self.count("failures"), failures)
+
+    def test_counters_change_only_under_the_masters_lock(self) -> None:
+        """An addition beside one of the Master's would lose one of both."""
+        master = self.master
+
+        class Guarded(dict[str, int]):
+            def __setitem__(self, name: str, value: int) -> None:
+                assert master._lock.locked(), f"{name} changed without the lock"
+                super().__setitem__(name, value)
+        master.counts = Guarded(master.counts)
+        self.job(samples=1)
+        self.pusher.step(1000.0)
+        for status in (400, 500):
+            self.store.status = status
+            self.job(samples=1)
+            self.pusher.step(1005.0)
+        self.assertEqual((self.count("failures") > 0, self.count("dropped") > 0), (True, True))
 
     def test_lines_that_can_never_be_taken_are_given_up(self) -> None:
         self.store.status = 400
         self.job(samples=2)
-        self.pusher.loop(1000.0)
-        self.assertEqual((self.count("dropped"), self.spooled()), (2 + 4 + 1, []))
+        self.pusher.step(1000.0)
+        self.assertEqual(self.count("dropped"), 2 + 4 + 1)
 
     def test_nobody_waits_for_a_pusher_that_does_not_keep_up(self) -> None:
         assert self.master.samples is not None
         self.master.samples.maxsize = 2
         jobs = [self.job(samples=3) for _ in range(4)]
         self.assertEqual(self.count("dropped"), 6)
-        self.pusher.loop(1000.0)
+        self.pusher.step(1000.0)
         lines = [line for line in self.store.lines() if line.startswith("ffdist_sample")]
         self.assertEqual({job for job in jobs if any(job in line for line in lines)}, set(jobs[2:]))
 
-    def test_a_spool_that_cannot_be_written_costs_values_but_no_thread(self) -> None:
-        self.store.status = 500
-        shutil.rmtree(self.folder / "push")
-        (self.folder / "push").write_text("in the way")
-        self.pusher.loop(1000.0)
-        self.assertEqual(self.count("dropped"), 4)
+    def test_a_cursor_that_cannot_be_written_costs_no_values(self) -> None:
+        (self.folder / "pushed").unlink()
+        (self.folder / "pushed").mkdir()
+        job = self.job(samples=1)
+        self.pusher.step(1000.0)
+        self.assertEqual((self.count("dropped"), self.count("failures")), (0, 1))
+        self.pusher.step(1005.0)
+        self.assertEqual("".join(self.store.bodies).count(f'ffdist_job_info{{job_id="{job}"'), 1)
 
     def test_the_newest_results_are_pushed_when_it_is_switched_on(self) -> None:
         jobs = [self.job() for _ in range(5)]
-        shutil.rmtree(self.folder / "push")
+        (self.folder / "pushed").unlink()
         most, ffdist.BACKFILL_MOST = ffdist.BACKFILL_MOST, 3
         self.addCleanup(setattr, ffdist, "BACKFILL_MOST", most)
-        self.made().loop(1000.0)
+        self.made().step(1000.0)
         self.assertEqual([job for job in jobs if job in "".join(self.store.bodies)], jobs[2:])
-
-
-class _Heard(logging.Handler):
-    def __init__(self, said: list[str]) -> None:
-        super().__init__()
-        self.said = said
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
 
 
 class Addresses(unittest.TestCase):
@@ -452,6 +480,12 @@ class Victoria(Program):
                 for one in series}
 
 
+def metric(master: Master, name: str) -> float:
+    """Return one of the master's counters from /metrics."""
+    text = master.call("GET", "/metrics").text
+    return float(re.findall(rf"^{name} (\S+)$", text, re.M)[0])
+
+
 class Real(Case):
     def setUp(self) -> None:
         need("victoria-metrics")
@@ -462,7 +496,7 @@ class Real(Case):
         self.addCleanup(victoria.end)
         return victoria
 
-    def test_an_outage_and_a_kill_of_the_master_lose_nothing_that_was_spooled(self) -> None:
+    def test_an_outage_loses_nothing_and_a_kill_in_it_no_result(self) -> None:
         port = free_port()
         flags = ("--victoriametrics", f"http://127.0.0.1:{port}", *TARIFF)
         master = self.master(*flags)
@@ -478,13 +512,9 @@ class Real(Case):
         answer = node.report(claimed, metrics=EVERY_FIELD, completed_at=completed,
                              encode={"encoder": "libx264", "preset": "fast"})
         self.assertEqual(answer.status, 200)
-        push = self.folder / "master" / "push"
-        wait_for(lambda: any(job["id"] in path.read_text() for path in push.glob("*.txt")), why="the spool")
-        master.kill()
-        began_ms = round(time.time() * 1000)
-        self.assertEqual(oct(push.stat().st_mode)[-3:], "700")
+        kept = master.get("/results")["results"][0]["metrics"]
+        wait_for(lambda: metric(master, "ffdist_push_failures_total"), why="the outage is noticed")
         victoria = self.victoria(port)
-        kept = self.master(*flags, port=master.port).get("/results")["results"][0]["metrics"]
         vmaf = f'ffdist_job_vmaf{{job_id="{job["id"]}"}}'
         wait_for(lambda: victoria.query(vmaf, now), why=victoria.words())
         count = len(EVERY_FIELD) + 1 + 4
@@ -502,7 +532,19 @@ class Real(Case):
         match = f'{{__name__="ffdist_node_up",node_id="{node.id}"}}'
         up = wait_for(lambda: victoria.stored(match), why="the node's state")["ffdist_node_up"][1]
         self.assertEqual(set(up.values()), {1})
-        self.assertTrue([at for at in up if at < began_ms], "states from the time of the outage")
+
+        victoria.end()
+        taken = metric(master, "ffdist_push_failures_total")
+        master.submit("720p30-h264", codec="h264")
+        late = node.claim().body["job"]
+        self.assertEqual(node.report(late, metrics=EVERY_FIELD).status, 200)
+        wait_for(lambda: metric(master, "ffdist_push_failures_total") > taken, why="the second outage")
+        master.kill()
+        cursor = self.folder / "master" / "pushed"
+        self.assertEqual(oct(cursor.stat().st_mode)[-3:], "600")
+        victoria = self.victoria(port)
+        self.master(*flags, port=master.port)
+        wait_for(lambda: victoria.query(f'ffdist_job_vmaf{{job_id="{late["id"]}"}}'), why=victoria.words())
 
     def test_a_value_that_is_pushed_twice_counts_once(self) -> None:
         victoria = self.victoria(free_port())
