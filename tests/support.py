@@ -195,6 +195,12 @@ class Master(Program):
         self.port = found
         self.url = f"http://127.0.0.1:{self.port}"
 
+    def words(self) -> str:
+        """Return its log so far; a line is written up to 50 ms after its event."""
+        if self.process.poll() is None:
+            time.sleep(0.15)
+        return super().words()
+
     def _address(self, start: int) -> int | None:
         said = self.log.read_bytes()[start:].decode(errors="replace")
         match = re.search(r"master at http://[^ ]*:(\d+),", said)
