@@ -18,13 +18,15 @@ Sections (each uses only those above it):
   6 Command     settings + machine + source -> Plan of argv lists (pure)
   7 Output      what FFmpeg and ffprobe say: progress, probe, damage, last words, scores (pure)
   8 Statistics  intervals, outliers, confidence (pure)
-  9 Places      what a job may touch: films under the media root, hosts; how an output gets its name
- 10 Run         one program at a time: its process group, its limits, stop verbs
- 11 Attempt     the stages of one attempt, and what they came to
- 12 Analysis    metrics, verdict, suggestion (pure)
- 13 State       spool, identity, folders that are this node's own
- 14 Agent       registration, slots, heartbeat, drain
- 15 CLI         flags, the single-node workflow, main
+  9 Places      what a job may touch: paths, hosts, room on disk; kinds of input
+ 10 Publishing  how an output gets its name; kinds of output
+ 11 Run         one program at a time: the clock, the limits, stop verbs
+ 12 Stages      the stages of an attempt: probe, encode, inspect, compare
+ 13 Attempt     one attempt from its job to its outcome; what a killed one left
+ 14 Analysis    metrics, verdict, suggestion (pure)
+ 15 State       spool, identity, folder locks
+ 16 Agent       registration, slots, heartbeat, drain
+ 17 CLI         flags, the single-node workflow, main
 
 Threads: the main thread holds the parked request; the reporter sends progress and empties the spool;
 each slot runs one attempt. They share the state in Agent under its one lock; nothing blocks while
@@ -70,10 +72,10 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import hwdetect
 
@@ -2901,16 +2903,20 @@ METADATA = frozenset(map(ipaddress.ip_address, (
     "fd00:42::42",  # Scaleway
 )))
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
-FINGERPRINT_BYTES = 1 << 20  # at each end of a film
-MARK = "user.ffdist.attempt"  # an extended attribute of outputs, where the file system has such: whose it is
 HIDDEN = re.compile(r"\.ffdist-[0-9a-f]{32}\.part")
-# Of an error of the operating system; any other is "output" at the output, "agent" elsewhere.
-ERRNO_REASONS = {errno.ENOSPC: "out_of_disk", errno.EDQUOT: "out_of_disk", errno.EFBIG: "out_of_disk",
-                 errno.ENOMEM: "out_of_memory"}
-# What link(2) says where the file system has no hard links (vfat, exFAT, some network and FUSE ones).
-NO_LINKS = frozenset((errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL))
-# O_PATH: to pass through a folder needs no right to list it; the command line runs where there is none, too.
+# failure_reason of an error of the operating system; any other error is "output" at the output and
+# "agent" elsewhere.
+ERRNO_REASONS = {
+    errno.ENOSPC: "out_of_disk",
+    errno.EDQUOT: "out_of_disk",
+    errno.EFBIG: "out_of_disk",
+    errno.ENOMEM: "out_of_memory",
+}
+# With O_PATH a folder that one may enter but not list can be passed through. macOS has no O_PATH, and
+# the command line runs there too.
 _FOLDER = getattr(os, "O_PATH", 0) | os.O_DIRECTORY | os.O_CLOEXEC
+MAX_NAME_BYTES = 255  # NAME_MAX of Linux
+SPACE_EVERY_S = 1.0  # between two looks at the free space
 
 
 def _meanings(address: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
@@ -2923,15 +2929,20 @@ def _meanings(address: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Addres
     return [ip, *(other for other in embedded if other is not None)]
 
 
-def address_allowed(address: str, host: str, allowed: Sequence[str]) -> bool:
-    """Return whether a job may open an address: the machine's own and metadata ones only where listed.
+def _is_own_address(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Return whether an address is the machine's own, link-local, unspecified or one of METADATA."""
+    return ip.is_loopback or ip.is_link_local or ip.is_unspecified or ip in METADATA
 
-    Refused are loopback, link-local, unspecified and METADATA addresses. `allowed` holds addresses,
-    networks such as 127.0.0.0/8, or host names.
+
+def address_allowed(address: str, host: str, allowed: Sequence[str]) -> bool:
+    """Return whether a job may open an address: the machine's own and metadata ones only if listed.
+
+    `allowed` holds addresses, networks such as 127.0.0.0/8, or host names.
     """
     meanings = _meanings(address)
-    if not any(ip.is_loopback or ip.is_link_local or ip.is_unspecified or ip in METADATA for ip in meanings):
+    if not any(map(_is_own_address, meanings)):
         return True
+
     for entry in allowed:
         if entry.lower() == host.lower():
             return True
@@ -2942,26 +2953,26 @@ def address_allowed(address: str, host: str, allowed: Sequence[str]) -> bool:
     return False
 
 
-def fingerprint(file: int) -> Json:
-    """Return what tells one film from another: its bytes, and a SHA-256 of its first and last MiB."""
-    size = os.fstat(file).st_size
-    ends = (os.pread(file, FINGERPRINT_BYTES, at) for at in (0, max(0, size - FINGERPRINT_BYTES)))
-    return {"bytes": size, "hash": hashlib.sha256(b"".join(ends)).hexdigest()}
+def write_json(path: Path, value: Json) -> None:
+    """Replace a file, for its owner alone, so that it survives a kill and a power cut.
 
-
-def _write_json(path: Path, value: Json) -> None:
-    """Replace a file, for its owner alone, so that it survives a kill and a power cut."""
+    The content is on the disk before the name is given, and the folder is synchronised after it: else a
+    power cut may leave the name with no content, or the old file.
+    """
     partial = path.with_suffix(".tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        with open(os.open(partial, flags, 0o600), "w") as file:
             json.dump(value, file, allow_nan=False)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except Exception:
+        # What a full disk left of it would fill the disk further.
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -2978,7 +2989,8 @@ def _open_below(folder: int, part: str, flags: int) -> int:
     try:
         return os.open(part, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENOTDIR):  # ENOTDIR: of a link too where O_PATH is asked for
+        # With O_PATH a link gives ENOTDIR instead of ELOOP.
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
             found = os.stat(part, dir_fd=folder, follow_symlinks=False)
             if stat.S_ISLNK(found.st_mode):
                 raise _Link(errno.ELOOP, "links under the media root are not followed", part) from None
@@ -2986,11 +2998,11 @@ def _open_below(folder: int, part: str, flags: int) -> int:
 
 
 class MediaRoot:
-    """The folder under which jobs name films; each path is opened part by part, and no link followed.
+    """The folder under which jobs name films.
 
-    FFmpeg gets descriptors of what was opened here. So what was checked is what it reads and writes,
-    whatever others move or link under the root in the meantime. Links in the path of the root itself
-    are the operator's own.
+    Each path is opened part by part, and no link is followed. FFmpeg inherits the descriptors that were
+    opened here. So the file that was checked is the file that it reads or writes, whatever others move
+    or link under the root in the meantime. Links in the path of the root itself are the operator's own.
     """
 
     def __init__(self, path: str) -> None:
@@ -2998,22 +3010,30 @@ class MediaRoot:
 
     def parts(self, place: str) -> list[str] | None:
         """Return the parts of a path below the root; None where it leads out."""
-        below = place
+        below = self._below(place)
+        if below is None:
+            return None
+
         found: list[str] = []
-        if place.startswith("/"):
-            roots = (self.path.rstrip("/"), os.path.realpath(self.path).rstrip("/"))
-            inside = [root for root in roots if f"{place}/".startswith(f"{root}/")]
-            if not inside:
-                return None
-            below = place[len(inside[0]):]
         for part in below.split("/"):
-            if part == ".." and not found:
-                return None
-            if part == "..":
-                found.pop()
-            elif part not in ("", "."):
+            if part in ("", "."):
+                continue
+            if part != "..":
                 found.append(part)
+            elif found:
+                found.pop()
+            else:
+                return None
         return found
+
+    def _below(self, place: str) -> str | None:
+        """Return the rest of a path below the root; None of an absolute path elsewhere."""
+        if not place.startswith("/"):
+            return place
+        for root in (self.path.rstrip("/"), os.path.realpath(self.path).rstrip("/")):
+            if f"{place}/".startswith(f"{root}/"):
+                return place[len(root):]
+        return None
 
     def folder(self, parts: Sequence[str]) -> int:
         """Return a descriptor of a folder below the root; OSError."""
@@ -3029,7 +3049,8 @@ class MediaRoot:
     def file(self, parts: Sequence[str]) -> int:
         """Return a descriptor to read a file below the root; OSError."""
         folder = self.folder(parts[:-1])
-        try:  # O_NONBLOCK: to open a FIFO must not wait for its writer
+        try:
+            # O_NONBLOCK: opening a FIFO must not wait for its writer.
             return _open_below(folder, parts[-1] if parts else ".", os.O_RDONLY | os.O_NONBLOCK)
         finally:
             os.close(folder)
@@ -3042,178 +3063,29 @@ class MediaRoot:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(note["hidden"], dir_fd=folder)
             if "taken" in note:
-                found = os.stat(note["taken"], dir_fd=folder, follow_symlinks=False)
-                if [found.st_dev, found.st_ino, found.st_mtime_ns] == note["identity"] and not found.st_size:
-                    os.unlink(note["taken"], dir_fd=folder)
+                self._clear_taken(folder, note)
         finally:
             os.close(folder)
 
-
-class Ownership(NamedTuple):
-    """Which attempt of which job makes a film, and the fingerprints of those that earlier ones have named.
-
-    The master keeps fingerprints; a mark on the file also tells of a film that was named while it was away.
-    """
-
-    job_id: str
-    attempt: int
-    published: Sequence[Json] = ()
-
-    def mark(self, film: int) -> bool:
-        """Mark a film as this attempt's; return whether its file system takes a mark."""
-        with contextlib.suppress(OSError, AttributeError):
-            os.setxattr(film, MARK, f"{self.job_id} {self.attempt}".encode())
-            return True
-        return False
-
-    def made(self, film: int) -> bool:
-        """Return whether this job made a film, by this attempt or an earlier one: never a later one's."""
-        with contextlib.suppress(OSError, AttributeError, ValueError):
-            job_id, _, attempt = os.getxattr(film, MARK).decode().partition(" ")
-            if job_id == self.job_id:
-                return int(attempt) <= self.attempt
-        return bool(self.published) and fingerprint(film) in self.published
+    def _clear_taken(self, folder: int, note: Json) -> None:
+        """Remove the empty file that reserved the final name, unless the name is another file's now."""
+        found = os.stat(note["taken"], dir_fd=folder, follow_symlinks=False)
+        if found.st_size == 0 and _identity_of(found) == tuple(note["identity"]):
+            os.unlink(note["taken"], dir_fd=folder)
 
 
-class OutputFile:
-    """A film in the making: a hidden file of a random name in its folder, named when it is complete.
+def _identity_of(found: os.stat_result) -> tuple[int, int, int]:
+    """Return device, inode and modification time: together they name one state of one file."""
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
-    The name is given by link(2), which refuses one that exists, so no film of somebody else is lost. A
-    film that was there before is replaced only where the job may replace it, and only as it was then.
-    """
 
-    def __init__(self, place: str, node: str, folder: int, above: str, name: str) -> None:
-        """Take over the descriptor of the folder, which is called `above`."""
-        self.above = above
-        self._hidden = f".ffdist-{secrets.token_hex(16)}.part"  # nobody can wait at it with a link
-        self._shown = f"output {place}"
-        self._node = node
-        self._folder = folder
-        self._final = name
-        self._file: int | None = None
-        self._before: tuple[int, int, int] | None = None
-        self._owner = Ownership("", 0)
-        self.marked = False  # whether a later attempt can tell by the file alone whose it is
-        self._keep_note: Callable[[Json], None] = lambda note: None
+class OutputFolder(NamedTuple):
+    """Where an output goes: a folder and the name in it; `note` is for MediaRoot.clear()."""
 
-    def check(self, source: int | None, overwrite: bool, owner: Ownership) -> None:
-        """Refuse a name that is the source itself, no file, or taken; Failure and OSError.
-
-        A film is replaced where the job says `overwrite`, or where it is the job's own: an earlier attempt
-        had named it before its node was lost.
-        """
-        self._owner = owner
-        try:
-            found = os.stat(self._final, dir_fd=self._folder, follow_symlinks=False)
-        except FileNotFoundError:
-            return
-        if stat.S_ISDIR(found.st_mode):
-            raise self._failure("is a folder", "name a file in it")
-        if not stat.S_ISREG(found.st_mode):
-            raise self._failure("is a link or a device", "name another file")
-        if source is not None and os.path.samestat(found, os.fstat(source)):
-            raise Failure("parameters", f"{self._shown} is the input itself: name another file")
-        if not overwrite and not self._is_own():
-            raise self._failure("exists", "name another file, or submit the job with overwrite")
-        self._before = (found.st_dev, found.st_ino, found.st_mtime_ns)
-
-    def _is_own(self) -> bool:
-        """Return whether what bears the name is a film that an earlier attempt of this job has named."""
-        there = _open_below(self._folder, self._final, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            return self._owner.made(there)
-        finally:
-            os.close(there)
-
-    def create(self, keep_note: Callable[[Json], None]) -> int:
-        """Make the hidden file, readable as the umask allows; return its descriptor. OSError.
-
-        `keep_note` gets what MediaRoot.clear() needs after a kill, before there is anything to clear.
-        """
-        self._keep_note = keep_note
-        keep_note({"hidden": self._hidden})
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._file = os.open(self._hidden, flags, 0o666, dir_fd=self._folder)
-        self.marked = self._owner.mark(self._file)
-        return self._file
-
-    def sync(self) -> Json:
-        """Bring the film to the disk; return its fingerprint. OSError."""
-        assert self._file is not None
-        os.fsync(self._file)
-        return fingerprint(self._file)
-
-    def publish(self) -> None:
-        """Give the film its name; Failure where the name is another's by now, or cannot be given."""
-        try:
-            found = self._identity()
-            if found is None:
-                self._link()
-            elif found == self._before or self._is_own():
-                self._rename()
-            else:
-                raise FileExistsError
-        except (FileExistsError, IsADirectoryError, _Link):
-            raise self._failure("was written by somebody else while the job ran", "nothing was replaced"
-                                ) from None
-
-    def _identity(self) -> tuple[int, int, int] | None:
-        """Return device, inode and mtime of what bears the final name; None where nothing does."""
-        try:
-            found = os.stat(self._final, dir_fd=self._folder, follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-        return found.st_dev, found.st_ino, found.st_mtime_ns
-
-    def _link(self) -> None:
-        """Name the file behind the descriptor, whatever bears the hidden name by now."""
-        assert self._file is not None
-        try:
-            os.link(hwdetect.descriptor_path(self._file), self._final, dst_dir_fd=self._folder)
-        except OSError as error:
-            if error.errno not in NO_LINKS:
-                raise
-            self._take_place()
-
-    def _take_place(self) -> None:
-        """Name the file where there are no hard links: by an empty file, which also refuses a taken name."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        os.close(os.open(self._final, flags, 0o666, dir_fd=self._folder))
-        taken = self._identity()
-        self._keep_note({"hidden": self._hidden, "taken": self._final, "identity": taken})
-        try:
-            if self._identity() != taken:
-                raise FileExistsError
-            self._rename()
-        except BaseException:
-            if self._identity() == taken:
-                os.unlink(self._final, dir_fd=self._folder)
-            raise
-
-    def _rename(self) -> None:
-        assert self._file is not None
-        found = os.stat(self._hidden, dir_fd=self._folder, follow_symlinks=False)
-        if not os.path.samestat(found, os.fstat(self._file)):
-            raise self._failure("is lost", "its hidden file was replaced by somebody else")
-        os.rename(self._hidden, self._final, src_dir_fd=self._folder, dst_dir_fd=self._folder)
-
-    def _failure(self, what: str, advice: str) -> Failure:
-        return Failure("output", f"{self._shown} {what} on {self._node}: {advice}")
-
-    def failure_of(self, error: OSError) -> Failure:
-        """Return the failure that an error of the operating system makes of it."""
-        reason = ERRNO_REASONS.get(error.errno or 0, "output")
-        return Failure(reason, f"{self._shown} cannot be written on {self._node}: {cause_text(error)} "
-                       f"(in {self.above})")
-
-    def close(self) -> None:
-        """Remove the hidden name, where it is there, and let the descriptors go."""
-        with contextlib.suppress(OSError):
-            os.unlink(self._hidden, dir_fd=self._folder)
-        for descriptor in (self._file, self._folder):
-            if descriptor is not None:
-                os.close(descriptor)
-        self._file = None
+    descriptor: int
+    path: str
+    name: str
+    note: Json
 
 
 @dataclass(frozen=True)
@@ -3244,7 +3116,8 @@ class Places:
         if self.root is None:
             raise Failure("no_capability", f"{field} {place}: the agent on {self.node} opens no paths; "
                           "start it with --media-root DIR")
-        if not os.path.isdir(self.root):  # no film is to blame, and another node may have them
+        if not os.path.isdir(self.root):
+            # Not the film's fault: another node may have the films mounted.
             raise Failure("agent", f"media root {self.root} is not there on {self.node}: is it mounted?")
         root = MediaRoot(self.root)
         parts = root.parts(place)
@@ -3258,39 +3131,45 @@ class Places:
                 f"media root {self.root} are not followed")
 
     def open_input(self, place: str) -> int:
-        """Return a descriptor of the film that a path names; Failure where it is no film to read."""
+        """Return a descriptor of the film at a path; Failure where there is no film to read."""
         root, parts = self._root(place, "input")
         try:
             film = root.file(parts)
-        except _Link as error:
-            raise Failure("input", self._link_text("input", place, error)) from None
-        except (FileNotFoundError, NotADirectoryError):
-            raise Failure("input", f"input {place} does not exist on {self.node} (media root {self.root})"
-                          ) from None
-        except PermissionError:
-            raise Failure("input", f"input {place} may not be read by the agent on {self.node}: "
-                          "permission denied") from None
         except OSError as error:
-            long = error.errno == errno.ENAMETOOLONG
-            raise Failure("input" if long else ERRNO_REASONS.get(error.errno or 0, "agent"),
-                          f"input {place} cannot be read on {self.node}: {cause_text(error)}") from None
+            raise self._input_failure(place, error) from None
         found = os.fstat(film)
         if stat.S_ISREG(found.st_mode) and found.st_size:
             return film
+
         os.close(film)
-        wrong = "is empty (0 bytes)" if stat.S_ISREG(found.st_mode) else "is no regular file"
+        wrong = "is empty (0 bytes)" if stat.S_ISREG(found.st_mode) else "is not a regular file"
         raise Failure("input", f"input {place} {wrong} on {self.node}")
 
-    def output(self, place: str) -> tuple[OutputFile, Json]:
-        """Return the output that a path names, not yet made, and where its folder is, for MediaRoot.clear().
+    def _input_failure(self, place: str, error: OSError) -> Failure:
+        """Return the failure that an error of opening an input means."""
+        if isinstance(error, _Link):
+            return Failure("input", self._link_text("input", place, error))
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            return Failure("input", f"input {place} does not exist on {self.node} "
+                           f"(media root {self.root})")
+        if isinstance(error, PermissionError):
+            return Failure("input", f"input {place} may not be read by the agent on {self.node}: "
+                           "permission denied")
+        if error.errno == errno.ENAMETOOLONG:
+            reason = "input"
+        else:
+            reason = ERRNO_REASONS.get(error.errno or 0, "agent")
+        return Failure(reason, f"input {place} cannot be read on {self.node}: {cause_text(error)}")
 
-        Failure where its folder is not there.
-        """
+    def open_folder(self, place: str) -> OutputFolder:
+        """Return the folder of an output and the name in it; Failure where there is no such folder."""
         root, parts = self._root(place, "output")
         if not parts:
             raise Failure("output", f"output {place} is a folder on {self.node}: name a file in it")
-        if len(os.fsencode(parts[-1])) > 255:
-            raise Failure("output", f"output {place} has a name that is longer than 255 bytes")
+        if len(os.fsencode(parts[-1])) > MAX_NAME_BYTES:
+            raise Failure("output", f"output {place} has a name that is longer than "
+                          f"{MAX_NAME_BYTES} bytes")
+
         above = "/".join((root.path.rstrip("/"), *parts[:-1])) or "/"
         try:
             folder = root.folder(parts[:-1])
@@ -3300,46 +3179,533 @@ class Places:
             missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
             why = f"there is no folder {above}" if missing else f"{cause_text(error)} in {above}"
             raise Failure("output", f"output {place} cannot be written on {self.node}: {why}") from None
-        made = OutputFile(place, self.node, folder, above, parts[-1])
-        return made, {"root": root.path, "parts": parts[:-1]}
+        note = {"root": root.path, "parts": parts[:-1]}
+        return OutputFolder(folder, above, parts[-1], note)
 
 
-# ---- 10 Run ---------------------------------------------------------------------------------------
+def why_unsafe(root: str, homes: Iterable[str], own: Iterable[str]) -> str:
+    """Return why a folder is unsafe as a media root, "" where it is safe; all arguments are real paths.
 
-CONFIDENCES = ("auto", "low", "medium", "high")
-KEPT_LINES = 60
-UNSENT_LINES = 10_000
-PROBE_S = 60.0
-CRASHES = tuple(-number for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGTRAP))
-_SLICE_S = 0.25
-
-
-LIMIT_PARAMETERS = {"memory": "max_memory_mb", "cpu": "max_cpu_percent"}
-
-
-def memory_burst(limits: hwdetect.Limits, ended: hwdetect.Exit, reason: str) -> str:
-    """Return in words that a process failed for its limit of memory, "" where it did not.
-
-    Encoders that get no memory under a plain limit may fail without a word of it, or crash.
+    It must not be or hold a home folder, nor hold one of the agent's `own` files and folders, nor lie in
+    one of them.
     """
-    how = limits.enforced.get("memory")
-    if how is None:
-        return ""
-    silent = reason in ("encoder", "no_capability") or ended.returncode in CRASHES
-    burst = limits.killed() if how != "rlimit" else silent and ended.returncode != 0
-    if not burst and reason != "out_of_memory":
-        return ""
-    counts = ", which counts addresses, not pages in use" if how == "rlimit" else ""
-    return f"max_memory_mb of {limits.memory_bytes >> 20} ({how}{counts}) is too little for it"
+    if root == "/":
+        return "is the whole machine"
+    for home in homes:
+        if home == root:
+            return "is a home folder"
+        if _is_within(home, root):
+            return f"holds the home folder {home}"
+    for file in own:
+        if _is_within(file, root):
+            return f"holds the agent's own {file}"
+        if _is_within(root, file):
+            return f"lies in the agent's own {file}"
+    return ""
+
+
+def _is_within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder.rstrip('/')}/")
+
+
+def home_folders() -> list[str]:
+    """Return the home folders of all who may log in on this machine."""
+    closed = ("nologin", "false", "sync", "shutdown", "halt")
+    homes = [os.path.expanduser("~")]
+    for account in pwd.getpwall():
+        if os.path.basename(account.pw_shell) not in closed or account.pw_uid == os.geteuid():
+            homes.append(account.pw_dir)
+    real = {os.path.realpath(home) for home in homes if os.path.isabs(home)}
+    return sorted(real - {"/"})
+
+
+_OPENED = re.compile(rf"(?:file:)?{re.escape(hwdetect.DESCRIPTORS)}(\d+)")
+
+
+class OpenFiles:
+    """Descriptors that the programs of one attempt inherit, and the user's names for them.
+
+    FFmpeg opens /proc/self/fd/N and says so in its words; sentences and logs need the user's name.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[int, str] = {}
+
+    def add(self, descriptor: int, name: str) -> str:
+        """Let the programs inherit a descriptor; return the path by which they open it."""
+        self._names[descriptor] = name
+        return hwdetect.descriptor_path(descriptor)
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """The descriptors to pass on."""
+        return tuple(self._names)
+
+    def name_in(self, text: str) -> str:
+        """Return text with the user's names for the paths of descriptors."""
+        return _OPENED.sub(lambda match: self._names.get(int(match[1]), match[0]), text)
+
+    def name_in_command(self, argv: Sequence[str]) -> tuple[str, ...]:
+        """Return a command as it would be for the user's own names."""
+        return tuple(named_file(self.name_in(word)) if _OPENED.fullmatch(word) else word
+                     for word in argv)
+
+
+class FreeSpace:
+    """What the file systems of one attempt must keep free: a full disk harms more than this job."""
+
+    def __init__(self, host: hwdetect.Host, node: str, min_free_bytes: int) -> None:
+        self._host = host
+        self._node = node
+        self._min_free_bytes = min_free_bytes
+        self._wanted: dict[str, tuple[str, float]] = {}  # path -> name for people, bytes
+        self._looked = -math.inf
+
+    def want(self, path: str, shown: str, output_bytes: float = 0) -> None:
+        """From now on a file system must have room; Failure where it has not.
+
+        It must have room for all of the output now, and later for the usual reserve only: by then the
+        output itself has taken its part.
+        """
+        self._wanted[path] = shown, self._min_free_bytes + output_bytes
+        self._look()
+        self._wanted[path] = shown, self._min_free_bytes
+
+    def check(self, now: float) -> None:
+        """Raise a Failure where a file system is too full; looks at most once a second."""
+        if now - self._looked > SPACE_EVERY_S:
+            self._looked = now
+            self._look()
+
+    def _look(self) -> None:
+        if not self._min_free_bytes:
+            return
+        for path, (shown, wanted) in self._wanted.items():
+            space = self._host.space(path)
+            if space is not None and space[1] < wanted:
+                raise Failure("out_of_disk", f"{shown} on {self._node} has {size_text(space[1])} free and "
+                              f"{size_text(wanted)} are wanted: make room there, or set that agent's "
+                              "--min-free")
+
+
+class Input(Protocol):
+    """A kind of input. `name` is the user's, for sentences; `descriptor` is None unless a file is open."""
+
+    name: str
+    descriptor: int | None
+
+    def open(self, files: OpenFiles) -> str:
+        """Return the path or URL that FFmpeg reads; Failure where it may not, or there is none."""
+
+    def close(self) -> None:
+        """Let go of what open() took."""
+
+
+class GeneratedInput:
+    """The generated source: a clip in the attempt's own folder, which make_clip() puts there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.name = "the generated source"
+        self.descriptor: int | None = None
+        self.path = folder / "source.mov"
+
+    def open(self, files: OpenFiles) -> str:
+        return str(self.path)
+
+    def close(self) -> None:
+        pass
+
+
+class UrlInput:
+    """A film that FFmpeg fetches or receives by itself."""
+
+    def __init__(self, places: Places, url: str) -> None:
+        self.name = url
+        self.descriptor: int | None = None
+        self._places = places
+
+    def open(self, files: OpenFiles) -> str:
+        self._places.allow(self.name, "input")
+        return self.name
+
+    def close(self) -> None:
+        pass
+
+
+class FileInput:
+    """A film under the media root; FFmpeg inherits the descriptor and opens no path."""
+
+    def __init__(self, places: Places, path: str) -> None:
+        self.name = path
+        self.descriptor: int | None = None
+        self._places = places
+
+    def open(self, files: OpenFiles) -> str:
+        self.descriptor = self._places.open_input(self.name)
+        return files.add(self.descriptor, self.name)
+
+    def close(self) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+def input_of(place: str | None, places: Places, folder: Path) -> Input:
+    """Return the input of its kind: a new kind of input is a class above and a line here."""
+    if place is None:
+        return GeneratedInput(folder)
+    if scheme_of(place):
+        return UrlInput(places, place)
+    return FileInput(places, place)
+
+
+# ---- 10 Publishing --------------------------------------------------------------------------------
+
+# How a finished film gets its final name. Several attempts of one job may run at once (a node was out of
+# reach and its job went elsewhere), and other people write to the same folder. So FFmpeg writes to a
+# hidden file; when it is complete, the agent asks the master whether this attempt still holds the lease;
+# within the seconds for which the answer counts, the name is given by a call that refuses an existing
+# file. The master keeps the film's fingerprint from before it is named: a later attempt recognises a film
+# of an earlier one by it, and replaces it instead of failing because the output exists.
+
+FINGERPRINT_BYTES = 1 << 20  # at each end of a film
+# An extended attribute of outputs, where the file system has such: the job and attempt that made it.
+MARK = "user.ffdist.attempt"
+# Errors of link(2) where the file system has no hard links (vfat, exFAT, some network and FUSE ones).
+NO_LINKS = frozenset((
+    errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL))
+HIDDEN_NOTE = "hidden"  # in an attempt's folder: where its output is, which has no name yet
 
 
 def boot_clock() -> float:
-    """Return s of a clock that goes on while the machine is suspended, as CLOCK_MONOTONIC does not."""
+    """Return s of a clock that goes on while the machine is suspended, as CLOCK_MONOTONIC does not.
+
+    A permission of the master (to name an output) expires by this clock: a laptop that slept through it
+    must not use it after waking.
+    """
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+def fingerprint(file: int) -> Json:
+    """Return what identifies a film: its bytes, and a SHA-256 of its first and last MiB."""
+    size = os.fstat(file).st_size
+    starts = (0, max(0, size - FINGERPRINT_BYTES))
+    ends = b"".join(os.pread(file, FINGERPRINT_BYTES, at) for at in starts)
+    return {"bytes": size, "hash": hashlib.sha256(ends).hexdigest()}
+
+
+class Ownership(NamedTuple):
+    """Which attempt of which job makes a film, and the fingerprints of films that earlier ones named.
+
+    The master keeps the fingerprints. A mark on the file itself also identifies a film that was named
+    while the master was away.
+    """
+
+    job_id: str
+    attempt: int
+    published: Sequence[Json] = ()
+
+    def mark(self, film: int) -> bool:
+        """Mark a film as this attempt's; return whether its file system takes a mark."""
+        with contextlib.suppress(OSError, AttributeError):
+            os.setxattr(film, MARK, f"{self.job_id} {self.attempt}".encode())
+            return True
+        return False
+
+    def made(self, film: int) -> bool:
+        """Return whether this attempt or an earlier one of the job made a film; later ones do not count."""
+        with contextlib.suppress(OSError, AttributeError, ValueError):
+            job_id, _, attempt = os.getxattr(film, MARK).decode().partition(" ")
+            if job_id == self.job_id:
+                return int(attempt) <= self.attempt
+        return bool(self.published) and fingerprint(film) in self.published
+
+
+class OutputFile:
+    """A film in the making: a hidden file of a random name in its final folder, named when complete.
+
+    Publishing must never lose somebody else's film, whoever writes to that folder meanwhile. link(2)
+    gives the name because it refuses one that exists. Where the file system has no links, an empty file
+    created with O_EXCL reserves the name, and the film is renamed over it. A film that was there before
+    is replaced only where the job may replace it, and only in the state that check() saw.
+    """
+
+    def __init__(self, place: str, node: str, folder: int, above: str, name: str) -> None:
+        """Take over the descriptor of the folder, which is called `above`."""
+        self.above = above
+        self.marked = False  # whether the file alone shows a later attempt whose film it is
+        # Random, so that nobody can wait at this name with a link.
+        self._hidden = f".ffdist-{secrets.token_hex(16)}.part"
+        self._shown = f"output {place}"
+        self._node = node
+        self._folder = folder
+        self._final = name
+        self._file: int | None = None
+        self._before: tuple[int, int, int] | None = None
+        self._owner = Ownership("", 0)
+        self._keep_note: Callable[[Json], None] = lambda note: None
+
+    def check(self, source: int | None, overwrite: bool, owner: Ownership) -> None:
+        """Refuse a name that is the source itself, not a file, or taken; Failure and OSError.
+
+        A film is replaced where the job says `overwrite`, or where it is the job's own: an earlier attempt
+        had named it before its node was lost.
+        """
+        self._owner = owner
+        try:
+            found = os.stat(self._final, dir_fd=self._folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        if stat.S_ISDIR(found.st_mode):
+            raise self._failure("is a folder", "name a file in it")
+        if not stat.S_ISREG(found.st_mode):
+            raise self._failure("is a link or a device", "name another file")
+        if source is not None and os.path.samestat(found, os.fstat(source)):
+            raise Failure("parameters", f"{self._shown} is the input itself: name another file")
+        if not overwrite and not self._is_own():
+            raise self._failure("exists", "name another file, or submit the job with overwrite")
+        self._before = _identity_of(found)
+
+    def _is_own(self) -> bool:
+        """Return whether the final name is that of a film which an earlier attempt of this job named."""
+        there = _open_below(self._folder, self._final, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            return self._owner.made(there)
+        finally:
+            os.close(there)
+
+    def create(self, keep_note: Callable[[Json], None]) -> int:
+        """Make the hidden file, readable as the umask allows; return its descriptor. OSError.
+
+        `keep_note` gets what MediaRoot.clear() needs after a kill, before there is anything to clear.
+        """
+        self._keep_note = keep_note
+        keep_note({"hidden": self._hidden})
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._file = os.open(self._hidden, flags, 0o666, dir_fd=self._folder)
+        self.marked = self._owner.mark(self._file)
+        return self._file
+
+    def sync(self) -> Json:
+        """Bring the film to the disk; return its fingerprint. OSError."""
+        assert self._file is not None
+        os.fsync(self._file)
+        return fingerprint(self._file)
+
+    def publish(self) -> None:
+        """Give the film its name; Failure where another file has it by now, or it cannot be given."""
+        try:
+            found = self._identity()
+            if found is None:
+                self._link()
+            elif found == self._before or self._is_own():
+                self._rename()
+            else:
+                raise FileExistsError
+        except (FileExistsError, IsADirectoryError, _Link):
+            raise self._failure("was written by somebody else while the job ran",
+                                "nothing was replaced") from None
+
+    def _identity(self) -> tuple[int, int, int] | None:
+        """Return the identity of the file that has the final name; None where there is none."""
+        try:
+            return _identity_of(os.stat(self._final, dir_fd=self._folder, follow_symlinks=False))
+        except FileNotFoundError:
+            return None
+
+    def _link(self) -> None:
+        """Name the file behind the descriptor, whatever has the hidden name by now."""
+        assert self._file is not None
+        try:
+            os.link(hwdetect.descriptor_path(self._file), self._final, dst_dir_fd=self._folder)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            self._reserve_and_rename()
+
+    def _reserve_and_rename(self) -> None:
+        """Name the file where there are no hard links: an empty file also refuses a name that is taken."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        os.close(os.open(self._final, flags, 0o666, dir_fd=self._folder))
+        reserved = self._identity()
+        self._keep_note({"hidden": self._hidden, "taken": self._final, "identity": reserved})
+        try:
+            if self._identity() != reserved:
+                raise FileExistsError
+            self._rename()
+        except BaseException:
+            if self._identity() == reserved:
+                os.unlink(self._final, dir_fd=self._folder)
+            raise
+
+    def _rename(self) -> None:
+        assert self._file is not None
+        found = os.stat(self._hidden, dir_fd=self._folder, follow_symlinks=False)
+        if not os.path.samestat(found, os.fstat(self._file)):
+            raise self._failure("is lost", "its hidden file was replaced by somebody else")
+        os.rename(self._hidden, self._final, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+
+    def _failure(self, what: str, advice: str) -> Failure:
+        return Failure("output", f"{self._shown} {what} on {self._node}: {advice}")
+
+    def failure_of(self, error: OSError) -> Failure:
+        """Return the failure that an error of the operating system means for this output."""
+        reason = ERRNO_REASONS.get(error.errno or 0, "output")
+        return Failure(reason, f"{self._shown} cannot be written on {self._node}: {cause_text(error)} "
+                       f"(in {self.above})")
+
+    def close(self) -> None:
+        """Remove the hidden name, where it is still there, and close the descriptors."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._hidden, dir_fd=self._folder)
+        for descriptor in (self._file, self._folder):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._file = None
+
+
+Permit = Callable[[OutputFile, Json], float]
+
+
+class Output(Protocol):
+    """A kind of output. A stream is sent once, while it is made, and cannot be read back."""
+
+    is_stream: bool
+
+    def open(self, files: OpenFiles, source: int | None) -> str:
+        """Return the path or URL that FFmpeg writes to; `source` is the input's descriptor."""
+
+    def room(self) -> tuple[str, str] | None:
+        """Return a path on the file system that it fills and that one's name for people, or None."""
+
+    def deliver(self, permit: Permit) -> None:
+        """Hand the complete film to the user; `permit` returns until when (boot_clock) it may be."""
+
+    def close(self) -> None:
+        """Remove what is not the user's, and let go of what open() took."""
+
+
+class DiscardedOutput:
+    """A film that is only measured: it lies in the attempt's folder and goes with it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.is_stream = False
+        self._folder = folder
+
+    def open(self, files: OpenFiles, source: int | None) -> str:
+        return str(self._folder / "output")
+
+    def room(self) -> tuple[str, str] | None:
+        return str(self._folder), str(self._folder)
+
+    def deliver(self, permit: Permit) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class StreamOutput:
+    """A film that is sent to a server while it is made."""
+
+    def __init__(self, places: Places, url: str) -> None:
+        self.is_stream = True
+        self._places = places
+        self._url = url
+
+    def open(self, files: OpenFiles, source: int | None) -> str:
+        self._places.allow(self._url, "output")
+        return self._url
+
+    def room(self) -> tuple[str, str] | None:
+        return None
+
+    def deliver(self, permit: Permit) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class FileOutput:
+    """A film under the media root: hidden while it is made, named when it is complete."""
+
+    def __init__(self, settings: Settings, places: Places, folder: Path, owner: Ownership) -> None:
+        self.is_stream = False
+        self._place = settings.output or ""
+        self._overwrite = settings.overwrite
+        self._places = places
+        self._note_file = folder / HIDDEN_NOTE
+        self._owner = owner
+        self._target = ""
+        self._file: OutputFile | None = None
+
+    def open(self, files: OpenFiles, source: int | None) -> str:
+        above = self._places.open_folder(self._place)
+        file = OutputFile(self._place, self._places.node, above.descriptor, above.path, above.name)
+        self._file = file
+        try:
+            file.check(source, self._overwrite, self._owner)
+            made = file.create(lambda note: write_json(self._note_file, {**above.note, **note}))
+        except OSError as error:
+            raise file.failure_of(error) from None
+        self._target = files.add(made, self._place)
+        return self._target
+
+    def room(self) -> tuple[str, str] | None:
+        return (self._target, self._file.above) if self._file else None
+
+    def deliver(self, permit: Permit) -> None:
+        """Name the film while the permission counts; one that expired meanwhile is asked for again."""
+        file = self._file
+        assert file is not None
+        try:
+            made = file.sync()
+            while permit(file, made) <= boot_clock():
+                pass  # the process stood still in between: ask again
+            file.publish()
+        except OSError as error:
+            raise file.failure_of(error) from None
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def output_of(settings: Settings, places: Places, folder: Path, owner: Ownership) -> Output:
+    """Return the output of its kind: a new kind of output is a class above and a line here."""
+    if settings.output is None:
+        return DiscardedOutput(folder)
+    if scheme_of(settings.output):
+        return StreamOutput(places, settings.output)
+    return FileOutput(settings, places, folder, owner)
+
+
+# ---- 11 Run ---------------------------------------------------------------------------------------
+
+# One attempt has one Runner, which runs one program at a time in the attempt's own thread. Other threads
+# (the poller and the reporter, into whose answers the master puts its orders) only ask: stop() leaves a
+# word that the attempt's thread finds within a slice of time, pause() and resume() stop and start the
+# clock and the processes at once. Everything else, the meter's booking too, is done by the attempt's
+# thread, so that no two threads carry out the same order.
+
+KEPT_LINES = 60  # FFmpeg's last words, which hold the reason of a failure
+MAX_LOG_LINES = 10_000  # a film that is damaged throughout logs without end
+MAX_LINE_CHARS = 2000
+MAX_SAMPLES = 600  # ten minutes of readings, for a master that is away
+PROBE_S = 60.0  # ffprobe of a film on a slow share takes seconds; one that hangs must end
+SLICE_S = 0.25  # between two looks at orders and limits; short, for a cancel waits for it
+# How a program ends that gets no memory: encoders rarely check what malloc returns.
+CRASHES = tuple(-number for number in (
+    signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGTRAP))
+LIMIT_PARAMETERS = {"memory": "max_memory_mb", "cpu": "max_cpu_percent"}
+_PAUSED = "paused"
+_READING = "reading"
+
+
 class Stopped(Exception):
-    """The attempt was told to stop; `args[0]` is canceled, returned or lost."""
+    """The attempt was ordered to stop; `args[0]` is canceled, returned or lost."""
 
 
 @dataclass(frozen=True)
@@ -3362,216 +3728,360 @@ class Workplace:
         return self.machine.name
 
 
-# All that FFmpeg says of a redirect that it may not follow, and of some other troubles.
-_UNSAID = re.compile(r"(?:https?://\S+|Error opening input): Input/output error(?:; Error opening input .*)?")
-_OPENED = re.compile(rf"(?:file:)?{re.escape(hwdetect.DESCRIPTORS)}(\d+)")
+class Stopwatch:
+    """Counts the working time of an attempt, which stands still in a pause and while the meter reads.
+
+    The job's timeout, the stall limit, rests and the wall time of an encode all read this one clock, so
+    they cannot disagree about a pause. Pauses come from several threads, may come twice and may overlap
+    with a reading: the clock runs while nothing holds it. `act` sends the signal to the processes under
+    the lock, so that signals arrive in the order of the changes; it must not block.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._holds: set[str] = set()
+        self._counted_s = 0.0
+        self._since = clock()
+
+    def elapsed_s(self) -> float:
+        """Return the working time so far."""
+        with self._lock:
+            return self._elapsed_s()
+
+    def _elapsed_s(self) -> float:
+        if self._holds:
+            return self._counted_s
+        return self._counted_s + self._clock() - self._since
+
+    @property
+    def paused(self) -> bool:
+        """Whether a pause was ordered and no resume since."""
+        with self._lock:
+            return _PAUSED in self._holds
+
+    def pause(self, act: Callable[[], None]) -> None:
+        """Stop the clock and call `act`; a repeat changes nothing."""
+        with self._lock:
+            if _PAUSED not in self._holds:
+                self._hold(_PAUSED)
+                act()
+
+    def resume(self, act: Callable[[], None]) -> None:
+        """Start the clock and call `act`; a repeat changes nothing."""
+        with self._lock:
+            if _PAUSED in self._holds:
+                self._release(_PAUSED)
+                act()
+
+    def repeat_pause(self, act: Callable[[], None]) -> bool:
+        """Call `act` if paused, for processes that started since; return whether paused."""
+        with self._lock:
+            if _PAUSED not in self._holds:
+                return False
+            act()
+            return True
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Stop the clock while the meter reads: sensors may take half a second, which is no encoding."""
+        with self._lock:
+            self._hold(_READING)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._release(_READING)
+
+    def _hold(self, why: str) -> None:
+        self._counted_s = self._elapsed_s()
+        self._holds.add(why)
+
+    def _release(self, why: str) -> None:
+        self._holds.discard(why)
+        if not self._holds:
+            self._since = self._clock()
 
 
-class Supervisor:
-    """Runs the programs of one attempt, one at a time: limited, measured, and watched until they end.
+class Watchdog:
+    """Ends an attempt that takes too long: by the job's timeout, and by the time between two frames."""
 
-    Other threads may read `progress`, take from `lines`, and call stop(), pause() and resume().
+    def __init__(self, watch: Stopwatch, node: str) -> None:
+        self._watch = watch
+        self._node = node
+        self._timeout_s: float | None = None
+        self._deadline_s = math.inf  # like all times here, of the stopwatch
+        self._frame_s = math.inf  # when the last new frame came; inf: none is expected
+        self._stall_limit_s = math.inf
+
+    def start(self, timeout_s: float | None) -> None:
+        """Let the job's timeout, if it has one, run from now."""
+        self._timeout_s = timeout_s
+        self._deadline_s = self._watch.elapsed_s() + (timeout_s or math.inf)
+
+    def lift_timeout(self) -> None:
+        """End the timeout: waiting for the master's permission is not the job's time."""
+        self._deadline_s = math.inf
+
+    def left_s(self) -> float:
+        """Return how much of the timeout is left; inf without one."""
+        return self._deadline_s - self._watch.elapsed_s()
+
+    def note_frame(self) -> None:
+        """Note a new frame, or a start from which the first one is expected."""
+        self._frame_s = self._watch.elapsed_s()
+
+    def expect_frames(self, limit_s: float) -> None:
+        """Set the longest time between two new frames."""
+        self._stall_limit_s = limit_s
+
+    def expect_no_frames(self) -> None:
+        """Let the stall limit rest until the next note_frame()."""
+        self._frame_s = math.inf
+
+    def check(self, subject: str) -> None:
+        """Raise a Failure where a limit is passed; `subject` is the input's name."""
+        now = self._watch.elapsed_s()
+        if now > self._deadline_s:
+            raise Failure("timeout", f"the job took longer than its timeout of "
+                          f"{duration_text(self._timeout_s)} on {self._node}")
+        if now - self._frame_s > self._stall_limit_s:
+            raise Failure("stalled", f"{subject}: ffmpeg gave no new frame for "
+                          f"{duration_text(self._stall_limit_s)} on {self._node}")
+
+
+class Log:
+    """Numbered lines that the master has not acknowledged yet; of too many the later ones are dropped."""
+
+    def __init__(self) -> None:
+        self.lines: deque[tuple[int, str]] = deque()  # numbered from 0
+        self._count = 0
+
+    def add(self, line: str) -> None:
+        if len(self.lines) < MAX_LOG_LINES:
+            self.lines.append((self._count, line[:MAX_LINE_CHARS]))
+            self._count += 1
+
+    def take(self, most: int) -> tuple[int, list[str]]:
+        """Return the oldest lines that were not acknowledged, and the number of the first."""
+        taken = list(self.lines)[:most]
+        first = taken[0][0] if taken else self._count
+        return first, [line for _, line in taken]
+
+    def drop(self, upto: int) -> None:
+        """Forget the lines before a number: the master has them."""
+        while self.lines and self.lines[0][0] < upto:
+            self.lines.popleft()
+
+
+class Samples:
+    """The meter's readings that were not sent yet; of too many the oldest are dropped."""
+
+    def __init__(self) -> None:
+        self.rows: deque[Json] = deque(maxlen=MAX_SAMPLES)  # each Ledger of the attempt fills it
+
+    def take(self) -> list[Json]:
+        """Return the readings since the last call."""
+        return [self.rows.popleft() for _ in range(len(self.rows))]
+
+    def put_back(self, rows: list[Json]) -> None:
+        """Keep readings that could not be sent for the next call."""
+        room = MAX_SAMPLES - len(self.rows)
+        self.rows.extendleft(rows[:-room - 1:-1])
+
+
+class Runner:
+    """Runs the programs of one attempt, one at a time: limited, measured, watched until they end.
+
+    Other threads may read `progress`, take from `log` and `samples`, and call stop(), pause() and
+    resume(); the rest is for the attempt's own thread.
     """
 
     def __init__(self, place: Workplace, folder: Path) -> None:
-        self.progress: Json = phase_json("preparing", 0.0)
-        self.lines: deque[tuple[int, str]] = deque()  # numbered from 0, not yet acknowledged
-        self.paused = False
-        self._said = 0
-        self._stop: str | None = None
-        self._place = place
-        self._folder = folder
-        self._limits: hwdetect.Limits | None = None
-        self._opened: dict[int, str] = {}  # descriptors that the programs inherit -> as the user names them
-        self._samples: deque[Json] = deque(maxlen=600)
-        self._ledger = hwdetect.Ledger(self._samples)
+        self.place = place
+        self.folder = folder
+        self.watch = Stopwatch()
+        self.watchdog = Watchdog(self.watch, place.node)
+        self.space = FreeSpace(place.host, place.node, place.min_free_bytes)
+        self.files = OpenFiles()
+        self.log = Log()
+        self.samples = Samples()
+        self.ledger = hwdetect.Ledger(self.samples.rows)
+        self.limits: hwdetect.Limits | None = None
+        self.progress = phase_json("preparing", 0.0)
+        self.subject = ""  # the input's name, for sentences
+        self.tail: deque[str] = deque(maxlen=KEPT_LINES)  # of the program that ran last
+        self.damaged = 0
+        self.stop_word: str | None = None
         self._process: hwdetect.Program | None = None
-        self._tail: deque[str] = deque(maxlen=KEPT_LINES)
-        self._damaged = 0
-        self._subject = "the generated source"  # what is worked on, for sentences
-        self._timeout_s: float | None = None
-        self._deadline = math.inf
-        self._paused_s = self._paused_at = 0.0
-        self._moved = math.inf  # when the last new frame came
-        self._stall_s = math.inf
-        self._wanted: dict[str, tuple[str, float]] = {}  # path -> name for people, bytes that must be free
-        self._looked = 0.0
+        self._metering = False
 
-    def stop(self, why: str) -> None:
-        """End the attempt as canceled, returned or lost; run() returns when nothing is left of it."""
-        self._stop = self._stop or why
-
-    @property
-    def stopping(self) -> bool:
-        """Whether it was told to stop."""
-        return self._stop is not None
+    def stop(self, word: str) -> None:
+        """Order the end as canceled, returned or lost; the first order counts."""
+        self.stop_word = self.stop_word or word
 
     def pause(self) -> None:
-        """Stop the clock of the attempt: its processes stand still, its timeout waits."""
-        self.paused, self._paused_at = True, time.monotonic()
-        self._signal(signal.SIGSTOP)
-        self._place.meter.pause(self._ledger, True)
+        """Stop the attempt's clock and its processes."""
+        self.watch.pause(lambda: self._signal(signal.SIGSTOP))
 
     def resume(self) -> None:
-        """Let it go on after a pause."""
-        self._place.meter.pause(self._ledger, False)
-        self._paused_s += time.monotonic() - self._paused_at
-        self.paused = False
-        self._signal(signal.SIGCONT)
+        """Let both go on after a pause."""
+        self.watch.resume(lambda: self._signal(signal.SIGCONT))
 
     def _signal(self, number: int) -> None:
         process = self._process
         if process is not None:
             process.signal(number)
 
-    def take_lines(self, most: int) -> tuple[int, list[str]]:
-        """Return log lines that were not yet acknowledged, oldest first, and the number of the first."""
-        taken = list(self.lines)[:most]
-        return (taken[0][0] if taken else self._said), [line for _, line in taken]
+    def show(self, phase: str, percent: float | None = None) -> None:
+        """Show a phase without frames; the percentage stays unless one is given."""
+        self.progress = phase_json(phase, self.progress["percent"] if percent is None else percent)
 
-    def drop_lines(self, upto: int) -> None:
-        """Forget the lines before a number: the master has them."""
-        while self.lines and self.lines[0][0] < upto:
-            self.lines.popleft()
+    def check(self) -> None:
+        """Obey orders and hold the limits of time and room: called once in each slice of time."""
+        if self.stop_word:
+            raise Stopped(self.stop_word)
+        paused = self.watch.repeat_pause(lambda: self._signal(signal.SIGSTOP))
+        if self._metering and self.ledger.paused != paused:
+            self.place.meter.pause(self.ledger, paused)
+        if not paused:
+            self.watchdog.check(self.subject)
+            self.space.check(time.monotonic())
 
-    def take_samples(self) -> list[Json]:
-        """Return the machine's readings since the last call."""
-        return [self._samples.popleft() for _ in range(len(self._samples))]
+    def rest(self, seconds: float, phase: str) -> None:
+        """Let the machine rest; a pause makes it longer."""
+        self.watchdog.expect_no_frames()
+        until_s = self.watch.elapsed_s() + seconds
+        while (left_s := until_s - self.watch.elapsed_s()) > 0:
+            self.show(phase)
+            self.check()
+            time.sleep(min(SLICE_S, left_s))
 
-    def put_back(self, samples: list[Json]) -> None:
-        """Keep readings that could not be sent for the next call; of too many the oldest go."""
-        room = (self._samples.maxlen or 0) - len(self._samples)
-        self._samples.extendleft(samples[:-room - 1:-1])
-
-    def _say(self, line: str) -> None:
-        if len(self.lines) < UNSENT_LINES:
-            self.lines.append((self._said, line[:2000]))
-            self._said += 1
-
-    def _hear(self, line: str) -> None:
-        self._tail.append(line)
-        self._damaged += DAMAGE.search(line) is not None
-        self._say(self._with_user_names(line))
-
-    def _with_user_names(self, text: str) -> str:
-        """Return text with the user's names for the paths of descriptors."""
-        return _OPENED.sub(lambda match: self._opened.get(int(match[1]), match[0]), text)
-
-    def _argv_with_user_names(self, argv: Sequence[str]) -> tuple[str, ...]:
-        """Return a command as it would be for the user's own names."""
-        return tuple(named_file(self._with_user_names(word)) if _OPENED.fullmatch(word) else word
-                     for word in argv)
-
-    def _execute(self, argv: Sequence[str], on_stdout: Callable[[str], None], measured: bool = False,
-                 limit_s: float = math.inf) -> hwdetect.Exit:
-        """Run one program to its end, or raise Stopped or Failure(timeout) when its group is gone."""
-        self._check()
-        self._tail.clear()
-        if measured:  # from before its start, for of a short run that is much
-            self._read(self._place.meter.join)
-        process: hwdetect.Program | None = None
+    @contextlib.contextmanager
+    def metered(self) -> Iterator[None]:
+        """Have the meter book to the ledger meanwhile; the time of its readings is not the encode's."""
+        self.ledger.paused = False
+        with self.watch.reading():
+            self.place.meter.join(self.ledger)
+        self._metering = True
         try:
-            process = self._process = self._start(argv, on_stdout)
-            self._ledger.pgid = process.pid if measured else None
-            news = self._limit(process.pid)
-            if news:
-                self._say(f"limits: {news}")
-            started = hwdetect.process_started(self._place.host, process.pid)
-            (self._folder / "process").write_text(f"{process.pid} {started}")
-            limit = time.monotonic() + limit_s
-            while not process.ended.wait(_SLICE_S):
-                self._check()
-                if not self.paused and time.monotonic() > limit:
-                    raise Failure("network" if scheme_of(self._subject) else "timeout",
-                                  f"{self._subject}: no answer from ffprobe in {PROBE_S:.0f} s on "
-                                  f"{self._place.node}")
+            yield
         finally:
-            if process:
-                process.end()
-            self._process = None
-            if measured:
-                self._ledger.ended(*(process.exit[1:] if process and process.exit else (0.0, 0)))
-                self._read(self._place.meter.leave)
-        self._check()
-        return process.exit or hwdetect.Exit(-signal.SIGKILL, 0.0, 0)
+            self._metering = False
+            with self.watch.reading():
+                self.place.meter.leave(self.ledger)
 
-    def _start(self, argv: Sequence[str], on_stdout: Callable[[str], None]) -> hwdetect.Program:
+    def execute(self, argv: Sequence[str], on_stdout: Callable[[str], None] = lambda line: None,
+                limit_s: float = math.inf) -> hwdetect.Exit:
+        """Run one program to its end, or raise Stopped or Failure when its process group is gone."""
+        self._await_resume()
+        self.tail.clear()
         try:
-            return hwdetect.Program(argv, self._folder, on_stdout, self._hear, self._opened)
+            self._start(argv, on_stdout)
+            self._wait(limit_s)
+        finally:
+            ended = self._end()
+        self.check()
+        return ended
+
+    def execute_metered(self, argv: Sequence[str],
+                        on_stdout: Callable[[str], None] = lambda line: None) -> hwdetect.Exit:
+        """Run one program as execute() does, measured from before its start.
+
+        The start counts: it is much of a short run.
+        """
+        self._await_resume()
+        with self.metered():
+            return self.execute(argv, on_stdout)
+
+    def _await_resume(self) -> None:
+        """Wait for the end of a pause: no program starts in one."""
+        self.check()
+        while self.watch.paused:
+            time.sleep(SLICE_S)
+            self.check()
+
+    def _start(self, argv: Sequence[str], on_stdout: Callable[[str], None]) -> None:
+        try:
+            process = hwdetect.Program(argv, self.folder, on_stdout, self._hear, self.files.descriptors)
         except hwdetect.ProgramMissing as missing:
-            raise Failure("no_capability", f"{missing} is not there or not executable on this node") from None
+            raise Failure("no_capability",
+                          f"{missing} is not there or not executable on this node") from None
+        self._process = process
+        if self._metering:
+            self.ledger.pgid = process.pid
+        self._limit(process.pid)
+        # For clear_work(), should this agent be killed: with its start time a pid is never another's.
+        started = hwdetect.process_started(self.place.host, process.pid)
+        (self.folder / "process").write_text(f"{process.pid} {started}")
 
-    def _limit(self, pid: int) -> str:
+    def _limit(self, pid: int) -> None:
+        if self.limits is None:
+            return
         try:
-            return self._limits.take(pid) if self._limits else ""
+            news = self.limits.take(pid)
         except hwdetect.LimitsRefused as refused:
             parameters = " and ".join(LIMIT_PARAMETERS[name] for name in refused.args)
-            raise Failure("no_capability", f"{parameters} cannot be enforced on {self._place.node}: "
+            raise Failure("no_capability", f"{parameters} cannot be enforced on {self.place.node}: "
                           "neither a control group nor a plain limit is allowed to the agent") from None
+        if news:
+            self.log.add(f"limits: {news}")
 
-    def _read(self, verb: Callable[[hwdetect.Ledger], None]) -> None:
-        """Have the meter read for the ledger; how long its sensors take is no time of the encode."""
-        asked = time.monotonic()
-        verb(self._ledger)
-        self._paused_s += time.monotonic() - asked
+    def _wait(self, limit_s: float) -> None:
+        assert self._process is not None
+        until_s = self.watch.elapsed_s() + limit_s
+        while not self._process.ended.wait(SLICE_S):
+            self.check()
+            if self.watch.elapsed_s() > until_s:
+                reason = "network" if scheme_of(self.subject) else "timeout"
+                raise Failure(reason, f"{self.subject}: no answer from ffprobe in {limit_s:.0f} s on "
+                              f"{self.place.node}")
 
-    def _rest(self, seconds: float, phase: str) -> None:
-        """Let the machine rest; a pause makes it longer."""
-        self._moved = math.inf
-        rested = 0.0
-        while rested < seconds:
-            self.progress = phase_json(phase, self.progress["percent"])
-            self._check()
-            time.sleep(min(_SLICE_S, seconds - rested))
-            rested += 0 if self.paused else _SLICE_S
+    def _end(self) -> hwdetect.Exit:
+        """End what is left of the program and book what it used; return how it ended."""
+        process, self._process = self._process, None
+        ended = None
+        if process is not None:
+            process.end()
+            ended = process.exit
+        if ended is None:
+            ended = hwdetect.Exit(-signal.SIGKILL, 0.0, 0)
+        if self._metering:
+            self.ledger.ended(ended.cpu_seconds, ended.peak_rss_bytes)
+        return ended
 
-    def _check(self) -> None:
-        """Obey orders and hold the limits of time and room, once in each slice of time."""
-        if self._stop:
-            raise Stopped(self._stop)
-        if self.paused:
-            self._deadline += _SLICE_S
-            self._moved += _SLICE_S
-            self._signal(signal.SIGSTOP)
-            return
-        now = time.monotonic()
-        if now > self._deadline:
-            raise Failure("timeout", f"the job took longer than its timeout of "
-                          f"{duration_text(self._timeout_s)} on {self._place.node}")
-        if now - self._looked > 1:
-            self._refuse_full()
-        if now - self._moved > self._stall_s:
-            raise Failure("stalled", f"{self._subject}: ffmpeg gave no new frame for "
-                          f"{duration_text(self._stall_s)} on {self._place.node}")
-
-    def _want(self, path: str, shown: str, output_bytes: float = 0) -> None:
-        """From now on a file system must have room, at first for all of the output too."""
-        self._wanted[path] = shown, self._place.min_free_bytes + output_bytes
-        self._refuse_full()
-        self._wanted[path] = shown, self._place.min_free_bytes
-
-    def _refuse_full(self) -> None:
-        """Look at the free space at most once a second, or at once where a folder was added."""
-        self._looked = time.monotonic()
-        for path, (shown, wanted) in self._wanted.items() if self._place.min_free_bytes else ():
-            space = self._place.host.space(path)
-            if space is not None and space[1] < wanted:
-                raise Failure("out_of_disk", f"{shown} on {self._place.node} has {size_text(space[1])} free "
-                              f"and {size_text(wanted)} are wanted: make room there, or set that agent's "
-                              "--min-free")
+    def _hear(self, line: str) -> None:
+        self.tail.append(line)
+        if DAMAGE.search(line):
+            self.damaged += 1
+        self.log.add(self.files.name_in(line))
 
 
-# ---- 11 Attempt -----------------------------------------------------------------------------------
+# ---- 12 Stages ------------------------------------------------------------------------------------
 
+CONFIDENCES = ("auto", "low", "medium", "high")
 RUNS_MOST = {"high": 20, "medium": 10}
 REPEATS_S = 3600.0  # no run begins that would end after so long
-CACHE_LIMIT_BYTES = 1 << 30
-HIDDEN_NOTE = "hidden"  # in an attempt's folder: where its output is, which has no name yet
+CACHE_LIMIT_BYTES = 1 << 30  # of generated clips
+# An output may lack this much of the bytes that FFmpeg counted: it counts before the trailer is written,
+# which may rewrite what came before.
+MIN_WRITTEN = 0.99
+# An output may be this much shorter than planned: containers round, and the last frame has no length.
+MIN_LENGTH = 0.95
+LENGTH_SLACK_S = 0.1
+# A comparison must have seen this much of the frames: FFmpeg's filters may drop the last one.
+MIN_COMPARED = 0.98
+# Suffix of ffprobe's failures that keep their own class; any other is the input's or the encoder's.
+_INPUT_PROBE_REASONS = ("network", "killed", "no_capability")
+_OUTPUT_PROBE_REASONS = ("killed",)
+# All that FFmpeg says of a redirect that it may not follow, and of some other troubles.
+_UNSAID = re.compile(r"(?:https?://\S+|Error opening input): Input/output error"
+                     r"(?:; Error opening input .*)?")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an attempt came to. `status` is completed, failed, canceled, returned or lost."""
+    """How an attempt ended. `status` is completed, failed, canceled, returned or lost."""
 
     status: str
     settings: Settings | None = None
@@ -3582,7 +4092,7 @@ class Outcome:
     output_bytes: int | None = None
     output_s: float | None = None
     runs: tuple[Outcome, ...] = ()  # of a job that was repeated: all, the warm-up first
-    confidence: str = "low"  # what was asked for
+    confidence: str = "low"  # as requested
     quality: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
     unknown: Mapping[str, str] = dataclasses.field(default_factory=dict)
     damaged: int = 0
@@ -3613,375 +4123,230 @@ def intervals_of(runs: Sequence[Outcome]) -> dict[str, Json]:
 
 
 def wants_another(confidence: str, runs: Sequence[Outcome], elapsed_s: float, left_s: float) -> bool:
-    """Tell whether to encode once more; `elapsed_s` is of all runs so far, `left_s` until the timeout."""
+    """Return whether to encode once more.
+
+    `elapsed_s` is the time of all runs so far, `left_s` the time until the job's timeout.
+    """
     one_s = elapsed_s / len(runs)
-    if len(runs) >= runs_most(confidence) or elapsed_s + one_s > REPEATS_S or one_s * 1.1 > left_s:
+    if len(runs) >= runs_most(confidence):
         return False
+    # A run that takes a tenth longer than the mean must still fit.
+    if elapsed_s + one_s > REPEATS_S or one_s * 1.1 > left_s:
+        return False
+
     counted = measured_runs(runs) if len(runs) > 1 else []
-    reached = confidence_of(intervals_of(counted).values()) if len(counted) >= RUNS_LEAST else "low"
+    reached = "low"
+    if len(counted) >= RUNS_LEAST:
+        reached = confidence_of(intervals_of(counted).values())
     return CONFIDENCES.index(reached) < CONFIDENCES.index(confidence)
 
 
-class Attempt(Supervisor):
-    """One attempt of a job on this machine: its input, its encodes, its output, its outcome. run() once."""
+class Stage:
+    """What the stages of one attempt share: its runner, its settings, its input and output, its plan."""
 
-    def __init__(self, job_id: str, number: int, job: Json, place: Workplace,
-                 confirm: Callable[[OutputFile, Json], float | None] = lambda output, made: math.inf,
-                 ) -> None:
-        super().__init__(place, place.work_dir / f"{re.sub(r'[^A-Za-z0-9-]', '_', job_id)[:64]}-{number}")
-        self.job_id = job_id
-        self.number = number
-        self.key = (job_id, number)
-        self.parameters = _dict(job.get("parameters"))  # as they were given
-        self.published: Json | None = None  # the fingerprint of the output, once it may get its name
-        self.leased_at = -math.inf  # when the master last said that the lease is ours (boot_clock)
-        self._job = job
-        self._confirm = confirm
-        self._settings: Settings | None = None
-        self._plan: Plan | None = None
-        self._source_file: int | None = None
-        self._output: OutputFile | None = None
+    def __init__(self, job: Job, place: Workplace, runner: Runner, settings: Settings) -> None:
+        self.job = job
+        self.place = place
+        self.runner = runner
+        self.settings = settings
+        self.input = input_of(settings.input, place.places, runner.folder)
+        owner = Ownership(job.id, job.attempt, job.published)
+        self.output = output_of(settings, place.places, runner.folder, owner)
+        self.plan: Plan | None = None
+        runner.subject = self.input.name
 
-    def run(self) -> Outcome:
-        """Do all the work and return what it came to; nothing is left but a completed output."""
-        started = time.monotonic()
-        self._place.meter.work(self, True)
-        try:
-            outcome = self._work()
-        except Stopped as stopped:
-            outcome = Outcome(str(stopped.args[0]))
-        except Failure as failure:
-            gone = "" if self._folder.is_dir() else (
-                f"{self._folder} on {self._place.node} was removed while the job ran: ")
-            outcome = Outcome("failed", error=gone + failure.message,
-                              failure_reason="agent" if gone else failure.reason)
-        except ApiError as error:
-            outcome = Outcome("failed", error=error.message, failure_reason="parameters")
-        except OSError as error:
-            where = f"{error.filename or self._folder} on {self._place.node}"
-            outcome = Outcome("failed", error=f"{where}: {cause_text(error)}",
-                              failure_reason=ERRNO_REASONS.get(error.errno or 0, "agent"))
-        finally:
-            self._clean()
-            self._place.meter.work(self, False)
-        limits = self._limits.enforced if self._limits else {}
-        made = self._plan and dataclasses.replace(self._plan, passes=tuple(map(self._argv_with_user_names,
-                                                                               self._plan.passes)))
-        return dataclasses.replace(outcome, wall_s=outcome.wall_s or time.monotonic() - started,
-                                   settings=self._settings, plan=made, ledger=self._ledger,
-                                   damaged=self._damaged, limits=limits)
+    @property
+    def output_name(self) -> str:
+        """The user's name of the output, for sentences."""
+        return self.settings.output or "the output"
 
-    def _work(self) -> Outcome:
-        settings = self._settings = resolve(self._job.get("scenario"), self._job.get("parameters"),
-                                            self._place.places.own_paths)
-        self._subject = settings.input or self._subject
-        self._timeout_s = settings.timeout
-        self._deadline = time.monotonic() + (settings.timeout or math.inf)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        make_folder(self._place.work_dir)
-        self._folder.mkdir(mode=0o700)
-        self._want(str(self._place.work_dir), str(self._place.work_dir))
-        memory_bytes = (settings.max_memory_mb or 0) << 20
-        self._limits = hwdetect.Limits(self._place.host, self._folder, memory_bytes,
-                                       settings.max_cpu_percent or 0)
-        if settings.baseline:
-            return self._measure_idle(settings)
-        source = self._source(settings)
-        target = self._target(settings)
-        made = self._plan = plan(settings, self._place.machine, source, target)
-        self._say(f"plan: {made.reason}")
-        if scheme_of(target) is None:
-            bits = settings.bitrate if settings.crf is None else None  # with crf it is but a ceiling
-            output_bytes = (bits or 0) / 8 * (made.duration_s or 0)
-            if self._output is not None:
-                self._want(target, self._output.above, output_bytes)
-            else:
-                self._want(str(self._folder), str(self._folder), output_bytes)
-        outcome = self._repeat(settings, made)
-        if scheme_of(target) is None:
-            outcome = self._compare(outcome, settings, source, made)
-        self.progress = phase_json("finishing", self.progress["percent"])
-        if self._output is not None:
-            self._deliver(self._output)
-        return outcome
+    def close(self) -> None:
+        """Let go of input and output; an output that was not delivered is removed."""
+        self.output.close()
+        self.input.close()
 
-    def _measure_idle(self, settings: Settings) -> Outcome:
-        """Measure the machine for a while without any work of this job."""
-        self._rest(settings.settle, "settling")
-        self._place.meter.join(self._ledger)
-        try:
-            self._rest(settings.duration or BASELINE_S, "measuring the idle machine")
-        finally:
-            self._place.meter.leave(self._ledger)
-        self._rest(settings.cooldown, "cooling down")
-        ledger, joules = self._ledger, hwdetect.energy_of(self._ledger).joules
-        busy = ledger.busy_percent_s / ledger.busy_s if ledger.busy_s else 0.0
-        if busy > hwdetect.IDLE_BUSY_PERCENT:
-            ledger.idle_s, ledger.idle_watts = 0.0, None
-            ledger.unknown["idle_watts"] = f"the machine was not idle: {busy:.0f} % of it was busy"
-        elif joules is not None:  # this is idle power, whatever the node's own baseline says
-            ledger.idle_joules, ledger.idle_s, ledger.idle_watts = joules, ledger.measured_s, (
-                joules / ledger.measured_s)
-        return Outcome("completed", wall_s=ledger.measured_s)
 
-    def _source(self, settings: Settings) -> Source:
-        if settings.input is None:
-            return self._generated(settings)
-        url = settings.input
-        if scheme_of(url):
-            self._place.places.allow(url, "input")
-        else:
-            self._source_file = self._place.places.open_input(url)
-            url = self._open_to_programs(self._source_file, url)
-        text = self._described(url, settings.input)
-        try:
-            return dataclasses.replace(parse_probe(text, settings.input), url=url)
-        except Failure as failure:
-            raise Failure(failure.reason, f"{failure.message} (on {self._place.node})") from None
+def make_folder_of(runner: Runner) -> None:
+    """Make the attempt's own folder, empty, under the work folder."""
+    work_dir = runner.place.work_dir
+    shutil.rmtree(runner.folder, ignore_errors=True)
+    make_folder(work_dir)
+    runner.folder.mkdir(mode=0o700)
+    runner.space.want(str(work_dir), str(work_dir))
 
-    def _described(self, url: str, place: str) -> str:
-        """Return what ffprobe says of the input: by its content, else by what its suffix says that it is."""
-        trouble = f"input {place} cannot be read on {self._place.node}"
-        kept = ("network", "killed", "no_capability")
-        suffix = os.path.splitext(place)[1].lower()
-        try:
-            return self._probed(url, trouble, kept, "input")
-        except Failure as failure:
-            if failure.reason != "input" or scheme_of(place) or suffix not in CONTAINER_OF_SUFFIX:
-                raise
-        return self._probed(url, trouble, kept, "input", CONTAINER_OF_SUFFIX[suffix])  # its words tell more
 
-    def _generated(self, settings: Settings) -> Source:
-        """Return the generated source: a short clip, made once for each size and rate, to be looped."""
-        width, height, fps = settings.width or 1280, settings.height or 720, float(settings.fps or 30)
-        cache = self._place.work_dir / "cache"
-        cache.mkdir(mode=0o700, exist_ok=True)
-        kept = cache / f"clip-{width}x{height}-{rational(fps).replace('/', '_')}.mov"
-        mine = self._folder / "source.mov"
-        try:
-            os.link(kept, mine)
-            os.utime(kept)
-        except OSError:
-            self.progress = phase_json("making the generated source", 0.0)
-            encoder = "libx264" if self._place.machine.encoders.get("libx264", "") is None else "mpeg4"
-            picture = Picture(width, height, fps)
-            argv = clip_command(self._place.machine.ffmpeg, picture, encoder, str(mine))
-            self._expect(self._execute(argv, lambda line: None), settings)
-            with contextlib.suppress(OSError):
-                os.link(mine, kept)
-        bound_cache(cache, CACHE_LIMIT_BYTES)
-        return Source(str(mine), width, height, fps, clip_frames(fps) / fps, has_audio=True, loop=True,
-                      steady=True, demuxer="mov")
+def limits_of(settings: Settings, runner: Runner) -> hwdetect.Limits:
+    """Return the limits of memory and CPU that the job asks for."""
+    memory_bytes = (settings.max_memory_mb or 0) << 20
+    percent = settings.max_cpu_percent or 0
+    return hwdetect.Limits(runner.place.host, runner.folder, memory_bytes, percent)
 
-    def _open_to_programs(self, descriptor: int, shown: str) -> str:
-        """Let the programs of this attempt inherit a descriptor; return the path by which they open it."""
-        self._opened[descriptor] = shown
-        return hwdetect.descriptor_path(descriptor)
 
-    def _target(self, settings: Settings) -> str:
-        """Return where FFmpeg writes to; an output that is kept as a file is hidden until it is complete."""
-        if settings.output is None:
-            return str(self._folder / "output")
-        if scheme_of(settings.output):
-            self._place.places.allow(settings.output, "output")
-            return settings.output
-        self._output, where = self._place.places.output(settings.output)
-        file = self._folder / HIDDEN_NOTE
-        try:
-            owner = Ownership(self.job_id, self.number, self._job.get("published") or ())
-            self._output.check(self._source_file, settings.overwrite, owner)
-            made = self._output.create(lambda note: _write_json(file, {**where, **note}))
-            return self._open_to_programs(made, settings.output)
-        except OSError as error:
-            raise self._output.failure_of(error) from None
+def measure_idle(runner: Runner, settings: Settings) -> Outcome:
+    """Measure the machine for a while without any work of this job."""
+    runner.rest(settings.settle, "settling")
+    with runner.metered():
+        runner.rest(settings.duration or BASELINE_S, "measuring the idle machine")
+    runner.rest(settings.cooldown, "cooling down")
 
-    def _repeat(self, settings: Settings, made: Plan) -> Outcome:
-        """Encode once, or until the confidence asked for is reached; each output replaces the one before."""
-        said = self._job.get("confidence")
-        confidence = said if said in CONFIDENCES else "auto"
-        file = scheme_of(made.target) is None
-        most = runs_most(confidence) if file else 1  # a stream is sent once
-        runs: list[Outcome] = []
-        began = time.monotonic()
-        while True:
-            self._rest(settings.settle, "settling")
-            uses_gpu = ENCODERS[made.encoder].hardware or bool(settings.hwaccel)
-            self._ledger = hwdetect.Ledger(self._samples, uses_gpu)
-            self._ledger.paused = self.paused
-            outcome = self._encode(settings, made, len(runs), most)
-            if file:
-                outcome = self._inspect(outcome, settings, made)
-            runs.append(dataclasses.replace(outcome, ledger=self._ledger, confidence=confidence))
-            self._rest(settings.cooldown, "cooling down")
-            now = time.monotonic()
-            if not file or not wants_another(confidence, runs, now - began, self._deadline - now):
-                return dataclasses.replace(runs[-1], runs=tuple(runs))
+    ledger = runner.ledger
+    joules = hwdetect.energy_of(ledger).joules
+    busy = ledger.busy_percent_s / ledger.busy_s if ledger.busy_s else 0.0
+    if busy > hwdetect.IDLE_BUSY_PERCENT:
+        ledger.idle_s, ledger.idle_watts = 0.0, None
+        ledger.unknown["idle_watts"] = f"the machine was not idle: {busy:.0f} % of it was busy"
+    elif joules is not None:
+        # This measurement is the idle power, whatever the node's own baseline says.
+        ledger.idle_joules = joules
+        ledger.idle_s = ledger.measured_s
+        ledger.idle_watts = joules / ledger.measured_s
+    return Outcome("completed", wall_s=ledger.measured_s)
 
-    def _encode(self, settings: Settings, made: Plan, run: int, most: int) -> Outcome:
-        """Run the commands of one encode, the `run`-th from 0 of at most `most`."""
-        parser, latest = ProgressParser(), Progress()
-        began = shown = time.monotonic()
-        self._paused_s, self._paused_at = 0.0, began
-        for step, argv in enumerate(made.passes):
-            phase = "encoding" if len(made.passes) == 1 else f"pass {step + 1} of {len(made.passes)}"
-            phase = phase if most == 1 else f"run {run + 1}{' (warm-up)' if run == 0 else ''}, {phase}"
-            at, steps = run * len(made.passes) + step, most * len(made.passes)
 
-            def note(line: str, at: int = at, steps: int = steps, phase: str = phase) -> None:
-                nonlocal latest, shown
-                block = parser.feed(line)
-                if block is not None:
-                    now = time.monotonic()
-                    if (block.frame, block.out_time_s) != (latest.frame, latest.out_time_s):
-                        self._moved = now
-                    if block.frame > latest.frame and now > shown:
-                        self._ledger.pace.add(now - began, (block.frame - latest.frame) / (now - shown))
-                    latest, shown = block, now
-                    self._stall_s = stall_limit_s(block.frame, now - began, self._place.stall_limit_s)
-                    self.progress = progress_json(block, made.duration_s, at, steps, phase)
-            self.progress = phase_json(phase, 100.0 * at / steps)
-            self._moved, self._stall_s = time.monotonic(), stall_limit_s(0, 0, self._place.stall_limit_s)
-            self._say("run: " + shlex.join(self._argv_with_user_names(argv)))
-            self._expect(self._execute(argv, note, measured=True), settings)
-        self._moved = math.inf
-        return Outcome("completed", wall_s=time.monotonic() - began - self._paused_s, progress=latest)
+def memory_burst(limits: hwdetect.Limits, ended: hwdetect.Exit, reason: str) -> str:
+    """Return in words that a process failed for its limit of memory, "" where it did not.
 
-    def _expect(self, exit_: hwdetect.Exit, settings: Settings) -> None:
-        """Raise a Failure in FFmpeg's own words unless it ended well and wrote all that it had."""
-        unwritten = [line for line in telling_lines(self._tail) if UNWRITTEN.search(line)]
-        if exit_.returncode == 0 and not unwritten:
-            return
-        words = self._last_words()
-        reason, burst = self._reason(exit_)
-        how = (f"was killed by {signal.Signals(-exit_.returncode).name}" if exit_.returncode < 0
-               else f"ended with status {exit_.returncode}")
-        words = f"{burst}: {words}" if burst and words and exit_.returncode > 0 else burst or words
-        names = self._subject + (f" and {settings.output}" if settings.output else "")
-        raise Failure(reason, f"{names}: ffmpeg {how} on {self._place.node}"
-                      f"{': ' + words if words else ' without a word'}")
+    Encoders that get no memory under a plain limit may fail without a word of it, or crash.
+    """
+    how = limits.enforced.get("memory")
+    if how is None:
+        return ""
+    if how == "rlimit":
+        silent = reason in ("encoder", "no_capability") or ended.returncode in CRASHES
+        burst = silent and ended.returncode != 0
+        counts = ", which counts addresses, not pages in use"
+    else:
+        burst = limits.killed()
+        counts = ""
+    if not burst and reason != "out_of_memory":
+        return ""
+    return f"max_memory_mb of {limits.memory_bytes >> 20} ({how}{counts}) is too little for it"
 
-    def _reason(self, exit_: hwdetect.Exit) -> tuple[str, str]:
-        """Return the class of a failure, and in words that a limit of the job was its cause ("" if not)."""
-        lines = telling_lines(self._tail)
-        reason = failure_reason(exit_.returncode, "\n".join(lines))
-        burst = memory_burst(self._limits, exit_, reason) if self._limits else ""
-        target = self._plan.target if self._plan else None
-        if reason == "input" and target and re.search(rf"{re.escape(target)}(?!\d)", "\n".join(lines)):
-            reason = "output"
-        return ("out_of_memory" if burst else reason), burst
 
-    def _last_words(self) -> str:
-        """Return FFmpeg's reason, with the output's own name for the hidden one."""
-        words = self._with_user_names(last_words(self._tail))
-        words = words.replace(f"Format not on whitelist '{FILM_FORMATS}'", "it is not a film")
-        discarded = str(self._folder / "output")
-        words = words.replace(f"file:{discarded}", discarded).replace(discarded, "the output")
-        maybe_redirected = self._place.machine.http_args and _UNSAID.fullmatch(words)
-        return f"{words} (if it was a redirect: they are not followed)" if maybe_redirected else words
+def reason_of(stage: Stage, ended: hwdetect.Exit) -> tuple[str, str]:
+    """Return the class of a program's failure, and in words that a limit of the job caused it ("": no)."""
+    runner = stage.runner
+    words = "\n".join(telling_lines(runner.tail))
+    reason = failure_reason(ended.returncode, words)
+    if runner.limits is not None:
+        burst = memory_burst(runner.limits, ended, reason)
+        if burst:
+            return "out_of_memory", burst
+    if reason == "input" and stage.plan is not None and _names_target(words, stage.plan.target):
+        reason = "output"
+    return reason, ""
 
-    def _probed(self, url: str, trouble: str, kept: Sequence[str], otherwise: str, demuxer: str = "") -> str:
-        """Return what ffprobe says of a film; a Failure of a class in `kept`, or else of `otherwise`."""
-        answer: list[str] = []
-        argv = probe_command(self._place.ffprobe, url, demuxer, self._place.machine.http_args)
-        exit_ = self._execute(argv, answer.append, limit_s=PROBE_S)
-        if exit_.returncode != 0:
-            reason, burst = self._reason(exit_)
-            words = burst or self._last_words() or f"ffprobe ended with status {exit_.returncode}"
-            raise Failure(reason if burst or reason in kept else otherwise, f"{trouble}: {words}")
+
+def _names_target(words: str, target: str) -> bool:
+    """Return whether FFmpeg speaks of the target, often a path such as /proc/self/fd/3 (but not 31)."""
+    return re.search(rf"{re.escape(target)}(?!\d)", words) is not None
+
+
+def last_words_of(stage: Stage) -> str:
+    """Return FFmpeg's reason with the user's names for paths of the agent's own."""
+    runner = stage.runner
+    words = runner.files.name_in(last_words(runner.tail))
+    words = words.replace(f"Format not on whitelist '{FILM_FORMATS}'", "it is not a film")
+    discarded = str(runner.folder / "output")
+    words = words.replace(f"file:{discarded}", discarded).replace(discarded, "the output")
+    if stage.place.machine.http_args and _UNSAID.fullmatch(words):
+        return f"{words} (if it was a redirect: they are not followed)"
+    return words
+
+
+def require_success(stage: Stage, ended: hwdetect.Exit) -> None:
+    """Raise a Failure in FFmpeg's own words unless it ended well and wrote all that it had."""
+    unwritten = any(UNWRITTEN.search(line) for line in telling_lines(stage.runner.tail))
+    if ended.returncode == 0 and not unwritten:
+        return
+
+    reason, burst = reason_of(stage, ended)
+    words = last_words_of(stage)
+    if burst and words and ended.returncode > 0:
+        words = f"{burst}: {words}"
+    elif burst:
+        words = burst
+    if ended.returncode < 0:
+        how = f"was killed by {signal.Signals(-ended.returncode).name}"
+    else:
+        how = f"ended with status {ended.returncode}"
+    names = stage.input.name
+    if stage.settings.output:
+        names += f" and {stage.settings.output}"
+    tail = f": {words}" if words else " without a word"
+    raise Failure(reason, f"{names}: ffmpeg {how} on {stage.place.node}{tail}")
+
+
+def probe(stage: Stage, url: str, trouble: str, reasons: tuple[Sequence[str], str],
+          demuxer: str = "") -> str:
+    """Return ffprobe's text about a film.
+
+    A Failure begins with `trouble`; its class is one of the first of `reasons`, else the second.
+    """
+    answer: list[str] = []
+    argv = probe_command(stage.place.ffprobe, url, demuxer, stage.place.machine.http_args)
+    ended = stage.runner.execute(argv, answer.append, PROBE_S)
+    if ended.returncode == 0:
         return "\n".join(answer)
 
-    def _inspect(self, outcome: Outcome, settings: Settings, made: Plan) -> Outcome:
-        """Look at the output with ffprobe: FFmpeg's own word for success is not enough."""
-        shown, node = settings.output or "the output", self._place.node
-        size = os.path.getsize(made.target) if os.path.exists(made.target) else 0
-        frames, told = outcome.progress.frame, outcome.progress.total_bytes or 0
-        if not size or not frames:
-            words = self._last_words() if telling_lines(self._tail) else ""
-            raise Failure("input", f"{self._subject} gave no frame on {node}{': ' + words if words else ''}")
-        if size < 0.99 * told:
-            raise Failure("out_of_disk", f"{shown} has {size} of the {told} bytes that ffmpeg wrote "
-                          f"on {node}: is its disk full?")
-        heard = telling_lines(self._tail)
-        text = self._probed(made.target, f"{shown} cannot be read back on {node}", ("killed",), "encoder",
-                            made.container)
-        length_s = parse_probe(text, shown).duration_s
-        reached_s = length_s if length_s is not None else frames / made.fps
-        if made.duration_s and reached_s < made.duration_s * 0.95 - 1.0 / made.fps - 0.1:
-            words = last_words([line for line in heard if DAMAGE.search(line)])
-            lost = scheme_of(settings.input) and failure_reason(1, "\n".join(heard)) == "network"
-            raise Failure("network" if lost else "input",
-                          f"{self._subject} ends after {reached_s:.1f} s of {made.duration_s:.1f} s "
-                          f"on {node}: it is cut or damaged{f' ({words})' if words else ''}")
-        return dataclasses.replace(outcome, output_bytes=size, output_s=length_s)
+    reason, burst = reason_of(stage, ended)
+    words = burst or last_words_of(stage) or f"ffprobe ended with status {ended.returncode}"
+    kept, otherwise = reasons
+    raise Failure(reason if burst or reason in kept else otherwise, f"{trouble}: {words}")
 
-    def _compare(self, outcome: Outcome, settings: Settings, source: Source, made: Plan) -> Outcome:
-        """Take the quality metrics that the job names, after the encode and apart from its energy."""
-        scores: dict[str, float | None] = {}
-        unknown: dict[str, str] = {}
-        lost = outcome.progress.dropped_frames + outcome.progress.duplicated_frames
-        unpaired = f"ffmpeg dropped or doubled {lost} frames: they have no pairs" if lost else ""
-        for metric in settings.quality:
-            self.progress = phase_json(f"measuring {metric}", self.progress["percent"])
-            found, why = ({}, unpaired) if unpaired else self._scores(metric, source, made,
-                                                                      outcome.progress.frame)
-            for name in SCORES[metric][:3]:
-                scores[name] = found.get(name)
-                if scores[name] is None:
-                    unknown[name] = why or "FFmpeg did not tell"
-        return dataclasses.replace(outcome, quality=scores, unknown=unknown)
 
-    def _scores(self, metric: str, source: Source, made: Plan, frames: int) -> tuple[dict[str, float], str]:
-        """Return what one comparison found by name, or why it found nothing."""
-        if ("libvmaf" if metric == "vmaf" else metric) not in self._place.filters:
-            return {}, f"this FFmpeg has no {metric} filter"
-        if metric != "psnr" and min(made.width, made.height) < WINDOW:
-            return {}, f"{metric} needs {WINDOW}x{WINDOW} pixels, the picture has {made.width}x{made.height}"
-        machine, log = self._place.machine, self._folder / FRAME_LOG
-        argv = quality_command(machine, metric, source, made)
-        # A ledger of its own, so that no job beside this one is booked its energy.
-        kept, self._ledger = self._ledger, hwdetect.Ledger()
-        try:
-            exit_ = self._execute(argv, lambda line: None, measured=True)
-        finally:
-            self._ledger = kept
-        found: dict[str, float] = {}
-        count = 0
-        with contextlib.suppress(FileNotFoundError), open(log, encoding="utf-8") as lines:
-            found, count = parse_scores(metric, self._tail, lines)
-            log.unlink()
-        if exit_.returncode != 0 or not found:
-            return {}, f"the comparison failed: {last_words(self._tail)}"
-        if count < 0.98 * frames - 1:
-            return {}, f"the source gave {count} frames to compare with the output's {frames}"
-        return found, ""
+def find_source(stage: Stage) -> Source:
+    """Open the input and return what it is."""
+    url = stage.input.open(stage.runner.files)
+    if stage.settings.input is None:
+        return make_clip(stage, url)
+    text = probe_input(stage, url)
+    try:
+        return dataclasses.replace(parse_probe(text, stage.settings.input), url=url)
+    except Failure as failure:
+        raise Failure(failure.reason, f"{failure.message} (on {stage.place.node})") from None
 
-    def _deliver(self, output: OutputFile) -> None:
-        """Give the output its name: from here on it is the user's.
 
-        Only a holder of the lease may, and only for a moment after the master has said so: a process that
-        stood still in between asks again. How long the master is away is no time of the job.
-        """
-        self._deadline = math.inf
-        try:
-            made = output.sync()
-            while True:
-                until = self._confirm(output, made)
-                if until is None:
-                    raise Stopped(self._stop or "lost")
-                self._check()
-                if boot_clock() < until:
-                    return output.publish()
-        except OSError as error:
-            raise output.failure_of(error) from None
+def probe_input(stage: Stage, url: str) -> str:
+    """Return ffprobe's text about the input: by its content, else as the format of its suffix.
 
-    def _clean(self) -> None:
-        if self._output is not None:
-            self._output.close()
-        if self._source_file is not None:
-            os.close(self._source_file)
-        if self._limits:
-            self._limits.lift()
-        shutil.rmtree(self._folder, ignore_errors=True)
+    Some films are not recognised by their content; for a damaged one the format's own words say more.
+    """
+    name = stage.input.name
+    trouble = f"input {name} cannot be read on {stage.place.node}"
+    reasons = (_INPUT_PROBE_REASONS, "input")
+    suffix = os.path.splitext(name)[1].lower()
+    try:
+        return probe(stage, url, trouble, reasons)
+    except Failure as failure:
+        by_suffix = failure.reason == "input" and suffix in CONTAINER_OF_SUFFIX
+        if scheme_of(name) or not by_suffix:
+            raise
+    return probe(stage, url, trouble, reasons, CONTAINER_OF_SUFFIX[suffix])
+
+
+def make_clip(stage: Stage, path: str) -> Source:
+    """Make the generated source: a short clip, kept for each size and rate, to be looped."""
+    settings, machine = stage.settings, stage.place.machine
+    width = settings.width or GENERATED["width"]
+    height = settings.height or GENERATED["height"]
+    fps = float(settings.fps or GENERATED["fps"])
+    cache = stage.place.work_dir / "cache"
+    cache.mkdir(mode=0o700, exist_ok=True)
+    kept = cache / f"clip-{width}x{height}-{rational(fps).replace('/', '_')}.mov"
+    try:
+        os.link(kept, path)
+        os.utime(kept)
+    except OSError:
+        stage.runner.show("making the generated source", 0.0)
+        encoder = "libx264" if machine.encoders.get("libx264", "") is None else "mpeg4"
+        argv = clip_command(machine.ffmpeg, Picture(width, height, fps), encoder, path)
+        require_success(stage, stage.runner.execute(argv))
+        with contextlib.suppress(OSError):
+            os.link(path, kept)
+    bound_cache(cache, CACHE_LIMIT_BYTES)
+    return Source(path, width, height, fps, clip_frames(fps) / fps, has_audio=True, loop=True,
+                  steady=True, demuxer="mov")
 
 
 def bound_cache(cache: Path, limit_bytes: int) -> None:
@@ -3989,9 +4354,10 @@ def bound_cache(cache: Path, limit_bytes: int) -> None:
     clips = []
     for path in cache.iterdir():
         with contextlib.suppress(OSError):
-            clips.append((path.stat().st_mtime, path.stat().st_size, path))
+            found = path.stat()
+            clips.append((found.st_mtime, found.st_size, path))
     total = sum(size for _, size, _ in clips)
-    for _, size, path in sorted(clips)[:-1]:
+    for _, size, path in sorted(clips)[:-1]:  # the newest is in use
         if total <= limit_bytes:
             return
         with contextlib.suppress(OSError):
@@ -3999,22 +4365,384 @@ def bound_cache(cache: Path, limit_bytes: int) -> None:
         total -= size
 
 
+def reserve_room(stage: Stage, made: Plan) -> None:
+    """Refuse an output that will not fit on its file system."""
+    room = stage.output.room()
+    if room is None:
+        return
+    # With crf the bitrate is only a ceiling.
+    bits = stage.settings.bitrate if stage.settings.crf is None else None
+    stage.runner.space.want(*room, (bits or 0) / 8 * (made.duration_s or 0))
+
+
+class Follower:
+    """Follows FFmpeg's progress through the passes of one encode."""
+
+    def __init__(self, runner: Runner, made: Plan, steps: int) -> None:
+        self.latest = Progress()
+        self._runner = runner
+        self._expected_s = made.duration_s
+        self._steps = steps  # of all runs of the job
+        self._parser = ProgressParser()
+        self._began_s = self._shown_s = runner.watch.elapsed_s()
+        self._step = 0
+        self._phase = ""
+
+    def begin(self, step: int, phase: str) -> None:
+        """Begin a pass; its first frame is expected from now on."""
+        self._step, self._phase = step, phase
+        self._runner.show(phase, 100.0 * step / self._steps)
+        self._runner.watchdog.note_frame()
+        self._expect_frames(0, 0.0)
+
+    def _expect_frames(self, frames: int, elapsed_s: float) -> None:
+        limit_s = stall_limit_s(frames, elapsed_s, self._runner.place.stall_limit_s)
+        self._runner.watchdog.expect_frames(limit_s)
+
+    def read(self, line: str) -> None:
+        """Take one line of -progress; called in the thread that drains FFmpeg's output."""
+        block = self._parser.feed(line)
+        if block is None:
+            return
+        now = self._runner.watch.elapsed_s()
+        if (block.frame, block.out_time_s) != (self.latest.frame, self.latest.out_time_s):
+            self._runner.watchdog.note_frame()
+        frames = block.frame - self.latest.frame
+        if frames > 0 and now > self._shown_s:
+            self._runner.ledger.pace.add(now - self._began_s, frames / (now - self._shown_s))
+        self.latest, self._shown_s = block, now
+        self._expect_frames(block.frame, now - self._began_s)
+        self._runner.progress = progress_json(block, self._expected_s, self._step, self._steps,
+                                              self._phase)
+
+
+def phase_name(step: int, passes: int, run: int, most: int) -> str:
+    """Return the name of a pass, counted from 0, of a run, of at most `most`."""
+    name = "encoding" if passes == 1 else f"pass {step + 1} of {passes}"
+    if most == 1:
+        return name
+    warm_up = " (warm-up)" if run == 0 else ""
+    return f"run {run + 1}{warm_up}, {name}"
+
+
+def encode(stage: Stage, made: Plan, run: int, most: int) -> Outcome:
+    """Run the commands of one encode, the `run`-th from 0 of at most `most`."""
+    runner, passes = stage.runner, len(made.passes)
+    began_s = runner.watch.elapsed_s()
+    follower = Follower(runner, made, most * passes)
+    for step, argv in enumerate(made.passes):
+        follower.begin(run * passes + step, phase_name(step, passes, run, most))
+        runner.log.add("run: " + shlex.join(runner.files.name_in_command(argv)))
+        require_success(stage, runner.execute_metered(argv, follower.read))
+    runner.watchdog.expect_no_frames()
+    wall_s = runner.watch.elapsed_s() - began_s
+    return Outcome("completed", wall_s=wall_s, progress=follower.latest)
+
+
+def inspect(stage: Stage, made: Plan, outcome: Outcome) -> Outcome:
+    """Look at the output with ffprobe: FFmpeg's own word for success is not enough."""
+    size = os.path.getsize(made.target) if os.path.exists(made.target) else 0
+    require_frames(stage, outcome.progress.frame if size else 0)
+    require_bytes(stage, size, outcome.progress.total_bytes or 0)
+
+    heard = telling_lines(stage.runner.tail)
+    trouble = f"{stage.output_name} cannot be read back on {stage.place.node}"
+    text = probe(stage, made.target, trouble, (_OUTPUT_PROBE_REASONS, "encoder"), made.container)
+    length_s = parse_probe(text, stage.output_name).duration_s
+    reached_s = outcome.progress.frame / made.fps if length_s is None else length_s
+    require_length(stage, made, reached_s, heard)
+    return dataclasses.replace(outcome, output_bytes=size, output_s=length_s)
+
+
+def require_frames(stage: Stage, frames: int) -> None:
+    """Raise a Failure where the encode wrote nothing or no frame."""
+    if frames:
+        return
+    words = ""
+    if telling_lines(stage.runner.tail):
+        words = last_words_of(stage)
+    why = f": {words}" if words else ""
+    raise Failure("input", f"{stage.input.name} gave no frame on {stage.place.node}{why}")
+
+
+def require_bytes(stage: Stage, size: int, written: int) -> None:
+    """Raise a Failure where the file is shorter than FFmpeg wrote: file systems over quota do that."""
+    if size < MIN_WRITTEN * written:
+        raise Failure("out_of_disk", f"{stage.output_name} has {size} of the {written} bytes that ffmpeg "
+                      f"wrote on {stage.place.node}: is its disk full?")
+
+
+def require_length(stage: Stage, made: Plan, reached_s: float, heard: Sequence[str]) -> None:
+    """Raise a Failure where the output ends before the planned length; `heard` are FFmpeg's lines."""
+    if not made.duration_s:
+        return
+    shortest_s = made.duration_s * MIN_LENGTH - 1.0 / made.fps - LENGTH_SLACK_S
+    if reached_s >= shortest_s:
+        return
+
+    words = last_words([line for line in heard if DAMAGE.search(line)])
+    why = f" ({words})" if words else ""
+    reason = "input"
+    if scheme_of(stage.settings.input) and failure_reason(1, "\n".join(heard)) == "network":
+        reason = "network"
+    raise Failure(reason, f"{stage.input.name} ends after {reached_s:.1f} s of {made.duration_s:.1f} s "
+                  f"on {stage.place.node}: it is cut or damaged{why}")
+
+
+def repeat(stage: Stage, made: Plan) -> Outcome:
+    """Encode once, or until the requested confidence is reached; each output replaces the one before."""
+    runner, settings = stage.runner, stage.settings
+    confidence = stage.job.confidence if stage.job.confidence in CONFIDENCES else "auto"
+    once = stage.output.is_stream
+    most = 1 if once else runs_most(confidence)
+    uses_gpu = ENCODERS[made.encoder].hardware or bool(settings.hwaccel)
+    runs: list[Outcome] = []
+    began_s = runner.watch.elapsed_s()
+    while True:
+        runner.rest(settings.settle, "settling")
+        runner.ledger = hwdetect.Ledger(runner.samples.rows, uses_gpu)
+        outcome = encode(stage, made, len(runs), most)
+        if not once:
+            outcome = inspect(stage, made, outcome)
+        runs.append(dataclasses.replace(outcome, ledger=runner.ledger, confidence=confidence))
+        runner.rest(settings.cooldown, "cooling down")
+
+        elapsed_s = runner.watch.elapsed_s() - began_s
+        if once or not wants_another(confidence, runs, elapsed_s, runner.watchdog.left_s()):
+            return dataclasses.replace(runs[-1], runs=tuple(runs))
+
+
+def compare(stage: Stage, made: Plan, source: Source, outcome: Outcome) -> Outcome:
+    """Take the quality metrics that the job names, after the encode and apart from its energy."""
+    scores: dict[str, float | None] = {}
+    unknown: dict[str, str] = {}
+    done = outcome.progress
+    unpaired = done.dropped_frames + done.duplicated_frames
+    for metric in stage.settings.quality:
+        stage.runner.show(f"measuring {metric}")
+        found: dict[str, float] = {}
+        if unpaired:
+            why = f"ffmpeg dropped or doubled {unpaired} frames: they have no pairs"
+        else:
+            found, why = compare_by(metric, stage, made, source, done.frame)
+        for name in SCORES[metric][:3]:
+            scores[name] = found.get(name)
+            if scores[name] is None:
+                unknown[name] = why or "FFmpeg did not tell"
+    return dataclasses.replace(outcome, quality=scores, unknown=unknown)
+
+
+def compare_by(metric: str, stage: Stage, made: Plan, source: Source,
+               frames: int) -> tuple[dict[str, float], str]:
+    """Return the scores of one comparison by name, or why there are none."""
+    runner = stage.runner
+    why = why_not_comparable(metric, stage.place, made)
+    if why:
+        return {}, why
+
+    argv = quality_command(stage.place.machine, metric, source, made)
+    # A ledger of its own, so that no job beside this one is booked its energy.
+    kept, runner.ledger = runner.ledger, hwdetect.Ledger()
+    try:
+        ended = runner.execute_metered(argv)
+    finally:
+        runner.ledger = kept
+
+    found: dict[str, float] = {}
+    count = 0
+    log = runner.folder / FRAME_LOG
+    with contextlib.suppress(FileNotFoundError), open(log, encoding="utf-8") as lines:
+        found, count = parse_scores(metric, runner.tail, lines)
+        log.unlink()
+    if ended.returncode != 0 or not found:
+        return {}, f"the comparison failed: {last_words(runner.tail)}"
+    if count < MIN_COMPARED * frames - 1:
+        return {}, f"the source gave {count} frames to compare with the output's {frames}"
+    return found, ""
+
+
+def why_not_comparable(metric: str, place: Workplace, made: Plan) -> str:
+    """Return why a metric cannot be taken here, "" where it can."""
+    needed = "libvmaf" if metric == "vmaf" else metric
+    if needed not in place.filters:
+        return f"this FFmpeg has no {metric} filter"
+    if metric != "psnr" and min(made.width, made.height) < WINDOW:
+        return (f"{metric} needs {WINDOW}x{WINDOW} pixels, the picture has "
+                f"{made.width}x{made.height}")
+    return ""
+
+
+# ---- 13 Attempt -----------------------------------------------------------------------------------
+
+class Attempt:
+    """One attempt of a job on this machine: its input, its encodes, its output, its outcome.
+
+    run() is called once, in a thread of the attempt's own. Other threads may call stop(), pause() and
+    resume(), read `progress` and `paused`, and take from `log` and `samples`.
+    """
+
+    def __init__(self, job: Job, place: Workplace,
+                 confirm: Callable[[OutputFile, Json], float | None] = lambda output, made: math.inf,
+                 ) -> None:
+        """Prepare; `confirm` returns until when (boot_clock) the output may be named, None for never."""
+        self.job_id, self.number = self.key = job.key
+        self.parameters = job.parameters if isinstance(job.parameters, dict) else {}  # as given
+        self.published: Json | None = None  # the fingerprint of the output, once it may get its name
+        self.leased_at = -math.inf  # when the master last confirmed the lease (boot_clock)
+        self._job = job
+        self._place = place
+        self._confirm = confirm
+        name = re.sub(r"[^A-Za-z0-9-]", "_", self.job_id)[:64]
+        self._runner = Runner(place, place.work_dir / f"{name}-{self.number}")
+        self._stage: Stage | None = None
+
+    @property
+    def progress(self) -> Json:
+        """The progress as the wire has it."""
+        return self._runner.progress
+
+    @property
+    def log(self) -> Log:
+        """The log lines that the master has not acknowledged."""
+        return self._runner.log
+
+    @property
+    def samples(self) -> Samples:
+        """The readings that were not sent."""
+        return self._runner.samples
+
+    @property
+    def stopping(self) -> bool:
+        """Whether stop() was called."""
+        return self._runner.stop_word is not None
+
+    @property
+    def paused(self) -> bool:
+        """Whether it stands still."""
+        return self._runner.watch.paused
+
+    def stop(self, word: str) -> None:
+        """End it as canceled, returned or lost; run() returns when nothing is left of it."""
+        self._runner.stop(word)
+
+    def pause(self) -> None:
+        """Let its processes and its clock stand still."""
+        self._runner.pause()
+
+    def resume(self) -> None:
+        """Let it go on after a pause."""
+        self._runner.resume()
+
+    def run(self) -> Outcome:
+        """Do all the work and return its outcome; nothing is left but a completed output."""
+        runner, meter = self._runner, self._place.meter
+        meter.work(self, True)
+        try:
+            outcome = self._work()
+        except (Stopped, Failure, ApiError, OSError) as error:
+            outcome = self._outcome_of(error)
+        finally:
+            self._clean()
+            meter.work(self, False)
+        return dataclasses.replace(
+            outcome,
+            wall_s=outcome.wall_s or runner.watch.elapsed_s(),
+            settings=self._stage.settings if self._stage else None,
+            plan=self._plan_as_named(),
+            ledger=runner.ledger,
+            damaged=runner.damaged,
+            limits=runner.limits.enforced if runner.limits else {})
+
+    def _work(self) -> Outcome:
+        """Go through the stages."""
+        runner = self._runner
+        settings = resolve(self._job.scenario, self._job.parameters, self._place.places.own_paths)
+        stage = self._stage = Stage(self._job, self._place, runner, settings)
+        runner.watchdog.start(settings.timeout)
+        make_folder_of(runner)
+        runner.limits = limits_of(settings, runner)
+        if settings.baseline:
+            return measure_idle(runner, settings)
+
+        source = find_source(stage)
+        target = stage.output.open(runner.files, stage.input.descriptor)
+        made = stage.plan = plan(settings, self._place.machine, source, target)
+        runner.log.add(f"plan: {made.reason}")
+        reserve_room(stage, made)
+        outcome = repeat(stage, made)
+        if not stage.output.is_stream:
+            outcome = compare(stage, made, source, outcome)
+        runner.show("finishing")
+        runner.watchdog.lift_timeout()
+        stage.output.deliver(self._permit)
+        return outcome
+
+    def _permit(self, output: OutputFile, made: Json) -> float:
+        """Return until when (boot_clock) the output may be named; Stopped where it may not."""
+        until = self._confirm(output, made)
+        if until is None:
+            raise Stopped(self._runner.stop_word or "lost")
+        self._runner.check()
+        return until
+
+    def _outcome_of(self, error: Exception) -> Outcome:
+        """Return the outcome that an error means."""
+        node, folder = self._place.node, self._runner.folder
+        if isinstance(error, Stopped):
+            return Outcome(str(error.args[0]))
+        if isinstance(error, ApiError):
+            return Outcome("failed", error=error.message, failure_reason="parameters")
+        if isinstance(error, OSError):
+            words = f"{error.filename or folder} on {node}: {cause_text(error)}"
+            reason = ERRNO_REASONS.get(error.errno or 0, "agent")
+            return Outcome("failed", error=words, failure_reason=reason)
+
+        assert isinstance(error, Failure)
+        if folder.is_dir():
+            return Outcome("failed", error=error.message, failure_reason=error.reason)
+        # Somebody removed the work folder: any failure after that is not the film's fault.
+        words = f"{folder} on {node} was removed while the job ran: {error.message}"
+        return Outcome("failed", error=words, failure_reason="agent")
+
+    def _plan_as_named(self) -> Plan | None:
+        """Return the plan with the user's names in its commands."""
+        made = self._stage.plan if self._stage else None
+        if made is None:
+            return None
+        commands = tuple(map(self._runner.files.name_in_command, made.passes))
+        return dataclasses.replace(made, passes=commands)
+
+    def _clean(self) -> None:
+        if self._stage is not None:
+            self._stage.close()
+        if self._runner.limits is not None:
+            self._runner.limits.lift()
+        shutil.rmtree(self._runner.folder, ignore_errors=True)
+
+
 def clear_work(work_dir: Path, host: hwdetect.Host) -> int:
     """End and remove what a killed agent left in its work folder; return how many attempts it was."""
     left = [folder for folder in work_dir.iterdir() if folder.is_dir() and folder.name != "cache"]
     for folder in left:
-        words = _read_words(folder / "process")
-        if len(words) == 2 and words[0].isdigit() and int(words[0]) > 1:
-            pid = int(words[0])
-            if str(hwdetect.process_started(host, pid)) == words[1]:
-                with contextlib.suppress(OSError):
-                    os.killpg(pid, signal.SIGKILL)
+        _kill_left(folder, host)
         hwdetect.remove_groups(host, _read_words(folder / "groups"))
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             note = json.loads((folder / HIDDEN_NOTE).read_text())
             MediaRoot(note["root"]).clear(note)
         shutil.rmtree(folder, ignore_errors=True)
     return len(left)
+
+
+def _kill_left(folder: Path, host: hwdetect.Host) -> None:
+    """Kill the process group of an attempt, unless its number is another process's by now."""
+    words = _read_words(folder / "process")
+    if len(words) != 2 or not words[0].isdigit():
+        return
+    pid, started = int(words[0]), words[1]
+    # killpg(0) and killpg(1) would reach the agent itself and everything.
+    if pid > 1 and str(hwdetect.process_started(host, pid)) == started:
+        with contextlib.suppress(OSError):
+            os.killpg(pid, signal.SIGKILL)
 
 
 def _read_words(path: Path) -> list[str]:
@@ -4024,7 +4752,7 @@ def _read_words(path: Path) -> list[str]:
         return []
 
 
-# ---- 12 Analysis ----------------------------------------------------------------------------------
+# ---- 14 Analysis ----------------------------------------------------------------------------------
 
 # What an analysis may recommend: README lists them.
 RECOMMENDATIONS = {
@@ -4370,7 +5098,7 @@ def _history(outcome: Outcome) -> Json:
             "series": {"start": utc_text(ledger.started), "power_source": ledger.power_source, **series}}
 
 
-# ---- 13 State -------------------------------------------------------------------------------------
+# ---- 15 State -------------------------------------------------------------------------------------
 
 class Spool:
     """Reports on disk, from before the first try until the master has said that it knows."""
@@ -4386,7 +5114,7 @@ class Spool:
     def put(self, result: Json) -> None:
         """Write a report so that it survives a kill; raises OSError when the disk is full."""
         make_folder(self._folder)  # else a slot waits for one that is gone
-        _write_json(self._folder / f"{next(self._numbers):020d}-{uuid.uuid4().hex[:8]}.json", result)
+        write_json(self._folder / f"{next(self._numbers):020d}-{uuid.uuid4().hex[:8]}.json", result)
 
     def entries(self) -> list[tuple[Path, Json]]:
         """Return what waits, oldest first; what cannot be read is set aside."""
@@ -4449,33 +5177,7 @@ def locked_folder(folder: Path, what: str) -> int:
     return descriptor
 
 
-def why_unsafe(root: str, homes: Iterable[str], own: Iterable[str]) -> str:
-    """Return why a folder is no place for strangers' jobs, "" where it may be: all are real paths.
-
-    It must not be or hold a home folder, nor hold one of the agent's `own` files and folders, nor lie in one.
-    """
-    def within(path: str, folder: str) -> bool:
-        return path == folder or path.startswith(f"{folder.rstrip('/')}/")
-    if root == "/":
-        return "is the whole machine"
-    home = next((home for home in homes if within(home, root)), None)
-    if home is not None:
-        return "is a home folder" if home == root else f"holds the home folder {home}"
-    file = next((file for file in own if within(file, root) or within(root, file)), None)
-    return "" if file is None else f"holds the agent's own {file}" if within(file, root) else (
-        f"lies in the agent's own {file}")
-
-
-def home_folders() -> list[str]:
-    """Return the home folders of all who may log in on this machine."""
-    closed = ("nologin", "false", "sync", "shutdown", "halt")
-    homes = [account.pw_dir for account in pwd.getpwall()
-             if os.path.basename(account.pw_shell) not in closed or account.pw_uid == os.geteuid()]
-    real = {os.path.realpath(home) for home in (os.path.expanduser("~"), *homes) if os.path.isabs(home)}
-    return sorted(real - {"/"})
-
-
-# ---- 14 Agent -------------------------------------------------------------------------------------
+# ---- 16 Agent -------------------------------------------------------------------------------------
 
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MOST_S = 15.0
@@ -4720,7 +5422,7 @@ class Agent:
     def _keep_identity(self, identity: Identity) -> None:
         self._identity = identity
         if read_identity(self._node_file) != identity:
-            _write_json(self._node_file, identity._asdict())
+            write_json(self._node_file, identity._asdict())
 
     def _abandon(self, lost: Iterable[Attempt]) -> None:
         for attempt in lost:
@@ -4794,9 +5496,8 @@ class Agent:
 
     def _start(self, job: Job, asked: float) -> None:
         """Begin an attempt of a job that was claimed by a request of this moment (boot_clock)."""
-        key = job_id, number = job.key
-        attempt = Attempt(job_id, number, vars(job), self._place,
-                          lambda output, made: self._confirm(attempt, output, made))
+        key = job.key
+        attempt = Attempt(job, self._place, lambda output, made: self._confirm(attempt, output, made))
         attempt.leased_at = asked
         with self._lock:
             if key in self._running:
@@ -4805,16 +5506,16 @@ class Agent:
             if self._leaving.is_set():  # it crossed with our word that we take nothing more
                 attempt.stop("returned")
         self._log.info("job %s attempt %d: %s begins", *key, job.scenario)
-        threading.Thread(target=self._work, args=(attempt,), name=f"job-{job_id[:8]}", daemon=True).start()
+        threading.Thread(target=self._work, args=(attempt,), name=f"job-{job.id[:8]}", daemon=True).start()
         self._news.set()
 
     def _work(self, attempt: Attempt) -> None:
         outcome, result = carry_out(attempt, self._place.machine, self._log)
-        first, lines = attempt.take_lines(UNSENT_LINES)
+        first, lines = attempt.log.take(MAX_LOG_LINES)
         if outcome.status != "lost":
             named = {"published": attempt.published} if attempt.published else {}
             self._keep({**result, **named, "lines": lines, "lines_from": first,
-                        "samples": attempt.take_samples()})
+                        "samples": attempt.samples.take()})
         with self._lock:
             self._running.pop(attempt.key, None)
         self._log.info("job %s attempt %d: %s%s", *attempt.key, outcome.status,
@@ -4913,7 +5614,7 @@ class Agent:
 
     def _send_progress(self, attempt: Attempt) -> float:
         """Send one attempt's progress; return when the next one is wanted, in s from now."""
-        (first, lines), samples = attempt.take_lines(LINES_A_REPORT), attempt.take_samples()
+        (first, lines), samples = attempt.log.take(LINES_A_REPORT), attempt.samples.take()
         body = {"node_id": self._node_id, "session": self._session, "attempt": attempt.number,
                 "progress": {**attempt.progress, "paused": attempt.paused}, "samples": samples,
                 "lines": lines, "lines_from": first,
@@ -4925,12 +5626,12 @@ class Agent:
             if error.status in (404, 409) and error.field not in STRANGER:
                 self._abandon([attempt])
                 return PROGRESS_S
-            attempt.put_back(samples)
+            attempt.samples.put_back(samples)
             raise
         self._answered(asked)
         attempt.leased_at = asked
         self._obey(answer)  # a master that was started again knows only from this report what stands still
-        attempt.drop_lines(first + len(lines))
+        attempt.log.drop(first + len(lines))
         if len(lines) == LINES_A_REPORT:
             return 0.0
         return max(0.2, min(60.0, answer.next_s or PROGRESS_S))
@@ -4971,7 +5672,7 @@ def http_args_of(host: hwdetect.Host, ffmpeg: str) -> tuple[str, ...]:
     return ("-max_redirects", "0") if "max_redirects" in told else ()
 
 
-# ---- 15 CLI ---------------------------------------------------------------------------------------
+# ---- 17 CLI ---------------------------------------------------------------------------------------
 
 COMMON_FLAGS = (
     Flag("--max-concurrent-jobs", "1", whole_number(1, 256), "jobs to run side by side (1)"),
@@ -5137,8 +5838,8 @@ def run_here(args: argparse.Namespace) -> int:
     for field, place in (("input", args.input), ("output", args.output_short or args.output)):
         if place:
             parameters[field] = place if scheme_of(place) else _own_path(place, field == "input")
-    job = {"scenario": args.scenario, "parameters": parameters, "confidence": args.confidence}
-    settings = resolve(job["scenario"], parameters, own_paths=True)
+    job = Job(str(uuid.uuid4()), 1, args.scenario, parameters, args.confidence)
+    settings = resolve(job.scenario, parameters, own_paths=True)
     root = os.path.abspath(args.media_root or "/")
     if not os.path.isdir(root):
         raise ValueError(f"--media-root {root} is not a folder")
@@ -5162,13 +5863,13 @@ def _own_path(place: str, follow: bool) -> str:
         os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
-def _run_and_print(args: argparse.Namespace, job: Json, options: Options, signals: list[int]) -> int:
+def _run_and_print(args: argparse.Namespace, job: Job, options: Options, signals: list[int]) -> int:
     log, host = setup_logging("warning", args.log_format, "ffdist.agent"), hwdetect.Host()
     print("looking at this machine …", file=sys.stderr)
     hardware = hwdetect.detect(host, not args.no_probe, str(options.state_dir))
     place = workplace(options, hardware, host, options.name or hardware.address or "this machine")
     place.meter.rested.wait(hwdetect.IDLE_FIRST_S + 2)  # so that the idle share is known
-    attempt = Attempt(str(uuid.uuid4()), 1, job, place)
+    attempt = Attempt(job, place)
     results: list[Json] = []
     worker = threading.Thread(target=lambda: results.append(carry_out(attempt, place.machine, log)[1]),
                               daemon=True)

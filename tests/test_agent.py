@@ -887,7 +887,7 @@ class Registering(FolderCase):
                                 "worker-01", ())
         node = agent.Agent(options, hwdetect.Hardware(), hwdetect.Host(str(self.folder)),
                            logging.getLogger("ffdist.agent"))
-        attempt = agent.Attempt("job-1", 3, {}, node._place)
+        attempt = agent.Attempt(agent.Job("job-1", 3, None, None), node._place)
         node._running[attempt.key] = attempt
         entries, sent = node._spool.entries, []
 

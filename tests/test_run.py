@@ -137,10 +137,9 @@ class RunCase(unittest.TestCase):
 
     def attempt(self, scenario: str = "transcode-h264", place: agent.Workplace | None = None,
                 **parameters: object) -> agent.Attempt:
-        job = {"scenario": scenario, "parameters": parameters}
-        job_id = str(uuid.uuid4())
-        self.folders.append(f"{job_id}-1")
-        return agent.Attempt(job_id, 1, job, place or self.place)
+        job = agent.Job(str(uuid.uuid4()), 1, scenario, parameters)
+        self.folders.append(f"{job.id}-1")
+        return agent.Attempt(job, place or self.place)
 
     def result(self, attempt: agent.Attempt) -> agent.Json:
         result = agent.result_of(attempt, attempt.run(), self.place.machine)
@@ -507,12 +506,12 @@ class BadInput(RunCase):
 
     def test_a_folder(self) -> None:
         (self.media / "folder.mp4").mkdir(exist_ok=True)
-        self.fails("input", "folder.mp4", "no regular file", input="folder.mp4", output="o.mp4")
+        self.fails("input", "folder.mp4", "not a regular file", input="folder.mp4", output="o.mp4")
 
     def test_a_pipe_does_not_hang(self) -> None:
         os.mkfifo(self.media / "pipe.mp4")
         self.addCleanup((self.media / "pipe.mp4").unlink)
-        self.fails("input", "pipe.mp4", "no regular file", input="pipe.mp4", output="o.mp4")
+        self.fails("input", "pipe.mp4", "not a regular file", input="pipe.mp4", output="o.mp4")
 
     def test_sound_without_picture(self) -> None:
         self.fails("input", "sound.m4a", "no video", input=self.film("sound.m4a", *TONE), output="o.mp4")
@@ -672,12 +671,12 @@ class BadOutput(RunCase):
 
     def test_a_folder_that_vanishes_is_no_fault_of_the_film(self) -> None:
         (self.media / "gone").mkdir()
-        name, inside = self.film("plain.mp4"), agent.Attempt._encode
+        name, inside = self.film("plain.mp4"), agent.encode
 
-        def late(attempt: agent.Attempt, *more: Any) -> agent.Outcome:
+        def late(stage: agent.Stage, *more: Any) -> agent.Outcome:
             shutil.rmtree(self.media / "gone")
-            return inside(attempt, *more)
-        with mock.patch("agent.Attempt._encode", late):
+            return inside(stage, *more)
+        with mock.patch("agent.encode", late):
             self.fails("output", "gone/o.mp4", "No such file", input=name, output="gone/o.mp4")
 
     def test_an_output_that_cannot_get_its_name_and_a_work_folder_that_is_closed(self) -> None:
@@ -729,7 +728,7 @@ class JobLimits(RunCase):
                                preset="slow")
         result = self.result(attempt)
         self.assertEqual(result["encode"]["limits"], {"memory": how, "cpu": how}, result["error"])
-        self.assertIn(f"limits: memory by {how}, cpu by {how}", [line for _, line in attempt.lines])
+        self.assertIn(f"limits: memory by {how}, cpu by {how}", [line for _, line in attempt.log.lines])
         metrics = result["metrics"]
         self.assertEqual((metrics["frames"], result["encode"]["threads"]), (50, 1))
         self.assertGreater(metrics["cpu_seconds"], 0)
@@ -969,9 +968,9 @@ QUALITY_COMMAND = agent.quality_command
 
 class Repeats(RunCase):
     def test_a_job_is_repeated_and_only_the_last_output_stays(self) -> None:
-        job = {"scenario": "64p25-h264", "confidence": "medium",
-               "parameters": {"duration": 0.2, "output": "again.mp4", "quality": "psnr"}}
-        attempt = agent.Attempt(str(uuid.uuid4()), 1, job, self.place)
+        parameters = {"duration": 0.2, "output": "again.mp4", "quality": "psnr"}
+        job = agent.Job(str(uuid.uuid4()), 1, "64p25-h264", parameters, "medium")
+        attempt = agent.Attempt(job, self.place)
         phases: set[str] = set()
         done = threading.Event()
 
@@ -1049,7 +1048,7 @@ class StandIns(RunCase):
                               "echo '[error] flooded' >&2; exit 1")
         attempt = self.attempt(place=place, input="plain.mp4")
         self.assertIn("flooded", str(self.result(attempt)["error"]))
-        self.assertLessEqual(len(attempt.lines), agent.UNSENT_LINES)
+        self.assertLessEqual(len(attempt.log.lines), agent.MAX_LOG_LINES)
 
     def test_a_child_that_outlives_it_is_ended_with_its_group(self) -> None:
         self.fails("encoder", "gone", place=self.stand_in(
@@ -1060,7 +1059,7 @@ class StandIns(RunCase):
         outcomes: list[agent.Outcome] = []
         worker = threading.Thread(target=lambda: outcomes.append(attempt.run()))
         worker.start()
-        wait_for(lambda: any("ready" in line for _, line in list(attempt.lines)), 20)
+        wait_for(lambda: any("ready" in line for _, line in list(attempt.log.lines)), 20)
         attempt.stop(why)
         worker.join(PATIENCE_S)
         self.assertEqual([outcome.status for outcome in outcomes], [why])
@@ -1086,8 +1085,8 @@ class StandIns(RunCase):
 
     def test_a_lease_that_is_lost_at_the_end_gives_no_output_its_name(self) -> None:
         parameters = {"input": self.film("plain.mp4"), "output": "lost.mp4", "duration": 0.2}
-        job = {"scenario": "x", "parameters": parameters}
-        attempt = agent.Attempt(str(uuid.uuid4()), 1, job, self.place, lambda output, made: None)
+        job = agent.Job(str(uuid.uuid4()), 1, "x", parameters)
+        attempt = agent.Attempt(job, self.place, lambda output, made: None)
         self.assertEqual(attempt.run().status, "lost")
         self.assertFalse((self.media / "lost.mp4").exists())
 

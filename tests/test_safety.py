@@ -165,7 +165,7 @@ class OpenedNotNamed(Settling):
         name = self.film("my film 'one'.mkv", *picture(), "-c:v", "libx264")
         attempt = self.attempt(input=name, output="my output.mp4", two_pass=True, bitrate="200k")
         result = self.result(attempt)
-        log = "\n".join(line for _, line in attempt.lines)
+        log = "\n".join(line for _, line in attempt.log.lines)
         for text in (json.dumps(result), log):
             self.assertNotIn(FD, text)
             self.assertNotIn(".part", text)
@@ -189,8 +189,8 @@ class OpenedNotNamed(Settling):
         self.film("plain.mp4")
         start = uuid.uuid4().hex[:8]
         ids = [f"{start}-0000-4000-8000-00000000000{number}" for number in range(2)]
-        attempts = [wire.Attempt(job_id, 1, {"scenario": f"{width}p25-h264", "parameters": {
-            "input": "plain.mp4", "output": f"{width}.mp4", "settle": 0.5}}, self.place)
+        attempts = [wire.Attempt(wire.Job(job_id, 1, f"{width}p25-h264", {
+            "input": "plain.mp4", "output": f"{width}.mp4", "settle": 0.5}), self.place)
             for job_id, width in zip(ids, (90, 180))]
         workers = [threading.Thread(target=attempt.run) for attempt in attempts]
         for worker in workers:
@@ -207,8 +207,8 @@ class OpenedNotNamed(Settling):
         def confirm(output: wire.OutputFile, made: wire.Json) -> float:
             asked.append(wire.boot_clock())
             return asked[-1] + (10 if len(asked) > 2 else -1)
-        job = {"scenario": "x", "parameters": {"input": self.film("plain.mp4"), "output": "late.mp4"}}
-        attempt = wire.Attempt(str(uuid.uuid4()), 1, job, self.place, confirm)
+        parameters = {"input": self.film("plain.mp4"), "output": "late.mp4"}
+        attempt = wire.Attempt(wire.Job(str(uuid.uuid4()), 1, "x", parameters), self.place, confirm)
         self.assertEqual((attempt.run().status, len(asked)), ("completed", 3))
 
     def test_a_film_that_an_earlier_attempt_names_while_a_later_one_runs_gives_way(self) -> None:
@@ -219,9 +219,10 @@ class OpenedNotNamed(Settling):
         for number, mark, status in ((2, "", "completed"), (2, "{} 1", "completed"), (1, "{} 2", "failed"),
                                      (2, "another 1", "failed"), (2, "{} x", "failed")):
             with self.subTest(mark=mark, number=number):
-                job = {"scenario": "x", "published": [] if mark else published,
-                       "parameters": {"input": name, "output": "both.mp4", "settle": 0.5}}
-                attempt = wire.Attempt(str(uuid.uuid4()), number, job, self.place)
+                parameters = {"input": name, "output": "both.mp4", "settle": 0.5}
+                job = wire.Job(str(uuid.uuid4()), number, "x", parameters,
+                               published=() if mark else tuple(published))
+                attempt = wire.Attempt(job, self.place)
                 outcomes: list[wire.Outcome] = []
 
                 def work(attempt: wire.Attempt = attempt, outcomes: list[wire.Outcome] = outcomes) -> None:
@@ -239,18 +240,18 @@ class OpenedNotNamed(Settling):
     def test_an_attempt_knows_what_an_earlier_one_of_its_job_has_named(self) -> None:
         name = self.film("plain.mp4")
         told: list[wire.Json] = []
-        job: wire.Json = {"scenario": "x", "parameters": {"input": name, "output": "again.mp4"}}
+        parameters = {"input": name, "output": "again.mp4"}
 
         def confirm(output: wire.OutputFile, made: wire.Json) -> float:
             told.append(made)
             return math.inf
-        first = wire.Attempt(str(uuid.uuid4()), 1, job, self.place, confirm)
+        first = wire.Attempt(wire.Job(str(uuid.uuid4()), 1, "x", parameters), self.place, confirm)
         self.assertEqual(first.run().status, "completed")
         other = {"bytes": 1, "hash": told[0]["hash"]}
-        for published, status in (([], "failed"), ([other], "failed"), ([other, told[0]], "completed"),
-                                  ("nonsense", "failed")):
+        for published, status in (((), "failed"), ((other,), "failed"), ((other, told[0]), "completed")):
             with self.subTest(published):
-                again = wire.Attempt(str(uuid.uuid4()), 2, {**job, "published": published}, self.place)
+                job = wire.Job(str(uuid.uuid4()), 2, "x", parameters, published=published)
+                again = wire.Attempt(job, self.place)
                 self.assertEqual(again.run().status, status)
 
 
