@@ -4754,7 +4754,7 @@ def _read_words(path: Path) -> list[str]:
 
 # ---- 14 Analysis ----------------------------------------------------------------------------------
 
-# What an analysis may recommend: README lists them.
+# The recommendations of an analysis: README lists them.
 RECOMMENDATIONS = {
     "optimal": "nothing cheaper or faster was found in this run",
     "faster_preset": "the encode was slower than real time: a faster preset would keep up",
@@ -4766,27 +4766,48 @@ RECOMMENDATIONS = {
     "not_enough_evidence": "the run was too short, disturbed or slowed down by heat: measure again",
 }
 
-SHORT_S = 1.0  # a shorter run tells nothing of speed
+SHORT_S = 1.0  # the speed of a shorter run means nothing: FFmpeg's start is a large part of it
 LIVE_LATE_S = 1.0  # a live encode ends later than its film by FFmpeg's start alone
+REAL_TIME = 0.98  # a lower speed does not keep up; the rest is the start again
 BACKGROUND_PERCENT = 20.0  # more than this of the machine used by others disturbs a run
+MOSTLY_IDLE_PERCENT = 40.0
+COVERED_LEAST = 0.9  # of a run: gaps up to the rest of it are extrapolated
+SIGNIFICANT_MOST = 1e6  # from here on six digits would cut whole ones
 
 
 def evaluate(formula: str, facts: Mapping[str, Any]) -> float | None:
-    """Return what a formula gives: products over products, and differences of them; None of an unknown."""
+    """Return the value of a formula: differences of products over products; None of an unknown."""
     total: float | None = None
     for term in formula.replace("(", "").replace(")", "").split(" - "):
-        above, below = ([float(word) if word[0].isdigit() else facts.get(word) for word in part.split(" * ")]
-                        for part in (term.split(" / ") if " / " in term else (term, "1")))
-        if None in above or None in below or 0 in below:
+        value = _quotient(term, facts)
+        if value is None:
             return None
-        value = math.prod(above) / math.prod(below)  # type: ignore[arg-type]
         total = value if total is None else total - value
     return total
 
 
+def _quotient(term: str, facts: Mapping[str, Any]) -> float | None:
+    above, _, below = term.partition(" / ")
+    numerator, denominator = _product(above, facts), _product(below or "1", facts)
+    if numerator is None or not denominator:
+        return None
+    return numerator / denominator
+
+
+def _product(term: str, facts: Mapping[str, Any]) -> float | None:
+    value = 1.0
+    for word in term.split(" * "):
+        factor = float(word) if word[0].isdigit() else facts.get(word)
+        if factor is None:
+            return None
+        value *= factor
+    return value
+
+
 def metrics_of(outcome: Outcome) -> Json:
-    """Return the metrics of an outcome; an unknown one is null, with a reason in `unknown`."""
-    measured = [_measured(run) for run in measured_runs(outcome.runs or (outcome,))]
+    """Return the metrics of an outcome by METRICS; an unknown one is null, its reason in `unknown`."""
+    runs = measured_runs(outcome.runs or (outcome,))
+    measured = [_measured(run) for run in runs]
     facts = {name: _merged([row[name] for row in measured], METRICS[name].repeats)
              for name in measured[-1]}
     facts.update(_film_figures(outcome))
@@ -4794,10 +4815,10 @@ def metrics_of(outcome: Outcome) -> Json:
         facts[name] = evaluate(formula, facts)
 
     metrics = {name: _rounded(facts[name]) for name, row in METRICS.items() if not row.by_master}
-    reasons = dict(outcome.unknown)
-    for run in measured_runs(outcome.runs or (outcome,)):
-        reasons.update(_energy_reasons(run.ledger))
-    return {**metrics, "unknown": _reasons(metrics, reasons, outcome)}
+    known = dict(outcome.unknown)
+    for run in runs:
+        known.update(_energy_reasons(run.ledger))
+    return {**metrics, "unknown": _reasons(metrics, known, outcome)}
 
 
 def _film_figures(outcome: Outcome) -> Json:
@@ -4829,14 +4850,11 @@ def _merged(values: Sequence[Any], how: str) -> Any:
     return max(values) if how == "most" else statistics.fmean(values)
 
 
-_SIGNIFICANT_MOST = 1e6  # from here on six digits would cut whole ones
-
-
 def _rounded(value: Any) -> Any:
     """Return a figure with 6 significant digits, but none of its whole ones lost."""
     if not isinstance(value, float):
         return value
-    if abs(value) < _SIGNIFICANT_MOST:
+    if abs(value) < SIGNIFICANT_MOST:
         return float(f"{value:.6g}")
     return round(value, 1)
 
@@ -4868,18 +4886,14 @@ def _measured(run: Outcome) -> Json:
         figures["power_resolution"] = "; ".join(
             hwdetect.POWER_SOURCES.get(name, name) for name in sources)
         figures["energy_estimated"] = "model" in energy.source
-    if energy.joules is not None and _covers(ledger.idle_s, ledger.measured_s):
+    has_idle = 0 < ledger.idle_s >= COVERED_LEAST * ledger.measured_s
+    if energy.joules is not None and has_idle:
         figures.update(idle_watts=ledger.idle_watts, idle_joules=ledger.idle_joules)
     if ledger.gpu_seen_s:
         figures["gpu_usage"] = ledger.gpu_usage_s / ledger.gpu_seen_s
     if ledger.gpu_memory_bytes is not None:
         figures["gpu_memory_usage"] = ledger.gpu_memory_bytes / 2**20
     return figures
-
-
-def _covers(known_s: float, whole_s: float) -> bool:
-    """Return whether a figure known for so long stands for the whole time: 90 % of it."""
-    return known_s > 0 and known_s >= 0.9 * whole_s
 
 
 def _cpu_usage(ledger: hwdetect.Ledger, wall_s: float) -> tuple[float | None, float | None]:
@@ -4904,9 +4918,9 @@ def _energy_reasons(ledger: hwdetect.Ledger) -> dict[str, str]:
     if energy.why:
         reasons["energy_joules"] = energy.why
     if ledger.gpus and energy.gpu_joules is None:
-        reasons["gpu_energy_joules"] = (
-            f"{ledger.gpu_source} told for {hwdetect.least_covered_s(ledger):.1f} s of "
-            f"{ledger.measured_s:.1f} s only")
+        covered_s = hwdetect.least_covered_s(ledger)
+        reasons["gpu_energy_joules"] = (f"readings of {ledger.gpu_source} cover only {covered_s:.1f} s "
+                                        f"of {ledger.measured_s:.1f} s")
     return reasons
 
 
@@ -4921,6 +4935,7 @@ def _reasons(metrics: Json, known: Mapping[str, str], outcome: Outcome) -> dict[
     if not metrics["frames"]:
         baseline = outcome.settings is not None and outcome.settings.baseline
         no_film = NOTHING_ENCODED if baseline else "the attempt failed"
+
     reasons = {}
     for name, value in metrics.items():
         if value is None:
@@ -4931,171 +4946,315 @@ def _reasons(metrics: Json, known: Mapping[str, str], outcome: Outcome) -> dict[
 
 
 def _causes(no_energy: str, has_energy: bool, ledger: hwdetect.Ledger) -> dict[str, str]:
-    """Return the words that stand for a cause in METRICS, with what they stand for."""
+    """Return the causes that METRICS names in braces."""
     gpus = {key: why for key, why in ledger.unknown.items() if key.startswith("gpus.")}
     whole = [why for key, why in gpus.items() if re.fullmatch(r"gpus\.\d+", key)]
-    silent = "no GPU that tells"
-    gpu_energy = ledger.gpu_silent
-    if not gpu_energy and ledger.gpu_inside:
-        gpu_energy = "energy_joules holds it already"
-    return {
-        "energy": no_energy,
-        "idle": ledger.unknown.get("idle_watts", "no idle baseline of this run")
-                if has_energy else no_energy,
-        "quality": "no quality was measured" if has_energy else no_energy,
-        "gpu": next(iter(whole), silent),
-        "gpu_energy": gpu_energy or next(iter(gpus.values()), silent),
-    }
+    no_gpu = "no GPU with readings"
+    gpu_energy = next(iter(gpus.values()), no_gpu)
+    if ledger.gpu_inside:
+        gpu_energy = "energy_joules includes it"
+    if ledger.gpu_silent:
+        gpu_energy = ledger.gpu_silent
+    causes = {"energy": no_energy, "idle": no_energy, "quality": no_energy,
+              "gpu": next(iter(whole), no_gpu), "gpu_energy": gpu_energy}
+    if has_energy:
+        causes["idle"] = ledger.unknown.get("idle_watts", "no idle baseline of this run")
+        causes["quality"] = "no quality was measured"
+    return causes
 
 
 def confidence_reached(outcome: Outcome) -> tuple[str, list[str]]:
-    """Return the confidence that the runs, or the samples of a single one, are good for, and how so."""
+    """Return the confidence that the runs, or the samples of a single one, are good for, and why."""
     runs = measured_runs(outcome.runs)
     if len(runs) > 1:
-        found, how = intervals_of(runs), f"{len(runs)} runs and a warm-up"
-        word = confidence_of(found.values()) if len(runs) >= RUNS_LEAST else "low"
-    elif outcome.confidence == "low":
+        return _confidence_of_runs(runs, outcome.confidence)
+    if outcome.confidence == "low":
         return "low", []
-    else:
-        columns = {"speed": [point[1] for point in outcome.ledger.pace.points],
-                   "power": [point[1] for point in outcome.ledger.series.points]}
-        found = {name: interval(batches) for name, column in columns.items()
-                 if (batches := batch_means([value for value in column if value is not None]))}
-        if "speed" not in found:
-            return "low", ["one run, with too few samples to tell how steady it was"]
-        how, word = "one run, its samples", confidence_of(found.values())
-    words = [f"{name.split('_')[0]} ±{100 * (row['relative'] or 0):.1f} %" for name, row in found.items()]
-    missed = len(runs) > 1 and outcome.confidence not in ("auto", word) and word != "high"
-    return word, [f"{how}: {', '.join(words)} at 95 %",
-                  *([f"{outcome.confidence} confidence was not reached"] if missed else [])]
+    return _confidence_of_samples(outcome.ledger)
+
+
+def _confidence_of_runs(runs: Sequence[Outcome], asked: str) -> tuple[str, list[str]]:
+    found = intervals_of(runs)
+    word = confidence_of(found.values()) if len(runs) >= RUNS_LEAST else "low"
+    reasons = [_interval_words(f"{len(runs)} runs and a warm-up", found)]
+    if asked not in ("auto", word) and word != "high":
+        reasons.append(f"{asked} confidence was not reached")
+    return word, reasons
+
+
+def _confidence_of_samples(ledger: hwdetect.Ledger) -> tuple[str, list[str]]:
+    """Return the confidence of one run by how steady its speed and its power were."""
+    found = {}
+    for name, points in (("speed", ledger.pace.points), ("power", ledger.series.points)):
+        batches = batch_means([point[1] for point in points if point[1] is not None])
+        if batches:
+            found[name] = interval(batches)
+    if "speed" not in found:
+        return "low", ["one run, with too few samples to tell how steady it was"]
+    return confidence_of(found.values()), [_interval_words("one run, its samples", found)]
+
+
+def _interval_words(subject: str, found: Mapping[str, Json]) -> str:
+    widths = [f"{name.split('_')[0]} ±{100 * (row['relative'] or 0):.1f} %"
+              for name, row in found.items()]
+    return f"{subject}: {', '.join(widths)} at 95 %"
+
+
+@dataclass(frozen=True)
+class _Case:
+    """An encode to be judged: what was asked for, what was done, what was measured, and where."""
+
+    settings: Settings
+    made: Plan
+    metrics: Json
+    machine: Machine
+
+    @property
+    def encoder(self) -> Encoder:
+        return ENCODERS[self.made.encoder]
+
+    @property
+    def speed(self) -> float | None:
+        return self.metrics.get("speed")
+
+    @property
+    def cpu_percent(self) -> float | None:
+        return self.metrics.get("cpu_usage")
+
+    @property
+    def doubts(self) -> list[str]:
+        """Why the speed proves nothing."""
+        if self.speed is None:
+            return disturbances(self.metrics) or ["the speed is unknown"]
+        return disturbances(self.metrics)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether it did not keep up; a live encode may end late by FFmpeg's start."""
+        if self.speed is None or self.speed >= REAL_TIME:
+            return False
+        wall_s, film_s = self.metrics.get("duration"), self.metrics.get("output_seconds")
+        return not self.settings.live or (wall_s or 0.0) - (film_s or 0.0) >= LIVE_LATE_S
+
+    @property
+    def slowness(self) -> list[str]:
+        work = "live" if self.settings.live else "encoding"
+        preset = f" with preset {self.made.preset}" if self.made.preset else ""
+        return [f"{work} at {self.speed:.2f}x real time{preset}"]
+
+    @property
+    def unused_hardware(self) -> str | None:
+        """A proved hardware encoder that could do this very job, where it was not used."""
+        if self.encoder.hardware or self.settings.two_pass:
+            return None
+        for name in self.machine.hardware(self.encoder.codec):
+            row = ENCODERS[name]
+            has_rate = self.settings.crf is None or row.crf is not None
+            has_format = row.takes(self.settings.pixel_format or "yuv420p")
+            if self.machine.is_proved(name) and has_rate and has_format:
+                return name
+        return None
+
+    @property
+    def faster_preset(self) -> str | None:
+        """The next faster preset word; from a strange own word, such as placebo, the middle one."""
+        own, presets = self.made.preset or "", self.encoder.presets
+        if not own:
+            return None
+        if own.isdigit():  # the higher the faster, for all encoders that count
+            faster = [word for word, other in zip(PRESET_WORDS, presets) if int(other) > int(own)]
+        elif own in presets:
+            faster = list(PRESET_WORDS[:presets.index(own)])
+        else:
+            faster = ["medium"]
+        return faster[-1] if faster else None
+
+    @property
+    def same_preset(self) -> Json:
+        """The preset that was used, to be named beside other threads: they would decide it anew."""
+        if not self.made.preset:
+            return {}
+        words = dict(zip(self.encoder.presets[::-1], PRESET_WORDS[::-1]))
+        return {"preset": words.get(self.made.preset, self.made.preset)}
+
+    @property
+    def wants_threads(self) -> bool:
+        """Whether the job asked for few threads of a machine that was mostly idle."""
+        asked, usage = self.settings.threads, self.cpu_percent
+        if asked is None or usage is None or self.settings.live:
+            return False
+        return usage < MOSTLY_IDLE_PERCENT and asked < self.machine.threads // 2
+
+    @property
+    def busy_threads(self) -> float:
+        """How many threads had work, in the mean."""
+        wall_s = self.metrics.get("duration")
+        return (self.metrics.get("cpu_seconds") or 0.0) / wall_s if wall_s else 0.0
+
+    @property
+    def enough_threads(self) -> int:
+        return math.ceil(self.busy_threads) + 1
+
+    @property
+    def has_idle_threads(self) -> bool:
+        if self.settings.live or not self.busy_threads:
+            return False
+        return 2 * self.enough_threads <= (self.made.threads or 0)
+
+    @property
+    def praise(self) -> list[str]:
+        usage = "CPU use is unknown"
+        if self.cpu_percent is not None:
+            usage = f"{self.cpu_percent:.0f} % of the machine busy"
+        return [f"{self.speed or 0.0:.2f}x real time", usage]
+
+
+class Verdict(NamedTuple):
+    """One rule of judging: its recommendation, when it applies, the reasons, the change to suggest."""
+
+    recommendation: str
+    applies: Callable[[_Case], bool]
+    reasons: Callable[[_Case], list[str]]
+    change: Callable[[_Case], Json] = lambda case: {}
+
+
+# The first that applies is the verdict.
+VERDICTS = (
+    Verdict("check_input", lambda case: bool(case.metrics.get("damaged_packets")),
+            lambda case: [f"FFmpeg logged damage {case.metrics['damaged_packets']} times"]),
+    Verdict("hardware_encoder", lambda case: case.unused_hardware is not None,
+            lambda case: [f"{case.unused_hardware} was proved on this machine"],
+            lambda case: {"encoder": case.unused_hardware}),
+    Verdict("not_enough_evidence", lambda case: bool(case.doubts), lambda case: case.doubts),
+    Verdict("faster_preset", lambda case: case.is_slow and case.faster_preset is not None,
+            lambda case: case.slowness, lambda case: {"preset": case.faster_preset}),
+    Verdict("other_node", lambda case: case.is_slow, lambda case: case.slowness),
+    Verdict("more_threads", lambda case: case.wants_threads,
+            lambda case: [f"{case.cpu_percent:.0f} % of the machine was busy with "
+                          f"{case.settings.threads} of {case.machine.threads} threads"],
+            lambda case: {"threads": case.machine.threads, **case.same_preset}),
+    Verdict("fewer_threads", lambda case: case.has_idle_threads,
+            lambda case: [f"{case.busy_threads:.1f} of {case.made.threads} threads were busy"],
+            lambda case: {"threads": case.enough_threads, **case.same_preset}),
+    Verdict("optimal", lambda case: True, lambda case: case.praise),
+)
 
 
 def analyze(settings: Settings, made: Plan, metrics: Json, machine: Machine, given: Json) -> Json:
-    """Return scenario, recommendation (a word of RECOMMENDATIONS), reasons and a suggestion to submit.
+    """Return scenario, recommendation (a word of RECOMMENDATIONS), reasons and a suggestion.
 
-    A suggestion is the job's own parameters, `given`, with a change; None where there is none.
+    A suggestion is the job's own parameters, `given`, with a change, to be submitted as it is; None
+    where there is none.
     """
-    word, reasons, change = _verdict(settings, made, metrics, machine)
+    case = _Case(settings, made, metrics, machine)
+    verdict = next(rule for rule in VERDICTS if rule.applies(case))
+    change = verdict.change(case)
+    suggestion = None
+    if change:
+        suggestion = {"scenario": settings.scenario, "parameters": _changed(given, change)}
+    return {"scenario": settings.scenario, "recommendation": verdict.recommendation,
+            "reasons": verdict.reasons(case), "suggestion": suggestion}
+
+
+def _changed(given: Json, change: Json) -> Json:
+    """Return parameters with a change; the words of one encoder mean nothing to another."""
     kept = dict(given)
-    if "encoder" in change:  # an encoder's own words mean nothing to another
-        kept = {name: value for name, value in given.items() if name != "threads" and not (
-            name == "preset" and value not in PRESET_WORDS)}
-    suggestion = {"scenario": settings.scenario, "parameters": {**kept, **change}} if change else None
-    return {"scenario": settings.scenario, "recommendation": word, "reasons": reasons,
-            "suggestion": suggestion}
+    if "encoder" in change:
+        kept.pop("threads", None)
+        has_presets = bool(ENCODERS[change["encoder"]].presets)
+        if not has_presets or kept.get("preset") not in PRESET_WORDS:
+            kept.pop("preset", None)
+    return {**kept, **change}
 
 
-def _disturbances(metrics: Json) -> list[str]:
+def disturbances(metrics: Json) -> list[str]:
     """Return what makes a run's figures doubtful."""
-    background, wall = metrics.get("background_cpu_percent") or 0.0, metrics.get("duration") or math.inf
-    return [words for true, words in (
-        (wall < SHORT_S, f"the run took only {wall:.1f} s"),
-        (background > BACKGROUND_PERCENT, f"{background:.0f} % of the machine worked for others"),
-        (metrics.get("throttled"), "the processor or GPU was slowed down by heat")) if true]
+    wall_s, background = metrics.get("duration"), metrics.get("background_cpu_percent")
+    found = []
+    if wall_s is not None and wall_s < SHORT_S:
+        found.append(f"the run took only {wall_s:.1f} s")
+    if background is not None and background > BACKGROUND_PERCENT:
+        found.append(f"{background:.0f} % of the machine worked for others")
+    if metrics.get("throttled"):
+        found.append("the processor or GPU was slowed down by heat")
+    return found
 
 
-def _verdict(settings: Settings, made: Plan, metrics: Json, machine: Machine) -> tuple[str, list[str], Json]:
-    row, speed = ENCODERS[made.encoder], metrics.get("speed")
-    if metrics.get("damaged_packets"):
-        return "check_input", [f"FFmpeg told of damage {metrics['damaged_packets']} times"], {}
-    hardware = next((name for name in machine.hardware(row.codec)
-                     if machine.is_proved(name) and (settings.crf is None or ENCODERS[name].crf is not None)
-                     and ENCODERS[name].takes(settings.pixel_format or "yuv420p")), None)
-    if hardware and not row.hardware and not settings.two_pass:
-        return "hardware_encoder", [f"{hardware} was proved on this machine"], {"encoder": hardware}
-    doubts = _disturbances(metrics) or ([] if speed is not None else ["the speed is unknown"])
-    if doubts:
-        return "not_enough_evidence", doubts, {}
-    late_s = (metrics.get("duration") or 0.0) - (metrics.get("output_seconds") or 0.0)
-    if speed is not None and speed < 0.98 and not (settings.live and late_s < LIVE_LATE_S):
-        slow = (f"{'live' if settings.live else 'encoding'} at {speed:.2f}x real time"
-                + (f" with preset {made.preset}" if made.preset else ""))
-        faster = _faster_preset(made, row)
-        return ("faster_preset", [slow], {"preset": faster}) if faster else ("other_node", [slow], {})
-    return _threads_verdict(settings, made, metrics, machine)
+def result_of(attempt: Attempt, outcome: Outcome, machine: Machine, ended_at: float) -> Json:
+    """Return the report of an attempt as the wire has it, but for the node's own fields.
 
-
-def _threads_verdict(settings: Settings, made: Plan, metrics: Json, machine: Machine,
-                     ) -> tuple[str, list[str], Json]:
-    speed, usage = metrics.get("speed") or 0.0, metrics.get("cpu_usage")
-    words = dict(zip(ENCODERS[made.encoder].presets[::-1], PRESET_WORDS[::-1]))
-    same = {"preset": words.get(made.preset, made.preset)} if made.preset else {}  # else threads decide it
-    if (settings.threads and not settings.live and usage is not None and usage < 40
-            and settings.threads < machine.threads // 2):
-        return "more_threads", [f"{usage:.0f} % of the machine was busy with {settings.threads} of "
-                                f"{machine.threads} threads"], {"threads": machine.threads, **same}
-    busy = (metrics.get("cpu_seconds") or 0.0) / metrics["duration"] if metrics.get("duration") else 0.0
-    enough = math.ceil(busy) + 1
-    if made.threads and not settings.live and busy and 2 * enough <= made.threads:
-        return "fewer_threads", [f"{busy:.1f} of {made.threads} threads were busy"], {
-            "threads": enough, **same}
-    return "optimal", [f"{speed:.2f}x real time", f"{usage:.0f} % of the machine busy" if usage is not None
-                       else "CPU use is unknown"], {}
-
-
-def _faster_preset(made: Plan, row: Encoder) -> str | None:
-    """Return the next faster preset word; from a strange own word, such as placebo, it is the middle one."""
-    own = made.preset or ""
-    if own.isdigit():  # the higher the faster, for all encoders that count
-        faster = [word for word, other in zip(PRESET_WORDS, row.presets) if int(other) > int(own)]
-    elif own in row.presets:
-        faster = list(PRESET_WORDS[:row.presets.index(own)])
-    else:
-        faster = ["medium"] if own else []
-    return faster[-1] if faster else None
-
-
-def result_of(attempt: Attempt, outcome: Outcome, machine: Machine) -> Json:
-    """Return the report of an attempt as the wire has it, but for the node's own fields."""
+    `ended_at` is in seconds since 1970.
+    """
     settings, made = outcome.settings, outcome.plan
-    result: Json = {"job_id": attempt.job_id, "attempt": attempt.number, "status": outcome.status,
-                    "completed_at": utc_text(time.time()), "error": outcome.error,
-                    "failure_reason": outcome.failure_reason}
+    result: Json = {
+        "job_id": attempt.job_id, "attempt": attempt.number, "status": outcome.status,
+        "completed_at": utc_text(ended_at), "error": outcome.error,
+        "failure_reason": outcome.failure_reason}
     if made and settings:
-        told = {**settings.to_json(), "width": made.width, "height": made.height, "fps": made.fps,
-                "bitrate": None, "crf": None, "duration": made.duration_s}
-        result["encode"] = {"encoder": made.encoder, "preset": made.preset, "threads": made.threads,
-                            "width": made.width, "height": made.height,
-                            "pixel_format": made.pixel_format, "rate": made.rate, "reason": made.reason,
-                            "settings": f"{settings_text(told)} {made.rate}",
-                            "commands": [list(argv) for argv in made.passes],
-                            **({"limits": dict(outcome.limits)} if outcome.limits else {})}
+        result["encode"] = _encode_json(settings, made, outcome.limits)
         result["output"] = settings.output or "none (encoded, measured, discarded)"
     if outcome.status in ("completed", "failed"):
         result["metrics"] = metrics_of(outcome)
         result.update(_history(outcome))
     if outcome.status == "completed" and made and settings:
         analysis = analyze(settings, made, result["metrics"], machine, attempt.parameters)
-        word, reasons = confidence_reached(outcome)
-        strays = sum(row["outlier"] for row in result["repeats"])
-        reasons += [f"{strays} of the runs lie{'s' * (strays == 1)} far from the others"] if strays else []
-        doubts = [words for words in _disturbances(result["metrics"]) if words not in analysis["reasons"]]
-        result["analyzer_output"] = {**analysis, "reasons": [*analysis["reasons"], *doubts, *reasons],
-                                     "confidence": word, "runs": max(1, len(outcome.runs))}
+        result["analyzer_output"] = _whole_analysis(analysis, outcome, result)
     return result
+
+
+def _encode_json(settings: Settings, made: Plan, limits: Mapping[str, str]) -> Json:
+    """Return what was done, in the settings' own terms."""
+    done = {**settings.to_json(), "width": made.width, "height": made.height, "fps": made.fps,
+            "bitrate": None, "crf": None, "duration": made.duration_s}
+    encode: Json = {
+        "encoder": made.encoder, "preset": made.preset, "threads": made.threads,
+        "width": made.width, "height": made.height,
+        "pixel_format": made.pixel_format, "rate": made.rate, "reason": made.reason,
+        "settings": f"{settings_text(done)} {made.rate}",
+        "commands": [list(argv) for argv in made.passes]}
+    if limits:
+        encode["limits"] = dict(limits)
+    return encode
+
+
+def _whole_analysis(analysis: Json, outcome: Outcome, result: Json) -> Json:
+    """Return an analysis with the doubts about the figures, and the confidence that was reached."""
+    word, why = confidence_reached(outcome)
+    doubts = [words for words in disturbances(result["metrics"]) if words not in analysis["reasons"]]
+    reasons = [*analysis["reasons"], *doubts, *why]
+    strays = sum(row["outlier"] for row in result["repeats"])
+    if strays:
+        reasons.append(f"{count_text(strays, 'run')} far from the others")
+    return {**analysis, "reasons": reasons, "confidence": word, "runs": max(1, len(outcome.runs))}
 
 
 def _history(outcome: Outcome) -> Json:
     """Return the runs of an outcome, their statistics, and the samples of the last one."""
-    runs, ledger = outcome.runs, outcome.ledger
-    counted = measured_runs(runs)
-    energies = [hwdetect.energy_of(run.ledger).joules for run in runs]
-    warm = len(runs) - len(counted)
-    columns = [[run.wall_s for run in counted]]
-    if None not in energies:
-        columns.append([joules or 0.0 for joules in energies[warm:]])
-    strays = [False] * warm + [any(row) for row in zip(*map(outliers, columns))]
-    repeats = [{"duration": _rounded(run.wall_s), "energy_joules": _rounded(joules),
-                "cpu_usage": _rounded(_cpu_usage(run.ledger, run.wall_s)[0]),
-                "warm_up": at < warm, "outlier": stray}
-               for at, (run, joules, stray) in enumerate(zip(runs, energies, strays))]
+    ledger = outcome.ledger
     points = list(zip(*ledger.series.points)) or [(), (), ()]
-    series = {name: [_rounded(value) for value in column]
-              for name, column in zip(("seconds", "power_watts", "cpu_usage"), points)}
-    statistics_ = {name: {key: _rounded(value) for key, value in row.items()}
-                   for name, row in intervals_of(counted).items()}
-    return {"repeats": repeats, "statistics": statistics_,
-            "series": {"start": utc_text(ledger.started), "power_source": ledger.power_source, **series}}
+    series: Json = {"start": utc_text(ledger.started), "power_source": ledger.power_source}
+    for name, column in zip(("seconds", "power_watts", "cpu_usage"), points):
+        series[name] = [_rounded(value) for value in column]
+    figures = {name: {key: _rounded(value) for key, value in row.items()}
+               for name, row in intervals_of(measured_runs(outcome.runs)).items()}
+    return {"repeats": _repeats_json(outcome.runs), "statistics": figures, "series": series}
+
+
+def _repeats_json(runs: Sequence[Outcome]) -> list[Json]:
+    """Return a row for each run; an outlier is one in time or, where it is known of all, in energy."""
+    warm = len(runs) - len(measured_runs(runs))
+    energies = [hwdetect.energy_of(run.ledger).joules for run in runs]
+    strays = outliers([run.wall_s for run in runs[warm:]])
+    known = [joules for joules in energies if joules is not None]
+    if len(known) == len(runs):
+        by_energy = outliers(known[warm:])
+        strays = [either or other for either, other in zip(strays, by_energy)]
+    return [{"duration": _rounded(run.wall_s),
+             "energy_joules": _rounded(joules),
+             "cpu_usage": _rounded(_cpu_usage(run.ledger, run.wall_s)[0]),
+             "warm_up": at < warm,
+             "outlier": at >= warm and strays[at - warm]}
+            for at, (run, joules) in enumerate(zip(runs, energies))]
 
 
 # ---- 15 State -------------------------------------------------------------------------------------
@@ -5641,7 +5800,7 @@ def carry_out(attempt: Attempt, machine: Machine, log: logging.Logger) -> tuple[
     """Run an attempt; return its outcome and its report, of an error of the agent's own too."""
     try:
         outcome = attempt.run()
-        return outcome, result_of(attempt, outcome, machine)
+        return outcome, result_of(attempt, outcome, machine, time.time())
     except Exception as error:  # one that nobody reports would hold its lease for ever
         log.debug("job %s", attempt.job_id, exc_info=True)
         return Outcome("failed"), own_failure(attempt.job_id, attempt.number, machine.name, error)

@@ -1233,9 +1233,10 @@ class Metering(FolderCase):
         none = hwdetect.GpuReading("T4")
         small = hwdetect.GpuReading("UHD", in_package=True)
         for gpu, why, reasons in (
-                (told, {}, ["energy_joules holds it already", "no GPU that tells"]),
+                (told, {}, ["energy_joules includes it", "no GPU with readings"]),
                 (none, {"gpus.0": "nvidia-smi is not installed"}, ["nvidia-smi is not installed"] * 2),
-                (small, {"gpus.0.power_watts": "no power sensor"}, ["no power sensor", "no GPU that tells"])):
+                (small, {"gpus.0.power_watts": "no power sensor"},
+                 ["no power sensor", "no GPU with readings"])):
             ledger = hwdetect.Ledger()
             now = hwdetect.Reading(1.0, gpus=(gpu,), unknown=why)
             ledger.unknown.update(now.unknown)
@@ -1573,6 +1574,12 @@ class Judging(unittest.TestCase):
                           threads=4)
         self.assertEqual(told["suggestion"]["parameters"],
                          {"input": "in.mp4", "output": "out.mp4", "encoder": "h264_nvenc"})
+
+    def test_a_suggested_encoder_without_presets_takes_none_along(self) -> None:
+        told = self.judge({"speed": 3.0}, machine(h264_vaapi=None), encoder="libx264", preset="fast")
+        self.assertEqual(told["suggestion"]["parameters"]["encoder"], "h264_vaapi")
+        self.assertNotIn("preset", told["suggestion"]["parameters"])
+        agent.resolve(**told["suggestion"])
 
     def test_a_suggestion_can_be_done_and_changes_nothing_else(self) -> None:
         """Threads decide the preset that nobody names; not every format is one for hardware."""

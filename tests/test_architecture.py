@@ -330,7 +330,7 @@ class Seams(unittest.TestCase):
                 found = [(section.title, who, line) for section, who, line in SOURCES[name].uses(
                     lambda node: isinstance(node, (ast.Call, ast.Attribute)) and bool(outside.fullmatch(
                         dotted(node.func if isinstance(node, ast.Call) else node))))
-                    if section.title in sections and who not in ("result_of",)]
+                    if section.title in sections]
                 self.assertEqual(found, [])
 
 

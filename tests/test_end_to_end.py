@@ -629,7 +629,7 @@ class Starting(FleetCase):
             self.assertEqual(processes_called(called), set(), "it ends with the job")
             self.assertEqual((metrics["gpu_usage"], metrics["gpu_memory_usage"]), (42.0, 512.0))
             if metrics["gpu_energy_joules"] is None:  # a busy machine starts even a stand-in late
-                self.assertIn("nvidia-smi told for", metrics["unknown"]["gpu_energy_joules"])
+                self.assertIn("readings of nvidia-smi cover", metrics["unknown"]["gpu_energy_joules"])
             else:
                 self.assertGreater(metrics["gpu_energy_joules"], 0)
 

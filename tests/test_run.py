@@ -142,7 +142,7 @@ class RunCase(unittest.TestCase):
         return agent.Attempt(job, place or self.place)
 
     def result(self, attempt: agent.Attempt) -> agent.Json:
-        result = agent.result_of(attempt, attempt.run(), self.place.machine)
+        result = agent.result_of(attempt, attempt.run(), self.place.machine, time.time())
         json.dumps(result, allow_nan=False)
         return result
 
