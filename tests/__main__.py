@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import ffdist
-from tests.support import CACHE, forget_programs, newer_ffmpeg, told_by_programs
+from tests.fleet import forget_programs, words_of_programs
+from tests.support import CACHE, newer_ffmpeg
 
 TOP = Path(__file__).resolve().parent.parent
 NEWER_FFMPEG = "imageio-ffmpeg==0.8.1"  # its wheel carries a static binary
@@ -178,7 +179,7 @@ class Recorder(unittest.TestResult):
     def _end(self, test: Any) -> None:
         outcome = "failed" if self._problems else "skipped" if self._skips else "passed"
         words = "\n".join(self._problems) or "; ".join(dict.fromkeys(self._skips))
-        words += told_by_programs() if self._problems else ""
+        words += words_of_programs() if self._problems else ""
         self._write({"test": test.id(), "outcome": outcome, "words": words,
                      "seconds": time.monotonic() - self._began})
 

@@ -37,7 +37,8 @@ from typing import Any, NamedTuple
 
 import hwdetect
 from tests import archive
-from tests.support import TOP, Agent, Master, Program, call, free_port, need, wait_for
+from tests.fleet import Agent, Master, Program
+from tests.support import TOP, call, free_port, need, wait_for
 
 FORK = multiprocessing.get_context("fork")
 JOB = json.dumps({"scenario": "720p30-h264", "parameters": {"duration": 10, "bitrate": "2500k"}}).encode()

@@ -25,7 +25,8 @@ from unittest import mock
 import agent
 import hwdetect
 from agent import ENCODERS, Failure, Machine, Settings, Source
-from tests.support import free_port, need, run, wait_for
+from tests.fleet import run
+from tests.support import free_port, need, wait_for
 
 SOFTWARE = {"libx264": None, "libx265": None, "libsvtav1": None, "libaom-av1": None, "libvpx-vp9": None}
 NO_CUDA = "Cannot load libcuda.so.1"

@@ -10,100 +10,14 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import threading
 import unittest
 import uuid
 from pathlib import Path
 from typing import Any
 
 import ffdist
-from tests.support import Answer, Master, call, exchange, need, wait_for
-
-PARK_S = 30
-NOBODY = "00000000-0000-4000-8000-000000000000"
-
-
-class Later:
-    """A request that is on its way in a thread: answer() is what came back."""
-
-    def __init__(self, master: Master, method: str, path: str, body: Any = None) -> None:
-        self._answers: list[Answer] = []
-        self._thread = threading.Thread(
-            target=lambda: self._answers.append(call(master.url, method, path, body)), daemon=True)
-        self._thread.start()
-
-    @property
-    def answered(self) -> bool:
-        return bool(self._answers)
-
-    def answer(self) -> Answer:
-        self._thread.join(60)
-        assert self._answers, "no answer within 60 s"
-        return self._answers[0]
-
-
-class Node:
-    """An agent's side of the wire, spoken by hand; without a session it is one of the seed's."""
-
-    def __init__(self, master: Master, name: str = "worker", session: bool = True, **more: Any) -> None:
-        self.master, self.name, self.more = master, name, more
-        self.id = str(uuid.uuid4()) if session else ""
-        self.session = uuid.uuid4().hex if session else None
-        self.secret = uuid.uuid4().hex if session else None
-        self.id = self.register().body["id"]
-
-    def told(self, **fields: Any) -> dict[str, Any]:
-        own = {"session": self.session} if self.session else {}
-        return {name: value for name, value in {**own, **fields}.items() if value is not None}
-
-    def register(self, **fields: Any) -> Answer:
-        own = {"id": self.id or None, "protocol": 1 if self.session else None, "secret": self.secret}
-        return self.master.call("POST", "/nodes/register",
-                                self.told(**{"address": self.name, **own, **self.more, **fields}))
-
-    def start_again(self, **fields: Any) -> Answer:
-        """Register as a new session of the same node."""
-        self.session = uuid.uuid4().hex
-        return self.register(**fields)
-
-    def claim_path(self, **fields: Any) -> str:
-        query = "&".join(f"{name}={value}" for name, value in self.told(**fields).items())
-        return f"/jobs/next?node_id={self.id}" + (f"&{query}" if query else "")
-
-    def claim(self, **fields: Any) -> Answer:
-        return self.master.call("GET", self.claim_path(**fields))
-
-    def park(self, **fields: Any) -> Later:
-        """Park a claim, and return when it is parked."""
-        return self._parked("GET", self.claim_path(**{"wait": PARK_S, **fields}))
-
-    def beat(self, **fields: Any) -> Answer:
-        return self.master.call("POST", f"/nodes/{self.id}/heartbeat", self.told(**fields))
-
-    def park_beat(self, **fields: Any) -> Later:
-        return self._parked("POST", f"/nodes/{self.id}/heartbeat?wait={PARK_S}", self.told(**fields))
-
-    def _parked(self, method: str, path: str, body: Any = None) -> Later:
-        before = parked(self.master)
-        later = Later(self.master, method, path, body)
-        wait_for(lambda: later.answered or parked(self.master) > before, why="the request is parked")
-        return later
-
-    def progress(self, job: Any, **fields: Any) -> Answer:
-        return self.master.call("POST", f"/jobs/{job['id']}/progress",
-                                self.told(node_id=self.id, attempt=job["attempt"], **fields))
-
-    def report(self, job: Any, status: str = "completed", **fields: Any) -> Answer:
-        own = {"job_id": job["id"], "node_id": self.id, "attempt": job["attempt"], "status": status}
-        return self.master.call("POST", "/results", self.told(**{**own, **fields}))
-
-    def shown(self) -> Any:
-        return self.master.get(f"/nodes/{self.id}")
-
-
-def parked(master: Master) -> int:
-    text = master.call("GET", "/metrics").text
-    return int(float(re.findall(r"^ffdist_parked_requests (\S+)$", text, re.M)[0]))
+from tests.fleet import NOBODY, PARK_S, Later, Master, Node, parked
+from tests.support import Answer, exchange, need, wait_for
 
 
 class Served(unittest.TestCase):

@@ -33,8 +33,9 @@ from typing import Any
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tests.fleet import Agent, Case, Master
 from tests.proxy import Proxy, Sometimes, passing
-from tests.support import Agent, Case, Master, call, free_port, mounted_small, need, wait_for
+from tests.support import call, free_port, mounted_small, need, wait_for
 
 AGENTS = 4
 FRAMES = 20

@@ -13,18 +13,8 @@ import unittest
 from pathlib import Path
 from typing import ClassVar
 
-from tests.support import (
-    TOP,
-    Agent,
-    Master,
-    free_port,
-    interruptible,
-    need,
-    run,
-    served,
-    wait_for,
-)
-from tests.test_end_to_end import FleetCase, processes_called
+from tests.fleet import Agent, FleetCase, Master, interruptible, processes_called, run
+from tests.support import TOP, free_port, need, served, wait_for
 
 
 class TheCommandLine(unittest.TestCase):

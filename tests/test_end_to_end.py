@@ -11,27 +11,23 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import unittest
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tests.support import (
-    PATIENCE_S,
-    TOP,
+from tests.fleet import (
     Agent,
-    Case,
+    FleetCase,
     Master,
+    OneFleet,
     Program,
-    control_groups,
-    free_port,
-    need,
+    processes_called,
+    processes_under,
     run,
-    small_disk,
-    wait_for,
 )
+from tests.support import PATIENCE_S, TOP, control_groups, free_port, need, small_disk, wait_for
 
 CANCEL_DEADLINE_S = 10.0
 GPU = {  # what the stand-in of nvidia-smi is asked for, and answers
@@ -40,116 +36,6 @@ GPU = {  # what the stand-in of nvidia-smi is asked for, and answers
     "power.limit": "70.00", "utilization.gpu": "42", "utilization.encoder": "30", "temperature.gpu": "55",
     "clocks_throttle_reasons.active": "0x0000000000000001"}
 SEED_FIELDS = ("address", "type", "cpu_threads", "cpu_model", "has_gpu", "gpu_type", "ram_bytes", "labels")
-
-
-def processes_under(folder: Path) -> set[int]:
-    """Processes whose current folder lies under this one: an attempt's FFmpeg runs in its own."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and os.readlink(entry / "cwd").startswith(str(folder.resolve())):
-                found.add(int(entry.name))
-        except OSError:
-            continue
-    return found
-
-
-def processes_called(word: str) -> set[int]:
-    """Processes with this word in their command line."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and word.encode() in (entry / "cmdline").read_bytes():
-                found.add(int(entry.name))
-        except OSError:
-            continue
-    return found - {os.getpid()}
-
-
-class FleetCase(Case):
-    def encoding(self, agent: Agent) -> set[int]:
-        """Wait until the FFmpeg of a live encode runs, not of its source; return its processes."""
-        try:
-            return wait_for(lambda: processes_under(agent.work) & processes_called("\0-re\0"), why="encode")
-        except AssertionError as error:
-            raise AssertionError(f"{error}; the agent says: {agent.words()}") from None
-
-    def held(self, agent: Agent) -> set[int]:
-        """Stop the FFmpeg of a live encode, or it might end before what is to be done meanwhile."""
-        pids = self.encoding(agent)
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        return pids
-
-    def go_on(self, pids: set[int]) -> None:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
-
-    def live(self, master: Master, seconds: float, **more: object) -> str:
-        """Submit a job that takes so many seconds by the clock; return its id."""
-        job = master.submit("64p25-h264", duration=seconds, realtime=True, **more)
-        return str(job["id"])
-
-    def film(self, name: str, seconds: float) -> Path:
-        """Make a small film in the media root."""
-        film = self.folder / "media" / name
-        picture = f"testsrc2=size=64x36:rate=25:duration={seconds}"
-        subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", picture, str(film)], check=True,
-                       stdin=subprocess.DEVNULL)
-        return film
-
-    def short(self, master: Master) -> str:
-        """Run a short job; return how it ended."""
-        return str(master.finished(master.submit("64p25-h264", duration=0.2)["id"])["status"])
-
-    def nothing_left(self, agent: Agent) -> None:
-        self.assertEqual(processes_under(agent.work), set(), "no FFmpeg may be left")
-        self.assertTrue(agent.at_rest(), list(agent.work.rglob("*")))
-        self.assertEqual(list((self.folder / "media").rglob(".ffdist-*")), [], "no hidden output may be left")
-
-
-class OneFleet(FleetCase):
-    """One master and one agent for all tests of a class; each finds them without work."""
-
-    flags: ClassVar[tuple[str, ...]] = ()
-    home: ClassVar[Path]
-    both: ClassVar[tuple[Master, Agent]]
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        need("ffmpeg", "ffprobe")
-        cls.home = Path(tempfile.mkdtemp(prefix="ffdist-test-"))
-        cls.addClassCleanup(shutil.rmtree, cls.home, ignore_errors=True)
-        master = Master(cls.home)
-        cls.addClassCleanup(master.end)
-        cls.both = master, Agent(cls.home, cls.reached(master), *cls.flags)
-        cls.addClassCleanup(cls.both[1].end)
-        wait_for(lambda: master.get("/nodes")["count"], why="the agent registers")
-
-    @classmethod
-    def reached(cls, master: Master) -> str:
-        """Return the address at which the agent reaches the master."""
-        return master.url
-
-    def setUp(self) -> None:
-        self.folder = self.home
-        self.addCleanup(self.let_rest)
-
-    def let_rest(self) -> None:
-        """Cancel what is still open, let the node work again, and empty the media root."""
-        master, _ = self.both
-        jobs = [job["id"] for status in ("pending", "running", "paused")
-                for job in master.get(f"/jobs?status={status}")["jobs"]]
-        for job in jobs:
-            master.call("POST", f"/jobs/{job}/cancel")
-        for job in jobs:
-            master.finished(job)
-        master.call("POST", f"/nodes/{master.get('/nodes')['nodes'][0]['id']}/resume")
-        for path in (self.folder / "media").iterdir():
-            path.unlink()
-
-    def fleet(self, *flags: str, **more: Any) -> tuple[Master, Agent]:
-        return self.both
 
 
 class ARunningFleet(OneFleet):

@@ -26,8 +26,8 @@ from typing import Any
 
 import ffdist
 from agent import PARAMETERS
-from tests.support import Answer, Master, all_of, call, exchange, wait_for
-from tests.test_api import NOBODY, Node
+from tests.fleet import NOBODY, Master, Node
+from tests.support import Answer, all_of, call, exchange, wait_for
 
 SEED = int(os.environ.get("FFDIST_TEST_SEED", "20251229"))
 HUGE = 10 ** 400

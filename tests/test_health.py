@@ -14,7 +14,7 @@ from typing import Any
 import ffdist
 from agent import ApiError
 from ffdist import Ask, Job, Master, Settings, backoff_most_s, blames_node, draft_of
-from tests.support import Case
+from tests.fleet import Case
 
 LOG = logging.getLogger("ffdist.test-health")
 LOG.addHandler(logging.NullHandler())

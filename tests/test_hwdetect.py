@@ -24,7 +24,7 @@ from unittest import mock
 import hwdetect
 from hwdetect import Host, Reading, Result, Sampler, detect
 from tests import archive
-from tests.support import interruptible
+from tests.fleet import interruptible
 
 HERE = Path(__file__).resolve().parent
 MACHINES = sorted((HERE / "hosts").glob("*.txt"))

@@ -25,8 +25,8 @@ from typing import Any
 from unittest import mock
 
 import ffdist
-from tests.support import TOP, Case, Master, call, free_port, listening_log, run, small_disk, wait_for
-from tests.test_api import Node
+from tests.fleet import Case, Master, Node, run
+from tests.support import TOP, call, free_port, listening_log, small_disk, wait_for
 
 LOG = logging.getLogger("ffdist.test-journal")
 LOG.addHandler(logging.NullHandler())

@@ -28,20 +28,8 @@ from typing import Any
 
 import agent as wire
 import ffdist
-from tests.support import (
-    TOP,
-    Case,
-    Master,
-    Program,
-    call,
-    free_port,
-    interruptible,
-    listening_log,
-    need,
-    run,
-    wait_for,
-)
-from tests.test_api import Node
+from tests.fleet import Case, Master, Node, Program, interruptible, processes_below, run
+from tests.support import TOP, call, free_port, listening_log, need, wait_for
 
 RECEIVED = "2026-05-04T10:00:30.250Z"
 COMPLETED = "2026-05-04T10:00:29.125Z"
@@ -797,16 +785,6 @@ class Monitoring(Case):
                       ["vmalert", f"-rule={made}/alerts.yml", "-dryRun",
                        "-datasource.url=http://127.0.0.1:1"]):
             self.assertEqual(subprocess.run(words, capture_output=True, timeout=60).returncode, 0, words)
-
-
-def processes_below(pid: int) -> set[int]:
-    """Return the children of a process."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.add(int(path.parent.name))
-    return found
 
 
 def ended(pid: int) -> bool:

@@ -35,7 +35,8 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ffdist
 from agent import ApiError
-from tests.support import Case, Master, call
+from tests.fleet import Case, Master
+from tests.support import call
 
 SEED = int(os.environ.get("FFDIST_TEST_SEED", "20251229"))
 WALKS = 6

@@ -40,10 +40,9 @@ from typing import Any, ClassVar
 from unittest import mock
 
 import agent as wire
+from tests.fleet import Agent, FleetCase, Master, Node, OneFleet, processes_under
 from tests.proxy import BEFORE, Message, Once, Proxy, passing
-from tests.support import Agent, Master, call, need, small_disk, wait_for
-from tests.test_api import Node
-from tests.test_end_to_end import FleetCase, OneFleet, processes_under
+from tests.support import call, need, small_disk, wait_for
 
 CLAIM, BEAT = r"GET /jobs/next\?", r"POST /nodes/[^/]+/heartbeat"
 PROGRESS, RESULT, REGISTER = r"POST /jobs/[^/]+/progress", r"POST /results ", r"POST /nodes/register "

@@ -22,8 +22,8 @@ from typing import Any
 import agent
 import ffdist
 from ffdist import PRICED, Experiment, Rate, Row, Tariff, due_groups, experiment_of, rates_of
-from tests.support import PATIENCE_S, TOP, Case, interruptible, run, wait_for
-from tests.test_api import Node
+from tests.fleet import Case, Node, interruptible, run
+from tests.support import PATIENCE_S, TOP, wait_for
 
 NOON = 1_767_009_600.0  # 2025-12-29T12:00:00Z
 METRICS = {"energy_joules": 7200.0, "duration": 60.0, "output_seconds": 120.0}

@@ -24,16 +24,15 @@ from unittest import mock
 
 import agent
 import hwdetect
+from tests.fleet import interruptible, processes_under, run
 from tests.support import (
     FILM,
     PATIENCE_S,
     TOP,
     control_groups,
     free_port,
-    interruptible,
     need,
     newer_ffmpeg,
-    run,
     served,
     small_disk,
     wait_for,
@@ -76,18 +75,6 @@ def streams(path: Path, kind: str = "v") -> list[dict[str, Any]]:
     return json.loads(done.stdout)["streams"]
 
 
-def processes_under(folder: Path) -> list[int]:
-    """Processes whose current folder lies under this one."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and os.readlink(entry / "cwd").startswith(str(folder)):
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
-
-
 @functools.lru_cache(maxsize=1)
 def this_machine() -> tuple[hwdetect.Host, hwdetect.Hardware]:
     """This machine with its encoders tried, once for all tests."""
@@ -125,7 +112,7 @@ class RunCase(unittest.TestCase):
         left = [path for path in self.work.iterdir() if path.name != "cache"]
         self.assertEqual(left, [], "the work folder must be empty at rest")
         self.assertEqual([path for path in self.root.rglob(".ffdist-*")], [], "no hidden output may stay")
-        self.assertEqual(processes_under(self.work), [], "no process may stay")
+        self.assertEqual(processes_under(self.work), set(), "no process may stay")
         mine = {f"ffdist-{folder}" for folder in self.folders}
         self.assertEqual(control_groups() & mine, set(), "no control group may stay")
 
@@ -749,7 +736,7 @@ class JobLimits(RunCase):
         worker = threading.Thread(target=attempt.run)
         worker.start()
         try:
-            pid = wait_for(lambda: attempt.progress.get("frame") and processes_under(self.work), 20)[0]
+            pid = wait_for(lambda: attempt.progress.get("frame") and processes_under(self.work), 20).pop()
             self.assertEqual(len(os.sched_getaffinity(pid)), 1)
         finally:
             attempt.stop("canceled")
@@ -1301,7 +1288,7 @@ class ByHand(unittest.TestCase):
                 self.assertEqual(process.returncode, code, words)
                 self.assertNotIn(b"Traceback", words)
                 self.assertEqual(list(self.folder.glob(".ffdist-*")), [])
-                self.assertEqual(processes_under(self.folder), [])
+                self.assertEqual(processes_under(self.folder), set())
                 self.assertFalse((self.folder / "long.mkv").exists())
 
 

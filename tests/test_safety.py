@@ -31,10 +31,9 @@ from unittest import mock
 
 import agent as wire
 import ffdist
+from tests.fleet import Agent, Case, Master, Node, OneFleet, processes_under, run
 from tests.proxy import Proxy
-from tests.support import TOP, Agent, Case, Master, call, exchange, need, run, wait_for
-from tests.test_api import Node
-from tests.test_end_to_end import OneFleet, processes_under
+from tests.support import TOP, call, exchange, need, wait_for
 from tests.test_run import RunCase, picture, streams
 
 KEY = "\nssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKstrangerstrangerstrangerstrangerst evil@example\n"
