@@ -2581,6 +2581,7 @@ def probe_command(ffprobe: str, url: str, demuxer: str = "",
 
 # ---- 7 Output -------------------------------------------------------------------------------------
 
+# With `-loglevel repeat+level` FFmpeg writes `[h264 @ 0x55…] [error] …`; x264 and x265 write their name.
 _LEVEL = re.compile(r"^(?:\[[^\]]*\] |x26[45] )?\[(fatal|error|panic|warning)\]:? ")
 _PREFIX = re.compile(r"\[(?:[^\]\s]+ @ 0x[0-9a-f]+|fatal|error|panic|warning|info)\]:? ?")
 UNWRITTEN = re.compile(r"No space left on device|Disk quota exceeded|Error closing file|"
@@ -2588,11 +2589,12 @@ UNWRITTEN = re.compile(r"No space left on device|Disk quota exceeded|Error closi
 DAMAGE = re.compile(r"error while decoding|Invalid data found|corrupt|Invalid NAL|partial file|"
                     r"concealing|missing picture|truncat|Error submitting packet to decoder|"
                     r"non-existing PPS|no frame!|invalid as first byte|bytestream", re.IGNORECASE)
+BLOCK_KEYS_MOST = 200  # of one block of progress: FFmpeg writes about 12
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One block of -progress; None where FFmpeg says N/A. bitrate in kbit/s, out_time in s."""
+    """One block of -progress; None where FFmpeg says N/A. out_time in s of film."""
 
     frame: int = 0
     fps: float | None = None
@@ -2605,31 +2607,38 @@ class Progress:
 
 
 class ProgressParser:
-    """Fed line by line; gives a Progress at the end of each block."""
+    """Takes the lines of -progress one by one; gives a Progress at the end of each block."""
 
     def __init__(self) -> None:
         self._block: dict[str, str] = {}
 
     def feed(self, line: str) -> Progress | None:
         key, found, value = line.strip().partition("=")
-        if not found or len(self._block) > 200:
+        if not found or len(self._block) > BLOCK_KEYS_MOST:
             return None
         if key != "progress":
             self._block[key] = value.strip()
             return None
         block, self._block = self._block, {}
-        micros = _decimal(block.get("out_time_us"))
-        size = _decimal(block.get("total_size"))
-        return Progress(
-            int(_decimal(block.get("frame")) or 0), _decimal(block.get("fps")) or None,
-            _decimal(block.get("speed", "").rstrip("x")),
-            None if micros is None else micros / 1e6, None if size is None else int(size),
-            int(_decimal(block.get("drop_frames")) or 0), int(_decimal(block.get("dup_frames")) or 0),
-            value.strip() == "end")
+        return _progress_of(block, ended=value.strip() == "end")
+
+
+def _progress_of(block: Mapping[str, str], ended: bool) -> Progress:
+    micros = _decimal(block.get("out_time_us"))
+    size = _decimal(block.get("total_size"))
+    return Progress(
+        frame=int(_decimal(block.get("frame")) or 0),
+        fps=_decimal(block.get("fps")) or None,
+        speed=_decimal(block.get("speed", "").rstrip("x")),
+        out_time_s=None if micros is None else micros / 1e6,
+        total_bytes=None if size is None else int(size),
+        dropped_frames=int(_decimal(block.get("drop_frames")) or 0),
+        duplicated_frames=int(_decimal(block.get("dup_frames")) or 0),
+        ended=ended)
 
 
 def _decimal(text: str | None) -> float | None:
-    """Return a number that is no less than nothing; None for N/A, garbage and FFmpeg's huge negatives."""
+    """Return a number of 0 or more; None for N/A, garbage and the huge negatives of first blocks."""
     try:
         value = float(text or "")
     except ValueError:
@@ -2637,216 +2646,282 @@ def _decimal(text: str | None) -> float | None:
     return value if math.isfinite(value) and value >= 0 else None
 
 
-def progress_json(done: Progress, expected_s: float | None, step: int, steps: int, phase: str) -> Json:
-    """Return progress as the wire has it; percent spans all passes, `eta_s` is of this pass and the rest."""
-    percent = eta = None
+def progress_json(done: Progress, expected_s: float | None, step: int, steps: int,
+                  phase: str) -> Json:
+    """Return progress as the wire has it.
+
+    The percent spans all passes; `eta_s` is the time for this one and those after it.
+    """
+    percent = eta_s = None
     if expected_s and done.out_time_s is not None:
         part = min(1.0, done.out_time_s / expected_s)
         percent = round(100 * (step + part) / steps, 1)
         if done.speed:
-            eta = round((expected_s * (steps - step) - done.out_time_s) / done.speed, 1)
-    return {"phase": phase, "percent": percent, "frame": done.frame, "fps": done.fps, "speed": done.speed,
-            "out_time_s": done.out_time_s, "eta_s": None if eta is None else max(0.0, eta)}
+            left_s = expected_s * (steps - step) - done.out_time_s
+            eta_s = max(0.0, round(left_s / done.speed, 1))
+    return {**phase_json(phase, percent), "frame": done.frame, "fps": done.fps, "speed": done.speed,
+            "out_time_s": done.out_time_s, "eta_s": eta_s}
 
 
 def phase_json(phase: str, percent: float | None) -> Json:
-    """Return progress of a phase that tells no frames and no speed."""
+    """Return progress of a phase without frames and speed."""
     return {"phase": phase, "percent": percent, "frame": None, "fps": None, "speed": None,
             "out_time_s": None, "eta_s": None}
 
 
-def stall_limit_s(frames: int, elapsed_s: float, limit_s: float = 300.0) -> float:
-    """Return how long an encode may show no new frame: the limit, or 60 frames' time of a slow one.
+STALL_FRAMES = 60  # a slow encoder may take the time of so many of its frames
+STALL_FIRST = 6  # times the limit before the first frame: slow encoders look far ahead
 
-    Before the first frame it is six times the limit: slow encoders look far ahead.
-    """
-    return 6 * limit_s if frames == 0 else max(limit_s, 60 * elapsed_s / frames)
+
+def stall_limit_s(frames: int, elapsed_s: float, limit_s: float = 300.0) -> float:
+    """Return how long an encode may show no new frame."""
+    if frames == 0:
+        return STALL_FIRST * limit_s
+    return max(limit_s, STALL_FRAMES * elapsed_s / frames)
+
+
+_DULL = ("Conversion failed!", "Error opening output files", "Error opening input files",
+         "Error while processing", "Nothing was written")
 
 
 def last_words(lines: Iterable[str], most: int = 3) -> str:
-    """Return FFmpeg's own reason out of its last lines: errors first, prefixes off, each once."""
-    heard = list(lines)
-    lines = telling_lines(heard) or heard
-    errors = [line for line in lines if (match := _LEVEL.search(line)) and match[1] != "warning"]
-    chosen = [_PREFIX.sub("", line).strip() for line in errors or lines[-most:]]
-    dull = ("Conversion failed!", "Error opening output files", "Error opening input files",
-            "Error while processing", "Nothing was written")
-    telling = [line for line in chosen if line and not line.startswith(dull)]
+    """Return FFmpeg's own reason from its last lines: errors first, without prefixes, each once."""
+    all_lines = list(lines)
+    candidates = telling_lines(all_lines) or all_lines
+    errors = []
+    for line in candidates:
+        level = _LEVEL.search(line)
+        if level and level[1] != "warning":
+            errors.append(line)
+    chosen = [_PREFIX.sub("", line).strip() for line in errors or candidates[-most:]]
+    telling = [line for line in chosen if line and not line.startswith(_DULL)]
     return "; ".join(list(dict.fromkeys(telling or chosen))[:most])
 
 
-SIGNALLED = "Exiting normally, received signal"  # what FFmpeg says, as info, when it is told to end
-# What FFmpeg, the kernel and the exit status say, first match wins: pattern -> failure_reason.
-FAILURE_WORDS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern, re.IGNORECASE), reason) for pattern, reason in (
-        (r"No space left on device|Disk quota exceeded|File too large", "out_of_disk"),
-        (r"Cannot allocate memory|out of memory|malloc .*failed|failed to map segment|"
-         r"opening (?:de|en)coder.*Resource temporarily unavailable", "out_of_memory"),
-        (r"Unknown encoder|Encoder not found|Cannot load lib|No capable devices|No device available|"
-         r"Device creation failed|Failed to initialise VAAPI|unsupported \(-3\)", "no_capability"),
-        (r"Unable to parse option|Error setting (?:option|preset)|Unrecognized|Invalid argument.*option|"
-         r"Undefined constant|Option .* not found|incompatible pixel format|(?:Unknown|Invalid) pixel format",
-         "parameters"),
-        (r"Connection refused|Connection reset|(?:Connection|Operation) timed out|Broken pipe|"
-         r"(?:Network|Host) is (?:unreachable|down)|No route to host|://.*: Input/output error|"
-         r"(?:Server returned|HTTP error) (?:5|4XX|408|429)|Failed to resolve|Stream ends prematurely|"
-         r"://.*: End of file",
-         "network"),
-        (r"Invalid data found|moov atom not found|does not contain any stream|matches no streams|"
-         r"No such file|Server returned 4|HTTP error 4|Protocol .* not on whitelist|Is a directory|"
-         r"EBML header parsing failed|could not find codec parameters", "input"),
-        (r"Permission denied|Read-only file system|Could not write header", "output"),
-        (r"Error (?:while opening|initializing) encoder|Error opening encoder", "encoder"),
-    ))
+SIGNALLED = "Exiting normally, received signal"  # FFmpeg's word, as info, when it is asked to end
+SIGNALLED_STATUSES = (128 + signal.SIGKILL, 255)
+NOT_STARTED_STATUSES = (126, 127)  # a shell's, of a program that cannot be run or is not there
+
+# Words of FFmpeg and the kernel -> failure_reason; the first match wins.
+_REASON_WORDS = (
+    (r"No space left on device|Disk quota exceeded|File too large", "out_of_disk"),
+    (r"Cannot allocate memory|out of memory|malloc .*failed|failed to map segment|"
+     r"opening (?:de|en)coder.*Resource temporarily unavailable", "out_of_memory"),
+    (r"Unknown encoder|Encoder not found|Cannot load lib|No capable devices|No device available|"
+     r"Device creation failed|Failed to initialise VAAPI|unsupported \(-3\)", "no_capability"),
+    (r"Unable to parse option|Error setting (?:option|preset)|Unrecognized|Invalid argument.*option|"
+     r"Undefined constant|Option .* not found|incompatible pixel format|"
+     r"(?:Unknown|Invalid) pixel format", "parameters"),
+    (r"Connection refused|Connection reset|(?:Connection|Operation) timed out|Broken pipe|"
+     r"(?:Network|Host) is (?:unreachable|down)|No route to host|://.*: Input/output error|"
+     r"(?:Server returned|HTTP error) (?:5|4XX|408|429)|Failed to resolve|Stream ends prematurely|"
+     r"://.*: End of file", "network"),
+    (r"Invalid data found|moov atom not found|does not contain any stream|matches no streams|"
+     r"No such file|Server returned 4|HTTP error 4|Protocol .* not on whitelist|Is a directory|"
+     r"EBML header parsing failed|could not find codec parameters", "input"),
+    (r"Permission denied|Read-only file system|Could not write header", "output"),
+    (r"Error (?:while opening|initializing) encoder|Error opening encoder", "encoder"),
+)
+FAILURE_WORDS = tuple((re.compile(pattern, re.IGNORECASE), reason)
+                      for pattern, reason in _REASON_WORDS)
 
 
 def failure_reason(returncode: int, words: str) -> str:
     """Return the class of a failure from the exit status and FFmpeg's words.
 
-    Of a process that a signal ended only words about memory count: others may be stale. Status 126 and
-    127 are of a program that could not be started; one that fails without a word is no FFmpeg that works.
+    Of a process that a signal ended only words about memory count: others may be stale. A program
+    that could not be started, or fails without a word, is not an FFmpeg that works.
     """
     found = next((reason for pattern, reason in FAILURE_WORDS if pattern.search(words)), None)
-    if returncode < 0 or SIGNALLED in words or (returncode in (128 + signal.SIGKILL, 255) and not words):
-        return "out_of_memory" if found == "out_of_memory" else "killed"
-    if (returncode in (126, 127) or not words.strip()) and found != "out_of_memory":
+    if found == "out_of_memory":
+        return found
+    silent = not words.strip()
+    by_signal = returncode < 0 or SIGNALLED in words
+    if by_signal or (not words and returncode in SIGNALLED_STATUSES):
+        return "killed"
+    if silent or returncode in NOT_STARTED_STATUSES:
         return "no_capability"
     return found or "encoder"
 
 
 def telling_lines(lines: Iterable[str]) -> list[str]:
-    """Return the lines that tell of trouble: a level above info or none at all, and a signal's."""
+    """Return the lines about trouble: of a level above info or of none at all, and a signal's."""
     return [line for line in lines if "[info]" not in line[:60] or SIGNALLED in line]
 
 
 def parse_probe(text: str, url: str) -> Source:
-    """Return a film's description out of ffprobe's JSON; Failure(input) where it holds no video."""
+    """Return a film's description from ffprobe's JSON; Failure(input) where it holds no video."""
     try:
-        found = _dict(json.loads(text))
+        film = Fields(json.loads(text), lenient=True)
     except (ValueError, RecursionError):
         raise Failure("input", f"{url}: ffprobe's answer cannot be read") from None
-    given = found.get("streams")
-    streams = [_dict(stream) for stream in given] if isinstance(given, list) else []
-    video = next((stream for stream in streams if stream.get("codec_type") == "video"
-                  and not _dict(stream.get("disposition")).get("attached_pic")), {})
-    width, height = (int(_decimal(str(video.get(name))) or 0) for name in ("width", "height"))
+    streams, container = film.entries("streams"), film.inside("format")
+    video = next((stream for stream in streams if _is_picture(stream)), Fields({}))
+    width, height, is_square = _size_of(video, url)
+    fps, base_fps = _rates_of(video)
+    return Source(
+        url=url,
+        width=width,
+        height=height,
+        fps=fps,
+        duration_s=_length(video, container),
+        pixel_format=video.words("pix_fmt") or "yuv420p",
+        has_audio=any(stream.words("codec_type") == "audio" for stream in streams),
+        square_pixels=is_square,
+        codec=video.words("codec_name") or "video",
+        start_s=max(0.0, _start(video) - _start(container)),
+        base_fps=base_fps,
+        steady=not base_fps and bool(_figure(video, "nb_frames")),
+        demuxer=_demuxer(container))
+
+
+def _is_picture(stream: Fields) -> bool:
+    """Return whether a stream is a moving picture, not a cover."""
+    is_cover = bool(stream.inside("disposition").values.get("attached_pic"))
+    return stream.words("codec_type") == "video" and not is_cover
+
+
+def _figure(fields: Fields, name: str) -> float | None:
+    """Return a figure of ffprobe, which writes some as numbers, some as texts."""
+    return _decimal(str(fields.values.get(name)))
+
+
+def _size_of(video: Fields, url: str) -> tuple[int, int, bool]:
+    """Return width and height as they are shown, and whether pixels are square."""
+    width, height = int(_figure(video, "width") or 0), int(_figure(video, "height") or 0)
     if not width or not height:
         raise Failure("input", f"{url} holds no video that this FFmpeg can read")
     if min(width, height) < 2:
         raise Failure("input", f"{url} is {width}x{height} pixels: too small for any encoder")
-    shape = _fraction(str(video.get("sample_aspect_ratio")).replace(":", "/")) or 1.0
+    shape = _fraction(video.words("sample_aspect_ratio").replace(":", "/")) or 1.0
     if _rotation(video) % 180 == 90:
         width, height, shape = height, width, 1 / shape
     if shape != 1:
         width = max(2, int(width * shape / 2) * 2)
-    mean, beat = (str(video.get(name)) for name in ("avg_frame_rate", "r_frame_rate"))
-    rate = _fraction(mean) or _fraction(beat) or 25.0
-    container = _dict(found.get("format"))
-    start, begin = (_start(part) for part in (video, container))
-    changing = abs((_fraction(beat) or rate) - rate) > 0.01 * rate
-    return Source(url, width, height, rate, _length(video, container), str(video.get("pix_fmt") or "yuv420p"),
-                  any(stream.get("codec_type") == "audio" for stream in streams), shape == 1,
-                  codec=str(video.get("codec_name") or "video"), start_s=max(0.0, start - begin),
-                  base_fps=beat if changing else "",
-                  steady=not changing and bool(_decimal(str(video.get("nb_frames")))),
-                  demuxer=_demuxer(container))
+    return width, height, shape == 1
 
 
-def _demuxer(container: Json) -> str:
-    """Return the name by which FFmpeg finds the demuxer that ffprobe found, "" where it told none."""
-    name = str(container.get("format_name") or "").split(",")[0]
+def _rates_of(video: Fields) -> tuple[float, str]:
+    """Return the mean frame rate, and the beat of a film whose rate changes ("" of a steady one)."""
+    beat = video.words("r_frame_rate")
+    beat_fps = _fraction(beat)
+    fps = _fraction(video.words("avg_frame_rate")) or beat_fps or FALLBACK_FPS
+    is_changing = abs((beat_fps or fps) - fps) > 0.01 * fps
+    return fps, beat if is_changing else ""
+
+
+def _demuxer(container: Fields) -> str:
+    """Return FFmpeg's name of the demuxer that ffprobe found, "" where it is none for films."""
+    name = container.words("format_name").split(",")[0]
     return name if name in FILM_FORMATS.split(",") else ""
 
 
-def _dict(value: object) -> Json:
-    return value if isinstance(value, dict) else {}
+def _rotation(video: Fields) -> int:
+    """Return by how many degrees the picture is turned, by its side data or an older tag."""
+    turns = [side.values.get("rotation") for side in video.entries("side_data_list")]
+    turns.append(video.inside("tags").values.get("rotate"))
+    turn = next((turn for turn in turns if turn is not None), 0)
+    return int(_decimal(str(turn).lstrip("-")) or 0)
 
 
-def _rotation(video: Json) -> int:
-    sides = video.get("side_data_list")
-    turns = [_dict(side).get("rotation") for side in sides] if isinstance(sides, list) else []
-    turns.append(_dict(video.get("tags")).get("rotate"))
-    said = str(next((turn for turn in turns if turn is not None), 0)).lstrip("-")
-    return int(_decimal(said) or 0)
-
-
-def _start(part: Json) -> float:
+def _start(part: Fields) -> float:
     """Return when a stream or a film begins, in s; 0 where that is unknown."""
-    text = str(part.get("start_time") or "")
-    return (_decimal(text.lstrip("-")) or 0.0) * (-1 if text.startswith("-") else 1)
+    text = str(part.values.get("start_time") or "")
+    sign = -1 if text.startswith("-") else 1
+    return sign * (_decimal(text.lstrip("-")) or 0.0)
 
 
-def _length(video: Json, container: Json) -> float | None:
-    """Return the video's length in s: the stream's own word, its tag in Matroska, else the container's.
+_CLOCK = re.compile(r"(\d{1,6}):(\d\d):(\d\d(?:\.\d{1,9})?)")
 
-    What Matroska and Flash call a duration is the time of the end.
+
+def _length(video: Fields, container: Fields) -> float | None:
+    """Return the picture's length in s: its own, its tag in Matroska, else the container's.
+
+    Matroska and Flash call the time of the end a duration.
     """
-    own = _decimal(str(video.get("duration") or ""))
-    tag = str(_dict(video.get("tags")).get("DURATION") or "")
-    clock = re.fullmatch(r"(\d{1,6}):(\d\d):(\d\d(?:\.\d{1,9})?)", tag)
+    own = _figure(video, "duration")
     if own:
         return own
-    end = (int(clock[1]) * 3600 + int(clock[2]) * 60 + float(clock[3]) if clock
-           else _decimal(str(container.get("duration") or "")) or 0.0)
-    late = max(0.0, _start(video)) if re.match("matroska|flv", str(container.get("format_name"))) else 0.0
+    end = _figure(container, "duration") or 0.0
+    clock = _CLOCK.fullmatch(video.inside("tags").words("DURATION"))
+    if clock:
+        end = int(clock[1]) * 3600 + int(clock[2]) * 60 + float(clock[3])
+    late = 0.0
+    if container.words("format_name").startswith(("matroska", "flv")):
+        late = max(0.0, _start(video))
     return end - late if end > late else end or None
 
 
 class Score(NamedTuple):
-    """One row of the table of quality metrics; the patterns are FFmpeg's words."""
+    """One row of the table of quality metrics; the patterns are FFmpeg's words.
+
+    `mean` is found in the summary, `frame` in a line of FRAME_LOG. `ease` is added to each score for
+    the harmonic mean, as libvmaf pools, so that one black frame is not all.
+    """
 
     name: str
     lowest: str
     harmonic: str
-    mean: re.Pattern[str]  # in the summary
-    frame: re.Pattern[str]  # in a line of FRAME_LOG
+    mean: re.Pattern[str]
+    frame: re.Pattern[str]
+    ease: int = 0
 
 
-def _scored(name: str, unit: str, mean: str, frame: str) -> Score:
-    return Score(name + unit, f"{name}_min{unit}", f"{name}_harmonic{unit}", re.compile(mean),
-                 re.compile(frame))
+def _score_row(metric: str, unit: str, mean: str, frame: str, ease: int = 0) -> Score:
+    return Score(f"{metric}{unit}", f"{metric}_min{unit}", f"{metric}_harmonic{unit}",
+                 re.compile(mean), re.compile(frame), ease)
 
 
 SCORES = {
-    "psnr": _scored("psnr", "_db", r"PSNR .*average:(inf|[\d.]+)", r"psnr_avg:(inf|[\d.]+)"),
-    "ssim": _scored("ssim", "", r"SSIM .*All:(-?[\d.]+)", r"All:(-?[\d.]+)"),
-    "vmaf": _scored("vmaf", "", r"VMAF score: ([\d.]+)", r",([\d.]+),?$"),
-    "xpsnr": _scored("xpsnr", "_db", r"XPSNR .*y: *(inf|[\d.]+)", r"XPSNR y: *(inf|[\d.]+)"),
+    "psnr": _score_row("psnr", "_db", r"PSNR .*average:(inf|[\d.]+)", r"psnr_avg:(inf|[\d.]+)"),
+    "ssim": _score_row("ssim", "", r"SSIM .*All:(-?[\d.]+)", r"All:(-?[\d.]+)"),
+    "vmaf": _score_row("vmaf", "", r"VMAF score: ([\d.]+)", r",([\d.]+),?$", ease=1),
+    "xpsnr": _score_row("xpsnr", "_db", r"XPSNR .*y: *(inf|[\d.]+)", r"XPSNR y: *(inf|[\d.]+)"),
 }
 SCORE_NAMES = tuple(name for row in SCORES.values() for name in row[:3])
-PERFECT_PSNR_DB = 100.0
+PERFECT_PSNR_DB = 100.0  # inf: identical pictures; one sample of a large one already has more
 
 
 def _score(text: str) -> float:
-    return min(PERFECT_PSNR_DB, float(text))  # inf: identical; one sample of a large picture has more
+    return min(PERFECT_PSNR_DB, float(text))
 
 
-def parse_scores(metric: str, words: Iterable[str], frames: Iterable[str]) -> tuple[dict[str, float], int]:
-    """Return a quality metric's mean, minimum and harmonic mean by name, and how many frames were compared.
+def parse_scores(metric: str, words: Iterable[str],
+                 frames: Iterable[str]) -> tuple[dict[str, float], int]:
+    """Return a quality metric's mean, minimum and harmonic mean by name, and the frames compared.
 
-    `words` is what FFmpeg said at the end, `frames` its log of each frame, read line by line. Identical
-    pictures have a PSNR of 100 dB here, and none more. What cannot be read is left out.
+    `words` are FFmpeg's at the end, `frames` its log of each frame, read line by line. Identical
+    pictures have a PSNR of 100 dB here, and none has more. Unreadable lines are left out.
     """
     row = SCORES[metric]
-    means = [_score(match[1]) for line in words if (match := row.mean.search(line))]
-    ease = 1 if metric == "vmaf" else 0  # as libvmaf pools, so that one black frame is not all
+    means = [_score(match[1]) for match in map(row.mean.search, words) if match]
     count, lowest, inverse = 0, math.inf, 0.0
     for line in frames:
         match = row.frame.search(line.rstrip())
         if match:
             value = _score(match[1])
+            eased = value + row.ease
             count, lowest = count + 1, min(lowest, value)
-            inverse += 1 / (value + ease) if value + ease > 0 else math.inf
+            inverse += 1 / eased if eased > 0 else math.inf
     found = {row.name: means[-1]} if means else {}
     if count:
-        found.update({row.lowest: lowest, row.harmonic: round(count / inverse - ease, 6)})
+        found.update({row.lowest: lowest, row.harmonic: round(count / inverse - row.ease, 6)})
     return found, count
 
 
 # ---- 8 Statistics ---------------------------------------------------------------------------------
 
-# Student's t, 97.5 %, for 1 to 10 degrees of freedom
+# Student's t, 97.5 %, for 1 to 10 degrees of freedom.
 _STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+_NORMAL = 1.959964  # the same of a normal distribution, to which it tends
+_MAD_SCALE = 1.4826  # makes a median absolute deviation comparable with a standard deviation
+
+INTERVAL_MOST = {"high": 0.02, "medium": 0.05}  # half the 95 % interval over the mean
+RUNS_LEAST = 3  # without the warm-up
+OUTLIER_DEVIATIONS = 3
+EQUAL_PART = 0.001  # a hair's difference among equal values does not make an outlier
+BATCHES = 10
+BATCH_SAMPLES_LEAST = 3
 
 
 def interval(values: Sequence[float]) -> Json:
@@ -2854,39 +2929,53 @@ def interval(values: Sequence[float]) -> Json:
 
     `relative` is half the interval over the mean, None where the mean is 0.
     """
-    mean, stdev, free = statistics.fmean(values), statistics.stdev(values), len(values) - 1
-    z = 1.959964
-    student = _STUDENT[free - 1] if free <= len(_STUDENT) else (  # Abramowitz & Stegun 26.7.5
-        z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * free**3))
-    half = student * stdev / math.sqrt(len(values))
-    return {"n": len(values), "mean": mean, "stdev": stdev, "ci95_low": mean - half, "ci95_high": mean + half,
+    mean, stdev = statistics.fmean(values), statistics.stdev(values)
+    half = _student(len(values) - 1) * stdev / math.sqrt(len(values))
+    return {"n": len(values), "mean": mean, "stdev": stdev,
+            "ci95_low": mean - half, "ci95_high": mean + half,
             "relative": half / abs(mean) if mean else None}
 
 
-INTERVAL_MOST = {"high": 0.02, "medium": 0.05}  # half the 95 % interval over the mean
-RUNS_LEAST = 3  # without the warm-up
+def _student(free: int) -> float:
+    """Return Student's t, 97.5 %; beyond the table by Abramowitz & Stegun 26.7.5."""
+    if free <= len(_STUDENT):
+        return _STUDENT[free - 1]
+    z = _NORMAL
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / free + second / free**2 + third / free**3
 
 
 def confidence_of(intervals: Iterable[Mapping[str, Any]]) -> str:
-    """Return low, medium or high: what all these intervals are narrow enough for."""
+    """Return low, medium or high: the best that all these intervals are narrow enough for."""
     widths = [math.inf if row["relative"] is None else row["relative"] for row in intervals]
-    return next((word for word, most in INTERVAL_MOST.items() if widths and max(widths) <= most), "low")
+    if not widths:
+        return "low"
+    return next((word for word, most in INTERVAL_MOST.items() if max(widths) <= most), "low")
 
 
 def outliers(values: Sequence[float]) -> list[bool]:
-    """Tell of each value whether it lies beyond 3 scaled median absolute deviations; of few, none does."""
-    middle = statistics.median(values) if values else 0.0
-    spread = statistics.median(abs(value - middle) for value in values) if values else 0.0
-    limit = max(3 * 1.4826 * spread, 0.001 * abs(middle))  # of equal values a hair is no outlier
-    return [len(values) > RUNS_LEAST and abs(value - middle) > limit for value in values]
+    """Return for each value whether it is an outlier, beyond 3 scaled median absolute deviations.
+
+    Among few values none is.
+    """
+    if len(values) <= RUNS_LEAST:
+        return [False] * len(values)
+    middle = statistics.median(values)
+    spread = statistics.median(abs(value - middle) for value in values)
+    limit = max(OUTLIER_DEVIATIONS * _MAD_SCALE * spread, EQUAL_PART * abs(middle))
+    return [abs(value - middle) > limit for value in values]
 
 
-def batch_means(values: Sequence[float], batches: int = 10) -> list[float]:
-    """Return the means of ten equal stretches of a run, for neighbours are alike; [] of too few samples."""
-    if len(values) < 3 * batches:
+def batch_means(values: Sequence[float]) -> list[float]:
+    """Return the means of ten equal stretches of a run, [] of too few samples.
+
+    Neighbouring samples are alike: an interval of the samples themselves would be too narrow.
+    """
+    if len(values) < BATCH_SAMPLES_LEAST * BATCHES:
         return []
-    edges = [len(values) * at // batches for at in range(batches + 1)]
+    edges = [len(values) * at // BATCHES for at in range(BATCHES + 1)]
     return [statistics.fmean(values[low:high]) for low, high in zip(edges, edges[1:])]
 
 
