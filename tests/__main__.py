@@ -1,6 +1,7 @@
 """Run the tests: `python3 -m tests`, a process for each module, two at a time.
 
-Names choose modules, classes or tests (`test_jobs`, `test_jobs.Advance.test_cancel`); none means all.
+Names choose modules, classes or tests (`test_jobs`, `test_jobs.TestLife`); none means all.
+Each module prints a line with its seconds when it ends; `--slow` lists the slowest tests after that.
 A test that needs a program that is missing skips and names it; `--install` fetches such programs first,
 `--strict` (or FFDIST_TESTS_STRICT=1) makes every skip a failure. The last line is always
 `N passed, N failed, N skipped`; the exit code is 0 when nothing failed, 1 when something did, 2 for wrong
@@ -36,6 +37,7 @@ from tests.support import CACHE, newer_ffmpeg
 TOP = Path(__file__).resolve().parent.parent
 NEWER_FFMPEG = "imageio-ffmpeg==0.8.1"  # its wheel carries a static binary
 MODULE_S = 1500.0  # most of it is for slow and busy machines
+MAX_SLOW = 20  # tests that --slow lists
 # These begin first and in this order: the longest, beside one that waits much one that works much.
 SLOW = ("test_end_to_end", "test_run", "test_protocol", "test_safety", "test_command_line", "test_journal",
         "test_reports", "test_chaos", "test_hwdetect", "test_metrics")
@@ -64,7 +66,7 @@ RTMP_MODULES = ("/usr/lib/nginx/modules/ngx_rtmp_module.so", "/usr/lib64/nginx/m
 # ---- programs
 
 def present(program: str) -> bool:
-    """Tell whether a program (or nginx's RTMP module) is there."""
+    """Return whether a program (or nginx's RTMP module) is there."""
     if program == "nginx-rtmp":
         return any(os.path.exists(path) for path in RTMP_MODULES)
     return shutil.which(program) is not None
@@ -81,7 +83,7 @@ def install() -> None:
     wanted = [program for program, package in names.items() if package is not None]
     plain = {program: {manager: package} for program, package in names.items() if package is not None}
     try:
-        # The RTMP module is no program on PATH, so provide() cannot look for it.
+        # The RTMP module is not a program on PATH, so provide() cannot look for it.
         ffdist.provide([program for program in wanted if program != "nginx-rtmp"], True, plain)
         if "nginx-rtmp" in wanted:
             for command in ffdist.install_commands(["nginx-rtmp"], plain):
@@ -151,7 +153,7 @@ def trace_of(error: Any) -> str:
 
 
 class Recorder(unittest.TestResult):
-    """Writes JSON lines: one when a test begins, one with its outcome, words and seconds when it ends."""
+    """Writes JSON lines: when a test begins, and its outcome, words and seconds when it ends."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()
@@ -177,9 +179,13 @@ class Recorder(unittest.TestResult):
         self._began = time.monotonic()
 
     def _end(self, test: Any) -> None:
-        outcome = "failed" if self._problems else "skipped" if self._skips else "passed"
-        words = "\n".join(self._problems) or "; ".join(dict.fromkeys(self._skips))
-        words += words_of_programs() if self._problems else ""
+        outcome, words = "passed", ""
+        if self._problems:
+            outcome = "failed"
+            words = "\n".join(self._problems) + words_of_programs()
+        elif self._skips:
+            outcome = "skipped"
+            words = "; ".join(dict.fromkeys(self._skips))
         self._write({"test": test.id(), "outcome": outcome, "words": words,
                      "seconds": time.monotonic() - self._began})
 
@@ -230,11 +236,12 @@ def run_module(names: Sequence[str], descriptor: int) -> int:
 
 @dataclass
 class Tally:
-    """What came of one module."""
+    """The outcomes of one module; `times` are the seconds of its tests."""
 
     module: str
     counts: dict[str, int] = field(default_factory=lambda: {"passed": 0, "failed": 0, "skipped": 0})
     failures: list[tuple[str, str]] = field(default_factory=list)
+    times: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     current: str | None = None
     finished: bool = False
@@ -249,23 +256,25 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def judge(tally: Tally, line: str, strict: bool) -> None:
-    """Take one line of a module's process."""
+def note(tally: Tally, line: str, strict: bool) -> None:
+    """Add one line of a module's process to its tally."""
     try:
-        told = json.loads(line)
+        message = json.loads(line)
     except ValueError:
         return
-    if "outcome" not in told:
-        tally.current = told.get("begins")
-        tally.finished = "done" in told
+    if "outcome" not in message:
+        tally.current = message.get("begins")
+        tally.finished = "done" in message
         return
-    test, outcome, words = told["test"].replace("tests.", "", 1), told["outcome"], told["words"]
+
+    test, outcome, words = message["test"].replace("tests.", "", 1), message["outcome"], message["words"]
     if outcome == "skipped" and strict:
         outcome, words = "failed", f"skipped, which strict mode forbids: {words}"
     tally.counts[outcome] += 1
+    tally.times[test] = message["seconds"]
     if outcome == "failed":
         tally.failures.append((test, words))
-        say(f"FAIL {test} ({told['seconds']:.1f} s)")
+        say(f"FAIL {test} ({message['seconds']:.1f} s)")
     elif outcome == "skipped":
         say(f"skip {test}: {words}")
 
@@ -300,7 +309,7 @@ class Modules:
         timer.start()
         with os.fdopen(reader) as lines:
             for line in lines:
-                judge(tally, line, self._strict)
+                note(tally, line, self._strict)
         code = process.wait()
         timer.cancel()
         self._running.discard(process.pid)
@@ -325,7 +334,7 @@ class Modules:
                 f"{shown or 'no tests'} in {tally.seconds:.1f} s")
 
     def end(self) -> None:
-        """Tell all that runs to end; run() sees to it that it does."""
+        """Ask all that runs to end; run() kills what does not."""
         self._ending = True
         for pid in list(self._running):
             with contextlib.suppress(OSError):
@@ -347,7 +356,7 @@ def end_group(pid: int, grace_s: float) -> bool:
 
 
 def chosen(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the names to run by module, the slowest modules first; ValueError names what is none."""
+    """Return the names to run by module, the slowest modules first; ValueError for an unknown one."""
     sizes = {path.stem: path.stat().st_size for path in (TOP / "tests").glob("test_*.py")}
     if not names:
         order = {name: number for number, name in enumerate(SLOW)}
@@ -360,7 +369,7 @@ def chosen(names: Sequence[str]) -> dict[str, list[str]]:
         if module not in sizes and f"test_{module}" in sizes:
             module, plain = f"test_{module}", f"test_{plain}"
         if module not in sizes:
-            raise ValueError(f"there are no tests named {name}; there are {', '.join(sorted(sizes))}")
+            raise ValueError(f"unknown tests {name}: expected one of {', '.join(sorted(sizes))}")
         found.setdefault(module, []).append(plain)
     return found
 
@@ -382,6 +391,22 @@ def run_all(plan: Mapping[str, Sequence[str]], jobs: int, strict: bool) -> list[
     return tallies
 
 
+def print_failures(tallies: Sequence[Tally]) -> None:
+    """Print each test that failed, with its words."""
+    for tally in tallies:
+        for test, words in tally.failures:
+            print(f"\n{'=' * 78}\n{test}\n{'-' * 78}\n{words.rstrip()}")
+
+
+def print_slowest(tallies: Sequence[Tally]) -> None:
+    """Print the slowest tests; the time of a class's setUp is in none of them."""
+    times = {test: seconds for tally in tallies for test, seconds in tally.times.items()}
+    slowest = sorted(times, key=lambda test: times[test], reverse=True)[:MAX_SLOW]
+    print("\nthe slowest tests:")
+    for test in slowest:
+        print(f"{times[test]:8.1f} s  {test}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `python3 -m tests`."""
     parser = argparse.ArgumentParser("python3 -m tests", description="Run the tests of ffdist.",
@@ -392,6 +417,7 @@ def build_parser() -> argparse.ArgumentParser:
     strict = os.environ.get("FFDIST_TESTS_STRICT", "").lower() in ("1", "true", "yes", "on")
     parser.add_argument("--strict", action="store_true", default=strict,
                         help="a skipped test is a failed one [FFDIST_TESTS_STRICT]")
+    parser.add_argument("--slow", action="store_true", help=f"list the {MAX_SLOW} slowest tests at the end")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="modules to run side by side (2)")
     parser.add_argument("--outcomes-to", type=int, help=argparse.SUPPRESS)
     return parser
@@ -421,9 +447,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         tallies = run_all(plan, max(1, args.jobs), args.strict)
     except KeyboardInterrupt:
         return 130
-    for tally in tallies:
-        for test, words in tally.failures:
-            print(f"\n{'=' * 78}\n{test}\n{'-' * 78}\n{words.rstrip()}")
+    print_failures(tallies)
+    if args.slow:
+        print_slowest(tallies)
     total = {word: sum(tally.counts[word] for tally in tallies) for word in ("passed", "failed", "skipped")}
     good = not total["failed"] and sum(total.values()) > 0
     print(f"\n{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped", flush=True)
