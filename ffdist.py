@@ -3247,19 +3247,25 @@ def _amount_at(rates: Mapping[str, Rate], energy: Energy, flag: str) -> Amount:
 
 # ---- 12 Pages -------------------------------------------------------------------------------------
 
+# Pages run no script and fetch nothing: tables are HTML, plots are SVG, the style is in the page.
+# All text of others passes html_text(). Plots and tables are shared with the reports.
+
+Points = Sequence[tuple[float, float]]
+
+
 class Overview(NamedTuple):
-    """What the page of nodes and jobs shows."""
+    """The content of the page of nodes and jobs."""
 
     nodes: list[Json]
     jobs: list[Json]
     total: int
 
 
-Points = Sequence[tuple[float, float]]
-
-
 class Curve(NamedTuple):
-    """One series of a plot: joined points, or markers alone; `spans` are intervals in x, `hollow` numbers."""
+    """One series of a plot: joined points, or markers alone.
+
+    `spans` are intervals in x, one for a point or None; `hollow` has the numbers of hollow markers.
+    """
 
     label: str
     points: Points
@@ -3270,9 +3276,9 @@ class Curve(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """A plot: title, names of the axes, curves; with `names` the y axis counts these from the top.
+    """A plot: title, labels of the axes, curves; with `names` the y axis counts these from the top.
 
-    `zero` names the axis that begins at 0.
+    `zero` names the axis that begins at 0, "x" or "y".
     """
 
     title: str
@@ -3285,116 +3291,195 @@ class Plot(NamedTuple):
     note: str = ""
 
 
-# colours of Okabe and Ito (2008), which people with any colour vision tell apart; the last is the
-# text's
+# Colours of Okabe and Ito (2008), which people with any colour vision tell apart; the last is that
+# of the text. Dashes and markers differ too, so that a plot is readable in black and white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "currentColor")
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4")
-_MARKERS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z", "M-3.5-3.5h7v7h-7z", "M0-5l5 9h-10z",
-            "M0-5.5l4.5 5.5l-4.5 5.5l-4.5-5.5z", "M0 5l5-9h-10z",
-            "M-5-1.5h3.5v-3.5h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5z", "M-4-2l4-3l4 3l-2 6h-4z",
-            "M-4-4l4 2l4-2l-2 4l2 4l-4-2l-4 2l2-4z")
+_MARKERS = (
+    "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
+    "M-3.5-3.5h7v7h-7z",
+    "M0-5l5 9h-10z",
+    "M0-5.5l4.5 5.5l-4.5 5.5l-4.5-5.5z",
+    "M0 5l5-9h-10z",
+    "M-5-1.5h3.5v-3.5h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5z",
+    "M-4-2l4-3l4 3l-2 6h-4z",
+    "M-4-4l4 2l4-2l-2 4l2 4l-4-2l-4 2l2-4z",
+)
+
+# In units of the SVG, which scales with the page.
 _WIDTH, _HEIGHT = 480, 300
+_TOP, _RIGHT, _BELOW = 10, 14, 44
+_NAME_CHARS = 36
+
+
+class Axis(NamedTuple):
+    """One axis of a plot: values from `low` to `high` on pixels from `start` to `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def at(self, value: float) -> float:
+        """Return the pixel of a value."""
+        if self.log:
+            part = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            part = (value - self.low) / (self.high - self.low)
+        return round(self.start + part * (self.end - self.start), 1)
+
+    def ticks(self) -> list[float]:
+        """Return round numbers within its range."""
+        return _ticks(self.low, self.high, self.log)
+
+
+class Frame(NamedTuple):
+    """The two axes of a plot."""
+
+    x: Axis
+    y: Axis
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
-    """Return round numbers within a range."""
+    """Return round numbers within a range: about five, or 1, 2 and 5 of each power of ten."""
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [m * 10.0 ** p for p in powers for m in (1, 2, 5) if low <= m * 10.0 ** p <= high]
+        found = [digit * 10.0 ** power for power in powers for digit in (1, 2, 5)]
+        found = [value for value in found if low <= value <= high]
+        if len(found) > 7:
+            return found[::-(-len(found) // 6)]
         if len(found) >= 3:
-            return found if len(found) <= 7 else found[::-(-len(found) // 6)]
+            return found
+
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next(m for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
-    return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    step = power * next(digit for digit in (1, 2, 2.5, 5, 10) if digit * power >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]
 
 
 def _range(values: Sequence[float], zero: bool, log: bool) -> tuple[float, float]:
-    low, high = (0.0 if zero else min(values)), max(values)
+    """Return a range with some room around the values, or with 0 as its beginning."""
+    low, high = min(values), max(values)
+    if zero:
+        low = 0.0
     if log:
         return low / 1.12, high * 1.12
     room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     return (0.0 if zero else low - room), high + room
 
 
+def _frame_of(plot: Plot) -> Frame:
+    """Return the axes that all curves of a plot fit on."""
+    points = [point for curve in plot.curves for point in curve.points]
+    spans = [span for curve in plot.curves for span in curve.spans if span]
+    xs = [x for x, _ in points] + [edge for span in spans for edge in span]
+    is_log = plot.log and min(xs) > 1e-9
+    x_range = _range(xs, plot.zero == "x", is_log)
+
+    left = 58.0
+    y_range = _range([y for _, y in points], plot.zero == "y", False)
+    bottom = _HEIGHT - _BELOW
+    if plot.names:
+        left = min(250, 14 + 6.8 * max(len(name) for name in plot.names))
+        y_range = (len(plot.names) - 0.5, -0.5)
+        bottom = 12 + 22 * len(plot.names)
+    return Frame(Axis(*x_range, left, _WIDTH - _RIGHT, is_log), Axis(*y_range, bottom, _TOP))
+
+
 def html_text(value: object) -> str:
-    """Return text of others as HTML shows it, without characters that turn or hide what follows."""
+    """Return text as HTML shows it, without characters that turn or hide their neighbours."""
     return html.escape(wire.printable(value))
 
 
 def plot_svg(plot: Plot) -> str:
     """Return a plot as an SVG of its own size that scales with the page."""
-    xs = [x for curve in plot.curves for x, _ in curve.points]
-    xs += [edge for curve in plot.curves for span in curve.spans if span for edge in span]
-    log = plot.log and min(xs) > 1e-9
-    x_low, x_high = _range(xs, plot.zero == "x", log)
-    y_low, y_high = _range([y for curve in plot.curves for _, y in curve.points], plot.zero == "y", False)
-    left, bottom = 58.0, _HEIGHT - 44
-    if plot.names:
-        left = min(250, 14 + 6.8 * max(len(name) for name in plot.names))
-        bottom = 12 + 22 * len(plot.names)
-        y_low, y_high = len(plot.names) - 0.5, -0.5
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        part = (math.log(x / x_low) / math.log(x_high / x_low)) if log else (x - x_low) / (x_high - x_low)
-        return (round(left + part * (_WIDTH - 14 - left), 1),
-                round(bottom - (y - y_low) / (y_high - y_low) * (bottom - 10), 1))
-    lines = [_axis(plot, at, left, bottom, _ticks(x_low, x_high, log),
-                   [] if plot.names else _ticks(y_low, y_high, False))]
-    lines += [_curve(curve, number, at) for number, curve in enumerate(plot.curves)]
-    return (f'<svg viewBox="0 0 {_WIDTH} {bottom + 44}" role="img" aria-label="{html_text(plot.title)}">'
-            f'{"".join(lines)}</svg>')
+    frame = _frame_of(plot)
+    parts = [_axes_svg(plot, frame)]
+    parts += [_curve_svg(curve, number, frame) for number, curve in enumerate(plot.curves)]
+    return (f'<svg viewBox="0 0 {_WIDTH} {frame.y.start + _BELOW}" role="img" '
+            f'aria-label="{html_text(plot.title)}">{"".join(parts)}</svg>')
 
 
-def _axis(plot: Plot, at: Callable[[float, float], tuple[float, float]], left: float, bottom: float,
-          x_ticks: Sequence[float], y_ticks: Sequence[float]) -> str:
+def _axes_svg(plot: Plot, frame: Frame) -> str:
+    """Return both axes with their labels, and the grid."""
+    left, right, bottom = frame.x.start, frame.x.end, frame.y.start
     parts = []
-    for tick in x_ticks:
-        x = at(tick, 0)[0]
-        parts.append(f'<path class="grid" d="M{x} 10V{bottom}"/><text x="{x}" y="{bottom + 16}" '
-                     f'text-anchor="middle">{tick:.6g}</text>')
-    names = [(float(number), name if len(name) < 37 else name[:35] + "…")
-             for number, name in enumerate(plot.names)]
-    for tick, word in names or [(tick, f"{tick:.6g}") for tick in y_ticks]:
-        y = at(1, tick)[1]
-        parts.append(f'<path class="grid" d="M{left} {y}H{_WIDTH - 14}"/><text x="{left - 6}" y="{y + 4}" '
-                     f'text-anchor="end">{html_text(word)}</text>')
-    return (f'{"".join(parts)}<path class="axis" d="M{left} 10V{bottom}H{_WIDTH - 14}"/>'
-            f'<text x="{(left + _WIDTH - 14) / 2}" y="{bottom + 36}" text-anchor="middle">'
-            f'{html_text(plot.x)}</text>'
-            f'<text transform="translate(13 {(10 + bottom) / 2}) rotate(-90)" text-anchor="middle">'
-            f'{html_text(plot.y)}</text>')
+    for tick in frame.x.ticks():
+        x = frame.x.at(tick)
+        parts.append(f'<path class="grid" d="M{x} {_TOP}V{bottom}"/>'
+                     f'<text x="{x}" y="{bottom + 16}" text-anchor="middle">{tick:.6g}</text>')
+    for tick, label in _y_labels(plot, frame):
+        y = frame.y.at(tick)
+        parts.append(f'<path class="grid" d="M{left} {y}H{right}"/>'
+                     f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">'
+                     f'{html_text(label)}</text>')
+
+    parts.append(f'<path class="axis" d="M{left} {_TOP}V{bottom}H{right}"/>')
+    parts.append(f'<text x="{(left + right) / 2}" y="{bottom + 36}" text-anchor="middle">'
+                 f'{html_text(plot.x)}</text>')
+    parts.append(f'<text transform="translate(13 {(_TOP + bottom) / 2}) rotate(-90)" '
+                 f'text-anchor="middle">{html_text(plot.y)}</text>')
+    return "".join(parts)
 
 
-def _curve(curve: Curve, number: int, at: Callable[[float, float], tuple[float, float]]) -> str:
-    spots = [at(x, y) for x, y in curve.points]
+def _y_labels(plot: Plot, frame: Frame) -> list[tuple[float, str]]:
+    """Return the labels of the y axis: names, long ones cut, or numbers."""
+    if not plot.names:
+        return [(tick, f"{tick:.6g}") for tick in frame.y.ticks()]
+    labels = []
+    for number, name in enumerate(plot.names):
+        is_long = len(name) > _NAME_CHARS
+        labels.append((float(number), f"{name[:_NAME_CHARS - 1]}…" if is_long else name))
+    return labels
+
+
+def _curve_svg(curve: Curve, number: int, frame: Frame) -> str:
+    """Return one curve: its line, its spans, its markers with their values as tooltips."""
+    spots = [(frame.x.at(x), frame.y.at(y)) for x, y in curve.points]
     parts = []
     if curve.joined and len(spots) > 1:
-        parts.append(f'<path class="line" stroke-dasharray="{_DASHES[number % len(_DASHES)]}" '
-                     f'd="M{"L".join(f"{x} {y}" for x, y in spots)}"/>')
+        path = "L".join(f"{x} {y}" for x, y in spots)
+        dash = _DASHES[number % len(_DASHES)]
+        parts.append(f'<path class="line" stroke-dasharray="{dash}" d="M{path}"/>')
     for (_, y), span in zip(spots, curve.spans):
         if span:
-            low, high = (at(edge, 0)[0] for edge in span)
-            parts.append(f'<path class="line" d="M{low} {y}H{high}M{low} {y - 4}v8M{high} {y - 4}v8"/>')
-    for spot, (x, y) in enumerate(spots if curve.marked else ()):
-        hollow = ' class="hollow"' if spot in curve.hollow else ""
-        told = f"{curve.label}: {', '.join(f'{value:.6g}' for value in curve.points[spot])}"
-        parts.append(f'<path{hollow} d="{_MARKERS[number % len(_MARKERS)]}" transform="translate({x} {y})">'
-                     f'<title>{html_text(told)}</title></path>')
+            low, high = (frame.x.at(edge) for edge in span)
+            ends = f"M{low} {y - 4}v8M{high} {y - 4}v8"
+            parts.append(f'<path class="line" d="M{low} {y}H{high}{ends}"/>')
+    if curve.marked:
+        parts += [_marker_svg(curve, number, spot, at) for spot, at in enumerate(spots)]
     return f'<g class="c{number % len(_COLOURS)}">{"".join(parts)}</g>'
+
+
+def _marker_svg(curve: Curve, number: int, spot: int, at: tuple[float, float]) -> str:
+    hollow = ' class="hollow"' if spot in curve.hollow else ""
+    values = ", ".join(f"{value:.6g}" for value in curve.points[spot])
+    return (f'<path{hollow} d="{_MARKERS[number % len(_MARKERS)]}" '
+            f'transform="translate({at[0]} {at[1]})">'
+            f'<title>{html_text(f"{curve.label}: {values}")}</title></path>')
 
 
 def _figure_html(plot: Plot) -> str:
     """Return a plot with its title, and a legend where there is more than one curve."""
-    keys = []
-    for number, curve in enumerate(plot.curves):
-        dash = f' stroke-dasharray="{_DASHES[number % len(_DASHES)]}"' if curve.joined else ' stroke="none"'
-        mark = f'<path d="{_MARKERS[number % len(_MARKERS)]}" transform="translate(17 7)"/>' * curve.marked
-        keys.append(f'<li><svg class="key" viewBox="0 0 34 14"><g class="c{number % len(_COLOURS)}">'
-                    f'<path class="line"{dash} d="M1 7H33"/>{mark}</g></svg>{html_text(curve.label)}</li>')
+    keys = [_key_html(curve, number) for number, curve in enumerate(plot.curves)]
     legend = f'<ul class="keys">{"".join(keys)}</ul>' if len(keys) > 1 else ""
     title = f"<figcaption>{html_text(plot.title)}</figcaption>"
     return f"<figure>{title}{plot_svg(plot)}{legend}{_note(plot.note)}</figure>"
+
+
+def _key_html(curve: Curve, number: int) -> str:
+    """Return one row of a legend: a piece of the line, the marker, the label."""
+    stroke = 'stroke="none"'
+    if curve.joined:
+        stroke = f'stroke-dasharray="{_DASHES[number % len(_DASHES)]}"'
+    marker = ""
+    if curve.marked:
+        marker = f'<path d="{_MARKERS[number % len(_MARKERS)]}" transform="translate(17 7)"/>'
+    return (f'<li><svg class="key" viewBox="0 0 34 14"><g class="c{number % len(_COLOURS)}">'
+            f'<path class="line" {stroke} d="M1 7H33"/>{marker}</g></svg>'
+            f'{html_text(curve.label)}</li>')
 
 
 def _note(text: str) -> str:
@@ -3402,49 +3487,80 @@ def _note(text: str) -> str:
 
 
 def table_html(heads: Iterable[str], rows: Iterable[Sequence[str]], texts: int = 99) -> str:
-    """Return a table of cells that are HTML already; the first `texts` columns are words, not figures."""
-    def line(cells: Iterable[str], tag: str) -> str:
-        return "<tr>" + "".join(f'<{tag}{"" if at < texts else " class=n"}>{cell}</{tag}>'
-                                for at, cell in enumerate(cells)) + "</tr>"
-    body = "".join(line(cells, "td") for cells in rows)
-    return f"<table><thead>{line(map(html_text, heads), 'th')}</thead><tbody>{body}</tbody></table>"
+    """Return a table of cells that are HTML already; columns from `texts` on are figures."""
+    head = _row_html(map(html_text, heads), "th", texts)
+    body = "".join(_row_html(cells, "td", texts) for cells in rows)
+    return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
 
 
-_STYLE = ("body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;"
-          "color:#1b1f24;background:#fff}table{border-collapse:collapse;width:100%;margin:.5rem 0 2rem}"
-          "th,td{text-align:left;padding:.3rem .7rem .3rem 0;border-bottom:1px solid #d8dee4;"
-          "vertical-align:top}th{font-weight:600}code{font:13px ui-monospace,monospace}"
-          ".none{color:#57606a}@media(prefers-color-scheme:dark){body{color:#e6edf3;background:#0d1117}"
-          "th,td{border-color:#30363d}a{color:#58a6ff}.none{color:#8d96a0}}")
+def _row_html(cells: Iterable[str], tag: str, texts: int) -> str:
+    parts = []
+    for number, cell in enumerate(cells):
+        kind = "" if number < texts else " class=n"
+        parts.append(f"<{tag}{kind}>{cell}</{tag}>")
+    return f"<tr>{''.join(parts)}</tr>"
+
+
+_STYLE = """
+body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;
+  color:#1b1f24;background:#fff}
+table{border-collapse:collapse;width:100%;margin:.5rem 0 2rem}
+th,td{text-align:left;padding:.3rem .7rem .3rem 0;border-bottom:1px solid #d8dee4;
+  vertical-align:top}
+th{font-weight:600}
+code{font:13px ui-monospace,monospace}
+.none{color:#57606a}
+@media(prefers-color-scheme:dark){
+  body{color:#e6edf3;background:#0d1117}
+  th,td{border-color:#30363d}
+  a{color:#58a6ff}
+  .none{color:#8d96a0}
+}
+"""
+_NODE_HEADS = ("name", "status", "running", "type", "threads", "memory", "GPU", "last heartbeat")
+_JOB_HEADS = ("job", "status", "scenario", "node", "done", "error", "created")
+_LINKS = ("/nodes", "/jobs", "/results", "/metrics", "/health", "/ready")
 
 
 def page_view(seen: Overview) -> Text:
     """Return the plain page of nodes and jobs; every text is escaped."""
-    nodes, jobs, total = seen
-    node_rows = [_cells_html(
-        node["name"], node["status"], f"{node['running']} of {node['max_concurrent_jobs']}",
-        node.get("type"), node.get("cpu_threads"), wire.size_text(node.get("ram_bytes")),
-        node.get("gpu_type") or "none", node["last_heartbeat"]) for node in nodes]
-    names = {node["id"]: node["name"] for node in nodes}
-    job_rows = [[f'<a href="/jobs/{html_text(job["id"])}"><code>{html_text(job["id"][:8])}</code></a>',
-                 *_cells_html(job["status"], job["scenario"], names.get(job["node_id"], job["node_id"]),
-                              percent_text(job), job["error"], job["created_at"])] for job in jobs]
-    links = " ".join(f'<a href="{path}">{path}</a>' for path in
-                     ("/nodes", "/jobs", "/results", "/metrics", "/health", "/ready"))
-    page = (f"<!doctype html><html lang=en><meta charset=utf-8><title>ffdist</title><style>{_STYLE}</style>"
-            f"<h1>ffdist</h1><p>{links}</p>"
-            + _list_html(f"Nodes ({len(nodes)})", "name, status, running, type, threads, memory, GPU, "
-                         "last heartbeat", node_rows,
-                         "No node has registered yet: python3 agent.py --register --master URL")
-            + _list_html(f"Jobs ({len(jobs)} newest of {total})", "job, status, scenario, node, done, error, "
-                         "created", job_rows,
-                         "No job was submitted yet: python3 ffdist.py submit 720p30-h264"))
-    return Text(page, "text/html; charset=utf-8")
+    names = {node["id"]: node["name"] for node in seen.nodes}
+    links = " ".join(f'<a href="{path}">{path}</a>' for path in _LINKS)
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8><title>ffdist</title>",
+        f"<style>{_STYLE}</style><h1>ffdist</h1><p>{links}</p>",
+        f"<h2>Nodes ({len(seen.nodes)})</h2>",
+        _list_html(_NODE_HEADS, map(_node_cells, seen.nodes),
+                   "No node has registered yet: python3 agent.py --register --master URL"),
+        f"<h2>Jobs ({len(seen.jobs)} newest of {seen.total})</h2>",
+        _list_html(_JOB_HEADS, [_job_cells(job, names) for job in seen.jobs],
+                   "No job was submitted yet: python3 ffdist.py submit 720p30-h264"),
+    ]
+    return Text("".join(parts), "text/html; charset=utf-8")
 
 
-def _list_html(title: str, heads: str, rows: Sequence[Sequence[str]], empty: str) -> str:
-    table = table_html(heads.split(", "), rows) if rows else f"<p class=none>{html_text(empty)}</p>"
-    return f"<h2>{title}</h2>{table}"
+def _node_cells(node: Json) -> list[str]:
+    running = f"{node['running']} of {node['max_concurrent_jobs']}"
+    return _cells_html(
+        node["name"], node["status"], running, node.get("type"), node.get("cpu_threads"),
+        wire.size_text(node.get("ram_bytes")), node.get("gpu_type") or "none",
+        node["last_heartbeat"])
+
+
+def _job_cells(job: Json, names: Mapping[str, str]) -> list[str]:
+    job_id, node_id = html_text(job["id"]), job["node_id"]
+    link = f'<a href="/jobs/{job_id}"><code>{job_id[:8]}</code></a>'
+    return [link, *_cells_html(
+        job["status"], job["scenario"], names.get(node_id, node_id), percent_text(job),
+        job["error"], job["created_at"])]
+
+
+def _list_html(heads: Sequence[str], rows: Iterable[Sequence[str]], empty: str) -> str:
+    """Return a table, or a sentence in its place where there are no rows."""
+    listed = list(rows)
+    if not listed:
+        return f"<p class=none>{html_text(empty)}</p>"
+    return table_html(heads, listed)
 
 
 def _cells_html(*cells: Any) -> list[str]:
@@ -3452,10 +3568,10 @@ def _cells_html(*cells: Any) -> list[str]:
 
 
 def percent_text(job: Mapping[str, Any]) -> str:
-    """Return how far a job is."""
-    percent = (job.get("progress") or {}).get("percent")
+    """Return how much of a job is done; nothing where its agent has not said so."""
     if job.get("status") == "completed":
         return "100 %"
+    percent = (job.get("progress") or {}).get("percent")
     return f"{percent:.0f} %" if isinstance(percent, (int, float)) else ""
 
 
