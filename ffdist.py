@@ -3254,11 +3254,12 @@ Points = Sequence[tuple[float, float]]
 
 
 class Overview(NamedTuple):
-    """The content of the page of nodes and jobs."""
+    """The content of the page of nodes and jobs; `routes` are rows of the API: four texts each."""
 
     nodes: list[Json]
     jobs: list[Json]
     total: int
+    routes: Sequence[Sequence[str]]
 
 
 class Curve(NamedTuple):
@@ -3519,11 +3520,12 @@ code{font:13px ui-monospace,monospace}
 """
 _NODE_HEADS = ("name", "status", "running", "type", "threads", "memory", "GPU", "last heartbeat")
 _JOB_HEADS = ("job", "status", "scenario", "node", "done", "error", "created")
+_ROUTE_HEADS = ("method", "path", "query", "answers")
 _LINKS = ("/nodes", "/jobs", "/results", "/metrics", "/health", "/ready")
 
 
 def page_view(seen: Overview) -> Text:
-    """Return the plain page of nodes and jobs; every text is escaped."""
+    """Return the plain page of nodes, jobs and the API; every text is escaped."""
     names = {node["id"]: node["name"] for node in seen.nodes}
     links = " ".join(f'<a href="{path}">{path}</a>' for path in _LINKS)
     parts = [
@@ -3535,6 +3537,8 @@ def page_view(seen: Overview) -> Text:
         f"<h2>Jobs ({len(seen.jobs)} newest of {seen.total})</h2>",
         _list_html(_JOB_HEADS, [_job_cells(job, names) for job in seen.jobs],
                    "No job was submitted yet: python3 ffdist.py submit 720p30-h264"),
+        "<h2>API</h2>",
+        _list_html(_ROUTE_HEADS, [_cells_html(*row) for row in seen.routes], ""),
     ]
     return Text("".join(parts), "text/html; charset=utf-8")
 
@@ -3577,214 +3581,305 @@ def percent_text(job: Mapping[str, Any]) -> str:
 
 # ---- 13 API ---------------------------------------------------------------------------------------
 
+# ROUTES is the API: each row is a method, a path, the names of its query, the limit of its body
+# and what it is for. The same rows answer GET / (as JSON where that is asked for), and README
+# lists them.
+#
+# A request takes four steps. route_of() finds its row, admit() refuses what the row does not take,
+# HTTP reads and decodes the body, the row's handler answers. A role would be one more column of
+# Route, checked in admit(): the only gate that every request passes, and it stands before any body
+# is read.
+#
+# Handlers hold no rules: they make a typed message (Draft, Ask, …) of a request, and JSON of
+# Master's answer. Each call of Master is one transaction, which returns when its commit is on
+# disk; so no answer is sent that a crash could make untrue. A request with `wait` parks inside
+# that call until there is something to say, and asks `alive` before it takes a job for a peer that
+# may have gone.
+
+Answer = tuple[int, Any]
+
+
 class Request(NamedTuple):
-    """One request as handlers see it; `told` holds the query and, above it, the body's fields."""
+    """One request as handlers see it: `id` is the `{id}` of its path."""
 
     id: str
     query: dict[str, str]
     body: Any
     alive: Callable[[], bool]
+    wants_json: bool = False
 
     @property
-    def told(self) -> Json:
-        """The query and the body's fields in one; the body's count."""
+    def fields(self) -> Json:
+        """The names of the query and, above them, those of the body: agents may use either."""
         return {**self.query, **self.body} if isinstance(self.body, dict) else dict(self.query)
 
 
 class Route(NamedTuple):
-    """One row of the API: `{id}` stands for the second part of the path."""
+    """One row of the API: `{id}` stands for the second part of the path.
+
+    Lists and logs are `strict` about their query: a typo in a filter would list everything.
+    Elsewhere an unknown name is ignored, so that a newer agent may say more than this master knows.
+    """
 
     method: str
     path: str
-    handler: Callable[[Master, Request], tuple[int, Any]]
+    handler: Callable[[Master, Request], Answer]
     about: str
+    query: tuple[str, ...] = ()
+    strict: bool = False
+    limit_bytes: int = BODY_LIMIT_BYTES
+
+    def to_json(self) -> Json:
+        """Return the row as GET / lists it."""
+        return {"method": self.method, "path": self.path, "query": list(self.query),
+                "about": self.about}
 
 
-def _health(master: Master, request: Request) -> tuple[int, Any]:
+def _health(master: Master, request: Request) -> Answer:
     return 200, {"status": "healthy"}
 
 
-def _ready(master: Master, request: Request) -> tuple[int, Any]:
+def _ready(master: Master, request: Request) -> Answer:
     return 200, master.ready()
 
 
-def _register(master: Master, request: Request) -> tuple[int, Any]:
-    new, node = master.register(object_of(request.body))
-    return 201 if new else 200, node
+def _metrics(master: Master, request: Request) -> Answer:
+    return 200, metrics_view(master.snapshot())
 
 
-def _known_names(request: Request, *names: str) -> None:
-    """Refuse a list's parameter that does not exist: a typo would list everything."""
-    for name in request.query:
-        if name not in names:
-            raise bad(wire.printable(name[:64]),
-                      f"is no parameter here: there is {', '.join(names) or 'none'}")
+def _home(master: Master, request: Request) -> Answer:
+    """Answer the table of routes, or the page for people, which ends with that table."""
+    if request.wants_json:
+        return 200, {"version": VERSION, "routes": [route.to_json() for route in ROUTES]}
+    jobs, total, _ = master.jobs({}, None, HOME_JOBS)
+    routes = [(route.method, route.path, ", ".join(route.query), route.about) for route in ROUTES]
+    return 200, page_view(Overview(master.nodes(), jobs, total, routes))
 
 
-def _nodes(master: Master, request: Request) -> tuple[int, Any]:
-    _known_names(request)
+def _register(master: Master, request: Request) -> Answer:
+    is_new, node = master.register(object_of(request.body))
+    return 201 if is_new else 200, node
+
+
+def _nodes(master: Master, request: Request) -> Answer:
     nodes = master.nodes()
     return 200, {"nodes": nodes, "count": len(nodes)}
 
 
-def _node(master: Master, request: Request) -> tuple[int, Any]:
+def _node(master: Master, request: Request) -> Answer:
     return 200, master.node(request.id)
 
 
-def _forget(master: Master, request: Request) -> tuple[int, Any]:
+def _forget(master: Master, request: Request) -> Answer:
     return 200, master.forget(request.id)
 
 
-def _drain(master: Master, request: Request) -> tuple[int, Any]:
-    return 200, master.drain(request.id, number_of(request.told, "deadline", 0, 30 * 86400))
+def _drain(master: Master, request: Request) -> Answer:
+    deadline_s = number_of(request.fields, "deadline", 0, DRAIN_MOST_S)
+    return 200, master.drain(request.id, deadline_s)
 
 
-def _resume_node(master: Master, request: Request) -> tuple[int, Any]:
+def _resume_node(master: Master, request: Request) -> Answer:
     return 200, master.resume_node(request.id)
 
 
-def _ask_of(request: Request, node_id: str) -> Ask:
-    told = request.told
-    leaving = told.get("leaving", False)
-    if leaving not in (True, False, "true", "false"):
-        raise bad("leaving", "must be true or false")
-    return Ask(node_id, text_of(told, "session", 128), number_of(told, "wait", 0, wire.WAIT_MAX_S) or 0.0,
-               whole_of(told, "seen", 0, 1 << 53) or 0, text_of(told, "claim", 128),
-               leaving in (True, "true"), request.alive)
-
-
-def _heartbeat(master: Master, request: Request) -> tuple[int, Any]:
+def _heartbeat(master: Master, request: Request) -> Answer:
     if request.body is not None:
         object_of(request.body)
     return 200, master.heartbeat(_ask_of(request, request.id))
 
 
-def _next_job(master: Master, request: Request) -> tuple[int, Any]:
+def _next_job(master: Master, request: Request) -> Answer:
     node_id = text_of(request.query, "node_id", 64, required=True) or ""
     answer = master.claim(_ask_of(request, node_id))
     job = answer.pop("job", None)
-    orders = f", {json.dumps(answer)[1:-1]}" if answer else ""
-    return 200, Text(f'{{"job": {"null" if job is None else claim_text(job)}{orders}}}', JSON_KIND)
+    text = "null" if job is None else claim_text(job)
+    return 200, _json_text({"job": text}, answer)
 
 
-def _submit(master: Master, request: Request) -> tuple[int, Any]:
-    if not isinstance(request.body, list):
-        new, jobs = master.submit([draft_of(request.body, master.settings.max_retries)])
-        return 201 if new else 200, Text(job_text(jobs[0]), JSON_KIND)
-    if not 1 <= len(request.body) <= BULK_MOST:
-        raise ApiError(400, f"an array must hold 1 to {BULK_MOST} jobs, not {len(request.body)}")
+def _ask_of(request: Request, node_id: str) -> Ask:
+    """Return what a node says with a heartbeat or a question for work."""
+    fields = request.fields
+    leaving = fields.get("leaving", False)
+    if leaving not in (True, False, "true", "false"):
+        raise bad("leaving", "must be true or false")
+    return Ask(
+        node_id,
+        session=text_of(fields, "session", 128),
+        wait_s=number_of(fields, "wait", 0, wire.WAIT_MAX_S) or 0.0,
+        seen=whole_of(fields, "seen", 0, 1 << 53) or 0,
+        claim=text_of(fields, "claim", 128),
+        leaving=leaving in (True, "true"),
+        alive=request.alive)
+
+
+def _submit(master: Master, request: Request) -> Answer:
+    if isinstance(request.body, list):
+        is_new, jobs = master.submit(_drafts_of(request.body, master.settings.max_retries))
+        answer = _json_text({"jobs": _texts(map(job_text, jobs))}, {"count": len(jobs)})
+    else:
+        is_new, jobs = master.submit([draft_of(request.body, master.settings.max_retries)])
+        answer = Text(job_text(jobs[0]), JSON_KIND)
+    return 201 if is_new else 200, answer
+
+
+def _drafts_of(values: Sequence[Any], max_retries: int) -> list[Draft]:
+    """Return the drafts of an array; the error of one names its place, and none is submitted."""
+    if not 1 <= len(values) <= BULK_MOST:
+        raise ApiError(400, f"invalid array of {len(values)} jobs: expected 1 to {BULK_MOST}")
     drafts = []
-    for number, value in enumerate(request.body):
+    for number, value in enumerate(values):
         try:
-            drafts.append(draft_of(value, master.settings.max_retries))
+            drafts.append(draft_of(value, max_retries))
         except ApiError as error:
-            raise ApiError(400, f"job {number} of the array: {error.message}", error.field) from None
-    new, jobs = master.submit(drafts)
-    return 201 if new else 200, Text(_jobs_text(jobs, {"count": len(jobs)}), JSON_KIND)
+            message = f"job {number} of the array: {error.message}"
+            raise ApiError(400, message, error.field) from None
+    return drafts
 
 
-def _jobs_text(jobs: Iterable[Job], more: Json) -> str:
-    return f'{{"jobs": [{", ".join(job_text(job) for job in jobs)}], {json.dumps(more)[1:]}'
+def _jobs(master: Master, request: Request) -> Answer:
+    jobs, total, cursor = master.jobs(*_page_of(request))
+    return 200, {"jobs": jobs, **_page_json(len(jobs), total, cursor)}
+
+
+def _results(master: Master, request: Request) -> Answer:
+    results, total, cursor = master.results(*_page_of(request))
+    return 200, {"results": results, **_page_json(len(results), total, cursor)}
 
 
 def _page_of(request: Request) -> tuple[dict[str, str], int | None, int]:
-    names = ("status", "scenario", "node_id")
-    _known_names(request, *names, "limit", "after")
-    filters = {name: value for name in names
-               if (value := text_of(request.query, name)) is not None}
+    """Return the filters, the cursor and the length of a page that a request asks for."""
+    filters = {}
+    for name in FILTERS:
+        value = text_of(request.query, name)
+        if value is not None:
+            filters[name] = value
     if filters.get("status") not in (None, *STATUSES):
         raise bad("status", f"must be one of {', '.join(STATUSES)}")
-    limit = whole_of(request.query, "limit", 1, PAGE_MOST)
-    return filters, whole_of(request.query, "after", 1, 1 << 60), limit or 100
+    limit = whole_of(request.query, "limit", 1, PAGE_MOST) or PAGE_USUAL
+    return filters, whole_of(request.query, "after", 1, 1 << 60), limit
 
 
-def _jobs(master: Master, request: Request) -> tuple[int, Any]:
-    jobs, total, cursor = master.jobs(*_page_of(request))
-    return 200, {"jobs": jobs, "count": len(jobs), "total": total, "next": cursor and str(cursor)}
+def _page_json(count: int, total: int, cursor: int | None) -> Json:
+    """Return the fields beside the rows of a page; `next` is a text, as cursors are."""
+    return {"count": count, "total": total, "next": None if cursor is None else str(cursor)}
 
 
-def _results(master: Master, request: Request) -> tuple[int, Any]:
-    results, total, cursor = master.results(*_page_of(request))
-    return 200, {"results": results, "count": len(results), "total": total, "next": cursor and str(cursor)}
-
-
-def _job(master: Master, request: Request) -> tuple[int, Any]:
+def _job(master: Master, request: Request) -> Answer:
     return 200, master.job(request.id)
 
 
-def _order(verb: str) -> Callable[[Master, Request], tuple[int, Any]]:
+def _order(verb: str) -> Callable[[Master, Request], Answer]:
     return lambda master, request: (200, master.order(request.id, verb))
 
 
-def _progress(master: Master, request: Request) -> tuple[int, Any]:
+def _progress(master: Master, request: Request) -> Answer:
     return 200, master.progress(request.id, object_of(request.body))
 
 
-def _logs(master: Master, request: Request) -> tuple[int, Any]:
-    _known_names(request, "after", "wait")
-    after = whole_of(request.query, "after", 0, 1 << 53) or 0
-    wait = number_of(request.query, "wait", 0, wire.WAIT_MAX_S) or 0.0
-    return 200, master.logs(request.id, after, wait, request.alive)
-
-
-def _report(master: Master, request: Request) -> tuple[int, Any]:
+def _report(master: Master, request: Request) -> Answer:
     return 200, master.report(object_of(request.body))
 
 
-def _metrics(master: Master, request: Request) -> tuple[int, Any]:
-    return 200, metrics_view(master.snapshot())
+def _logs(master: Master, request: Request) -> Answer:
+    after = whole_of(request.query, "after", 0, 1 << 53) or 0
+    wait_s = number_of(request.query, "wait", 0, wire.WAIT_MAX_S) or 0.0
+    return 200, master.logs(request.id, after, wait_s, request.alive)
 
 
-def _home(master: Master, request: Request) -> tuple[int, Any]:
-    jobs, total, _ = master.jobs({}, None, 50)
-    return 200, page_view(Overview(master.nodes(), jobs, total))
+def _texts(items: Iterable[str]) -> str:
+    """Return a JSON array of items that are JSON already."""
+    return f"[{', '.join(items)}]"
 
+
+def _json_text(made: Mapping[str, str], more: Json) -> Text:
+    """Return a JSON object of fields that are JSON already, and of more that are not."""
+    fields = [f'"{name}": {text}' for name, text in made.items()]
+    fields += [f'"{name}": {json.dumps(value)}' for name, value in more.items()]
+    return Text(f"{{{', '.join(fields)}}}", JSON_KIND)
+
+
+FILTERS = ("status", "scenario", "node_id")
+PAGE_USUAL = 100
+HOME_JOBS = 50  # on the page for people
+DRAIN_MOST_S = 30 * 86400.0
+_LIST = (*FILTERS, "limit", "after")
+_ASK = ("session", "wait", "seen", "claim", "leaving")
 
 ROUTES = (
     Route("POST", "/nodes/register", _register, "register a node, or take it back"),
-    Route("GET", "/nodes", _nodes, "all nodes"),
+    Route("GET", "/nodes", _nodes, "all nodes", strict=True),
     Route("GET", "/nodes/{id}", _node, "one node with its running jobs"),
     Route("DELETE", "/nodes/{id}", _forget, "remove a node; its jobs are pending again"),
-    Route("POST", "/nodes/{id}/heartbeat", _heartbeat, "a sign of life; wait=S parks it"),
-    Route("POST", "/nodes/{id}/drain", _drain, "let a node finish what runs, for deadline=S at most"),
-    Route("POST", "/nodes/{id}/resume", _resume_node, "let a drained node, or one in quarantine, work again"),
-    Route("POST", "/jobs", _submit, "submit a job, or an array of them"),
-    Route("GET", "/jobs", _jobs, "jobs, newest first; status, scenario, node_id, limit, after"),
-    Route("GET", "/jobs/next", _next_job, "hand out one job to node_id; wait=S parks it, claim=WORD"),
+    Route("POST", "/nodes/{id}/heartbeat", _heartbeat, "a sign of life; wait=S parks it", _ASK),
+    Route("POST", "/nodes/{id}/drain", _drain,
+          "let a node finish its running jobs, for deadline=S at most", ("deadline",)),
+    Route("POST", "/nodes/{id}/resume", _resume_node,
+          "let a drained node, or one in quarantine, work again"),
+    Route("POST", "/jobs", _submit, "submit a job, or an array of them",
+          limit_bytes=BULK_LIMIT_BYTES),
+    Route("GET", "/jobs", _jobs, "jobs, newest first; status, scenario, node_id, limit, after",
+          _LIST, strict=True),
+    Route("GET", "/jobs/next", _next_job,
+          "hand out one job to node_id; wait=S parks it, claim=WORD", ("node_id", *_ASK)),
     Route("GET", "/jobs/{id}", _job, "one job with attempts, transitions and result"),
     Route("POST", "/jobs/{id}/cancel", _order("cancel"), "cancel a job"),
     Route("POST", "/jobs/{id}/pause", _order("pause"), "hold a job; a running one stands still"),
     Route("POST", "/jobs/{id}/resume", _order("resume"), "let a paused job go on"),
     Route("POST", "/jobs/{id}/retry", _order("retry"), "run a finished job again"),
-    Route("POST", "/jobs/{id}/progress", _progress, "progress, samples and log lines of an attempt"),
-    Route("GET", "/jobs/{id}/logs", _logs, "log lines; after=N, wait=S"),
-    Route("POST", "/results", _report, "the report that ends an attempt"),
-    Route("GET", "/results", _results, "accepted reports, newest first; filters as in /jobs"),
+    Route("POST", "/jobs/{id}/progress", _progress,
+          "progress, samples and log lines of an attempt"),
+    Route("GET", "/jobs/{id}/logs", _logs, "log lines; after=N, wait=S", ("after", "wait"),
+          strict=True),
+    Route("POST", "/results", _report, "the report that ends an attempt",
+          limit_bytes=BULK_LIMIT_BYTES),
+    Route("GET", "/results", _results, "accepted reports, newest first; filters as in /jobs",
+          _LIST, strict=True),
     Route("GET", "/health", _health, "the process answers"),
     Route("GET", "/ready", _ready, "the journal can be written"),
     Route("GET", "/metrics", _metrics, "Prometheus text"),
-    Route("GET", "/", _home, "a page of nodes and jobs"),
+    Route("GET", "/", _home,
+          "this table as JSON (Accept: application/json), else a page of nodes and jobs"),
 )
 _BY_PATH: dict[str, dict[str, Route]] = {}
 for _route in ROUTES:
     _BY_PATH.setdefault(_route.path, {})[_route.method] = _route
-_BULK_PATHS = ("/jobs", "/results")
 
 
 def route_of(method: str, path: str) -> tuple[Route, str]:
     """Return the route of a request and its `{id}`; ApiError 404 or 405."""
     methods, part = _BY_PATH.get(path), ""
+    pieces = path.split("/")
+    if methods is None and len(pieces) in (3, 4) and pieces[2]:
+        part = urllib.parse.unquote(pieces[2])
+        methods = _BY_PATH.get("/".join((*pieces[:2], "{id}", *pieces[3:])))
     if methods is None:
-        pieces = path.split("/")
-        if len(pieces) in (3, 4) and pieces[2]:
-            part = urllib.parse.unquote(pieces[2])
-            methods = _BY_PATH.get("/".join((*pieces[:2], "{id}", *pieces[3:])))
-    if methods is None:
-        raise ApiError(404, f"there is no {printable_path(path)} here; GET / lists what there is")
-    route = methods.get("GET" if method == "HEAD" and path != "/jobs/next" else method)
+        raise ApiError(404, f"no such path: {printable_path(path)} (GET / lists the API)")
+
+    # HEAD is GET without its body, except where a GET changes something: it would claim a job.
+    is_get = method == "HEAD" and path != "/jobs/next"
+    route = methods.get("GET" if is_get else method)
     if route is None:
-        raise ApiError(405, f"{method} is not possible on {printable_path(path)}: use {' or '.join(methods)}")
+        possible = " or ".join(methods)
+        raise ApiError(405, f"invalid method {method} for {printable_path(path)}: use {possible}")
     return route, part
+
+
+def admit(route: Route, query: Mapping[str, str], length: int) -> None:
+    """Refuse a request that its route does not take; `length` is that of its body, still unread."""
+    if length > route.limit_bytes:
+        raise ApiError(413, f"the body is larger than {wire.size_text(route.limit_bytes)}")
+    unknown = [name for name in query if name not in route.query]
+    if route.strict and unknown:
+        shown = wire.printable(unknown[0][:64])
+        known = ", ".join(route.query) or "none"
+        raise ApiError(400, f"unknown parameter {shown}: expected {known}", shown)
+
+
+def prefers_json(accept: str) -> bool:
+    """Return whether an Accept header names JSON, and not HTML as browsers do."""
+    kinds = [kind.partition(";")[0].strip().lower() for kind in accept.split(",")]
+    return JSON_KIND in kinds and "text/html" not in kinds
 
 
 def printable_path(path: str) -> str:
@@ -3806,7 +3901,7 @@ _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (\S{1,8000}) HT
 _HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?(?:\n|\Z))+")
 _KNOWN_HEADERS = frozenset((b"content-length", b"transfer-encoding", b"host", b"connection", b"expect",
-                            b"content-type", b"origin", b"sec-fetch-site", b"sec-fetch-mode"))
+                            b"content-type", b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"accept"))
 # Each browser sends one of these, whatever a page wants: script cannot touch Origin and Sec-
 # Fetch-*, and of Accept-Language only the value. Over plain HTTP many requests have no other sign
 # than the last.
@@ -3898,9 +3993,11 @@ def parse_head(block: bytes) -> Head:
     for row in rest.split(b"\n"):
         name, _, value = row.partition(b":")
         name = name.lower()
-        if name in headers:
+        if name == b"accept":
+            headers[name] = headers.get(name, b"") + b"," + value
+        elif name in headers:
             raise ApiError(400, f"the header {name.decode()} stands twice")
-        if name in _KNOWN_HEADERS:
+        elif name in _KNOWN_HEADERS:
             headers[name] = value.strip()
         if name in _BROWSER_HEADERS or (name == b"user-agent" and b"Mozilla/" in value):
             browser = True
@@ -4064,15 +4161,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._body_read = head.length == 0
         refuse_foreign_page(head, self.server.machine, self.server.master.settings.allow_hosts)
         route, part = route_of(head.method, head.path)
-        limit = BULK_LIMIT_BYTES if head.path in _BULK_PATHS else BODY_LIMIT_BYTES
-        if head.length > limit:
-            raise ApiError(413, f"the body is larger than {wire.size_text(limit)}")
+        admit(route, head.query, head.length)
         if head.headers.get(b"expect", b"").lower() == b"100-continue":
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         raw = self._read_body(head.length) if head.length else b""
         self._body_read = True
         body = decode_json(raw) if head.method == "POST" else None
-        return route.handler(self.server.master, Request(part, head.query, body, self._alive))
+        accept = head.headers.get(b"accept", b"").decode("latin-1")
+        request = Request(part, head.query, body, self._alive, prefers_json(accept))
+        return route.handler(self.server.master, request)
 
     def _read_head(self) -> bytes:
         """Return the next head without its empty line; Hangup at a quiet end."""

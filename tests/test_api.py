@@ -265,6 +265,47 @@ class TestRoutes(Served):
             with self.subTest(path=path):
                 self.assertEqual(self.master.call("GET", path).status, 404)
 
+    def test_the_root_answers_the_table_of_routes_to_a_program(self) -> None:
+        listed = self.accepting("application/json")
+        self.assertEqual([(row["method"], row["path"], row["about"], tuple(row["query"]))
+                          for row in listed["routes"]],
+                         [(route.method, route.path, route.about, route.query) for route in ffdist.ROUTES])
+        self.assertEqual(listed["version"], ffdist.VERSION)
+        listed = self.accepting("text/csv;q=0.5", "Application/JSON; q=0.9, */*")
+        self.assertEqual(len(listed["routes"]), len(ffdist.ROUTES), "headers of a list are one list")
+
+    def accepting(self, *kinds: str) -> Any:
+        """Return what GET / answers to a request with these Accept headers."""
+        lines = "".join(f"Accept: {kind}\r\n" for kind in kinds)
+        raw = exchange(self.master.port, f"GET / HTTP/1.0\r\n{lines}\r\n".encode())
+        return json.loads(raw.partition(b"\r\n\r\n")[2])
+
+    def test_the_root_is_a_page_for_a_browser_which_lists_the_routes_as_well(self) -> None:
+        for accept in ("text/html,application/xhtml+xml,*/*;q=0.8", "*/*", "text/html, application/json"):
+            raw = exchange(self.master.port, f"GET / HTTP/1.0\r\nAccept: {accept}\r\n\r\n".encode())
+            self.assertIn(b"Content-Type: text/html", raw, accept)
+            for route in ffdist.ROUTES:
+                self.assertIn(f"<td>{route.method}</td><td>{route.path}</td>".encode(), raw)
+
+    def test_an_unknown_path_is_answered_with_the_way_to_the_known_ones(self) -> None:
+        answer = self.master.call("GET", "/nope")
+        self.refused(answer, 404)
+        self.assertEqual(answer.body["error"], "no such path: /nope (GET / lists the API)")
+
+    def test_what_a_route_takes_is_said_by_its_row(self) -> None:
+        """Query names and the limit of a body are checked for every row, before a body is read."""
+        for route in ffdist.ROUTES:
+            path = route.path.replace("{id}", NOBODY)
+            with self.subTest(method=route.method, path=path):
+                over = route.limit_bytes + 1
+                head = (f"{route.method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {over}\r\n"
+                        "Content-Type: application/json\r\n\r\n")
+                self.assertIn(b" 413 ", exchange(self.master.port, head.encode())[:13])
+                if route.strict:
+                    answer = self.master.call(route.method, f"{path}?nonsense=1")
+                    self.refused(answer, 400, "nonsense")
+                    self.assertIn("unknown parameter nonsense", answer.body["error"])
+
     def test_ready_says_that_the_journal_can_be_written(self) -> None:
         self.assertEqual(self.master.get("/ready")["status"], "ready")
 
