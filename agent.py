@@ -5904,7 +5904,7 @@ def own_failure(job_id: str, number: int, name: str, error: Exception) -> Json:
 def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host, name: str) -> Workplace:
     """Return what attempts on this node share."""
     machine = Machine(name, hardware.ffmpeg or "ffmpeg", hardware.cpu_threads or os.cpu_count() or 1,
-                      options.max_concurrent_jobs, hardware.encoders,
+                      options.max_concurrent_jobs, hardware.encoder_reasons(),
                       hardware.vaapi_device or Machine.vaapi_device,
                       rate_mode_of(hardware.ffmpeg_version),
                       http_args_of(host, hardware.ffmpeg) if hardware.ffmpeg else ())

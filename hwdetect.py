@@ -1,26 +1,43 @@
 #!/usr/bin/env python3
-"""Say what this machine really is, and what it draws while it works.
+"""Print what this machine really is, and what power it draws while it works.
 
-Reads /proc, /sys and the text of nvidia-smi, and tries each encoder of FFmpeg on a real frame: one that
-is listed is not yet one that works. It knows Linux; elsewhere it answers with less.
+It reads /proc, /sys and the text of nvidia-smi, and tries each encoder of FFmpeg on a real frame: one
+that is listed is not yet one that works. It knows Linux; elsewhere it answers with less. The agent
+imports it for everything that it knows of its machine, and all three files share its section Common.
 
 It promises an answer on any machine: what cannot be read is null with a reason under `unknown`, and a
-detector that fails is named under `problems`. It does not promise figures that the kernel does not give:
-virtual machines have no energy counters, and an estimate is never passed off as a reading.
+detector that fails is named under `problems`. It does not promise figures that the kernel does not
+give: virtual machines have no energy counters, and an estimate is never passed off as a reading.
 
-Sections:
-    1 Common     what all three files share: printable text, times, durations, sizes, flags
+How a fact comes about: Host reads a file and returns its text, or None and why not. A parser turns the
+text into a value. A detector combines values into the fields of Hardware. The table DETECTORS lists
+them all, and detect() runs it.
+
+How a power comes about: each PowerSource owns its previous counters and returns the joules since the
+start. The table MACHINE_SOURCES lists them, the best first, and the first that answers is used. So a
+new source of power is a class in section Power and a row in that table; a new kind of GPU is a class of
+GpuSource in section Graphics and a line in GraphicsPower. Sampler takes a reading of all, and a Meter
+books what each run used into its Ledger.
+
+Sections (each uses only those above it):
+    1 Common     what all three files share: printable text, times, durations, sizes, errors, flags
     2 Facts      dataclasses with units, vendor tables with their kernel document
-    3 Host       the only file and program access: one bounded read, None instead of an exception; Program
+    3 Host       the only file and program access: one bounded read, None instead of an exception
     4 Archive    what detection reads, written into one text, and unpacked again
     5 Parsers    text to value, pure
-    6 Detectors  a table; each isolated, its failure recorded in the answer, never fatal
-    7 Probe      encoders proved by a frame; detect(), which asks them all
-    8 Power      counters, integrals and streams that tell energy
-    9 Sampler    owns the previous counters: sample(now) gives rates, and joules since the start
-    10 Ledger    what each run used, the idle baseline, shares by CPU time
-    11 Groups    control groups, and what the processes of a run may use
-    12 CLI       the page, --json, --root, --no-probe, --record, --watch
+    6 Machine    detectors of the name, the processor, memory, control groups, virtual machines
+    7 Devices    detectors of GPUs, energy counters, sensors, batteries, disks
+    8 Probe      FFmpeg, and its encoders proved by a frame
+    9 Detectors  the table of detectors; each isolated, its failure recorded, never fatal
+    10 Power     the table of the machine's power sources: counters, meters, batteries, a model
+    11 Graphics  power and load of GPUs: nvidia-smi, sysfs
+    12 Sampler   sample(now) returns rates, and joules since the start; process groups
+    13 Ledger    what each run used, the idle baseline, shares by CPU time
+    14 Groups    control groups, and what the processes of a run may use
+    15 CLI       the page, --json, --root, --no-probe, --record, --watch
+
+Threads: one gathers the lines of nvidia-smi (Stream), one is the Meter's, which owns its sampler, and
+three belong to each Program of a run. Nothing here takes a lock: queues and events pass things on.
 """
 
 from __future__ import annotations
@@ -53,7 +70,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, ClassVar, NamedTuple, NoReturn
+from typing import IO, Any, Callable, ClassVar, NamedTuple, NoReturn, TypeVar
 
 if sys.hexversion < 0x3090000:  # the other two files import this one first
     sys.exit("ffdist needs Python 3.9 or newer; this is " + sys.version.split()[0])
@@ -61,7 +78,10 @@ if sys.hexversion < 0x3090000:  # the other two files import this one first
 # ---- 1 Common -------------------------------------------------------------------------------------
 
 VERSION = "1.0.0"
+MINUTE_S = 60
+HOUR_S = 3600
 DAY_S = 86400
+MAX_FLAG_S = 30 * DAY_S  # of a duration on the command line: what is longer is a slip
 
 Json = dict[str, Any]
 
@@ -78,6 +98,11 @@ def printable(text: object) -> str:
     return "".join(char if char.isprintable() else "?" for char in words)
 
 
+def text_of(data: bytes) -> str:
+    """Decode what a file or a program gave; bytes that are not UTF-8 become U+FFFD."""
+    return data.decode("utf-8", "replace")
+
+
 def utc_text(epoch_s: float | None) -> str | None:
     """Return an RFC 3339 time in UTC with milliseconds, ending in Z (None for None)."""
     if epoch_s is None:
@@ -86,23 +111,25 @@ def utc_text(epoch_s: float | None) -> str | None:
     return f"{_second_text(whole)}.{milli:03d}Z"
 
 
+# The many times of one second share their text.
 @functools.lru_cache(maxsize=1024)
 def _second_text(whole: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
 
 
-# Each unit once, the largest first; a bare number is seconds, and may stand at the end only ("1m30").
-_DURATION = re.compile(
-    "".join(rf"(?:([0-9]{{1,9}}(?:\.[0-9]{{1,9}})?){unit})?" for unit in ("d", "h", "m", r"(?:s|\Z)", "ms")))
+# Each unit once, the largest first. A bare number is seconds, so it may only be the last ("1m30").
+_UNITS = (("d", DAY_S), ("h", HOUR_S), ("m", MINUTE_S), (r"(?:s|\Z)", 1.0), ("ms", 0.001))
+_NUMBER = r"[0-9]{1,9}(?:\.[0-9]{1,9})?"
+_DURATION = re.compile("".join(rf"(?:({_NUMBER}){unit})?" for unit, _ in _UNITS))
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds of `10s`, `500ms`, `1m30s`, `2h`, `90d` or plain seconds; ValueError otherwise."""
+    """Return the seconds of `10s`, `500ms`, `1m30s`, `2h`, `90d` or `1.5`; ValueError otherwise."""
     match = _DURATION.fullmatch(text.strip())
-    if not match or not any(match.groups()):
+    if match is None or not any(match.groups()):
         raise ValueError(f"invalid duration '{text}': expected 10s, 0.5s, 1m30s or plain seconds")
-    days, hours, minutes, seconds, milliseconds = (float(part or 0) for part in match.groups())
-    return days * DAY_S + hours * 3600 + minutes * 60 + seconds + milliseconds / 1000
+    counts = (float(count or 0) for count in match.groups())
+    return sum(count * unit_s for count, (_, unit_s) in zip(counts, _UNITS))
 
 
 def duration_text(seconds: float | None) -> str:
@@ -112,13 +139,13 @@ def duration_text(seconds: float | None) -> str:
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
-    if whole < 60:
+    if whole < MINUTE_S:
         return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < HOUR_S:
+        return f"{whole // MINUTE_S} min {whole % MINUTE_S:02d} s"
     if whole < DAY_S:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // DAY_S} d {whole % DAY_S // 3600} h"
+        return f"{whole // HOUR_S} h {whole % HOUR_S // MINUTE_S:02d} min"
+    return f"{whole // DAY_S} d {whole % DAY_S // HOUR_S} h"
 
 
 def size_text(size_bytes: float | None) -> str:
@@ -126,16 +153,20 @@ def size_text(size_bytes: float | None) -> str:
     if size_bytes is None:
         return "unknown"
     size = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+    if abs(size) < 1024:
+        return f"{size:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
         size /= 1024
-    return f"{size:.1f} TiB"
+        if abs(size) < 1024:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1024:.1f} TiB"
 
 
-def count_text(count: int, what: str) -> str:
-    """Return a number of things for people: `1 job`, `2 jobs`."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
+def count_text(count: int | None, what: str) -> str:
+    """Return a number of things for people: `1 job`, `2 jobs`, `? jobs`."""
+    if count == 1:
+        return f"1 {what}"
+    return f"{'?' if count is None else count} {what}s"
 
 
 def cause_text(reason: object) -> str:
@@ -147,20 +178,42 @@ def cause_text(reason: object) -> str:
     return str(reason) or type(reason).__name__
 
 
+def error_words(error: Exception) -> str:
+    """Return the cause of an error for the middle of a sentence: "permission denied"."""
+    words = cause_text(error)
+    return words[0].lower() + words[1:]
+
+
 class Flag(NamedTuple):
-    """One command-line flag; its environment variable is FFDIST_ and its name in capitals."""
+    """One command-line flag; `kind` reads its value, and None means that it takes none.
+
+    Its environment variable is FFDIST_ and its name in capitals: what it says is the default, and a
+    flag on the line beats it. An empty variable counts as one that is not set.
+    """
 
     name: str
     default: Any
     kind: Callable[[str], Any] | None
     about: str
 
+    @property
+    def variable(self) -> str:
+        """Return its environment variable."""
+        return "FFDIST_" + self.name.lstrip("-").replace("-", "_").upper()
+
+    @property
+    def setting(self) -> Any:
+        """Return what its environment variable says, else its default. Nothing else reads these."""
+        return os.environ.get(self.variable) or self.default
+
 
 class Parser(argparse.ArgumentParser):
-    """A parser that refuses by itself what it does not know, and asks whether a word like it was meant."""
+    """A parser that refuses what it does not know, and asks whether a word like it was meant."""
 
-    words: Iterable[str] = ()  # beside its flags
+    words: Iterable[str] = ()  # known beside its flags, such as subcommands
 
+    # argparse lets a subcommand's parser pass unknown words on, which only the outer one then refuses,
+    # with its own usage.
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, left = super().parse_known_args(args, namespace)
         if left:
@@ -169,214 +222,258 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         wrong = re.search(r"(?:choice: |arguments: )'?([\w-]+)", message)
-        known = (*self.words, *re.findall(r"--?\w[\w-]*", self.format_usage()))
-        near = difflib.get_close_matches(wrong[1], known, 1) if wrong else ()
-        super().error(message + "".join(f"; did you mean {word}?" for word in near))
+        if wrong is not None:
+            known = (*self.words, *re.findall(r"--?\w[\w-]*", self.format_usage()))
+            for word in difflib.get_close_matches(wrong[1], known, 1):
+                message += f"; did you mean {word}?"
+        super().error(message)
+
+
+class _Switch(argparse.Action):
+    """The action of a flag that takes no value.
+
+    Its default is the text of an environment variable. argparse reads a default of type str by `type`,
+    and only if the flag is not on the line, so a wrong variable is refused by the command that has
+    the flag, and by no other.
+    """
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **more: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **more)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        setattr(namespace, self.dest, True)
 
 
 def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
     """Add flags to a parser; the environment gives the default, a flag on the line beats it."""
     for flag in flags:
-        variable = "FFDIST_" + flag.name.lstrip("-").replace("-", "_").upper()
-        value = os.environ.get(variable)
-        shown = f"{flag.about} [{variable}]".replace("%", "%%")
+        about = f"{flag.about} [{flag.variable}]".replace("%", "%%")
         if flag.kind is None:
-            parser.add_argument(flag.name, action="store_true", help=shown,
-                                default=(value or "").lower() in ("1", "true", "yes", "on"))
+            kind = functools.partial(_switch, flag.variable)
+            parser.add_argument(flag.name, action=_Switch, type=kind, default=flag.setting, help=about)
         else:
-            default = flag.default if value is None else value
-            parser.add_argument(flag.name, type=flag.kind, default=default, help=shown,
-                                metavar=flag.name.lstrip("-").upper().replace("-", "_"))
+            metavar = flag.name.lstrip("-").upper().replace("-", "_")
+            parser.add_argument(
+                flag.name, type=flag.kind, default=flag.setting, help=about, metavar=metavar)
+
+
+def _switch(variable: str, text: str) -> bool:
+    """Read the environment variable of a flag that takes no value."""
+    word = text.strip().lower()
+    if word in ("1", "true", "yes", "y", "on"):
+        return True
+    if word in ("0", "false", "no", "n", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"invalid {variable} '{text}': expected 1 or 0")
 
 
 def seconds(text: str, none: bool = False) -> float:
-    """Argument type of a duration that is more than nothing, unless `none` allows for 0s too."""
+    """Argument type of a duration of at most 30 days; `none` allows 0s too."""
     try:
         value = parse_duration(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    if not (none or value > 0) or value > 30 * DAY_S:
-        raise argparse.ArgumentTypeError(f"'{text}' must be {'' if none else 'longer than nothing and '}"
-                                         "at most 30 days")
+    if value > MAX_FLAG_S or not (none or value > 0):
+        least = "0s" if none else "more than 0s"
+        raise argparse.ArgumentTypeError(f"invalid duration '{text}': expected {least}, at most 30d")
     return value
 
 
 def size_bytes(text: str) -> int:
     """Argument type of a size: 64M, 1.5G or plain bytes, in powers of 1024; 0 is none."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,3})?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise argparse.ArgumentTypeError(f"'{text}' is no size: write 256M, 2G or 0")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+    pattern = r"(\d{1,15}(?:\.\d{1,3})?)([KMGT]?)(?:i?B)?"
+    match = re.fullmatch(pattern, text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"invalid size '{text}': expected 256M, 2G or 0")
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * 1024**power)
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """Argument type of a whole number within limits."""
+    """Return the argument type of a whole number within limits."""
     def check(text: str) -> int:
         if not re.fullmatch(r"\d{1,9}", text) or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {low} to {high}")
+            expected = f"expected a whole number from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"invalid number '{text}': {expected}")
         return int(text)
     return check
 
 
 def power_model(text: str) -> tuple[float, float]:
     """Argument type of a power model: W of the idle machine and W with all its CPUs busy."""
-    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?),(\d{1,6}(?:\.\d{1,3})?)", text.strip())
-    if not match or not 0 < float(match[2]) >= float(match[1]):
-        raise argparse.ArgumentTypeError(f"'{text}' is no power model: write W idle,W busy, as 35,120")
+    number = r"(\d{1,6}(?:\.\d{1,3})?)"
+    match = re.fullmatch(f"{number},{number}", text.strip())
+    if match is None or not 0 < float(match[2]) >= float(match[1]):
+        expected = "expected W idle,W busy, such as 35,120"
+        raise argparse.ArgumentTypeError(f"invalid power model '{text}': {expected}")
     return float(match[1]), float(match[2])
 
 
 def one_of(*words: str) -> Callable[[str], str]:
-    """Argument type of one word out of a few; checks values of the environment too."""
+    """Return the argument type of one word out of a few; it checks an environment variable too."""
     def check(text: str) -> str:
         if text not in words:
-            raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(words)}")
+            raise argparse.ArgumentTypeError(f"unknown '{text}': expected {', '.join(words)}")
         return text
     return check
 
 
 def state_home() -> Path:
     """Return the folder of this user's own ffdist state."""
-    base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    base = os.environ.get("XDG_STATE_HOME")
+    if not base:
+        base = os.path.join(os.path.expanduser("~"), ".local", "state")
     return Path(base) / "ffdist"
 
 
 # ---- 2 Facts --------------------------------------------------------------------------------------
 
 GIB = 2**30
-SMALL_READ_BYTES = 64 * 1024  # a file of sysfs is at most a page
-LARGE_READ_BYTES = 4 * 2**20  # /proc/cpuinfo of hundreds of threads, pci.ids
-ARCHIVE_MOST = 64 * 2**20  # characters of a recording
-SERVER_THREADS = 16  # a server has more (the seed's rule)
-SERVER_RAM_BYTES = 32 * GIB  # and more than this
-MAX_CPUS = 65536  # a garbled list must not fill memory
-USER_HZ = 100  # unit of the times in /proc/PID/stat, fixed by the kernel's ABI
-PROBE_TOTAL_S = 4.5
-PROBE_EACH_S = 4.0
-PROGRAM_S = 10.0
-SMI_INTERVAL_MS = 500
-SMI_STEP_MOST_S = 10.0  # its clock was set, or it stood still, where two answers are further apart
-SMI_AGAIN_S = 60.0  # after its end, as when the driver is renewed
-COUNTER_RESET_W = 5_000  # a counter that "wrapped" at more than this was reset: no zone draws as much
-STILL_S = 10.0  # counters that have not moved for so long since the start do not count
-ZONE_MOST_W = 1_000  # how quickly a counter may go round: it is read before it can do so twice
-POLL_S = (0.1, 10.0)  # but not more often, and for the sake of resets not more seldom, than this
-POWERCAP = "/sys/class/powercap"
-SUPPLY = "/sys/class/power_supply"
-CPUS = "/sys/devices/system/cpu"
-TREE_PATH = ("usr/local/bin", "usr/bin", "bin")  # where a --root tree keeps its programs
-QUALITY_FILTERS = ("psnr", "ssim", "libvmaf", "xpsnr")
 
-RAPL_FIX = (
-    "only root may read it since Linux 5.10; to allow it for good: echo 'SUBSYSTEM==\"powercap\", "
-    'KERNEL=="intel-rapl*:*", ACTION=="add", RUN+="/bin/chmod a+r /sys%p/energy_uj"\' | sudo tee '
-    "/etc/udev/rules.d/60-ffdist-rapl.rules && sudo udevadm control --reload && "
-    "sudo udevadm trigger --subsystem-match=powercap --action=add")
+# The seed's rule of what is a server: more of both. A laptop is what has a battery.
+SERVER_THREADS = 16
+SERVER_RAM_BYTES = 32 * GIB
 
-# uname -m, where Go's name differs (the seed's agents register Go's)
-GO_ARCH = {"x86_64": "amd64", "i386": "386", "i686": "386", "aarch64": "arm64", "armv6l": "arm",
-           "armv7l": "arm", "armv8l": "arm", "loongarch64": "loong64"}
+# uname -m, where Go's name differs: the seed's agents register Go's.
+GO_ARCH = {
+    "x86_64": "amd64",
+    "i386": "386",
+    "i686": "386",
+    "aarch64": "arm64",
+    "armv6l": "arm",
+    "armv7l": "arm",
+    "armv8l": "arm",
+    "loongarch64": "loong64",
+}
 
-# What x264, x265, SVT-AV1, libaom and libvpx have code for
-ENCODER_FLAGS = ("sse4_1", "sse4_2", "avx", "avx2", "fma", "bmi2", "avx512f", "avx512bw", "avx512vl",
-                 "avx512_vbmi", "avx512_vnni", "gfni", "neon", "asimd", "asimddp", "i8mm", "sve", "sve2",
-                 "vsx")
+# CPU features that x264, x265, SVT-AV1, libaom and libvpx have code for.
+ENCODER_FLAGS = (
+    "sse4_1", "sse4_2", "avx", "avx2", "fma", "bmi2",
+    "avx512f", "avx512bw", "avx512vl", "avx512_vbmi", "avx512_vnni", "gfni",
+    "neon", "asimd", "asimddp", "i8mm", "sve", "sve2",
+    "vsx",
+)
 
-# arch/arm64/include/asm/cputype.h: implementer and (implementer, part)
-ARM_MAKERS = {0x41: "Arm", 0x42: "Broadcom", 0x43: "Cavium", 0x46: "Fujitsu", 0x48: "HiSilicon",
-              0x4E: "NVIDIA", 0x50: "APM", 0x51: "Qualcomm", 0x61: "Apple", 0xC0: "Ampere"}
+# arch/arm64/include/asm/cputype.h: the implementer, and (implementer, part).
+ARM_MAKERS = {
+    0x41: "Arm",
+    0x42: "Broadcom",
+    0x43: "Cavium",
+    0x46: "Fujitsu",
+    0x48: "HiSilicon",
+    0x4E: "NVIDIA",
+    0x50: "APM",
+    0x51: "Qualcomm",
+    0x61: "Apple",
+    0xC0: "Ampere",
+}
 ARM_CORES = {
-    (0x41, 0xD03): "Cortex-A53", (0x41, 0xD05): "Cortex-A55", (0x41, 0xD07): "Cortex-A57",
-    (0x41, 0xD08): "Cortex-A72", (0x41, 0xD09): "Cortex-A73", (0x41, 0xD0A): "Cortex-A75",
-    (0x41, 0xD0B): "Cortex-A76", (0x41, 0xD0C): "Neoverse-N1", (0x41, 0xD0D): "Cortex-A77",
-    (0x41, 0xD40): "Neoverse-V1", (0x41, 0xD41): "Cortex-A78", (0x41, 0xD44): "Cortex-X1",
-    (0x41, 0xD47): "Cortex-A710", (0x41, 0xD49): "Neoverse-N2", (0x41, 0xD4F): "Neoverse-V2",
-    (0x43, 0x0A1): "ThunderX", (0x43, 0x0AF): "ThunderX2", (0x46, 0x001): "A64FX",
-    (0x48, 0xD01): "Kunpeng-920", (0x4E, 0x004): "Carmel", (0xC0, 0xAC3): "Ampere-1",
-    (0xC0, 0xAC4): "Ampere-1a"}
+    (0x41, 0xD03): "Cortex-A53",
+    (0x41, 0xD05): "Cortex-A55",
+    (0x41, 0xD07): "Cortex-A57",
+    (0x41, 0xD08): "Cortex-A72",
+    (0x41, 0xD09): "Cortex-A73",
+    (0x41, 0xD0A): "Cortex-A75",
+    (0x41, 0xD0B): "Cortex-A76",
+    (0x41, 0xD0C): "Neoverse-N1",
+    (0x41, 0xD0D): "Cortex-A77",
+    (0x41, 0xD40): "Neoverse-V1",
+    (0x41, 0xD41): "Cortex-A78",
+    (0x41, 0xD44): "Cortex-X1",
+    (0x41, 0xD47): "Cortex-A710",
+    (0x41, 0xD49): "Neoverse-N2",
+    (0x41, 0xD4F): "Neoverse-V2",
+    (0x43, 0x0A1): "ThunderX",
+    (0x43, 0x0AF): "ThunderX2",
+    (0x46, 0x001): "A64FX",
+    (0x48, 0xD01): "Kunpeng-920",
+    (0x4E, 0x004): "Carmel",
+    (0xC0, 0xAC3): "Ampere-1",
+    (0xC0, 0xAC4): "Ampere-1a",
+}
 
-# PCI class 0x03 is a display; those of other makers (ASPEED, Matrox, QEMU) only draw a console
+# PCI class 0x03 is a display. Displays of other makers (ASPEED, Matrox, QEMU) only draw a console.
 GPU_VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
-# drivers/gpu/drm: GPUs of boards, which sit on no PCI bus
-BOARD_GPUS = {"v3d": ("Broadcom", "VideoCore"), "panfrost": ("Arm", "Mali"), "panthor": ("Arm", "Mali"),
-              "lima": ("Arm", "Mali"), "msm_dpu": ("Qualcomm", "Adreno"), "etnaviv": ("Vivante", "GC")}
 
-# words in sys_vendor and product_name of /sys/class/dmi/id -> kind of virtual machine
+# drivers/gpu/drm: GPUs of boards, which are on no PCI bus.
+BOARD_GPUS = {
+    "v3d": ("Broadcom", "VideoCore"),
+    "panfrost": ("Arm", "Mali"),
+    "panthor": ("Arm", "Mali"),
+    "lima": ("Arm", "Mali"),
+    "msm_dpu": ("Qualcomm", "Adreno"),
+    "etnaviv": ("Vivante", "GC"),
+}
+
+# Words in sys_vendor and product_name of /sys/class/dmi/id, and the virtual machine they mean.
+# The first that fits counts: Xen's machines say "HVM domU", Microsoft's just "Virtual Machine".
 VIRTUAL_DMI = (
-    ("vmware", "vmware"), ("virtualbox", "virtualbox"), ("innotek", "virtualbox"), ("parallels", "parallels"),
-    ("xen", "xen"), ("hvm domu", "xen"), ("bochs", "kvm"), ("qemu", "kvm"), ("kvm", "kvm"),
-    ("openstack", "kvm"), ("google compute engine", "kvm"), ("amazon ec2", "kvm"), ("digitalocean", "kvm"),
-    ("hetzner", "kvm"), ("apple virtualization", "apple"), ("virtual machine", "hyper-v"))
+    ("vmware", "vmware"),
+    ("virtualbox", "virtualbox"),
+    ("innotek", "virtualbox"),
+    ("parallels", "parallels"),
+    ("xen", "xen"),
+    ("hvm domu", "xen"),
+    ("bochs", "kvm"),
+    ("qemu", "kvm"),
+    ("kvm", "kvm"),
+    ("openstack", "kvm"),
+    ("google compute engine", "kvm"),
+    ("amazon ec2", "kvm"),
+    ("digitalocean", "kvm"),
+    ("hetzner", "kvm"),
+    ("apple virtualization", "apple"),
+    ("virtual machine", "hyper-v"),
+)
+
+# What container engines leave behind: a file, or a word in the path of the control group.
 CONTAINER_FILES = (("/.dockerenv", "docker"), ("/run/.containerenv", "podman"))
-CONTAINER_PATHS = (("kubepods", "kubernetes"), ("docker", "docker"), ("libpod", "podman"), ("lxc", "lxc"))
+CONTAINER_PATHS = (
+    ("kubepods", "kubernetes"),
+    ("docker", "docker"),
+    ("libpod", "podman"),
+    ("lxc", "lxc"),
+)
 
-# Documentation/hwmon: chips whose temperature is the processor's
-CPU_TEMPERATURE = ("coretemp", "k10temp", "zenpower", "cpu_thermal", "x86_pkg_temp", "cpu-thermal",
-                   "soc_thermal", "soc-thermal", "apm_xgene")
-# Those that measure the whole machine (acpi_power_meter.rst), or the labels that are all of it together: of
-# NVIDIA's modules VDD_IN alone, or the three inputs of those that have none.
+# Documentation/hwmon: chips and thermal zones whose temperature is the processor's.
+CPU_TEMPERATURE = (
+    "coretemp", "k10temp", "zenpower", "cpu_thermal", "x86_pkg_temp", "cpu-thermal",
+    "soc_thermal", "soc-thermal", "apm_xgene",
+)
+
+# Sensors that measure the whole machine: (chip, the labels that add up to all of it; none: any).
+# Documentation/hwmon/acpi_power_meter.rst is one. Of NVIDIA's modules, VDD_IN alone is the whole;
+# those without it have three inputs.
 MACHINE_POWER: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("power_meter", ()), ("ina3221", ("VDD_IN",)),
-    ("ina3221", ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0")))
-SENSOR_UNITS = {"temp": ("celsius", 1e-3), "power": ("watts", 1e-6), "energy": ("joules", 1e-6),
-                "fan": ("rpm", 1.0)}
+    ("power_meter", ()),
+    ("ina3221", ("VDD_IN",)),
+    ("ina3221", ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0")),
+)
 
-# Those whose free space can be asked without hanging: no network, no FUSE
-LOCAL_FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "overlay", "vfat",
-                     "exfat", "ntfs3", "jfs", "reiserfs")
+# Documentation/hwmon/sysfs-interface.rst: kind of file -> unit, and what one count is in it.
+SENSOR_UNITS = {
+    "temp": ("celsius", 1e-3),
+    "power": ("watts", 1e-6),
+    "energy": ("joules", 1e-6),
+    "fan": ("rpm", 1.0),
+}
 
-SMI_IDENTITY = ("index", "name", "uuid", "pci.bus_id", "driver_version", "memory.total", "power.limit")
-SMI_READING = ("timestamp", "index", "power.draw", "utilization.gpu", "utilization.encoder", "memory.used",
-               "temperature.gpu", "clocks_throttle_reasons.active", "pci.bus_id")
-SMI_TOO_HOT = 0x8 | 0x20 | 0x40  # nvml.h: HwSlowdown, SwThermalSlowdown, HwThermalSlowdown
-
-# power source -> how finely it tells
-POWER_SOURCES = {
-    "rapl": "energy counters that move about every millisecond",
-    "hwmon": "the machine's power meter, asked at each sample; it tells the mean of an interval of its own",
-    "battery": "the battery's discharge, asked at each sample; its own chip renews it every few seconds, in "
-               "steps of some joules where it tells only what is left",
-    "nvidia-smi": f"the GPU's power, asked every {SMI_INTERVAL_MS} ms; on some cards it covers a part of "
-                  "the time only",
-    "gpu-hwmon": "the GPU's own sensor, asked at each sample",
-    "model": "an estimate by CPU use between two given powers"}
-
-# drive -> (options before the input, options after it); {node} is a render node of /dev/dri
-DRIVES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "nvenc": ((), ("-pix_fmt", "yuv420p")),
-    "qsv": (("-init_hw_device", "qsv=hw"), ("-vf", "format=nv12")),
-    "vaapi": (("-vaapi_device", "{node}"), ("-vf", "format=nv12,hwupload")),
-    "v4l2m2m": ((), ("-pix_fmt", "yuv420p")),
-    "software": ((), ("-pix_fmt", "yuv420p")),
-    "audio": ((), ())}
-
-# candidate -> (drive, its quickest settings), hardware first
-ENCODERS: dict[str, tuple[str, tuple[str, ...]]] = {
-    **{f"{codec}_{drive}": (drive, ()) for drive, codecs in (
-        ("nvenc", ("h264", "hevc", "av1")), ("qsv", ("h264", "hevc", "av1", "vp9")),
-        ("vaapi", ("h264", "hevc", "av1", "vp9")), ("v4l2m2m", ("h264",))) for codec in codecs},
-    "libx264": ("software", ("-preset", "ultrafast")),
-    "libx265": ("software", ("-preset", "ultrafast")),
-    "libsvtav1": ("software", ("-preset", "10")),
-    "libaom-av1": ("software", ("-cpu-used", "8")),
-    "librav1e": ("software", ("-speed", "10")),
-    "libvpx-vp9": ("software", ("-deadline", "realtime", "-cpu-used", "8")),
-    "libopenh264": ("software", ()),
-    "aac": ("audio", ()), "libopus": ("audio", ()), "libmp3lame": ("audio", ())}
+# File systems whose free space can be asked without hanging: no network and no FUSE.
+LOCAL_FILESYSTEMS = (
+    "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs",
+    "overlay", "vfat", "exfat", "ntfs3", "jfs", "reiserfs",
+)
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a program said. `returncode` is None when it did not start or did not end in time."""
+class Unknown(NamedTuple):
+    """A value that could not be found out, and why not."""
 
-    returncode: int | None
-    stdout: str
-    stderr: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. `index` is nvidia-smi's; `path` its device folder in sysfs."""
+    """One GPU. `index` is nvidia-smi's; `path` is its device folder in sysfs."""
 
     vendor: str
     name: str
@@ -393,18 +490,22 @@ class Gpu:
 
     @property
     def title(self) -> str:
-        """Its name with its maker's before it, once."""
-        known = self.name.lower().startswith(self.vendor.lower())
-        return self.name if known else f"{self.vendor} {self.name}"
+        """Return its name after its maker's, which some names begin with already."""
+        if self.name.lower().startswith(self.vendor.lower()):
+            return self.name
+        return f"{self.vendor} {self.name}"
 
 
 @dataclass(frozen=True)
 class RaplZone:
-    """An energy counter of Documentation/power/powercap/powercap.rst; `name` is unique on the machine."""
+    """An energy counter of Documentation/power/powercap/powercap.rst.
+
+    `name` is unique on the machine. A counter of µJ starts again at 0 after `range_uj`.
+    """
 
     name: str
     kind: str  # package, core, uncore, dram, psys or other
-    zone: str  # intel-rapl:0:1
+    zone: str  # its folder, such as intel-rapl:0:1
     range_uj: int | None
     readable: bool
     mirror_of: str | None = None
@@ -432,7 +533,7 @@ class Battery:
 
 @dataclass(frozen=True)
 class Disk:
-    """One local file system; null sizes have their reason under `unknown`."""
+    """One local file system; sizes that are null have their reason under `unknown`."""
 
     mount: str
     device: str
@@ -450,9 +551,29 @@ class Cgroup:
     memory_bytes: int | None = None
 
 
+class Proof(NamedTuple):
+    """What trying an encoder showed: `state` is proved, failed or undecided, `why` is empty if proved.
+
+    Undecided means that the time ran out. Such an encoder may work, so it is tried again.
+    """
+
+    state: str
+    why: str = ""
+
+    @property
+    def reason(self) -> str | None:
+        """Return None for an encoder that is proved, else why it is not."""
+        if self.state == "proved":
+            return None
+        return self.why
+
+
 @dataclass(frozen=True)
 class Hardware:
-    """What detect() found. None is unknown, its reason in `unknown`, but in NONE_IS_AN_ANSWER."""
+    """The answer of detect(). None is unknown, with its reason in `unknown`.
+
+    Except for NONE_IS_AN_ANSWER: there, None means that the machine has none.
+    """
 
     address: str | None = None
     machine: str | None = None
@@ -487,38 +608,50 @@ class Hardware:
     ffmpeg: str | None = None
     ffprobe: str | None = None
     ffmpeg_version: str | None = None
-    encoders: dict[str, str | None] = field(default_factory=dict)  # None: proved; else why not
+    encoders: dict[str, Proof] = field(default_factory=dict)
     filters: tuple[str, ...] = ()
     vaapi_device: str | None = None  # the render node that proved VAAPI
     unknown: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def proved(self) -> tuple[str, ...]:
-        """Name the encoders that encoded a real frame here, hardware first."""
-        return tuple(name for name, reason in self.encoders.items() if reason is None)
+        """Return the encoders that encoded a real frame here, hardware first."""
+        return tuple(name for name, proof in self.encoders.items() if proof.reason is None)
+
+    def encoder_reasons(self) -> dict[str, str | None]:
+        """Return each encoder that was tried, with None if it works, else why it does not."""
+        return {name: proof.reason for name, proof in self.encoders.items()}
 
     def registration(self) -> dict[str, object]:
-        """Give exactly the fields of the seed's node registration."""
-        return {"address": self.address, "type": self.node_type, "cpu_threads": self.cpu_threads,
-                "cpu_model": self.cpu_model, "has_gpu": self.has_gpu, "gpu_type": self.gpu_type,
-                "ram_bytes": self.ram_bytes,
-                "labels": {"node_type": self.node_type, "os": self.os, "arch": self.arch}}
+        """Return exactly the fields of the seed's node registration."""
+        labels = {"node_type": self.node_type, "os": self.os, "arch": self.arch}
+        return {
+            "address": self.address,
+            "type": self.node_type,
+            "cpu_threads": self.cpu_threads,
+            "cpu_model": self.cpu_model,
+            "has_gpu": self.has_gpu,
+            "gpu_type": self.gpu_type,
+            "ram_bytes": self.ram_bytes,
+            "labels": labels,
+        }
 
     def to_json(self) -> dict[str, object]:
-        """Give the fields of a registration first, then the rest, ready for json.dumps."""
+        """Return the fields of a registration first, then the rest, ready for json.dumps."""
+        fields = {**dataclasses.asdict(self), "encoders": self.encoder_reasons()}
         answer = self.registration()
-        for name, value in dataclasses.asdict(self).items():
+        for name, value in fields.items():
             answer.setdefault(name, value)
         return answer
 
 
-# Fields in which None says "there is none", not "could not be found out"
+# Fields in which None says "there is none", not "it could not be found out".
 NONE_IS_AN_ANSWER = ("gpu_type", "virtual", "container", "vaapi_device")
 
 
 @dataclass(frozen=True)
 class GpuReading:
-    """One GPU now; usages in percent, joules since the sampler's start."""
+    """One GPU now: usages in percent, joules since the sampler's start."""
 
     name: str
     index: int | None = None
@@ -529,8 +662,8 @@ class GpuReading:
     memory_used_bytes: int | None = None
     temperature_c: float | None = None
     source: str | None = None  # nvidia-smi or gpu-hwmon
-    in_package: bool = False  # True: the machine's figure holds it already, never add the two
-    covered_s: float = 0.0  # time that energy_joules is of, by the source's own clock
+    in_package: bool = False  # the machine's figure includes it: never add the two
+    covered_s: float = 0.0  # the time that energy_joules is of, by the source's own clock
     too_hot: bool | None = None  # slowed down by heat, as nvidia-smi says
 
 
@@ -543,7 +676,7 @@ class Reading:
     memory_used_bytes: int | None = None
     power_watts: float | None = None
     energy_joules: float | None = None
-    covered_s: float = 0.0  # time that energy_joules is of
+    covered_s: float = 0.0  # the time that energy_joules is of
     zones: dict[str, float] = field(default_factory=dict)  # joules
     power_source: str | None = None  # rapl, hwmon, battery or model
     gpus: tuple[GpuReading, ...] = ()
@@ -552,9 +685,11 @@ class Reading:
 
     @property
     def total_watts(self) -> float | None:
-        """Watts of the machine with the GPUs that its own figure does not hold."""
-        apart = [gpu.power_watts for gpu in self.gpus if not gpu.in_package and gpu.power_watts is not None]
-        return None if self.power_watts is None else self.power_watts + sum(apart)
+        """Return the machine's watts, with those of the GPUs that its own figure does not include."""
+        if self.power_watts is None:
+            return None
+        apart = [gpu.power_watts for gpu in self.gpus if not gpu.in_package]
+        return self.power_watts + sum(watts for watts in apart if watts is not None)
 
 
 @dataclass(frozen=True)
@@ -572,69 +707,111 @@ class ProcessUsage:
 
 # ---- 3 Host ---------------------------------------------------------------------------------------
 
+SMALL_READ_BYTES = 64 * 1024  # a file of sysfs is at most a page
+# /proc/cpuinfo of hundreds of threads and pci.ids are larger. Below /proc/sys a read of 4 MiB or
+# more fails with ENOMEM (KMALLOC_MAX_SIZE in fs/proc/proc_sysctl.c), so stay one byte below it.
+LARGE_READ_BYTES = 4 * 2**20 - 1
+LARGE_FILES = ("/proc/", "/usr/")
+MAX_LINKS = 40  # as the kernel: MAXSYMLINKS of include/linux/namei.h
+MAX_STREAM_LINES = 10_000  # that a stream keeps until somebody takes them: the newest
+KILL_WAIT_S = 2.0  # a program that hangs in its driver cannot be killed; go on without it
+TREE_PATH = ("usr/local/bin", "usr/bin", "bin")  # where a --root tree keeps its programs
+
+
+NO_ANSWER = "no answer within"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a program printed. `returncode` is None if it did not start or did not end in time."""
+
+    returncode: int | None
+    stdout: str
+    stderr: str
+    timed_out: bool = False
+
+
 Runner = Callable[[Sequence[str], float], Result]
 
 
-def _spawn(argv: Sequence[str], errors: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(list(argv), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
-                            start_new_session=True)
+class Child:
+    """A small program that was started in a process group of its own, so that all of it can be ended."""
+
+    def __init__(self, argv: Sequence[str], stderr: int) -> None:
+        """Start it; OSError or ValueError if that is not possible. `stderr` is PIPE or STDOUT."""
+        self._popen = subprocess.Popen(
+            list(argv), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr,
+            start_new_session=True)
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    def result(self, timeout_s: float) -> Result:
+        """Wait for its end and return what it printed; it is killed after `timeout_s`."""
+        try:
+            out, err = self._popen.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            return Result(None, "", f"{NO_ANSWER} {timeout_s:.1f} s", timed_out=True)
+        finally:
+            self.kill()
+            self.close_pipes()
+        return Result(self._popen.returncode, text_of(out), text_of(err))
+
+    def lines(self) -> Iterator[str]:
+        """Read its lines until it closes its output."""
+        assert self._popen.stdout is not None
+        return lines_of(self._popen.stdout)
+
+    def kill(self) -> None:
+        """Kill its process group; wait briefly for the end."""
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            if self._popen.poll() is None:
+                os.killpg(self.pid, signal.SIGKILL)
+                self._popen.wait(timeout=KILL_WAIT_S)
+
+    def close_pipes(self) -> None:
+        for pipe in (self._popen.stdout, self._popen.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a program's group. Wait only briefly: one that hangs in its driver can't be killed."""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(timeout=2)
+def lines_of(pipe: IO[bytes]) -> Iterator[str]:
+    """Read the lines of a pipe to its end; a longer line than SMALL_READ_BYTES comes in pieces."""
+    for line in iter(lambda: pipe.readline(SMALL_READ_BYTES), b""):
+        yield text_of(line).rstrip("\r\n")
 
 
 def default_runner(argv: Sequence[str], timeout_s: float) -> Result:
     """Run a program to its end, or kill its group after `timeout_s`."""
     try:
-        process = _spawn(argv, subprocess.PIPE)
+        child = Child(argv, subprocess.PIPE)
     except (OSError, ValueError) as error:
-        return Result(None, "", f"{argv[0]} does not start: {_words(error)}")
-    try:
-        out, err = process.communicate(timeout=timeout_s)
-        return Result(process.returncode, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"))
-    except subprocess.TimeoutExpired:
-        return Result(None, "", f"no answer within {timeout_s:.1f} s")
-    finally:
-        _end(process)
-        for pipe in (process.stdout, process.stderr):
-            if pipe is not None:
-                pipe.close()
-
-
-def _words(error: Exception) -> str:
-    """Turn an error of the operating system into a few lower-case words."""
-    words = (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
-    return words[0].lower() + words[1:]
+        return Result(None, "", f"{argv[0]} does not start: {error_words(error)}")
+    return child.result(timeout_s)
 
 
 class Stream:
-    """A program that goes on talking; a thread gathers its lines, so that its pipe never fills."""
+    """A program that goes on printing; a thread gathers its lines, so that its pipe never fills."""
 
     def __init__(self, argv: Sequence[str]) -> None:
-        """Start it; raises OSError when that can't be done. Only the newest lines are kept."""
-        self._lines: deque[str] = deque(maxlen=10_000)
-        self._process = _spawn(argv, subprocess.STDOUT)
+        """Start it; OSError or ValueError if that is not possible."""
+        self._lines: deque[str] = deque(maxlen=MAX_STREAM_LINES)
+        self._child = Child(argv, subprocess.STDOUT)
         self._thread = threading.Thread(target=self._gather, daemon=True, name="stream")
         self._thread.start()
 
     def _gather(self) -> None:
-        pipe = self._process.stdout
-        assert pipe is not None
-        for line in iter(lambda: pipe.readline(SMALL_READ_BYTES), b""):
-            self._lines.append(line.decode("utf-8", "replace").rstrip("\r\n"))
+        for line in self._child.lines():
+            self._lines.append(line)
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._child.pid
 
     @property
     def ended(self) -> bool:
-        """Say whether the program has closed its output and all of that has been gathered."""
+        """Return whether the program has closed its output and all of it has been gathered."""
         return not self._thread.is_alive()
 
     def lines(self) -> list[str]:
@@ -643,13 +820,14 @@ class Stream:
 
     def close(self) -> None:
         """End the program and its thread; a second call does nothing."""
-        _end(self._process)
-        self._thread.join(timeout=2)
-        if self._process.stdout is not None and not self._thread.is_alive():
-            self._process.stdout.close()
+        self._child.kill()
+        self._thread.join(timeout=KILL_WAIT_S)
+        if self.ended:
+            self._child.close_pipes()
 
 
-DESCRIPTORS = "/proc/self/fd/"  # proc(5): opening a name in it opens the very file that the descriptor has
+# proc(5): a name in this folder opens the very file that the descriptor has open.
+DESCRIPTORS = "/proc/self/fd/"
 
 
 def descriptor_path(descriptor: int) -> str:
@@ -658,8 +836,9 @@ def descriptor_path(descriptor: int) -> str:
 
 
 def make_folder(folder: str | os.PathLike[str]) -> None:
-    """Make a folder, and each parent that is missing, for the owner alone; OSError where that fails."""
-    path, missing = os.path.abspath(folder), []
+    """Make a folder, and each parent that is missing, for its owner alone; OSError if that fails."""
+    path = os.path.abspath(folder)
+    missing = []
     while not os.path.lexists(path):
         missing.append(path)
         path = os.path.dirname(path)
@@ -668,183 +847,239 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
             os.mkdir(name, 0o700)
 
 
+OPEN_TO_OTHERS = "it is open to other users: close it with chmod 700"
+
+
 def make_private_folder(folder: str | os.PathLike[str]) -> None:
-    """Make a folder as make_folder() does, and check that it is this user's alone; OSError says why not."""
+    """Make a folder as make_folder() does, and check that it is private; OSError says why not."""
     make_folder(folder)
     path = os.path.abspath(folder)
     found = os.stat(path)
     if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, "it is a file: remove it", path)
+
     why = why_shared(path)
     if not why and found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        why = "it is open to other users: close it with chmod 700"
+        why = OPEN_TO_OTHERS
     if why:
         raise PermissionError(errno.EPERM, why, path)
 
 
 def why_shared(path: str) -> str:
-    """Return why others may change what a folder holds or where its path leads, "" where they may not.
+    """Return why other users could change a folder or where its path leads, "" if they cannot.
 
-    Root may anyhow. A link on the way that belongs to another user could be sent elsewhere.
+    Root can change everything anyway. A link on the way that belongs to another user could be sent
+    elsewhere.
     """
-    found, mine = os.stat(path), os.geteuid()
+    mine = os.geteuid()
+    found = os.stat(path)
     if found.st_uid != mine:
         return f"it belongs to another user (uid {found.st_uid}): make it yours"
+
     place = ""
     for part in os.path.abspath(path).split("/")[1:]:
         place += f"/{part}"
         link = os.lstat(place)
         if stat.S_ISLNK(link.st_mode) and link.st_uid not in (0, mine):
             return f"{place} is a link of another user (uid {link.st_uid}): remove it"
-    return "it is open to other users: close it with chmod 700" if found.st_mode & 0o022 else ""
+
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return OPEN_TO_OTHERS
+    return ""
+
+
+def replace_file(path: str, text: str) -> str | None:
+    """Write a file that its owner alone may read, all at once; return None or why that failed.
+
+    The text goes into a new file first, under a name that nobody can guess, and takes the place of
+    the old one in one step: a reader never sees half of it, and no link is followed.
+    """
+    scratch = None
+    try:
+        folder = os.path.dirname(os.path.abspath(path))
+        make_folder(folder)
+        handle, scratch = tempfile.mkstemp(".tmp", ".ffdist-", folder)
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(scratch, path)
+    except (OSError, ValueError) as error:
+        if scratch is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(scratch)
+        return f"{error_words(error)}: {path}"
+    return None
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that counts: card2 before card10."""
+    """Return a sort key by which card2 comes before card10."""
     if name.isascii() and name.isdigit() and len(name) < 19:  # a process: there are hundreds
         return [(-1, ""), (int(name), ""), (-1, "")]
-    parts = re.split(r"([0-9]{1,18})", name)
-    return [(int(part), "") if part.isascii() and part.isdigit() else (-1, part) for part in parts]
+    return [_sort_key(part) for part in re.split(r"([0-9]{1,18})", name)]
+
+
+def _sort_key(part: str) -> tuple[int, str]:
+    if part.isascii() and part.isdigit():
+        return int(part), ""
+    return -1, part
+
+
+class Tree:
+    """The paths of a machine, all under one root, with links followed inside it.
+
+    Another root than "/" is the tree of another machine. open(2) alone would follow its absolute links
+    out into this one, so each link on the way is read and resolved here.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = os.path.abspath(root)
+        self.foreign = self.root != "/"
+
+    def resolve(self, path: str) -> tuple[str, dict[str, str]]:
+        """Follow links inside the root; return the final path and {link: target} met on the way.
+
+        Raises OSError for a loop.
+        """
+        base = self.root if self.foreign else ""
+        todo = path.split("/")[::-1]
+        done = ""
+        hops = 0
+        met: dict[str, str] = {}
+        while todo:
+            part = todo.pop()
+            if part in ("", "."):
+                continue
+            if part == "..":
+                done = done.rpartition("/")[0]
+                continue
+
+            place = f"{done}/{part}"
+            try:
+                target = os.readlink(base + place)
+            except FileNotFoundError:
+                return place, met  # and there is nothing below it either
+            except (OSError, ValueError):
+                done = place  # not a link
+                continue
+
+            hops += 1
+            if hops > MAX_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            met[place] = target
+            if target.startswith("/"):
+                done = ""
+            todo += target.split("/")[::-1]
+        return done or "/", met
+
+    def real(self, path: str) -> str:
+        """Return where a path of the tree is on this machine."""
+        if not self.foreign:
+            return path
+        return self.root + self.resolve(path)[0]
+
+    def beside(self, path: str) -> str:
+        """Return where a path is whose last part, a link perhaps, is not to be followed."""
+        return os.path.join(self.real(os.path.dirname(path)), os.path.basename(path))
 
 
 class Host:
     """The machine as files and programs, all under one root.
 
-    With a root other than "/" nothing of this machine or process gets into an answer: links are followed
-    inside the tree, programs come from it, and a file without any read bit counts as refused, even for
-    root (so a recording keeps what could not be read).
+    With another root than "/" nothing of this machine or process gets into an answer: links are
+    followed inside the tree, programs come from it, and a file without any read bit counts as refused,
+    even for root (so a recording keeps what could not be read).
+
+    No method raises. A file that cannot be read is None, and why() has the reason.
     """
 
     def __init__(self, root: str = "/", run: Runner = default_runner) -> None:
-        self.root = os.path.abspath(root)
-        self.foreign = self.root != "/"
+        self.tree = Tree(root)
+        self.root = self.tree.root
+        self.foreign = self.tree.foreign
         self._run = run
 
-    def resolve(self, path: str) -> tuple[str, dict[str, str]]:
-        """Follow links inside the root: gives the final path and {link: target} met on the way.
-
-        Raises OSError for a loop.
-        """
-        todo, done, hops = path.split("/")[::-1], "", 0
-        met: dict[str, str] = {}
-        while todo:
-            part = todo.pop()
-            if part in ("", ".", ".."):
-                done = done.rpartition("/")[0] if part == ".." else done
-                continue
-            try:
-                target = os.readlink((self.root if self.foreign else "") + f"{done}/{part}")
-            except FileNotFoundError:
-                return f"{done}/{part}", met  # nor is there anything below it
-            except (OSError, ValueError):
-                done = f"{done}/{part}"
-                continue
-            hops += 1
-            if hops > 40:
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-            met[f"{done}/{part}"] = target
-            done = "" if target.startswith("/") else done
-            todo += target.split("/")[::-1]
-        return done or "/", met
-
-    def _real(self, path: str) -> str:
-        return self.root + self.resolve(path)[0] if self.foreign else path
-
-    def _beside(self, path: str) -> str:
-        """Map a path whose last part, a link perhaps, is not to be followed."""
-        return os.path.join(self._real(os.path.dirname(path)), os.path.basename(path))
-
     def read(self, path: str) -> str | None:
-        """Read a file, bounded; None when that can't be done (`why` has the reason)."""
+        """Read a file, bounded; return None if that is not possible."""
         return self._read(path)[0]
 
     def why(self, path: str) -> str:
-        """Say why read() gave None: "missing: PATH", "permission denied: PATH" and the like."""
+        """Return why read() gave None: "missing: PATH", "permission denied: PATH" and the like."""
         return self._read(path)[1]
 
     def _read(self, path: str) -> tuple[str | None, str]:
-        limit = LARGE_READ_BYTES if path.startswith(("/proc/", "/usr/")) else SMALL_READ_BYTES
+        """Read a file; return its text and why that is not what the caller looks for."""
+        limit = LARGE_READ_BYTES if path.startswith(LARGE_FILES) else SMALL_READ_BYTES
         try:
-            # Not blocking: neither a FIFO in a strange tree nor a driver that says EAGAIN may hang us.
-            handle = os.open(self._real(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            # Without blocking, neither a FIFO in a strange tree nor a driver that answers EAGAIN
+            # can hang the caller.
+            handle = os.open(self.tree.real(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 if self.foreign and not os.fstat(handle).st_mode & 0o444:
                     return None, f"permission denied: {path}"
-                data = os.read(handle, limit)
-                # sysfs gives all at once or nothing; /proc a page or so for each read.
-                while path.startswith("/proc/") and data and len(data) < limit:
-                    more = os.read(handle, limit - len(data))
-                    if not more:
-                        break
-                    data += more
+                data = self._read_all(handle, path, limit)
             finally:
                 os.close(handle)
         except FileNotFoundError:
             return None, f"missing: {path}"
         except (OSError, ValueError) as error:
-            return None, f"{_words(error)}: {path}"
-        return data.decode("utf-8", "replace"), f"not understood: {path}"
+            return None, f"{error_words(error)}: {path}"
+        return text_of(data), f"not understood: {path}"
+
+    @staticmethod
+    def _read_all(handle: int, path: str, limit: int) -> bytes:
+        """Read a file's bytes. sysfs gives all at once or nothing; /proc about a page a read."""
+        data = os.read(handle, limit)
+        while path.startswith("/proc/") and data and len(data) < limit:
+            more = os.read(handle, limit - len(data))
+            if not more:
+                break
+            data += more
+        return data
 
     def list(self, path: str) -> list[str]:
-        """Name what a folder holds, numbers sorted as numbers; [] when there is none."""
+        """Return the names in a folder, numbers sorted as numbers; [] if there is no such folder."""
         try:
-            return sorted(os.listdir(self._real(path)), key=natural)
+            return sorted(os.listdir(self.tree.real(path)), key=natural)
         except (OSError, ValueError):
             return []
 
     def exists(self, path: str) -> bool:
         try:
-            return os.path.lexists(self._beside(path))
+            return os.path.lexists(self.tree.beside(path))
         except (OSError, ValueError):
             return False
 
     def link(self, path: str) -> str | None:
-        """Give the last part of a link's target: a driver's name, a device's address."""
+        """Return the last part of a link's target: a driver's name, a device's address."""
         try:
-            return os.path.basename(os.readlink(self._beside(path))) or None
+            return os.path.basename(os.readlink(self.tree.beside(path))) or None
         except (OSError, ValueError):
             return None
 
     def space(self, mount: str) -> tuple[int, int] | None:
-        """Size of a file system, and the bytes that an unprivileged user may still fill."""
+        """Return a file system's size, and the bytes that an unprivileged user may still fill."""
+        if self.foreign:
+            return None
         try:
-            found = None if self.foreign else os.statvfs(mount)
+            found = os.statvfs(mount)
         except OSError:
             return None
-        return (found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize) if found else None
+        return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
 
     def stamp(self, path: str) -> str:
-        """Identify a file's present content: its real path, size and modification time."""
+        """Return what identifies a file's content: its real path, size and modification time."""
         with contextlib.suppress(OSError):
             found = os.stat(path)
             return f"{os.path.realpath(path)} {found.st_size} {found.st_mtime_ns}"
         return path
 
     def usable(self, path: str) -> bool:
-        """Say whether this process may use a device node."""
+        """Return whether this process may use a device node."""
         return os.access(path, os.R_OK | os.W_OK)
 
-    def write(self, path: str, text: str) -> str | None:
-        """Replace a file at once, for its owner alone. Gives None, or why that could not be done."""
-        scratch = path
-        try:
-            folder = os.path.dirname(os.path.abspath(path))
-            make_folder(folder)
-            handle, scratch = tempfile.mkstemp(".tmp", ".ffdist-", folder)  # a name that nobody guesses
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(scratch, path)
-        except (OSError, ValueError) as error:
-            with contextlib.suppress(OSError, ValueError):
-                if scratch != path:
-                    os.unlink(scratch)
-            return f"{_words(error)}: {path}"
-        return None
-
     def set(self, path: str, text: str) -> bool:
-        """Write into a file of the kernel, which must be there; say whether it was taken."""
+        """Write into a file of the kernel, which must exist; return whether the kernel took it."""
         try:
-            handle = os.open(self._real(path), os.O_WRONLY | os.O_CLOEXEC)
+            handle = os.open(self.tree.real(path), os.O_WRONLY | os.O_CLOEXEC)
             try:
                 return os.write(handle, text.encode()) > 0
             finally:
@@ -853,60 +1088,70 @@ class Host:
             return False
 
     def make(self, folder: str) -> bool:
-        """Make a folder below one that is there; say whether it is there now."""
+        """Make a folder below one that exists; return whether it exists now."""
         with contextlib.suppress(OSError, ValueError):
-            os.mkdir(self._real(folder))
-        return os.path.isdir(self._real(folder))
+            os.mkdir(self.tree.real(folder))
+        return os.path.isdir(self.tree.real(folder))
 
     def drop(self, folder: str) -> bool:
-        """Remove an empty folder, or a control group without processes; say whether it is gone."""
+        """Remove an empty folder, or a control group without processes; return whether it is gone."""
         with contextlib.suppress(OSError, ValueError):
-            os.rmdir(self._real(folder))
+            os.rmdir(self.tree.real(folder))
         return not self.exists(folder)
 
     def kill(self, pid: int) -> None:
-        """End a process at once; one of a foreign root is not ours."""
-        with contextlib.suppress(OSError):
-            if not self.foreign:
+        """End a process at once; the number of a process in a foreign tree means nothing here."""
+        if not self.foreign:
+            with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
 
+    def group(self, pid: int) -> int | None:
+        """Return a process's group, twenty times as quickly as from its stat; None if unknown."""
+        if self.foreign:
+            return None
+        try:
+            return os.getpgid(pid)
+        except OSError:
+            return None
+
+    def uname(self, field: str) -> str | None:
+        """Return sysname, nodename, release or machine of the kernel; None for a foreign root."""
+        if self.foreign:
+            return None
+        return getattr(os.uname(), field) or None
+
     def which(self, name: str) -> str | None:
-        """Find a program, on PATH or in the usual folders of a foreign tree. Gives a path to run."""
+        """Find a program on PATH, or in the usual folders of a foreign tree; return a path to run."""
         if not self.foreign:
             return shutil.which(name)
         folders = os.pathsep.join(f"{self.root}/{folder}" for folder in TREE_PATH)
         return shutil.which(os.path.basename(name), path=folders)
 
     def run(self, argv: Sequence[str], timeout_s: float) -> Result:
-        """Run a program that which() found; never raises."""
+        """Run a program that which() found."""
         return self._run(argv, timeout_s)
 
     def stream(self, argv: Sequence[str]) -> Stream | None:
-        """Start a program whose lines are gathered until it is closed; None when it does not start."""
+        """Start a program whose lines are gathered until it is closed; None if it does not start."""
         try:
             return Stream(argv)
         except (OSError, ValueError):
             return None
 
-    def uname(self, what: str) -> str | None:
-        """Ask the kernel for sysname, nodename, release or machine; None for a foreign root."""
-        return None if self.foreign else getattr(os.uname(), what, None) or None
-
-    def group(self, pid: int) -> int | None:
-        """Ask for a process's group, twenty times as quick as its stat; None when that can't be asked."""
-        try:
-            return None if self.foreign else os.getpgid(pid)
-        except OSError:
-            return None
-
 
 GRACE_S = 1.0  # between TERM and KILL
+REAP_S = 10.0  # a process that was killed is gone at once, unless it hangs in the kernel
+DRAIN_S = 2.0  # for the last output of a program, whose pipe a stranger may hold open
 # An encode takes what the machine has left, never what its users need.
 NICE = ("nice", "-n", "10")
 DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")  # util-linux 2.33; busybox has none
 
+
 class Exit(NamedTuple):
-    """How a process ended: status (negative: the signal), CPU s and peak memory of it and its children."""
+    """How a process ended: its status (negative: the signal), CPU seconds and peak memory.
+
+    The last two are of the process and of the children that it waited for.
+    """
 
     returncode: int
     cpu_seconds: float
@@ -914,94 +1159,113 @@ class Exit(NamedTuple):
 
 
 class ProgramMissing(Exception):
-    """A program is not there or not executable; `args[0]` is its name."""
+    """A program does not exist or is not executable; `args[0]` is its name."""
 
 
 @functools.lru_cache(maxsize=1)
 def launcher() -> tuple[str, ...]:
-    """Return the words before a command: low priority, and where possible an end with the agent's own."""
-    words: tuple[str, ...] = ()
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        tried = subprocess.run([*DIE_WITH_PARENT, "true"], stdin=subprocess.DEVNULL, capture_output=True,
-                               timeout=10)
-        words = DIE_WITH_PARENT if tried.returncode == 0 else ()
-    return (*words, *NICE) if shutil.which(NICE[0]) else words
+    """Return the words before a command: low priority, and if possible an end with the agent's own."""
+    tried = default_runner([*DIE_WITH_PARENT, "true"], 10)
+    words = DIE_WITH_PARENT if tried.returncode == 0 else ()
+    if shutil.which(NICE[0]):
+        return (*words, *NICE)
+    return words
 
 
 class Program:
-    """One program in a process group of its own, niced, both its pipes always drained."""
+    """One program of a run in a process group of its own, niced, both its pipes always drained.
+
+    Four threads know it: two drain its pipes, one waits for its end, and the one that started it. The
+    waiting one alone sets `exit` and then `ended`.
+    """
 
     def __init__(self, argv: Sequence[str], folder: Path, on_stdout: Callable[[str], None],
                  on_stderr: Callable[[str], None], descriptors: Iterable[int] = ()) -> None:
+        """Start it in a folder; ProgramMissing, OSError or ValueError if that is not possible."""
         if shutil.which(argv[0]) is None:
             raise ProgramMissing(argv[0])
-        self._popen = subprocess.Popen([*launcher(), *argv], cwd=folder, stdin=subprocess.DEVNULL,
-                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                                       pass_fds=tuple(descriptors))
+        self._popen = subprocess.Popen(
+            [*launcher(), *argv], cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, start_new_session=True, pass_fds=tuple(descriptors))
         self.pid = self._popen.pid
         self.ended = threading.Event()
         self.exit: Exit | None = None
-        drains = [threading.Thread(target=_drain, args=pair, daemon=True)
-                  for pair in ((self._popen.stdout, on_stdout), (self._popen.stderr, on_stderr))]
+
+        pipes = ((self._popen.stdout, on_stdout), (self._popen.stderr, on_stderr))
+        drains = [threading.Thread(target=_drain, args=pipe, daemon=True) for pipe in pipes]
         for drain in drains:
             drain.start()
         threading.Thread(target=self._reap, args=(drains,), daemon=True).start()
 
     def _reap(self, drains: list[threading.Thread]) -> None:
-        # The zombie keeps the group's number from being given to a stranger while the rest is killed.
+        # The zombie keeps the group's number from a stranger while what is left of it is killed.
         os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         self.signal(signal.SIGKILL)
         for drain in drains:
-            drain.join(2)
+            drain.join(DRAIN_S)
         _, status, usage = os.wait4(self.pid, 0)
-        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-        self._popen.returncode = code
+        code = os.WEXITSTATUS(status)
+        if os.WIFSIGNALED(status):
+            code = -os.WTERMSIG(status)
+        self._popen.returncode = code  # or Popen would wait for it again
+        # getrusage(2): ru_maxrss is in KiB on Linux.
         self.exit = Exit(code, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
         self.ended.set()
 
     def signal(self, number: int) -> None:
-        """Send a signal to the whole group; one that has gone already is no error."""
+        """Send a signal to the whole group; a group that is gone already is not an error."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
     def end(self) -> None:
-        """End the group: TERM, then KILL; returns when it is gone."""
+        """End the group: TERM, then KILL; return when it is gone."""
         if self.ended.is_set():
             return
         self.signal(signal.SIGTERM)
-        self.signal(signal.SIGCONT)
+        self.signal(signal.SIGCONT)  # a paused process acts on TERM only when it goes on
         if not self.ended.wait(GRACE_S):
             self.signal(signal.SIGKILL)
-            self.ended.wait(10)
+            self.ended.wait(REAP_S)
 
 
-def _drain(pipe: Any, take: Callable[[str], None]) -> None:
+def _drain(pipe: IO[bytes], take: Callable[[str], None]) -> None:
     with pipe:
-        for line in iter(lambda: pipe.readline(1 << 16), b""):
-            take(line.decode("utf-8", "replace").rstrip("\r\n"))
+        for line in lines_of(pipe):
+            take(line)
 
 
 # ---- 4 Archive ------------------------------------------------------------------------------------
+
+MAX_ARCHIVE_CHARACTERS = 64 * 2**20  # of a recording: that of a two-socket server has 38,000
+RECORDED_FOLDERS = ("/proc/", "/sys/", "/etc/", "/run/", "/usr/lib/")
+# Reasons for which a file was not there to be read, rather than refused.
+NOT_THERE = ("missing", "not a directory", "too many levels")
+
+Entries = dict[str, tuple[str, str]]  # path -> (kind, text)
+
 
 class Recorder(Host):
     """A host that writes down what it was asked, under real paths, with the links on the way."""
 
     def __init__(self, host: Host) -> None:
         super().__init__(host.root)
-        self.entries: dict[str, tuple[str, str]] = {}
+        self.entries: Entries = {}
 
     def _enter(self, path: str, kind: str, text: str) -> None:
-        final, links = self.resolve(path)
-        self.entries.update({link: ("link", target) for link, target in links.items()})
-        if self.entries.get(final, ("there",))[0] in ("there", "dir"):
+        final, links = self.tree.resolve(path)
+        for link, target in links.items():
+            self.entries[link] = ("link", target)
+        # What is known of a file by its name alone gives way to its content.
+        known, _ = self.entries.get(final, ("there", ""))
+        if known in ("there", "dir"):
             self.entries[final] = (kind, text)
 
     def read(self, path: str) -> str | None:
         text, why = self._read(path)
-        if path.startswith(("/proc/", "/sys/", "/etc/", "/run/", "/usr/lib/")):
+        if path.startswith(RECORDED_FOLDERS):
             if text is not None:
                 self._enter(path, "file", scrub(path, text))
-            elif not why.startswith(("missing", "not a directory", "too many levels")):
+            elif not why.startswith(NOT_THERE):
                 self._enter(path, "refused", "")
         return text
 
@@ -1009,32 +1273,35 @@ class Recorder(Host):
         names = super().list(path)
         if path.startswith("/sys/") and super().exists(path):
             self._enter(path, "dir", "")
-            for name in names:  # a name must be there again even when nobody opens it
+            for name in names:  # a name must exist in the copy even when nobody opens it
                 self.exists(f"{path}/{name}")
         return names
 
     def exists(self, path: str) -> bool:
         found = super().exists(path)
         if found and path.startswith(("/sys/", "/run/", "/.dockerenv")):
-            parent, name = os.path.split(path)
-            self.entries.setdefault(f"{self.resolve(parent)[0].rstrip('/')}/{name}", ("there", ""))
+            self.entries.setdefault(self._own_path(path), ("there", ""))
         return found
 
     def link(self, path: str) -> str | None:
         target = super().link(path)
         if target is not None:
-            parent, name = os.path.split(path)
-            self.entries[f"{self.resolve(parent)[0]}/{name}"] = ("link", f"../{target}")
+            self.entries[self._own_path(path)] = ("link", f"../{target}")
         return target
+
+    def _own_path(self, path: str) -> str:
+        """Return a path whose last part is not followed, below its folder's real path."""
+        parent, name = os.path.split(path)
+        return f"{self.tree.resolve(parent)[0].rstrip('/')}/{name}"
 
 
 def scrub(path: str, text: str) -> str:
-    """Take out what names this one machine or its owner: serial numbers, UUIDs, mounts of others."""
+    """Remove what names this one machine or its owner: serial numbers, UUIDs, network mounts."""
     if path.endswith("/hostname"):
         return "recorded\n"
     if path.endswith(("/mounts", "/mountinfo")):
         keep = re.compile(rf" (cgroup2?|{'|'.join(LOCAL_FILESYSTEMS)}) ")
-        return "".join(line + "\n" for line in text.splitlines() if keep.search(line))
+        return "".join(f"{line}\n" for line in text.splitlines() if keep.search(line))
     text = re.sub(r"(?im)^(serial|machine id|uuid)([\t ]*:).*$", r"\1\2 0", text)
     return re.sub(r"GPU-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "GPU-0", text)
 
@@ -1048,71 +1315,129 @@ def archive(entries: Mapping[str, tuple[str, str]]) -> str:
     """
     lines = []
     for path, (kind, text) in sorted(entries.items(), key=lambda item: natural(item[0])):
-        kind = "part" if kind == "file" and not text.endswith("\n") else kind
+        if kind == "file" and not text.endswith("\n"):
+            kind = "part"
         lines.append(f"=== {kind} {path}")
-        if text or kind == "file":
-            lines += [_escape(line) for line in (text[:-1] if kind == "file" else text).split("\n")]
+        if kind == "file":
+            lines += [_escape(line) for line in text[:-1].split("\n")]
+        elif text:
+            lines += [_escape(line) for line in text.split("\n")]
     return "\n".join(lines) + "\n"
 
 
 def _escape(line: str) -> str:
-    line = "".join(char if (char.isprintable() and char != "\\") or char == "\t"
-                   else f"\\x{ord(char):02x}" if ord(char) < 256 else "?" for char in line)
-    return "\\x3d" + line[1:] if line.startswith("===") else line
+    line = "".join(map(_escape_character, line))
+    if line.startswith("==="):
+        return "\\x3d" + line[1:]
+    return line
 
 
-def parse_archive(text: str) -> dict[str, tuple[str, str]]:
-    """Read an archive into {path: (kind, text)}; ValueError for what is none."""
-    entries: dict[str, tuple[str, str]] = {}
-    parts = re.split(r"^=== (file|part|link|dir|refused|there) (/.*)\n", text, flags=re.MULTILINE)
+def _escape_character(char: str) -> str:
+    if char == "\t" or (char.isprintable() and char != "\\"):
+        return char
+    if ord(char) < 256:
+        return f"\\x{ord(char):02x}"
+    return "?"
+
+
+def parse_archive(text: str) -> Entries:
+    """Read an archive into {path: (kind, text)}; ValueError for other text."""
+    pattern = r"^=== (file|part|link|dir|refused|there) (/.*)\n"
+    parts = re.split(pattern, text, flags=re.MULTILINE)
     if parts[0].strip() or len(parts) == 1:
-        raise ValueError(f"no archive of --record: it begins with {parts[0][:40]!r}")
+        raise ValueError(f"not an archive of --record: it begins with {parts[0][:40]!r}")
+
+    entries: Entries = {}
     for kind, path, body in zip(parts[1::3], parts[2::3], parts[3::3]):
         plain = re.sub(r"\\x([0-9a-f]{2})", lambda found: chr(int(found.group(1), 16)), body)
-        entries[path] = (kind, plain if kind == "file" else plain[:-1])
+        if kind != "file":
+            plain = plain[:-1]  # the newline before the next entry
+        entries[path] = (kind, plain)
     return entries
 
 
+# Files and folders first: a link made earlier could lead what follows out of the folder. Names that
+# nobody read come last, for a link may have made them already.
+UNPACK_ORDER = (("file", "part", "refused", "dir"), ("link",), ("there",))
+
+
 def unpack(text: str, folder: str) -> list[str]:
-    """Make the tree of an archive; gives the paths of its files. ValueError or OSError for what is none.
+    """Make the tree of an archive; return the paths of its files. ValueError or OSError for other text.
 
     Nothing is written outside of `folder`.
     """
-    entries, folder = parse_archive(text), os.path.realpath(folder)
-    for kinds in (("file", "part", "refused", "dir"), ("link",), ("there",)):
+    entries = parse_archive(text)
+    folder = os.path.realpath(folder)
+    for kinds in UNPACK_ORDER:
         for path, (kind, body) in entries.items():
             place = folder + path
-            if kind not in kinds or not f"{os.path.realpath(os.path.dirname(place))}/".startswith(
-                    f"{folder}/") or (kind == "there" and os.path.lexists(place)):
+            if kind not in kinds or not _is_inside(place, folder):
                 continue
-            os.makedirs(place if kind == "dir" else os.path.dirname(place), exist_ok=True)
-            if kind == "link":
-                os.symlink(body, place)
-            elif kind != "dir":
-                with open(place, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-                    file.write(body)
-                os.chmod(place, 0 if kind == "refused" else 0o644)
+            if kind == "there" and os.path.lexists(place):
+                continue
+            _unpack_entry(place, kind, body)
     return [path for path, (kind, _) in entries.items() if kind in ("file", "part")]
+
+
+def _is_inside(place: str, folder: str) -> bool:
+    """Return whether a path is below a folder, by the links that exist by now."""
+    parent = os.path.realpath(os.path.dirname(place))
+    return f"{parent}/".startswith(f"{folder}/")
+
+
+def _unpack_entry(place: str, kind: str, body: str) -> None:
+    if kind == "dir":
+        os.makedirs(place, exist_ok=True)
+        return
+
+    os.makedirs(os.path.dirname(place), exist_ok=True)
+    if kind == "link":
+        os.symlink(body, place)
+        return
+
+    with open(place, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        file.write(body)
+    os.chmod(place, 0 if kind == "refused" else 0o644)
 
 
 # ---- 5 Parsers ------------------------------------------------------------------------------------
 
+MAX_CPUS = 65536  # a garbled list must not fill memory; x86 kernels have 8192 at most
+MAX_WORD = 200  # characters of a name
+MAX_REASON = 160  # characters of a program's own words in a reason
+
+
 def parse_int(text: str | None) -> int | None:
     """Read a decimal number as sysfs prints it; None for anything else."""
     found = re.fullmatch(r"\s*(-?[0-9]{1,20})\s*", text or "", re.ASCII)
-    return int(found.group(1)) if found else None
+    if found is None:
+        return None
+    return int(found.group(1))
 
 
 def parse_float(text: str | None) -> float | None:
     """Read a number of nvidia-smi; None for [N/A], [Not Supported] and other words."""
     found = re.fullmatch(r"\s*(-?[0-9]{1,15}(?:\.[0-9]{1,15})?)\s*", text or "", re.ASCII)
-    return float(found.group(1)) if found else None
+    if found is None:
+        return None
+    return float(found.group(1))
+
+
+def parse_mib(text: str | None) -> int | None:
+    """Read a size that nvidia-smi prints in MiB; return bytes."""
+    mib = parse_float(text)
+    if mib is None:
+        return None
+    return int(mib * 2**20)
 
 
 def parse_word(text: str | None) -> str | None:
-    """Read a name on one line, without the NUL that ends it in a device tree; None when it is garbage."""
-    line = (text or "").strip("\0\n\t ").split("\n")[0].strip()[:200]
-    return line if line and line.isprintable() and "\ufffd" not in line else None
+    """Read a name on one line, without the NUL that ends it in a device tree; None for garbage."""
+    first = (text or "").strip("\0\n\t ").split("\n")[0]
+    line = first.strip()[:MAX_WORD]
+    if line and line.isprintable() and "\ufffd" not in line:
+        return line
+    return None
 
 
 def parse_cpu_list(text: str | None) -> int | None:
@@ -1120,7 +1445,10 @@ def parse_cpu_list(text: str | None) -> int | None:
     cpus: set[int] = set()
     for part in (text or "").strip().split(","):
         found = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part, re.ASCII)
-        first, last = (int(found.group(1)), int(found.group(2) or found.group(1))) if found else (1, 0)
+        if found is None:
+            return None
+        first = int(found.group(1))
+        last = int(found.group(2) or first)
         if not first <= last < MAX_CPUS:
             return None
         cpus.update(range(first, last + 1))
@@ -1139,19 +1467,32 @@ def parse_blocks(text: str | None) -> list[dict[str, str]]:
     return [block for block in blocks if block]
 
 
+def merge_blocks(blocks: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Merge blocks into one; of a key that several have, the first one's value counts."""
+    merged: dict[str, str] = {}
+    for block in reversed(blocks):
+        merged.update(block)
+    return merged
+
+
 def parse_sizes(text: str | None) -> dict[str, int]:
-    """Read the "Name:  123 kB" lines of /proc/meminfo and /proc/PID/status into bytes."""
-    found = re.findall(r"^(\w+):\s+([0-9]{1,15}) kB$", text or "", re.MULTILINE | re.ASCII)
-    return {name: int(value) * 1024 for name, value in found}
+    """Read the "Name:  123 kB" lines of /proc/meminfo and /proc/PID/status into bytes.
+
+    The kernel writes kB and means 1024 bytes.
+    """
+    lines = re.compile(r"^(\w+):\s+([0-9]{1,15}) kB$", re.MULTILINE | re.ASCII)
+    return {name: int(value) * 1024 for name, value in lines.findall(text or "")}
 
 
 def parse_arm_core(block: Mapping[str, str]) -> tuple[str, str] | None:
-    """Name an Arm core's (maker, core) by their numbers, for such kernels print no model name."""
+    """Name an Arm core's (maker, core) by their numbers: such kernels print no model name."""
     try:
-        maker, part = int(block["CPU implementer"], 16), int(block["CPU part"], 16)
+        maker = int(block["CPU implementer"], 16)
+        part = int(block["CPU part"], 16)
     except (KeyError, ValueError):
         return None
-    return ARM_MAKERS.get(maker, f"maker {maker:#x}"), ARM_CORES.get((maker, part), f"part {part:#x}")
+    makers = ARM_MAKERS.get(maker, f"maker {maker:#x}")
+    return makers, ARM_CORES.get((maker, part), f"part {part:#x}")
 
 
 def parse_cgroup(text: str | None) -> list[tuple[str, str]]:
@@ -1161,47 +1502,65 @@ def parse_cgroup(text: str | None) -> list[tuple[str, str]]:
 
 def parse_cgroup_mounts(text: str | None) -> list[tuple[str, str, str, str]]:
     """Read (root, mount point, type, super options) of the control group mounts in mountinfo."""
-    return re.findall(r"^(?:\S+ ){3}(\S+) (\S+) .* - (cgroup2?) \S+ (\S+)$", text or "", re.MULTILINE)
+    pattern = r"^(?:\S+ ){3}(\S+) (\S+) .* - (cgroup2?) \S+ (\S+)$"
+    return re.findall(pattern, text or "", re.MULTILINE)
 
 
 def parse_mounts(text: str | None) -> list[tuple[str, str, str]]:
-    """Read /proc/self/mounts into (device, mount point, type), escapes such as \\040 undone."""
-    def plain(word: str) -> str:
-        return re.sub(r"\\([0-3][0-7]{2})", lambda found: chr(int(found.group(1), 8)), word)
-
+    """Read /proc/self/mounts into (device, mount point, type), without escapes such as \\040."""
     found = re.findall(r"^(\S+) (/\S*) (\S+) ", text or "", re.MULTILINE)
-    return [(plain(device), plain(mount), kind) for device, mount, kind in found]
+    return [(_unescape(device), _unescape(mount), kind) for device, mount, kind in found]
+
+
+def _unescape(word: str) -> str:
+    return re.sub(r"\\([0-3][0-7]{2})", lambda found: chr(int(found.group(1), 8)), word)
 
 
 def parse_cpu_times(text: str | None) -> tuple[int, int] | None:
-    """Read the first line of /proc/stat into (busy, all) ticks; guest time is inside user time."""
+    """Read the first line of /proc/stat into (busy, all) ticks.
+
+    proc_stat(5): user, nice, system, idle, iowait, irq, softirq, steal. The guest times that follow
+    are part of user and nice already.
+    """
     found = re.match(r"cpu +((?:[0-9]{1,18} ){3,9}[0-9]{1,18})\n", text or "", re.ASCII)
-    ticks = [int(word) for word in found.group(1).split()][:8] if found else []
-    return (sum(ticks) - sum(ticks[3:5]), sum(ticks)) if ticks else None  # 3 and 4: idle, waiting for I/O
+    if found is None:
+        return None
+    ticks = [int(word) for word in found.group(1).split()][:8]
+    idle = sum(ticks[3:5])  # waiting for I/O is idle too
+    return sum(ticks) - idle, sum(ticks)
 
 
 def parse_process(text: str | None) -> dict[str, int]:
-    """Read group, ticks (with those of children waited for) and start from /proc/PID/stat, or nothing.
+    """Read group, ticks and start from /proc/PID/stat, or nothing.
 
-    A command's name may hold spaces and parentheses: the fields begin after the last one.
+    The ticks include those of children that were waited for. A command's name may have spaces and
+    parentheses: the fields begin after the last one.
     """
+    fields = (text or "").rpartition(")")[2].split()[1:20]
     try:
-        numbers = [int(word) for word in (text or "").rpartition(")")[2].split()[1:20]]
+        numbers = [int(word) for word in fields]
         return {"group": numbers[1], "ticks": sum(numbers[10:14]), "start": numbers[18]}
     except (ValueError, IndexError):
         return {}
 
 
 def parse_engines(text: str | None) -> dict[str, int]:
-    """Give {client: ns that it kept a GPU's engines busy} of a descriptor's fdinfo, {} of another file's.
+    """Read {client: ns that it kept a GPU's engines busy} from the fdinfo of a descriptor.
 
-    Of xe it is their cycles, which are as good for shares.
+    Documentation/gpu/drm-usage-stats.rst. Of xe it is engine cycles, which are as good for shares.
+    A file that is not a GPU's gives {}.
     """
-    client = re.search(r"^drm-client-id:\s*([0-9]{1,18})$", text or "", re.MULTILINE)
-    device = re.search(r"^drm-pdev:\s*(\S+)$", text or "", re.MULTILINE)
-    busy = (re.findall(r"^drm-engine-(?!capacity-)\S+:\s*([0-9]{1,18}) ns$", text or "", re.MULTILINE)
-            or re.findall(r"^drm-cycles-\S+:\s*([0-9]{1,18})$", text or "", re.MULTILINE))
-    return {f"{device and device.group(1)} {client.group(1)}": sum(map(int, busy))} if client else {}
+    text = text or ""
+    client = re.search(r"^drm-client-id:\s*([0-9]{1,18})$", text, re.MULTILINE)
+    if client is None:
+        return {}
+
+    device = re.search(r"^drm-pdev:\s*(\S+)$", text, re.MULTILINE)
+    place = device.group(1) if device else None
+    times = r"^drm-engine-(?!capacity-)\S+:\s*([0-9]{1,18}) ns$"
+    cycles = r"^drm-cycles-\S+:\s*([0-9]{1,18})$"
+    busy = re.findall(times, text, re.MULTILINE) or re.findall(cycles, text, re.MULTILINE)
+    return {f"{place} {client.group(1)}": sum(map(int, busy))}
 
 
 def parse_csv(text: str, fields: Sequence[str]) -> list[dict[str, str]]:
@@ -1211,32 +1570,46 @@ def parse_csv(text: str, fields: Sequence[str]) -> list[dict[str, str]]:
 
 
 def parse_refused(text: str) -> str:
-    """Name the field that nvidia-smi does not know, "" where it complains of none."""
+    """Return the field that nvidia-smi does not know, "" if it complains of none."""
     found = re.search(r'Field "([\w.]+)" is not a valid field', text)
-    return found.group(1) if found else ""
+    if found is None:
+        return ""
+    return found.group(1)
 
 
 def parse_pci_address(text: str | None) -> str | None:
-    """Write a PCI address as sysfs does: nvidia-smi says 00000000:3B:00.0."""
-    found = re.fullmatch(r"([0-9a-f]{4,8}):([0-9a-f]{2}:[0-9a-f]{2}\.[0-7])", (text or "").lower())
-    return f"{int(found.group(1), 16):04x}:{found.group(2)}" if found else None
+    """Return a PCI address as sysfs writes it: nvidia-smi prints 00000000:3B:00.0."""
+    pattern = r"([0-9a-f]{4,8}):([0-9a-f]{2}:[0-9a-f]{2}\.[0-7])"
+    found = re.fullmatch(pattern, (text or "").lower())
+    if found is None:
+        return None
+    return f"{int(found.group(1), 16):04x}:{found.group(2)}"
 
 
 def parse_pci_name(text: str | None, vendor: str, device: str) -> str | None:
     """Find a device in pci.ids; the part in brackets is what people call it."""
-    block = re.search(rf"^{re.escape(vendor)}  .*\n((?:[\t#\n].*\n?)*)", text or "", re.MULTILINE)
-    found = re.search(rf"^\t{re.escape(device)}  (.+)$", block.group(1) if block else "", re.MULTILINE)
-    name = found.group(1) if found else ""
+    of_vendor = rf"^{re.escape(vendor)}  .*\n((?:[\t#\n].*\n?)*)"
+    block = re.search(of_vendor, text or "", re.MULTILINE)
+    if block is None:
+        return None
+    found = re.search(rf"^\t{re.escape(device)}  (.+)$", block.group(1), re.MULTILINE)
+    if found is None:
+        return None
+    name = found.group(1)
     inner = re.search(r"\[([^\]]+)\]", name)
     return parse_word(inner.group(1) if inner else name)
 
 
 def parse_time_stamp(text: str | None) -> float | None:
-    """Read nvidia-smi's "2023/05/17 14:23:11.123" into seconds; only differences mean anything."""
-    with contextlib.suppress(ValueError):
+    """Read nvidia-smi's "2023/05/17 14:23:11.123" into seconds.
+
+    It is local time without a zone, so only differences mean anything.
+    """
+    try:
         moment = datetime.datetime.strptime(text or "", "%Y/%m/%d %H:%M:%S.%f")
-        return moment.replace(tzinfo=datetime.timezone.utc).timestamp()
-    return None
+    except ValueError:
+        return None
+    return moment.replace(tzinfo=datetime.timezone.utc).timestamp()
 
 
 def parse_listed(text: str) -> set[str]:
@@ -1244,21 +1617,59 @@ def parse_listed(text: str) -> set[str]:
     return set(re.findall(r"^ [A-Z.|]{2,6} +([\w-]+) ", text, re.MULTILINE | re.ASCII))
 
 
+# Lines that FFmpeg prints after the one that says why.
 GENERIC_WORDS = re.compile(
-    r"Error (initializing|parsing|while opening|opening|submitting|sending)|Conversion failed|Task finished"
-    r"|Nothing was written|Device creation failed|Terminating thread|Could not open encoder|\w+ ?\[info\]")
+    r"Error (initializing|parsing|while opening|opening|submitting|sending)|Conversion failed"
+    r"|Task finished|Nothing was written|Device creation failed|Terminating thread"
+    r"|Could not open encoder|\w+ ?\[info\]")
 
 
 def parse_failure(result: Result) -> str:
     """Choose the line of FFmpeg's own words that says most about why it failed."""
-    lines = [re.sub(r"^(\[[^\]]*\] *)+", "", line).strip() for line in result.stderr.splitlines()]
-    telling = [line for line in lines if line and not GENERIC_WORDS.match(line)]
+    stripped = [re.sub(r"^(\[[^\]]*\] *)+", "", line) for line in result.stderr.splitlines()]
+    lines = [line.strip() for line in stripped if line.strip()]
+    specific = [line for line in lines if not GENERIC_WORDS.match(line)]
+    for line in (*specific, *lines):
+        return line[:MAX_REASON]
+
     code = result.returncode or 0
-    end = f"ffmpeg was ended by signal {-code}" if code < 0 else f"ffmpeg gave exit code {code} and no words"
-    return next(iter([*telling, *filter(None, lines)]), end)[:160]
+    if code < 0:
+        return f"ffmpeg was ended by signal {-code}"
+    return f"ffmpeg ended with exit code {code} and no message"
 
 
-# ---- 6 Detectors ----------------------------------------------------------------------------------
+# ---- 6 Machine ------------------------------------------------------------------------------------
+
+CPUS = "/sys/devices/system/cpu"
+KERNEL = "/proc/sys/kernel"
+OS_RELEASES = ("/etc/os-release", "/usr/lib/os-release")  # os-release(5): the first that exists
+CGROUPS = "/sys/fs/cgroup"  # where the hierarchies are usually mounted
+MAX_CGROUP_DEPTH = 32  # of a path in a strange tree
+# Version 1 has no word for "no limit" of memory: it is the largest multiple of a page below 2^63.
+NO_MEMORY_LIMIT = 2**62
+
+
+class Survey(NamedTuple):
+    """What a detector has to work with: the machine, the facts found before it, the caller's wishes."""
+
+    host: Host
+    hw: Hardware
+    probe: bool
+    state_dir: str | None
+    ffmpeg: str | None
+
+
+# The answer of a detector: a value for each of its fields, or Unknown. Its keys may also be "FIELD.PART"
+# of a part that is Unknown, and "problems", a list of sentences.
+Findings = dict[str, Any]
+
+
+def known(value: object, reason: str) -> object:
+    """Return a value, or Unknown if it is None or empty."""
+    if value in (None, "", (), {}):
+        return Unknown(reason)
+    return value
+
 
 def _word(host: Host, path: str) -> str | None:
     return parse_word(host.read(path))
@@ -1268,316 +1679,494 @@ def _int(host: Host, path: str) -> int | None:
     return parse_int(host.read(path))
 
 
+def _ints(host: Host, paths: Iterable[str]) -> list[int]:
+    """Read the numbers of those files that have one."""
+    values = [_int(host, path) for path in paths]
+    return [value for value in values if value is not None]
+
+
 def _first(values: Iterable[str | None]) -> str | None:
-    return next(filter(None, values), None)
+    """Return the first value that is known."""
+    return next((value for value in values if value), None)
 
 
-def _system(host: Host, hw: Hardware) -> Hardware:
-    """Name, kernel, operating system and board."""
-    base, releases = "/proc/sys/kernel/", ("/etc/os-release", "/usr/lib/os-release")
-    pretty = [re.search(r"^PRETTY_NAME=([\"']?)(.+)\1\s*$", host.read(path) or "", re.MULTILINE)
-              for path in releases]
-    kind = _word(host, base + "ostype") or host.uname("sysname")
-    hw.unknown.update(address=host.why(base + "hostname"), os=host.why(base + "ostype"),
-                      os_name=host.why(releases[0]), kernel=host.why(base + "osrelease"),
-                      machine="neither DMI nor a device tree names the board")
-    name = _word(host, base + "hostname") or _word(host, "/etc/hostname") or host.uname("nodename")
-    return replace(hw, address=name, os=kind.lower() if kind else None, machine=_board(host),
-                   os_name=_first(parse_word(one.group(2)) for one in pretty if one),
-                   kernel=_word(host, base + "osrelease") or host.uname("release"))
+def detect_system(survey: Survey) -> Findings:
+    """Find name, kernel, operating system and board."""
+    host = survey.host
+    names = (f"{KERNEL}/hostname", "/etc/hostname")
+    name = _first(_word(host, path) for path in names) or host.uname("nodename")
+    system = _word(host, f"{KERNEL}/ostype") or host.uname("sysname")
+    kernel = _word(host, f"{KERNEL}/osrelease") or host.uname("release")
+    return {
+        "address": known(name, host.why(names[0])),
+        "os": known(system and system.lower(), host.why(f"{KERNEL}/ostype")),
+        "os_name": known(_os_name(host), host.why(OS_RELEASES[0])),
+        "kernel": known(kernel, host.why(f"{KERNEL}/osrelease")),
+        "machine": known(_board(host), "neither DMI nor a device tree names the board"),
+    }
+
+
+def _os_name(host: Host) -> str | None:
+    """Return the name that os-release(5) has for people."""
+    pretty = re.compile(r"^PRETTY_NAME=([\"']?)(.+)\1\s*$", re.MULTILINE)
+    found = (pretty.search(host.read(path) or "") for path in OS_RELEASES)
+    return _first(parse_word(match.group(2)) for match in found if match)
 
 
 def _board(host: Host) -> str | None:
-    """Name the board: DMI knows on PCs and servers, the device tree elsewhere."""
+    """Return the board's name: DMI has it on PCs and servers, the device tree elsewhere."""
     dmi = [_word(host, f"/sys/class/dmi/id/{name}") for name in ("sys_vendor", "product_name")]
     return " ".join(filter(None, dmi)) or _word(host, "/proc/device-tree/model")
 
 
-def _cpu(host: Host, hw: Hardware) -> Hardware:
-    """Model, counts, flags, frequency."""
+def detect_cpu(survey: Survey) -> Findings:
+    """Find model, counts, flags and frequency."""
+    host = survey.host
     blocks = parse_blocks(host.read("/proc/cpuinfo"))
-    merged = {key: value for block in reversed(blocks) for key, value in block.items()}
-    cores, sockets = _topology(host, blocks)
-    counted = sum("processor" in block for block in blocks)
-    ticking = len(re.findall(r"^cpu[0-9]+ ", host.read("/proc/stat") or "", re.MULTILINE))
-    flags = set((merged.get("flags") or merged.get("Features") or merged.get("features") or "").split())
-    speeds = [_int(host, f"{CPUS}/cpufreq/{name}/cpuinfo_max_freq") for name in host.list(f"{CPUS}/cpufreq")]
+    merged = merge_blocks(blocks)
     core = parse_arm_core(merged)
-    model = _first(parse_word(" ".join(merged.get(key, "").split()))
-                   for key in ("model name", "cpu model", "cpu", *([] if core else ["Processor", "uarch"])))
-    if core and (model is None or model.startswith("ARMv")):
-        model = " ".join(core)
-    why = host.why("/proc/cpuinfo")
-    names = ("cpu_model", "cpu_vendor", "cpu_logical", "cpu_cores", "cpu_sockets", "arch")
-    hw.unknown.update({name: f"neither /sys nor /proc/cpuinfo says it ({why})" for name in names})
-    hw.unknown["cpu_mhz_max"] = f"no frequency scaling under {CPUS}/cpufreq"
-    return replace(
-        hw, cpu_model=model, cpu_vendor=parse_word(merged.get("vendor_id")) or (core[0] if core else None),
-        cpu_logical=parse_cpu_list(host.read(f"{CPUS}/online")) or counted or ticking or None,
-        cpu_cores=cores, cpu_sockets=sockets, arch=_arch(host, merged, flags),
-        cpu_flags=tuple(flag for flag in ENCODER_FLAGS if flag in flags),
-        cpu_mhz_max=max((khz / 1000 for khz in speeds if khz and khz > 0), default=None))
+    vendor = parse_word(merged.get("vendor_id"))
+    if vendor is None and core is not None:
+        vendor = core[0]
+    cores, sockets = _topology(host, blocks)
+    flags = _cpu_flags(merged)
+
+    missing = f"neither /sys nor /proc/cpuinfo has it ({host.why('/proc/cpuinfo')})"
+    no_scaling = f"no frequency scaling under {CPUS}/cpufreq"
+    return {
+        "cpu_model": known(_cpu_model(merged, core), missing),
+        "cpu_vendor": known(vendor, missing),
+        "cpu_logical": known(_logical_cpus(host, blocks), missing),
+        "cpu_cores": known(cores, missing),
+        "cpu_sockets": known(sockets, missing),
+        "arch": known(_arch(host, merged, flags), missing),
+        "cpu_flags": tuple(flag for flag in ENCODER_FLAGS if flag in flags),
+        "cpu_mhz_max": known(_max_mhz(host), no_scaling),
+    }
 
 
-def _arch(host: Host, merged: Mapping[str, str], flags: set[str]) -> str | None:
-    """Give Go's name of the architecture; before Linux 6.1 only the shape of cpuinfo tells it."""
-    word = _word(host, "/proc/sys/kernel/arch") or host.uname("machine")
-    if word:
-        return GO_ARCH.get(word, word)
-    if "CPU architecture" in merged:
-        return "arm64" if "asimd" in flags else "arm"
-    return ("amd64" if "lm" in flags else "386") if "fpu" in flags else None
+def _cpu_model(merged: Mapping[str, str], core: tuple[str, str] | None) -> str | None:
+    """Return the model: x86 has "model name", MIPS "cpu model", POWER "cpu", RISC-V "uarch".
+
+    Of Arm, "Processor" is only an architecture ("ARMv8 Processor rev 3"), so the core's name is better.
+    """
+    keys = ["model name", "cpu model", "cpu"]
+    if core is None:
+        keys += ["Processor", "uarch"]
+    names = (" ".join(merged.get(key, "").split()) for key in keys)
+    model = _first(parse_word(name) for name in names)
+    if core is not None and (model is None or model.startswith("ARMv")):
+        return " ".join(core)
+    return model
+
+
+def _cpu_flags(merged: Mapping[str, str]) -> set[str]:
+    """Return the processor's features: x86 has "flags", Arm "Features", others "features"."""
+    words = _first(merged.get(key) for key in ("flags", "Features", "features"))
+    return set((words or "").split())
+
+
+def _logical_cpus(host: Host, blocks: Sequence[Mapping[str, str]]) -> int | None:
+    """Count the CPUs that are online."""
+    online = parse_cpu_list(host.read(f"{CPUS}/online"))
+    if online:
+        return online
+    listed = sum("processor" in block for block in blocks)
+    if listed:
+        return listed
+    ticking = re.findall(r"^cpu[0-9]+ ", host.read("/proc/stat") or "", re.MULTILINE)
+    return len(ticking) or None
 
 
 def _topology(host: Host, blocks: Sequence[Mapping[str, str]]) -> tuple[int | None, int | None]:
     """Count cores and sockets: the threads of one core name the same siblings."""
-    names = (name for name in host.list(CPUS) if re.fullmatch(r"cpu[0-9]+", name, re.ASCII))
-    cpus = [f"{CPUS}/{name}/topology" for name in names]
-    siblings = (_word(host, f"{cpu}/thread_siblings_list") for cpu in cpus)
-    packages = (_int(host, f"{cpu}/physical_package_id") for cpu in cpus)
+    names = [name for name in host.list(CPUS) if re.fullmatch(r"cpu[0-9]+", name, re.ASCII)]
+    places = [f"{CPUS}/{name}/topology" for name in names]
+    siblings = [_word(host, f"{place}/thread_siblings_list") for place in places]
     cores = {word for word in siblings if parse_cpu_list(word)}
-    sockets = {number for number in packages if number is not None and number >= 0}
-    pairs = {(b["physical id"], b["core id"]) for b in blocks if "physical id" in b and "core id" in b}
+    packages = _ints(host, [f"{place}/physical_package_id" for place in places])
+    sockets = {number for number in packages if number >= 0}  # -1: the kernel does not know
+
+    # Without sysfs, x86 has the same numbers in /proc/cpuinfo.
+    numbered = [block for block in blocks if {"physical id", "core id"} <= block.keys()]
+    pairs = {(block["physical id"], block["core id"]) for block in numbered}
     if pairs and not (cores and sockets):
         return len(pairs), len({socket for socket, _ in pairs})
     return len(cores) or None, len(sockets) or None
 
 
-def _limits(host: Host, hw: Hardware) -> Hardware:
-    """Memory and control group, and what they leave to this process."""
-    info, group = parse_sizes(host.read("/proc/meminfo")), cgroup_limits(host)
+def _arch(host: Host, merged: Mapping[str, str], flags: set[str]) -> str | None:
+    """Return Go's name of the architecture.
+
+    /proc/sys/kernel/arch came with Linux 6.1. Of a tree from an older kernel, only the shape of
+    cpuinfo shows it.
+    """
+    word = _word(host, f"{KERNEL}/arch") or host.uname("machine")
+    if word:
+        return GO_ARCH.get(word, word)
+    if "CPU architecture" in merged:
+        return "arm64" if "asimd" in flags else "arm"
+    if "fpu" in flags:
+        return "amd64" if "lm" in flags else "386"
+    return None
+
+
+def _max_mhz(host: Host) -> float | None:
+    """Return the highest frequency of any CPU."""
+    policies = host.list(f"{CPUS}/cpufreq")
+    speeds = _ints(host, [f"{CPUS}/cpufreq/{name}/cpuinfo_max_freq" for name in policies])
+    return max((khz / 1000 for khz in speeds if khz > 0), default=None)
+
+
+def detect_limits(survey: Survey) -> Findings:
+    """Find memory and the control group, and what they leave to this process."""
+    host = survey.host
+    info = parse_sizes(host.read("/proc/meminfo"))
     total = info.get("MemTotal")
-    status = {k: v for block in parse_blocks(host.read("/proc/self/status")) for k, v in block.items()}
+    group = cgroup_limits(host)
+    ram = total
+    if total is not None and group.memory_bytes is not None:
+        ram = min(total, group.memory_bytes)
+    missing = f"/proc/meminfo does not have it ({host.why('/proc/meminfo')})"
+    no_threads = "neither the CPUs nor this process's affinity can be read"
+    return {
+        "cgroup": group,
+        "cpu_threads": known(_usable_cpus(survey, group), no_threads),
+        "memory_total_bytes": known(total, missing),
+        "memory_available_bytes": known(info.get("MemAvailable"), missing),
+        "swap_bytes": known(info.get("SwapTotal"), missing),
+        "ram_bytes": known(ram, missing),
+    }
+
+
+def _usable_cpus(survey: Survey, group: Cgroup) -> int | None:
+    """Count the CPUs that this process may use, by its affinity and quota."""
+    status = merge_blocks(parse_blocks(survey.host.read("/proc/self/status")))
     allowed = parse_cpu_list(status.get("Cpus_allowed_list"))
-    threads = [hw.cpu_logical, allowed, None if group.cpus is None else max(1, math.ceil(group.cpus))]
-    for name in ("ram_bytes", "memory_total_bytes", "memory_available_bytes", "swap_bytes"):
-        hw.unknown[name] = f"/proc/meminfo does not say it ({host.why('/proc/meminfo')})"
-    hw.unknown["cpu_threads"] = "neither the CPUs nor this process's affinity can be read"
-    return replace(
-        hw, cgroup=group, memory_total_bytes=total, memory_available_bytes=info.get("MemAvailable"),
-        swap_bytes=info.get("SwapTotal"),
-        cpu_threads=min((count for count in threads if count is not None), default=None),
-        ram_bytes=total if total is None or group.memory_bytes is None else min(total, group.memory_bytes))
+    quota = None
+    if group.cpus is not None:
+        quota = max(1, math.ceil(group.cpus))
+    counts = (survey.hw.cpu_logical, allowed, quota)
+    return min((count for count in counts if count is not None), default=None)
+
+
+class Hierarchy(NamedTuple):
+    """One hierarchy of control groups as this process sees it.
+
+    Version 1 has one for each few controllers, version 2 a single one that names none. `folders` are
+    this process's own group and its parents, the innermost first.
+    """
+
+    version: int
+    controllers: set[str]
+    folders: list[str]
 
 
 def cgroup_limits(host: Host) -> Cgroup:
-    """Find the tightest CPU and memory limits from this process's control group up to its root.
+    """Return the tightest CPU and memory limits from this process's group up to its root.
 
     Documentation/admin-guide/cgroup-v2.rst (cpu.max, memory.max), cgroup-v1 (cpu.cfs_quota_us).
     """
-    version, cpus, memory = 0, [], []
-    for _, its_version, folders in _groups(host):
-        version = max(version, its_version)
-        for folder in folders:
-            cpus.append(_cpu_quota(host, folder))
-            memory += [_int(host, f"{folder}/memory.{name}") for name in ("max", "limit_in_bytes")]
-    # Version 1 says "no limit" with the largest multiple of a page below 2^63.
-    bounded = min((n for n in memory if n is not None and 0 < n < 2**62), default=None)
-    return Cgroup(version or None, min((n for n in cpus if n is not None), default=None), bounded)
+    hierarchies = list(cgroup_hierarchies(host))
+    folders = [folder for hierarchy in hierarchies for folder in hierarchy.folders]
+    quotas = [_cpu_quota(host, folder) for folder in folders]
+    cpus = min((quota for quota in quotas if quota is not None), default=None)
+
+    limits = [f"{folder}/memory.{name}" for folder in folders for name in ("max", "limit_in_bytes")]
+    amounts = [amount for amount in _ints(host, limits) if 0 < amount < NO_MEMORY_LIMIT]
+    version = max((hierarchy.version for hierarchy in hierarchies), default=None)
+    return Cgroup(version, cpus, min(amounts, default=None))
 
 
-def _groups(host: Host) -> Iterator[tuple[set[str], int, list[str]]]:
-    """Give (controllers, version, folders) of each hierarchy that limits CPU or memory of this process."""
+def cgroup_hierarchies(host: Host) -> Iterator[Hierarchy]:
+    """Find the hierarchies that limit CPU or memory of this process."""
     mounts = parse_cgroup_mounts(host.read("/proc/self/mountinfo"))
     for names, path in parse_cgroup(host.read("/proc/self/cgroup")):
         controllers = set(names.split(",")) & {"cpu", "memory"}
         if controllers or not names:
-            yield controllers, 1 if names else 2, _cgroup_folders(mounts, controllers, path)
+            points = _mount_points(mounts, controllers)
+            yield Hierarchy(1 if names else 2, controllers, _group_folders(points, path))
 
 
-def _cgroup_folders(mounts: Sequence[tuple[str, str, str, str]], controllers: set[str],
-                    path: str) -> list[str]:
-    """List the folders of a control group and its parents, below where its hierarchy is mounted."""
-    points = [(root, point) for root, point, kind, options in mounts
-              if (controllers & set(options.split(",")) if controllers else kind == "cgroup2")]
-    usual = [("/", f"/sys/fs/cgroup/{name}") for name in sorted(controllers)] or [("/", "/sys/fs/cgroup")]
+def _mount_points(mounts: Sequence[tuple[str, str, str, str]], controllers: set[str],
+                  ) -> list[tuple[str, str]]:
+    """Return (root, mount point) of the hierarchy of these controllers; of none, version 2's."""
+    points = []
+    for root, point, kind, options in mounts:
+        named = controllers & set(options.split(","))
+        if named or (not controllers and kind == "cgroup2"):
+            points.append((root, point))
+    if points:
+        return points
+    if controllers:
+        return [("/", f"{CGROUPS}/{name}") for name in sorted(controllers)]
+    return [("/", CGROUPS)]
+
+
+def _group_folders(points: Sequence[tuple[str, str]], path: str) -> list[str]:
+    """Return the folders of a control group and its parents, below where its hierarchy is mounted."""
     folders = []
-    for root, point in points or usual:
-        inner = path[len(root):] if root != "/" and (path + "/").startswith(root + "/") else path
-        # Inside a container the path may be the host's, which does not exist here: its parents still do.
-        parts = [part for part in inner.split("/") if part not in ("", ".", "..")][:32]
-        folders += ["/".join([point, *parts[:depth]]) for depth in range(len(parts), -1, -1)]
+    for root, point in points:
+        inner = path
+        if root != "/" and f"{path}/".startswith(f"{root}/"):
+            inner = path[len(root):]
+        # In a container the path may be the host's, which does not exist here. Its parents still do.
+        parts = [part for part in inner.split("/") if part not in ("", ".", "..")]
+        parts = parts[:MAX_CGROUP_DEPTH]
+        for depth in range(len(parts), -1, -1):
+            folders.append("/".join([point, *parts[:depth]]))
     return folders
 
 
 def _cpu_quota(host: Host, folder: str) -> float | None:
-    """Read a quota in CPUs; "max" and -1 mean none."""
+    """Return a quota in CPUs; "max" and -1 mean none."""
     words = (host.read(f"{folder}/cpu.max") or "").split()
-    words = words or [host.read(f"{folder}/cpu.cfs_{name}_us") or "" for name in ("quota", "period")]
-    quota, period = (parse_int(word) or 0 for word in words) if len(words) == 2 else (0, 0)
-    return quota / period if quota > 0 and period > 0 else None
+    if not words:
+        words = [host.read(f"{folder}/cpu.cfs_{name}_us") or "" for name in ("quota", "period")]
+    numbers = [parse_int(word) or 0 for word in words]
+    if len(numbers) == 2 and min(numbers) > 0:
+        quota, period = numbers
+        return quota / period
+    return None
 
 
-def _virtual(host: Host, hw: Hardware) -> Hardware:
-    """Virtual machine and container, null when it is neither."""
-    paths = " ".join(path for _, path in parse_cgroup(host.read("/proc/self/cgroup")))
-    container = _first([_word(host, "/run/systemd/container"),
-                        *(kind for path, kind in CONTAINER_FILES if host.exists(path)),
-                        *(kind for word, kind in CONTAINER_PATHS if word in paths)])
-    return replace(hw, virtual=virtual_kind(host), container=container)
+def detect_virtual(survey: Survey) -> Findings:
+    """Find the kinds of virtual machine and container; None if it is neither."""
+    return {"virtual": virtual_kind(survey.host), "container": _container_kind(survey.host)}
+
+
+def _container_kind(host: Host) -> str | None:
+    word = _word(host, "/run/systemd/container")
+    if word:
+        return word
+    for path, kind in CONTAINER_FILES:
+        if host.exists(path):
+            return kind
+    groups = " ".join(path for _, path in parse_cgroup(host.read("/proc/self/cgroup")))
+    return _first(kind for word, kind in CONTAINER_PATHS if word in groups)
 
 
 def virtual_kind(host: Host) -> str | None:
-    """Name the kind of virtual machine; None is bare metal, as far as the machine says."""
-    if "microsoft" in (host.read("/proc/sys/kernel/osrelease") or "").lower():
+    """Return the kind of virtual machine; None is bare metal, as far as the machine shows."""
+    if "microsoft" in (host.read(f"{KERNEL}/osrelease") or "").lower():
         return "wsl"
     if host.exists("/proc/device-tree/hypervisor/compatible"):
         return "kvm"
+
     blocks = parse_blocks(host.read("/proc/cpuinfo"))
-    flags = [block["flags"].split() for block in blocks if "flags" in block][:1]
-    if flags and "hypervisor" not in flags[0]:
+    flags = next((block["flags"].split() for block in blocks if "flags" in block), None)
+    if flags is not None and "hypervisor" not in flags:
         return None  # a rented bare machine has its cloud's name in DMI too
+
     board = (_board(host) or "").lower()
-    named = (kind for words, kind in VIRTUAL_DMI if words in board)
-    return _word(host, "/sys/hypervisor/type") or next(named, None) or ("vm" if flags else None)
+    named = _first(kind for words, kind in VIRTUAL_DMI if words in board)
+    anonymous = None if flags is None else "vm"
+    return _word(host, "/sys/hypervisor/type") or named or anonymous
 
 
-def battery_names(host: Host) -> list[str]:
-    """Name the batteries that are there and power the machine; scope Device is a mouse's.
-
-    Documentation/ABI/testing/sysfs-class-power.
-    """
-    rows = {name: [_word(host, f"{SUPPLY}/{name}/{file}") for file in ("type", "scope", "present")]
-            for name in host.list(SUPPLY)}
-    return [name for name, (kind, scope, present) in rows.items()
-            if kind == "Battery" and scope != "Device" and present != "0"]
-
-
-def _batteries(host: Host, hw: Hardware) -> Hardware:
-    found = tuple(
-        Battery(name, _word(host, f"{SUPPLY}/{name}/status"), _int(host, f"{SUPPLY}/{name}/capacity"))
-        for name in battery_names(host))
-    hw.unknown["has_battery"] = f"missing: {SUPPLY}"
-    return replace(hw, batteries=found, has_battery=bool(found) if host.exists(SUPPLY) else None)
+def detect_node_type(survey: Survey) -> Findings:
+    """Apply the seed's rule: a laptop has a battery, a server many threads and much memory."""
+    hw = survey.hw
+    if hw.has_battery:
+        return {"node_type": "laptop"}
+    if hw.cpu_threads is None or hw.ram_bytes is None:
+        return {"node_type": Unknown("called desktop, for threads or memory are unknown")}
+    if hw.cpu_threads > SERVER_THREADS and hw.ram_bytes > SERVER_RAM_BYTES:
+        return {"node_type": "server"}
+    return {"node_type": "desktop"}
 
 
-def _disks(host: Host, hw: Hardware) -> Hardware:
-    """Local file systems with their room, one for each device."""
-    best: dict[str, tuple[str, str, str]] = {}
-    mounts = [row for row in parse_mounts(host.read("/proc/self/mounts")) if row[2] in LOCAL_FILESYSTEMS]
-    for device, mount, kind in sorted(mounts, key=lambda row: len(row[1])):
-        best.setdefault(device if device.startswith("/") else f"{device} {mount}", (mount, device, kind))
-    disks = []
-    for mount, device, kind in sorted(best.values()):
-        sectors = _int(host, f"/sys/class/block/{os.path.basename(device)}/size")  # always of 512 bytes
-        size, free = host.space(mount) or (None if sectors is None else sectors * 512, None)
-        if free is None:
-            why = "another root is read" if host.foreign else "it can't be asked"
-            hw.unknown[f"disks.{mount}.free_bytes"] = why
-        if size is None:
-            hw.unknown[f"disks.{mount}.size_bytes"] = f"no size of {device} under /sys/class/block"
-        disks.append(Disk(mount, device, kind, size, free))
-    if not disks:
-        hw.unknown["disks"] = f"no local file system among the mounts ({host.why('/proc/self/mounts')})"
-    return replace(hw, disks=tuple(disks))
+# ---- 7 Devices ------------------------------------------------------------------------------------
+
+POWERCAP = "/sys/class/powercap"
+SUPPLY = "/sys/class/power_supply"
+HWMON = "/sys/class/hwmon"
+THERMAL = "/sys/class/thermal"
+PCI = "/sys/bus/pci/devices"
+DRM = "/sys/class/drm"
+SECTOR_BYTES = 512  # of /sys/class/block/*/size, whatever the device's own sectors are
+GPU_ORDER = {"NVIDIA": 0, "AMD": 1, "Intel": 2}  # the one that a job would use comes first
+
+PROGRAM_S = 10.0  # nvidia-smi takes 0.1 to 1 s to start; one that hangs must not hold up the rest
+SMI_IDENTITY = (
+    "index", "name", "uuid", "pci.bus_id", "driver_version", "memory.total", "power.limit",
+)
+SMI_RECORDED = "/recorded/nvidia-smi"  # in the tree of a recording: what nvidia-smi printed
+
+# Linux 5.10 closed the counters, since they betray what other programs compute (CVE-2020-8694).
+RAPL_FIX = (
+    "only root may read it since Linux 5.10; to allow it for good: echo 'SUBSYSTEM==\"powercap\", "
+    'KERNEL=="intel-rapl*:*", ACTION=="add", RUN+="/bin/chmod a+r /sys%p/energy_uj"\' | sudo tee '
+    "/etc/udev/rules.d/60-ffdist-rapl.rules && sudo udevadm control --reload && "
+    "sudo udevadm trigger --subsystem-match=powercap --action=add")
 
 
-def _gpus(host: Host, hw: Hardware) -> Hardware:
-    """GPUs of the PCI bus and of boards, told more of by nvidia-smi."""
+def detect_gpus(survey: Survey) -> Findings:
+    """Find the GPUs of the PCI bus and of boards, with what nvidia-smi adds."""
+    host = survey.host
     gpus = [*_pci_gpus(host), *_board_gpus(host)]
     rows, trouble = _ask_smi(host)
-    for row in rows:
-        address = parse_pci_address(row["pci.bus_id"])
-        at = next((at for at, gpu in enumerate(gpus) if gpu.pci and gpu.pci == address), None)
-        if at is None:
-            gpus.append(_with_smi(Gpu("NVIDIA", "GPU", driver="nvidia", pci=address), row))
-        else:
-            gpus[at] = _with_smi(gpus[at], row)
-    if trouble and any(gpu.vendor == "NVIDIA" for gpu in gpus):
-        hw.problems.append(f"nvidia-smi: {trouble}")
-    order = {"NVIDIA": 0, "AMD": 1, "Intel": 2}
-    gpus.sort(key=lambda gpu: (order.get(gpu.vendor, 3), bool(gpu.integrated)))
-    if not gpus and not (host.exists("/sys/bus/pci/devices") or host.exists("/sys/class/drm")):
-        hw.unknown["gpus"] = "neither /sys/bus/pci nor /sys/class/drm is here"
+    gpus = _merge_smi(gpus, rows)
+    gpus.sort(key=lambda gpu: (GPU_ORDER.get(gpu.vendor, len(GPU_ORDER)), bool(gpu.integrated)))
+
     titles = dict.fromkeys(gpu.title for gpu in gpus)
-    return replace(hw, gpus=tuple(gpus), has_gpu=bool(gpus), gpu_type=" + ".join(titles) or None)
+    found: Findings = {
+        "gpus": tuple(gpus),
+        "has_gpu": bool(gpus),
+        "gpu_type": " + ".join(titles) or None,
+    }
+    if not gpus and not (host.exists(PCI) or host.exists(DRM)):
+        found["gpus"] = Unknown(f"neither {PCI} nor {DRM} exists")
+    if trouble and any(gpu.vendor == "NVIDIA" for gpu in gpus):
+        found["problems"] = [f"nvidia-smi: {trouble}"]
+    return found
 
 
 def _pci_gpus(host: Host) -> Iterator[Gpu]:
     """Find displays of those who make encoders; one that was handed to a guest is not ours."""
-    for address in host.list("/sys/bus/pci/devices"):
-        path = f"/sys/bus/pci/devices/{address}"
+    for address in host.list(PCI):
+        path = f"{PCI}/{address}"
         if not (host.read(f"{path}/class") or "").startswith("0x03"):
             continue
-        vendor, device = (_word(host, f"{path}/{name}") or "" for name in ("vendor", "device"))
-        if vendor in GPU_VENDORS and host.link(f"{path}/driver") != "vfio-pci":
-            gpu = Gpu(GPU_VENDORS[vendor], f"GPU {vendor[2:]}:{device[2:]}", path=path, pci=address,
-                      driver=host.link(f"{path}/driver"), render_node=_render_node(host, path))
+        vendor = _word(host, f"{path}/vendor") or ""
+        device = _word(host, f"{path}/device") or ""
+        driver = host.link(f"{path}/driver")
+        if vendor in GPU_VENDORS and driver != "vfio-pci":
+            gpu = Gpu(
+                GPU_VENDORS[vendor],
+                f"GPU {vendor[2:]}:{device[2:]}",
+                path=path,
+                pci=address,
+                driver=driver,
+                render_node=_render_node(host, path))
             yield _with_sysfs(host, gpu, vendor[2:], device[2:])
 
 
 def _with_sysfs(host: Host, gpu: Gpu, vendor: str, device: str) -> Gpu:
-    """Add the names and sizes that the driver and pci.ids know."""
-    told = parse_blocks(host.read(f"/proc/driver/nvidia/gpus/{gpu.pci}/information")) or [{}]
-    lists = (host.read(f"/usr/share/{folder}/pci.ids") for folder in ("misc", "hwdata"))
-    names = [parse_word(told[0].get("Model")), _word(host, f"{gpu.path}/product_name")]
-    # Documentation/gpu/amdgpu/thermal.rst: in1, the north bridge, is there on APUs alone.
-    bridges = (_int(host, f"{gpu.path}/hwmon/{chip}/in1_input") for chip in host.list(f"{gpu.path}/hwmon"))
-    apu = gpu.vendor == "AMD" and any(volts is not None for volts in bridges)
+    """Add the names and sizes that the driver and pci.ids have."""
+    information = merge_blocks(parse_blocks(host.read(f"/proc/driver/nvidia/gpus/{gpu.pci}/information")))
+    names = [parse_word(information.get("Model")), _word(host, f"{gpu.path}/product_name")]
+    for folder in ("misc", "hwdata"):
+        listed = host.read(f"/usr/share/{folder}/pci.ids")
+        names.append(parse_pci_name(listed, vendor, device))
     return replace(
-        gpu, name=_first([*names, *(parse_pci_name(text, vendor, device) for text in lists)]) or gpu.name,
+        gpu,
+        name=_first(names) or gpu.name,
         driver_version=_word(host, f"/sys/module/{gpu.driver}/version"),
         memory_bytes=_int(host, f"{gpu.path}/mem_info_vram_total"),
-        integrated=apu or (gpu.vendor == "Intel" and str(gpu.pci).startswith("0000:00:")))
+        integrated=_is_integrated(host, gpu))
+
+
+def _is_integrated(host: Host, gpu: Gpu) -> bool:
+    """Return whether a GPU is part of the processor.
+
+    Documentation/gpu/amdgpu/thermal.rst: in1, the north bridge, exists on APUs alone. Intel's own are
+    on the first bus.
+    """
+    if gpu.vendor == "AMD":
+        chips = host.list(f"{gpu.path}/hwmon")
+        return bool(_ints(host, [f"{gpu.path}/hwmon/{chip}/in1_input" for chip in chips]))
+    return gpu.vendor == "Intel" and str(gpu.pci).startswith("0000:00:")
 
 
 def _render_node(host: Host, path: str) -> str | None:
-    return _first(f"/dev/dri/{name}" for name in host.list(f"{path}/drm") if name.startswith("renderD"))
+    names = host.list(f"{path}/drm")
+    return _first(f"/dev/dri/{name}" for name in names if name.startswith("renderD"))
 
 
 def _board_gpus(host: Host) -> Iterator[Gpu]:
-    """Find GPUs that sit on no PCI bus by their driver."""
-    for card in host.list("/sys/class/drm"):
-        path = f"/sys/class/drm/{card}/device"
-        driver = host.link(f"{path}/driver") if re.fullmatch(r"card[0-9]+", card, re.ASCII) else None
+    """Find GPUs that are on no PCI bus by their driver."""
+    for card in host.list(DRM):
+        if not re.fullmatch(r"card[0-9]+", card, re.ASCII):
+            continue
+        path = f"{DRM}/{card}/device"
+        driver = host.link(f"{path}/driver")
         if driver in BOARD_GPUS:
-            yield Gpu(*BOARD_GPUS[driver], driver=driver, render_node=_render_node(host, path),
-                      integrated=True, path=path)
+            vendor, name = BOARD_GPUS[driver]
+            node = _render_node(host, path)
+            yield Gpu(vendor, name, driver=driver, render_node=node, integrated=True, path=path)
 
 
 def smi_argv(program: str, fields: Iterable[str]) -> list[str]:
-    """Give the command that asks nvidia-smi for fields, one line of plain values a GPU."""
+    """Return the command that asks nvidia-smi for fields, a line of plain values for each GPU."""
     return [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
 
 
-def _ask_smi(host: Host) -> tuple[list[dict[str, str]], str | None]:
-    """Ask nvidia-smi what the GPUs are. Gives its rows, or what went wrong."""
+def _ask_smi(host: Host) -> tuple[list[dict[str, str]], str]:
+    """Ask nvidia-smi what the GPUs are; return its rows, or why there are none."""
     program = host.which("nvidia-smi")
-    if program is None and host.foreign:  # of a recording its words are kept
-        fields, _, words = (host.read("/recorded/nvidia-smi") or "").partition("\n")
-        told = [row for row in parse_csv(words, fields.split(",")) if set(SMI_IDENTITY) <= set(row)]
-        if told:
-            return told, None
     if program is None:
-        return [], "not installed, so power, usage and memory of the NVIDIA GPU stay unknown"
+        if host.foreign:
+            return _recorded_rows(host)
+        return [], SMI_MISSING
     result = host.run(smi_argv(program, SMI_IDENTITY), PROGRAM_S)
     rows = parse_csv(result.stdout, SMI_IDENTITY)
-    said = (result.stderr or result.stdout).strip().splitlines() or [f"exit code {result.returncode}"]
-    return rows, None if rows else said[0][:160]
+    if rows:
+        return rows, ""
+    printed = (result.stderr or result.stdout).strip().splitlines()
+    if printed:
+        return [], printed[0][:MAX_REASON]
+    return [], f"exit code {result.returncode}"
+
+
+SMI_MISSING = "not installed, so power, usage and memory of the NVIDIA GPU stay unknown"
+
+
+def _recorded_rows(host: Host) -> tuple[list[dict[str, str]], str]:
+    """Return what nvidia-smi printed on a machine that was recorded."""
+    fields, _, table = (host.read(SMI_RECORDED) or "").partition("\n")
+    rows = [row for row in parse_csv(table, fields.split(",")) if row.keys() >= set(SMI_IDENTITY)]
+    if rows:
+        return rows, ""
+    return [], SMI_MISSING
+
+
+def _merge_smi(gpus: Sequence[Gpu], rows: Iterable[Mapping[str, str]]) -> list[Gpu]:
+    """Add what nvidia-smi has of each GPU, and the GPUs that it alone knows."""
+    merged = list(gpus)
+    for row in rows:
+        address = parse_pci_address(row["pci.bus_id"])
+        same = [at for at, gpu in enumerate(merged) if gpu.pci is not None and gpu.pci == address]
+        if same:
+            merged[same[0]] = _with_smi(merged[same[0]], row)
+        else:
+            merged.append(_with_smi(Gpu("NVIDIA", "GPU", driver="nvidia", pci=address), row))
+    return merged
 
 
 def _with_smi(gpu: Gpu, row: Mapping[str, str]) -> Gpu:
-    """Add what nvidia-smi says of a GPU."""
-    mib = parse_float(row["memory.total"])
     return replace(
-        gpu, name=parse_word(row["name"]) or gpu.name, index=parse_int(row["index"]),
-        uuid=parse_word(row["uuid"]), driver_version=parse_word(row["driver_version"]),
-        memory_bytes=None if mib is None else int(mib * 2**20), integrated=False,
+        gpu,
+        name=parse_word(row["name"]) or gpu.name,
+        index=parse_int(row["index"]),
+        uuid=parse_word(row["uuid"]),
+        driver_version=parse_word(row["driver_version"]),
+        memory_bytes=parse_mib(row["memory.total"]),
+        integrated=False,
         power_limit_watts=parse_float(row["power.limit"]))
 
 
-def _rapl(host: Host, hw: Hardware) -> Hardware:
-    """Energy counters, and whether this process may read them."""
+def detect_rapl(survey: Survey) -> Findings:
+    """Find the energy counters, and whether this process may read them."""
+    host = survey.host
     zones = rapl_zones(host)
     if not zones:
-        hw.unknown["rapl"] = why_no_rapl(host)
-    hw.unknown.update({f"rapl.{zone.name}": why_closed(host, zone) for zone in zones if not zone.readable})
-    mirrors = mirrored(zones, *read_counters(host, zones)) if may_mirror(host, zones) else {}
-    return replace(hw, rapl=tuple(replace(zone, mirror_of=mirrors.get(zone.name)) for zone in zones))
+        return {"rapl": Unknown(why_no_rapl(host))}
+
+    mirrors: dict[str, str] = {}
+    if may_mirror(host, zones):
+        mirrors = mirrored(zones, *read_counters_twice(host, zones))
+    found: Findings = {
+        "rapl": tuple(replace(zone, mirror_of=mirrors.get(zone.name)) for zone in zones),
+    }
+    for zone in zones:
+        if not zone.readable:
+            found[f"rapl.{zone.name}"] = Unknown(why_closed(host, zone))
+    return found
 
 
 def why_no_rapl(host: Host) -> str:
-    """Say why there is no energy counter at all."""
+    """Return why there is no energy counter at all."""
     kind = virtual_kind(host)
     if kind:
         return f"no RAPL: a virtual machine ({kind})"
@@ -1587,311 +2176,1008 @@ def why_no_rapl(host: Host) -> str:
 
 
 def why_closed(host: Host, zone: RaplZone) -> str:
-    """Say why a counter can't be read, and how to allow it for good."""
-    why = host.why(f"{POWERCAP}/{zone.zone}/energy_uj")
-    return f"{why}; {RAPL_FIX}" if "permission denied" in why else why
+    """Return why a counter cannot be read, and how to allow it for good."""
+    why = host.why(counter_path(zone))
+    if "permission denied" in why:
+        return f"{why}; {RAPL_FIX}"
+    return why
+
+
+def counter_path(zone: RaplZone) -> str:
+    """Return the file of a zone's counter."""
+    return f"{POWERCAP}/{zone.zone}/energy_uj"
+
+
+# Names of the zones that psys or a package may go by: "package-0-die-1", and psys "psys-1" after the
+# socket whose counter has it if that is not the first (intel_rapl_common.c).
+_PACKAGE = re.compile(r"package-([0-9]+(?:-die-[0-9]+)?)", re.ASCII)
+_PSYS = re.compile(r"psys(?:-[0-9]{1,3})?", re.ASCII)
+_ZONE_FOLDER = re.compile(r"(intel-rapl(?:-mmio)?:([0-9]+))(?::[0-9]+)?", re.ASCII)
 
 
 def rapl_zones(host: Host) -> tuple[RaplZone, ...]:
     """Find the zones, under names of their own: "package-0", "dram-1".
 
-    Each socket has zones of the same names, and intel-rapl-mmio repeats counters of intel-rapl: of a zone
-    that is there twice, the readable one counts, intel-rapl's first.
+    Each socket has zones of the same names, and intel-rapl-mmio repeats counters of intel-rapl: of a
+    zone that exists twice, the readable one counts, intel-rapl's first.
     """
+    folders = sorted(host.list(POWERCAP), key=lambda folder: folder.startswith("intel-rapl-mmio"))
     found: dict[str, RaplZone] = {}
-    suffix: dict[str, str] = {}  # package's zone -> what the names of its parts end in
-    for zone in sorted(host.list(POWERCAP), key=lambda zone: zone.startswith("intel-rapl-mmio")):
-        match = re.fullmatch(r"(intel-rapl(?:-mmio)?:([0-9]+))(?::[0-9]+)?", zone, re.ASCII)
+    sockets: dict[str, str] = {}  # folder of a package -> its number, for the names of its parts
+    for folder in folders:
+        match = _ZONE_FOLDER.fullmatch(folder)
         if match is None:
             continue
-        word = _word(host, f"{POWERCAP}/{zone}/name") or "zone"
-        package = re.fullmatch(r"package-([0-9]+(?:-die-[0-9]+)?)", word, re.ASCII)
-        part = "package" if package else re.sub(r"^psys-[0-9]{1,3}$", "psys", word)  # named by its socket
-        kind = part if part in ("package", "core", "uncore", "dram", "psys") else "other"
-        if package:
-            suffix[zone] = package.group(1)
-        whole = kind in ("package", "psys")
-        name = word if whole else f"{word}-{suffix.get(match.group(1), match.group(2))}"
-        old = found.get(name)
-        if old and old.zone.partition(":")[0] == zone.partition(":")[0]:  # no mirror: another of that name
-            name, old = f"{name}#{zone.partition(':')[2]}", None
-        readable = _int(host, f"{POWERCAP}/{zone}/energy_uj") is not None
-        if old is None or (readable and not old.readable):
-            span = _int(host, f"{POWERCAP}/{zone}/max_energy_range_uj")
-            found[name] = RaplZone(name, kind, zone, span, readable)
+        word = _word(host, f"{POWERCAP}/{folder}/name") or "zone"
+        package = _PACKAGE.fullmatch(word)
+        if package is not None:
+            sockets[folder] = package.group(1)
+
+        kind = _zone_kind(word)
+        name = word
+        if kind not in ("package", "psys"):
+            name = f"{word}-{sockets.get(match.group(1), match.group(2))}"
+        if name in found and _family(found[name].zone) == _family(folder):
+            name += f"#{folder.partition(':')[2]}"  # not a mirror but another zone of that name
+
+        zone = _read_zone(host, name, kind, folder)
+        if name not in found or (zone.readable and not found[name].readable):
+            found[name] = zone
     return tuple(sorted(found.values(), key=lambda zone: natural(zone.name)))
 
 
+def _zone_kind(word: str) -> str:
+    if _PACKAGE.fullmatch(word):
+        return "package"
+    if _PSYS.fullmatch(word):
+        return "psys"
+    return word if word in ("core", "uncore", "dram") else "other"
+
+
+def _family(folder: str) -> str:
+    """Return intel-rapl or intel-rapl-mmio."""
+    return folder.partition(":")[0]
+
+
+def _read_zone(host: Host, name: str, kind: str, folder: str) -> RaplZone:
+    span = _int(host, f"{POWERCAP}/{folder}/max_energy_range_uj")
+    readable = _int(host, f"{POWERCAP}/{folder}/energy_uj") is not None
+    return RaplZone(name, kind, folder, span, readable)
+
+
 def may_mirror(host: Host, zones: Sequence[RaplZone]) -> bool:
-    """Say whether packages may repeat each other, as AMD's dies may: there are several, not Intel's."""
-    several = sum(zone.kind == "package" for zone in zones) > 1
-    return several and "GenuineIntel" not in (host.read("/proc/cpuinfo") or "")
+    """Return whether packages may repeat each other: several, and not Intel's, as dies of AMD's may."""
+    packages = [zone for zone in zones if zone.kind == "package"]
+    return len(packages) > 1 and "GenuineIntel" not in (host.read("/proc/cpuinfo") or "")
 
 
-def read_counters(host: Host, zones: Iterable[RaplZone], twice: bool = True,
-                  ) -> tuple[dict[str, int], dict[str, int]]:
-    """Read each counter (µJ) in turn, then all again: only the same register stays inside that bracket.
+def read_counters(host: Host, zones: Iterable[RaplZone]) -> dict[str, int]:
+    """Read each counter that can be read, in µJ."""
+    found = {zone.name: _int(host, counter_path(zone)) for zone in zones}
+    return {name: uj for name, uj in found.items() if uj is not None}
 
-    Where they are not to be read `twice` the second reading is the first.
+
+def read_counters_twice(host: Host, zones: Sequence[RaplZone],
+                        ) -> tuple[dict[str, int], dict[str, int]]:
+    """Read each counter in turn, then all again, for mirrored()."""
+    return read_counters(host, zones), read_counters(host, zones)
+
+
+def mirrored(zones: Sequence[RaplZone], first: Mapping[str, int], again: Mapping[str, int],
+             ) -> dict[str, str]:
+    """Return {zone: the earlier zone of its kind whose counter it shows}, by two readings of all.
+
+    Between the two readings of the earlier zone's counter came the first reading of this one. If both
+    are one register, the value lies between those two.
     """
-    names = [(zone.name, f"{POWERCAP}/{zone.zone}/energy_uj") for zone in zones]
-
-    def read() -> dict[str, int]:
-        return {name: uj for name, path in names if (uj := _int(host, path)) is not None}
-
-    first = read()
-    return first, read() if twice else dict(first)
-
-
-def mirrored(zones: Sequence[RaplZone], first: Mapping[str, int], again: Mapping[str, int]) -> dict[str, str]:
-    """Give {zone: the earlier zone of its kind whose counter it shows}, by two readings of all."""
     found: dict[str, str] = {}
-    there = [zone for zone in zones if zone.name in first and zone.name in again]
-    for at, zone in enumerate(there):
-        for other in there[:at]:
+    read = [zone for zone in zones if zone.name in first and zone.name in again]
+    for at, zone in enumerate(read):
+        for other in read[:at]:
+            if other.name in found or (zone.kind, zone.range_uj) != (other.kind, other.range_uj):
+                continue
             span = zone.range_uj or 2**63
             bracket = (again[other.name] - first[other.name]) % span
-            same = (zone.kind, zone.range_uj) == (other.kind, other.range_uj) and other.name not in found
-            if same and (first[zone.name] - first[other.name]) % span <= bracket:
+            if (first[zone.name] - first[other.name]) % span <= bracket:
                 found[zone.name] = other.name
                 break
     return found
 
 
-def _sensors(host: Host, hw: Hardware) -> Hardware:
-    """Temperatures, power meters and fans."""
-    found = (*_hwmon(host), *_ina3221(host), *_thermal(host))
-    if not found:
-        hw.unknown["sensors"] = "neither /sys/class/hwmon nor /sys/class/thermal has a sensor"
-    return replace(hw, sensors=found)
+def detect_sensors(survey: Survey) -> Findings:
+    """Find temperatures, power meters and fans."""
+    host = survey.host
+    found = (*_hwmon_sensors(host), *_ina3221_sensors(host), *_thermal_sensors(host))
+    return {"sensors": known(found, f"neither {HWMON} nor {THERMAL} has a sensor")}
 
 
-def _hwmon(host: Host) -> Iterator[Sensor]:
-    for entry in host.list("/sys/class/hwmon"):
-        base = f"/sys/class/hwmon/{entry}"
-        chip, names = _word(host, f"{base}/name") or entry, host.list(base)
+_SENSOR_FILE = re.compile(r"((temp|power|fan|energy)[0-9]+)_(input|average)", re.ASCII)
+
+
+def _hwmon_sensors(host: Host) -> Iterator[Sensor]:
+    for entry in host.list(HWMON):
+        base = f"{HWMON}/{entry}"
+        chip = _word(host, f"{base}/name") or entry
+        names = host.list(base)
         for name in names:
-            match = re.fullmatch(r"((temp|power|fan|energy)[0-9]+)_(input|average)", name, re.ASCII)
-            if match is None or (name.endswith("_input") and f"{match.group(1)}_average" in names):
+            match = _SENSOR_FILE.fullmatch(name)
+            if match is None:
                 continue
-            value, (unit, scale) = _int(host, f"{base}/{name}"), SENSOR_UNITS[match.group(2)]
-            label = _word(host, f"{base}/{match.group(1)}_label") or match.group(1)
+            channel, kind, _ = match.groups()
+            if name.endswith("_input") and f"{channel}_average" in names:
+                continue  # the same channel, of an instant only
+            value = _int(host, f"{base}/{name}")
             if value is not None:
+                unit, scale = SENSOR_UNITS[kind]
+                label = _word(host, f"{base}/{channel}_label") or channel
                 yield Sensor(chip, label, unit, value * scale, f"{base}/{name}")
 
 
-def _ina3221(host: Host) -> Iterator[Sensor]:
-    """Find the channels of ina3221.rst, which gives mV and mA; the fourth would be the sum of the others."""
-    for base in (f"/sys/class/hwmon/{entry}" for entry in host.list("/sys/class/hwmon")):
-        for channel in "123" if _word(host, f"{base}/name") == "ina3221" else "":
-            label, path = _word(host, f"{base}/in{channel}_label"), f"{base}/curr{channel}_input"
-            ma, mv = _int(host, path), _int(host, f"{base}/in{channel}_input")
-            if label and ma is not None and mv is not None:
-                yield Sensor("ina3221", label, "watts", ma * mv / 1e6, path)
+def _ina3221_sensors(host: Host) -> Iterator[Sensor]:
+    """Find the channels of ina3221.rst, which gives mV and mA; the fourth is the sum of the others."""
+    bases = [f"{HWMON}/{entry}" for entry in host.list(HWMON)]
+    for base in (base for base in bases if _word(host, f"{base}/name") == "ina3221"):
+        for channel in "123":
+            label = _word(host, f"{base}/in{channel}_label")
+            current = f"{base}/curr{channel}_input"
+            numbers = _ints(host, [current, f"{base}/in{channel}_input"])
+            if label and len(numbers) == 2:
+                yield Sensor("ina3221", label, "watts", math.prod(numbers) / 1e6, current)
 
 
-def whole_machine(sensors: Sequence[Sensor]) -> list[Sensor]:
-    """Choose the power sensors that together are the whole machine's; none where that is not known."""
-    for chip, labels in MACHINE_POWER:
-        found = [one for one in sensors if one.unit == "watts" and one.chip == chip
-                 and (not labels or one.label in labels)]
-        if found and len(found) >= len(labels):
-            return found
-    return []
+def _thermal_sensors(host: Host) -> Iterator[Sensor]:
+    """Find the thermal zones: Documentation/driver-api/thermal/sysfs-api.rst, in m°C."""
+    for zone in host.list(THERMAL):
+        base = f"{THERMAL}/{zone}"
+        if zone.startswith("thermal_zone"):
+            value = _int(host, f"{base}/temp")
+            if value is not None:
+                chip = _word(host, f"{base}/type") or zone
+                yield Sensor(chip, zone, "celsius", value / 1000, f"{base}/temp")
 
 
-def paths_of_power(sensor: Sensor) -> tuple[str, ...]:
-    """Name the files whose product is a sensor's power in µW."""
-    folder, name = os.path.split(sensor.path)
-    return (sensor.path, f"{folder}/in{name[4:]}") if name.startswith("curr") else (sensor.path,)
+def battery_names(host: Host) -> list[str]:
+    """Return the batteries that are present and power the machine: scope Device is a mouse's.
+
+    Documentation/ABI/testing/sysfs-class-power.
+    """
+    names = []
+    for name in host.list(SUPPLY):
+        base = f"{SUPPLY}/{name}"
+        is_battery = _word(host, f"{base}/type") == "Battery"
+        is_own = _word(host, f"{base}/scope") != "Device"
+        is_present = _word(host, f"{base}/present") != "0"
+        if is_battery and is_own and is_present:
+            names.append(name)
+    return names
 
 
-def _thermal(host: Host) -> Iterator[Sensor]:
-    for entry in (name for name in host.list("/sys/class/thermal") if name.startswith("thermal_zone")):
-        value = _int(host, f"/sys/class/thermal/{entry}/temp")
-        if value is not None:
-            chip = _word(host, f"/sys/class/thermal/{entry}/type") or entry
-            yield Sensor(chip, entry, "celsius", value / 1000, f"/sys/class/thermal/{entry}/temp")
+def detect_batteries(survey: Survey) -> Findings:
+    """Find the batteries."""
+    host = survey.host
+    if not host.exists(SUPPLY):
+        return {"has_battery": Unknown(f"missing: {SUPPLY}")}
+    found = []
+    for name in battery_names(host):
+        base = f"{SUPPLY}/{name}"
+        found.append(Battery(name, _word(host, f"{base}/status"), _int(host, f"{base}/capacity")))
+    return {"batteries": tuple(found), "has_battery": bool(found)}
 
 
-def _node_type(host: Host, hw: Hardware) -> Hardware:
-    """Apply the seed's rule: laptop has a battery; server many threads and much memory; else desktop."""
-    big = (hw.cpu_threads or 0) > SERVER_THREADS and (hw.ram_bytes or 0) > SERVER_RAM_BYTES
-    if not hw.has_battery and (hw.cpu_threads is None or hw.ram_bytes is None):
-        hw.unknown["node_type"] = "called desktop, for threads or memory are unknown"
-    return replace(hw, node_type="laptop" if hw.has_battery else "server" if big else "desktop")
+def detect_disks(survey: Survey) -> Findings:
+    """Find the local file systems with their room, one for each device."""
+    host = survey.host
+    disks = []
+    found: Findings = {}
+    for mount, device, kind in _local_mounts(host):
+        size, free = _space(host, mount, device)
+        if free is None:
+            why = "another root is read" if host.foreign else "the file system does not answer"
+            found[f"disks.{mount}.free_bytes"] = Unknown(why)
+        if size is None:
+            why = f"no size of {device} under /sys/class/block"
+            found[f"disks.{mount}.size_bytes"] = Unknown(why)
+        disks.append(Disk(mount, device, kind, size, free))
+
+    missing = f"no local file system among the mounts ({host.why('/proc/self/mounts')})"
+    return {**found, "disks": known(tuple(disks), missing)}
 
 
-# In this order: limits needs the CPUs, the node type nearly all. Each notes under `unknown` why a field
-# of its own may be missing; detect() drops the notes of those that were found.
-DETECTORS: tuple[Callable[[Host, Hardware], Hardware], ...] = (
-    _system, _cpu, _limits, _virtual, _batteries, _gpus, _rapl, _sensors, _disks, _node_type)
+def _local_mounts(host: Host) -> list[tuple[str, str, str]]:
+    """Return (mount, device, type) of each local file system, once, where its path is shortest.
+
+    Those without a device in /dev, such as overlay, are each one of their own.
+    """
+    mounts = [row for row in parse_mounts(host.read("/proc/self/mounts")) if row[2] in LOCAL_FILESYSTEMS]
+    best: dict[str, tuple[str, str, str]] = {}
+    for device, mount, kind in sorted(mounts, key=lambda row: len(row[1])):
+        identity = device if device.startswith("/") else f"{device} {mount}"
+        best.setdefault(identity, (mount, device, kind))
+    return sorted(best.values())
 
 
-# ---- 7 Probe --------------------------------------------------------------------------------------
+def _space(host: Host, mount: str, device: str) -> tuple[int | None, int | None]:
+    """Return a file system's size and free bytes, as far as they can be known."""
+    space = host.space(mount)
+    if space is not None:
+        return space
+    sectors = _int(host, f"/sys/class/block/{os.path.basename(device)}/size")
+    return None if sectors is None else sectors * SECTOR_BYTES, None
+
+
+# ---- 8 Probe --------------------------------------------------------------------------------------
+
+# The agent registers only after the probe, so it must not take long. One encoder whose driver hangs
+# must leave the others time.
+PROBE_TOTAL_S = 4.5
+PROBE_EACH_S = 4.0
+# At least 4 at once, for hardware encoders wait for their devices and not for a CPU.
+MIN_PROBES = 4
+MAX_PROBES = 8
+
+UNDECIDED = NO_ANSWER  # how the reason of an encoder begins that may work, but had not enough time
+NO_FFPROBE = "ffprobe is neither beside ffmpeg nor on PATH"
+FOREIGN_FFMPEG = "another root is read: its FFmpeg, run here, would show this machine's encoders"
+QUALITY_FILTERS = ("psnr", "ssim", "libvmaf", "xpsnr")
+DEFAULT_NODE = "/dev/dri/renderD128"  # the first that the kernel makes: include/drm/drm_drv.h
+
+
+class Drive(NamedTuple):
+    """What FFmpeg needs before and after its input to drive a kind of encoder."""
+
+    before: tuple[str, ...]  # "{node}" is a render node of /dev/dri
+    after: tuple[str, ...]
+
+
+DRIVES = {
+    "nvenc": Drive((), ("-pix_fmt", "yuv420p")),
+    "qsv": Drive(("-init_hw_device", "qsv=hw"), ("-vf", "format=nv12")),
+    "vaapi": Drive(("-vaapi_device", "{node}"), ("-vf", "format=nv12,hwupload")),
+    "v4l2m2m": Drive((), ("-pix_fmt", "yuv420p")),
+    "software": Drive((), ("-pix_fmt", "yuv420p")),
+    "audio": Drive((), ()),
+}
+
+
+class Candidate(NamedTuple):
+    """An encoder to try: its kind of drive, and its quickest settings."""
+
+    drive: str
+    fast: tuple[str, ...] = ()
+
+
+# Hardware first. Of those that FFmpeg lists, each is tried.
+ENCODERS = {
+    "h264_nvenc": Candidate("nvenc"),
+    "hevc_nvenc": Candidate("nvenc"),
+    "av1_nvenc": Candidate("nvenc"),
+    "h264_qsv": Candidate("qsv"),
+    "hevc_qsv": Candidate("qsv"),
+    "av1_qsv": Candidate("qsv"),
+    "vp9_qsv": Candidate("qsv"),
+    "h264_vaapi": Candidate("vaapi"),
+    "hevc_vaapi": Candidate("vaapi"),
+    "av1_vaapi": Candidate("vaapi"),
+    "vp9_vaapi": Candidate("vaapi"),
+    "h264_v4l2m2m": Candidate("v4l2m2m"),
+    "libx264": Candidate("software", ("-preset", "ultrafast")),
+    "libx265": Candidate("software", ("-preset", "ultrafast")),
+    "libsvtav1": Candidate("software", ("-preset", "10")),
+    "libaom-av1": Candidate("software", ("-cpu-used", "8")),
+    "librav1e": Candidate("software", ("-speed", "10")),
+    "libvpx-vp9": Candidate("software", ("-deadline", "realtime", "-cpu-used", "8")),
+    "libopenh264": Candidate("software"),
+    "aac": Candidate("audio"),
+    "libopus": Candidate("audio"),
+    "libmp3lame": Candidate("audio"),
+}
+
+
+class Proofs(NamedTuple):
+    """What trying the encoders showed, and the render node that proved VAAPI."""
+
+    encoders: dict[str, Proof]
+    vaapi_device: str | None
+
+
+def detect_ffmpeg(survey: Survey) -> Findings:
+    """Find FFmpeg, what it has, and which encoders work here."""
+    host = survey.host
+    wanted = survey.ffmpeg or "ffmpeg"
+    program = host.which(wanted)
+    if program is None:
+        missing = Unknown(f"{wanted} is not installed or not on PATH")
+        lost = dict.fromkeys(("ffmpeg", "ffmpeg_version", "encoders", "filters"), missing)
+        return {**lost, "ffprobe": Unknown(NO_FFPROBE)}
+
+    ffprobe = host.which(os.path.join(os.path.dirname(program), "ffprobe")) or host.which("ffprobe")
+    found: Findings = {
+        "ffmpeg": _own_path(host, program),
+        "ffprobe": Unknown(NO_FFPROBE) if ffprobe is None else _own_path(host, ffprobe),
+    }
+    version, why = _version(host, program)
+    if version is None:
+        lost = dict.fromkeys(("ffmpeg_version", "encoders", "filters"), Unknown(why))
+        return {**found, **lost}
+    found["ffmpeg_version"] = version.group(1)
+    found["filters"] = known(_quality_filters(host, program), f"{program} has no quality filter")
+    return {**found, **_prove(survey, program, version.string)}
+
+
+def _own_path(host: Host, program: str) -> str:
+    """Return a program's path inside the root that is read."""
+    return program[len(host.root):] if host.foreign else program
+
+
+def _version(host: Host, program: str) -> tuple[re.Match[str] | None, str]:
+    """Match what FFmpeg prints of its version and build, or return why it does not."""
+    if host.foreign:
+        return None, FOREIGN_FFMPEG
+    result = host.run([program, "-hide_banner", "-version"], PROGRAM_S)
+    version = re.match(r"ffmpeg version (\S+)", result.stdout)
+    return version, f"{program} prints no version: {parse_failure(result)}"
+
+
+def _quality_filters(host: Host, program: str) -> tuple[str, ...]:
+    result = host.run([program, "-hide_banner", "-filters"], PROGRAM_S)
+    listed = parse_listed(result.stdout)
+    return tuple(name for name in QUALITY_FILTERS if name in listed)
+
+
+def _prove(survey: Survey, program: str, version: str) -> Findings:
+    """Try the encoders, or recall what trying them showed before."""
+    if not survey.probe:
+        return {"encoders": Unknown("not tried: --no-probe")}
+    memory = Memory(survey, program, version)
+    proofs = memory.recall()
+    if proofs is None:
+        proofs = probe_encoders(survey.host, program, survey.hw.gpus)
+        memory.store(proofs)
+    nothing = f"{program} lists none of the known encoders"
+    return {
+        "encoders": known(proofs.encoders, nothing),
+        "vaapi_device": proofs.vaapi_device,
+        "problems": memory.problems,
+    }
+
+
+class Memory:
+    """What a probe showed, kept for the next start in encoders.json of the state folder.
+
+    It holds for one build of FFmpeg and one set of devices. If anything of its key differs, the
+    encoders are tried again. An undecided encoder is not remembered, or it would stay so.
+    """
+
+    def __init__(self, survey: Survey, program: str, version: str) -> None:
+        self.problems: list[str] = []
+        self._host = survey.host
+        self._key = self._key_of(survey, program, version)
+        self._path = self._path_in(survey.state_dir)
+
+    @staticmethod
+    def _key_of(survey: Survey, program: str, version: str) -> Json:
+        host = survey.host
+        render = [f"/dev/dri/{name}" for name in host.list("/dev/dri") if name.startswith("renderD")]
+        other = re.compile(r"nvidia[0-9c]|video[0-9]")
+        nodes = render + [f"/dev/{name}" for name in host.list("/dev") if other.match(name)]
+        gpus = survey.hw.gpus
+        return {
+            "ffmpeg": host.stamp(program),
+            "version": version,
+            "devices": [[node, host.usable(node)] for node in nodes],
+            "gpus": [[gpu.vendor, gpu.name, gpu.pci, gpu.driver, gpu.driver_version] for gpu in gpus],
+        }
+
+    def _path_in(self, state_dir: str | None) -> str | None:
+        """Return the file, None if there is no folder for it or others could write there."""
+        if state_dir is None:
+            return None
+        folder = os.path.abspath(state_dir)
+        why = why_shared(folder) if os.path.isdir(folder) else ""
+        if why:
+            self.problems.append(f"the encoders found cannot be kept in {folder}: {why}")
+            return None
+        return os.path.join(folder, "encoders.json")
+
+    def recall(self) -> Proofs | None:
+        """Return what an earlier probe showed, if it was of the same FFmpeg and devices."""
+        if self._path is None:
+            return None
+        try:
+            kept = json.loads(self._host.read(self._path) or "")
+            reasons = dict(kept["encoders"])
+            device = kept["vaapi_device"]
+            same = kept["key"] == self._key
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+        sound = all(word is None or isinstance(word, str) for word in (*reasons.values(), device))
+        if not (same and sound):
+            return None
+        encoders = {name: _kept_proof(reason) for name, reason in reasons.items()}
+        return Proofs(encoders, device)
+
+    def store(self, proofs: Proofs) -> None:
+        """Keep what a probe showed, if it is sure."""
+        states = {proof.state for proof in proofs.encoders.values()}
+        if self._path is None or not states or "undecided" in states:
+            return
+        reasons = {name: proof.reason for name, proof in proofs.encoders.items()}
+        kept = {"key": self._key, "encoders": reasons, "vaapi_device": proofs.vaapi_device}
+        trouble = replace_file(self._path, json.dumps(kept, indent=1))
+        if trouble:
+            self.problems.append(f"the encoders found cannot be kept: {trouble}")
+
+
+def _kept_proof(reason: str | None) -> Proof:
+    if reason is None:
+        return Proof("proved")
+    return Proof("failed", reason)
+
+
+def probe_encoders(host: Host, ffmpeg: str, gpus: Sequence[Gpu]) -> Proofs:
+    """Encode one frame with each candidate that FFmpeg lists, side by side, within PROBE_TOTAL_S."""
+    trial = _Trial(host, ffmpeg, gpus)
+    result = host.run([ffmpeg, "-hide_banner", "-encoders"], PROBE_EACH_S)
+    listed = parse_listed(result.stdout)
+    names = [name for name in ENCODERS if name in listed]
+    workers = max(MIN_PROBES, min(MAX_PROBES, os.cpu_count() or MIN_PROBES))
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        proofs = dict(zip(names, pool.map(trial.prove, names)))
+    return Proofs(proofs, min(trial.proved_on, default=None))
+
+
+class _Trial:
+    """One round of trying encoders; its time runs from when it is made."""
+
+    def __init__(self, host: Host, ffmpeg: str, gpus: Sequence[Gpu]) -> None:
+        self._host = host
+        self._ffmpeg = ffmpeg
+        self._end = time.monotonic() + PROBE_TOTAL_S
+        # NVIDIA's driver has no VAAPI encoders.
+        nodes = [gpu.render_node for gpu in gpus if gpu.vendor != "NVIDIA"]
+        self._nodes = [node for node in nodes if node] or [DEFAULT_NODE]
+        self.proved_on: list[str] = []  # render nodes
+
+    def prove(self, name: str) -> Proof:
+        """Try an encoder, of VAAPI on each render node until one works."""
+        if ENCODERS[name].drive != "vaapi":
+            return self._try(name, DEFAULT_NODE)
+        proofs = []
+        for node in self._nodes:
+            proof = self._try(name, node)
+            if proof.state == "proved":
+                self.proved_on.append(node)
+                return proof
+            proofs.append(proof)
+        undecided = [proof for proof in proofs if proof.state == "undecided"]
+        return [*undecided, *proofs][0]
+
+    def _try(self, name: str, node: str) -> Proof:
+        left_s = min(PROBE_EACH_S, self._end - time.monotonic())
+        if left_s <= 0:
+            all_of_it = f"{PROBE_TOTAL_S} s for all encoders: try again when less is going on"
+            return Proof("undecided", f"{UNDECIDED} {all_of_it}")
+        result = self._host.run(probe_argv(self._ffmpeg, name, node), left_s)
+        if result.returncode == 0:
+            return Proof("proved")
+        state = "undecided" if result.timed_out else "failed"
+        return Proof(state, parse_failure(result))
+
+
+def probe_argv(ffmpeg: str, name: str, node: str = DEFAULT_NODE) -> list[str]:
+    """Return the command that encodes one frame (NVENC refuses less than 256x256), or a short tone."""
+    candidate = ENCODERS[name]
+    drive = DRIVES[candidate.drive]
+    before = [option.replace("{node}", node) for option in drive.before]
+    source, codec, length = "testsrc2=size=640x480", "-c:v", ["-frames:v", "1"]
+    if candidate.drive == "audio":
+        source, codec, length = "sine=duration=0.1", "-c:a", []
+    return [
+        ffmpeg, "-hide_banner", "-nostdin", "-v", "error",
+        *before, "-f", "lavfi", "-i", source,
+        *drive.after, codec, name, *candidate.fast, *length, "-f", "null", "-",
+    ]
+
+
+# ---- 9 Detectors ----------------------------------------------------------------------------------
+
+# The agent has no such flag, but its environment variable names the ffmpeg for the agent too.
+FFMPEG_FLAG = Flag("--ffmpeg", None, str, "the ffmpeg to use (the one on PATH)")
+DETECTOR_FAILED = "its detector failed, see problems"
+
+
+class Detector(NamedTuple):
+    """A function that finds some fields of Hardware; no other finds them."""
+
+    name: str
+    detect: Callable[[Survey], Findings]
+    fields: tuple[str, ...]
+
+
+# In this order: limits needs the CPUs, ffmpeg the GPUs, the node type CPUs, memory and batteries.
+DETECTORS = (
+    Detector("system", detect_system, ("address", "machine", "os", "os_name", "kernel")),
+    Detector("cpu", detect_cpu, (
+        "cpu_model", "cpu_vendor", "cpu_logical", "cpu_cores", "cpu_sockets", "cpu_flags",
+        "cpu_mhz_max", "arch")),
+    Detector("limits", detect_limits, (
+        "cgroup", "cpu_threads", "ram_bytes", "memory_total_bytes", "memory_available_bytes",
+        "swap_bytes")),
+    Detector("virtual", detect_virtual, ("virtual", "container")),
+    Detector("batteries", detect_batteries, ("has_battery", "batteries")),
+    Detector("gpus", detect_gpus, ("has_gpu", "gpu_type", "gpus")),
+    Detector("rapl", detect_rapl, ("rapl",)),
+    Detector("sensors", detect_sensors, ("sensors",)),
+    Detector("disks", detect_disks, ("disks",)),
+    Detector("node_type", detect_node_type, ("node_type",)),
+    Detector("ffmpeg", detect_ffmpeg, (
+        "ffmpeg", "ffprobe", "ffmpeg_version", "filters", "encoders", "vaapi_device")),
+)
+
 
 def detect(host: Host, probe: bool = True, state_dir: str | None = None,
            ffmpeg: str | None = None) -> Hardware:
     """Find out what the machine is. Never fails: what could not be found out has its reason.
 
-    `probe` tries each encoder on a real frame (seconds, kept in `state_dir` for the next start); `ffmpeg`
-    is a program to use instead of FFDIST_FFMPEG or the one on PATH.
+    `probe` tries each encoder on a real frame (seconds, kept in `state_dir` for the next start);
+    `ffmpeg` is a program to use instead of FFDIST_FFMPEG or the one on PATH.
     """
-    def _ffmpeg(host: Host, hw: Hardware) -> Hardware:
-        return _media(host, hw, probe, state_dir, ffmpeg)
-
+    if ffmpeg is None and not host.foreign:
+        ffmpeg = FFMPEG_FLAG.setting
     hw = Hardware()
-    for detector in (*DETECTORS, _ffmpeg):
-        try:
-            hw = detector(host, hw)
-        except Exception as error:  # isolated: one strange file must not cost the whole answer
-            name = detector.__name__.strip("_")
-            hw.problems.append(f"{name}: {type(error).__name__}: {str(error)[:160]}")
-    for one in dataclasses.fields(hw):
-        value = getattr(hw, one.name)
-        if value is None and one.name not in NONE_IS_AN_ANSWER:
-            hw.unknown.setdefault(one.name, "its detector failed, see problems")
-        elif value not in (None, (), {}) and one.name != "node_type":
-            hw.unknown.pop(one.name, None)
+    for detector in DETECTORS:
+        hw = _with_findings(hw, _findings(detector, Survey(host, hw, probe, state_dir, ffmpeg)))
     return hw
 
 
-def _media(host: Host, hw: Hardware, probe: bool, state_dir: str | None,
-           wanted: str | None) -> Hardware:
-    """FFmpeg, what it has, and which encoders work here."""
-    wanted = wanted or (None if host.foreign else os.environ.get("FFDIST_FFMPEG")) or "ffmpeg"
-    program = host.which(wanted)
-    fields = ("ffmpeg", "ffmpeg_version", "encoders", "filters")
-    hw.unknown.update(dict.fromkeys(fields, f"{wanted} is not installed or not on PATH"))
-    hw.unknown["ffprobe"] = "ffprobe is neither beside ffmpeg nor on PATH"
-    if program is None:
-        return hw
-    cut = len(host.root) if host.foreign else 0
-    beside = host.which(os.path.join(os.path.dirname(program), "ffprobe")) or host.which("ffprobe")
-    hw = replace(hw, ffmpeg=program[cut:], ffprobe=beside[cut:] if beside else None)
-    version_argv = [program, "-hide_banner", "-version"]
-    told = Result(None, "", "") if host.foreign else host.run(version_argv, PROGRAM_S)
-    version = re.match(r"ffmpeg version (\S+)", told.stdout)
-    if version is None:
-        reason = ("another root is read: trying its FFmpeg here would tell of this machine" if host.foreign
-                  else f"{program} does not tell its version: {parse_failure(told)}")
-        hw.unknown.update(dict.fromkeys(fields[1:], reason))
-        return hw
-    filters = parse_listed(host.run([program, "-hide_banner", "-filters"], PROGRAM_S).stdout)
-    hw.unknown["filters"] = f"{program} has no quality filter"
-    hw = replace(hw, ffmpeg_version=version.group(1),
-                 filters=tuple(name for name in QUALITY_FILTERS if name in filters))
-    if not probe:
-        hw.unknown["encoders"] = "not tried: --no-probe"
-        return hw
-    hw.unknown["encoders"] = f"{program} lists none of the known encoders"
-    encoders, device = _encoders(host, hw, program, told.stdout, state_dir)
-    return replace(hw, encoders=encoders, vaapi_device=device)
+def detect_only(host: Host, *names: str) -> Hardware:
+    """Find out what a few detectors find that need no others."""
+    hw = Hardware()
+    for detector in DETECTORS:
+        if detector.name in names:
+            hw = _with_findings(hw, _findings(detector, Survey(host, hw, False, None, None)))
+    return hw
 
 
-Proofs = tuple[dict[str, "str | None"], "str | None"]  # {encoder: None or why not}, render node
-UNDECIDED = "no answer within"  # how a reason begins that may not be remembered
-
-
-def _encoders(host: Host, hw: Hardware, program: str, version: str, state_dir: str | None) -> Proofs:
-    """Probe once for each FFmpeg build and set of devices."""
-    nodes = [f"/dev/dri/{name}" for name in host.list("/dev/dri") if name.startswith("renderD")]
-    nodes += [f"/dev/{name}" for name in host.list("/dev") if re.match(r"nvidia[0-9c]|video[0-9]", name)]
-    key = {"ffmpeg": host.stamp(program), "version": version,
-           "devices": [[node, host.usable(node)] for node in nodes],
-           "gpus": [[gpu.vendor, gpu.name, gpu.pci, gpu.driver, gpu.driver_version] for gpu in hw.gpus]}
-    path = os.path.join(os.path.abspath(state_dir), "encoders.json") if state_dir else None
-    if path and os.path.isdir(os.path.dirname(path)) and why_shared(os.path.dirname(path)):
-        why = why_shared(os.path.dirname(path))
-        hw.problems.append(f"the encoders found can't be kept in {os.path.dirname(path)}: {why}")
-        path = None
-    kept = _kept(host.read(path), key) if path else None
-    if kept is not None:
-        return kept
-    encoders, device = probe_encoders(host, program, hw.gpus)
-    if path and encoders and not any((reason or "").startswith(UNDECIDED) for reason in encoders.values()):
-        text = json.dumps({"key": key, "encoders": encoders, "vaapi_device": device}, indent=1)
-        trouble = host.write(path, text)
-        hw.problems.extend([f"the encoders found can't be kept: {trouble}"] if trouble else [])
-    return encoders, device
-
-
-def _kept(text: str | None, key: object) -> Proofs | None:
-    """Read what an earlier probe found, if it was of the same FFmpeg and devices."""
+def _findings(detector: Detector, survey: Survey) -> Findings:
+    """Run a detector. If it fails, its own fields are unknown: one strange file costs no more."""
     try:
-        kept = json.loads(text or "")
-        encoders, device = dict(kept["encoders"]), kept["vaapi_device"]
-        sound = all(isinstance(word, (str, type(None))) for word in (*encoders.values(), device))
-        return (encoders, device) if sound and kept["key"] == key else None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
+        return detector.detect(survey)
+    except Exception as error:
+        lost = dict.fromkeys(detector.fields, Unknown(DETECTOR_FAILED))
+        words = str(error)[:MAX_REASON]
+        return {**lost, "problems": [f"{detector.name}: {type(error).__name__}: {words}"]}
 
 
-def probe_encoders(host: Host, ffmpeg: str, gpus: Sequence[Gpu]) -> Proofs:
-    """Encode one frame with each candidate that FFmpeg lists, side by side, within PROBE_TOTAL_S."""
-    end = time.monotonic() + PROBE_TOTAL_S
-    listed = parse_listed(host.run([ffmpeg, "-hide_banner", "-encoders"], PROBE_EACH_S).stdout)
-    names = [name for name in ENCODERS if name in listed]
-    nodes = [gpu.render_node for gpu in gpus if gpu.render_node and gpu.vendor != "NVIDIA"]
-    proved_on: list[str] = []
-
-    def attempt(name: str) -> str | None:
-        reasons = []
-        for node in (nodes or ["/dev/dri/renderD128"]) if ENCODERS[name][0] == "vaapi" else [""]:
-            left = min(PROBE_EACH_S, end - time.monotonic())
-            if left <= 0:
-                return f"{UNDECIDED} {PROBE_TOTAL_S} s for all encoders: try again when less is going on"
-            result = host.run(probe_argv(ffmpeg, name, node), left)
-            if result.returncode == 0:
-                proved_on.extend(filter(None, [node]))
-                return None
-            reasons.append(parse_failure(result))
-        return reasons[0]
-
-    with ThreadPoolExecutor(max_workers=max(4, min(8, os.cpu_count() or 4))) as pool:
-        return dict(zip(names, pool.map(attempt, names))), min(proved_on, default=None)
+def _with_findings(hw: Hardware, findings: Findings) -> Hardware:
+    """Add findings to the facts: a field that is unknown stays at its default, with the reason."""
+    values: Findings = {}
+    unknown = dict(hw.unknown)
+    for name, value in findings.items():
+        if isinstance(value, Unknown):
+            unknown[name] = value.reason
+        elif name != "problems":
+            values[name] = value
+    problems = [*hw.problems, *findings.get("problems", [])]
+    return replace(hw, **values, unknown=unknown, problems=problems)
 
 
-def probe_argv(ffmpeg: str, name: str, node: str = "/dev/dri/renderD128") -> list[str]:
-    """Build the command that encodes one frame (NVENC refuses less than 256x256), or a short tone."""
-    drive, fast = ENCODERS[name]
-    before, after = ([option.replace("{node}", node) for option in part] for part in DRIVES[drive])
-    source, kind = ("sine=duration=0.1", "-c:a") if drive == "audio" else ("testsrc2=size=640x480", "-c:v")
-    frame = [] if drive == "audio" else ["-frames:v", "1"]
-    return [ffmpeg, "-hide_banner", "-nostdin", "-v", "error", *before, "-f", "lavfi", "-i", source,
-            *after, kind, name, *fast, *frame, "-f", "null", "-"]
-
-
-# ---- 8 Power --------------------------------------------------------------------------------------
+# ---- 10 Power -------------------------------------------------------------------------------------
 
 FIRST_SAMPLE = "the first sample: a rate needs two"
+# A counter that seems to have wrapped at more than this was reset instead: no zone draws as much.
+COUNTER_RESET_W = 5_000
+# Nor does one draw ten times what it drew before, and 500 W: suspending the machine resets counters.
+RESET_FACTOR = 10
+RESET_ALLOWANCE_W = 500
+STILL_S = 10.0  # counters that have not moved for so long since the start do not count
+ZONE_MOST_W = 1_000  # how fast a counter may go round: it is read before it can do so twice
+POLL_MIN_S = 0.1  # but not more often than this,
+POLL_MAX_S = 10.0  # nor, for the sake of resets, more seldom than this
 
 
-class _Integral:
+class Integral:
     """Joules of a power that is read now and then: the mean of two neighbours times their distance."""
 
     def __init__(self, most_s: float = math.inf) -> None:
         """Make one; neighbours that are more than `most_s` apart leave a gap between them."""
-        self.joules = self.covered_s = 0.0
+        self.joules = 0.0
+        self.covered_s = 0.0
         self._most_s = most_s
         self._last: tuple[float, float] | None = None
 
     def add(self, when: float, watts: float | None) -> float:
-        """Add a reading; None leaves a gap that nothing is booked for, one out of order is left out."""
-        if self._last is not None and self._last[0] - self._most_s <= when < self._last[0]:
-            return self.joules
-        if self._last is not None and watts is not None and 0 < when - self._last[0] <= self._most_s:
-            self.joules += (when - self._last[0]) * (watts + self._last[1]) / 2
-            self.covered_s += when - self._last[0]
+        """Add a reading and return the joules so far.
+
+        None leaves a gap that has no joules. A reading out of order is ignored, unless it is so much
+        older that the clock must have been set.
+        """
+        if self._last is not None:
+            then, before = self._last
+            elapsed = when - then
+            if -self._most_s <= elapsed < 0:
+                return self.joules
+            if watts is not None and 0 < elapsed <= self._most_s:
+                self.joules += elapsed * (watts + before) / 2
+                self.covered_s += elapsed
         self._last = None if watts is None else (when, watts)
         return self.joules
 
+    def pause(self) -> None:
+        """Leave a gap until the next reading."""
+        self._last = None
 
-class _Store:
-    """Joules that go out of batteries which tell only what is left in them, in steps of some joules."""
+
+@dataclass(frozen=True)
+class PowerReading:
+    """The machine's power by one source. Without joules the source has no answer now.
+
+    `why` is the reason that joules are unknown, or watts alone; `notes` are reasons of parts.
+    """
+
+    joules: float | None = None  # since the sampler's start
+    watts: float | None = None  # since the previous sample
+    covered_s: float = 0.0  # the time that the joules are of
+    why: str = ""
+    source: str | None = None
+    zones: dict[str, float] = field(default_factory=dict)  # joules of the parts it is made of
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+class PowerSource:
+    """One way to measure the machine's power. It owns its previous readings.
+
+    A source is sampled at each sample of the machine, until one before it in MACHINE_SOURCES answers:
+    from then on it is paused, so that it does not take the time in between for its own.
+    """
+
+    name: ClassVar[str]
+    resolution: ClassVar[str]  # how finely it measures, for people
+
+    def __init__(self, host: Host, hardware: Hardware) -> None:
+        self._host = host
+
+    @property
+    def includes_gpus(self) -> bool:
+        """Return whether its joules include the GPUs', so that nobody adds the two."""
+        return True
+
+    @property
+    def patience_s(self) -> float:
+        """Return the longest time between two readings of it."""
+        return POLL_MAX_S
+
+    def sample(self, now: float, cpu_percent: float | Unknown) -> PowerReading:
+        """Take a reading at `now`, in seconds of a monotonic clock."""
+        raise NotImplementedError
+
+    def between(self, now: float) -> None:
+        """Keep up with its counters between two samples that are further apart than `patience_s`."""
+
+    def pause(self) -> None:
+        """Leave a gap from the last reading to the next."""
+
+
+class ZoneCounter:
+    """The counter of one RAPL zone: turns its readings into joules."""
+
+    def __init__(self, zone: RaplZone) -> None:
+        self.zone = zone
+        self.was_read = False
+        self._counter = 0
+        self._read_at = 0.0
+        self._most_w: float | None = None  # seen so far
+
+    def gain(self, counter: int, now: float) -> float | Unknown | None:
+        """Return the joules since the previous reading.
+
+        None of the first one, Unknown where the counter cannot tell.
+        """
+        first = not self.was_read
+        moved_uj = counter - self._counter
+        elapsed = now - self._read_at
+        self.was_read = True
+        self._counter = counter
+        self._read_at = now
+        if first:
+            return None
+
+        if moved_uj < 0:
+            moved_uj += self.zone.range_uj or 0
+            if moved_uj < 0 or self._is_reset(moved_uj / 1e6, elapsed):
+                return Unknown("its counter was reset: an interval's joules are missing")
+        if self._may_wrap_twice(elapsed):
+            return Unknown(f"its counter may have wrapped more than once in {elapsed:.0f} s")
+
+        joules = moved_uj / 1e6
+        if elapsed >= POLL_MIN_S / 2:  # the power of a shorter time is mostly noise
+            self._most_w = max(self._most_w or 0.0, joules / elapsed)
+        return joules
+
+    def _is_reset(self, joules: float, elapsed: float) -> bool:
+        """Return whether a counter that wrapped would mean more power than can be."""
+        limit_w: float = COUNTER_RESET_W
+        if self._most_w is not None:
+            limit_w = min(limit_w, RESET_ALLOWANCE_W + RESET_FACTOR * self._most_w)
+        return elapsed > 0 and joules / elapsed > limit_w
+
+    def _may_wrap_twice(self, elapsed: float) -> bool:
+        span_uj = self.zone.range_uj
+        return bool(span_uj) and (self._most_w or 0.0) * 1e6 * elapsed >= (span_uj or 0)
+
+
+class ZoneStep(NamedTuple):
+    """What the zones showed at one reading, without those that only mirror another."""
+
+    counters: dict[str, int]  # µJ
+    moved: dict[str, float]  # joules since the previous reading, where that is known
+    new: set[str]  # zones that were read for the first time
+    mirrors: set[str]
+
+
+class RaplSource(PowerSource):
+    """The energy counters of the processor: Documentation/power/powercap/powercap.rst.
+
+    They are not simply added up. psys holds the packages, a package its cores; dram is apart. So the
+    total is psys where there is one, else packages and dram. Packages that are dies of one processor
+    may all show one counter, which counts once. A counter starts again at 0 when it has reached its
+    range, and after a suspend.
+
+    A power is only known between two samples in which every zone that counts was read. The joules of
+    an interval with a gap count, but not its time: see `covered_s`.
+    """
+
+    name = "rapl"
+    resolution = "energy counters that move about every millisecond"
+
+    def __init__(self, host: Host, hardware: Hardware) -> None:
+        super().__init__(host, hardware)
+        self._counters: dict[str, ZoneCounter] = {}
+        self._listed: list[str] = []
+        self._may_mirror = False
+        self._alike: dict[str, str] = {}  # zones that showed another's counter at the last reading
+        self._absence = ""  # why there is no counter at all, once that was asked
+        self._joules = 0.0
+        self._covered_s = 0.0
+        self._zones: dict[str, float] = {}  # joules
+        self._psys_counts = False
+        self._whole_at: float | None = None  # the last sample in which all that count were read
+        self._since = 0.0  # joules since then
+        self._lost = False  # whether some of them are missing
+        self._still_s = 0.0  # how long the counters have not moved since the start
+        self._look()
+
+    @property
+    def includes_gpus(self) -> bool:
+        return self._psys_counts
+
+    @property
+    def patience_s(self) -> float:
+        """Return how long until a counter may have wrapped, within limits."""
+        spans = [counter.zone.range_uj for counter in self._counters.values()]
+        times = [span_uj / 1e6 / ZONE_MOST_W for span_uj in spans if span_uj]
+        return min(POLL_MAX_S, max(POLL_MIN_S, min(times, default=POLL_MAX_S)))
+
+    def sample(self, now: float, cpu_percent: float | Unknown) -> PowerReading:
+        notes: dict[str, str] = {}
+        watts = self._advance(now, notes)
+        zones = {name: round(joules, 6) for name, joules in self._zones.items()}
+        why = self._silence()
+        if why:
+            return PowerReading(why=why, zones=zones, notes=notes)
+        if watts is None:
+            why = "a counter could not be read" if self._joules else FIRST_SAMPLE
+        return PowerReading(self._joules, watts, self._covered_s, why, zones=zones, notes=notes)
+
+    def between(self, now: float) -> None:
+        self._advance(now, {}, between=True)
+
+    def _look(self) -> None:
+        """Find the zones anew when a driver came or went; one that went away is still missed."""
+        listed = self._host.list(POWERCAP)
+        if listed == self._listed:
+            return
+        self._listed = listed
+        self._absence = ""
+        for zone in rapl_zones(self._host):
+            counter = self._counters.get(zone.name)
+            if counter is None or counter.zone.zone != zone.zone:
+                self._counters[zone.name] = ZoneCounter(zone)
+            else:
+                counter.zone = zone
+        self._may_mirror = may_mirror(self._host, self._all_zones())
+
+    def _all_zones(self) -> list[RaplZone]:
+        return [counter.zone for counter in self._counters.values()]
+
+    def _advance(self, now: float, notes: dict[str, str], between: bool = False) -> float | None:
+        """Add what came since the previous reading; return the power since the last whole sample."""
+        self._look()
+        step = self._read(now, notes)
+        gained = self._total(step)
+        self._joules += gained
+        self._since += gained
+        for name in step.counters:
+            self._zones[name] = self._zones.get(name, 0.0) + step.moved.get(name, 0.0)
+
+        needed = self._needed(step)
+        self._explain(needed - step.counters.keys(), notes)
+        if needed & step.counters.keys() - step.moved.keys():
+            self._lost = True
+        elapsed = 0.0 if self._whole_at is None else now - self._whole_at
+        complete = elapsed > 0 and not self._lost and needed <= step.moved.keys()
+        watts = self._since / elapsed if complete and needed else None
+
+        # A reading between two samples ends no interval; only the first one begins one.
+        ends = self._whole_at is None or not between
+        if ends and needed <= step.counters.keys():
+            self._end_interval(now, elapsed, complete)
+        return watts
+
+    def _end_interval(self, now: float, elapsed: float, complete: bool) -> None:
+        if complete:
+            self._covered_s += elapsed
+        self._still_s = 0.0 if self._joules else self._still_s + elapsed
+        self._whole_at = now
+        self._since = 0.0
+        self._lost = False
+
+    def _read(self, now: float, notes: dict[str, str]) -> ZoneStep:
+        """Read the counters, and leave out those that are another's."""
+        zones = self._all_zones()
+        counters = read_counters(self._host, zones)
+        mirrors = self._find_mirrors(zones, counters)
+        step = ZoneStep(dict(counters), {}, set(), set(mirrors))
+        for name, counter in counters.items():
+            gain = self._counters[name].gain(counter, now)
+            if gain is None:
+                step.new.add(name)
+            elif isinstance(gain, Unknown):
+                notes[f"zones.{name}"] = gain.reason
+            else:
+                step.moved[name] = gain
+
+        for name, other in mirrors.items():
+            notes[f"zones.{name}"] = f"the same counter as {other}, counted once"
+            step.moved.pop(name, None)
+            step.counters.pop(name)
+            if not self._zones.get(name):
+                self._zones.pop(name, None)
+        return step
+
+    def _find_mirrors(self, zones: Sequence[RaplZone], counters: Mapping[str, int]) -> dict[str, str]:
+        """Return {zone: the zone whose counter it shows}.
+
+        Two counters that are alike once may be so by chance. Alike at both ends of an interval is one
+        counter, seen twice.
+        """
+        if not self._may_mirror:
+            return {}
+        again = read_counters(self._host, zones)
+        alike = mirrored(zones, counters, again)
+        mirrors = {name: other for name, other in alike.items() if self._alike.get(name) == other}
+        self._alike = alike
+        return mirrors
+
+    def _total(self, step: ZoneStep) -> float:
+        """Add up the joules without counting any twice.
+
+        On boards that do not wire psys up it stays at zero, or below what it should include.
+        """
+        sums = dict.fromkeys(("package", "dram", "psys"), 0.0)
+        wired = False
+        for name, joules in step.moved.items():
+            kind = self._counters[name].zone.kind
+            if kind in sums:
+                sums[kind] += joules
+            if kind == "psys" and step.counters[name] > 0:
+                wired = True
+        parts = sums["package"] + sums["dram"]
+        self._psys_counts = wired and sums["psys"] >= parts
+        return sums["psys"] if self._psys_counts else parts
+
+    def _needed(self, step: ZoneStep) -> set[str]:
+        """Return the zones without which the total is not whole.
+
+        A package is always one. Other zones count from the second time that they were read.
+        """
+        kinds = ("psys",) if self._psys_counts else ("package", "dram")
+        needed = set()
+        for name, counter in self._counters.items():
+            counted = counter.was_read and name not in step.new
+            if counter.zone.kind in kinds and (counted or counter.zone.kind == "package"):
+                needed.add(name)
+        return needed - step.mirrors
+
+    def _explain(self, names: Iterable[str], notes: dict[str, str]) -> None:
+        """Note why zones could not be read."""
+        for name in names:
+            notes[f"zones.{name}"] = self._host.why(counter_path(self._counters[name].zone))
+
+    def _silence(self) -> str:
+        """Return why there is no total, "" if there is one."""
+        if self._still_s >= STILL_S:
+            return "the RAPL counters stand still: this kernel or virtual machine does not count"
+        whole = [row for row in self._counters.values() if row.zone.kind in ("package", "psys")]
+        if not whole:
+            # This reads half a dozen files, which a machine without counters need not do each second.
+            self._absence = self._absence or why_no_rapl(self._host)
+            return self._absence
+        closed = [row.zone for row in whole if not row.was_read]
+        if len(closed) == len(whole):
+            return why_closed(self._host, closed[0])
+        if self._psys_counts or not any(zone.kind == "package" for zone in closed):
+            return ""
+        return why_closed(self._host, closed[0])
+
+
+class MeterSource(PowerSource):
+    """The power meters of the whole machine: Documentation/hwmon/acpi_power_meter.rst, ina3221.rst."""
+
+    name = "hwmon"
+    resolution = ("the machine's power meter, asked at each sample; "
+                  "it gives the mean of an interval of its own")
+
+    def __init__(self, host: Host, hardware: Hardware) -> None:
+        super().__init__(host, hardware)
+        self._meters = [power_files(sensor) for sensor in whole_machine(hardware.sensors)]
+        self._energy = Integral()
+        parts = [one for one in hardware.sensors if one.unit in ("watts", "joules")]
+        self._parts = ", ".join(f"{one.chip} {one.label}" for one in parts)
+
+    def sample(self, now: float, cpu_percent: float | Unknown) -> PowerReading:
+        watts = self._watts()
+        joules = self._energy.add(now, watts)
+        if watts is not None:
+            return PowerReading(joules, watts, self._energy.covered_s)
+        if self._meters:
+            return PowerReading(why="the machine's power meter has no reading now")
+        if self._parts:
+            return PowerReading(why=f"only parts of the machine have sensors: {self._parts}")
+        return PowerReading()
+
+    def _watts(self) -> float | None:
+        """Return the sum of the meters; None if there are none, or one has no reading or 0."""
+        if not self._meters:
+            return None
+        total = 0.0
+        for files in self._meters:
+            numbers = _ints(self._host, files)
+            product = math.prod(numbers)
+            if len(numbers) < len(files) or product <= 0:
+                return None
+            total += product / 1e6
+        return total
+
+    def pause(self) -> None:
+        self._energy.pause()
+
+
+def whole_machine(sensors: Sequence[Sensor]) -> list[Sensor]:
+    """Choose the power sensors that together are the whole machine's; none if that is not known."""
+    for chip, labels in MACHINE_POWER:
+        found = [one for one in sensors if one.unit == "watts" and one.chip == chip]
+        if labels:
+            found = [one for one in found if one.label in labels]
+        if found and len(found) >= len(labels):
+            return found
+    return []
+
+
+def power_files(sensor: Sensor) -> tuple[str, ...]:
+    """Return the files whose product is a sensor's power in µW: power, or mA and mV."""
+    folder, name = os.path.split(sensor.path)
+    if name.startswith("curr"):
+        return sensor.path, f"{folder}/in{name[4:]}"
+    return (sensor.path,)
+
+
+class EnergyLeft:
+    """Joules that go out of batteries that show only what is left in them, in steps of some joules."""
 
     def __init__(self) -> None:
-        self.joules = self.covered_s = 0.0
+        self.joules = 0.0
+        self.covered_s = 0.0
         self.watts: float | None = None  # between the last two steps
         self._last: tuple[float, float] | None = None
         self._step: tuple[float, float] | None = None
@@ -1899,473 +3185,677 @@ class _Store:
     def add(self, when: float, left: float | None) -> None:
         """Add how many joules are left; None leaves a gap."""
         if left is None or self._last is None:
-            self.watts = self._step = None
+            self.watts = None
+            self._step = None
         else:
-            self.covered_s += when - self._last[0]
-            self.joules += max(0.0, self._last[1] - left)
-            if left != self._last[1]:
-                if self._step is not None and when > self._step[0]:
-                    self.watts = max(0.0, self._step[1] - left) / (when - self._step[0]) or None
-                self._step = when, left
+            then, before = self._last
+            self.covered_s += when - then
+            self.joules += max(0.0, before - left)
+            if left != before:
+                self._note_step(when, left)
         self._last = None if left is None else (when, left)
 
+    def _note_step(self, when: float, left: float) -> None:
+        if self._step is not None and when > self._step[0]:
+            then, before = self._step
+            self.watts = max(0.0, before - left) / (when - then) or None
+        self._step = (when, left)
 
-class _Rapl:
-    """Previous counters of the zones, and the joules that they gave since the start."""
+    def pause(self) -> None:
+        """Leave a gap until the next reading."""
+        self.add(0.0, None)
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
-        self._zones: dict[str, RaplZone] = {}
-        self._listed: list[str] = []
-        self._may_mirror = False
-        self._counters: dict[str, int] = {}
-        self._read_at: dict[str, float] = {}
-        self._most_w: dict[str, float] = {}  # by zone, seen so far
-        self._alike: dict[str, str] = {}  # zones that showed another's counter at the previous sample
-        self._whole_at: float | None = None  # time of the last sample in which all that count were read
-        self._since = 0.0  # joules since then
-        self._lost = False  # some of what came since then
-        self._still_s = 0.0  # how long the counters have stood where they were at the start
-        self.zones: dict[str, float] = {}
-        self.joules = self.covered_s = 0.0
-        self.whole = False  # psys counts: it holds the GPUs too
-        self._look()
 
-    def _look(self) -> None:
-        """Find the zones, anew when a driver came or went; one that went away is still missed."""
-        listed = self._host.list(POWERCAP)
-        if listed != self._listed:
-            self._listed = listed
-            for zone in rapl_zones(self._host):
-                if zone.zone != self._zones.get(zone.name, zone).zone:
-                    self._counters.pop(zone.name, None)
-                self._zones[zone.name] = zone
-            self._may_mirror = may_mirror(self._host, list(self._zones.values()))
+class BatterySource(PowerSource):
+    """The batteries, while they alone power the machine: Documentation/power/power_supply_class.rst."""
+
+    name = "battery"
+    resolution = ("the battery's discharge, asked at each sample; its own chip renews it every few "
+                  "seconds, in steps of some joules where it shows only what is left")
+
+    def __init__(self, host: Host, hardware: Hardware) -> None:
+        super().__init__(host, hardware)
+        self._batteries = [f"{SUPPLY}/{name}" for name in battery_names(host)]
+        supplies = [f"{SUPPLY}/{name}" for name in host.list(SUPPLY)]
+        mains = [base for base in supplies if _word(host, f"{base}/type") in ("Mains", "USB")]
+        self._mains = [f"{base}/online" for base in mains]
+        self._energy = Integral()
+        self._left = EnergyLeft()
+
+    def sample(self, now: float, cpu_percent: float | Unknown) -> PowerReading:
+        # All of it is read whatever the state, so that a recording has it.
+        watts = self._watts()
+        left = self._joules_left()
+        if not self._is_alone():
+            watts = left = None
+        if watts is not None:
+            left = None  # a measured power is better than steps
+        self._energy.add(now, watts)
+        self._left.add(now, left)
+        joules = self._energy.joules + self._left.joules
+        covered_s = self._energy.covered_s + self._left.covered_s
+        if watts is not None:
+            return PowerReading(joules, watts, covered_s)
+        if left is not None:
+            why = "" if self._left.watts else "the battery shows only what is left in it, and that in steps"
+            return PowerReading(joules, self._left.watts, covered_s, why)
+        if self._batteries:
+            return PowerReading(why="a battery measures only while it alone powers the machine")
+        return PowerReading()
+
+    def _is_alone(self) -> bool:
+        """Return whether a battery powers the machine, and no mains do."""
+        draining = any(self._is_discharging(base) for base in self._batteries)
+        return draining and not any(_ints(self._host, self._mains))
+
+    def _is_discharging(self, base: str) -> bool:
+        return _word(self._host, f"{base}/status") == "Discharging"
+
+    def _watts(self) -> float | None:
+        """Return what the batteries give; None if one of them has no reading: 0 is not a power."""
+        drawn = {base: self._battery_watts(base) for base in self._batteries}
+        watts = [drawn[base] for base in self._batteries if self._is_discharging(base)]
+        if watts and all(watts):
+            return sum(watts)
+        return None
+
+    def _battery_watts(self, base: str) -> float:
+        """Return what one battery gives: µW, or µA times µV, negative with some drivers."""
+        power = _int(self._host, f"{base}/power_now")
+        pair = _ints(self._host, [f"{base}/current_now", f"{base}/voltage_now"])
+        if power:
+            return abs(power) / 1e6
+        if len(pair) == 2:
+            return abs(math.prod(pair)) / 1e12
+        return 0.0
+
+    def _joules_left(self) -> float | None:
+        """Return what is left in batteries that show no power, in µWh; None if one does not show it."""
+        microwatt_hours = _ints(self._host, [f"{base}/energy_now" for base in self._batteries])
+        if len(microwatt_hours) < len(self._batteries):
+            return None
+        return sum(microwatt_hours) * HOUR_S / 1e6
+
+    def pause(self) -> None:
+        self._energy.pause()
+        self._left.pause()
+
+
+class ModelSource(PowerSource):
+    """An estimate for machines that measure nothing, where somebody has given its two powers."""
+
+    name = "model"
+    resolution = "an estimate by CPU use between two given powers"
+
+    def __init__(self, idle_w: float, busy_w: float) -> None:
+        self._idle_w = idle_w
+        self._busy_w = busy_w
+        self._joules = 0.0
+        self._covered_s = 0.0
+        self._last: float | None = None  # when the estimate was brought up to
+
+    @property
+    def includes_gpus(self) -> bool:
+        return False
+
+    def sample(self, now: float, cpu_percent: float | Unknown) -> PowerReading:
+        if self._last is None:
+            self._last = now
+        if isinstance(cpu_percent, Unknown):
+            # The next CPU use is of the time since now and before, so leave the last moment as it is.
+            return PowerReading(self._joules, None, self._covered_s, cpu_percent.reason)
+        watts = self._idle_w + (self._busy_w - self._idle_w) * cpu_percent / 100
+        elapsed = now - self._last
+        self._joules += watts * elapsed
+        self._covered_s += elapsed
+        self._last = now
+        return PowerReading(self._joules, watts, self._covered_s)
+
+    def pause(self) -> None:
+        self._last = None
+
+
+# The best first. To add a source, write a class of PowerSource above and put it here.
+MACHINE_SOURCES: tuple[type[PowerSource], ...] = (RaplSource, MeterSource, BatterySource)
+
+
+class MachinePower:
+    """The machine's power by the first source that answers."""
+
+    def __init__(self, host: Host, hardware: Hardware, model: tuple[float, float] | None) -> None:
+        self._sources = [source(host, hardware) for source in MACHINE_SOURCES]
+        if model is not None:
+            self._sources.append(ModelSource(*model))
+        self.includes_gpus = False
 
     @property
     def patience_s(self) -> float:
-        """How long the counters may be left alone: until one may have wrapped, within POLL_S."""
-        spans = [zone.range_uj / 1e6 / ZONE_MOST_W for zone in self._zones.values() if zone.range_uj]
-        return min(POLL_S[1], max(POLL_S[0], min(spans, default=POLL_S[1])))
+        """Return the longest time between two readings that every source allows."""
+        return min(source.patience_s for source in self._sources)
 
-    def sample(self, now: float, unknown: dict[str, str], between: bool = False) -> float | None:
-        """Add what came since the previous sample. Gives its watts, None when there is none yet.
+    def between(self, now: float) -> None:
+        """Keep up with the counters between two samples."""
+        for source in self._sources:
+            source.between(now)
 
-        A reading `between` two samples only sees to it that no counter wraps twice.
-        """
-        self._look()
-        counters, again = read_counters(self._host, self._zones.values(), self._may_mirror)
-        zones = [zone for name, zone in self._zones.items() if name in counters]
-        elapsed = 0.0 if self._whole_at is None else now - self._whole_at
-        deltas = {zone.name: self._delta(zone, counters[zone.name], now, unknown) for zone in zones}
-        moved = {name: joules for name, joules in deltas.items() if joules is not None}
-        alike = mirrored(zones, counters, again) if self._may_mirror else {}
-        twins = [name for name in alike if alike[name] == self._alike.get(name)]
-        for name in twins:
-            # Alike at both ends of an interval is no chance: one counter, seen twice.
-            unknown[f"zones.{name}"] = f"the same counter as {alike[name]}, counted once"
-            moved.pop(name, None)
-            counters.pop(name)
-            if not self.zones.get(name):
-                self.zones.pop(name, None)
-        for name in counters:
-            self.zones[name] = self.zones.get(name, 0.0) + moved.get(name, 0.0)
-        gained = self._total(moved, counters)
-        self.joules += gained
-        self._since += gained
-        needed = self._needed(unknown, counters, twins)
-        self._lost |= any(name in counters and name not in moved for name in needed)
-        told = elapsed > 0 and not self._lost and set(needed) <= set(moved)
-        watts = self._since / elapsed if told and needed else None
-        self._counters.update(again)
-        self._read_at.update(dict.fromkeys(again, now))
-        self._alike = alike
-        if set(needed) <= set(counters) and not (between and self._whole_at is not None):
-            self.covered_s += elapsed if told else 0.0
-            self._still_s = 0.0 if self.joules else self._still_s + elapsed
-            self._whole_at, self._since, self._lost = now, 0.0, False
-        return watts
-
-    def _needed(self, unknown: dict[str, str], counters: Mapping[str, int], twins: Sequence[str],
-                ) -> list[str]:
-        """Name the zones without which the total is not whole; notes why one cannot be read now."""
-        kinds = ("psys",) if self.whole else ("package", "dram")
-        needed = [name for name, zone in self._zones.items() if zone.kind in kinds and name not in twins
-                  and (name in self._counters or zone.kind == "package")]
-        for name in needed:
-            if name not in counters:
-                unknown[f"zones.{name}"] = self._host.why(f"{POWERCAP}/{self._zones[name].zone}/energy_uj")
-        return needed
-
-    def _delta(self, zone: RaplZone, counter: int, now: float, unknown: dict[str, str]) -> float | None:
-        """Joules since the zone's previous reading; None without one, or where the counter can't tell.
-
-        It is reset by suspending the machine: it then seems to have wrapped at a power beyond all before.
-        """
-        if zone.name not in self._counters:
-            return None
-        moved, elapsed = counter - self._counters[zone.name], now - self._read_at[zone.name]
-        span, seen_w = zone.range_uj or 0, self._most_w.get(zone.name)
-        likely_w = COUNTER_RESET_W if seen_w is None else min(COUNTER_RESET_W, 500 + 10 * seen_w)
-        wrapped = moved < 0
-        moved += span if wrapped else 0
-        if moved < 0 or (wrapped and elapsed > 0 and moved / 1e6 / elapsed > likely_w):
-            unknown[f"zones.{zone.name}"] = "its counter was reset: an interval's joules are missing"
-            return None
-        if span and (seen_w or 0.0) * 1e6 * elapsed >= span:
-            unknown[f"zones.{zone.name}"] = f"its counter may have wrapped more than once in {elapsed:.0f} s"
-            return None
-        if elapsed >= POLL_S[0] / 2:
-            self._most_w[zone.name] = max(seen_w or 0.0, moved / 1e6 / elapsed)
-        return moved / 1e6
-
-    def _total(self, moved: Mapping[str, float], counters: Mapping[str, int]) -> float:
-        """Add up without counting twice: psys holds the packages, a package its cores; DRAM is apart.
-
-        On boards that do not wire psys up it stands at zero for ever, or below what it should hold.
-        """
-        kinds = {name: self._zones[name].kind for name in moved}
-        wired = any(kind == "psys" and counters[name] > 0 for name, kind in kinds.items())
-        sums = [sum(joules for name, joules in moved.items() if kinds[name] in counted)
-                for counted in (("package", "dram"), ("psys",))]
-        self.whole = wired and sums[1] >= sums[0]
-        return sums[self.whole]
-
-    def reason(self) -> str | None:
-        """Say why there is no total; None when there is one."""
-        whole = [zone for zone in self._zones.values() if zone.kind in ("package", "psys")]
-        closed = [zone for zone in whole if zone.name not in self._counters]
-        if self._still_s >= STILL_S:
-            return "the RAPL counters stand still: this kernel or virtual machine does not count"
-        if whole and (self.whole or not any(zone.kind == "package" for zone in closed)):
-            return None if len(closed) < len(whole) else why_closed(self._host, whole[0])
-        return why_closed(self._host, closed[0]) if whole else why_no_rapl(self._host)
+    def sample(self, now: float, cpu_percent: float | Unknown) -> PowerReading:
+        """Ask the sources in turn; without an answer, `why` has the reasons of all."""
+        answer = PowerReading()
+        zones: dict[str, float] = {}
+        notes: dict[str, str] = {}
+        reasons = []
+        for source in self._sources:
+            if answer.source is not None:
+                source.pause()
+                continue
+            reading = source.sample(now, cpu_percent)
+            zones.update(reading.zones)
+            notes.update(reading.notes)
+            if reading.joules is not None:
+                answer = replace(reading, joules=round(reading.joules, 6), source=source.name)
+                self.includes_gpus = source.includes_gpus
+            elif reading.why:
+                reasons.append(reading.why)
+        if answer.source is None:
+            self.includes_gpus = False
+            answer = replace(answer, why="; ".join(reasons))
+        return replace(answer, zones=zones, notes=notes)
 
 
-class _Smi:
-    """The long-running nvidia-smi, integrated over its own time stamps."""
+# ---- 11 Graphics ----------------------------------------------------------------------------------
+
+# On A100 and H100 a reading covers 25 % of the time, so asking more often would show no more.
+SMI_INTERVAL_MS = 500
+SMI_READING = (
+    "timestamp", "index", "power.draw", "utilization.gpu", "utilization.encoder", "memory.used",
+    "temperature.gpu", "clocks_throttle_reasons.active", "pci.bus_id",
+)
+SMI_NEEDED = SMI_READING[:3]  # the others may be missing: older drivers do not know them all
+SMI_TOO_HOT = 0x8 | 0x20 | 0x40  # nvml.h: HwSlowdown, SwThermalSlowdown, HwThermalSlowdown
+# Between answers that are further apart the clock was set, or nvidia-smi stood still.
+SMI_STEP_MOST_S = 10.0
+SMI_AGAIN_S = 60.0  # until it is started anew after its end, as when the driver is renewed
+SMI_LAST_LINES = 5  # that are kept: they say why it ended
+
+
+class GpuSource:
+    """One way to read one GPU. It owns its previous readings; `key` begins its reasons."""
+
+    name: ClassVar[str]
+    resolution: ClassVar[str]
+
+    def __init__(self, gpu: Gpu, key: str) -> None:
+        self._gpu = gpu
+        self._key = key
+
+    def read(self, now: float, unknown: dict[str, str]) -> GpuReading:
+        """Read the GPU; note under `unknown` why its figures are missing."""
+        raise NotImplementedError
+
+
+class SmiStream:
+    """The long-running nvidia-smi, integrated over its own time stamps.
+
+    It takes up to a second to start, so one process goes on printing. A driver that does not know one
+    of the fields ends it with a complaint; then it is asked again without that field.
+    """
 
     refused: ClassVar[set[tuple[str | None, str]]] = set()  # (program, field that it does not know)
 
     def __init__(self, host: Host, interval_ms: int) -> None:
-        self._host, self._interval_ms = host, interval_ms
+        self.reason = "nvidia-smi has not answered yet"
+        self.stream: Stream | None = None
+        self._host = host
+        self._interval_ms = interval_ms
         self._program = host.which("nvidia-smi")
         self._fields = [name for name in SMI_READING if (self._program, name) not in self.refused]
-        self._energy: dict[int, _Integral] = {}
-        self._rows: dict[int, dict[str, str]] = {}
-        self._places: dict[str | None, int] = {}  # PCI address -> index
-        self._told_at = self._now = 0.0
-        self._said: list[str] = []
-        self._reason = "nvidia-smi has not answered yet" if self._program else "nvidia-smi is not installed"
-        self.stream: Stream | None = None
-        self._again = math.inf  # when to start it anew
+        self._rows: dict[int, dict[str, str]] = {}  # the newest of each GPU, by index
+        self._energy: dict[int, Integral] = {}
+        self._indexes: dict[str | None, int] = {}  # by PCI address
+        self._answered_at = 0.0
+        self._last_lines: list[str] = []
+        self._start_at = math.inf
         self._start()
 
     def _start(self) -> None:
-        if self._program is not None:
-            argv = [*smi_argv(self._program, self._fields), "-lms", str(self._interval_ms)]
-            self.stream = self._host.stream(argv)
+        self._start_at = math.inf
+        if self._program is None:
+            self.reason = "nvidia-smi is not installed"
+            return
+        argv = [*smi_argv(self._program, self._fields), "-lms", str(self._interval_ms)]
+        self.stream = self._host.stream(argv)
 
     def poll(self, now: float) -> None:
-        """Take in what nvidia-smi said since the last time; start it anew a while after its end."""
-        self._now = now
-        if self.stream is None and now >= self._again:
-            self._again = math.inf
+        """Take in what nvidia-smi printed since the last time; start it anew a while after its end."""
+        if self.stream is None and now >= self._start_at:
             self._start()
         if self.stream is None:
             return
-        ended, lines = self.stream.ended, self.stream.lines()
-        self._said = [*self._said, *lines][-5:]  # its last words may come a while before its end
+        ended = self.stream.ended  # asked first: lines may still come before the end
+        lines = self.stream.lines()
+        self._last_lines = [*self._last_lines, *lines][-SMI_LAST_LINES:]
         for row in parse_csv("\n".join(lines), self._fields):
-            index, when, watts = (parse_int(row["index"]), parse_time_stamp(row["timestamp"]),
-                                  parse_float(row["power.draw"]))
-            if index is not None and when is not None:
-                self._rows[index], self._told_at = row, now
-                self._places[parse_pci_address(row.get("pci.bus_id"))] = index
-                self._energy.setdefault(index, _Integral(SMI_STEP_MOST_S)).add(when, watts)
+            self._take(row, now)
         if ended:
-            self._ended(now)
+            self._note_end(now)
+        silent_s = now - self._answered_at
+        if self._rows and silent_s > SMI_STEP_MOST_S:
+            self._rows.clear()
+            self.reason = f"nvidia-smi has said nothing for {silent_s:.0f} s"
 
-    def _ended(self, now: float) -> None:
+    def _take(self, row: dict[str, str], now: float) -> None:
+        index = parse_int(row["index"])
+        when = parse_time_stamp(row["timestamp"])
+        if index is None or when is None:
+            return
+        self._answered_at = now
+        self._rows[index] = row
+        self._indexes[parse_pci_address(row.get("pci.bus_id"))] = index
+        energy = self._energy.setdefault(index, Integral(SMI_STEP_MOST_S))
+        energy.add(when, parse_float(row["power.draw"]))
+
+    def _note_end(self, now: float) -> None:
         self.close()
-        self._again = now + SMI_AGAIN_S
         self._rows.clear()
-        refused = parse_refused("\n".join(self._said))
-        self._reason = f"nvidia-smi ended: {(self._said or ['no words'])[-1][:160]}"
-        self._said = []
-        if refused in self._fields[3:]:  # an older driver: ask again without it
+        last = self._last_lines[-1] if self._last_lines else "no words"
+        self.reason = f"nvidia-smi ended: {last[:MAX_REASON]}"
+        refused = parse_refused("\n".join(self._last_lines))
+        self._last_lines = []
+        self._start_at = now + SMI_AGAIN_S
+        if refused in self._fields and refused not in SMI_NEEDED:
             self._fields.remove(refused)
             self.refused.add((self._program, refused))  # the next one starts without a detour
             self._start()
-            self._again = math.inf
 
-    def reading(self, gpu: Gpu, key: str, unknown: dict[str, str]) -> GpuReading:
-        found = self._places.get(gpu.pci, -1)  # its driver was not there when the machine was looked at
-        index = found if gpu.index is None else gpu.index
-        silent_s = self._now - self._told_at
-        if self._rows and silent_s > SMI_STEP_MOST_S:
-            self._rows.clear()
-            self._reason = f"nvidia-smi has said nothing for {silent_s:.0f} s"
-        row, energy = self._rows.get(index), self._energy.get(index, _Integral())
-        watts = parse_float(row["power.draw"]) if row else None
-        joules = energy.joules if energy.covered_s or watts is not None else None
-        if row is None:
-            unknown[key] = self._reason
-            return GpuReading(gpu.title, gpu.index, energy_joules=joules, covered_s=energy.covered_s)
-        used, heat, mib, coding = (parse_float(row.get(name)) for name in (
-            "utilization.gpu", "temperature.gpu", "memory.used", "utilization.encoder"))
-        slowed = re.fullmatch(r"0x([0-9a-fA-F]{1,16})", row.get("clocks_throttle_reasons.active", ""))
-        if watts is None:
-            unknown[f"{key}.power_watts"] = f"nvidia-smi says {row['power.draw'] or 'nothing'}"
-        return GpuReading(gpu.title, gpu.index, watts, joules, used, coding,
-                          None if mib is None else int(mib * 2**20), heat, "nvidia-smi",
-                          covered_s=energy.covered_s,
-                          too_hot=bool(int(slowed.group(1), 16) & SMI_TOO_HOT) if slowed else None)
+    def of(self, gpu: Gpu) -> tuple[dict[str, str] | None, Integral]:
+        """Return a GPU's newest row, None if it has none now, and its energy.
+
+        A GPU without an index had no driver when the machine was looked at: its address finds it.
+        """
+        index = gpu.index
+        if index is None:
+            index = self._indexes.get(gpu.pci, -1)
+        return self._rows.get(index), self._energy.get(index, Integral())
 
     def close(self) -> None:
+        """End nvidia-smi; a second call does nothing."""
         if self.stream is not None:
             self.stream.close()
             self.stream = None
 
 
-# ---- 9 Sampler ------------------------------------------------------------------------------------
+class NvidiaSource(GpuSource):
+    """A GPU by the lines of nvidia-smi."""
+
+    name = "nvidia-smi"
+    resolution = (f"the GPU's power, asked every {SMI_INTERVAL_MS} ms; "
+                  "on some cards it covers a part of the time only")
+
+    def __init__(self, gpu: Gpu, key: str, stream: SmiStream) -> None:
+        super().__init__(gpu, key)
+        self._stream = stream
+
+    def read(self, now: float, unknown: dict[str, str]) -> GpuReading:
+        row, energy = self._stream.of(self._gpu)
+        reading = GpuReading(self._gpu.title, self._gpu.index, covered_s=energy.covered_s)
+        if energy.covered_s:
+            reading = replace(reading, energy_joules=energy.joules)
+        if row is None:
+            unknown[self._key] = self._stream.reason
+            return reading
+
+        watts = parse_float(row["power.draw"])
+        if watts is None:
+            words = row["power.draw"] or "nothing"
+            unknown[f"{self._key}.power_watts"] = f"nvidia-smi prints {words} for it"
+        else:
+            reading = replace(reading, energy_joules=energy.joules)
+        return replace(
+            reading,
+            power_watts=watts,
+            usage=parse_float(row.get("utilization.gpu")),
+            encoder_usage=parse_float(row.get("utilization.encoder")),
+            memory_used_bytes=parse_mib(row.get("memory.used")),
+            temperature_c=parse_float(row.get("temperature.gpu")),
+            source=self.name,
+            too_hot=_is_too_hot(row))
+
+
+def _is_too_hot(row: Mapping[str, str]) -> bool | None:
+    """Return whether heat slows a GPU down, None if its driver does not say."""
+    reasons = row.get("clocks_throttle_reasons.active", "")
+    mask = re.fullmatch(r"0x([0-9a-fA-F]{1,16})", reasons)
+    if mask is None:
+        return None
+    return bool(int(mask.group(1), 16) & SMI_TOO_HOT)
+
+
+class SysfsSource(GpuSource):
+    """An AMD or Intel GPU: Documentation/gpu/amdgpu/thermal.rst, sysfs-driver-intel-i915-hwmon."""
+
+    name = "gpu-hwmon"
+    resolution = "the GPU's own sensor, asked at each sample"
+
+    def __init__(self, gpu: Gpu, key: str, host: Host) -> None:
+        super().__init__(gpu, key)
+        self._host = host
+        self._energy = Integral()
+        self._counter: tuple[float, int] | None = None  # when it was read, µJ
+
+    def read(self, now: float, unknown: dict[str, str]) -> GpuReading:
+        gpu = self._gpu
+        watts = self._watts(now)
+        measured = watts is not None or self._counter is not None
+        if watts is None:
+            unknown[f"{self._key}.power_watts"] = self._why_no_watts()
+        heat = self._first("temp1_input")
+        usage = _int(self._host, f"{gpu.path}/gpu_busy_percent")
+        return GpuReading(
+            gpu.title,
+            power_watts=watts,
+            energy_joules=round(self._energy.joules, 6) if measured else None,
+            usage=None if usage is None else float(usage),
+            temperature_c=None if heat is None else heat / 1000,
+            memory_used_bytes=_int(self._host, f"{gpu.path}/mem_info_vram_used"),
+            source=self.name if measured else None,
+            in_package=bool(gpu.integrated),
+            covered_s=self._energy.covered_s)
+
+    def _first(self, *names: str) -> int | None:
+        """Return the first of these files of the GPU's chips that has a number."""
+        chips = self._host.list(f"{self._gpu.path}/hwmon")
+        paths = [f"{self._gpu.path}/hwmon/{chip}/{name}" for chip in chips for name in names]
+        return next((value for value in map(self._number, paths) if value is not None), None)
+
+    def _number(self, path: str) -> int | None:
+        return _int(self._host, path)
+
+    def _watts(self, now: float) -> float | None:
+        """Return the power, and add up its energy: a counter is more exact than an integral.
+
+        energy1 is the card's, which includes its package; xe has a few GPUs with energy2, the package,
+        alone.
+        """
+        microwatts = self._first("power1_average", "power1_input")
+        watts = None if microwatts is None else microwatts / 1e6
+        counter = self._first("energy1_input", "energy2_input")
+        if counter is None:
+            self._energy.add(now, watts)
+            return watts
+        gained = self._gain(counter, now)
+        return watts if gained is None else gained
+
+    def _gain(self, counter: int, now: float) -> float | None:
+        """Add what a counter of µJ gained; return its power, None if that is not known."""
+        previous = self._counter
+        self._counter = (now, counter)
+        if previous is None:
+            return None
+        then, before = previous
+        if counter < before:  # it was reset
+            return None
+        joules = (counter - before) / 1e6
+        self._energy.joules += joules
+        self._energy.covered_s += now - then
+        return joules / (now - then) if now > then else None
+
+    def _why_no_watts(self) -> str:
+        if self._counter is not None:
+            return FIRST_SAMPLE
+        if self._gpu.integrated:
+            return "no power sensor of its own: it is inside the processor's package"
+        return "no power sensor"
+
+
+class GraphicsPower:
+    """The GPUs of the machine, each by its source."""
+
+    def __init__(self, host: Host, gpus: Sequence[Gpu], smi_interval_ms: int) -> None:
+        self.smi: SmiStream | None = None
+        if any(gpu.vendor == "NVIDIA" for gpu in gpus):
+            self.smi = SmiStream(host, smi_interval_ms)
+        self._sources: list[GpuSource] = []
+        for at, gpu in enumerate(gpus):
+            key = f"gpus.{at}"
+            if self.smi is not None and gpu.vendor == "NVIDIA":
+                self._sources.append(NvidiaSource(gpu, key, self.smi))
+            else:
+                self._sources.append(SysfsSource(gpu, key, host))
+
+    def sample(self, now: float, unknown: dict[str, str]) -> tuple[GpuReading, ...]:
+        """Read every GPU."""
+        if self.smi is not None:
+            self.smi.poll(now)
+        return tuple(source.read(now, unknown) for source in self._sources)
+
+    def close(self) -> None:
+        """End nvidia-smi, if it was started."""
+        if self.smi is not None:
+            self.smi.close()
+
+
+# Power source -> how finely it measures, for people who read a result.
+POWER_SOURCES = {
+    **{source.name: source.resolution for source in MACHINE_SOURCES},
+    ModelSource.name: ModelSource.resolution,
+    NvidiaSource.name: NvidiaSource.resolution,
+    SysfsSource.name: SysfsSource.resolution,
+}
+
+
+def smi_table(host: Host) -> str | None:
+    """Return what nvidia-smi prints, for a recording: a line of the fields that it knows, then its rows."""
+    program = host.which("nvidia-smi")
+    if program is None:
+        return None
+    fields = list(dict.fromkeys((*SMI_IDENTITY, *SMI_READING)))
+    while True:
+        result = host.run(smi_argv(program, fields), PROGRAM_S)
+        refused = parse_refused(result.stdout + result.stderr)
+        if refused not in fields:
+            return f"{','.join(fields)}\n{result.stdout}{result.stderr}"
+        fields.remove(refused)
+
+
+# ---- 12 Sampler -----------------------------------------------------------------------------------
+
+USER_HZ = 100  # unit of the times in /proc/PID/stat, fixed by the kernel's ABI
+
+
+class CpuUsage:
+    """How busy the machine is; owns the previous times of /proc/stat."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._last: tuple[int, int] | None = None
+
+    def sample(self) -> float | Unknown:
+        """Return the percent of the whole machine that was busy since the previous sample."""
+        times = parse_cpu_times(self._host.read("/proc/stat"))
+        last = self._last
+        self._last = times or last
+        if times is None:
+            return Unknown(f"no CPU times ({self._host.why('/proc/stat')})")
+        if last is None:
+            return Unknown(FIRST_SAMPLE)
+        busy, all_ticks = times[0] - last[0], times[1] - last[1]
+        if all_ticks <= 0:
+            return Unknown("no tick went by since the previous sample")
+        # The time spent waiting for I/O may run backwards (proc_stat(5)), so keep within limits.
+        return round(min(100.0, max(0.0, 100 * busy / all_ticks)), 3)
+
 
 class Sampler:
-    """Takes readings, each over the time since the previous one. Close it: nvidia-smi runs until then."""
+    """Takes readings, each over the time since the previous one.
+
+    What a rate needs is kept by its parts: CPU times by CpuUsage, counters and integrals by the
+    sources of power. Close it, for nvidia-smi runs until then.
+    """
 
     def __init__(self, host: Host, hardware: Hardware | None = None, gpu: bool = True,
-                 smi_interval_ms: int = SMI_INTERVAL_MS, model: tuple[float, float] | None = None) -> None:
-        """Make one; `model` (W of the idle machine, W with all CPUs busy) stands in where nothing tells."""
-        self._host, self._model = host, model
-        hw = hardware or _sensors(host, Hardware(rapl=rapl_zones(host)))
-        hw = _gpus(host, hw) if gpu and hardware is None else hw
-        self._gpus = hw.gpus if gpu else ()
-        self._smi = _Smi(host, smi_interval_ms) if any(g.vendor == "NVIDIA" for g in self._gpus) else None
-        self._rapl = _Rapl(host)
-        self._meters = [paths_of_power(sensor) for sensor in whole_machine(hw.sensors)]
-        self._parts = ", ".join(f"{s.chip} {s.label}" for s in hw.sensors if s.unit in ("watts", "joules"))
-        heat = [s for s in hw.sensors if s.unit == "celsius" and s.chip in CPU_TEMPERATURE]
-        # The first of each chip is the package's; asking every core would wake them all.
-        self._heat = list({os.path.dirname(s.path): s.path for s in reversed(heat)}.values())
-        self._batteries = battery_names(host)
-        self._mains = [f"{SUPPLY}/{name}/online" for name in host.list(SUPPLY)
-                       if _word(host, f"{SUPPLY}/{name}/type") in ("Mains", "USB")]
-        self._store = _Store()
-        self._measured = {"hwmon": _Integral(), "battery": _Integral()}
-        self._modelled: tuple[float, float, float] | None = None  # when; joules by then, and seconds
-        self._gpu_energy = [_Integral() for _ in self._gpus]
-        self._gpu_counters: dict[int, tuple[float, int]] = {}
-        self._cpu: tuple[int, int] | None = None
+                 smi_interval_ms: int = SMI_INTERVAL_MS, model: tuple[float, float] | None = None,
+                 ) -> None:
+        """Make one; `model` (W of the idle machine, W with all CPUs busy) estimates the rest."""
+        hw = hardware
+        if hw is None:
+            hw = detect_only(host, "sensors", "gpus")
+        self._host = host
+        self._cpu = CpuUsage(host)
+        self._power = MachinePower(host, hw, model)
+        self._graphics = GraphicsPower(host, hw.gpus if gpu else (), smi_interval_ms)
+        self._heat = _heat_files(hw.sensors)
 
     def sample(self, now: float) -> Reading:
         """Read everything once; `now` in seconds of a monotonic clock."""
         unknown: dict[str, str] = {}
-        usage = self._usage(unknown)
-        source, watts, joules, covered_s = self._power(now, usage, unknown)
-        gpus = self._read_gpus(now, unknown)
-        if self._rapl.whole or source in self._measured:  # what measures the machine holds its GPUs
+        cpu_usage = self._cpu.sample()
+        power = self._power.sample(now, cpu_usage)
+        unknown.update(power.notes)
+        if power.watts is None:
+            unknown["power_watts"] = power.why
+        if power.joules is None:
+            unknown["energy_joules"] = power.why
+
+        gpus = self._graphics.sample(now, unknown)
+        if self._power.includes_gpus:
             gpus = tuple(replace(gpu, in_package=True) for gpu in gpus)
-        info = parse_sizes(self._host.read("/proc/meminfo"))
-        used = info["MemTotal"] - info["MemAvailable"] if {"MemTotal", "MemAvailable"} <= set(info) else None
-        if used is None:
-            unknown["memory_used_bytes"] = f"no MemAvailable ({self._host.why('/proc/meminfo')})"
-        heat = [value / 1000 for value in self._numbers(self._heat)]
-        if not heat:
-            unknown["temperature_c"] = "no sensor of the processor's temperature"
         return Reading(
-            time=now, cpu_usage=usage, memory_used_bytes=used, power_watts=watts,
-            energy_joules=joules, covered_s=covered_s, power_source=source, gpus=gpus,
-            zones={name: round(value, 6) for name, value in self._rapl.zones.items()},
-            temperature_c=max(heat, default=None), unknown=unknown)
+            time=now,
+            cpu_usage=_value(cpu_usage, "cpu_usage", unknown),
+            memory_used_bytes=_value(self._memory_used(), "memory_used_bytes", unknown),
+            power_watts=power.watts,
+            energy_joules=power.joules,
+            covered_s=power.covered_s,
+            power_source=power.source,
+            gpus=gpus,
+            zones=power.zones,
+            temperature_c=_value(self._temperature(), "temperature_c", unknown),
+            unknown=unknown)
 
     @property
     def patience_s(self) -> float:
         """Longest time between two readings; a counter may wrap twice when it is longer."""
-        return self._rapl.patience_s
+        return self._power.patience_s
 
     def between(self, now: float) -> None:
         """Read the counters between two samples that are further apart than `patience_s`."""
-        self._rapl.sample(now, {}, between=True)
+        self._power.between(now)
 
     def throttles(self) -> int | None:
-        """How often CPUs were slowed down by heat since boot; None where the kernel does not count it."""
-        counted = self._numbers(f"{CPUS}/{name}/thermal_throttle/{what}_throttle_count"
-                                for name in self._host.list(CPUS) if re.fullmatch("cpu[0-9]{1,5}", name)
-                                for what in ("core", "package"))
-        return sum(counted) if counted else None
+        """Return how often heat slowed CPUs down since boot; None if the kernel does not count it."""
+        names = [name for name in self._host.list(CPUS) if re.fullmatch("cpu[0-9]{1,5}", name)]
+        kinds = ("core", "package")
+        counts = _ints(self._host, (
+            f"{CPUS}/{name}/thermal_throttle/{kind}_throttle_count" for name in names for kind in kinds))
+        return sum(counts) if counts else None
 
     def close(self) -> None:
         """End nvidia-smi, if it was started."""
-        if self._smi is not None:
-            self._smi.close()
+        self._graphics.close()
 
-    def _numbers(self, paths: Iterable[str]) -> list[int]:
-        return [value for value in (_int(self._host, path) for path in paths) if value is not None]
+    def _memory_used(self) -> int | Unknown:
+        info = parse_sizes(self._host.read("/proc/meminfo"))
+        try:
+            return info["MemTotal"] - info["MemAvailable"]
+        except KeyError:
+            return Unknown(f"no MemAvailable ({self._host.why('/proc/meminfo')})")
 
-    def _usage(self, unknown: dict[str, str]) -> float | None:
-        times = parse_cpu_times(self._host.read("/proc/stat"))
-        before, self._cpu = self._cpu, times or self._cpu
-        if times is None:
-            unknown["cpu_usage"] = f"no CPU times ({self._host.why('/proc/stat')})"
-        elif before is None:
-            unknown["cpu_usage"] = FIRST_SAMPLE
-        elif times[1] <= before[1]:
-            unknown["cpu_usage"] = "no tick went by since the previous sample"
-        else:  # time spent waiting for I/O may run backwards
-            return round(min(100.0, max(0.0, 100 * (times[0] - before[0]) / (times[1] - before[1]))), 3)
+    def _temperature(self) -> float | Unknown:
+        heat = _ints(self._host, self._heat)
+        if not heat:
+            return Unknown("no sensor of the processor's temperature")
+        return max(heat) / 1000
+
+
+T = TypeVar("T", int, float)
+
+
+def _value(found: T | Unknown, name: str, unknown: dict[str, str]) -> T | None:
+    """Return what was found, or note why it is unknown."""
+    if isinstance(found, Unknown):
+        unknown[name] = found.reason
         return None
+    return found
 
-    def _power(self, now: float, usage: float | None, unknown: dict[str, str],
-               ) -> tuple[str | None, float | None, float | None, float]:
-        """Give (source, watts, joules, s that these are of) of the machine, from the best source there is."""
-        watts, reason = self._rapl.sample(now, unknown), self._rapl.reason()
-        if reason is None:
-            if watts is None:
-                unknown["power_watts"] = "not all counters told of it" if self._rapl.joules else FIRST_SAMPLE
-            return "rapl", watts, round(self._rapl.joules, 6), self._rapl.covered_s
-        sources = {"hwmon": self._metered(), "battery": self._discharge()}
-        left = self._left() if sources["battery"] is None else None
-        self._store.add(now, left)
-        for source, drawn in sources.items():
-            self._measured[source].add(now, drawn)
-        for source, drawn in sources.items():
-            if drawn is not None or (left is not None and source == "battery"):
-                known: list[_Integral | _Store] = [self._measured[source]]
-                known += [self._store] if source == "battery" else []
-                watts = self._store.watts if drawn is None else drawn
-                if watts is None:
-                    unknown["power_watts"] = "the battery tells only what is left in it, and that in steps"
-                return (source, watts, round(sum(one.joules for one in known), 6),
-                        sum(one.covered_s for one in known))
-        if self._model is not None:
-            return self._estimate(self._model, now, usage, unknown)
-        battery = "; the battery tells only while it alone feeds the machine"
-        parts = f"; of parts, as far as is known, are {self._parts}" if self._parts else ""
-        reason += (battery if self._batteries else "") + (
-            "; the machine's power meter does not tell now" if self._meters else parts)
-        unknown["power_watts"] = unknown["energy_joules"] = reason
-        return None, None, None, 0.0
 
-    def _estimate(self, model: tuple[float, float], now: float, usage: float | None, unknown: dict[str, str],
-                  ) -> tuple[str, float | None, float, float]:
-        """Give (source, watts, joules, their s) by the CPU use since the previous sample."""
-        then, joules, covered_s = self._modelled or (now, 0.0, 0.0)
-        watts = None if usage is None else model[0] + (model[1] - model[0]) * usage / 100
-        if watts is None:
-            unknown["power_watts"] = unknown["cpu_usage"]
-        else:
-            joules += watts * (now - then)
-            covered_s += now - then
-        if watts is not None or self._modelled is None:
-            self._modelled = (now, joules, covered_s)
-        return "model", watts, round(joules, 6), covered_s
+def _heat_files(sensors: Iterable[Sensor]) -> list[str]:
+    """Return the files of the processors' temperatures, one of each chip.
 
-    def _metered(self) -> float | None:
-        """Watts of the machine's power meters: µW, or mA times mV; None where one tells nothing or 0."""
-        drawn = [math.prod(found) if len(found := self._numbers(paths)) == len(paths) else 0
-                 for paths in self._meters]
-        return sum(drawn) / 1e6 if drawn and min(drawn) > 0 else None
-
-    def _discharge(self) -> float | None:
-        """Watts that the batteries give: µW, or µA times µV.
-
-        None while mains feed the machine too, and where one of them does not tell: 0 is no power.
-        """
-        drawn = []
-        for base in (f"{SUPPLY}/{name}" for name in self._batteries):
-            power = self._numbers([f"{base}/power_now"])
-            pair = self._numbers([f"{base}/current_now", f"{base}/voltage_now"])
-            if _word(self._host, f"{base}/status") == "Discharging":
-                drawn.append(abs(power[0]) / 1e6 if any(power) else
-                             abs(pair[0] * pair[1]) / 1e12 if len(pair) == 2 else 0.0)
-        return sum(drawn) if drawn and all(drawn) and not any(self._numbers(self._mains)) else None
-
-    def _left(self) -> float | None:
-        """Joules left in batteries that tell no power: µWh. None as for their power."""
-        bases = [f"{SUPPLY}/{name}" for name in self._batteries]
-        told = self._numbers(f"{base}/energy_now" for base in bases)
-        drained = any(_word(self._host, f"{base}/status") == "Discharging" for base in bases)
-        alone = drained and len(told) == len(bases) and not any(self._numbers(self._mains))
-        return 3.6e-3 * sum(told) if alone else None
-
-    def _read_gpus(self, now: float, unknown: dict[str, str]) -> tuple[GpuReading, ...]:
-        if self._smi is not None:
-            self._smi.poll(now)
-        return tuple(
-            self._smi.reading(gpu, f"gpus.{at}", unknown) if self._smi and gpu.vendor == "NVIDIA"
-            else self._hwmon_gpu(at, gpu, now, unknown) for at, gpu in enumerate(self._gpus))
-
-    def _hwmon_gpu(self, at: int, gpu: Gpu, now: float, unknown: dict[str, str]) -> GpuReading:
-        """Read an AMD or Intel GPU: Documentation/gpu/amdgpu/thermal.rst, sysfs-driver-intel-i915-hwmon."""
-        chips = [f"{gpu.path}/hwmon/{chip}" for chip in self._host.list(f"{gpu.path}/hwmon")]
-
-        def first(*names: str) -> int | None:
-            return next(iter(self._numbers(f"{chip}/{name}" for chip in chips for name in names)), None)
-
-        micro = first("power1_average", "power1_input")
-        counter = first("energy1_input", "energy2_input")  # the card's, or where xe has none its package's
-        heat, usage = first("temp1_input"), self._numbers([f"{gpu.path}/gpu_busy_percent"])
-        watts, energy = None if micro is None else micro / 1e6, self._gpu_energy[at]
-        if counter is not None:  # a counter knows better than an integral
-            then, before = self._gpu_counters.get(at, (now, counter))
-            if counter >= before:  # else it was reset
-                energy.joules += (counter - before) / 1e6
-                energy.covered_s += now - then
-            watts = (counter - before) / 1e6 / (now - then) if now > then and counter >= before else watts
-            self._gpu_counters[at] = (now, counter)
-        else:
-            energy.add(now, watts)
-        if watts is None:
-            inside = " of its own: it is inside the processor's package" if gpu.integrated else ""
-            reason = FIRST_SAMPLE if counter is not None else f"no power sensor{inside}"
-            unknown[f"gpus.{at}.power_watts"] = reason
-        told = counter is not None or watts is not None
-        return GpuReading(
-            gpu.title, power_watts=watts, energy_joules=round(energy.joules, 6) if told else None,
-            usage=float(usage[0]) if usage else None, temperature_c=None if heat is None else heat / 1000,
-            memory_used_bytes=_int(self._host, f"{gpu.path}/mem_info_vram_used"),
-            source="gpu-hwmon" if told else None, in_package=bool(gpu.integrated), covered_s=energy.covered_s)
+    The first of a chip is the whole package's. Asking every core would wake them all.
+    """
+    first: dict[str, str] = {}
+    for sensor in sensors:
+        if sensor.unit == "celsius" and sensor.chip in CPU_TEMPERATURE:
+            first.setdefault(os.path.dirname(sensor.path), sensor.path)
+    return list(first.values())
 
 
 def process_group(host: Host, pgid: int, gpu: bool = False) -> ProcessUsage:
     """Add up a process group: CPU of its processes and of the children they waited for, memory now.
 
-    `gpu` asks for their time on GPUs too: Documentation/gpu/drm-usage-stats.rst.
+    `gpu` adds up their time on GPUs too: Documentation/gpu/drm-usage-stats.rst.
     """
-    ticks, rss, pids = 0, 0, []
-    engines: dict[str, int] = {}  # ns by client, which several descriptors may stand for
-    for pid in (int(name) for name in host.list("/proc") if name.isascii() and name.isdigit()):
+    ticks = 0
+    rss_bytes = 0
+    members = []
+    engines: dict[str, int] = {}  # ns by client, which several descriptors may share
+    for pid in _process_ids(host):
         if host.group(pid) not in (None, pgid):
             continue
         found = parse_process(host.read(f"/proc/{pid}/stat"))
-        if found.get("group") == pgid:
-            pids.append(pid)
-            ticks += found["ticks"]
-            rss += parse_sizes(host.read(f"/proc/{pid}/status")).get("VmRSS", 0)
-            for name in host.list(f"/proc/{pid}/fdinfo") if gpu else ():
-                engines.update(parse_engines(host.read(f"/proc/{pid}/fdinfo/{name}")))
-    return ProcessUsage(ticks / USER_HZ, rss, tuple(pids), sum(engines.values()) / 1e9)
+        if found.get("group") != pgid:
+            continue
+        members.append(pid)
+        ticks += found["ticks"]
+        rss_bytes += parse_sizes(host.read(f"/proc/{pid}/status")).get("VmRSS", 0)
+        if gpu:
+            engines.update(_engine_times(host, pid))
+    return ProcessUsage(ticks / USER_HZ, rss_bytes, tuple(members), sum(engines.values()) / 1e9)
 
 
-# ---- 10 Ledger ------------------------------------------------------------------------------------
+def _process_ids(host: Host) -> list[int]:
+    return [int(name) for name in host.list("/proc") if name.isascii() and name.isdigit()]
 
-SAMPLE_S = 1.0
-SERIES_MOST = 240  # points; even
-IDLE_FIRST_S = 3.0  # the first idle baseline, at the start
-IDLE_S = 10.0  # a later one
+
+def _engine_times(host: Host, pid: int) -> dict[str, int]:
+    times: dict[str, int] = {}
+    for name in host.list(f"/proc/{pid}/fdinfo"):
+        times.update(parse_engines(host.read(f"/proc/{pid}/fdinfo/{name}")))
+    return times
+
+
+def process_started(host: Host, pid: int) -> int | None:
+    """Return a process's start in clock ticks since boot; with its pid, a name that is never reused."""
+    return parse_process(host.read(f"/proc/{pid}/stat")).get("start")
+
+
+# ---- 13 Ledger ------------------------------------------------------------------------------------
+
+SAMPLE_S = 1.0  # between two readings: energy counters integrate by themselves
+SERIES_MOST = 240  # points of a series; even, since neighbours are merged in pairs
+SAMPLES_MOST = 600  # of a ledger: ten minutes of them
+TELL_S = 10.0  # that a caller waits for the meter's thread, which a sensor may hold up
+
+IDLE_FIRST_S = 3.0  # how long the first idle baseline takes: the first job waits for it
+IDLE_S = 10.0  # how long a later one takes
 IDLE_REST_S = 30.0  # without an attempt before one
-IDLE_EVERY_S = 600.0
-IDLE_RETRY_S = 60.0
-IDLE_BUSY_PERCENT = 10.0  # of the machine's CPUs: what is still called idle
+IDLE_EVERY_S = 600.0  # from one to the next
+IDLE_RETRY_S = 60.0  # after one that failed, since the machine was busy
+IDLE_BUSY_PERCENT = 10.0  # of the machine's CPUs or of a GPU: up to this it is called idle
+
+# Gaps are extrapolated up to these shares of a run. A GPU's power is sampled (of A100 and H100 the
+# reading itself covers 25 % of the time), so it is only an estimate anyway.
+MIN_COVERAGE = 0.9
+MIN_GPU_COVERAGE = 0.5
 
 
 class Series:
-    """Figures over time in a bounded number of points: when it is full, neighbours become their mean."""
+    """Figures over time in a bounded number of points: a full one merges neighbours to their mean."""
 
     def __init__(self, most: int = SERIES_MOST) -> None:
         self.points: list[tuple[float | None, ...]] = []
         self._most = most
-        self._stride = 1
+        self._stride = 1  # how many added points make one
         self._waiting: list[tuple[float | None, ...]] = []
 
     def add(self, *values: float | None) -> None:
@@ -2374,59 +3864,198 @@ class Series:
         if len(self._waiting) < self._stride:
             return
         if len(self.points) == self._most:
-            self.points = [_middle(self.points[at:at + 2]) for at in range(0, self._most, 2)]
+            pairs = (self.points[at:at + 2] for at in range(0, self._most, 2))
+            self.points = [_mean_point(pair) for pair in pairs]
             self._stride *= 2
             return
-        self.points.append(_middle(self._waiting))
+        self.points.append(_mean_point(self._waiting))
         self._waiting = []
 
 
-def _middle(points: Sequence[tuple[float | None, ...]]) -> tuple[float | None, ...]:
-    known = [[value for value in column if value is not None] for column in zip(*points)]
-    return tuple(sum(column) / len(column) if column else None for column in known)
+def _mean_point(points: Sequence[tuple[float | None, ...]]) -> tuple[float | None, ...]:
+    return tuple(_mean_known(column) for column in zip(*points))
+
+
+def _mean_known(column: Sequence[float | None]) -> float | None:
+    values = [value for value in column if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+class Idle(NamedTuple):
+    """The machine at rest: W, their standard deviation from sample to sample, when (epoch s).
+
+    `source` measured it; it includes the power of so many GPUs beside the processor.
+    """
+
+    watts: float
+    spread: float
+    at: float
+    source: str | None = None
+    gpus: int = 0
+
+    def why_not_of(self, reading: Reading) -> str:
+        """Return why this is not the idle share of a reading, "" if it is."""
+        if reading.power_source != self.source:
+            return f"the idle baseline is of {self.source}, this run of {reading.power_source}"
+        if gpus_apart(reading) > self.gpus:
+            return "the idle baseline lacks a GPU whose power is known now"
+        return ""
+
+
+def gpus_apart(reading: Reading) -> int:
+    """Count the GPUs whose power is known and not in the machine's own figure."""
+    apart = [gpu for gpu in reading.gpus if not gpu.in_package]
+    return sum(gpu.power_watts is not None for gpu in apart)
+
+
+class Baseline:
+    """When idle power is to be measured, and its result; fed with readings and times, no clock."""
+
+    def __init__(self, now: float) -> None:
+        self.idle: Idle | None = None
+        self.why = "no idle baseline yet: the node was never idle"
+        self._due = now
+        self._readings: list[Reading] = []
+
+    def wait_s(self, now: float) -> float:
+        """Return how long it needs no reading."""
+        if self._readings:
+            return SAMPLE_S
+        return max(0.0, self._due - now)
+
+    def disturb(self, now: float) -> None:
+        """Begin the rest anew: an attempt begins or ends, so a partial measurement is void."""
+        self._end(max(self._due, now + IDLE_REST_S))
+
+    def take(self, reading: Reading, epoch_s: float) -> bool:
+        """Take a reading of the resting machine; return whether no more is wanted for now."""
+        if reading.energy_joules is None:
+            self.why = reading.unknown.get("energy_joules") or "no energy counter was read"
+            return self._end(reading.time + IDLE_EVERY_S)
+
+        self._readings.append(reading)
+        wanted_s = IDLE_S if self.idle else IDLE_FIRST_S
+        if reading.time - self._readings[0].time < wanted_s:
+            return False
+
+        rows = self._readings[1:]  # the first one's rates are of the time before it
+        self.why = _unrest(rows)
+        if not self.why:
+            idle = _idle_of(rows, epoch_s)
+            if idle is not None:
+                self.idle = idle
+                return self._end(reading.time + IDLE_EVERY_S)
+            self.why = "the power was unknown when idle power was due"
+        return self._end(reading.time + IDLE_RETRY_S)
+
+    def _end(self, due: float) -> bool:
+        self._readings.clear()
+        self._due = due
+        return True
+
+
+def _unrest(rows: Sequence[Reading]) -> str:
+    """Return why a machine with these readings was not at rest, "" if it was."""
+    sources = {str(row.power_source) for row in rows}
+    if len(sources) > 1:
+        return f"the power source changed meanwhile: {', '.join(sorted(sources))}"
+    machine = _mean_known([row.cpu_usage for row in rows])
+    if machine is None:
+        return "how busy the machine was is unknown"
+    means = [("the machine", machine)]
+    for at, gpu in enumerate(rows[-1].gpus):
+        means.append((gpu.name, _mean_known([row.gpus[at].usage for row in rows]) or 0.0))
+    for name, percent in means:
+        if percent > IDLE_BUSY_PERCENT:
+            return f"{name} was {percent:.0f} % busy when idle power was due"
+    return ""
+
+
+def _idle_of(rows: Sequence[Reading], epoch_s: float) -> Idle | None:
+    """Return the idle power of readings at rest, None if it is unknown.
+
+    nvidia-smi answers late, so the first readings may lack a GPU: only those with the most GPUs count.
+    """
+    gpus = max(gpus_apart(row) for row in rows)
+    totals = [row.total_watts for row in rows if gpus_apart(row) == gpus]
+    watts = [total for total in totals if total is not None]
+    if not watts:
+        return None
+    spread = statistics.stdev(watts) if len(watts) > 1 else 0.0
+    mean = statistics.fmean(watts)
+    return Idle(round(mean, 3), round(spread, 3), epoch_s, rows[-1].power_source, gpus)
+
+
+class Interval(NamedTuple):
+    """The time between two readings."""
+
+    last: Reading
+    now: Reading
+
+    @property
+    def span_s(self) -> float:
+        return self.now.time - self.last.time
+
+    @property
+    def joules(self) -> float | None:
+        """Return the machine's joules; None if one end lacks them, or they are of different sources."""
+        last, now = self.last, self.now
+        if last.power_source != now.power_source:
+            return None
+        if last.energy_joules is None or now.energy_joules is None:
+            return None
+        return now.energy_joules - last.energy_joules
 
 
 @dataclass(eq=False)
 class Ledger:
     """What one run used, filled by the meter: energy in J, CPU in s, memory in bytes.
 
-    `uses_gpu` says that it works with the GPU; its `samples` may go on from an earlier run's.
+    The meter books each interval between two readings: all of it if the run was alone, else its share.
+    Times in s say how much of the run each figure is of. `samples` may go on from an earlier run's.
     """
 
-    samples: deque[Json] = field(default_factory=lambda: deque(maxlen=600))
+    samples: deque[Json] = field(default_factory=lambda: deque(maxlen=SAMPLES_MOST))
     uses_gpu: bool = False
-    pgid: int | None = None
+    pgid: int | None = None  # of the process that runs now
     paused: bool = False
-    ended_cpu_s: float = 0.0
-    peak_rss_bytes: int = 0
-    cpu_s: float = 0.0
     started: float | None = None  # epoch
+
+    # Of the run's own processes.
+    ended_cpu_s: float = 0.0  # of those that have ended
+    cpu_s: float = 0.0  # of all, up to the last reading
+    gpu_s: float = 0.0
+    peak_rss_bytes: int = 0
+
+    # Of the machine.
     measured_s: float = 0.0
     busy_s: float = 0.0  # of them with the machine's CPU use known
     busy_percent_s: float = 0.0
     energy_joules: float | None = None
     energy_s: float = 0.0  # of them with energy known
     idle_joules: float = 0.0
-    idle_s: float = 0.0
+    idle_s: float = 0.0  # of them with an idle baseline
     idle_watts: float | None = None
-    gpus: dict[int, tuple[float, float]] = field(default_factory=dict)  # told J, s they are of
-    gpu_s: float = 0.0
+    power_source: str | None = None
+    throttles: int | None = None  # the machine's count at the start
+    throttled: bool | None = None
+    beside: int = 0  # the most other runs at a time
+    unknown: dict[str, str] = field(default_factory=dict)
+
+    # Of its GPUs.
+    gpus: dict[int, tuple[float, float]] = field(default_factory=dict)  # J, the s they are of
     gpu_usage_s: float = 0.0
     gpu_seen_s: float = 0.0
     gpu_memory_bytes: int | None = None
-    power_source: str | None = None
     gpu_source: str | None = None
-    gpu_inside: bool = False  # the machine's figure holds a GPU's energy
+    gpu_inside: bool = False  # the machine's figure includes a GPU's energy
     gpu_silent: str | None = None  # why the energy of a GPU beside the processor is unknown
-    throttles: int | None = None  # the machine's count at the start
-    throttled: bool | None = None
-    beside: int = 0
-    unknown: dict[str, str] = field(default_factory=dict)
+
     series: Series = field(default_factory=Series)  # s, W, % of the machine
     pace: Series = field(default_factory=Series)  # s, frames per second
 
     def ended(self, cpu_s: float, rss_bytes: int) -> None:
-        """Note what a process of this attempt had used when it ended."""
+        """Note what a process of this run had used when it ended."""
         self.pgid = None
         self.ended_cpu_s += cpu_s
         self.peak_rss_bytes = max(self.peak_rss_bytes, rss_bytes)
@@ -2438,107 +4067,136 @@ class Ledger:
         elif throttles is not None and self.throttles is not None:
             self.throttled = bool(self.throttled) or throttles > self.throttles
 
+    def book(self, interval: Interval, share: float, baseline: Baseline) -> None:
+        """Book one interval; `share` is this run's part of its energy."""
+        now, span_s = interval.now, interval.span_s
+        self.measured_s += span_s
+        if now.cpu_usage is not None:
+            self.busy_s += span_s
+            self.busy_percent_s += now.cpu_usage * span_s
+        joules = interval.joules
+        if joules is not None:
+            self.energy_joules = (self.energy_joules or 0.0) + share * joules
+            self.energy_s += now.covered_s - interval.last.covered_s
+        self._book_idle(interval, share, baseline)
+        self.series.add(self.measured_s, now.total_watts, now.cpu_usage)
+        self.samples.append({
+            "time": utc_text(time.time()),
+            "cpu_usage": now.cpu_usage,
+            "memory_used_bytes": now.memory_used_bytes,
+            "power_watts": now.total_watts,
+            "power_source": now.power_source,
+            "temperature_c": now.temperature_c,
+        })
 
-class Idle(NamedTuple):
-    """Power of the machine at rest in W, its standard deviation from sample to sample, when (epoch s).
+    def _book_idle(self, interval: Interval, share: float, baseline: Baseline) -> None:
+        idle = baseline.idle
+        if idle is None:
+            self.unknown["idle_watts"] = baseline.why
+            return
+        why = idle.why_not_of(interval.now)
+        if why:
+            self.unknown["idle_watts"] = why
+            return
+        self.idle_watts = idle.watts
+        self.idle_joules += share * idle.watts * interval.span_s
+        self.idle_s += interval.span_s
 
-    And where it was read, with the power of how many GPUs beside the processor.
+    def book_gpus(self, interval: Interval, share: float) -> None:
+        """Book an interval of the GPUs; those inside the machine's own figure add no energy."""
+        for at, (last, gpu) in enumerate(zip(interval.last.gpus, interval.now.gpus)):
+            if gpu.in_package:
+                self.gpu_inside = self.gpu_inside or gpu.energy_joules is not None
+            elif gpu.energy_joules is None:
+                unknown = interval.now.unknown
+                self.gpu_silent = unknown.get(f"gpus.{at}.power_watts") or unknown.get(f"gpus.{at}")
+            else:
+                joules, covered_s = self.gpus.get(at, (0.0, 0.0))
+                joules += share * (gpu.energy_joules - (last.energy_joules or 0.0))
+                covered_s += gpu.covered_s - last.covered_s
+                self.gpus[at] = (joules, covered_s)
+                self.gpu_source = gpu.source or self.gpu_source
+            self._book_gpu_load(gpu, interval.span_s)
+
+    def _book_gpu_load(self, gpu: GpuReading, span_s: float) -> None:
+        if gpu.usage is not None:
+            self.gpu_usage_s += gpu.usage * span_s
+            self.gpu_seen_s += span_s
+        if gpu.memory_used_bytes is not None:
+            self.gpu_memory_bytes = max(self.gpu_memory_bytes or 0, gpu.memory_used_bytes)
+        if gpu.too_hot is not None:
+            self.throttled = bool(self.throttled) or gpu.too_hot
+
+
+class Shares(NamedTuple):
+    """One run's part of an interval's energy, and of its GPUs'."""
+
+    machine: float
+    gpu: float
+
+
+def take_shares(host: Host, ledgers: Sequence[Ledger]) -> list[Shares]:
+    """Measure what each run used since the previous interval, and return its part of the whole.
+
+    The machine's energy goes by CPU time, the GPUs' by GPU time. A GPU whose driver counts no time
+    goes evenly to those who use it, and if nobody does it goes like the rest.
     """
+    used, gpu_used = [], []
+    for ledger in ledgers:
+        cpu_s, gpu_s = ledger.ended_cpu_s, ledger.gpu_s
+        if ledger.pgid is not None:
+            usage = process_group(host, ledger.pgid, ledger.uses_gpu)
+            cpu_s += usage.cpu_seconds
+            gpu_s = usage.gpu_seconds
+            ledger.peak_rss_bytes = max(ledger.peak_rss_bytes, usage.rss_bytes)
+        # A process between its end and ended() is missing from both: then the sum falls for a while.
+        used.append(max(0.0, cpu_s - ledger.cpu_s))
+        gpu_used.append(max(0.0, gpu_s - ledger.gpu_s))
+        ledger.cpu_s = max(ledger.cpu_s, cpu_s)
+        ledger.gpu_s = max(ledger.gpu_s, gpu_s)
 
-    watts: float
-    spread: float
-    at: float
-    source: str | None = None
-    gpus: int = 0
-
-    def why_not_of(self, reading: Reading) -> str:
-        """Return why this is not the idle share of a reading, "" where it is."""
-        if reading.power_source != self.source:
-            return f"the idle baseline is of {self.source}, this run of {reading.power_source}"
-        return "the idle baseline lacks a GPU whose power is known now" if gpus_beside(
-            reading) > self.gpus else ""
-
-
-def gpus_beside(reading: Reading) -> int:
-    """Return of how many GPUs the power is known beside the machine's own figure."""
-    return sum(gpu.power_watts is not None and not gpu.in_package for gpu in reading.gpus)
-
-
-class Baseline:
-    """When idle power is to be measured, and what came of it; fed with readings and times, no clock."""
-
-    def __init__(self, now: float) -> None:
-        self.idle: Idle | None = None
-        self.why = "no idle baseline yet: the node had no rest"
-        self._due = now
-        self._readings: list[Reading] = []
-
-    def wait_s(self, now: float) -> float:
-        """Return how long it needs no reading."""
-        return SAMPLE_S if self._readings else max(0.0, self._due - now)
-
-    def disturb(self, now: float) -> None:
-        """Begin the rest anew: an attempt begins or ends, so what was taken in part is void."""
-        self._end(max(self._due, now + IDLE_REST_S))
-
-    def take(self, reading: Reading, epoch_s: float) -> bool:
-        """Take a reading of the resting machine; return whether no more is wanted for now."""
-        if reading.energy_joules is None:
-            self.why = reading.unknown.get("energy_joules") or "no energy counter was read"
-            return self._end(reading.time + IDLE_EVERY_S)
-        self._readings.append(reading)
-        if reading.time - self._readings[0].time < (IDLE_S if self.idle else IDLE_FIRST_S):
-            return False
-        rows = self._readings[1:]
-        told = [gpus_beside(row) for row in rows]
-        watts = [row.total_watts for row, known in zip(rows, told)
-                 if row.total_watts is not None and known == max(told)]  # nvidia-smi speaks up late
-        self.why = _unrest(rows) or ("" if watts else "its power was not told when its idle power was due")
-        if self.why:
-            return self._end(reading.time + IDLE_RETRY_S)
-        spread = statistics.stdev(watts) if len(watts) > 1 else 0.0
-        self.idle = Idle(round(statistics.fmean(watts), 3), round(spread, 3), epoch_s, reading.power_source,
-                         max(told))
-        return self._end(reading.time + IDLE_EVERY_S)
-
-    def _end(self, due: float) -> bool:
-        self._readings.clear()
-        self._due = due
-        return True
+    users = [float(ledger.uses_gpu) for ledger in ledgers]
+    by_gpu = next((weights for weights in (gpu_used, users) if any(weights)), used)
+    return [Shares(*pair) for pair in zip(_parts(used), _parts(by_gpu))]
 
 
-def _unrest(rows: Sequence[Reading]) -> str:
-    """Return why a machine of which these readings were taken was not at rest, "" where it was."""
-    sources = {row.power_source for row in rows}
-    if len(sources) > 1:
-        return f"its source changed meanwhile: {', '.join(sorted(map(str, sources)))}"
-    uses = [("the machine", [row.cpu_usage for row in rows])]
-    uses += [(gpu.name, [row.gpus[at].usage for row in rows]) for at, gpu in enumerate(rows[-1].gpus)]
-    for what, column in uses:
-        known = [value for value in column if value is not None]
-        if known and statistics.fmean(known) > IDLE_BUSY_PERCENT:
-            return f"{what} was {statistics.fmean(known):.0f} % busy when its idle power was due"
-        if not known and what == "the machine":
-            return "how busy the machine was is unknown"
-    return ""
+def _parts(weights: Sequence[float]) -> list[float]:
+    """Return each one's part of the whole; equal parts of nothing."""
+    whole = sum(weights)
+    if not whole:
+        return [1 / len(weights) for _ in weights]
+    return [weight / whole for weight in weights]
+
+
+class Order(NamedTuple):
+    """What a caller asks of the meter's thread, which sets `done` when it is carried out."""
+
+    verb: str  # join, leave, pause, resume or rest
+    ledger: Ledger
+    done: threading.Event
 
 
 class Meter:
-    """Samples this machine while an attempt runs, and now and then at rest; one thread does it all."""
+    """Samples this machine while an attempt runs, and now and then at rest.
 
-    def __init__(self, host: Host, hardware: Hardware,
-                 model: tuple[float, float] | None = None, clock: Callable[[], float] = time.monotonic,
-                 ) -> None:
+    One thread does it all: it owns the sampler, the ledgers that take part and the baseline, so there
+    is no lock. Callers put an order into its queue and wait until it is done. A run joins and leaves
+    with a reading, so that its joules begin and end with it; what it used between two readings is the
+    difference of the counters, whatever the time between them.
+    """
+
+    def __init__(self, host: Host, hardware: Hardware, model: tuple[float, float] | None = None,
+                 clock: Callable[[], float] = time.monotonic) -> None:
         self._host = host
         self._hardware = hardware
         self._model = model
         self._clock = clock
-        self._messages: queue.SimpleQueue[tuple[str, Ledger, threading.Event]] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self._ledgers: list[Ledger] = []
         self._sampler: Sampler | None = None
         self._last: Reading | None = None
         self._baseline = Baseline(clock())
-        self._working: set[object] = set()  # measured or not: the machine is not at rest
+        self._working: set[object] = set()  # attempts, measured or not: the machine is not at rest
         self._worked_at = -math.inf
         self.rested = threading.Event()  # the first idle baseline was tried
         threading.Thread(target=self._loop, name="meter", daemon=True).start()
@@ -2551,75 +4209,122 @@ class Meter:
     def facts(self) -> Json:
         """Return the idle baseline as a registration has it."""
         idle = self._baseline.idle
-        return {"idle_watts": idle and idle.watts, "idle_watts_spread": idle and idle.spread,
-                "idle_measured_at": idle and utc_text(idle.at), "idle_source": idle and idle.source,
-                "idle_estimated": idle and idle.source == "model",
-                "idle_unknown": None if idle else self._baseline.why}
+        if idle is None:
+            names = ("watts", "watts_spread", "measured_at", "source", "estimated")
+            unknown: Json = dict.fromkeys([f"idle_{name}" for name in names])
+            return {**unknown, "idle_unknown": self._baseline.why}
+        return {
+            "idle_watts": idle.watts,
+            "idle_watts_spread": idle.spread,
+            "idle_measured_at": utc_text(idle.at),
+            "idle_source": idle.source,
+            "idle_estimated": idle.source == ModelSource.name,
+            "idle_unknown": None,
+        }
 
     def work(self, attempt: object, works: bool) -> None:
         """Note that an attempt begins or has ended: idle power is not measured meanwhile.
 
         And nvidia-smi, which starts slowly, goes on for a while between two of its encodes.
         """
-        (self._working.add if works else self._working.discard)(attempt)
+        if works:
+            self._working.add(attempt)
+        else:
+            self._working.discard(attempt)
         self._worked_at = self._clock()
         if not works:
-            self._tell("rest", Ledger())
+            self._order("rest", Ledger())
 
     def join(self, ledger: Ledger) -> None:
-        """Begin to measure for a ledger; returns when the first reading is taken."""
-        self._tell("join", ledger)
+        """Begin to measure for a ledger; return when the first reading is taken."""
+        self._order("join", ledger)
 
     def leave(self, ledger: Ledger) -> None:
-        """Stop measuring for a ledger; returns when the last reading is in it."""
-        self._tell("leave", ledger)
+        """Stop measuring for a ledger; return when the last reading is in it."""
+        self._order("leave", ledger)
 
     def pause(self, ledger: Ledger, paused: bool) -> None:
-        """Stop or go on booking to a ledger; what came before is booked when this returns."""
-        self._tell("pause" if paused else "resume", ledger)
+        """Stop or go on booking to a ledger; when this returns, the time before is booked."""
+        self._order("pause" if paused else "resume", ledger)
 
-    def _tell(self, what: str, ledger: Ledger) -> None:
-        done = threading.Event()
-        self._messages.put((what, ledger, done))
-        done.wait(10)
+    def _order(self, verb: str, ledger: Ledger) -> None:
+        order = Order(verb, ledger, threading.Event())
+        self._orders.put(order)
+        order.done.wait(TELL_S)
 
     def _loop(self) -> None:
         while True:
-            message = None
-            wait_s = SAMPLE_S if self._ledgers else self._baseline.wait_s(self._clock())
-            if self._sampler is not None:
-                wait_s = min(wait_s, self._sampler.patience_s)
-            with contextlib.suppress(queue.Empty):
-                message = self._messages.get(timeout=wait_s)
-            what, told, done = message or ("", None, None)
-            try:
-                if what != "rest":
-                    self._sample(told)
-            except Exception as error:  # a driver's whim must not end an encode
-                self._baseline.disturb(self._clock())
-                for ledger in filter(None, (*self._ledgers, told)):
-                    ledger.unknown["energy_joules"] = f"the sampler failed: {type(error).__name__}: {error}"
-            if told and done:
-                self._admit(what, told)
-                done.set()
+            self._step(self._next_order())
 
-    def _sample(self, told: Ledger | None) -> None:
-        """Take a reading; a ledger that was told of joins or leaves with it."""
-        if told is None and not self._ledgers and (
-                self._working or self._clock() < self._worked_at + IDLE_REST_S):
+    def _next_order(self) -> Order | None:
+        """Wait for an order, or until a reading is due."""
+        wait_s = SAMPLE_S
+        if not self._ledgers:
+            wait_s = self._baseline.wait_s(self._clock())
+        if self._sampler is not None:
+            wait_s = min(wait_s, self._sampler.patience_s)
+        try:
+            return self._orders.get(timeout=wait_s)
+        except queue.Empty:
+            return None
+
+    def _step(self, order: Order | None) -> None:
+        """Take a reading, and carry out an order with it."""
+        try:
+            if order is None:
+                self._sample()
+            elif order.verb != "rest":
+                self._read_for(order.ledger)
+        except Exception as error:  # a driver's whim must not end an encode
+            self._baseline.disturb(self._clock())
+            why = f"the sampler failed: {type(error).__name__}: {error}"
+            ledgers = [*self._ledgers, order.ledger] if order else self._ledgers
+            for ledger in ledgers:
+                ledger.unknown["energy_joules"] = why
+        if order is not None:
+            self._carry_out(order)
+            order.done.set()
+
+    def _read_for(self, ledger: Ledger) -> None:
+        """Take the reading with which a ledger begins, ends or pauses."""
+        sampler, _ = self._read()
+        ledger.heat(sampler.throttles())
+
+    def _sample(self) -> None:
+        """Take the reading that is due: of the runs, or else of the resting machine."""
+        if self._ledgers:
+            self._read()
+            return
+        if self._working or self._clock() < self._worked_at + IDLE_REST_S:
             self._baseline.disturb(self._clock())
             self.rested.set()
-            return self._close()
+            self._close()
+            return
+        _, reading = self._read()
+        if self._baseline.take(reading, time.time()):
+            self.rested.set()
+            self._close()
+
+    def _read(self) -> tuple[Sampler, Reading]:
+        """Take a reading and book the interval before it."""
         if self._sampler is None:
             self._sampler = Sampler(self._host, self._hardware, model=self._model)
             self._last = None
         reading = self._sampler.sample(self._clock())
-        self._tick(reading)
-        if told:
-            told.heat(self._sampler.throttles())
-        elif not self._ledgers and self._baseline.take(reading, time.time()):
-            self.rested.set()
-            self._close()
+        last, self._last = self._last, reading
+        self._book(last, reading)
+        return self._sampler, reading
+
+    def _book(self, last: Reading | None, reading: Reading) -> None:
+        active = [ledger for ledger in self._ledgers if not ledger.paused]
+        for ledger, shares in zip(active, take_shares(self._host, active)):
+            ledger.beside = max(ledger.beside, len(active) - 1)
+            ledger.unknown.update(reading.unknown)
+            ledger.power_source = reading.power_source or ledger.power_source
+            if last is not None:
+                interval = Interval(last, reading)
+                ledger.book(interval, shares.machine, self._baseline)
+                ledger.book_gpus(interval, shares.gpu)
 
     def _close(self) -> None:
         sampler, self._sampler = self._sampler, None
@@ -2627,105 +4332,23 @@ class Meter:
             with contextlib.suppress(Exception):
                 sampler.close()
 
-    def _admit(self, what: str, ledger: Ledger) -> None:
+    def _carry_out(self, order: Order) -> None:
         self._baseline.disturb(self._clock())
         self.rested.set()
-        if what in ("pause", "resume"):
-            ledger.paused = what == "pause"
+        ledger = order.ledger
+        if order.verb in ("pause", "resume"):
+            ledger.paused = order.verb == "pause"
         else:
             self._ledgers = [other for other in self._ledgers if other is not ledger]
-        if what == "join":
+        if order.verb == "join":
             ledger.started = time.time()
             self._ledgers.append(ledger)
         if not self._ledgers and not self._working:
             self._close()
 
-    def _tick(self, reading: Reading) -> None:
-        last, self._last = self._last, reading
-        active = [ledger for ledger in self._ledgers if not ledger.paused]
-        for ledger, (share, gpu_share) in zip(active, self._shares(active)):
-            ledger.beside = max(ledger.beside, len(active) - 1)
-            ledger.unknown.update(reading.unknown)
-            ledger.power_source = reading.power_source or ledger.power_source
-            if last is not None:
-                _book(ledger, last, reading, share, self._baseline)
-                _book_gpus(ledger, last, reading, gpu_share)
-
-    def _shares(self, ledgers: Sequence[Ledger]) -> list[tuple[float, float]]:
-        """Return each ledger's part of this interval, and of its GPUs': by CPU and by GPU time.
-
-        A GPU whose driver counts no time goes evenly to those who use it, like the rest if nobody does.
-        """
-        used, gpu_used = [], []
-        for ledger in ledgers:
-            total, gpu_total = ledger.ended_cpu_s, ledger.gpu_s
-            if ledger.pgid is not None:
-                usage = process_group(self._host, ledger.pgid, ledger.uses_gpu)
-                total, gpu_total = total + usage.cpu_seconds, usage.gpu_seconds
-                ledger.peak_rss_bytes = max(ledger.peak_rss_bytes, usage.rss_bytes)
-            used.append(max(0.0, total - ledger.cpu_s))
-            gpu_used.append(max(0.0, gpu_total - ledger.gpu_s))
-            ledger.cpu_s, ledger.gpu_s = max(ledger.cpu_s, total), max(ledger.gpu_s, gpu_total)
-        users = [float(ledger.uses_gpu) for ledger in ledgers]
-        return list(zip(_parts(used), _parts(next(filter(any, (gpu_used, users)), used))))
-
-
-def _parts(used: Sequence[float]) -> list[float]:
-    """Return each one's part of the whole; equal parts of nothing."""
-    whole = sum(used)
-    return [part / whole if whole else 1 / len(used) for part in used]
-
-
-def _book(ledger: Ledger, last: Reading, now: Reading, share: float,
-          baseline: Baseline) -> None:
-    """Book one interval between two readings; `share` is this attempt's part of the energy."""
-    span = now.time - last.time
-    ledger.measured_s += span
-    if now.cpu_usage is not None:
-        ledger.busy_s += span
-        ledger.busy_percent_s += now.cpu_usage * span
-    alike = now.power_source == last.power_source
-    if now.energy_joules is not None and last.energy_joules is not None and alike:
-        used = share * (now.energy_joules - last.energy_joules)
-        ledger.energy_joules = (ledger.energy_joules or 0.0) + used
-        ledger.energy_s += now.covered_s - last.covered_s
-    why = baseline.idle.why_not_of(now) if baseline.idle else baseline.why
-    if baseline.idle is None or why:
-        ledger.unknown["idle_watts"] = why
-    else:
-        ledger.idle_watts = baseline.idle.watts
-        ledger.idle_joules += share * baseline.idle.watts * span
-        ledger.idle_s += span
-    ledger.series.add(ledger.measured_s, now.total_watts, now.cpu_usage)
-    ledger.samples.append({"time": utc_text(time.time()), "cpu_usage": now.cpu_usage,
-                           "memory_used_bytes": now.memory_used_bytes, "power_watts": now.total_watts,
-                           "power_source": now.power_source, "temperature_c": now.temperature_c})
-
-
-def _book_gpus(ledger: Ledger, last: Reading, now: Reading, share: float) -> None:
-    """Book what the GPUs did in an interval; those inside the machine's own figure add no energy."""
-    span = now.time - last.time
-    for at, (gpu, before) in enumerate(zip(now.gpus, last.gpus)):
-        if gpu.energy_joules is not None and not gpu.in_package:
-            joules, covered_s = ledger.gpus.get(at, (0.0, 0.0))
-            ledger.gpus[at] = (joules + share * (gpu.energy_joules - (before.energy_joules or 0.0)),
-                               covered_s + gpu.covered_s - before.covered_s)
-            ledger.gpu_source = gpu.source or ledger.gpu_source
-        elif not gpu.in_package:
-            ledger.gpu_silent = now.unknown.get(f"gpus.{at}.power_watts") or now.unknown.get(f"gpus.{at}")
-        elif gpu.energy_joules is not None:
-            ledger.gpu_inside = True
-        if gpu.usage is not None:
-            ledger.gpu_usage_s += gpu.usage * span
-            ledger.gpu_seen_s += span
-        if gpu.memory_used_bytes is not None:
-            ledger.gpu_memory_bytes = max(ledger.gpu_memory_bytes or 0, gpu.memory_used_bytes)
-        if gpu.too_hot is not None:
-            ledger.throttled = bool(ledger.throttled) or gpu.too_hot
-
 
 class Energy(NamedTuple):
-    """Energy of one run: J, where it was read (both None where unknown), and why it is unknown."""
+    """Energy of one run: J and its source (both None if unknown), the GPUs' J, why it is unknown."""
 
     joules: float | None
     source: str | None
@@ -2734,116 +4357,187 @@ class Energy(NamedTuple):
 
 
 def energy_of(ledger: Ledger) -> Energy:
-    """Return a run's energy: the machine's figure and the GPUs that it does not hold.
+    """Return a run's energy: the machine's figure and the GPUs that it does not include.
 
-    What was not told of counts like the rest; but a figure of less than 90 % of the run (of a GPU, which is
-    sampled: half) is none of the run.
+    Gaps are extrapolated; below MIN_COVERAGE of the run (of a GPU, MIN_GPU_COVERAGE) it is unknown.
     """
-    told = bool(ledger.gpus) and 0 < ledger.measured_s <= 2 * least_covered_s(ledger)
-    gpu = sum(joules / s * ledger.measured_s for joules, s in ledger.gpus.values()) if told else None
-    why = ""
+    gpu_joules = _gpu_joules(ledger)
+    why = _why_no_energy(ledger, gpu_joules)
+    if why or ledger.energy_joules is None:
+        return Energy(None, None, gpu_joules, why)
+
+    joules = ledger.energy_joules
+    if 0 < ledger.energy_s < ledger.measured_s:
+        joules *= ledger.measured_s / ledger.energy_s
+    source = ledger.power_source or "unknown"
+    if gpu_joules is not None:
+        joules += gpu_joules
+        source += f"+{ledger.gpu_source or 'gpu'}"
+    return Energy(joules, source, gpu_joules, "")
+
+
+def _gpu_joules(ledger: Ledger) -> float | None:
+    """Return the joules of the GPUs that the machine's figure does not include."""
+    if not ledger.gpus or ledger.measured_s <= 0:
+        return None
+    if least_covered_s(ledger) < MIN_GPU_COVERAGE * ledger.measured_s:
+        return None
+    return sum(joules / s * ledger.measured_s for joules, s in ledger.gpus.values())
+
+
+def _why_no_energy(ledger: Ledger, gpu_joules: float | None) -> str:
+    """Return why a run's energy is unknown, "" if it is known."""
     if ledger.energy_joules is None:
-        why = (ledger.unknown.get("energy_joules") or ledger.unknown.get("power_watts")
-               or "no energy counter was read") + ("; gpu_energy_joules is known" if told else "")
-    elif ledger.energy_s < 0.9 * ledger.measured_s:
-        why = f"its source told for {ledger.energy_s:.1f} s of {ledger.measured_s:.1f} s only"
-    elif ledger.energy_joules == 0:
-        why = f"{ledger.power_source} counted nothing: it stands still, or the run was too short"
-    elif ledger.gpus and not told:
-        why = "of the GPU too little is known, see gpu_energy_joules"
-    elif ledger.uses_gpu and not ledger.gpus and ledger.gpu_silent:
-        why = f"the job used a GPU whose power is unknown: {ledger.gpu_silent}"
-    if why:
-        return Energy(None, None, gpu, why)
-    sources = [ledger.power_source or "unknown", *([ledger.gpu_source or "gpu"] if told else [])]
-    whole = ledger.measured_s / ledger.energy_s if 0 < ledger.energy_s < ledger.measured_s else 1.0
-    return Energy((ledger.energy_joules or 0.0) * whole + (gpu or 0.0), "+".join(sources), gpu, "")
+        return _why_no_reading(ledger, gpu_joules)
+    if ledger.energy_s < MIN_COVERAGE * ledger.measured_s:
+        covered = f"{ledger.energy_s:.1f} s of the {ledger.measured_s:.1f} s run"
+        return f"power readings cover only {covered}"
+    if ledger.energy_joules == 0:
+        return f"{ledger.power_source} counted nothing: it stands still, or the run was too short"
+    if ledger.gpus and gpu_joules is None:
+        return "too little is known of the GPU, see gpu_energy_joules"
+    if ledger.uses_gpu and not ledger.gpus and ledger.gpu_silent:
+        return f"the job used a GPU whose power is unknown: {ledger.gpu_silent}"
+    return ""
+
+
+def _why_no_reading(ledger: Ledger, gpu_joules: float | None) -> str:
+    reasons = (ledger.unknown.get("energy_joules"), ledger.unknown.get("power_watts"))
+    why = _first(reasons) or "no energy counter was read"
+    if gpu_joules is not None:
+        why += "; gpu_energy_joules is known"
+    return why
 
 
 def least_covered_s(ledger: Ledger) -> float:
-    """Return for how long that GPU told its energy that told it least."""
+    """Return the shortest time that a GPU's energy is of."""
     return min((covered_s for _, covered_s in ledger.gpus.values()), default=0.0)
 
 
-# ---- 11 Groups ------------------------------------------------------------------------------------
+# ---- 14 Groups ------------------------------------------------------------------------------------
 
-GROUP_PREFIX = "ffdist-"
-GROUP_GONE_S = 2.0  # a process that was just killed may still stand in its group
-CPU_PERIOD_US = 100_000
-# controller -> (version, what to write in order; a "?" file may be missing), with the limit in its unit:
-# bytes, or µs of CPU in each period. Without swap, or a limit of memory would only move it to the disk.
-GROUP_FILES: Mapping[str, tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = {
-    "memory": (("v1", (("memory.limit_in_bytes", "{0}"), ("?memory.memsw.limit_in_bytes", "{0}"))),
-               ("v2", (("memory.max", "{0}"), ("?memory.swap.max", "0")))),
-    "cpu": (("v1", (("cpu.cfs_period_us", f"{CPU_PERIOD_US}"), ("cpu.cfs_quota_us", "{0}"))),
-            ("v2", (("cpu.max", f"{{0}} {CPU_PERIOD_US}"),))),
+GROUP_PREFIX = "ffdist-"  # of the groups that are ours, and may be removed
+GROUP_GONE_S = 2.0  # a process that was just killed may still be in its group
+GROUP_STEP_S = 0.02  # between two looks whether it has gone
+CPU_PERIOD_US = 100_000  # the kernel's own default
+
+
+class GroupFile(NamedTuple):
+    """A file of a control group and what to write; one that is not required may be missing."""
+
+    name: str
+    text: str
+    required: bool = True
+
+
+# What to write, in order, for a limit {0}: bytes, or µs of CPU in each period. Without the limits of
+# swap, a limit of memory would only move it to the disk; a kernel without swap accounting has none.
+GROUP_FILES = {
+    ("memory", "v1"): (
+        GroupFile("memory.limit_in_bytes", "{0}"),
+        GroupFile("memory.memsw.limit_in_bytes", "{0}", required=False),
+    ),
+    ("memory", "v2"): (
+        GroupFile("memory.max", "{0}"),
+        GroupFile("memory.swap.max", "0", required=False),
+    ),
+    ("cpu", "v1"): (
+        GroupFile("cpu.cfs_period_us", f"{CPU_PERIOD_US}"),
+        GroupFile("cpu.cfs_quota_us", "{0}"),
+    ),
+    ("cpu", "v2"): (GroupFile("cpu.max", f"{{0}} {CPU_PERIOD_US}"),),
 }
+CONTROLLERS = ("memory", "cpu")
 
 
 class ControlGroup:
     """Control groups of one name for a process and its children: what they may use, what befell them.
 
     Version 1 has a group for each controller, version 2 one for both; it is made as near to this
-    process's own as the kernel lets it be. Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst.
+    process's own as the kernel lets it be. Documentation/admin-guide/cgroup-v2.rst,
+    cgroup-v1/memory.rst.
     """
 
     def __init__(self, host: Host, name: str) -> None:
         self._host = host
         self._made: dict[str, tuple[str, str]] = {}  # controller -> folder, version
-        self._places: dict[str, list[tuple[str, str]]] = {controller: [] for controller in GROUP_FILES}
-        for controllers, version, folders in _groups(host):
-            for controller in controllers or self._places:
-                self._places[controller] += [(f"{folder}/{GROUP_PREFIX}{name}", f"v{version}")
-                                             for folder in folders]
+        self._places: dict[str, list[tuple[str, str]]] = {name: [] for name in CONTROLLERS}
+        for hierarchy in cgroup_hierarchies(host):
+            version = f"v{hierarchy.version}"
+            places = [(f"{folder}/{GROUP_PREFIX}{name}", version) for folder in hierarchy.folders]
+            for controller in hierarchy.controllers or CONTROLLERS:
+                self._places[controller] += places
 
     @property
     def folders(self) -> list[str]:
         """Every folder that may be made, to be remembered before it is."""
-        return list(dict.fromkeys(folder for places in self._places.values() for folder, _ in places))
+        found = [folder for places in self._places.values() for folder, _ in places]
+        return list(dict.fromkeys(found))
 
     def limit(self, controller: str, amount: int) -> str | None:
         """Limit memory to bytes, or cpu to µs in each period; return "cgroup v1", "cgroup v2" or None.
 
         A group beside this process's own is outside of that one's limits, so these hold for it too.
         """
-        have = cgroup_limits(self._host)
-        most = have.memory_bytes if controller == "memory" else have.cpus and have.cpus * CPU_PERIOD_US
-        amount = min(amount, int(most or amount))
+        own = cgroup_limits(self._host)
+        if controller == "memory" and own.memory_bytes is not None:
+            amount = min(amount, own.memory_bytes)
+        if controller == "cpu" and own.cpus is not None:
+            amount = min(amount, int(own.cpus * CPU_PERIOD_US))
         for folder, version in self._places[controller]:
-            parent = os.path.dirname(folder)
-            if version == "v2" and not self._enabled(parent, controller):
-                continue
-            known = folder in (made for made, _ in self._made.values())
-            files = dict(GROUP_FILES[controller])[version]
-            if self._host.make(folder) and self._written(folder, files, amount):
+            if self._make(controller, folder, version, amount):
                 self._made[controller] = (folder, version)
                 return f"cgroup {version}"
-            if not known:
-                self._host.drop(folder)
         return None
 
-    def _enabled(self, parent: str, controller: str) -> bool:
-        """Say whether a group's children have a controller; it is asked for where it may be."""
-        switch = f"{parent}/cgroup.subtree_control"
-        return controller in (self._host.read(switch) or "").split() or (
-            controller in (self._host.read(f"{parent}/cgroup.controllers") or "").split()
-            and self._host.set(switch, f"+{controller}"))
+    def _make(self, controller: str, folder: str, version: str, amount: int) -> bool:
+        """Make a group with a limit; return whether the kernel took it. No half of one is left."""
+        if version == "v2" and not self._enable(os.path.dirname(folder), controller):
+            return False
+        is_ours = folder in [made for made, _ in self._made.values()]  # by the other controller
+        files = GROUP_FILES[controller, version]
+        if self._host.make(folder) and self._write(folder, files, amount):
+            return True
+        if not is_ours:
+            self._host.drop(folder)
+        return False
 
-    def _written(self, folder: str, files: Sequence[tuple[str, str]], amount: int) -> bool:
-        return all([self._host.set(f"{folder}/{name.lstrip('?')}", text.format(amount)) or name[0] == "?"
-                    for name, text in files])
+    def _enable(self, parent: str, controller: str) -> bool:
+        """Return whether a group's children have a controller; ask for it if it can be had."""
+        switch = f"{parent}/cgroup.subtree_control"
+        if controller in (self._host.read(switch) or "").split():
+            return True
+        available = (self._host.read(f"{parent}/cgroup.controllers") or "").split()
+        return controller in available and self._host.set(switch, f"+{controller}")
+
+    def _write(self, folder: str, files: Iterable[GroupFile], amount: int) -> bool:
+        for file in files:
+            taken = self._host.set(f"{folder}/{file.name}", file.text.format(amount))
+            if file.required and not taken:
+                return False
+        return True
 
     def take(self, controller: str, pid: int) -> bool:
-        """Put a process under a limit that was set; say whether it is."""
-        folder = self._made.get(controller, ("",))[0]
-        return bool(folder) and self._host.set(f"{folder}/cgroup.procs", str(pid))
+        """Put a process under a limit that was set; return whether it is."""
+        if controller not in self._made:
+            return False
+        folder, _ = self._made[controller]
+        return self._host.set(f"{folder}/cgroup.procs", str(pid))
 
     def killed(self) -> bool:
-        """Say whether the kernel ended a process for its memory (before Linux 4.13: refused it some)."""
-        folder, version = self._made.get("memory", ("", ""))
-        told = self._host.read(f"{folder}/{'memory.events' if version == 'v2' else 'memory.oom_control'}")
-        count = re.search(r"^oom_kill (\d+)$", told or "", re.MULTILINE)
-        return bool(int(count[1]) if count else parse_int(self._host.read(f"{folder}/memory.failcnt")))
+        """Return whether the kernel ended a process for its memory.
+
+        Before Linux 4.13 version 1 did not count that, only how often memory was refused.
+        """
+        if "memory" not in self._made:
+            return False
+        folder, version = self._made["memory"]
+        file = "memory.events" if version == "v2" else "memory.oom_control"
+        events = self._host.read(f"{folder}/{file}")
+        count = re.search(r"^oom_kill (\d+)$", events or "", re.MULTILINE)
+        if count is not None:
+            return int(count[1]) > 0
+        return bool(_int(self._host, f"{folder}/memory.failcnt"))
 
     def remove(self) -> None:
         """End what is left in the groups that were made, and remove them."""
@@ -2854,18 +4548,17 @@ class ControlGroup:
 def remove_groups(host: Host, folders: Iterable[str]) -> None:
     """Remove control groups by their folders, with what is left in them; others than ours stay."""
     for folder in folders:
-        until = time.monotonic() + GROUP_GONE_S
-        if not os.path.basename(folder).startswith(GROUP_PREFIX) or not host.exists(folder):
-            continue
-        while not host.drop(folder) and time.monotonic() < until:
-            for pid in (host.read(f"{folder}/cgroup.procs") or "").split():
-                host.kill(int(pid))
-            time.sleep(0.02)
+        if os.path.basename(folder).startswith(GROUP_PREFIX) and host.exists(folder):
+            _remove_group(host, folder)
 
 
-def process_started(host: Host, pid: int) -> int | None:
-    """Give a process's start in clock ticks since boot; with its pid it is a name that is never reused."""
-    return parse_process(host.read(f"/proc/{pid}/stat")).get("start")
+def _remove_group(host: Host, folder: str) -> None:
+    """Kill what is in a group until it can be removed, for a while."""
+    until = time.monotonic() + GROUP_GONE_S
+    while not host.drop(folder) and time.monotonic() < until:
+        for pid in (host.read(f"{folder}/cgroup.procs") or "").split():
+            host.kill(int(pid))
+        time.sleep(GROUP_STEP_S)
 
 
 class LimitsRefused(Exception):
@@ -2875,9 +4568,9 @@ class LimitsRefused(Exception):
 class Limits:
     """What the processes of one run may use: by a control group of its own, else by plain limits.
 
-    A control group holds for all processes together and counts pages in use. Where none may be made (no
-    delegation, no root) a plain limit of the process takes its place: of address space for memory, and of
-    as many CPUs as the quota rounds up to.
+    A control group holds for all processes together and counts pages in use. Where none may be made
+    (no delegation, no root) a plain limit of the process takes its place: of address space for memory,
+    and of as many CPUs as the quota rounds up to.
     """
 
     def __init__(self, host: Host, folder: Path, memory_bytes: int, cpu_percent: float) -> None:
@@ -2895,9 +4588,9 @@ class Limits:
         self._grouped = {name: self._group.limit(name, amount) for name, amount in amounts.items()}
 
     def take(self, pid: int) -> str:
-        """Put a process that was just started under the limits; return how, in words, when that is news.
+        """Put a process that was just started under the limits; return how, in words, if that is news.
 
-        Raises LimitsRefused where one cannot be enforced: rather no process than one without limits.
+        Raises LimitsRefused if one cannot be enforced: rather no process than one without limits.
         """
         before = dict(self.enforced)
         refused = []
@@ -2917,7 +4610,9 @@ class Limits:
     def _enforce(self, name: str, how: str | None, pid: int) -> str:
         if how and self._group.take(name, pid):
             return how
-        return self._limit_memory(pid) if name == "memory" else self._limit_cpu(pid)
+        if name == "memory":
+            return self._limit_memory(pid)
+        return self._limit_cpu(pid)
 
     def _limit_memory(self, pid: int) -> str:
         resource.prlimit(pid, resource.RLIMIT_AS, (self.memory_bytes, self.memory_bytes))
@@ -2939,7 +4634,7 @@ class Limits:
         self._group.remove()
 
 
-# ---- 12 CLI ---------------------------------------------------------------------------------------
+# ---- 15 CLI ---------------------------------------------------------------------------------------
 
 EXAMPLES = """examples:
   python3 hwdetect.py                        what this machine is and which encoders work on it
@@ -2949,40 +4644,47 @@ EXAMPLES = """examples:
 
 Every flag has an environment variable (--state-dir: FFDIST_STATE_DIR); a flag beats it."""
 
-# flag, what it takes (None: a switch), help
-FLAGS: tuple[tuple[str, str | None, str], ...] = (
-    ("--json", None, "print JSON; with --watch one object a line"),
-    ("--root", "PLACE", "read a tree instead of this machine, or what --record wrote"),
-    ("--no-probe", None, "do not try the encoders"),
-    ("--record", "FILE", "write the files that detection reads into one text archive (- for stdout)"),
-    ("--watch", "INTERVAL", "print a reading every INTERVAL, such as 1s or 500ms"),
-    ("--ffmpeg", "PROGRAM", "the ffmpeg to use (default: the one on PATH)"),
-    ("--state-dir", "DIR", "where the encoders found are kept (default: ~/.local/state/ffdist)"))
+# More often, the readings themselves are the load; a day between two is no watching.
+MIN_INTERVAL_S = 0.01
+MAX_INTERVAL_S = DAY_S
 
 
-def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="hwdetect.py", epilog=EXAMPLES,
-        description="Say what this machine is, which encoders work on it and what it draws.",
+def interval(text: str) -> float:
+    """Argument type of the time between two readings."""
+    value = seconds(text)
+    if not MIN_INTERVAL_S <= value <= MAX_INTERVAL_S:
+        raise argparse.ArgumentTypeError(f"invalid interval '{text}': expected 10ms to 1d")
+    return value
+
+
+def existing_place(text: str) -> str:
+    """Argument type of a folder or file that exists."""
+    if not os.path.exists(text):
+        raise argparse.ArgumentTypeError(f"no such folder or archive: {text}")
+    return text
+
+
+FLAGS = (
+    Flag("--json", False, None, "print JSON; with --watch one object a line"),
+    Flag("--root", None, existing_place, "read a tree instead of this machine, or what --record wrote"),
+    Flag("--no-probe", False, None, "do not try the encoders"),
+    Flag("--record", None, str, "write the files that detection reads into one text archive (- for stdout)"),
+    Flag("--watch", None, interval, "print a reading every so often, such as 1s or 500ms"),
+    FFMPEG_FLAG,
+    Flag("--state-dir", None, str, "where the encoders found are kept (~/.local/state/ffdist)"),
+)
+
+
+def build_parser() -> Parser:
+    """Return the parser of the command line."""
+    parser = Parser(
+        prog="hwdetect.py",
+        epilog=EXAMPLES,
+        description="Print what this machine is, which encoders work on it and what power it draws.",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"ffdist hwdetect {VERSION}")
-    for flag, takes, text in FLAGS:
-        value = os.environ.get("FFDIST_" + flag.strip("-").replace("-", "_").upper(), "")
-        if takes is None:
-            on = value.lower() not in ("", "0", "no", "false", "off")
-            parser.add_argument(flag, action="store_true", default=on, help=text)
-        else:
-            parser.add_argument(flag, metavar=takes, default=value or None, help=text)
-    options = parser.parse_args(argv)
-    try:
-        options.interval_s = None if options.watch is None else parse_duration(options.watch)
-    except ValueError as error:
-        parser.error(f"--watch: {error}")
-    if options.interval_s is not None and not 0.01 <= options.interval_s <= 86_400:
-        parser.error(f"--watch: {options.watch} is not between 10ms and 24h")
-    if options.root is not None and not os.path.exists(options.root):
-        parser.error(f"--root: {options.root} is neither a folder nor an archive of --record")
-    return options
+    add_flags(parser, FLAGS)
+    return parser
 
 
 def _watch(host: Host, interval_s: float, as_json: bool) -> int:
@@ -2992,153 +4694,254 @@ def _watch(host: Host, interval_s: float, as_json: bool) -> int:
 
     signal.signal(signal.SIGTERM, stop)  # so that nvidia-smi is ended then too
     sampler = Sampler(host)
+    start = time.monotonic()
+    turn = 0
     try:
-        turn, start = 0, time.monotonic()
         while True:
             reading = sampler.sample(time.monotonic())
-            print(_watch_json(reading) if as_json else _watch_line(reading, turn), flush=True)
-            # Turns that were missed are left out: a rate of microseconds would tell nothing.
-            turn = max(turn + 1, math.ceil((time.monotonic() - start) / interval_s))
-            while (left_s := start + turn * interval_s - time.monotonic()) > 0:
-                time.sleep(min(left_s, sampler.patience_s))
-                if left_s > sampler.patience_s:
-                    sampler.between(time.monotonic())
+            line = _watch_json(reading) if as_json else _watch_line(reading, turn == 0)
+            print(line, flush=True)
+            # Turns that were missed are left out: a rate over microseconds would mean nothing.
+            due = math.ceil((time.monotonic() - start) / interval_s)
+            turn = max(turn + 1, due)
+            _wait_until(start + turn * interval_s, sampler)
     finally:
         sampler.close()
 
 
+def _wait_until(moment: float, sampler: Sampler) -> None:
+    """Sleep, but read the counters as often as they need it."""
+    while (left_s := moment - time.monotonic()) > 0:
+        time.sleep(min(left_s, sampler.patience_s))
+        if left_s > sampler.patience_s:
+            sampler.between(time.monotonic())
+
+
+# What a program that follows --watch wants first; the other fields of a reading follow.
+WATCH_FIRST = ("time", "cpu_usage", "power_watts", "energy_joules", "zones", "unknown")
+
+
 def _watch_json(reading: Reading) -> str:
-    moment = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
-    answer = {**dataclasses.asdict(reading), "time": moment.replace("+00:00", "Z")}
-    first = ("time", "cpu_usage", "power_watts", "energy_joules", "zones", "unknown")
-    return json.dumps({name: answer[name] for name in dict.fromkeys((*first, *answer))})
+    fields = {**dataclasses.asdict(reading), "time": utc_text(time.time())}
+    names = dict.fromkeys((*WATCH_FIRST, *fields))
+    return json.dumps({name: fields[name] for name in names})
 
 
-def _watch_line(reading: Reading, turn: int) -> str:
-    cells = [(reading.cpu_usage, "% CPU"), (reading.power_watts, "W"), (reading.energy_joules, "J")]
-    cells += [(gpu.power_watts, printable(f"W {gpu.name}")) for gpu in reading.gpus]
-    why = reading.unknown.get("energy_joules") if turn == 0 else None
-    line = "".join(f"{'-' if value is None else format(value, '.1f'):>9} {unit}" for value, unit in cells)
-    return line + (f"\npower is unknown: {why}" if why else "")
+def _watch_line(reading: Reading, first: bool) -> str:
+    cells = [
+        (reading.cpu_usage, "% CPU"),
+        (reading.power_watts, "W"),
+        (reading.energy_joules, "J"),
+    ]
+    for gpu in reading.gpus:
+        cells.append((gpu.power_watts, printable(f"W {gpu.name}")))
+
+    line = ""
+    for value, unit in cells:
+        number = "-" if value is None else f"{value:.1f}"
+        line += f"{number:>9} {unit}"
+    why = reading.unknown.get("energy_joules")
+    if first and why:
+        line += f"\npower is unknown: {why}"
+    return line
+
+
+class Fact(NamedTuple):
+    """Lines of the page with one title. A line without text gets the reason of `field`."""
+
+    title: str
+    field: str
+    lines: Callable[[Hardware], Sequence[str | None]]
 
 
 def page(hw: Hardware) -> str:
     """Write what was found for people: a line for each fact, unknown ones with their reason."""
     lines = []
-    for title, name, text in _facts(hw):
-        why = hw.unknown.get(name)
-        lines.append(f"{title:<12} {text or ('unknown: ' + why if why else 'none')}")
-    rows = [f"{name:<14} {'works' if why is None else 'no: ' + why}" for name, why in hw.encoders.items()]
-    for title, body in (("Encoders", rows), ("Problems", hw.problems)):
-        lines += ["", title, *(f"  {row}" for row in body)] if body else []
+    for fact in FACTS:
+        for text in fact.lines(hw):
+            lines.append(f"{fact.title:<12} {text or _reason_line(hw, fact.field)}")
+
+    if hw.encoders:
+        lines += ["", "Encoders"]
+        for name, proof in hw.encoders.items():
+            state = "works" if proof.reason is None else f"no: {proof.why}"
+            lines.append(f"  {name:<14} {state}")
+    if hw.problems:
+        lines += ["", "Problems"]
+        lines += [f"  {problem}" for problem in hw.problems]
     return "\n".join(map(printable, lines))
 
 
-def _facts(hw: Hardware) -> Iterator[tuple[str, str, str | None]]:
-    """Give (title, field whose reason counts, text) for each line of the page."""
-    counts = [(hw.cpu_sockets, "socket"), (hw.cpu_cores, "core"), (hw.cpu_logical, "thread")]
-    usable = f"; {hw.cpu_threads} usable here" if hw.cpu_threads != hw.cpu_logical else ""
-    kind = " in ".join(filter(None, (hw.container, hw.virtual)))
-    yield "Machine", "address", f"{hw.address or '?'} ({hw.node_type}{', ' + kind if kind else ''})"
-    yield "Board", "machine", hw.machine
-    yield "System", "os", ", ".join(filter(None, (hw.os_name, hw.kernel, hw.arch)))
-    yield "Processor", "cpu_model", hw.cpu_model
-    yield "Threads", "cpu_threads", ", ".join(f"{'?' if n is None else n} {word}{'' if n == 1 else 's'}"
-                                              for n, word in counts) + usable
-    yield "Frequency", "cpu_mhz_max", f"up to {hw.cpu_mhz_max:.0f} MHz" if hw.cpu_mhz_max else None
-    yield "Flags", "cpu_model", " ".join(hw.cpu_flags)
-    yield "Memory", "ram_bytes", _size(hw.ram_bytes) if hw.ram_bytes else None
-    yield "GPU", "gpus", "; ".join(", ".join(filter(None, (
-        gpu.title, _size(gpu.memory_bytes) if gpu.memory_bytes else None, gpu.driver or "no driver",
-        gpu.driver_version))) for gpu in hw.gpus)
-    yield "Battery", "has_battery", "; ".join(
-        f"{one.name} {one.status or '?'}, {'?' if one.charge_percent is None else one.charge_percent} %"
-        for one in hw.batteries)
-    open_zones = [f"{zone.name} (mirrors {zone.mirror_of})" if zone.mirror_of else zone.name
-                  for zone in hw.rapl if zone.readable]
-    closed = [f"rapl.{zone.name}" for zone in hw.rapl if not zone.readable]
-    if open_zones or not closed:
-        yield "Energy", "rapl", ", ".join(open_zones)
-    if closed:  # the others have the same reason
-        yield "Energy", closed[0], None
-    for sensor in hw.sensors:
-        yield "Sensor", "sensors", f"{sensor.chip} {sensor.label}: {sensor.value:.1f} {sensor.unit}"
+def _reason_line(hw: Hardware, field: str) -> str:
+    why = hw.unknown.get(field)
+    return f"unknown: {why}" if why else "none"
+
+
+def _join(*parts: str | None, by: str = ", ") -> str:
+    """Join the parts that there are."""
+    return by.join(part for part in parts if part)
+
+
+def _machine(hw: Hardware) -> list[str]:
+    kind = _join(hw.node_type, _join(hw.container, hw.virtual, by=" in "))
+    return [f"{hw.address or '?'} ({kind})"]
+
+
+def _threads(hw: Hardware) -> list[str]:
+    counts = _join(
+        count_text(hw.cpu_sockets, "socket"),
+        count_text(hw.cpu_cores, "core"),
+        count_text(hw.cpu_logical, "thread"))
+    if hw.cpu_threads == hw.cpu_logical:
+        return [counts]
+    return [f"{counts}; {hw.cpu_threads} usable here"]
+
+
+def _frequency(hw: Hardware) -> list[str]:
+    if hw.cpu_mhz_max is None:
+        return [""]
+    return [f"up to {hw.cpu_mhz_max:.0f} MHz"]
+
+
+def _memory(hw: Hardware) -> list[str]:
+    if not hw.ram_bytes:
+        return [""]
+    return [size_text(hw.ram_bytes)]
+
+
+def _gpu_list(hw: Hardware) -> list[str]:
+    return ["; ".join(map(_gpu_words, hw.gpus))]
+
+
+def _gpu_words(gpu: Gpu) -> str:
+    memory = size_text(gpu.memory_bytes) if gpu.memory_bytes else None
+    return _join(gpu.title, memory, gpu.driver or "no driver", gpu.driver_version)
+
+
+def _battery_list(hw: Hardware) -> list[str]:
+    words = []
+    for battery in hw.batteries:
+        charge = "?" if battery.charge_percent is None else battery.charge_percent
+        words.append(f"{battery.name} {battery.status or '?'}, {charge} %")
+    return ["; ".join(words)]
+
+
+def _energy_lines(hw: Hardware) -> list[str]:
+    """Write the counters that can be read, and the reason of the first that cannot: it is all theirs."""
+    readable = []
+    for zone in hw.rapl:
+        if zone.readable:
+            mirror = f" (mirrors {zone.mirror_of})" if zone.mirror_of else ""
+            readable.append(zone.name + mirror)
+    closed = [zone for zone in hw.rapl if not zone.readable]
+
+    lines = []
+    if readable or not closed:
+        lines.append(", ".join(readable))
+    if closed:
+        lines.append(_reason_line(hw, f"rapl.{closed[0].name}"))
+    return lines
+
+
+def _sensor_lines(hw: Hardware) -> list[str]:
+    return [f"{one.chip} {one.label}: {one.value:.1f} {one.unit}" for one in hw.sensors]
+
+
+def _disk_lines(hw: Hardware) -> list[str]:
+    lines = []
     for disk in hw.disks:
-        free, size = (None if n is None else _size(n) for n in (disk.free_bytes, disk.size_bytes))
-        room = f"{free or '?'} free of {size or '?'}"
-        yield "Disk", "disks", f"{disk.mount} ({disk.filesystem} on {disk.device}): {room}"
-    yield "FFmpeg", "ffmpeg", f"{hw.ffmpeg} {hw.ffmpeg_version or ''}" if hw.ffmpeg else None
-    yield "ffprobe", "ffprobe", hw.ffprobe
-    yield "Quality", "filters", " ".join(hw.filters)
-    if not hw.encoders:
-        yield "Encoders", "encoders", None
+        free = "?" if disk.free_bytes is None else size_text(disk.free_bytes)
+        size = "?" if disk.size_bytes is None else size_text(disk.size_bytes)
+        place = f"{disk.mount} ({disk.filesystem} on {disk.device})"
+        lines.append(f"{place}: {free} free of {size}")
+    return lines
 
 
-def _size(number: float) -> str:
-    """Write bytes in the largest binary unit that fits."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if number < 1024:
-            return f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} PiB"
+def _no_encoders(hw: Hardware) -> list[str]:
+    """Write a line for the reason only if there is no list of encoders below."""
+    return [] if hw.encoders else [""]
+
+
+FACTS = (
+    Fact("Machine", "address", _machine),
+    Fact("Board", "machine", lambda hw: [hw.machine]),
+    Fact("System", "os", lambda hw: [_join(hw.os_name, hw.kernel, hw.arch)]),
+    Fact("Processor", "cpu_model", lambda hw: [hw.cpu_model]),
+    Fact("Threads", "cpu_threads", _threads),
+    Fact("Frequency", "cpu_mhz_max", _frequency),
+    Fact("Flags", "cpu_model", lambda hw: [" ".join(hw.cpu_flags)]),
+    Fact("Memory", "ram_bytes", _memory),
+    Fact("GPU", "gpus", _gpu_list),
+    Fact("Battery", "has_battery", _battery_list),
+    Fact("Energy", "rapl", _energy_lines),
+    Fact("Sensor", "sensors", _sensor_lines),
+    Fact("Disk", "disks", _disk_lines),
+    Fact("FFmpeg", "ffmpeg", lambda hw: [_join(hw.ffmpeg, hw.ffmpeg_version, by=" ")]),
+    Fact("ffprobe", "ffprobe", lambda hw: [hw.ffprobe]),
+    Fact("Quality", "filters", lambda hw: [" ".join(hw.filters)]),
+    Fact("Encoders", "encoders", _no_encoders),
+)
 
 
 def _record(host: Host, file: str) -> int:
     """Detect and sample once, and write down every file that this took."""
     recorder = Recorder(host)
-    Sampler(recorder, detect(recorder, probe=False), gpu=False).sample(0.0)
-    program, fields = recorder.which("nvidia-smi"), list(dict.fromkeys((*SMI_IDENTITY, *SMI_READING)))
-    if program is not None:
-        said = recorder.run(smi_argv(program, fields), PROGRAM_S)
-        while parse_refused(said.stdout + said.stderr) in fields:
-            fields.remove(parse_refused(said.stdout + said.stderr))
-            said = recorder.run(smi_argv(program, fields), PROGRAM_S)
-        recorder.entries["/recorded/nvidia-smi"] = (
-            "file", f"{','.join(fields)}\n{scrub('', said.stdout)}{said.stderr}")
+    hardware = detect(recorder, probe=False)
+    Sampler(recorder, hardware, gpu=False).sample(0.0)
+    table = smi_table(recorder)
+    if table is not None:
+        recorder.entries[SMI_RECORDED] = ("file", scrub("", table))
+
     text = archive(recorder.entries)
     if file == "-":
         print(text, end="")
         return 0
-    trouble = host.write(file, text)
+    trouble = replace_file(file, text)
     if trouble:
-        print(f"hwdetect.py: the archive can't be written: {trouble}", file=sys.stderr)
+        print(f"hwdetect.py: cannot write the archive: {trouble}", file=sys.stderr)
         return 1
-    print(f"{file}: {len(recorder.entries)} files, without serial numbers; have a look before you send it")
+    count = len(recorder.entries)
+    print(f"{file}: {count} files, without serial numbers; have a look before you send it")
     return 0
 
 
-def _command(options: argparse.Namespace) -> int:
-    if options.root is None or os.path.isdir(options.root):
-        return _carry_out(Host(options.root or "/"), options)
+def _run(options: argparse.Namespace) -> int:
+    """Do what the flags ask for, on this machine, on a tree, or on an archive unpacked for the time."""
+    root = options.root or "/"
+    if os.path.isdir(root):
+        return _run_on(Host(root), options)
     with tempfile.TemporaryDirectory(prefix="ffdist-root-") as folder:
         try:
-            with open(options.root, encoding="utf-8", newline="") as file:
-                unpack(file.read(ARCHIVE_MOST), folder)
+            with open(root, encoding="utf-8", newline="") as file:
+                unpack(file.read(MAX_ARCHIVE_CHARACTERS), folder)
         except (OSError, ValueError) as error:
-            print(f"hwdetect.py: --root: {options.root} cannot be read: {_words(error)}", file=sys.stderr)
+            print(f"hwdetect.py: cannot read --root {root}: {error_words(error)}", file=sys.stderr)
             return 2
-        return _carry_out(Host(folder), options)
+        return _run_on(Host(folder), options)
 
 
-def _carry_out(host: Host, options: argparse.Namespace) -> int:
+def _run_on(host: Host, options: argparse.Namespace) -> int:
     if options.record is not None:
         return _record(host, options.record)
-    if options.interval_s is not None:
-        return _watch(host, options.interval_s, options.json)
-    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    state_dir = options.state_dir or os.path.join(home, "ffdist")
+    if options.watch is not None:
+        return _watch(host, options.watch, options.json)
+
+    state_dir = options.state_dir or str(state_home())
     hw = detect(host, not options.no_probe, state_dir, options.ffmpeg)
-    print(json.dumps(hw.to_json(), indent=2) if options.json else page(hw))
+    if options.json:
+        print(json.dumps(hw.to_json(), indent=2))
+    else:
+        print(page(hw))
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Gives the exit code: 0, 1 not possible, 2 wrong usage, 130 interrupted."""
+    """Run the command line; return 0, 1 (not possible), 2 (wrong usage) or 130 (interrupted)."""
     try:
-        code = _command(_options(argv))
+        code = _run(build_parser().parse_args(argv))
         sys.stdout.flush()
         return code
-    except SystemExit as error:  # argparse has said what is wrong
+    except SystemExit as error:  # argparse has printed what is wrong
         return error.code if isinstance(error.code, int) else 2
     except KeyboardInterrupt:
         return 130

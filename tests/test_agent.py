@@ -1110,7 +1110,7 @@ class Metering(FolderCase):
         self.meter.leave(ledger)
         metrics = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=20.0))
         self.assertEqual((metrics["energy_joules"], metrics["net_energy_joules"]), (500.0, None))
-        self.assertIn("no rest", metrics["unknown"]["idle_watts"])
+        self.assertIn("never idle", metrics["unknown"]["idle_watts"])
 
     def test_an_idle_baseline_of_something_else_is_none_of_this_run(self) -> None:
         gpu = hwdetect.GpuReading("T4", 0, 30.0, 5.0, source="nvidia-smi", covered_s=1.0)
@@ -1121,7 +1121,7 @@ class Metering(FolderCase):
                             (hwdetect.Idle(10.0, 0.5, 0.0, "rapl", 1), "")):
             baseline, ledger = hwdetect.Baseline(0.0), hwdetect.Ledger()
             baseline.idle = idle
-            hwdetect._book(ledger, *rows, 1.0, baseline)
+            ledger.book(hwdetect.Interval(*rows), 1.0, baseline)
             self.assertEqual(ledger.idle_s, 0.0 if words else 1.0)
             self.assertIn(words, ledger.unknown.get("idle_watts", ""))
 
@@ -1136,7 +1136,7 @@ class Metering(FolderCase):
             self.now += rest_s
             for _ in range(5):
                 self.energy(10)
-                meter._sample(None)
+                meter._sample()
             found.append(meter.idle and meter.idle.watts)
         self.assertEqual(found, [None, None, 10.0])
 
@@ -1171,8 +1171,8 @@ class Metering(FolderCase):
         for second, joules in (((200.0, 5.0), 90.0 + 300 + 400), ((80.0, 2.0), None)):
             ledger = hwdetect.Ledger(power_source="rapl")
             rows = reading(0.0, (0.0, 0.0), (0.0, 0.0)), reading(10.0, (300.0, 10.0), second)
-            hwdetect._book(ledger, *rows, 1.0, hwdetect.Baseline(0.0))
-            hwdetect._book_gpus(ledger, *rows, 1.0)
+            ledger.book(hwdetect.Interval(*rows), 1.0, hwdetect.Baseline(0.0))
+            ledger.book_gpus(hwdetect.Interval(*rows), 1.0)
             self.assertEqual(hwdetect.energy_of(ledger).joules, joules)
 
     def test_a_paused_run_is_booked_nothing(self) -> None:
@@ -1213,17 +1213,17 @@ class Metering(FolderCase):
                                     gpus=(gpu,))
         coder, other, late = hwdetect.Ledger(uses_gpu=True), hwdetect.Ledger(), hwdetect.Ledger(uses_gpu=True)
         coder.power_source = other.power_source = "rapl"
-        shares = [gpu for _, gpu in self.meter._shares([coder, other])]
-        self.assertEqual((shares, self.meter._shares([other])), ([1.0, 0.0], [(1.0, 1.0)]))
+        shares = [gpu for _, gpu in hwdetect.take_shares(self.host, [coder, other])]
+        self.assertEqual((shares, hwdetect.take_shares(self.host, [other])), ([1.0, 0.0], [(1.0, 1.0)]))
         last, now = reading(0.0, 0.0, 0.0), reading(10.0, 240.0, 8.0)
         for ledger, share in zip((coder, other), shares):
-            hwdetect._book(ledger, last, now, 0.5, hwdetect.Baseline(0.0))
-            hwdetect._book_gpus(ledger, last, now, share)
+            ledger.book(hwdetect.Interval(last, now), 0.5, hwdetect.Baseline(0.0))
+            ledger.book_gpus(hwdetect.Interval(last, now), share)
         found = [hwdetect.energy_of(ledger) for ledger in (coder, other)]
         self.assertEqual([row.joules for row in found], [500 + 300, 500], "8 s of 10 s stand for all")
         self.assertEqual(found[0].source, "rapl+nvidia-smi")
-        hwdetect._book(late, last, reading(10.0, 240.0, 2.0), 1.0, hwdetect.Baseline(0.0))
-        hwdetect._book_gpus(late, last, reading(10.0, 240.0, 2.0), 1.0)
+        late.book(hwdetect.Interval(last, reading(10.0, 240.0, 2.0)), 1.0, hwdetect.Baseline(0.0))
+        late.book_gpus(hwdetect.Interval(last, reading(10.0, 240.0, 2.0)), 1.0)
         self.assertIsNone(hwdetect.energy_of(late).joules)
         metrics = agent.metrics_of(agent.Outcome("completed", ledger=late, wall_s=10.0))
         self.assertIn("2.0 s of 10.0 s", metrics["unknown"]["gpu_energy_joules"])
@@ -1241,7 +1241,7 @@ class Metering(FolderCase):
             ledger = hwdetect.Ledger()
             now = hwdetect.Reading(1.0, gpus=(gpu,), unknown=why)
             ledger.unknown.update(now.unknown)
-            hwdetect._book_gpus(ledger, now, now, 1.0)
+            ledger.book_gpus(hwdetect.Interval(now, now), 1.0)
             unknown = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=1.0))["unknown"]
             self.assertEqual([unknown[name] for name in ("gpu_energy_joules", "gpu_usage")], reasons)
 
@@ -1255,7 +1255,7 @@ class Metering(FolderCase):
                              f"drm-client-id:\t{pid}\n{words.format(busy)}")
             ledgers = [hwdetect.Ledger(uses_gpu=True), hwdetect.Ledger(uses_gpu=True)]
             ledgers[0].pgid, ledgers[1].pgid = 10, 20
-            self.assertEqual(self.meter._shares(ledgers), [(0.5, 0.75), (0.5, 0.25)])
+            self.assertEqual(hwdetect.take_shares(self.host, ledgers), [(0.5, 0.75), (0.5, 0.25)])
             self.assertEqual([ledger.gpu_s for ledger in ledgers], [3.0, 1.0])
 
     def test_a_source_that_changes_is_no_energy(self) -> None:
@@ -1264,9 +1264,9 @@ class Metering(FolderCase):
                 hwdetect.Reading(5.0, 5.0, None, 9.0, 3.0, power_source="hwmon"),
                 hwdetect.Reading(10.0, 5.0, None, 9.0, 48.0, 5.0, power_source="hwmon")]
         for last, now in zip(rows, rows[1:]):
-            hwdetect._book(ledger, last, now, 1.0, hwdetect.Baseline(0.0))
+            ledger.book(hwdetect.Interval(last, now), 1.0, hwdetect.Baseline(0.0))
         self.assertEqual((ledger.energy_joules, hwdetect.energy_of(ledger).joules), (45.0, None))
-        self.assertIn("5.0 s of 10.0 s", hwdetect.energy_of(ledger).why)
+        self.assertIn("5.0 s of the 10.0 s run", hwdetect.energy_of(ledger).why)
 
     def test_a_counter_that_goes_away_or_is_reset_during_a_run_is_no_energy(self) -> None:
         zone = self.folder / "sys/class/powercap/intel-rapl:0/energy_uj"
@@ -1284,7 +1284,7 @@ class Metering(FolderCase):
             self.meter.leave(ledger)
             metrics = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=4.0))
             self.assertIsNone(metrics["energy_joules"], what)
-            self.assertIn("told for 3.0 s of 4.0 s", metrics["unknown"]["energy_joules"])
+            self.assertIn("only 3.0 s of the 4.0 s run", metrics["unknown"]["energy_joules"])
 
     def test_a_second_of_twenty_that_was_not_told_counts_like_the_rest(self) -> None:
         ledger = self.ledger(10)

@@ -291,7 +291,7 @@ class Seams(unittest.TestCase):
                  for name, source in SOURCES.items()}
         self.assertEqual(found, {"ffdist": [("Programs", "start_again"), ("Programs", "start_program")],
                                  "agent": [],
-                                 "hwdetect": [("Host", "Program"), ("Host", "_spawn"), ("Host", "launcher")]})
+                                 "hwdetect": [("Host", "Child"), ("Host", "Program")]})
 
     def test_no_shell_anywhere(self) -> None:
         for source in SOURCES.values():

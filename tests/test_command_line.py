@@ -1,6 +1,9 @@
 """The command line and the demo as a user types them: what they print, and how they end."""
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import json
 import os
 import re
@@ -12,7 +15,11 @@ import tempfile
 import unittest
 from pathlib import Path
 from typing import ClassVar
+from unittest import mock
 
+import agent
+import ffdist
+import hwdetect
 from tests.fleet import Agent, FleetCase, Master, interruptible, processes_called, run
 from tests.support import TOP, free_port, need, served, wait_for
 
@@ -186,6 +193,36 @@ class TheCommandLine(unittest.TestCase):
             self.assertEqual((done.returncode, "did you mean" in done.stderr), (2, True), done.stderr)
         told = run(str(TOP / "hwdetect.py"), "--version", folder=self.folder)
         self.assertIn("ffdist hwdetect", told.stdout)
+
+
+class Flags(unittest.TestCase):
+    """One reader of flags and one of durations, whichever program is asked."""
+
+    def parsers(self) -> dict[str, tuple[argparse.ArgumentParser, list[str]]]:
+        return {"ffdist": (ffdist.build_parser(), ["jobs"]), "agent": (agent.build_parser(True), []),
+                "hwdetect": (hwdetect.build_parser(), [])}
+
+    def test_a_switch_of_the_environment_means_the_same_in_all_three(self) -> None:
+        for word, on in (("y", True), ("1", True), ("On", True), ("no", False), ("0", False), ("", False)):
+            with mock.patch.dict(os.environ, FFDIST_JSON=word):
+                for name, (parser, words) in self.parsers().items():
+                    self.assertIs(parser.parse_args(words).json, on, (name, word))
+
+    def test_a_switch_that_cannot_be_read_is_wrong_usage_where_it_matters(self) -> None:
+        with mock.patch.dict(os.environ, FFDIST_JSON="maybe"):
+            for name, (parser, words) in self.parsers().items():
+                heard = io.StringIO()
+                with contextlib.redirect_stderr(heard), self.assertRaises(SystemExit) as caught:
+                    parser.parse_args(words)
+                self.assertEqual(caught.exception.code, 2, name)
+                self.assertIn("invalid FFDIST_JSON 'maybe': expected 1 or 0", heard.getvalue())
+                self.assertIs(parser.parse_args([*words, "--json"]).json, True, "a flag beats it")
+
+    def test_a_duration_means_the_same_in_all_three(self) -> None:
+        watch = hwdetect.build_parser().parse_args(["--watch", "1d"]).watch
+        stall = agent.build_parser(False).parse_args(["--stall-limit", "1d"]).stall_limit
+        node = ffdist.build_parser().parse_args(["master", "--node-timeout", "1d"]).node_timeout
+        self.assertEqual((watch, stall, node), (86400.0, 86400.0, 86400.0))
 
 
 class TheDemo(FleetCase):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import io
 import json
@@ -219,6 +220,26 @@ class Machines(TreeCase):
         self.assertEqual(["sensors: RuntimeError: a strange driver"], hw.problems)
         self.assertEqual((56, "server", 4), (hw.cpu_threads, hw.node_type, len(hw.rapl)))
 
+    def test_each_field_has_one_detector(self) -> None:
+        fields = [name for detector in hwdetect.DETECTORS for name in detector.fields]
+        known = [row.name for row in dataclasses.fields(hwdetect.Hardware)]
+        self.assertEqual(sorted({*known} - {"unknown", "problems"}), sorted(fields))
+        self.machine("laptop-intel")
+        survey = hwdetect.Survey(Host(str(self.tree)), hwdetect.Hardware(), False, None, None)
+        for detector in hwdetect.DETECTORS:
+            found = {name.partition(".")[0] for name in detector.detect(survey)} - {"problems"}
+            self.assertLessEqual(found, {*detector.fields}, detector.name)
+
+    def test_the_fields_of_a_detector_that_fails_say_so(self) -> None:
+        class Broken(Host):
+            def exists(self, path: str) -> bool:
+                raise RuntimeError("a strange driver")
+
+        hw = detect(Broken(str(self.tree)))
+        self.assertIn("batteries: RuntimeError: a strange driver", hw.problems)
+        self.assertEqual((None, ()), (hw.has_battery, hw.batteries))
+        self.assertEqual(hwdetect.DETECTOR_FAILED, hw.unknown["has_battery"])
+
     def test_an_empty_tree_tells_nothing_of_this_machine(self) -> None:
         hw = detect(Host(str(self.tree)))
         for name in (
@@ -371,7 +392,7 @@ class Energy(TreeCase):
 
     def test_a_small_counter_is_read_between_two_samples(self) -> None:
         self.zone("intel-rapl:0", "package-0", 0, 400_000_000)
-        self.assertEqual(hwdetect.POLL_S[1], hwdetect.Sampler(Host("/nowhere")).patience_s)
+        self.assertEqual(hwdetect.POLL_MAX_S, hwdetect.Sampler(Host("/nowhere")).patience_s)
         sampler = self.sampler()
         self.assertEqual(0.4, sampler.patience_s)
         sampler.sample(0.0)
@@ -565,7 +586,7 @@ class Energy(TreeCase):
             (120.0, 12.0, "battery"), (reading.energy_joules, reading.power_watts, reading.power_source)
         )
         self.put(f"{base}/status", "Full")
-        self.assertIn("only while it alone feeds the machine", sampler.sample(11.0).unknown["energy_joules"])
+        self.assertIn("only while it alone powers the machine", sampler.sample(11.0).unknown["energy_joules"])
         self.put(f"{base}/status", "Discharging")
         self.assertEqual(120.0, sampler.sample(71.0).energy_joules, "a minute on mains is no discharge")
         self.put(f"{base}/power_now", 20_000_000)
@@ -617,7 +638,7 @@ class Energy(TreeCase):
             self.put("/sys/class/hwmon/hwmon1/power1_average", words)
             reading = sampler.sample(1.0)
             self.assertEqual((None, None), (reading.power_watts, reading.energy_joules), words)
-            self.assertIn("does not tell now", reading.unknown["energy_joules"])
+            self.assertIn("has no reading now", reading.unknown["energy_joules"])
 
     def test_ina3221_of_a_whole_module_and_of_parts(self) -> None:
         """ina3221.rst: mV and mA of three channels, and in 4 the sum of the currents."""
@@ -641,7 +662,8 @@ class Energy(TreeCase):
             last = sampler.sample(2.0)
             self.assertEqual((watts, watts and 2 * watts), (last.power_watts, last.energy_joules))
             if watts is None:
-                self.assertIn("are scmi_sensors BIG, ina3221 VDD_CPU, ina3221", last.unknown["energy_joules"])
+                words = "have sensors: scmi_sensors BIG, ina3221 VDD_CPU, ina3221"
+                self.assertIn(words, last.unknown["energy_joules"])
 
     def test_a_model_only_where_it_is_given_and_nothing_tells(self) -> None:
         def sampled(model: tuple[float, float] | None) -> Reading:
@@ -656,6 +678,37 @@ class Energy(TreeCase):
         self.assertEqual((40.0, 160.0, "model"), (last.power_watts, last.energy_joules, last.power_source))
         self.zone("intel-rapl:0", "package-0", 0)
         self.assertEqual("rapl", sampled((20.0, 100.0)).power_source)
+
+    def test_the_first_source_that_answers_is_used_and_the_others_pause(self) -> None:
+        """While the meter answers nobody asks the battery, whose joules then lack that time."""
+        self.put("/sys/class/hwmon/hwmon0/name", "power_meter")
+        meter = "/sys/class/hwmon/hwmon0/power1_average"
+        base = "/sys/class/power_supply/BAT0"
+        for name, value in (("type", "Battery"), ("status", "Discharging"), ("power_now", 9_000_000)):
+            self.put(f"{base}/{name}", value)
+        self.put(meter, 50_000_000)
+        sampler = self.sampler()
+        found = []
+        for now, words in enumerate(("", "", 50_000_000, 50_000_000, "", "")):
+            self.put(meter, words)
+            reading = sampler.sample(float(now))
+            found.append((reading.power_source, reading.power_watts, reading.energy_joules))
+        self.assertEqual([
+            ("battery", 9.0, 0.0), ("battery", 9.0, 9.0), ("hwmon", 50.0, 0.0), ("hwmon", 50.0, 50.0),
+            ("battery", 9.0, 9.0), ("battery", 9.0, 18.0)], found)
+
+    def test_a_source_is_a_class_and_a_row(self) -> None:
+        class Plug(hwdetect.PowerSource):
+            name = "plug"
+            resolution = "a smart plug, once a second"
+
+            def sample(self, now: float, cpu_percent: float | hwdetect.Unknown) -> hwdetect.PowerReading:
+                return hwdetect.PowerReading(80 * now, 80.0, now)
+
+        with mock.patch("hwdetect.MACHINE_SOURCES", (hwdetect.RaplSource, Plug)):
+            reading = Sampler(Host(str(self.tree))).sample(3.0)
+        self.assertEqual(("plug", 240.0, 80.0, 3.0), (reading.power_source, reading.energy_joules,
+                                                      reading.power_watts, reading.covered_s))
 
     def test_throttling_by_heat_is_counted(self) -> None:
         sampler = self.sampler()
@@ -732,7 +785,7 @@ class Energy(TreeCase):
              gpu.too_hot),
         )
         self.assertIn("[N/A]", reading.unknown["gpus.0.power_watts"])
-        stream = sampler._smi.stream if sampler._smi else None
+        stream = sampler._graphics.smi.stream if sampler._graphics.smi else None
         assert stream is not None
         sampler.close()
         with self.assertRaises(ProcessLookupError):
@@ -763,7 +816,7 @@ class Energy(TreeCase):
         self.smi_says("0, 23:10.000, 30.00")
         sampler = self.sampler()
         until(lambda: sampler.sample(0.0).gpus[0].power_watts == 30.0, "a first line")
-        stream = sampler._smi.stream if sampler._smi else None
+        stream = sampler._graphics.smi.stream if sampler._graphics.smi else None
         assert stream is not None
         os.kill(stream.pid, signal.SIGSTOP)
         sampler.sample(1.0)
@@ -806,7 +859,7 @@ class Energy(TreeCase):
         until(lambda: sampler.sample(0.0).gpus[0].power_watts == 52.0, "a line 2 s later")
         gpu = sampler.sample(0.0).gpus[0]
         self.assertEqual((102.0, 2.0), (gpu.energy_joules, gpu.covered_s))
-        stream = sampler._smi.stream if sampler._smi else None
+        stream = sampler._graphics.smi.stream if sampler._graphics.smi else None
         assert stream is not None
         os.kill(stream.pid, 9)
         until(lambda: sampler.sample(1.0).gpus[0].source is None, "its end is noticed")
@@ -923,11 +976,11 @@ class KernelStandIn(Host):
     def make(self, folder: str) -> bool:
         made = super().make(folder)
         for name in self.FILES if made else ():
-            Path(self._real(f"{folder}/{name}")).touch()
+            Path(self.tree.real(f"{folder}/{name}")).touch()
         return made
 
     def drop(self, folder: str) -> bool:
-        shutil.rmtree(self._real(folder), ignore_errors=True)
+        shutil.rmtree(self.tree.real(folder), ignore_errors=True)
         return not self.exists(folder)
 
 
@@ -1021,7 +1074,7 @@ class Probe(TreeCase):
         self.assertIn("libx264", hw.proved())
         self.assertNotIn("libx264", hw.unknown)
         if "h264_nvenc" in hw.encoders and not hw.has_gpu:
-            self.assertRegex(str(hw.encoders["h264_nvenc"]), "^[^\\n\\[]{5,160}$")
+            self.assertRegex(hw.encoders["h264_nvenc"].why, "^[^\\n\\[]{5,160}$")
         probed = sum("lavfi" in argv for argv in calls)
         self.assertEqual(len(hw.encoders), probed)
         again = detect(Host("/", run), state_dir=state)
@@ -1057,7 +1110,7 @@ class StandInProbe(TreeCase):
 
     def test_another_build_is_probed_again(self) -> None:
         hw = self.look()
-        self.assertEqual({"libx264": None, "h264_vaapi": "No device"}, hw.encoders)
+        self.assertEqual({"libx264": None, "h264_vaapi": "No device"}, hw.encoder_reasons())
         self.assertEqual(("9.1", ("psnr", "libvmaf"), 2), (hw.ffmpeg_version, hw.filters, self.tries))
         self.look()
         self.assertEqual(2, self.tries)
@@ -1079,10 +1132,10 @@ class StandInProbe(TreeCase):
             kept.read_text(encoding="utf-8").replace('"No device"', "7"),
         ):
             kept.write_text(text, encoding="utf-8")
-            self.assertEqual("No device", self.look().encoders["h264_vaapi"])
+            self.assertEqual("No device", self.look().encoders["h264_vaapi"].why)
 
     def test_a_probe_that_ran_out_of_time_is_not_kept(self) -> None:
-        self.failure = Result(None, "", "no answer within 4.0 s")
+        self.failure = Result(None, "", "no answer within 4.0 s", timed_out=True)
         self.assertIn("no answer", str(self.look().encoders["h264_vaapi"]))
         self.look()
         self.assertEqual(4, self.tries)
@@ -1091,7 +1144,7 @@ class StandInProbe(TreeCase):
         (self.tree / "state").write_text("a file where the folder should be", encoding="utf-8")
         hw = self.look()
         self.assertIn("libx264", hw.proved())
-        self.assertIn("can't be kept", hw.problems[0])
+        self.assertIn("cannot be kept", hw.problems[0])
 
 
 class Commands(TreeCase):
@@ -1228,8 +1281,9 @@ class Commands(TreeCase):
                 self.assertEqual(golden[field], json.loads(out)[field], field)
 
     def test_what_is_no_recording_is_told_in_a_sentence(self) -> None:
-        for text, words in (("hello", "no archive of --record"), ("", "no archive"), ("\0\xff", "no archive"),
-                            ("=== link /a\n/etc\n=== file /a/b\nx\n", "exists")):
+        for text, words in (
+                ("hello", "not an archive of --record"), ("", "not an archive"),
+                ("\0\xff", "not an archive"), ("=== link /a\n/etc\n=== file /a/b\nx\n", "exists")):
             self.put("/bad", "")
             (self.tree / "bad").write_text(text, encoding="utf-8")
             code, out, err = self.call("--root", str(self.tree / "bad"))
@@ -1257,6 +1311,19 @@ class Pieces(unittest.TestCase):
         for text in ("", "s", "-1s", "1x", "1e3", "nan", "1 s"):
             with self.assertRaises(ValueError):
                 hwdetect.parse_duration(text)
+
+    def test_durations_and_sizes_for_people(self) -> None:
+        for seconds, text in ((0.44, "0.4 s"), (59.4, "59 s"), (185, "3 min 05 s"), (7800, "2 h 10 min"),
+                              (273_600, "3 d 4 h"), (None, "unknown")):
+            self.assertEqual(text, hwdetect.duration_text(seconds))
+        for count, text in ((812, "812 B"), (3.4 * 2**20, "3.4 MiB"), (1.5 * 2**40, "1.5 TiB")):
+            self.assertEqual(text, hwdetect.size_text(count))
+        self.assertEqual(64 * 2**20, hwdetect.size_bytes("64M"))
+
+    def test_sizes_are_of_1024(self) -> None:
+        """The kernel's kB and nvidia-smi's MiB are powers of two."""
+        self.assertEqual({"VmRSS": 2048}, hwdetect.parse_sizes("VmRSS:\t       2 kB\n"))
+        self.assertEqual(15_360 * 2**20, hwdetect.parse_mib("15360"))
 
     def test_cpu_lists(self) -> None:
         cases = {
@@ -1286,6 +1353,20 @@ class Pieces(unittest.TestCase):
         self.assertLess(time.monotonic() - begin, 5)
         self.assertEqual((None, "no answer within 0.3 s"), (result.returncode, result.stderr))
         self.assertIn("does not start", Host().run(["/no/such/program"], 1).stderr)
+
+    def test_peak_memory_of_a_program_is_in_bytes(self) -> None:
+        """wait4(2) gives it in KiB."""
+        code = "data = bytearray(64 << 20); data[::4096] = b'x' * len(data[::4096])"
+        program = hwdetect.Program([sys.executable, "-c", code], HERE, str, str)
+        self.assertTrue(program.ended.wait(DEADLINE_S))
+        assert program.exit is not None
+        self.assertEqual(0, program.exit.returncode)
+        self.assertGreater(program.exit.peak_rss_bytes, 64 << 20)
+        self.assertLess(program.exit.peak_rss_bytes, 256 << 20)
+
+    def test_files_below_proc_sys_can_be_read(self) -> None:
+        """Newer kernels refuse a read of 4 MiB there."""
+        self.assertEqual(os.uname().release, (Host().read("/proc/sys/kernel/osrelease") or "").strip())
 
     def test_map_and_banners_agree(self) -> None:
         text = (HERE.parent / "hwdetect.py").read_text(encoding="utf-8")
