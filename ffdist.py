@@ -3889,58 +3889,85 @@ def printable_path(path: str) -> str:
 
 # ---- 14 HTTP --------------------------------------------------------------------------------------
 
+# A connection has a thread, which reads a head, finds its route, reads the body, answers, and goes
+# on with the next request on the same connection: keep-alive saves an agent a handshake each time.
+# A request that parks (API) keeps its thread asleep in Master. The standard parser is not used: it
+# takes as long as a commit, and answers garbage as HTTP/0.9.
+#
+# A web page of somebody else can send requests to any address that its reader reaches: by forms,
+# images and scripts, and by a name of its own that it points to an inner address (DNS rebinding).
+# So refuse_foreign_page() checks what a browser cannot be made to lie about: the type of a body,
+# Origin and Sec-Fetch-Site, and the name in Host. Programs send none of these and pass.
+
 HEAD_LIMIT_BYTES = 32 << 10
 HEADERS_MOST = 100
+# From the first byte of a head to its last, and for a whole body: a peer that drips is given up.
 HEAD_S = 10.0
 BODY_S = 60.0
-SEND_S = 60
-TICK_S = 2
+# Between two requests: longer than any agent's heartbeat interval.
 IDLE_S = 300.0
+# The kernel ends a read so often, so that the deadlines above are looked at; and a stuck answer.
+TICK_S = 2
+SEND_S = 60
+# How long what a refused peer still sends is read, so that it sees the answer.
 LINGER_S = 2.0
+# The kernel cuts the backlog to net.core.somaxconn, which is 4096 since Linux 5.4.
+BACKLOG = 4096
+FILES_WANTED = 65_536
+
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (\S{1,8000}) HTTP/(\d)\.(\d)")
+_REQUEST_LINE_MOST = 9000
 _HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?(?:\n|\Z))+")
-_KNOWN_HEADERS = frozenset((b"content-length", b"transfer-encoding", b"host", b"connection", b"expect",
-                            b"content-type", b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"accept"))
+_HEAD_END = re.compile(rb"\r?\n\r?\n")
+# Each of these may come once; two that differ would be read one way here and another way elsewhere.
+_SINGLE_HEADERS = frozenset((
+    b"content-length", b"transfer-encoding", b"host", b"connection", b"expect", b"content-type",
+    b"origin", b"sec-fetch-site", b"sec-fetch-mode"))
 # Each browser sends one of these, whatever a page wants: script cannot touch Origin and Sec-
-# Fetch-*, and of Accept-Language only the value. Over plain HTTP many requests have no other sign
-# than the last.
-_BROWSER_HEADERS = frozenset((b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest",
-                              b"accept-language"))
+# Fetch-*, and of Accept-Language only the value. Over plain HTTP many requests bear no other sign.
+_BROWSER_HEADERS = frozenset((
+    b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest", b"accept-language"))
+_TLS_HELLO = b"\x16"  # the type of the record that a TLS client sends first
+_NO_HTTP = "invalid request: expected HTTP/1.1"
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is no finite number")
+        raise ValueError(f"{text[:20]} is too large a number")
     return value
 
 
 def _bounded(text: str) -> int:
+    # int() takes time that grows with the square of the digits.
     if len(text) > 300:
         raise ValueError(f"{text[:20]}… is too large a number")
     return int(text)
 
 
 def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is no JSON")
+    raise ValueError(f"{text} is not a value of JSON")
 
 
-_DECODER = json.JSONDecoder(parse_float=_finite, parse_int=_bounded, parse_constant=_no_constant)
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\\?\Z)', re.DOTALL)  # an open one swallows the rest: linear
+_DECODER = json.JSONDecoder(
+    parse_float=_finite, parse_int=_bounded, parse_constant=_no_constant)
+# An open string swallows the rest, so that the search is linear in any text.
+_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\\?\Z)', re.DOTALL)
 
 
 def decode_json(raw: bytes) -> Any:
-    """Return the JSON of a body (None for an empty one); ApiError 400 says what is wrong with it."""
+    """Return the JSON of a body, None for an empty one; ApiError 400 says what is wrong with it."""
     if not raw.strip():
         return None
+    # 10 MiB of brackets take the decoder 3 s; counting them takes 22 ms.
     if raw.count(b"[") + raw.count(b"{") > NESTING_MOST and _depth(raw) > NESTING_MOST:
         raise ApiError(400, f"the body is nested deeper than {NESTING_MOST} levels")
     try:
         text = raw.decode().lstrip("\ufeff")
         value = _DECODER.decode(text)
         if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate could not be stored
+            json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate cannot be stored
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
     except UnicodeError:
@@ -3951,18 +3978,19 @@ def decode_json(raw: bytes) -> Any:
 
 
 def _depth(raw: bytes) -> int:
-    depth = most = 0
+    """Return how deep brackets and braces outside of strings are nested."""
+    depth = deepest = 0
     for char in _STRINGS.sub(b"", raw):
         if char in b"[{":
             depth += 1
-            most = max(most, depth)
+            deepest = max(deepest, depth)
         elif char in b"]}":
             depth -= 1
-    return most
+    return deepest
 
 
 class Head(NamedTuple):
-    """The parsed head of a request."""
+    """The parsed head of a request; `is_browser` where it bears a sign of one."""
 
     method: str
     path: str
@@ -3970,130 +3998,154 @@ class Head(NamedTuple):
     headers: dict[bytes, bytes]
     length: int
     keep: bool
-    browser: bool
+    is_browser: bool
+
+    def header(self, name: bytes) -> str:
+        """Return a header that is kept, in lower case; "" where there is none."""
+        return self.headers.get(name, b"").decode("latin-1").lower()
 
 
 def parse_head(block: bytes) -> Head:
-    """Return the head of a request, without its empty line; ApiError 4xx or 505 says what is wrong.
-
-    Two lengths, or a length and a transfer coding at once, are refused: RFC 9112, 6.3.
-    """
+    """Return the head of a request from its bytes; ApiError 4xx or 505 says what is wrong."""
     first, _, rest = block.partition(b"\n")
     line = _REQUEST_LINE.fullmatch(first.rstrip(b"\r"))
     if line is None:
-        raise ApiError(400, "this is no HTTP request")
-    if line[3] != b"1":
-        raise ApiError(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
-    if rest and not _HEADERS.fullmatch(rest):
-        raise ApiError(400, "a header line has no name and colon")
-    if rest.count(b"\n") >= HEADERS_MOST:
-        raise ApiError(431, f"there are more than {HEADERS_MOST} headers")
+        raise ApiError(400, _NO_HTTP)
+    method, target, major, minor = line.groups()
+    if major != b"1":
+        raise ApiError(505, "unsupported version of HTTP: expected 1.1 or 1.0")
+
+    headers, is_browser = _headers_of(rest)
+    keep = minor != b"0" and headers.get(b"connection", b"").lower() != b"close"
+    path, query = _target_of(target)
+    length = _length_of(headers)
+    return Head(method.decode(), path, query, headers, length, keep, is_browser)
+
+
+def _headers_of(block: bytes) -> tuple[dict[bytes, bytes], bool]:
+    """Return the headers that matter, and whether one of all is a browser's."""
+    if block and not _HEADERS.fullmatch(block):
+        raise ApiError(400, "invalid header: expected a name, a colon and a value on each line")
+    if block.count(b"\n") >= HEADERS_MOST:
+        raise ApiError(431, f"too many headers: expected {HEADERS_MOST} at most")
+
     headers: dict[bytes, bytes] = {}
-    browser = False
-    for row in rest.split(b"\n"):
+    is_browser = False
+    for row in block.split(b"\n"):
         name, _, value = row.partition(b":")
         name = name.lower()
-        if name == b"accept":
-            headers[name] = headers.get(name, b"") + b"," + value
-        elif name in headers:
-            raise ApiError(400, f"the header {name.decode()} stands twice")
-        elif name in _KNOWN_HEADERS:
-            headers[name] = value.strip()
         if name in _BROWSER_HEADERS or (name == b"user-agent" and b"Mozilla/" in value):
-            browser = True
-    keep = line[4] != b"0" and headers.get(b"connection", b"").lower() != b"close"
-    path, query = _target(line[2])
-    return Head(line[1].decode(), path, query, headers, _length_of(headers), keep, browser)
+            is_browser = True
+        if name == b"accept":
+            headers[name] = b",".join((headers.get(name, b""), value))
+        elif name in _SINGLE_HEADERS:
+            if name in headers:
+                raise ApiError(400, f"duplicate header {name.decode()}: expected one")
+            headers[name] = value.strip()
+    return headers, is_browser
 
 
 def _length_of(headers: Mapping[bytes, bytes]) -> int:
+    """Return the length of a body; without one it is empty.
+
+    Two lengths, or a length and a transfer coding at once, are refused (RFC 9112, 6.3): a proxy
+    that believes the other one would see another request inside the body.
+    """
     length = headers.get(b"content-length")
     if b"transfer-encoding" in headers:
         if length is not None:
-            raise ApiError(400, "a content-length and a transfer-encoding exclude one another")
-        raise ApiError(411, "a body needs a content-length: transfer codings are not accepted")
+            raise ApiError(400, "content-length and transfer-encoding exclude one another")
+        raise ApiError(411, "missing content-length: transfer codings are not accepted")
     if length is None:
         return 0
     if not length.isdigit() or len(length) > 15:
-        raise ApiError(400, "content-length must be a number of bytes")
+        raise ApiError(400, "invalid content-length: expected a number of bytes")
     return int(length)
 
 
+# Most queries: without anything to decode, or to split twice.
 _PLAIN_QUERY = re.compile(r"[a-z_]+=[A-Za-z0-9._-]*(?:&[a-z_]+=[A-Za-z0-9._-]*){0,15}")
 
 
-def _target(raw: bytes) -> tuple[str, dict[str, str]]:
+def _target_of(raw: bytes) -> tuple[str, dict[str, str]]:
+    """Return path and query of a request's target, which may be a whole URL (RFC 9112, 3.2)."""
     text = raw.decode("latin-1")
     if not text.startswith("/"):
         text = re.sub(r"^https?://[^/?]*", "", text) or "/"
     path, _, query = text.partition("?")
     if not path.startswith("/"):
-        raise ApiError(400, "the request's target must begin with /")
+        raise ApiError(400, "invalid target: expected a path that begins with /")
+
     if not query:
         return path, {}
     if _PLAIN_QUERY.fullmatch(query):
         return path, dict(pair.split("=", 1) for pair in query.split("&"))
     try:
-        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, max_num_fields=50, errors="strict")
+        pairs = urllib.parse.parse_qsl(
+            query, keep_blank_values=True, max_num_fields=50, errors="strict")
     except ValueError:
-        raise ApiError(400, "the query cannot be read") from None
+        raise ApiError(400, "invalid query: expected at most 50 fields, in UTF-8") from None
     return path, dict(pairs)
 
 
 def refuse_foreign_page(head: Head, machine: str, allowed: Container[str]) -> None:
-    """Raise ApiError where a web page of somebody else may have sent a request; others pass.
+    """Raise ApiError where a web page of somebody else may have sent a request.
 
-    `machine` is this machine's name, `allowed` the names beside it. A page reaches whatever its reader
-    reaches: by forms, images, scripts, and by a name of its own that it points to an inner address.
+    `machine` is this machine's name, `allowed` the names beside it that browsers may use.
     """
-    kind = head.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if head.length and kind != b"application/json" and (kind or head.browser):
+    kind = head.header(b"content-type").partition(";")[0].strip()
+    if head.length and kind != JSON_KIND and (kind or head.is_browser):
+        # A form can send text/plain, but no page can send JSON without asking first (CORS).
         raise ApiError(415, "a body must be declared as Content-Type: application/json")
-    if head.browser:
-        host = head.headers.get(b"host", b"").decode("latin-1").lower()
-        _refuse_other_site(head, host)
+    if head.is_browser:
+        _refuse_other_site(head)
         _refuse_claim(head)
-        _refuse_other_name(_host_name(host), {machine, f"{machine}.local"}, allowed)
+        name = _host_name(head.header(b"host"))
+        _refuse_other_name(name, {machine, f"{machine}.local"}, allowed)
 
 
-def _refuse_other_site(head: Head, host: str) -> None:
-    """Raise ApiError 403 for what a page of another origin or site sends, but for a link to the page here."""
-    origin = head.headers.get(b"origin")
-    if origin is not None and not _is_same_place(origin.decode("latin-1").lower(), host):
+def _refuse_other_site(head: Head) -> None:
+    """Raise ApiError 403 for a page of another site; a link to the page here may stand there."""
+    origin = head.header(b"origin")
+    if b"origin" in head.headers and not _is_same_place(origin, head.header(b"host")):
         raise ApiError(403, "a page of another origin may not speak to this master")
-    linked = head.path == "/" and head.method in ("GET", "HEAD")
-    if not linked and head.headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site"):
+    is_link = head.path == "/" and head.method in ("GET", "HEAD")
+    if not is_link and head.headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site"):
         raise ApiError(403, "a page of another site may not speak to this master")
 
 
 def _refuse_claim(head: Head) -> None:
-    """Raise ApiError 403 where a browser claims a job: an image over plain HTTP says nothing of its page.
+    """Raise ApiError 403 where a browser claims a job.
 
-    A request with Sec-Fetch-Mode and without Sec-Fetch-Site is of Node.js, which no page can imitate.
+    An image over plain HTTP bears no sign of its page. A request with Sec-Fetch-Mode and without
+    Sec-Fetch-Site comes from Node.js, which no page can imitate.
     """
-    program = b"sec-fetch-mode" in head.headers and b"sec-fetch-site" not in head.headers
-    if head.path == "/jobs/next" and not program:
+    is_program = b"sec-fetch-mode" in head.headers and b"sec-fetch-site" not in head.headers
+    if head.path == "/jobs/next" and not is_program:
         raise ApiError(403, "a browser may not claim jobs: whoever asks gets one to run")
 
 
 def _refuse_other_name(name: str, own: Container[str], allowed: Container[str]) -> None:
     """Raise ApiError 403 for a name that anybody on the internet could point to this machine."""
     if "." in name and not _is_address(name) and name not in own and name not in allowed:
-        raise ApiError(403, f"a browser may not reach this master as {wire.printable(name[:100])}: allow the "
-                       "name with --allow-host")
+        shown = wire.printable(name[:100])
+        raise ApiError(403, f"a browser may not reach this master as {shown}: allow the name with "
+                       "--allow-host")
 
 
 def _is_same_place(origin: str, host: str) -> bool:
     """Return whether an Origin is of the host and port that the Host header names."""
     scheme, found, place = origin.partition("://")
-    port = {"http": ":80", "https": ":443"}.get(scheme)
-    return bool(found and port and host) and place.removesuffix(port or "") == host.removesuffix(port or "")
+    port = {"http": ":80", "https": ":443"}.get(scheme, "")
+    if not (found and port and host):
+        return False
+    return place.removesuffix(port) == host.removesuffix(port)
 
 
 def _host_name(host: str) -> str:
     """Return the name in a Host header, without its port and a last dot."""
-    name = host.partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    return name.lstrip("[").rstrip(".")
+    end = "]" if host.startswith("[") else ":"
+    return host.partition(end)[0].lstrip("[").rstrip(".")
 
 
 def _is_address(name: str) -> bool:
@@ -4108,11 +4160,18 @@ class Hangup(Exception):
     """The connection is over; there is nobody to answer."""
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection: requests come in, answers go out; what they mean is the business of ROUTES.
+_STATUS_LINES = {int(status): f"{int(status)} {status.phrase}" for status in http.HTTPStatus}
+_ENCODE = json.JSONEncoder(allow_nan=False).encode
+_CLOSING = "Connection: close\r\n"
+_SAFETY = (
+    "X-Content-Type-Options: nosniff\r\n"
+    "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'; "
+    "frame-ancestors 'none'\r\n"
+    "Cache-Control: no-store\r\n")
 
-    The standard parser is not used: it takes as long as a commit, and answers garbage as HTTP/0.9.
-    """
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection: requests come in, answers go out; ROUTES has their meaning."""
 
     server: Server
     disable_nagle_algorithm = True
@@ -4121,134 +4180,152 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self._buffer = bytearray()
+        self._is_body_read = True
         # The kernel keeps these limits: Python's own would cost two system calls more each time.
         self.connection.settimeout(None)
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", TICK_S, 0))
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_S, 0))
+        for limit, seconds in ((socket.SO_RCVTIMEO, TICK_S), (socket.SO_SNDTIMEO, SEND_S)):
+            self.connection.setsockopt(socket.SOL_SOCKET, limit, struct.pack("ll", seconds, 0))
 
     def handle(self) -> None:
-        try:
-            while self._one():
+        with contextlib.suppress(Hangup, OSError):
+            while self._answer_one():
                 pass
-        except (Hangup, OSError):
-            pass
 
     def finish(self) -> None:
         with contextlib.suppress(OSError):
             super().finish()
 
-    def _one(self) -> bool:
+    def _answer_one(self) -> bool:
         """Answer one request; return whether another may follow."""
         head, keep, method = None, False, "GET"
         try:
             head = parse_head(self._read_head())
             method = head.method
-            status, data = self._handle(head)
+            status, data = self._respond(head)
             keep = head.keep
         except ApiError as error:
             status, data = error.status, error.to_json()
-            keep = head is not None and head.keep and self._body_read
+            # A body that was not read would be taken for the next request.
+            keep = head is not None and head.keep and self._is_body_read
         except (Hangup, OSError):
             raise
         except Exception as error:
-            self.server.log.error("%s failed: %s: %s", method, type(error).__name__, error)
+            name = type(error).__name__
+            self.server.log.error("%s failed: %s: %s", method, name, error)
             self.server.log.debug("the failure in full", exc_info=True)
-            status, data = 500, {"error": f"the master failed on this request: {type(error).__name__}"}
-        self._send(status, data, keep, method == "HEAD")
+            status, data = 500, {"error": f"the master failed on this request: {name}"}
+        self._send(status, data, keep, with_body=method != "HEAD")
         return keep
 
-    def _handle(self, head: Head) -> tuple[int, Any]:
-        self._body_read = head.length == 0
-        refuse_foreign_page(head, self.server.machine, self.server.master.settings.allow_hosts)
+    def _respond(self, head: Head) -> tuple[int, Any]:
+        """Return status and answer of a request: every check comes before its body is read."""
+        master = self.server.master
+        self._is_body_read = head.length == 0
+        refuse_foreign_page(head, self.server.machine, master.settings.allow_hosts)
         route, part = route_of(head.method, head.path)
         admit(route, head.query, head.length)
-        if head.headers.get(b"expect", b"").lower() == b"100-continue":
+
+        if head.header(b"expect") == "100-continue":
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        raw = self._read_body(head.length) if head.length else b""
-        self._body_read = True
+        raw = self._read_body(head.length)
+        self._is_body_read = True
         body = decode_json(raw) if head.method == "POST" else None
-        accept = head.headers.get(b"accept", b"").decode("latin-1")
-        request = Request(part, head.query, body, self._alive, prefers_json(accept))
-        return route.handler(self.server.master, request)
+        wants_json = prefers_json(head.header(b"accept"))
+        return route.handler(master, Request(part, head.query, body, self._is_alive, wants_json))
 
     def _read_head(self) -> bytes:
-        """Return the next head without its empty line; Hangup at a quiet end."""
-        deadline = time.monotonic() + (HEAD_S if self._buffer else IDLE_S)
-        idle = not self._buffer
+        """Return the next head without its empty line; Hangup where the peer is silent or gone."""
+        is_idle = not self._buffer
+        deadline = time.monotonic() + (IDLE_S if is_idle else HEAD_S)
         while True:
-            if self._buffer[:1] == b"\x16":
-                self._refuse_early()
-            while self._buffer[:2] == b"\r\n":
-                del self._buffer[:2]
-            end, size = _head_end(self._buffer)
-            if 0 <= end <= HEAD_LIMIT_BYTES:
-                block = bytes(self._buffer[:end])
-                del self._buffer[:end + size]
+            block = self._take_head()
+            if block is not None:
                 return block
             self._refuse_early()
             if not self._receive(deadline):
-                if idle:
+                if is_idle:
                     raise Hangup
                 raise ApiError(408, f"the request's head did not arrive within {HEAD_S:.0f} s")
-            if idle:
-                idle, deadline = False, time.monotonic() + HEAD_S
+            if is_idle:
+                is_idle, deadline = False, time.monotonic() + HEAD_S
+
+    def _take_head(self) -> bytes | None:
+        """Return a head that is whole, and take it from the buffer."""
+        buffer = self._buffer
+        if buffer.startswith(_TLS_HELLO):
+            return None  # its random bytes may hold an empty line
+        while buffer.startswith(b"\r\n"):  # clients of old send one after a body (RFC 9112, 2.2)
+            del buffer[:2]
+        end = _HEAD_END.search(buffer)
+        if end is None or end.start() > HEAD_LIMIT_BYTES:
+            return None
+        block = bytes(buffer[:end.start()])
+        del buffer[:end.end()]
+        return block
 
     def _refuse_early(self) -> None:
-        """Refuse what can never become a request, without waiting for its end."""
+        """Refuse bytes that can never become a request, without waiting for their end."""
         buffer = self._buffer
-        if buffer == b"\r":
+        if not buffer or buffer == b"\r":
             return
         if len(buffer) > HEAD_LIMIT_BYTES:
-            raise ApiError(431, f"the request's head is larger than {wire.size_text(HEAD_LIMIT_BYTES)}")
-        if buffer[:1] == b"\x16":
-            raise ApiError(400, "this is no HTTP request (TLS is not spoken on this port)")
-        line = bytes(buffer[:9000]).partition(b"\n")
-        if line[1] and not _REQUEST_LINE.fullmatch(line[0].rstrip(b"\r")):
-            raise ApiError(400, "this is no HTTP request")
-        if buffer and not _HEADER_NAME.fullmatch(bytes(buffer[:1])):
-            raise ApiError(400, "this is no HTTP request")
+            limit = wire.size_text(HEAD_LIMIT_BYTES)
+            raise ApiError(431, f"the request's head is larger than {limit}")
+        if buffer.startswith(_TLS_HELLO):
+            raise ApiError(400, f"{_NO_HTTP}; this port does not speak TLS")
+        line, is_whole, _ = bytes(buffer[:_REQUEST_LINE_MOST]).partition(b"\n")
+        if is_whole and not _REQUEST_LINE.fullmatch(line.rstrip(b"\r")):
+            raise ApiError(400, _NO_HTTP)
+        if not _HEADER_NAME.fullmatch(line[:1]):
+            raise ApiError(400, _NO_HTTP)
 
     def _read_body(self, length: int) -> bytes:
         deadline = time.monotonic() + BODY_S
         while len(self._buffer) < length:
             if not self._receive(deadline, in_body=True):
-                raise ApiError(408, f"the body did not arrive: {len(self._buffer)} of {length} bytes came")
+                came = len(self._buffer)
+                raise ApiError(408, f"the body did not arrive: {came} of {length} bytes came")
         body = bytes(self._buffer[:length])
         del self._buffer[:length]
         return body
 
     def _receive(self, deadline: float, in_body: bool = False) -> bool:
-        """Add what has come to the buffer; False when the time is up; Hangup when the peer has gone."""
+        """Add what has come to the buffer; return whether there is time left.
+
+        Hangup where the peer has gone between two requests, ApiError 400 inside of one.
+        """
         while True:
             try:
                 data = self.connection.recv(1 << 16)
                 break
-            except BlockingIOError:
+            except BlockingIOError:  # TICK_S is over
                 if time.monotonic() >= deadline:
                     return False
-        if not data:
-            if self._buffer or in_body:
-                raise ApiError(400, "the connection was closed in the middle of a request")
-            raise Hangup
-        self._buffer += data
-        return time.monotonic() < deadline
+        if data:
+            self._buffer += data
+            return time.monotonic() < deadline
+        if self._buffer or in_body:
+            raise ApiError(400, "the connection was closed in the middle of a request")
+        raise Hangup
 
-    def _alive(self) -> bool:
-        """Tell whether the peer is still there."""
+    def _is_alive(self) -> bool:
+        """Return whether the peer is still there: a socket that has ended reads as empty."""
         try:
-            return self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+            seen = self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return True
         except OSError:
             return False
+        return len(seen) > 0
 
-    def _send(self, status: int, data: Any, keep: bool, head_only: bool) -> None:
+    def _send(self, status: int, data: Any, keep: bool, with_body: bool) -> None:
         answer = data if isinstance(data, Text) else Text(_ENCODE(data), JSON_KIND)
-        payload = answer.text.encode("utf-8", "replace") + b"\n"
-        head = (f"HTTP/1.1 {_STATUS_LINES[status]}\r\nContent-Type: {answer.kind}\r\n"
-                f"Content-Length: {len(payload)}\r\n{_SAFETY}"
-                f"{'' if keep else _CLOSING}\r\n")
-        self.connection.sendall(head.encode() + (b"" if head_only else payload))
+        body = answer.text.encode("utf-8", "replace") + b"\n"
+        head = (f"HTTP/1.1 {_STATUS_LINES[status]}\r\n"
+                f"Content-Type: {answer.kind}\r\n"
+                f"Content-Length: {len(body)}\r\n"
+                f"{_SAFETY}{'' if keep else _CLOSING}\r\n").encode()
+        self.connection.sendall(head + body if with_body else head)
         if not keep:
             self._linger()
 
@@ -4261,27 +4338,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 pass
 
 
-_CLOSING = "Connection: close\r\n"
-_STATUS_LINES = {int(status): f"{int(status)} {status.phrase}" for status in http.HTTPStatus}
-_ENCODE = json.JSONEncoder(allow_nan=False).encode
-_SAFETY = ("X-Content-Type-Options: nosniff\r\nContent-Security-Policy: default-src 'none'; "
-           "style-src 'unsafe-inline'; frame-ancestors 'none'\r\nCache-Control: no-store\r\n")
-
-_HEAD_END = re.compile(rb"\r?\n\r?\n")
-
-
-def _head_end(buffer: bytearray) -> tuple[int, int]:
-    """Return where the head ends and how long the empty line after it is; (-1, 0) when it is not there."""
-    end = _HEAD_END.search(buffer)
-    return (end.start(), end.end() - end.start()) if end else (-1, 0)
-
-
-BACKLOG = 4096
-FILES_WANTED = 65_536
-
-
 class Server(http.server.ThreadingHTTPServer):
-    """The listening socket: a long backlog, no name look-ups, a pause when files run out."""
+    """The listening socket: a long backlog, no look-up of names, a pause when files run out."""
 
     daemon_threads = True
     block_on_close = False
@@ -4296,22 +4354,23 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__((host, port), Handler)
 
     def server_bind(self) -> None:
-        """Bind without asking for the host's full name, which can take seconds."""
+        """Bind without asking for the host's full name, which takes seconds without DNS."""
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        host, port = self.server_address[:2]
+        self.server_name, self.server_port = str(host), int(port)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
             return super().get_request()
         except OSError as error:
             self.log.warning("cannot accept connections for a moment: %s", error.strerror)
-            time.sleep(0.2)
+            time.sleep(0.2)  # out of files: the connections that are there may end
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request(request, client_address)
-        except RuntimeError as error:
+        except RuntimeError as error:  # no more threads
             self.log.warning("a connection was refused: %s", error)
             self.shutdown_request(request)
 
@@ -4320,6 +4379,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 def _raise_file_limit() -> None:
+    """Allow as many open files as this user may have: each connection is one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, FILES_WANTED)
     with contextlib.suppress(ValueError, OSError):
@@ -4440,7 +4500,7 @@ class Pusher:
             self.step(now)
 
     def _take_samples(self) -> None:
-        """Turn the samples that came into lines that wait; the oldest go where they are too many."""
+        """Turn the samples that came into waiting lines; the oldest go where there are too many."""
         lines: list[str] = []
         with contextlib.suppress(queue.Empty):
             while True:
