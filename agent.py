@@ -450,6 +450,13 @@ class ResultView:
         """Return the reason why a metric has no figure."""
         return str(self.unknown.get(metric) or "not measured")
 
+    def phrase(self, metric: str) -> str:
+        """Return a figure as METRICS phrases it, or `unknown` with the reason."""
+        value = self.metrics.get(metric)
+        if not is_number(value):
+            return f"unknown ({self.why_unknown(metric)})"
+        return METRICS[metric].phrase.format(value)
+
 
 @dataclass(frozen=True)
 class AttemptView:
@@ -695,7 +702,7 @@ METRICS: Mapping[str, Metric] = {row.name: row for row in (
     Metric("pixels_per_joule", "Pixels encoded for each joule.", "", "pixels/J", 4, POWER_TABLE,
            formula="width * height * frames / energy_joules", unknown="{energy}", of_energy=True),
 
-    Metric("frames", "Frames encoded.", phrase="{:d}"),
+    Metric("frames", "Frames encoded.", phrase="{:.0f}"),
     Metric("dropped_frames", "Frames that FFmpeg dropped."),
     Metric("output_seconds", "Length of the output.", "s"),
     Metric("cpu_seconds", "CPU time of the job's processes.", "s", phrase="{:.1f} CPU s",
@@ -732,166 +739,252 @@ FORMULAS = {row.name: row.formula for row in METRICS.values() if row.formula}
 
 # ---- 2 Words --------------------------------------------------------------------------------------
 
-NOTHING_ENCODED = "nothing was encoded"
+NOTHING_ENCODED = "nothing was encoded"  # the reason of a baseline for each figure of a film
+BAR_MOST_CHARS = 24
+BAR_LEAST_CHARS = 4
+LAST_COLUMN_LEAST = 20  # characters; a last column with less room stands below its row
+QUIET_LINE_S = 10  # between two lines of progress where stderr is not a terminal
 
 
 def progress_text(progress: Mapping[str, Any], room: int = 79) -> str:
-    """Return one line for people: a bar, percent, fps, speed, time left; the bar gives way to the figures."""
-    known = {name: value for name, value in progress.items() if isinstance(value, (int, float))}
-    percent = known.get("percent")
+    """Return progress for people: a bar, percent, fps, speed, time left.
+
+    The bar gives way to the figures where the line has less than its full room.
+    """
+    known = {name: value for name, value in progress.items() if is_number(value)}
     parts = [printable(progress.get("phase") or "encoding")]
+    percent = known.get("percent")
     if percent is not None:
         parts.append(f"{percent:3.0f} %")
     if known.get("fps", 0) > 0 and known.get("speed", 0) > 0:  # 0: FFmpeg has not counted yet
         parts += [f"{known['fps']:.0f} fps", f"{known['speed']:.2f}x"]
     if "eta_s" in known:
         parts.append(f"{duration_text(known['eta_s'])} left")
-    width = min(24, room - len("  ".join(parts)) - 5)
-    if percent is not None and width >= 4:
-        full = round(width * min(100.0, max(0.0, percent)) / 100)
-        parts[1] = f"[{'#' * full}{'.' * (width - full)}] {parts[1]}"
+    bar = _bar(percent, room - len("  ".join(parts)) - len("[]  "))
+    if bar:
+        parts[1] = f"{bar} {parts[1]}"
     return "  ".join(parts)
+
+
+def _bar(percent: float | None, room: int) -> str:
+    """Return a bar that fits, "" where there is no room or nothing to show."""
+    width = min(BAR_MOST_CHARS, room - 1)
+    if percent is None or width < BAR_LEAST_CHARS:
+        return ""
+    full = round(width * min(100.0, max(0.0, percent)) / 100)
+    return f"[{'#' * full}{'.' * (width - full)}]"
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
     """Return resolved settings as a short phrase: `h264 1920x1080 30 fps 5000k`."""
-    size = f"{settings.get('width') or '?'}x{settings.get('height') or '?'}"
-    known = settings.get("width") or settings.get("height")
-    parts = [settings.get("codec"), size if known else None,
-             f"{settings['fps']:g} fps" if settings.get("fps") else None,
-             settings.get("bitrate"),
-             f"crf {settings['crf']:g}" if settings.get("crf") is not None else None,
-             duration_text(settings["duration"]) if settings.get("duration") else None]
+    width, height, crf = (settings.get(name) for name in ("width", "height", "crf"))
+    parts = [settings.get("codec")]
+    if width or height:
+        parts.append(f"{width or '?'}x{height or '?'}")
+    if settings.get("fps"):
+        parts.append(f"{settings['fps']:g} fps")
+    parts.append(settings.get("bitrate"))
+    if crf is not None:
+        parts.append(f"crf {crf:g}")
+    if settings.get("duration"):
+        parts.append(duration_text(settings["duration"]))
     return " ".join(printable(part) for part in parts if part)
 
 
-def result_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return a result for people: rows of (what, figure), with the reason where a figure is unknown."""
-    metrics = result.get("metrics") or {}
-    unknown = metrics.get("unknown") or {}
-    encode = result.get("encode") or {}
+def result_rows(result: object) -> list[tuple[str, str]]:
+    """Return a result for people: rows of a name and figures, or the reason where one is unknown.
 
-    def figure(name: str, form: str) -> str:
-        value = metrics.get(name)
-        if value is None:
-            return f"unknown ({unknown.get(name, 'not measured')})"
-        return form.format(value)
-
-    rows = [("encoder", encode.get("encoder")), ("why", encode.get("reason")),
-            ("settings", encode.get("settings")), ("output", result.get("output")),
-            ("time", duration_text(metrics.get("duration"))),
-            ("frames", figure("frames", "{:d}") + ", " + figure("fps", "{:.1f} fps")),
-            ("speed", figure("speed", "{:.2f}x real time")),
-            ("CPU", figure("cpu_usage", "{:.0f} % of the machine") + ", "
-             + figure("cpu_seconds", "{:.1f} CPU s")),
-            ("memory", figure("memory_usage", "{:.0f} MiB peak")),
-            ("energy", _energy_text(metrics, figure)),
-            ("size", size_text(metrics["output_bytes"]) + ", " + figure("bitrate_kbps", "{:.0f} kbit/s")
-             if metrics.get("output_bytes") is not None else figure("output_bytes", "{}")),
-            ("quality", _quality_text(metrics, unknown))]
-    rows += _runs_rows(result)
-    analysis = result.get("analyzer_output") or {}
-    if analysis.get("recommendation"):
-        reasons = "; ".join(analysis.get("reasons") or ())
-        rows.append(("verdict", f"{analysis['recommendation']}{': ' + reasons if reasons else ''}"))
-    none = f"unknown ({NOTHING_ENCODED})"  # of a baseline, which has no film to tell of
-    texts = [(name, str(value).replace(f", {none}", "")) for name, value in rows if value]
-    return [(name, text) for name, text in texts if NOTHING_ENCODED not in text]
+    Figures of a film are left out where nothing was encoded.
+    """
+    view = ResultView.from_json(result)
+    wall_s = view.metrics.get("duration")
+    rows = [
+        ("encoder", view.encoder),
+        ("why", view.reason),
+        ("settings", view.settings),
+        ("output", view.output),
+        ("time", duration_text(wall_s if is_number(wall_s) else None)),
+        ("frames", _figures_text(view, "frames", "fps")),
+        ("speed", _figures_text(view, "speed")),
+        ("CPU", _figures_text(view, "cpu_usage", "cpu_seconds")),
+        ("memory", _figures_text(view, "memory_usage")),
+        ("energy", _energy_text(view)),
+        ("size", _size_text(view)),
+        ("quality", _quality_text(view)),
+        *_runs_rows(view),
+        ("verdict", _verdict_text(view)),
+    ]
+    return [(name, text) for name, text in rows if text]
 
 
-def _energy_text(metrics: Mapping[str, Any], figure: Callable[[str, str], str]) -> str:
-    """Return energy for people: gross, net of what the idle machine draws, mean power; estimates say so."""
+def _figures_text(view: ResultView, *names: str) -> str:
+    """Return some figures as one phrase, without those of a film where there is none."""
+    return ", ".join(view.phrase(name) for name in names
+                     if view.why_unknown(name) != NOTHING_ENCODED)
+
+
+def _size_text(view: ResultView) -> str:
+    size = view.metrics.get("output_bytes")
+    if not is_number(size):
+        return _figures_text(view, "output_bytes")
+    return f"{size_text(size)}, {view.phrase('bitrate_kbps')}"
+
+
+def _energy_text(view: ResultView) -> str:
+    """Return energy for people: gross, net of the idle machine's, mean power; estimates say so."""
+    metrics = view.metrics
     if metrics.get("energy_joules") is None:
-        return figure("energy_joules", "{}")
-    about = "about " if metrics.get("energy_estimated") else ""
-    net, idle = metrics.get("net_energy_joules"), metrics.get("idle_watts") or 0.0
-    net = f" ({about}{net:.0f} J above idle at {idle:.1f} W)" if net is not None else ""
-    frame = metrics.get("joules_per_frame")
-    parts = [figure("energy_joules", about + "{:.0f} J") + net,
-             figure("power_watts", about + "{:.1f} W") if metrics.get("power_watts") is not None else "",
-             f"{about}{frame:.3g} J a frame" if frame is not None else "",
-             "estimated by CPU use" if about else str(metrics.get("power_source") or "")]
-    return ", ".join(part for part in parts if part)
-
-
-def _runs_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the rows of a job that was repeated, and of the confidence that was reached."""
-    repeats, analysis = result.get("repeats") or (), result.get("analyzer_output") or {}
-    rows = []
-    if len(repeats) > 1:
-        times = [f"{row['duration']:.2f} s" + " (warm-up)" * bool(row.get("warm_up"))
-                 + " (outlier)" * bool(row.get("outlier")) for row in repeats]
-        rows.append(("runs", ", ".join(times)))
-    for name, row in (result.get("statistics") or {}).items():
-        unit = "s" if name == "duration" else "J"
-        rows.append((f"mean {name.split('_')[0]}", f"{row['ci95_low']:.2f} to {row['ci95_high']:.2f} {unit} "
-                     f"with 95 % certainty"))
-    if analysis.get("confidence"):
-        rows.append(("confidence", str(analysis["confidence"])))
-    return rows
-
-
-def _quality_text(metrics: Mapping[str, Any], unknown: Mapping[str, str]) -> str:
-    forms = (("psnr_db", "PSNR {:.2f} dB"), ("ssim", "SSIM {:.4f}"), ("vmaf", "VMAF {:.1f}"),
-             ("xpsnr_db", "XPSNR {:.2f} dB"))
-    known = []
-    for name, form in forms:
-        lowest = metrics.get(f"{name[:-3]}_min_db" if name.endswith("_db") else f"{name}_min")
+        return _figures_text(view, "energy_joules")
+    is_estimate = bool(metrics.get("energy_estimated"))
+    about = "about " if is_estimate else ""
+    gross = about + view.phrase("energy_joules")
+    if metrics.get("net_energy_joules") is not None:
+        gross += f" ({about}{view.phrase('net_energy_joules')} at {metrics.get('idle_watts') or 0:.1f} W)"
+    parts = [gross]
+    for name in ("power_watts", "joules_per_frame"):
         if metrics.get(name) is not None:
-            least = "" if lowest is None else f" (lowest {form.split()[1].format(lowest)})"
-            known.append(form.format(metrics[name]) + least)
-    missed = [f"{form.split()[0]} unknown ({unknown[name]})" for name, form in forms
-              if unknown.get(name) not in (None, "not asked for")]
+            parts.append(about + view.phrase(name))
+    source = "estimated by CPU use" if is_estimate else metrics.get("power_source")
+    if source:
+        parts.append(str(source))
+    return ", ".join(parts)
+
+
+_SCORES = (("psnr_db", "psnr_min_db"), ("ssim", "ssim_min"), ("vmaf", "vmaf_min"),
+           ("xpsnr_db", "xpsnr_min_db"))
+
+
+def _quality_text(view: ResultView) -> str:
+    """Return the scores with those of their worst frames, and why one that was asked for is unknown."""
+    known, missed = [], []
+    for name, lowest in _SCORES:
+        label, why = METRICS[name].label, view.why_unknown(name)
+        if view.metrics.get(name) is not None:
+            text = f"{label} {view.phrase(name)}"
+            if view.metrics.get(lowest) is not None:
+                text += f" (lowest {view.phrase(lowest)})"
+            known.append(text)
+        elif name in view.unknown and why not in (METRICS[name].unknown, NOTHING_ENCODED):
+            missed.append(f"{label} unknown ({why})")
+    if not known and view.why_unknown("psnr_db") == NOTHING_ENCODED:
+        return ""
     return ", ".join([*known, *missed]) or "unknown (not asked for)"
 
 
-_ROOM_LEAST = 20  # characters; a last column with less room stands below its row
+def _runs_rows(view: ResultView) -> list[tuple[str, str]]:
+    """Return the rows of a job that was repeated, and of the confidence that was reached."""
+    rows = []
+    if len(view.repeats) > 1:
+        rows.append(("runs", ", ".join(map(_run_text, view.repeats))))
+    for name, row in view.statistics.items():
+        fields = Fields(row, lenient=True)
+        low, high = fields.number("ci95_low"), fields.number("ci95_high")
+        if name in METRICS and low is not None and high is not None:
+            rows.append((f"mean {METRICS[name].label}",
+                         f"{low:.2f} to {high:.2f} {METRICS[name].unit} with 95 % certainty"))
+    rows.append(("confidence", view.confidence))
+    return rows
+
+
+def _run_text(run: Json) -> str:
+    marks = [f" ({word})" for word, name in (("warm-up", "warm_up"), ("outlier", "outlier"))
+             if run.get(name)]
+    wall_s = Fields(run, lenient=True).number("duration")
+    length = "unknown" if wall_s is None else f"{wall_s:.2f} s"
+    return length + "".join(marks)
+
+
+def _verdict_text(view: ResultView) -> str:
+    if not view.recommendation or not view.reasons:
+        return view.recommendation
+    return f"{view.recommendation}: {'; '.join(view.reasons)}"
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the cells of a table stand.
+
+    `beside` cells stand side by side; the rest stands beside them in `room` characters (0: there is
+    none), or below them in the whole width.
+    """
+
+    widths: Sequence[int]
+    beside: int
+    room: int
+    width: int
+
+    @property
+    def indent(self) -> int:
+        """The width of the cells that stand side by side, with the gaps behind them."""
+        return sum(self.widths[:self.beside]) + len(GAP) * self.beside
+
+
+GAP = "  "  # between two columns
 
 
 def table_text(rows: Sequence[Sequence[str]], width: int, colours: Mapping[str, str] | None = None,
                heads: bool = False) -> str:
     """Return rows as aligned columns that fit `width`; the last column is wrapped to its room.
 
-    Where the first row holds heads, columns of which nothing is known ("-") are left out, and what has no
-    room in its row stands below it. `colours` maps a cell's whole text to the ANSI code that it is shown in.
+    Where the first row holds heads, columns without a known cell ("-") are left out, and cells that
+    have no room in their row stand below it. `colours` maps the whole text of a cell to an ANSI code.
     """
     if not rows:
         return ""
-    rows = [[printable(cell) for cell in row] for row in rows]
+    cells = [[printable(cell) for cell in row] for row in rows]
     if heads:
-        known = [i for i in range(len(rows[0])) if any(row[i] not in ("", "-") for row in rows[1:])]
-        rows = [[row[i] for i in known] for row in rows] if known else rows
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        cells = _known_columns(cells)
+    layout = _layout_of(cells, width, heads)
+    lines = []
+    for row in cells:
+        lines += _row_lines(row, layout, colours or {})
+    return "\n".join(lines)
+
+
+def _known_columns(rows: list[list[str]]) -> list[list[str]]:
+    """Return the columns with a known cell below their head, all where none has any."""
+    columns = list(zip(*rows))
+    known = [column for column in columns if any(cell not in ("", "-") for cell in column[1:])]
+    return [list(row) for row in zip(*(known or columns))]
+
+
+def _layout_of(rows: Sequence[Sequence[str]], width: int, heads: bool) -> _Layout:
+    widths = [max(map(len, column)) for column in zip(*rows)]
     beside = len(widths) - 1
-    room = width - sum(widths[:-1]) - 2 * beside
-    if heads and room < min(_ROOM_LEAST, widths[-1]):
-        room = 0
-        ends = itertools.accumulate(size + 2 for size in widths[:-1])
-        beside = max(1, sum(end <= width + 2 for end in ends))
-    return "\n".join(line for row in rows for line in _row_lines(
-        row, widths, beside, room if heads else max(_ROOM_LEAST, room), width, colours))
+    room = width - sum(widths[:-1]) - len(GAP) * beside
+    if not heads:
+        return _Layout(widths, beside, max(LAST_COLUMN_LEAST, room), width)
+    if room >= min(LAST_COLUMN_LEAST, widths[-1]):
+        return _Layout(widths, beside, room, width)
+    ends = itertools.accumulate(size + len(GAP) for size in widths[:-1])
+    fitting = sum(end <= width + len(GAP) for end in ends)
+    return _Layout(widths, max(1, fitting), 0, width)
 
 
-def _row_lines(row: Sequence[str], widths: Sequence[int], beside: int, room: int, width: int,
-               colours: Mapping[str, str] | None) -> list[str]:
-    """Return one row: `beside` cells side by side, the rest beside them in its room, or below them."""
-    head = "".join(_painted(cell, colours) + " " * (size - len(cell) + 2)
-                   for cell, size in zip(row[:beside], widths))
-    rest = "".join(cell.ljust(size + 2) for cell, size in zip(row[beside:-1], widths[beside:])) + row[-1]
-    indent = sum(widths[:beside]) + 2 * beside
-    if room < max(map(len, rest.split()), default=0) < width - 2 or not room:
-        indent, room, first = 2, max(_ROOM_LEAST, width - 2), [head.rstrip()]
+def _row_lines(row: Sequence[str], layout: _Layout, colours: Mapping[str, str]) -> list[str]:
+    """Return the lines of one row."""
+    head = ""
+    for cell, size in zip(row[:layout.beside], layout.widths):
+        head += _painted(cell, colours) + " " * (size - len(cell)) + GAP
+    rest = "".join(cell.ljust(size) + GAP for cell, size in
+                   zip(row[layout.beside:-1], layout.widths[layout.beside:])) + row[-1]
+    longest = max(map(len, rest.split()), default=0)
+    fits_below_only = layout.room < longest < layout.width - len(GAP)
+    if fits_below_only or not layout.room:
+        room = max(LAST_COLUMN_LEAST, layout.width - len(GAP))
+        lines = [head, *(GAP + line for line in _wrapped(rest, room))]
     else:
-        first = []
-    words = textwrap.wrap(rest, room, break_long_words=False, break_on_hyphens=False) or [""]
-    lines = [" " * indent + line for line in words]
-    if not first:
-        lines[0] = head + words[0]
-    return [line.rstrip() for line in first + lines]
+        first, *others = _wrapped(rest, layout.room)
+        lines = [head + first, *(" " * layout.indent + line for line in others)]
+    return [line.rstrip() for line in lines]
 
 
-def _painted(cell: str, colours: Mapping[str, str] | None) -> str:
-    code = (colours or {}).get(cell)
+def _wrapped(text: str, room: int) -> list[str]:
+    return textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]
+
+
+def _painted(cell: str, colours: Mapping[str, str]) -> str:
+    code = colours.get(cell)
     return f"\x1b[{code}m{cell}\x1b[0m" if code else cell
 
 
@@ -907,17 +1000,17 @@ class ProgressLine:
         """Return how many characters the line may have."""
         try:
             return (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
-        except (OSError, ValueError, AttributeError):  # no terminal; no stderr
+        except (OSError, ValueError, AttributeError):  # not a terminal; no stderr
             return 79
 
     def show(self, line: str) -> None:
-        """Show the line; where stderr is no terminal, at most one every ten seconds."""
+        """Show the line; where stderr is not a terminal, at most one every ten seconds."""
         now, line = time.monotonic(), printable(line)
         if line == self._last or now < self._next:
             return
         self._last = line
         if not sys.stderr.isatty():
-            self._next = now + 10
+            self._next = now + QUIET_LINE_S
             print(line, file=sys.stderr, flush=True)
             return
         room = self.room()
@@ -934,7 +1027,7 @@ class ProgressLine:
 
 
 def open_output() -> None:
-    """Let stdout and stderr show `?` for what their encoding lacks, instead of an error."""
+    """Make stdout and stderr write `?` for characters that their encoding lacks, not raise."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
@@ -942,7 +1035,7 @@ def open_output() -> None:
 
 
 def close_output() -> None:
-    """Let what nobody reads any more go nowhere: Python would complain of it when it ends."""
+    """Send output that nobody reads any more to /dev/null, of which Python would complain at its end."""
     try:
         print(end="", flush=True)
     except (OSError, ValueError):
@@ -958,7 +1051,7 @@ def setup_logging(level: str, form: str, name: str) -> logging.Logger:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines() if form == "json" else _TextLines())
     logger.handlers[:] = [handler]
-    logging.raiseExceptions = False
+    logging.raiseExceptions = False  # a closed stderr must not stop the work
     return logger
 
 
