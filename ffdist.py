@@ -5106,8 +5106,19 @@ def experiment_progress(jobs: Iterable[Json], total: int) -> Json:
 # the same curve and rate are repeats of each other, and a curve is a line of rates in a plot.
 # This section has the rows and their statistics, Documents the forms that a report takes.
 
-QUALITIES = tuple(FIGURES[name] for name in ("vmaf", "xpsnr_db", "psnr_db", "ssim"))
-COSTS = tuple(FIGURES[name] for name in ("bitrate_kbps", "energy_joules", "duration"))
+# In the order of preference: where one is enough, the first that is known is shown.
+QUALITIES = (
+    FIGURES["vmaf"],
+    FIGURES["xpsnr_db"],
+    FIGURES["psnr_db"],
+    FIGURES["ssim"],
+)
+# What an encode costs: BD-rate, BD-energy and BD-time are over these.
+COSTS = (
+    FIGURES["bitrate_kbps"],
+    FIGURES["energy_joules"],
+    FIGURES["duration"],
+)
 
 
 def amount_text(value: float | None, unit: str = "", digits: int = 3) -> str | None:
@@ -5118,7 +5129,10 @@ def amount_text(value: float | None, unit: str = "", digits: int = 3) -> str | N
     if value is None:
         return None
 
-    magnitude = math.floor(math.log10(abs(value))) if value else 0
+    magnitude = 0
+    if value:
+        magnitude = math.floor(math.log10(abs(value)))
+    # From 12 places on a double has no digits that mean anything.
     places = min(12, max(0, digits - 1 - magnitude))
     return f"{value:.{places}f} {unit}".rstrip()
 
@@ -5239,8 +5253,18 @@ class Row(NamedTuple):
 
 
 # Parameters that change the cost of an encode and are neither content, curve nor rate
-_MORE = ("audio", "container", "gop", "two_pass", "realtime", "hwaccel", "threads", "pixel_format",
-         "max_memory_mb", "max_cpu_percent")
+_MORE = (
+    "audio",
+    "container",
+    "gop",
+    "two_pass",
+    "realtime",
+    "hwaccel",
+    "threads",
+    "pixel_format",
+    "max_memory_mb",
+    "max_cpu_percent",
+)
 
 
 def row_of(job: wire.JobView) -> Row:
@@ -5248,13 +5272,18 @@ def row_of(job: wire.JobView) -> Row:
     result = job.result or wire.ResultView.from_json({})
     content, rendition, curve, rate = _work_of(job, result)
     cell = _part(job.experiment, "cell")
-    more = {name: str(job.parameters[name]).lower() for name in _MORE
-            if job.parameters.get(name) not in (None, "")}
+    fields = wire.Fields(job.json, lenient=True)
+
+    more = {}
+    for name in _MORE:
+        value = job.parameters.get(name)
+        if value is not None and value != "":
+            more[name] = str(value).lower()
 
     return Row(
         job=job.short_id,
         status=job.status,
-        node=result.node or wire.Fields(job.json, lenient=True).words("node"),
+        node=result.node or fields.words("node"),  # without a result: the one that it is pinned to
         content=content,
         rendition=rendition,
         curve=curve,
@@ -5313,11 +5342,15 @@ def distinct_curves(rows: Sequence[Row]) -> list[Row]:
     Means are of equals alone: without the name, jobs with other `threads` would count as repeats.
     """
     encodes = [row for row in rows if row.rendition]
-    differing = [name for name in _MORE if len({row.more.get(name) for row in encodes}) > 1]
+    differing = []
+    for name in _MORE:
+        values = {row.more.get(name) for row in encodes}
+        if len(values) > 1:
+            differing.append(name)
 
     def curve(row: Row) -> str:
-        return " ".join((row.curve, *(f"{name}={row.more[name]}" for name in differing
-                                      if name in row.more)))
+        words = [f"{name}={row.more[name]}" for name in differing if name in row.more]
+        return " ".join((row.curve, *words))
     return [row._replace(curve=curve(row)) for row in rows]
 
 
@@ -5334,12 +5367,17 @@ def grouped(items: Iterable[_Item], key: Callable[[_Item], Any]) -> dict[Any, li
 
 def rows_with(rows: Iterable[Row], *names: str) -> list[Row]:
     """Return the rows in which all these metrics are known."""
-    return [row for row in rows if all(row.figure(name) is not None for name in names)]
+    return [row for row in rows if None not in map(row.figure, names)]
 
 
-def points_of(rows: Iterable[Row], x: str, y: str) -> list[tuple[float, float]]:
+def points_of(rows: Iterable[Row], x: str, y: str) -> Points:
     """Return two metrics of the rows in which both are known."""
-    return [(row.figure(x) or 0.0, row.figure(y) or 0.0) for row in rows_with(rows, x, y)]
+    points = []
+    for row in rows:
+        here, there = row.figure(x), row.figure(y)
+        if here is not None and there is not None:
+            points.append((here, there))
+    return points
 
 
 def mean_rows(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[Row]:
@@ -5354,34 +5392,40 @@ def _mean_row(group: Sequence[Row]) -> Row:
     first = group[0]
     metrics, statistics = dict(first.metrics), dict(first.statistics)
     for name in FIGURES:
-        values = [value for value in (row.figure(name) for row in group) if value is not None]
+        figures = [row.figure(name) for row in group]
+        values = [figure for figure in figures if figure is not None]
         metrics[name] = sum(values) / len(values) if values else None
         if len(values) > 1:
             statistic = wire.interval(values)
-            statistics[name] = {**statistic, "ci95_low": max(0.0, statistic["ci95_low"])}
+            low = max(0.0, statistic["ci95_low"])  # nothing that is measured here is below zero
+            statistics[name] = {**statistic, "ci95_low": low}
 
-    metrics["energy_estimated"] = any(row.metrics.get("energy_estimated") for row in group)
+    # A mean of which one part is an estimate is an estimate.
+    estimates = [row.metrics.get("energy_estimated") for row in group]
+    metrics["energy_estimated"] = any(estimates)
     return first._replace(metrics=metrics, statistics=statistics, jobs=len(group))
 
 
-def curves_of(rows: Iterable[Row], cost: str, quality: str) -> dict[str, list[tuple[float, float]]]:
+def curves_of(rows: Iterable[Row], cost: str, quality: str) -> dict[str, Points]:
     """Return the points (cost, quality) of each curve, one for each rate: the mean of its repeats.
 
     A rate is the same on every node. Time and energy are not: there nodes, and numbers of streams,
     have curves of their own.
     """
     known = rows_with(rows, cost, quality)
-    several_nodes = len({row.node for row in known}) > 1
+    nodes = {row.node for row in known}
 
     def name(row: Row) -> str:
         if cost == "bitrate_kbps":
             return row.curve
-        node = f" on {row.node}" if several_nodes else ""
+        node = f" on {row.node}" if len(nodes) > 1 else ""
         return f"{row.curve}{row.beside}{node}"
 
     means = mean_rows(known, lambda row: (name(row), row.rate))
-    return {label: sorted(points_of(group, cost, quality))
-            for label, group in grouped(means, name).items()}
+    curves: dict[str, Points] = {}
+    for label, group in grouped(means, name).items():
+        curves[label] = sorted(points_of(group, cost, quality))
+    return curves
 
 
 MIN_OVERLAP = 0.25     # of the wider range of qualities: less says little about the curves
@@ -5412,20 +5456,33 @@ def bd_percent(anchor: Points, test: Points) -> float:
 
 def _common_range(anchor: Points, test: Points) -> tuple[float, float]:
     """Return the range of quality that two curves share; ValueError when there is none."""
-    ranges = []
-    for points in (anchor, test):
-        if len(points) < MIN_POINTS:
-            raise ValueError(f"fewer than {MIN_POINTS} points")
-        qualities = sorted(quality for _, quality in points)
-        if len(set(qualities)) < len(qualities) or min(cost for cost, _ in points) <= 0:
-            raise ValueError("points of the same quality, or without cost")
-        ranges.append((qualities[0], qualities[-1]))
-
+    ranges = [_quality_range(points) for points in (anchor, test)]
     low = max(first for first, _ in ranges)
     high = min(last for _, last in ranges)
-    if high - low < MIN_OVERLAP * max(last - first for first, last in ranges):
+
+    widest = max(last - first for first, last in ranges)
+    if high - low < MIN_OVERLAP * widest:
         raise ValueError("not enough overlap of the qualities")
     return low, high
+
+
+def _quality_range(points: Points) -> tuple[float, float]:
+    """Return the range of quality of a curve; ValueError where no curve goes through its points."""
+    if len(points) < MIN_POINTS:
+        raise ValueError(f"fewer than {MIN_POINTS} points")
+
+    costs = [cost for cost, _ in points]
+    qualities = {quality for _, quality in points}
+    if len(qualities) < len(points) or min(costs) <= 0:
+        raise ValueError("points of the same quality, or without cost")
+    return min(qualities), max(qualities)
+
+
+class _Piece(NamedTuple):
+    """The stretch between two neighbouring points of a curve: its width, and its rise per width."""
+
+    width: float
+    rise: float
 
 
 def _pchip_area(points: Points, low: float, high: float) -> float:
@@ -5434,45 +5491,62 @@ def _pchip_area(points: Points, low: float, high: float) -> float:
     Slopes at the inner points are the weighted harmonic means of Fritsch and Butland (1984), which
     keep the curve monotone where the points are (Fritsch and Carlson, 1980).
     """
-    widths = [b[0] - a[0] for a, b in zip(points, points[1:])]
-    rises = [(b[1] - a[1]) / width for a, b, width in zip(points, points[1:], widths)]
-    slopes = [_end_slope(widths[:2], rises[:2])]
-    slopes += map(_inner_slope, zip(widths, widths[1:]), zip(rises, rises[1:]))
-    slopes.append(_end_slope(widths[:-3:-1], rises[:-3:-1]))
+    pieces = []
+    for (x, y), (next_x, next_y) in zip(points, points[1:]):
+        width = next_x - x
+        pieces.append(_Piece(width, (next_y - y) / width))
+
+    slopes = [_end_slope(pieces[0], pieces[1])]
+    slopes += map(_inner_slope, pieces, pieces[1:])
+    slopes.append(_end_slope(pieces[-1], pieces[-2]))
 
     area = 0.0
-    for number, (x, y) in enumerate(points[:-1]):
-        width, rise = widths[number], rises[number]
-        left, right = slopes[number], slopes[number + 1]
-        begin, end = (min(max(edge - x, 0.0), width) / width for edge in (low, high))
-        # The cubic over t = 0 … 1 within this piece, by ascending powers of t, times its width …
-        cubic = (
-            y,
-            left * width,
-            (3 * rise - 2 * left - right) * width,
-            (left + right - 2 * rise) * width,
-        )
-        for power, factor in enumerate(cubic, 1):  # … integrated term by term
-            area += width * factor * (end ** power - begin ** power) / power
+    for number, piece in enumerate(pieces):
+        x, y = points[number]
+        cubic = _cubic_of(y, piece, slopes[number], slopes[number + 1])
+        begin = _clamped((low - x) / piece.width)
+        end = _clamped((high - x) / piece.width)
+        for power, factor in enumerate(cubic, 1):  # integrated term by term
+            area += piece.width * factor * (end ** power - begin ** power) / power
     return area
 
 
-def _inner_slope(widths: tuple[float, float], rises: tuple[float, float]) -> float:
+def _cubic_of(y: float, piece: _Piece, left: float, right: float) -> tuple[float, ...]:
+    """Return the Hermite cubic of a piece over 0 … 1, by ascending powers, from its end slopes."""
+    width, rise = piece
+    return (
+        y,
+        left * width,
+        (3 * rise - 2 * left - right) * width,
+        (left + right - 2 * rise) * width,
+    )
+
+
+def _clamped(part: float) -> float:
+    return min(1.0, max(0.0, part))
+
+
+def _inner_slope(left: _Piece, right: _Piece) -> float:
     """Return the slope between two pieces: 0 at a turn, else their weighted harmonic mean."""
-    if rises[0] * rises[1] <= 0:
+    if left.rise * right.rise <= 0:
         return 0.0
-    first, second = widths[0] + 2 * widths[1], 2 * widths[0] + widths[1]
-    return (first + second) / (first / rises[0] + second / rises[1])
+
+    left_weight = left.width + 2 * right.width
+    right_weight = 2 * left.width + right.width
+    weights = left_weight + right_weight
+    return weights / (left_weight / left.rise + right_weight / right.rise)
 
 
-def _end_slope(widths: Sequence[float], rises: Sequence[float]) -> float:
+def _end_slope(end: _Piece, inner: _Piece) -> float:
     """Return the slope at an end: of the parabola through three points, kept in their shape."""
-    width, rise = widths[0], rises[0]
-    slope = ((2 * width + widths[1]) * rise - width * rises[1]) / (width + widths[1])
-    if slope * rise <= 0:
+    both = end.width + inner.width
+    slope = ((both + end.width) * end.rise - end.width * inner.rise) / both
+    if slope * end.rise <= 0:
         return 0.0
-    if rise * rises[1] <= 0 and abs(slope) > 3 * abs(rise):
-        return 3 * rise
+
+    turns = end.rise * inner.rise <= 0
+    if turns and abs(slope) > 3 * abs(end.rise):
+        return 3 * end.rise
     return slope
 
 
@@ -5484,7 +5558,7 @@ class Delta(NamedTuple):
     quality: str
     anchor: str
     test: str
-    percent: float | None
+    percent: float | None = None
     why: str = ""
     estimated: bool = False
 
@@ -5502,16 +5576,22 @@ def deltas_of(rows: Sequence[Row]) -> list[Delta]:
     for content, group in grouped(rows, lambda row: row.content).items():
         for cost, quality in itertools.product(COSTS, QUALITIES):
             known = rows_with(group, cost.name, quality.name)
-            estimated = any(is_estimated(row.metrics, cost.name) for row in known)
+            estimates = [is_estimated(row.metrics, cost.name) for row in known]
             curves = curves_of(known, cost.name, quality.name)
             for anchor, test in _pairs(list(curves)):
-                delta = Delta(content, cost.label, quality.name, anchor, test, None, "", estimated)
-                try:
-                    percent = bd_percent(curves[anchor], curves[test])
-                    deltas.append(delta._replace(percent=percent))
-                except ValueError as error:
-                    deltas.append(delta._replace(why=str(error)))
+                delta = Delta(content, cost.label, quality.name, anchor, test,
+                              estimated=any(estimates))
+                deltas.append(_computed(delta, curves))
     return deltas
+
+
+def _computed(delta: Delta, curves: Mapping[str, Points]) -> Delta:
+    """Return a difference with its figure, or with the reason why there is none."""
+    try:
+        percent = bd_percent(curves[delta.anchor], curves[delta.test])
+    except ValueError as error:
+        return delta._replace(why=str(error))
+    return delta._replace(percent=percent)
 
 
 def _pairs(labels: Sequence[str]) -> list[tuple[str, str]]:
@@ -5527,12 +5607,16 @@ def front_of(points: Sequence[tuple[float, ...]]) -> set[int]:
     comparing: the point that beats a beaten one beats everything that one beats.
     """
     front: list[int] = []
-    for number in sorted(range(len(points)), key=lambda n: points[n]):
+    for number in sorted(range(len(points)), key=points.__getitem__):
         point = points[number]
-        rivals = [points[other] for other in front if points[other] != point]
-        if not any(all(a <= b for a, b in zip(rival, point)) for rival in rivals):
+        if not any(_beats(points[other], point) for other in front):
             front.append(number)
     return set(front)
+
+
+def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    """Return whether a point is as good as another in each dimension and better in one."""
+    return one != other and all(a <= b for a, b in zip(one, other))
 
 
 # ---- 19 Documents ---------------------------------------------------------------------------------
@@ -5556,14 +5640,17 @@ def _rate_plots(rows: Sequence[Row]) -> list[Plot]:
 
 def _front_plots(rows: Sequence[Row]) -> list[Plot]:
     """Return quality over time and energy; the Pareto front of all three is filled and joined."""
-    quality = next((metric for metric in QUALITIES if rows_with(rows, metric.name)), None)
-    axes = [FIGURES[name] for name in ("duration", "energy_joules") if rows_with(rows, name)]
-    if quality is None:
+    qualities = [metric for metric in QUALITIES if rows_with(rows, metric.name)]
+    times = (FIGURES["duration"], FIGURES["energy_joules"])
+    axes = [metric for metric in times if rows_with(rows, metric.name)]
+    if not qualities:
         return []
 
-    known = rows_with(rows, quality.name, *(axis.name for axis in axes))
-    cells = mean_rows(known, lambda row: (row.curve, row.rate, row.streams, row.node))
-    if len(cells) < 3:
+    quality = qualities[0]
+    names = [quality.name, *(axis.name for axis in axes)]
+    cells = mean_rows(rows_with(rows, *names),
+                      lambda row: (row.curve, row.rate, row.streams, row.node))
+    if len(cells) < 3:  # two points have no front worth a picture
         return []
 
     front = front_of([_rank(cell, quality, axes) for cell in cells])
@@ -5581,18 +5668,23 @@ def _front_plots(rows: Sequence[Row]) -> list[Plot]:
 
 def _rank(row: Row, quality: wire.Metric, costs: Iterable[wire.Metric]) -> tuple[float, ...]:
     """Return a row as a point of which less is better in each dimension."""
-    return (-(row.figure(quality.name) or 0), *(row.figure(cost.name) or 0 for cost in costs))
+    rank = [-(row.figure(quality.name) or 0)]
+    for cost in costs:
+        rank.append(row.figure(cost.name) or 0)
+    return tuple(rank)
 
 
 def _front_curves(cells: Sequence[Row], front: Container[int], x: str, y: str) -> list[Curve]:
     """Return the cells by curve, hollow unless they are of the front, and the front itself."""
     curves = []
-    for label, numbers in grouped(range(len(cells)), lambda number: cells[number].curve).items():
-        hollow = frozenset(at for at, number in enumerate(numbers) if number not in front)
-        points = points_of((cells[number] for number in numbers), x, y)
-        curves.append(Curve(label, points, joined=False, hollow=hollow))
+    by_curve = grouped(range(len(cells)), lambda number: cells[number].curve)
+    for label, numbers in by_curve.items():
+        points = points_of([cells[number] for number in numbers], x, y)
+        hollow = [at for at, number in enumerate(numbers) if number not in front]
+        curves.append(Curve(label, points, joined=False, hollow=frozenset(hollow)))
 
-    best = points_of((cell for number, cell in enumerate(cells) if number in front), x, y)
+    best_cells = [cell for number, cell in enumerate(cells) if number in front]
+    best = points_of(best_cells, x, y)
     label = "the front (filled): no other is better in all"
     curves.append(Curve(label, sorted(best), marked=False))
     return curves
@@ -5615,14 +5707,17 @@ def _node_plots(rows: Sequence[Row]) -> list[Plot]:
 
 
 def _node_plot(metric: wire.Metric, cells: Sequence[Row]) -> Plot:
+    """Return a metric of each work as a row of markers, one for each node, with their intervals."""
     labels = list(dict.fromkeys(cell.label for cell in cells))
-    height = {label: float(at) for at, label in enumerate(labels[:MAX_LABELS])}
-    shown = [cell for cell in cells if cell.label in height]
+    names = labels[:MAX_LABELS]
+    shown = [cell for cell in cells if cell.label in names]
 
     curves = []
     for node, group in grouped(shown, lambda cell: cell.node).items():
-        points = [(cell.figure(metric.name) or 0.0, height[cell.label]) for cell in group]
-        spans = [cell.interval(metric.name) for cell in group]
+        points, spans = [], []
+        for cell in group:
+            points.append((cell.figure(metric.name) or 0.0, float(names.index(cell.label))))
+            spans.append(cell.interval(metric.name))
         curves.append(Curve(node, points, joined=False, spans=spans))
 
     note = "each ran once: no interval is known"
@@ -5630,15 +5725,16 @@ def _node_plot(metric: wire.Metric, cells: Sequence[Row]) -> Plot:
         note = "bars: 95 % interval of the mean"
     if len(labels) > MAX_LABELS:
         note += f"; the first {MAX_LABELS} of {len(labels)}"
-    title = f"{metric.label.capitalize()} by node: {', '.join(curve.label for curve in curves)}"
-    return Plot(title, _axis_of(metric, cells), "", curves, list(height), zero="x", note=note)
+    nodes = ", ".join(curve.label for curve in curves)
+    title = f"{metric.label.capitalize()} by node: {nodes}"
+    return Plot(title, _axis_of(metric, cells), "", curves, names, zero="x", note=note)
 
 
 # series of a result -> its title and its metric; the first that any job has chooses the job to show
 _SAMPLED = {"power_watts": "Power", "cpu_usage": "CPU use"}
 
 
-def _samples(row: Row, name: str) -> list[tuple[float, float]]:
+def _samples(row: Row, name: str) -> Points:
     """Return (s, value) of the known samples of a job; [] of fewer than two."""
     times, values = row.series.get("seconds"), row.series.get(name)
     if not isinstance(times, list) or not isinstance(values, list):
@@ -5655,14 +5751,19 @@ def _samples(row: Row, name: str) -> list[tuple[float, float]]:
 
 def _power_plots(rows: Sequence[Row]) -> tuple[list[Plot], str]:
     """Return power and CPU use over time of the job with the longest series, or why not."""
-    main = next((name for name in _SAMPLED if any(_samples(row, name) for row in rows)), None)
-    if main is None:
+    for name in _SAMPLED:
+        sampled = [row for row in rows if _samples(row, name)]
+        if sampled:
+            break
+    else:
         return [], "no result holds samples"
 
-    row = max(rows, key=lambda row: [x for x, _ in _samples(row, main)][-1:])
-    plots = [_series_plot(row, name, title) for name, title in _SAMPLED.items()
-             if _samples(row, name)]
-    if main == "power_watts":
+    row = max(sampled, key=lambda row: _samples(row, name)[-1])
+    plots = []
+    for name, title in _SAMPLED.items():
+        if _samples(row, name):
+            plots.append(_series_plot(row, name, title))
+    if _samples(row, "power_watts"):
         return plots, ""
     return plots, f"power is unknown: {row.reason('power_watts')}"
 
@@ -5672,8 +5773,8 @@ def _series_plot(row: Row, name: str, title: str) -> Plot:
     curves = [Curve(title, points, marked=False)]
     idle = row.figure("idle_watts")
     if name == "power_watts" and idle is not None:
-        first, last = points[0][0], points[-1][0]
-        curves.append(Curve("idle", [(first, idle), (last, idle)], marked=False))
+        level = [(points[0][0], idle), (points[-1][0], idle)]
+        curves.append(Curve("idle", level, marked=False))
 
     mark = "~ " if is_estimated(row.metrics, name) else ""
     return Plot(f"{mark}{title} of job {row.job}: {row.label} on {row.node}", "time, s",
@@ -5709,8 +5810,7 @@ def _metrics_table(lines: Sequence[tuple[Mapping[str, str], Row]],
     shown = [metric for metric in metrics
              if rows_with(rows, metric.name) or _is_wanted(metric.name, rows)]
     if not any(rows_with(rows, metric.name) for metric in shown):
-        reasons = dict.fromkeys(row.reason(metric.name) for row in rows for metric in shown)
-        return _note(f"unknown: {'; '.join(reasons)}") if reasons else ""
+        return _reasons_note(rows, shown)
 
     notes = _Notes()
     cells = []
@@ -5720,6 +5820,14 @@ def _metrics_table(lines: Sequence[tuple[Mapping[str, str], Row]],
     first = lines[0][0]
     heads = [*first, *(_column_head(metric, rows) for metric in shown)]
     return _wide_table(heads, cells, len(first)) + notes.html()
+
+
+def _reasons_note(rows: Iterable[Row], metrics: Sequence[wire.Metric]) -> str:
+    """Return the reasons why a table has no figure at all; "" where it has no column either."""
+    reasons = {row.reason(metric.name): None for row in rows for metric in metrics}
+    if not reasons:
+        return ""
+    return _note(f"unknown: {'; '.join(reasons)}")
 
 
 def _is_wanted(name: str, rows: Iterable[Row]) -> bool:
@@ -5732,8 +5840,9 @@ def _column_head(metric: wire.Metric, rows: Iterable[Row]) -> str:
     """Return the head of a column with the unit that its rows have."""
     if metric.unit != wire.CURRENCY:
         return metric.axis
-    currency = next(filter(None, (unit_of(metric, row.metrics) for row in rows)), "")
-    return metric._replace(unit=currency).axis
+    currencies = [unit_of(metric, row.metrics) for row in rows]
+    known = [currency for currency in currencies if currency]
+    return metric._replace(unit=known[0] if known else "").axis
 
 
 def _figure_cell(row: Row, metric: wire.Metric, notes: _Notes) -> str:
@@ -5851,26 +5960,35 @@ def _plots_html(title: str, plots: Iterable[Plot], note: str = "") -> str:
 def _tables_html(rows: Sequence[Row], completed: Sequence[Row],
                  encodes: Sequence[Row]) -> list[str]:
     """Return the tables of a report under their titles: means, all metrics, incomplete jobs."""
-    means = [({"rendition": mean.rendition, "encoder": mean.curve, "jobs": str(mean.jobs)}, mean)
-             for mean in mean_rows(encodes, lambda row: (row.rendition, row.curve))]
+    means = []
+    for mean in mean_rows(encodes, lambda row: (row.rendition, row.curve)):
+        words = {"rendition": mean.rendition, "encoder": mean.curve, "jobs": str(mean.jobs)}
+        means.append((words, mean))
     lines = [(_words_of(row, encodes), row) for row in completed]
 
     tables = {"Means by rendition": _metrics_table(means, TABLES[wire.MONEY_TABLE])}
     for name, columns in TABLES.items():
         tables[name] = _metrics_table(lines, columns)
-    failed = [[html_text(text) for text in
-               (row.content, row.label, row.node, row.job, row.status, row.error)]
-              for row in rows if row.status != "completed"]
-    if failed:
-        heads = ["film", "what", "node", "job", "status", "error"]
-        tables["Not completed"] = _wide_table(heads, failed, len(heads))
+    tables["Not completed"] = _incomplete_table(rows)
     return [f"<h2>{name}</h2>{table}" for name, table in tables.items() if table]
+
+
+def _incomplete_table(rows: Iterable[Row]) -> str:
+    """Return the jobs that did not complete, with their errors; "" without any."""
+    heads = ("film", "what", "node", "job", "status", "error")
+    cells = []
+    for row in rows:
+        if row.status != "completed":
+            texts = (row.content, row.label, row.node, row.job, row.status, row.error)
+            cells.append([html_text(text) for text in texts])
+    return _wide_table(heads, cells, len(heads)) if cells else ""
 
 
 def _words_of(row: Row, encodes: Iterable[Row]) -> dict[str, str]:
     """Return the words that a line begins with, by their heads; films only where they differ."""
     words = {"what": row.label, "node": row.node, "job": row.job}
-    if len({encode.content for encode in encodes}) > 1:
+    contents = {encode.content for encode in encodes}
+    if len(contents) > 1:
         return {"film": row.content, **words}
     return words
 
@@ -5885,6 +6003,7 @@ def report_json(title: str, rows: Sequence[Row], made_at: str) -> Json:
 
 _CSV_WORDS = Row._fields[:Row._fields.index("metrics")]
 _CSV_MARKS = ("currency", "power_source", "energy_estimated")
+_FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 def report_csv(rows: Iterable[Row]) -> str:
@@ -5894,9 +6013,11 @@ def report_csv(rows: Iterable[Row]) -> str:
     writer.writerow([*_CSV_WORDS, *FIGURES, *_CSV_MARKS, "unknown"])
     for row in rows:
         words = [_plain(getattr(row, name)) for name in _CSV_WORDS]
+        figures = {name: row.figure(name) for name in FIGURES}
         marks = [_plain(row.metrics.get(name)) for name in _CSV_MARKS]
-        reasons = {name: row.reason(name) for name in FIGURES if row.figure(name) is None}
-        writer.writerow([*words, *map(row.figure, FIGURES), *marks, json.dumps(reasons)])
+        unknown = [name for name, figure in figures.items() if figure is None]
+        reasons = json.dumps({name: row.reason(name) for name in unknown})
+        writer.writerow([*words, *figures.values(), *marks, reasons])
     return out.getvalue()
 
 
@@ -5905,7 +6026,7 @@ def _plain(value: Any) -> str:
     if value is None:
         return ""
     word = wire.printable(value)
-    return f"'{word}" if word.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else word
+    return f"'{word}" if word.startswith(_FORMULA_SIGNS) else word
 
 
 _TERMINAL_HEADS = ("JOB", "STATUS", "NODE", "TIME", "SPEED", "RATE", "QUALITY", "ENERGY", "COST",
@@ -5915,10 +6036,10 @@ _TERMINAL_HEADS = ("JOB", "STATUS", "NODE", "TIME", "SPEED", "RATE", "QUALITY", 
 def report_rows(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
     """Return the rows as a table for a terminal, without the columns of which nothing is known."""
     rows = list(rows)
-    several = len({row.content for row in rows if row.rendition}) > 1
-    lines = [_terminal_line(row, several) for row in rows]
-    shown = [at for at in range(len(_TERMINAL_HEADS)) if any(line[at] for line in lines)]
-    return [tuple(line[at] for at in shown) for line in (_TERMINAL_HEADS, *lines)]
+    contents = {row.content for row in rows if row.rendition}
+    lines = [_terminal_line(row, len(contents) > 1) for row in rows]
+    columns = [column for column in zip(_TERMINAL_HEADS, *lines) if any(column[1:])]
+    return list(zip(*columns)) or [_TERMINAL_HEADS]
 
 
 def _terminal_line(row: Row, several: bool) -> tuple[str | None, ...]:
