@@ -16,7 +16,7 @@ Sections (each uses only those above it):
   10 Metrics      the one table of metrics: Prometheus text, lines to push (pure)
   11 Tariff       prices and carbon by hour (pure)
   12 Pages        tables, plots, the plain page of nodes and jobs (pure)
-  13 API          ROUTES and their handlers: the API document
+  13 API          ROUTES, the API document (a role would be a column of it); admit(), its gate
   14 HTTP         parser, connections, the server
   15 Push         VictoriaMetrics
   16 Service      background loops, start and stop
@@ -3602,6 +3602,7 @@ Answer = tuple[int, Any]
 class Request(NamedTuple):
     """One request as handlers see it: `id` is the `{id}` of its path."""
 
+    master: Master
     id: str
     query: dict[str, str]
     body: Any
@@ -3611,7 +3612,8 @@ class Request(NamedTuple):
     @property
     def fields(self) -> Json:
         """The names of the query and, above them, those of the body: agents may use either."""
-        return {**self.query, **self.body} if isinstance(self.body, dict) else dict(self.query)
+        body = self.body if isinstance(self.body, dict) else {}
+        return {**self.query, **body}
 
 
 class Route(NamedTuple):
@@ -3623,7 +3625,7 @@ class Route(NamedTuple):
 
     method: str
     path: str
-    handler: Callable[[Master, Request], Answer]
+    handler: Callable[[Request], Answer]
     about: str
     query: tuple[str, ...] = ()
     strict: bool = False
@@ -3631,70 +3633,84 @@ class Route(NamedTuple):
 
     def to_json(self) -> Json:
         """Return the row as GET / lists it."""
-        return {"method": self.method, "path": self.path, "query": list(self.query),
-                "about": self.about}
+        return {
+            "method": self.method,
+            "path": self.path,
+            "query": list(self.query),
+            "about": self.about,
+        }
 
 
-def _health(master: Master, request: Request) -> Answer:
+def _health(request: Request) -> Answer:
     return 200, {"status": "healthy"}
 
 
-def _ready(master: Master, request: Request) -> Answer:
-    return 200, master.ready()
+def _ready(request: Request) -> Answer:
+    return 200, request.master.ready()
 
 
-def _metrics(master: Master, request: Request) -> Answer:
-    return 200, metrics_view(master.snapshot())
+def _metrics(request: Request) -> Answer:
+    return 200, metrics_view(request.master.snapshot())
 
 
-def _home(master: Master, request: Request) -> Answer:
+def _home(request: Request) -> Answer:
     """Answer the table of routes, or the page for people, which ends with that table."""
     if request.wants_json:
-        return 200, {"version": VERSION, "routes": [route.to_json() for route in ROUTES]}
-    jobs, total, _ = master.jobs({}, None, HOME_JOBS)
-    routes = [(route.method, route.path, ", ".join(route.query), route.about) for route in ROUTES]
-    return 200, page_view(Overview(master.nodes(), jobs, total, routes))
+        rows = [route.to_json() for route in ROUTES]
+        return 200, {"version": VERSION, "routes": rows}
+
+    jobs, total, _ = request.master.jobs({}, None, HOME_JOBS)
+    nodes = request.master.nodes()
+    routes = [
+        (route.method, route.path, ", ".join(route.query), route.about)
+        for route in ROUTES]
+    return 200, page_view(Overview(nodes, jobs, total, routes))
 
 
-def _register(master: Master, request: Request) -> Answer:
-    is_new, node = master.register(object_of(request.body))
-    return 201 if is_new else 200, node
+def _register(request: Request) -> Answer:
+    is_new, node = request.master.register(object_of(request.body))
+    return _status(is_new), node
 
 
-def _nodes(master: Master, request: Request) -> Answer:
-    nodes = master.nodes()
+def _status(is_new: bool) -> int:
+    """Return the status of an answer to a request that may be repeated."""
+    return 201 if is_new else 200
+
+
+def _nodes(request: Request) -> Answer:
+    nodes = request.master.nodes()
     return 200, {"nodes": nodes, "count": len(nodes)}
 
 
-def _node(master: Master, request: Request) -> Answer:
-    return 200, master.node(request.id)
+def _node(request: Request) -> Answer:
+    return 200, request.master.node(request.id)
 
 
-def _forget(master: Master, request: Request) -> Answer:
-    return 200, master.forget(request.id)
+def _forget(request: Request) -> Answer:
+    return 200, request.master.forget(request.id)
 
 
-def _drain(master: Master, request: Request) -> Answer:
+def _drain(request: Request) -> Answer:
     deadline_s = number_of(request.fields, "deadline", 0, DRAIN_MOST_S)
-    return 200, master.drain(request.id, deadline_s)
+    return 200, request.master.drain(request.id, deadline_s)
 
 
-def _resume_node(master: Master, request: Request) -> Answer:
-    return 200, master.resume_node(request.id)
+def _resume_node(request: Request) -> Answer:
+    return 200, request.master.resume_node(request.id)
 
 
-def _heartbeat(master: Master, request: Request) -> Answer:
+def _heartbeat(request: Request) -> Answer:
     if request.body is not None:
         object_of(request.body)
-    return 200, master.heartbeat(_ask_of(request, request.id))
+    return 200, request.master.heartbeat(_ask_of(request, request.id))
 
 
-def _next_job(master: Master, request: Request) -> Answer:
+def _next_job(request: Request) -> Answer:
     node_id = text_of(request.query, "node_id", 64, required=True) or ""
-    answer = master.claim(_ask_of(request, node_id))
+    answer = request.master.claim(_ask_of(request, node_id))
     job = answer.pop("job", None)
     text = "null" if job is None else claim_text(job)
-    return 200, _json_text({"job": text}, answer)
+    return 200, _object_text({"job": text}, answer)
 
 
 def _ask_of(request: Request, node_id: str) -> Ask:
@@ -3713,14 +3729,17 @@ def _ask_of(request: Request, node_id: str) -> Ask:
         alive=request.alive)
 
 
-def _submit(master: Master, request: Request) -> Answer:
-    if isinstance(request.body, list):
-        is_new, jobs = master.submit(_drafts_of(request.body, master.settings.max_retries))
-        answer = _json_text({"jobs": _texts(map(job_text, jobs))}, {"count": len(jobs)})
-    else:
-        is_new, jobs = master.submit([draft_of(request.body, master.settings.max_retries)])
-        answer = Text(job_text(jobs[0]), JSON_KIND)
-    return 201 if is_new else 200, answer
+def _submit(request: Request) -> Answer:
+    max_retries = request.master.settings.max_retries
+    if not isinstance(request.body, list):
+        draft = draft_of(request.body, max_retries)
+        is_new, [job] = request.master.submit([draft])
+        return _status(is_new), Text(job_text(job), JSON_KIND)
+
+    drafts = _drafts_of(request.body, max_retries)
+    is_new, jobs = request.master.submit(drafts)
+    texts = _array_text(map(job_text, jobs))
+    return _status(is_new), _object_text({"jobs": texts}, {"count": len(jobs)})
 
 
 def _drafts_of(values: Sequence[Any], max_retries: int) -> list[Draft]:
@@ -3737,13 +3756,13 @@ def _drafts_of(values: Sequence[Any], max_retries: int) -> list[Draft]:
     return drafts
 
 
-def _jobs(master: Master, request: Request) -> Answer:
-    jobs, total, cursor = master.jobs(*_page_of(request))
+def _jobs(request: Request) -> Answer:
+    jobs, total, cursor = request.master.jobs(*_page_of(request))
     return 200, {"jobs": jobs, **_page_json(len(jobs), total, cursor)}
 
 
-def _results(master: Master, request: Request) -> Answer:
-    results, total, cursor = master.results(*_page_of(request))
+def _results(request: Request) -> Answer:
+    results, total, cursor = request.master.results(*_page_of(request))
     return 200, {"results": results, **_page_json(len(results), total, cursor)}
 
 
@@ -3765,37 +3784,37 @@ def _page_json(count: int, total: int, cursor: int | None) -> Json:
     return {"count": count, "total": total, "next": None if cursor is None else str(cursor)}
 
 
-def _job(master: Master, request: Request) -> Answer:
-    return 200, master.job(request.id)
+def _job(request: Request) -> Answer:
+    return 200, request.master.job(request.id)
 
 
-def _order(verb: str) -> Callable[[Master, Request], Answer]:
-    return lambda master, request: (200, master.order(request.id, verb))
+def _order(verb: str) -> Callable[[Request], Answer]:
+    return lambda request: (200, request.master.order(request.id, verb))
 
 
-def _progress(master: Master, request: Request) -> Answer:
-    return 200, master.progress(request.id, object_of(request.body))
+def _progress(request: Request) -> Answer:
+    return 200, request.master.progress(request.id, object_of(request.body))
 
 
-def _report(master: Master, request: Request) -> Answer:
-    return 200, master.report(object_of(request.body))
+def _report(request: Request) -> Answer:
+    return 200, request.master.report(object_of(request.body))
 
 
-def _logs(master: Master, request: Request) -> Answer:
+def _logs(request: Request) -> Answer:
     after = whole_of(request.query, "after", 0, 1 << 53) or 0
     wait_s = number_of(request.query, "wait", 0, wire.WAIT_MAX_S) or 0.0
-    return 200, master.logs(request.id, after, wait_s, request.alive)
+    return 200, request.master.logs(request.id, after, wait_s, request.alive)
 
 
-def _texts(items: Iterable[str]) -> str:
+def _array_text(items: Iterable[str]) -> str:
     """Return a JSON array of items that are JSON already."""
     return f"[{', '.join(items)}]"
 
 
-def _json_text(made: Mapping[str, str], more: Json) -> Text:
-    """Return a JSON object of fields that are JSON already, and of more that are not."""
-    fields = [f'"{name}": {text}' for name, text in made.items()]
-    fields += [f'"{name}": {json.dumps(value)}' for name, value in more.items()]
+def _object_text(texts: Mapping[str, str], values: Json) -> Text:
+    """Return a JSON object: of fields that are JSON already, and of values that are not."""
+    fields = [f'"{name}": {text}' for name, text in texts.items()]
+    fields += [f'"{name}": {json.dumps(value)}' for name, value in values.items()]
     return Text(f"{{{', '.join(fields)}}}", JSON_KIND)
 
 
@@ -3807,37 +3826,61 @@ _LIST = (*FILTERS, "limit", "after")
 _ASK = ("session", "wait", "seen", "claim", "leaving")
 
 ROUTES = (
-    Route("POST", "/nodes/register", _register, "register a node, or take it back"),
-    Route("GET", "/nodes", _nodes, "all nodes", strict=True),
-    Route("GET", "/nodes/{id}", _node, "one node with its running jobs"),
-    Route("DELETE", "/nodes/{id}", _forget, "remove a node; its jobs are pending again"),
-    Route("POST", "/nodes/{id}/heartbeat", _heartbeat, "a sign of life; wait=S parks it", _ASK),
+    Route("POST", "/nodes/register", _register,
+          "register a node, or take it back"),
+    Route("GET", "/nodes", _nodes,
+          "all nodes",
+          strict=True),
+    Route("GET", "/nodes/{id}", _node,
+          "one node with its running jobs"),
+    Route("DELETE", "/nodes/{id}", _forget,
+          "remove a node; its jobs are pending again"),
+    Route("POST", "/nodes/{id}/heartbeat", _heartbeat,
+          "a sign of life; wait=S parks it until there are orders",
+          query=_ASK),
     Route("POST", "/nodes/{id}/drain", _drain,
-          "let a node finish its running jobs, for deadline=S at most", ("deadline",)),
+          "let a node finish its running jobs, for deadline=S at most",
+          query=("deadline",)),
     Route("POST", "/nodes/{id}/resume", _resume_node,
           "let a drained node, or one in quarantine, work again"),
-    Route("POST", "/jobs", _submit, "submit a job, or an array of them",
+
+    Route("POST", "/jobs", _submit,
+          "submit a job, or an array of them, all or none",
           limit_bytes=BULK_LIMIT_BYTES),
-    Route("GET", "/jobs", _jobs, "jobs, newest first; status, scenario, node_id, limit, after",
-          _LIST, strict=True),
+    Route("GET", "/jobs", _jobs,
+          "jobs, newest first; after=CURSOR is the `next` of the page before",
+          query=_LIST, strict=True),
     Route("GET", "/jobs/next", _next_job,
-          "hand out one job to node_id; wait=S parks it, claim=WORD", ("node_id", *_ASK)),
-    Route("GET", "/jobs/{id}", _job, "one job with attempts, transitions and result"),
-    Route("POST", "/jobs/{id}/cancel", _order("cancel"), "cancel a job"),
-    Route("POST", "/jobs/{id}/pause", _order("pause"), "hold a job; a running one stands still"),
-    Route("POST", "/jobs/{id}/resume", _order("resume"), "let a paused job go on"),
-    Route("POST", "/jobs/{id}/retry", _order("retry"), "run a finished job again"),
+          "hand out one job to node_id; wait=S parks until there is one; claim=WORD repeats it",
+          query=("node_id", *_ASK)),
+    Route("GET", "/jobs/{id}", _job,
+          "one job with attempts, transitions and result"),
+    Route("POST", "/jobs/{id}/cancel", _order("cancel"),
+          "cancel a job"),
+    Route("POST", "/jobs/{id}/pause", _order("pause"),
+          "hold a job; a running one stands still"),
+    Route("POST", "/jobs/{id}/resume", _order("resume"),
+          "let a paused job go on"),
+    Route("POST", "/jobs/{id}/retry", _order("retry"),
+          "run a finished job again"),
     Route("POST", "/jobs/{id}/progress", _progress,
-          "progress, samples and log lines of an attempt"),
-    Route("GET", "/jobs/{id}/logs", _logs, "log lines; after=N, wait=S", ("after", "wait"),
-          strict=True),
-    Route("POST", "/results", _report, "the report that ends an attempt",
+          "from the agent: progress, samples and log lines of an attempt"),
+    Route("GET", "/jobs/{id}/logs", _logs,
+          "log lines; after=N, wait=S",
+          query=("after", "wait"), strict=True),
+
+    Route("POST", "/results", _report,
+          "the report that ends an attempt",
           limit_bytes=BULK_LIMIT_BYTES),
-    Route("GET", "/results", _results, "accepted reports, newest first; filters as in /jobs",
-          _LIST, strict=True),
-    Route("GET", "/health", _health, "the process answers"),
-    Route("GET", "/ready", _ready, "the journal can be written"),
-    Route("GET", "/metrics", _metrics, "Prometheus text"),
+    Route("GET", "/results", _results,
+          "accepted reports, newest first; filters as in /jobs",
+          query=_LIST, strict=True),
+    Route("GET", "/health", _health,
+          "the process answers"),
+    Route("GET", "/ready", _ready,
+          "the journal can be written"),
+    Route("GET", "/metrics", _metrics,
+          "Prometheus text"),
     Route("GET", "/", _home,
           "this table as JSON (Accept: application/json), else a page of nodes and jobs"),
 )
@@ -4231,7 +4274,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._is_body_read = True
         body = decode_json(raw) if head.method == "POST" else None
         wants_json = prefers_json(head.header(b"accept"))
-        return route.handler(master, Request(part, head.query, body, self._is_alive, wants_json))
+        return route.handler(Request(
+            master, part, head.query, body, self._is_alive, wants_json))
 
     def _read_head(self) -> bytes:
         """Return the next head without its empty line; Hangup where the peer is silent or gone."""
