@@ -881,6 +881,82 @@ class Spooling(FolderCase):
         self.assertEqual(self.waiting(), ["a"])
 
 
+class Timekeeping(unittest.TestCase):
+    """The stopwatch of an attempt and what reads it, by a clock of the test's own."""
+
+    def setUp(self) -> None:
+        self.now = 100.0
+        self.watch = agent.Stopwatch(lambda: self.now)
+        self.signals: list[str] = []
+
+    def pause(self) -> None:
+        self.watch.pause(lambda: self.signals.append("stop"))
+
+    def resume(self) -> None:
+        self.watch.resume(lambda: self.signals.append("go on"))
+
+    def after(self, seconds: float) -> float:
+        self.now += seconds
+        return self.watch.elapsed_s()
+
+    def test_a_repeated_order_changes_nothing(self) -> None:
+        self.resume()
+        self.assertEqual(self.after(2), 2)
+        for _ in range(3):
+            self.pause()
+            self.assertEqual(self.after(5), 2)
+        for _ in range(3):
+            self.resume()
+        self.assertEqual(self.after(1), 3)
+        self.assertEqual(self.signals, ["stop", "go on"])
+
+    def test_a_pause_that_overlaps_with_a_reading_counts_once(self) -> None:
+        with self.watch.reading():
+            self.assertEqual(self.after(0.4), 0)
+            self.pause()
+            self.assertEqual(self.after(0.4), 0)
+        self.assertEqual(self.after(3), 0, "still paused")
+        with self.watch.reading():
+            self.resume()
+            self.assertEqual(self.after(0.4), 0, "still reading")
+        self.assertEqual(self.after(1), 1)
+        self.assertFalse(self.watch.paused)
+
+    def test_a_signal_is_repeated_only_while_paused(self) -> None:
+        self.assertFalse(self.watch.repeat_pause(lambda: self.signals.append("stop")))
+        self.pause()
+        self.assertTrue(self.watch.repeat_pause(lambda: self.signals.append("again")))
+        self.assertEqual(self.signals, ["stop", "again"])
+
+    def test_neither_the_timeout_nor_the_stall_limit_runs_in_a_pause(self) -> None:
+        watchdog = agent.Watchdog(self.watch, "worker-01")
+        self.now += 50
+        watchdog.start(10.0)
+        watchdog.note_frame()
+        watchdog.expect_frames(4.0)
+        self.now += 3
+        self.pause()
+        self.now += 1000
+        watchdog.check("a.mp4")
+        self.assertEqual(watchdog.left_s(), 7)
+        self.resume()
+        self.now += 0.9
+        watchdog.check("a.mp4")
+        self.now += 0.2
+        with self.assertRaises(Failure) as caught:
+            watchdog.check("a.mp4")
+        self.assertEqual(caught.exception.reason, "stalled")
+        watchdog.expect_no_frames()
+        self.now += 5.8
+        watchdog.check("a.mp4")
+        self.now += 0.2
+        with self.assertRaises(Failure) as caught:
+            watchdog.check("a.mp4")
+        self.assertEqual(caught.exception.reason, "timeout")
+        watchdog.lift_timeout()
+        watchdog.check("a.mp4")
+
+
 class Registering(FolderCase):
     def test_an_attempt_that_ends_meanwhile_is_held_all_the_same(self) -> None:
         """It leaves what runs for the spool: a look at the spool first, then at what runs, would miss it."""

@@ -816,6 +816,63 @@ class Watchdogs(RunCase):
                 self.assertIn("the generated source: ffmpeg ", str(result["error"]))
 
 
+class Pausing(RunCase):
+    """A pause stops the attempt's clock with its processes, whoever orders it and how often."""
+
+    def in_parts(self) -> list[str]:
+        """A command that works for about 2 s and notices a pause: one long sleep would sleep through it."""
+        return ["sh", "-c", "for part in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do "
+                "sleep 0.1; done"]
+
+    def test_orders_by_three_threads_and_a_slow_sampler_leave_the_time_of_the_work(self) -> None:
+        sample = hwdetect.Sampler.sample
+
+        def slow(sampler: hwdetect.Sampler, now: float) -> hwdetect.Reading:
+            time.sleep(0.4)
+            return sample(sampler, now)
+        folder = self.work / "paused-1"
+        folder.mkdir()
+        self.addCleanup(agent.clear_work, self.work, self.place.host)
+        runner = agent.Runner(self.place, folder)
+        worker = threading.Thread(target=runner.execute_metered, args=(self.in_parts(),))
+        with mock.patch("hwdetect.Sampler.sample", slow):
+            began = time.monotonic()
+            worker.start()
+            wait_for(lambda: processes_under(self.work), 20, "it runs")
+            for order in (runner.pause, runner.resume, runner.pause, runner.resume):
+                orders = [threading.Thread(target=order) for _ in range(3)]
+                for thread in orders:
+                    thread.start()
+                for thread in orders:
+                    thread.join()
+                self.assertEqual(runner.watch.paused, order == runner.pause)
+                time.sleep(0.8 if order == runner.pause else 0.3)
+            worker.join(PATIENCE_S)
+            took_s = time.monotonic() - began
+        worked_s = runner.watch.elapsed_s()
+        self.assertGreater(took_s, worked_s + 1.6, "two pauses of 0.8 s, and two readings or more")
+        self.assertGreater(worked_s, 1.9)
+        self.assertEqual(processes_under(self.work), [])
+
+    def test_the_timeout_of_a_job_stands_still_in_a_pause(self) -> None:
+        attempt = self.attempt("64p25-h264", duration=2, realtime=True, timeout=6, preset="ultrafast")
+        results: list[agent.Json] = []
+        worker = threading.Thread(target=lambda: results.append(self.result(attempt)))
+        worker.start()
+        try:
+            wait_for(lambda: attempt.progress.get("frame"), 20, "the encode runs")
+            attempt.pause()
+            time.sleep(6.5)
+            self.assertTrue(worker.is_alive())
+            attempt.resume()
+            worker.join(PATIENCE_S)
+        finally:
+            attempt.stop("canceled")
+            worker.join(PATIENCE_S)
+        self.assertEqual((results[0]["status"], results[0]["error"]), ("completed", None))
+        self.assertLess(results[0]["metrics"]["duration"], 6)
+
+
 class Encoders(RunCase):
     def test_an_unknown_encoder_is_refused_with_the_nearest_name(self) -> None:
         self.fails("parameters", "libx266", "did you mean libx26", encoder="libx266", output="o.mp4")
