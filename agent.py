@@ -25,12 +25,13 @@ Sections (each uses only those above it):
  13 Attempt     one attempt from its job to its outcome; what a killed one left
  14 Analysis    metrics, verdict, suggestion (pure)
  15 State       spool, identity, folder locks
- 16 Agent       registration, slots, heartbeat, drain
- 17 CLI         flags, the single-node workflow, main
+ 16 Session     the talk with the master: registration, claims, progress, results
+ 17 Agent       slots, threads, drain
+ 18 CLI         flags, the single-node workflow, main
 
-Threads: the main thread holds the parked request; the reporter sends progress and empties the spool;
-each slot runs one attempt. They share the state in Agent under its one lock; nothing blocks while
-holding it.
+Threads: the main thread waits for signals; the poller holds the parked request; the reporter sends
+progress and empties the spool; each slot runs one attempt. Two locks: Agent's guards which attempts run,
+a Stopwatch's guards an attempt's clock and pause; nothing blocks while holding it.
 """
 from __future__ import annotations
 
@@ -5441,29 +5442,40 @@ def _repeats_json(runs: Sequence[Outcome]) -> list[Json]:
 
 # ---- 15 State -------------------------------------------------------------------------------------
 
+# A report must survive a kill and a power cut between the end of an attempt and the master's answer:
+# without it the work is done again. So it goes to the spool first, synchronised to the disk, and leaves
+# it only when the master has judged it. Reports are numbered, not dated: a clock that is set back must
+# not change their order.
+
+SPOOL_NAME = re.compile(r"(\d{1,20})-")
+
+
 class Spool:
-    """Reports on disk, from before the first try until the master has said that it knows."""
+    """Reports on disk, from before the first try until the master has judged them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         make_folder(folder)
         for path in folder.glob("*.tmp"):
             path.unlink()
-        names = [match for path in folder.iterdir() if (match := re.match(r"\d{1,20}(?=-)", path.name))]
-        self._numbers = itertools.count(1 + max((int(name[0]) for name in names), default=0))
+        numbers = [int(match[1]) for path in folder.iterdir() if (match := SPOOL_NAME.match(path.name))]
+        self._numbers = itertools.count(1 + max(numbers, default=0))
 
     def put(self, result: Json) -> None:
         """Write a report so that it survives a kill; raises OSError when the disk is full."""
-        make_folder(self._folder)  # else a slot waits for one that is gone
-        write_json(self._folder / f"{next(self._numbers):020d}-{uuid.uuid4().hex[:8]}.json", result)
+        # Again, for a slot would wait for ever where somebody removed the folder.
+        make_folder(self._folder)
+        name = f"{next(self._numbers):020d}-{uuid.uuid4().hex[:8]}.json"
+        write_json(self._folder / name, result)
 
     def entries(self) -> list[tuple[Path, Json]]:
-        """Return what waits, oldest first; what cannot be read is set aside."""
+        """Return the reports that wait, oldest first; unreadable ones are set aside."""
         found = []
         for path in sorted(self._folder.glob("*.json")):
             try:
                 result = json.loads(path.read_text(encoding="utf-8"))
-                found.append((path, {"job_id": result["job_id"], "attempt": result["attempt"], **result}))
+                key = {"job_id": result["job_id"], "attempt": result["attempt"]}
+                found.append((path, {**key, **result}))
             except OSError:
                 continue
             except (ValueError, KeyError, TypeError):
@@ -5471,7 +5483,7 @@ class Spool:
         return found
 
     def set_aside(self, path: Path) -> Path:
-        """Keep a report out of the way that can't be delivered; return where."""
+        """Keep a report that cannot be delivered out of the way; return where."""
         return path.rename(path.with_suffix(".aside"))
 
     def waiting(self) -> list[tuple[str, int]]:
@@ -5486,15 +5498,42 @@ class Identity(NamedTuple):
     secret: str
 
 
+def new_identity() -> Identity:
+    """Return the identity of a node that no master knows."""
+    return Identity(str(uuid.uuid4()), secrets.token_hex(32))
+
+
 def read_identity(path: Path) -> Identity | None:
-    """Return the identity that a state folder keeps, with a new secret if it has none; None without an id."""
+    """Return the identity that a file keeps, with a new secret if it has none; None without an id."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        secret = kept.get("secret")
-        return Identity(str(uuid.UUID(str(kept["id"]))),
-                        secret if isinstance(secret, str) and secret else secrets.token_hex(32))
+        node_id, secret = str(uuid.UUID(str(kept["id"]))), kept.get("secret")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    if not isinstance(secret, str) or not secret:
+        secret = new_identity().secret
+    return Identity(node_id, secret)
+
+
+class State:
+    """A node's state folder: who it is, and the reports that the master has not judged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.spool = Spool(folder / "spool")
+        self.node_file = folder / "node.json"
+        self.identity = read_identity(self.node_file)
+
+    @property
+    def node_id(self) -> str | None:
+        """This node's id; None before its first registration."""
+        return self.identity.id if self.identity else None
+
+    def keep(self, identity: Identity) -> None:
+        """Take an identity and bring it to the disk, unless it is there already; OSError."""
+        self.identity = identity
+        if read_identity(self.node_file) != identity:
+            write_json(self.node_file, identity._asdict())
 
 
 def locked_folder(folder: Path, what: str) -> int:
@@ -5510,25 +5549,39 @@ def locked_folder(folder: Path, what: str) -> int:
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, "permission denied", str(folder))
     except BlockingIOError:
-        raise SystemExit(f"agent: {what} {folder} is in use by another agent on this machine; give this one "
-                         f"its own with {flag}") from None
+        raise SystemExit(f"agent: {what} {folder} is in use by another agent on this machine; "
+                         f"give this one its own with {flag}") from None
     except OSError as error:
-        raise SystemExit(f"agent: {what} {folder} cannot be used: {cause_text(error)}, or name another "
-                         f"with {flag}") from None
+        raise SystemExit(f"agent: {what} {folder} cannot be used: {cause_text(error)}, "
+                         f"or name another with {flag}") from None
     return descriptor
 
 
-# ---- 16 Agent -------------------------------------------------------------------------------------
+# ---- 16 Session -----------------------------------------------------------------------------------
+
+# The agent's talk with the master, in two threads: the poller steps a Session (registration, then one
+# parked request after another), the reporter steps a Reporter (results, then progress). Each step makes
+# its requests and returns how long to rest. A step never raises for a master that is away: work goes on,
+# and the rests grow.
+#
+# A session is one start of an agent. The master listens to one session of a node only, so that an agent
+# that was believed dead cannot report beside its successor; it answers 409 to any other, and that agent
+# registers again. When the refusal comes even so, another start has taken over, and this one ends.
+#
+# The master judges at registration: `holding` lists the attempts that this node still runs or has in its
+# spool; whatever it does not confirm was given to another node (a lost lease), and is stopped here.
 
 BACKOFF_FIRST_S = 0.5
-BACKOFF_MOST_S = 15.0
-PROGRESS_S = 2.0
-LINES_A_REPORT = 500
-LEAVE_S = 5.0
+BACKOFF_MOST_S = 15.0  # a master that comes back has all of its nodes again within this
+PROGRESS_S = 2.0  # unless the master says when it wants the next
+PROGRESS_RANGE_S = (0.2, 60.0)  # whatever it says
+LINES_A_REPORT = 500  # with MAX_LINE_CHARS at most 1 MB
+PUBLISH_S = 10.0  # how long the master's permission to name an output counts, from its request
 STRANGER = ("node_id", "session")  # fields of refusals after which the poller registers again, or ends
-PUBLISH_S = 10.0  # how long the master's word to name an output counts, from when it was asked
-HELP_S = 10.0  # for FFmpeg to tell its options
-HASTY_MOST = 5
+MAX_HASTY = 5  # early, empty answers in a row: the master says that it parks and does not
+HASTY_REST_S = 1.0
+RETRY_S = 1.0  # of what an attempt's own thread waits for: a full disk, a master that is away
+IDLE_PROGRESS_S = 60.0  # without attempts; an event wakes the reporter
 
 
 @dataclass(frozen=True)
@@ -5556,45 +5609,464 @@ class Superseded(Exception):
     """A newer start of this node has taken over: this one ends."""
 
 
-class Agent:
-    """One node of a fleet: its identity, its slots, its talk with the master.
+def own_failure(job_id: str, number: int, name: str, error: Exception) -> Json:
+    """Return the report of an attempt that an error of the agent's own ended."""
+    return {"job_id": job_id, "attempt": number, "status": "failed", "failure_reason": "agent",
+            "error": f"the agent on {name} failed itself: {type(error).__name__}: {error}"}
 
-    From its start to its end first, then the parked request (a thread), the attempts (one each), and what
-    is sent of them (a thread). The lock guards `_running` and `_heard`; it is never held during
-    I/O. `_seen`, `_word` and `_hasty` are the poller's.
+
+class Rest(NamedTuple):
+    """How long a loop rests, and whether an event (a slot is free, there is news) ends it early."""
+
+    seconds: float = 0.0
+    wakeable: bool = False
+
+
+class Backoff:
+    """Rests between tries: each twice as long, with jitter, lest a crowd of agents return at once."""
+
+    def __init__(self) -> None:
+        self._next_s = BACKOFF_FIRST_S
+
+    def rest_s(self, most_s: float = BACKOFF_MOST_S) -> float:
+        """Return how long to rest before the next try; the one after that rests longer."""
+        rest_s = random.uniform(self._next_s / 2, self._next_s)
+        self._next_s = min(BACKOFF_MOST_S, most_s, self._next_s * 2)
+        return rest_s
+
+    def reset(self) -> None:
+        """Begin anew: a try succeeded."""
+        self._next_s = BACKOFF_FIRST_S
+
+
+class Events:
+    """What the agent's threads wait for."""
+
+    def __init__(self) -> None:
+        self.stopping = threading.Event()  # the agent ends
+        self.leaving = threading.Event()  # it takes nothing more
+        self.freed = threading.Event()  # an attempt has ended
+        self.news = threading.Event()  # the reporter has something to send
+
+
+class Slots(Protocol):
+    """The attempts of this node, as its talk with the master sees them."""
+
+    def attempts(self) -> list[Attempt]:
+        """Return the attempts that run."""
+
+    def start(self, job: Job, asked: float) -> None:
+        """Begin an attempt of a job that was claimed by a request of this moment (boot_clock)."""
+
+    def abandon(self, lost: Iterable[Attempt]) -> None:
+        """Stop attempts whose lease is lost."""
+
+    def obey(self, answer: Answer) -> None:
+        """Carry out the orders of an answer; twice is the same as once."""
+
+
+class Link:
+    """What an agent knows of its master: the poller writes it, the reporter and the attempts read it.
+
+    Each field is written whole, and nobody needs two of them to agree: so there is no lock.
+    """
+
+    def __init__(self, client: Client, state: State, name: str, log: logging.Logger,
+                 clock: Callable[[], float] = boot_clock) -> None:
+        self.clock = clock
+        self.client = client
+        self.state = state
+        self.name = name
+        self.log = log
+        self.events = Events()
+        self.session = uuid.uuid4().hex
+        self.protocol: int | None = None  # None: a seed's master, or not registered yet
+        self.node_timeout_s = 90.0
+        self.seen = 0  # the number of the newest orders: the master answers early only for newer ones
+        self.reached = False  # has answered this start
+        self._away_since: float | None = None
+
+    @property
+    def node_id(self) -> str:
+        """This node's id; "" before its first registration."""
+        return self.state.node_id or ""
+
+    def note_answer(self) -> None:
+        """Note that the master answers."""
+        self.reached = True
+        if self._away_since is not None:
+            away_s = time.monotonic() - self._away_since
+            self._away_since = None
+            self.log.info("the master answers again after %s", duration_text(away_s))
+            self.events.news.set()
+
+    def note_silence(self, error: ApiError) -> None:
+        """Note that the master is away or refuses this node; logged once."""
+        if self._away_since is not None or self.events.stopping.is_set():
+            return
+        self._away_since = time.monotonic()
+        advice = ""
+        if error.field == "secret":
+            advice = f" (to become a new node, remove {self.state.node_file})"
+        self.log.warning("%s; work goes on, trying again until it answers%s", error.message, advice)
+
+
+class Session:
+    """Registers this node, then asks for work and orders, one request a step; for the poller's thread."""
+
+    def __init__(self, link: Link, options: Options, hardware: hwdetect.Hardware, meter: hwdetect.Meter,
+                 slots: Slots) -> None:
+        self._link = link
+        self._options = options
+        self._hardware = hardware
+        self._meter = meter
+        self._slots = slots
+        self._backoff = Backoff()
+        self._registered = False
+        self._idle: hwdetect.Idle | None = None  # the baseline that the master knows
+        self._beat_at = link.clock()  # the last heartbeat to a seed's master
+        # A claim is safe to repeat: the same word gets the same job. A new word only after an answer
+        # that used it up; else a copy of the request that is still on its way could get a second job.
+        self._claim_word = uuid.uuid4().hex
+        self._hasty = 0
+
+    def step(self, now: float) -> Rest:
+        """Make one request at this moment (boot_clock); return how long to rest. Superseded."""
+        try:
+            if not self._registered or self._has_new_baseline():
+                self._register()
+                return Rest()
+            rest = self._ask(now)
+            self._backoff.reset()
+            return rest
+        except ApiError as error:
+            return self._rest_after(error)
+
+    def _has_new_baseline(self) -> bool:
+        return bool(self._link.protocol) and self._meter.idle is not self._idle
+
+    def _rest_after(self, error: ApiError) -> Rest:
+        """Note a refusal or a silence; return how long to rest."""
+        link = self._link
+        if error.status in (404, 409) and self._registered:
+            self._registered = False
+            link.log.warning("the master does not know this %s: registering again",
+                             "node" if error.status == 404 else "session")
+            if error.status == 404:
+                return Rest()
+        elif error.status == 409 and error.field == "session":
+            raise Superseded(f"node {link.name} ends: {error.message}")
+        else:
+            link.note_silence(error)
+            if error.status == 404:
+                return Rest(BACKOFF_MOST_S)
+        return Rest(self._backoff.rest_s(link.node_timeout_s / 3))
+
+    def _register(self) -> None:
+        link, state = self._link, self._link.state
+        idle = self._meter.idle
+        # Attempts first: one that ends meanwhile moves from there into the spool, and is seen there.
+        running = [attempt.key for attempt in self._slots.attempts()]
+        holding = dict.fromkeys([*running, *state.spool.waiting()])
+        identity = state.identity or new_identity()
+        # On the disk before the master knows it: else a kill in between makes a second node.
+        state.keep(identity)
+        registered = self._introduce(self._registration(identity, holding), identity.secret)
+
+        link.note_answer()
+        link.protocol = registered.protocol
+        link.node_timeout_s = registered.node_timeout_s
+        state.keep(identity._replace(id=registered.id or identity.id))
+        self._idle = idle
+        self._registered = True
+        link.log.info("registered with %s as %s, node %s", link.client.url, link.name, state.node_id)
+        if link.protocol:
+            self._slots.abandon(attempt for attempt in self._slots.attempts()
+                                if attempt.key not in registered.holding)
+        link.events.news.set()
+
+    def _registration(self, identity: Identity, holding: Iterable[tuple[str, int]]) -> Json:
+        name = self._link.name
+        return {
+            **self._hardware.to_json(),
+            **self._meter.facts(),
+            "id": identity.id,
+            "secret_hash": hashlib.sha256(identity.secret.encode()).hexdigest(),
+            "session": self._link.session,
+            "protocol": PROTOCOL,
+            "version": VERSION,
+            "name": name,
+            "address": self._hardware.address or name,
+            "max_concurrent_jobs": self._options.max_concurrent_jobs,
+            "holding": [{"job_id": job_id, "attempt": number} for job_id, number in holding],
+        }
+
+    def _introduce(self, body: Json, secret: str) -> Registered:
+        """Register; return the master's answer. ApiError.
+
+        The secret goes only to a master that asks for it, to keep another from taking the node's place
+        with the id alone; a master of an earlier version would show it to everybody.
+        """
+        try:
+            return self._link.client.register(body)
+        except ApiError as error:
+            if error.field != "secret":
+                raise
+        return self._link.client.register({**body, "secret": secret})
+
+    def _has_room(self) -> bool:
+        return len(self._slots.attempts()) < self._options.max_concurrent_jobs
+
+    def _ask(self, now: float) -> Rest:
+        """Ask for work and orders."""
+        leaving = self._link.events.leaving.is_set()
+        free = not leaving and self._has_room()
+        if not self._link.protocol:
+            return self._ask_seed(now, free)
+
+        # No longer than the heartbeat interval: so asking again is the heartbeat.
+        wait_s = min(self._options.heartbeat_interval_s, WAIT_MAX_S, self._link.node_timeout_s / 3)
+        answer = self._claim(wait_s) if free else self._heartbeat(leaving, wait_s)
+        self._link.note_answer()
+        self._link.log.debug("heartbeat: the master answers (%s)", "free" if free else "busy")
+        if answer.job is not None:
+            self._slots.start(answer.job, now)
+        self._slots.obey(answer)  # after the start: an order may be for this very job
+        return self._rest_between(answer, self._link.clock() - now, wait_s)
+
+    def _claim(self, wait_s: float) -> Answer:
+        query = {"session": self._link.session, "seen": self._link.seen,
+                 "node_id": self._link.node_id, "claim": self._claim_word}
+        answer = self._link.client.claim(query, wait_s)
+        if answer.claim:
+            self._claim_word = uuid.uuid4().hex
+        return answer
+
+    def _heartbeat(self, leaving: bool, wait_s: float) -> Answer:
+        body = {"session": self._link.session, "seen": self._link.seen, "leaving": leaving}
+        return self._link.client.heartbeat(self._link.node_id, body, wait_s)
+
+    def _rest_between(self, answer: Answer, took_s: float, wait_s: float) -> Rest:
+        """Return how long to rest after an answer: not at all, unless the master does not park."""
+        if answer.job is None and not answer.orders and took_s < wait_s / 10:
+            self._hasty += 1
+        else:
+            self._hasty = 0
+        return Rest(min(HASTY_REST_S, wait_s / 10) if self._hasty > MAX_HASTY else 0.0)
+
+    def _ask_seed(self, now: float, free: bool) -> Rest:
+        """Talk to a master that parks no requests: heartbeats and polls by the clock."""
+        options, client, node_id = self._options, self._link.client, self._link.node_id
+        if now - self._beat_at >= options.heartbeat_interval_s:
+            client.heartbeat(node_id, {})
+            self._beat_at = now
+            self._link.note_answer()
+            self._link.log.debug("heartbeat: the master answers")
+        if free:
+            job = client.claim({"node_id": node_id}).job
+            if job is not None:
+                self._slots.start(job, now)
+                return Rest()
+        return Rest(min(options.poll_interval_s, options.heartbeat_interval_s), wakeable=True)
+
+    def leave(self) -> bool:
+        """Say that this node takes nothing more; return whether the master heard it.
+
+        It answers the parked request empty, and takes the node offline when nothing runs on it.
+        """
+        if not self._link.protocol:
+            return False
+        with contextlib.suppress(ApiError):
+            self._link.client.heartbeat(self._link.node_id,
+                                        {"session": self._link.session, "leaving": True})
+            return True
+        return False
+
+
+class Reporter:
+    """Sends progress and empties the spool, a round of requests a step; for the reporter's thread.
+
+    An attempt's own thread calls keep() and permit(), which wait as long as they must.
+    """
+
+    def __init__(self, link: Link, slots: Slots) -> None:
+        self._link = link
+        self._slots = slots
+        self._backoff = Backoff()
+        self._refused: set[Path] = set()  # logged already
+
+    def step(self, now: float) -> Rest:
+        """Send what there is at this moment (boot_clock); return how long to rest."""
+        try:
+            rest = Rest(PROGRESS_S, wakeable=True)
+            if self._link.reached:
+                self.deliver()
+                rest = Rest(self._send_all_progress(now), wakeable=True)
+            self._backoff.reset()
+            return rest
+        except ApiError as error:
+            self._link.log.debug("report: %s", error.message)
+            return Rest(self._backoff.rest_s())
+
+    def deliver(self) -> None:
+        """Send what the spool holds, oldest first; a report that was judged leaves it. ApiError."""
+        for path, result in self._link.state.spool.entries():
+            if result.get("node_id") not in (None, self._link.node_id):
+                aside = self._link.state.spool.set_aside(path)
+                self._link.log.warning("the result of job %s is of another node, which this folder was "
+                                       "once; it is set aside as %s", result["job_id"], aside)
+            elif self._send(path, result):
+                path.unlink(missing_ok=True)
+                self._link.note_answer()
+
+    def _send(self, path: Path, result: Json) -> bool:
+        """Send one report; return whether it was judged. ApiError where it is to be sent again."""
+        link, job_id = self._link, result["job_id"]
+        try:
+            link.client.report({**result, "session": link.session} if link.protocol else result)
+        except ApiError as error:
+            if error.field in STRANGER or error.retryable:
+                raise
+            if error.status in (404, 409):
+                link.log.warning("job %s attempt %s: result not taken: %s", job_id, result["attempt"],
+                                 error.message)
+                return True
+            # It stays: a newer master may take it. The others must not wait for it.
+            if path not in self._refused:
+                link.log.error("job %s: the master refuses the result: %s", job_id, error.message)
+            self._refused.add(path)
+            return False
+        link.log.info("job %s: result delivered (%s)", job_id, result["status"])
+        return True
+
+    def _send_all_progress(self, now: float) -> float:
+        """Send the progress of all attempts; return when the next is wanted, in s from now. ApiError."""
+        if not self._link.protocol:
+            return PROGRESS_S
+        waits = [self.send_progress(attempt, now) for attempt in self._slots.attempts()]
+        return min(waits, default=IDLE_PROGRESS_S)
+
+    def send_progress(self, attempt: Attempt, now: float) -> float:
+        """Send one attempt's progress; return when the next is wanted, in s from now. ApiError.
+
+        An answer renews the lease, from the moment of the request.
+        """
+        first, lines = attempt.log.take(LINES_A_REPORT)
+        samples = attempt.samples.take()
+        try:
+            answer = self._link.client.progress(
+                attempt.job_id, self._progress_of(attempt, samples, first, lines))
+        except ApiError as error:
+            if error.status in (404, 409) and error.field not in STRANGER:
+                self._slots.abandon([attempt])
+                return PROGRESS_S
+            attempt.samples.put_back(samples)
+            raise
+
+        self._link.note_answer()
+        attempt.leased_at = max(attempt.leased_at, now)
+        # A master that was started again learns only from this report which attempts are paused.
+        self._slots.obey(answer)
+        attempt.log.drop(first + len(lines))
+        if len(lines) == LINES_A_REPORT:
+            return 0.0
+        low, high = PROGRESS_RANGE_S
+        return max(low, min(high, answer.next_s or PROGRESS_S))
+
+    def _progress_of(self, attempt: Attempt, samples: list[Json], first: int, lines: list[str]) -> Json:
+        body: Json = {
+            "node_id": self._link.node_id,
+            "session": self._link.session,
+            "attempt": attempt.number,
+            "progress": {**attempt.progress, "paused": attempt.paused},
+            "samples": samples,
+            "lines": lines,
+            "lines_from": first,
+        }
+        if attempt.published:
+            body["published"] = attempt.published
+        return body
+
+    def keep(self, result: Json) -> None:
+        """Put a report into the spool; waits while the disk is full."""
+        link = self._link
+        result = {**result, "node_id": link.node_id}
+        logged = False
+        while True:
+            try:
+                link.state.spool.put(result)
+                link.events.news.set()
+                return
+            except OSError as error:
+                if not logged:
+                    link.log.error("the result of job %s cannot be kept in %s: %s; trying again",
+                                   result["job_id"], link.state.folder, cause_text(error))
+                logged = True
+                if link.events.stopping.wait(RETRY_S):
+                    return
+            except (TypeError, ValueError) as error:
+                # No JSON. Unreported, the attempt would hold its lease for ever.
+                result = {"node_id": link.node_id,
+                          **own_failure(result["job_id"], result["attempt"], link.name, error)}
+
+    def permit(self, attempt: Attempt, output: OutputFile, made: Json) -> float | None:
+        """Ask the master whether an attempt may name its output; `made` is the film's fingerprint.
+
+        Return until when (boot_clock) it may, None when it may not. The master keeps the fingerprint: by
+        it a later attempt recognises the film as the job's own, and replaces it. While the master is
+        away, a film that has a mark, by which it is recognised too, may get its name as long as nobody
+        else can have the job; any other waits.
+        """
+        link = self._link
+        attempt.published = made
+        while link.protocol and not attempt.stopping:
+            try:
+                self.send_progress(attempt, link.clock())
+                # The lease lasts longer than the permission, so that both cannot end between the last
+                # look at the clock and the call that gives the name.
+                valid_s = min(PUBLISH_S, link.node_timeout_s / 2)
+                return None if attempt.stopping else attempt.leased_at + valid_s
+            except ApiError as error:
+                sure_until = attempt.leased_at + link.node_timeout_s
+                unknown = error.field in STRANGER
+                if output.marked and not unknown and link.clock() < sure_until:
+                    return sure_until
+                if link.events.stopping.wait(RETRY_S):
+                    return None
+        return None if link.protocol else math.inf
+
+
+# ---- 17 Agent -------------------------------------------------------------------------------------
+
+LEAVE_S = 5.0  # for a master that answers slowly to hear that this node leaves
+LOOK_S = 0.1  # between two looks of the main thread: Python sees a signal only when that thread wakes
+HELP_S = 10.0  # for FFmpeg to print its options
+# Orders that end an attempt, and the status that it ends with.
+ENDING_ORDERS = {"cancel": "canceled", "return": "returned"}
+
+
+class Agent:
+    """One node of a fleet: its slots, and the threads that talk with the master.
+
+    The main thread waits in run(); the poller steps the Session, the reporter the Reporter, and each
+    attempt has a thread. The lock guards `_running` alone and is never held during I/O.
     """
 
     def __init__(self, options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host,
                  log: logging.Logger) -> None:
+        name = options.name or hardware.address or os.uname().nodename
         self._options = options
-        self._hardware = hardware
         self._log = log
         self._client = Client(options.master)
+        self._place = workplace(options, hardware, host, name)
+        self._link = Link(self._client, State(options.state_dir), name, log)
+        self._events = self._link.events
+        self._session = Session(self._link, options, hardware, self._place.meter, self)
+        self._reporter = Reporter(self._link, self)
         self._lock = threading.Lock()
         self._running: dict[tuple[str, int], Attempt] = {}
-        self._session = uuid.uuid4().hex
-        self._node_file = options.state_dir / "node.json"
-        self._spool = Spool(options.state_dir / "spool")
-        self._identity = read_identity(self._node_file)
-        self._protocol: int | None = None
-        self._node_timeout_s = 90.0
-        self._heard = -math.inf
-        self._beat = boot_clock()
-        self._hasty = 0
-        self._seen = 0
-        self._word = uuid.uuid4().hex
-        self._away: float | None = None
         self._signals = 0
-        self._leaving = threading.Event()
-        self._stopping = threading.Event()
-        self._over: str | None = None
-        self._freed = threading.Event()
-        self._news = threading.Event()
-        self._refused: set[Path] = set()
-        self._idle: hwdetect.Idle | None = None  # as the master was told
-        name = options.name or hardware.address or os.uname().nodename
-        self._name = name
-        self._place = workplace(options, hardware, host, name)
+        self._over: str | None = None  # why this agent ends by itself
 
     def run(self) -> int:
         """Serve until stop() is called or the node is taken over; return the exit code."""
@@ -5602,11 +6074,11 @@ class Agent:
                    for loop in (self._poll, self._report)]
         for thread in threads:
             thread.start()
-        while not self._signals and not self._stopping.wait(0.1):
-            pass  # a signal that another thread took is seen only when this one wakes
+        while not self._signals and not self._events.stopping.wait(LOOK_S):
+            pass
         if not self._over:
             self._drain()
-        self._stopping.set()
+        self._events.stopping.set()
         self._give_back(threads)
         if self._over:
             self._log.error("%s", self._over)
@@ -5617,365 +6089,146 @@ class Agent:
         self._signals += 1
 
     def _guarded(self, loop: Callable[[], object]) -> None:
+        """Run a thread of the agent; when it fails the agent ends, for it would be a node that hangs."""
         try:
             loop()
         except Superseded as error:
             self._over = str(error)
-            self._stopping.set()
-        except Exception as error:  # a thread that dies silently would freeze the node
+            self._events.stopping.set()
+        except Exception as error:
             self._log.debug("the thread of %s ended", loop.__name__, exc_info=True)
             self._over = f"the agent ends after an error of its own: {type(error).__name__}: {error}"
-            self._stopping.set()
+            self._events.stopping.set()
         finally:
             self._client.close()
 
+    def _poll(self) -> None:
+        self._place.meter.rested.wait(hwdetect.IDLE_FIRST_S + 2)  # to register with idle power
+        self._repeat(self._session.step, self._events.freed)
+
+    def _report(self) -> None:
+        self._repeat(self._reporter.step, self._events.news)
+
+    def _repeat(self, step: Callable[[float], Rest], wake: threading.Event) -> None:
+        """Step until the agent ends, with the rests that each step wants."""
+        while not self._events.stopping.is_set():
+            rest = step(boot_clock())
+            if rest.wakeable:
+                wake.wait(rest.seconds)
+                wake.clear()
+            else:
+                self._events.stopping.wait(rest.seconds)
+
     def _drain(self) -> None:
         """Take nothing more and finish what runs, for as long as the limit allows and nobody asks again."""
-        self._leaving.set()
-        count, limit_s = len(self._attempts()), self._options.drain_limit_s
+        self._events.leaving.set()
+        count, limit_s = len(self.attempts()), self._options.drain_limit_s
         if count and limit_s:
-            self._log.info("finishing %d job%s, for at most %s; a second signal gives %s back at once", count,
-                           "s" * (count > 1), duration_text(limit_s), "them" if count > 1 else "it")
-            threading.Thread(target=self._guarded, args=(self._leave,), daemon=True).start()
-        limit = time.monotonic() + limit_s
-        while (self._attempts() and self._signals < 2 and time.monotonic() < limit
-               and not self._stopping.wait(0.1)):
-            pass
-
-    def _leave(self) -> bool:
-        """Say that this node takes nothing more: the master answers its parked request empty."""
-        with contextlib.suppress(ApiError):
-            if self._protocol and not self._over:
-                self._client.heartbeat(self._node_id or "", {"session": self._session, "leaving": True})
-                return True
-        return False
+            self._log.info("finishing %s, for at most %s; a second signal gives %s back at once",
+                           count_text(count, "job"), duration_text(limit_s),
+                           "them" if count > 1 else "it")
+            threading.Thread(target=self._guarded, args=(self._session.leave,), daemon=True).start()
+        until = time.monotonic() + limit_s
+        while self.attempts() and self._signals < 2 and time.monotonic() < until:
+            if self._events.stopping.wait(LOOK_S):
+                return
 
     def _give_back(self, threads: Sequence[threading.Thread]) -> None:
         """Stop what runs, say that it is given back and that this node leaves; bounded in time."""
-        limit = time.monotonic() + 2 * LEAVE_S
-        attempts = self._attempts()
+        until = time.monotonic() + 2 * LEAVE_S
+        attempts = self.attempts()
         for attempt in attempts:
             attempt.stop("lost" if self._over else "returned")
         self._client.patience_s = LEAVE_S
-        reached = self._leave()
-        for wake in (self._news, self._freed):
+        reached = not self._over and self._session.leave()
+        for wake in (self._events.news, self._events.freed):
             wake.set()
-        for thread in threads:  # one may just have been handed a job
-            thread.join(max(0.0, min(1.0, limit - time.monotonic())))
-        while self._attempts() and time.monotonic() < limit:
-            self._freed.wait(0.1)
-            self._freed.clear()
-        with contextlib.suppress(ApiError, Superseded):
-            if reached:
-                self._deliver()
+        for thread in threads:  # the poller may just have been handed a job
+            thread.join(max(0.0, min(1.0, until - time.monotonic())))
+        while self.attempts() and time.monotonic() < until:
+            self._events.freed.wait(LOOK_S)
+            self._events.freed.clear()
+        if reached:
+            with contextlib.suppress(ApiError):
+                self._reporter.deliver()
                 self._log.info("left the fleet; %s given back", count_text(len(attempts), "job"))
         self._client.close()
 
-    def _attempts(self) -> list[Attempt]:
+    def attempts(self) -> list[Attempt]:
+        """Return the attempts that run."""
         with self._lock:
             return list(self._running.values())
 
-    def _poll(self) -> None:
-        backoff = BACKOFF_FIRST_S
-        registered = False
-        self._place.meter.rested.wait(hwdetect.IDLE_FIRST_S + 2)
-        while not self._stopping.is_set():
-            try:
-                if not registered or (self._protocol and self._place.meter.idle is not self._idle):
-                    self._idle = self._place.meter.idle
-                    self._register()
-                    registered = True
-                self._ask()
-                backoff = BACKOFF_FIRST_S
-            except ApiError as error:
-                registered = self._weigh(error, registered)
-                if error.status != 404:
-                    self._stopping.wait(random.uniform(backoff / 2, backoff))
-                    backoff = min(BACKOFF_MOST_S, self._node_timeout_s / 3, backoff * 2)
-
-    def _weigh(self, error: ApiError, registered: bool) -> bool:
-        """Note a refusal or a silence; return whether the node is still registered."""
-        if error.status in (404, 409) and registered:
-            self._log.warning("the master does not know this %s: registering again",
-                              "node" if error.status == 404 else "session")
-            return False
-        if error.status == 409 and error.field == "session":
-            raise Superseded(f"node {self._name} ends: {error.message}")
-        if self._away is None and not self._stopping.is_set():
-            self._away = time.monotonic()
-            self._log.warning("%s; work goes on, trying again until it answers%s", error.message,
-                              f" (to become a new node, remove {self._node_file})"
-                              if error.field == "secret" else "")
-        if error.status == 404:
-            self._stopping.wait(BACKOFF_MOST_S)
-        return registered
-
-    def _answered(self, asked: float) -> None:
-        """Note an answer; the master's patience runs from when it was asked, not from its answer."""
-        now = time.monotonic()
-        if self._away is not None:
-            self._log.info("the master answers again after %s", duration_text(now - self._away))
-            self._away = None
-            self._news.set()
+    def start(self, job: Job, asked: float) -> None:
+        """Begin an attempt of a job that was claimed by a request of this moment (boot_clock)."""
+        attempt = Attempt(job, self._place,
+                          lambda output, made: self._reporter.permit(attempt, output, made))
+        attempt.leased_at = asked
         with self._lock:
-            self._heard = max(self._heard, asked)
+            if attempt.key in self._running:
+                return  # the claim was repeated
+            self._running[attempt.key] = attempt
+        if self._events.leaving.is_set():
+            # The claim crossed with the word that this node takes nothing more.
+            attempt.stop("returned")
+        self._log.info("job %s attempt %d: %s begins", *attempt.key, job.scenario)
+        threading.Thread(target=self._work, args=(attempt,), name=f"job-{job.id[:8]}",
+                         daemon=True).start()
+        self._events.news.set()
 
-    def _register(self) -> None:
-        running = [attempt.key for attempt in self._attempts()]  # before the spool, into which they go over
-        holding = dict.fromkeys([*running, *self._spool.waiting()])
-        identity = self._identity or Identity(str(uuid.uuid4()), secrets.token_hex(32))
-        self._keep_identity(identity)  # before the master knows it, or a kill makes a second node
-        body = {**self._hardware.to_json(), "name": self._name, "protocol": PROTOCOL,
-                "address": self._hardware.address or self._name, "version": VERSION,
-                "session": self._session, "id": identity.id,
-                "secret_hash": hashlib.sha256(identity.secret.encode()).hexdigest(),
-                "max_concurrent_jobs": self._options.max_concurrent_jobs, **self._place.meter.facts(),
-                "holding": [{"job_id": job_id, "attempt": number} for job_id, number in holding]}
-        asked = boot_clock()
-        registered = self._introduce(body, identity.secret)
-        self._answered(asked)
-        self._protocol = registered.protocol
-        self._keep_identity(identity._replace(id=registered.id or identity.id))
-        self._node_timeout_s = registered.node_timeout_s
-        self._log.info("registered with %s as %s, node %s", self._client.url, self._name, self._node_id)
-        if self._protocol:
-            self._abandon(attempt for attempt in self._attempts()
-                          if attempt.key not in registered.holding)
-        self._news.set()
+    def _work(self, attempt: Attempt) -> None:
+        """Carry out an attempt and put its report into the spool before it leaves `_running`."""
+        outcome, result = carry_out(attempt, self._place.machine, self._log)
+        first, lines = attempt.log.take(MAX_LOG_LINES)
+        if outcome.status != "lost":
+            if attempt.published:
+                result["published"] = attempt.published
+            self._reporter.keep({**result, "lines": lines, "lines_from": first,
+                                 "samples": attempt.samples.take()})
+        with self._lock:
+            self._running.pop(attempt.key, None)
+        self._log.info("job %s attempt %d: %s%s", *attempt.key, outcome.status,
+                       f": {outcome.error}" if outcome.error else "")
+        self._events.freed.set()
+        self._events.news.set()
 
-    def _introduce(self, body: Json, secret: str) -> Registered:
-        """Register; return the master's answer. ApiError.
-
-        The secret goes only to a master that asks for it, so that of an earlier start nobody else takes the
-        place; one of an earlier version would show it to everybody.
-        """
-        try:
-            return self._client.register(body)
-        except ApiError as error:
-            if error.field != "secret":
-                raise
-        return self._client.register({**body, "secret": secret})
-
-    @property
-    def _node_id(self) -> str | None:
-        return self._identity.id if self._identity else None
-
-    def _keep_identity(self, identity: Identity) -> None:
-        self._identity = identity
-        if read_identity(self._node_file) != identity:
-            write_json(self._node_file, identity._asdict())
-
-    def _abandon(self, lost: Iterable[Attempt]) -> None:
+    def abandon(self, lost: Iterable[Attempt]) -> None:
+        """Stop attempts whose lease is lost."""
         for attempt in lost:
             self._log.warning("job %s attempt %d: the master gave it to another node or ended it",
                               *attempt.key)
             attempt.stop("lost")
 
-    def _ask(self) -> None:
-        """Ask once for work and orders; parks at the master where it can, else sleeps here."""
-        leaving = self._leaving.is_set()
-        free = not leaving and len(self._attempts()) < self._options.max_concurrent_jobs
-        if not self._protocol:
-            self._ask_plainly(free)
-            return
-        wait = min(self._options.heartbeat_interval_s, WAIT_MAX_S, self._node_timeout_s / 3)
-        assert self._node_id is not None
-        common = {"session": self._session, "seen": self._seen}
-        asked = boot_clock()
-        if free:
-            answer = self._client.claim({**common, "node_id": self._node_id, "claim": self._word}, wait)
-            if answer.claim:  # else a copy on its way may yet get a job for it
-                self._word = uuid.uuid4().hex
-        else:
-            answer = self._client.heartbeat(self._node_id, {**common, "leaving": leaving}, wait)
-        self._answered(asked)
-        self._log.debug("heartbeat: the master answers (%s)", "free" if free else "busy")
-        if answer.job is not None:
-            self._start(answer.job, asked)
-        self._obey(answer)  # after the start: an order may be for this very job
-        empty = answer.job is None and not answer.orders and boot_clock() - asked < wait / 10
-        self._hasty = self._hasty + 1 if empty else 0
-        if self._hasty > HASTY_MOST:  # a master that says to park and does not
-            self._stopping.wait(min(1.0, wait / 10))
-
-    def _ask_plainly(self, free: bool) -> None:
-        """Talk to a master that knows no parked requests: heartbeats and polls by the clock."""
-        assert self._node_id is not None
-        now = boot_clock()
-        if now - self._beat >= self._options.heartbeat_interval_s:
-            self._client.heartbeat(self._node_id, {})
-            self._beat = now
-            self._answered(now)
-            self._log.debug("heartbeat: the master answers")
-        job = self._client.claim({"node_id": self._node_id}).job if free else None
-        if job is not None:
-            self._start(job, now)
-            return
-        self._freed.wait(min(self._options.poll_interval_s, self._options.heartbeat_interval_s))
-        self._freed.clear()
-
-    def _obey(self, answer: Answer) -> None:
+    def obey(self, answer: Answer) -> None:
+        """Carry out the orders of an answer; twice is the same as once."""
         if answer.seen is not None:
-            self._seen = answer.seen
+            self._link.seen = answer.seen
         for order in answer.orders:
-            key = order.job_id, order.attempt
+            key = (order.job_id, order.attempt)
             with self._lock:
                 attempt = self._running.get(key)
-            self._carry_out(order.action, key, attempt)
+            if attempt is None:
+                self._refuse(order)
+            elif order.action in ENDING_ORDERS:
+                attempt.stop(ENDING_ORDERS[order.action])
+            else:
+                self._pause_or_resume(attempt, order.action)
 
-    def _carry_out(self, action: str, key: tuple[str, int], attempt: Attempt | None) -> None:
-        status = {"cancel": "canceled", "return": "returned"}.get(action)
-        if status and attempt is not None:
-            attempt.stop(status)
-        elif status:
-            if key not in self._spool.waiting():
-                self._keep({"job_id": key[0], "attempt": key[1], "status": status,
-                            "error": "this node does not hold the job"})
-        elif attempt is not None and action in ("pause", "resume") and attempt.paused != (action == "pause"):
-            getattr(attempt, action)()
-            self._news.set()
+    def _refuse(self, order: Order) -> None:
+        """Report an attempt that this node does not hold as ended, unless its report is on its way."""
+        status = ENDING_ORDERS.get(order.action)
+        if status and (order.job_id, order.attempt) not in self._link.state.spool.waiting():
+            self._reporter.keep({"job_id": order.job_id, "attempt": order.attempt, "status": status,
+                                 "error": "this node does not hold the job"})
 
-    def _start(self, job: Job, asked: float) -> None:
-        """Begin an attempt of a job that was claimed by a request of this moment (boot_clock)."""
-        key = job.key
-        attempt = Attempt(job, self._place, lambda output, made: self._confirm(attempt, output, made))
-        attempt.leased_at = asked
-        with self._lock:
-            if key in self._running:
-                return
-            self._running[key] = attempt
-            if self._leaving.is_set():  # it crossed with our word that we take nothing more
-                attempt.stop("returned")
-        self._log.info("job %s attempt %d: %s begins", *key, job.scenario)
-        threading.Thread(target=self._work, args=(attempt,), name=f"job-{job.id[:8]}", daemon=True).start()
-        self._news.set()
-
-    def _work(self, attempt: Attempt) -> None:
-        outcome, result = carry_out(attempt, self._place.machine, self._log)
-        first, lines = attempt.log.take(MAX_LOG_LINES)
-        if outcome.status != "lost":
-            named = {"published": attempt.published} if attempt.published else {}
-            self._keep({**result, **named, "lines": lines, "lines_from": first,
-                        "samples": attempt.samples.take()})
-        with self._lock:
-            self._running.pop(attempt.key, None)
-        self._log.info("job %s attempt %d: %s%s", *attempt.key, outcome.status,
-                       f": {outcome.error}" if outcome.error else "")
-        self._freed.set()
-        self._news.set()
-
-    def _keep(self, result: Json) -> None:
-        """Put a report into the spool; waits while the disk is full."""
-        result = {**result, "node_id": self._node_id}
-        said = False
-        while True:
-            try:
-                self._spool.put(result)
-                self._news.set()
-                return
-            except OSError as error:
-                if not said:
-                    self._log.error("the result of job %s cannot be kept in %s: %s; trying again",
-                                    result["job_id"], self._options.state_dir, cause_text(error))
-                said = True
-                if self._stopping.wait(1):
-                    return
-            except (TypeError, ValueError) as error:  # no JSON: unreported, it would hold its lease for ever
-                result = {"node_id": self._node_id, **own_failure(result["job_id"], result["attempt"],
-                                                                  self._name, error)}
-
-    def _confirm(self, attempt: Attempt, output: OutputFile, made: Json) -> float | None:
-        """Ask the master whether an attempt may name its output; `made` is the fingerprint, which it keeps.
-
-        Return until when (boot_clock) it may, None when it may not. By the fingerprint a later attempt knows
-        the film as the job's own, and replaces it. While the master is away a film that bears a mark, by
-        which it is known too, may get its name as long as nobody else can have the job; any other waits.
-        """
-        attempt.published = made
-        while self._protocol and not attempt.stopping:
-            try:
-                self._send_progress(attempt)
-                valid_s = min(PUBLISH_S, self._node_timeout_s / 2)
-                return None if attempt.stopping else attempt.leased_at + valid_s
-            except ApiError as error:
-                sure_until = attempt.leased_at + self._node_timeout_s
-                if output.marked and error.field not in STRANGER and boot_clock() < sure_until:
-                    return sure_until
-                if self._stopping.wait(1):
-                    return None
-        return None if self._protocol else math.inf
-
-    def _report(self) -> None:
-        """Send progress and empty the spool until the end; silence makes it wait, longer each time."""
-        pause = BACKOFF_FIRST_S
-        while not self._stopping.is_set():
-            due = PROGRESS_S
-            try:
-                if self._node_id and self._heard > 0:
-                    self._deliver()
-                    due = self._send_all_progress()
-                pause = BACKOFF_FIRST_S
-            except ApiError as error:
-                self._log.debug("report: %s", error.message)
-                due, pause = random.uniform(pause / 2, pause), min(BACKOFF_MOST_S, pause * 2)
-                self._stopping.wait(due)
-                continue
-            self._news.wait(due)
-            self._news.clear()
-
-    def _deliver(self) -> None:
-        """Send what the spool holds, oldest first; a report that was judged leaves it."""
-        for path, result in self._spool.entries():
-            if result.get("node_id") not in (None, self._node_id):
-                self._log.warning("the result of job %s is of another node, which this folder was once; it "
-                                  "is set aside as %s", result["job_id"], self._spool.set_aside(path))
-                continue
-            asked = boot_clock()
-            try:
-                self._client.report({**result, "session": self._session} if self._protocol else result)
-                self._log.info("job %s: result delivered (%s)", result["job_id"], result["status"])
-            except ApiError as error:
-                if error.status not in (404, 409) or error.field in STRANGER:
-                    if error.retryable or error.field in STRANGER:
-                        raise
-                    if path not in self._refused:
-                        self._log.error("job %s: the master refuses the result: %s", result["job_id"],
-                                        error.message)
-                    self._refused.add(path)
-                    continue
-                self._log.warning("job %s attempt %s: result not taken: %s", result["job_id"],
-                                  result["attempt"], error.message)
-            path.unlink(missing_ok=True)
-            self._answered(asked)
-
-    def _send_all_progress(self) -> float:
-        if not self._protocol:
-            return PROGRESS_S
-        return min((self._send_progress(attempt) for attempt in self._attempts()), default=60.0)
-
-    def _send_progress(self, attempt: Attempt) -> float:
-        """Send one attempt's progress; return when the next one is wanted, in s from now."""
-        (first, lines), samples = attempt.log.take(LINES_A_REPORT), attempt.samples.take()
-        body = {"node_id": self._node_id, "session": self._session, "attempt": attempt.number,
-                "progress": {**attempt.progress, "paused": attempt.paused}, "samples": samples,
-                "lines": lines, "lines_from": first,
-                **({"published": attempt.published} if attempt.published else {})}
-        asked = boot_clock()
-        try:
-            answer = self._client.progress(attempt.job_id, body)
-        except ApiError as error:
-            if error.status in (404, 409) and error.field not in STRANGER:
-                self._abandon([attempt])
-                return PROGRESS_S
-            attempt.samples.put_back(samples)
-            raise
-        self._answered(asked)
-        attempt.leased_at = asked
-        self._obey(answer)  # a master that was started again knows only from this report what stands still
-        attempt.log.drop(first + len(lines))
-        if len(lines) == LINES_A_REPORT:
-            return 0.0
-        return max(0.2, min(60.0, answer.next_s or PROGRESS_S))
+    def _pause_or_resume(self, attempt: Attempt, action: str) -> None:
+        before = attempt.paused
+        if action == "pause":
+            attempt.pause()
+        elif action == "resume":
+            attempt.resume()
+        if attempt.paused != before:
+            self._events.news.set()
 
 
 def carry_out(attempt: Attempt, machine: Machine, log: logging.Logger) -> tuple[Outcome, Json]:
@@ -5983,15 +6236,9 @@ def carry_out(attempt: Attempt, machine: Machine, log: logging.Logger) -> tuple[
     try:
         outcome = attempt.run()
         return outcome, result_of(attempt, outcome, machine, time.time())
-    except Exception as error:  # one that nobody reports would hold its lease for ever
+    except Exception as error:  # unreported, the attempt would hold its lease for ever
         log.debug("job %s", attempt.job_id, exc_info=True)
         return Outcome("failed"), own_failure(attempt.job_id, attempt.number, machine.name, error)
-
-
-def own_failure(job_id: str, number: int, name: str, error: Exception) -> Json:
-    """Return the report of an attempt that an error of the agent's own ended."""
-    return {"job_id": job_id, "attempt": number, "status": "failed", "failure_reason": "agent",
-            "error": f"the agent on {name} failed itself: {type(error).__name__}: {error}"}
 
 
 def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host, name: str) -> Workplace:
@@ -6009,11 +6256,11 @@ def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host
 
 def http_args_of(host: hwdetect.Host, ffmpeg: str) -> tuple[str, ...]:
     """Return what keeps an FFmpeg from following redirects; older ones than 5.1 have no such option."""
-    told = host.run([ffmpeg, "-hide_banner", "-h", "protocol=http"], HELP_S).stdout
-    return ("-max_redirects", "0") if "max_redirects" in told else ()
+    options = host.run([ffmpeg, "-hide_banner", "-h", "protocol=http"], HELP_S).stdout
+    return ("-max_redirects", "0") if "max_redirects" in options else ()
 
 
-# ---- 17 CLI ---------------------------------------------------------------------------------------
+# ---- 18 CLI ---------------------------------------------------------------------------------------
 
 COMMON_FLAGS = (
     Flag("--max-concurrent-jobs", "1", whole_number(1, 256), "jobs to run side by side (1)"),

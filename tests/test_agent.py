@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import tempfile
 import threading
@@ -19,12 +20,12 @@ import tracemalloc
 import unittest
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from unittest import mock
 
 import agent
 import hwdetect
-from agent import ENCODERS, Failure, Machine, Settings, Source
+from agent import ENCODERS, ApiError, Failure, Machine, Settings, Source
 from tests.fleet import run
 from tests.support import free_port, need, wait_for
 
@@ -869,6 +870,23 @@ class Spooling(FolderCase):
         self.assertEqual(self.waiting(), [])
         self.assertEqual(list((self.folder / "spool").iterdir()), [])
 
+    def test_a_report_is_on_the_disk_before_it_has_its_name_and_its_name_too(self) -> None:
+        done: list[object] = []
+        fsync, replace = os.fsync, os.replace
+
+        def noted_fsync(descriptor: int) -> None:
+            found = os.fstat(descriptor)
+            done.append("folder" if stat.S_ISDIR(found.st_mode) else found.st_size)
+            fsync(descriptor)
+
+        def noted_replace(old: Path, new: Path) -> None:
+            done.append("name")
+            replace(old, new)
+        with mock.patch("agent.os.fsync", noted_fsync), mock.patch("agent.os.replace", noted_replace):
+            self.put("a")
+        size = next((self.folder / "spool").glob("*.json")).stat().st_size
+        self.assertEqual(done, [size, "name", "folder"])
+
     def test_a_full_disk_is_told_and_leaves_nothing_behind(self) -> None:
         def full_disk_stand_in(descriptor: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -966,21 +984,303 @@ class Registering(FolderCase):
                            logging.getLogger("ffdist.agent"))
         attempt = agent.Attempt(agent.Job("job-1", 3, None, None), node._place)
         node._running[attempt.key] = attempt
-        entries, sent = node._spool.entries, []
+        spool = node._link.state.spool
+        entries, sent = spool.entries, []
 
         def ends_after_the_look() -> list[tuple[Path, agent.Json]]:
             found = entries()
             if node._running.pop(attempt.key, None):
-                node._spool.put({"job_id": "job-1", "attempt": 3, "status": "completed"})
+                spool.put({"job_id": "job-1", "attempt": 3, "status": "completed"})
             return found
 
         def register(body: agent.Json) -> agent.Registered:
             sent.append(body)
             return agent.Registered(None)
-        with mock.patch.object(node._spool, "entries", ends_after_the_look), \
+        with mock.patch.object(spool, "entries", ends_after_the_look), \
                 mock.patch.object(node._client, "register", register):
-            node._register()
+            node._session.step(0.0)
         self.assertEqual(sent[0]["holding"], [{"job_id": "job-1", "attempt": 3}])
+
+
+class StandInMaster:
+    """What a Client would be, with answers of the test's own; an ApiError among them is raised."""
+
+    url = "http://stand-in"
+
+    def __init__(self) -> None:
+        self.answers: dict[str, list[object]] = {}
+        self.calls: list[tuple[str, agent.Json]] = []
+        self.hook: Callable[[], object] = lambda: None
+
+    def _answer(self, name: str, body: agent.Json, otherwise: object) -> Any:
+        self.calls.append((name, body))
+        self.hook()
+        waiting = self.answers.get(name) or [otherwise]
+        answer = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+        if isinstance(answer, ApiError):
+            raise answer
+        return answer
+
+    def register(self, body: agent.Json) -> agent.Registered:
+        return self._answer("register", body, agent.Registered("node-1", 1, 90.0))
+
+    def heartbeat(self, node_id: str, body: agent.Json, wait_s: float | None = None) -> agent.Answer:
+        return self._answer("heartbeat", body, agent.Answer())
+
+    def claim(self, query: agent.Json, wait_s: float | None = None) -> agent.Answer:
+        return self._answer("claim", query, agent.Answer())
+
+    def progress(self, job_id: str, body: agent.Json) -> agent.Answer:
+        return self._answer("progress", {**body, "job_id": job_id}, agent.Answer())
+
+    def report(self, result: agent.Json) -> None:
+        self._answer("report", result, None)
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.calls]
+
+    def close(self) -> None:
+        pass
+
+
+class TalkCase(FolderCase):
+    """A node that talks with a stand-in of a master: no threads, no processes, a clock of the test's own."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.master = StandInMaster()
+        patches = (mock.patch("agent.Client", lambda url: self.master),
+                   mock.patch("agent.random.uniform", lambda low, high: high),
+                   mock.patch("agent.hwdetect.Meter", mock.MagicMock()))
+        for patch in patches:
+            patch.start()
+            self.addCleanup(patch.stop)
+        options = agent.Options("", True, 10, 30, 2, self.folder, self.folder, str(self.folder),
+                                "worker-01", ())
+        log = logging.getLogger("ffdist.agent.test")
+        log.addHandler(logging.NullHandler())
+        log.propagate = False
+        self.node = agent.Agent(options, hwdetect.Hardware(), hwdetect.Host(str(self.folder)), log)
+        self.now = 1000.0
+        self.link = self.node._link
+        self.link.clock = lambda: self.now
+        self.session, self.reporter = self.node._session, self.node._reporter
+        self.meter = self.node._place.meter
+        self.session._idle = self.meter.idle
+
+    def steps(self, part: agent.Session | agent.Reporter, count: int) -> list[float]:
+        """Step so often; return how long each wants to rest."""
+        return [part.step(self.now).seconds for _ in range(count)]
+
+    def running(self, job_id: str = "job-1", number: int = 1) -> agent.Attempt:
+        attempt = agent.Attempt(agent.Job(job_id, number, None, None), self.node._place)
+        self.node._running[attempt.key] = attempt
+        return attempt
+
+    def word_of(self, attempt: agent.Attempt) -> str | None:
+        return attempt._runner.stop_word
+
+
+class Sessions(TalkCase):
+    """Registration, claims and heartbeats."""
+
+    def test_tries_of_an_absent_master_come_less_and_less_often(self) -> None:
+        away = ApiError(0, "no answer")
+        self.master.answers = {"register": [away]}
+        self.assertEqual(self.steps(self.session, 8), [0.5, 1, 2, 4, 8, 15, 15, 15])
+        self.master.answers = {"claim": [away]}
+        self.assertEqual(self.steps(self.session, 3), [0, 15, 15], "a registration alone is no recovery")
+        self.master.answers = {}
+        self.steps(self.session, 1)
+        self.master.answers = {"claim": [away]}
+        self.assertEqual(self.steps(self.session, 3), [0.5, 1, 2], "an answer begins anew")
+
+    def test_a_master_with_little_patience_is_tried_more_often(self) -> None:
+        self.master.answers = {"register": [agent.Registered("node-1", 1, 9.0)], "claim": [ApiError(503, "")]}
+        self.assertEqual(self.steps(self.session, 6), [0, 0.5, 1, 2, 3, 3])
+
+    def test_an_attempt_that_the_master_does_not_confirm_by_its_number_is_stopped(self) -> None:
+        first, second, other = self.running("job-1", 1), self.running("job-2", 2), self.running("job-3", 1)
+        holding = frozenset({("job-1", 2), ("job-2", 2)})
+        self.master.answers = {"register": [agent.Registered("node-1", 1, 90.0, holding)]}
+        self.steps(self.session, 1)
+        self.assertEqual([self.word_of(attempt) for attempt in (first, second, other)],
+                         ["lost", None, "lost"])
+        self.assertEqual(self.master.calls[0][1]["holding"], [
+            {"job_id": "job-1", "attempt": 1}, {"job_id": "job-2", "attempt": 2},
+            {"job_id": "job-3", "attempt": 1}])
+
+    def test_a_master_that_forgot_the_node_hears_of_it_at_once_and_then_seldom(self) -> None:
+        self.steps(self.session, 2)
+        self.master.answers = {"claim": [ApiError(404, "unknown node")]}
+        self.assertEqual(self.steps(self.session, 1), [0])
+        self.master.answers = {"register": [ApiError(404, "no such path")]}
+        self.assertEqual(self.steps(self.session, 2), [15, 15])
+        self.assertEqual(self.master.names(), ["register", "claim", "claim", "register", "register"])
+
+    def test_another_start_of_this_node_ends_this_one(self) -> None:
+        refusal = ApiError(409, "another start", "session")
+        self.steps(self.session, 1)
+        self.master.answers = {"claim": [refusal], "register": [refusal]}
+        self.assertEqual(self.steps(self.session, 1), [0.5], "it may only have forgotten the session")
+        with self.assertRaises(agent.Superseded):
+            self.session.step(self.now)
+
+    def test_a_claim_keeps_its_word_until_an_answer_used_it_up(self) -> None:
+        away = ApiError(0, "no answer")
+        self.master.answers = {"claim": [away, agent.Answer(), agent.Answer(claim=True), agent.Answer()]}
+        self.steps(self.session, 5)
+        words = [body["claim"] for name, body in self.master.calls if name == "claim"]
+        self.assertEqual(len(words), 4)
+        self.assertEqual(len(set(words[:3])), 1)
+        self.assertNotEqual(words[2], words[3])
+
+    def test_a_master_that_says_it_parks_and_does_not_is_asked_once_a_second(self) -> None:
+        self.assertEqual(self.steps(self.session, 9), [0] * 6 + [1] * 3)
+
+        def parks() -> None:
+            self.now += 20
+        self.master.hook = parks
+        self.assertEqual(self.steps(self.session, 2), [0, 0])
+
+    def test_a_full_node_parks_in_its_heartbeat(self) -> None:
+        self.running("job-1"), self.running("job-2")
+        holding = frozenset({("job-1", 1), ("job-2", 1)})
+        self.master.answers = {"register": [agent.Registered("node-1", 1, 90.0, holding)]}
+        self.steps(self.session, 2)
+        self.assertEqual(self.master.names(), ["register", "heartbeat"])
+        self.assertFalse(self.master.calls[1][1]["leaving"])
+
+    def test_a_seeds_master_gets_heartbeats_and_polls_by_the_clock(self) -> None:
+        self.master.answers = {"register": [agent.Registered("node-1")]}
+        self.session._beat_at = self.now
+        self.steps(self.session, 1)
+        for passed, names in ((1, ["claim"]), (30, ["heartbeat", "claim"]), (1, ["claim"])):
+            self.now += passed
+            del self.master.calls[:]
+            self.assertEqual(self.session.step(self.now), agent.Rest(10, wakeable=True))
+            self.assertEqual(self.master.names(), names)
+
+    def test_the_secret_goes_only_to_a_master_that_asks_for_it(self) -> None:
+        self.master.answers = {"register": [ApiError(403, "prove it", "secret"),
+                                            agent.Registered("node-1", 1, 90.0)]}
+        self.steps(self.session, 1)
+        bodies = [body for _, body in self.master.calls]
+        self.assertEqual(["secret" in body for body in bodies], [False, True])
+
+    def test_a_new_idle_baseline_is_told_until_the_master_has_it(self) -> None:
+        self.steps(self.session, 2)
+        self.meter.idle = mock.sentinel.newer
+        self.master.answers = {"register": [ApiError(0, "no answer"), agent.Registered("node-1", 1, 90.0)]}
+        self.steps(self.session, 3)
+        self.assertEqual(self.master.names(), ["register", "claim", "register", "register", "claim"])
+
+
+class Reports(TalkCase):
+    """Progress and results."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.steps(self.session, 1)
+        del self.master.calls[:]
+
+    def kept(self) -> list[str]:
+        return [job_id for job_id, _ in self.link.state.spool.waiting()]
+
+    def keep(self, *names: str) -> None:
+        for name in names:
+            self.reporter.keep({"job_id": name, "attempt": 1, "status": "completed"})
+
+    def test_a_silent_master_is_tried_less_and_less_often(self) -> None:
+        self.keep("a")
+        self.master.answers = {"report": [ApiError(0, "no answer")]}
+        self.assertEqual(self.steps(self.reporter, 7), [0.5, 1, 2, 4, 8, 15, 15])
+        self.master.answers = {}
+        self.assertEqual(self.steps(self.reporter, 1), [agent.IDLE_PROGRESS_S])
+        self.assertEqual(self.kept(), [])
+
+    def test_what_the_master_has_judged_leaves_the_spool_and_nothing_else(self) -> None:
+        for error, left in ((None, []), (ApiError(404, "unknown job"), []), (ApiError(409, "lost"), []),
+                            (ApiError(400, "bad"), ["a", "b"]), (ApiError(503, "busy"), ["a", "b"]),
+                            (ApiError(409, "who?", "session"), ["a", "b"]),
+                            (ApiError(404, "who?", "node_id"), ["a", "b"])):
+            with self.subTest(error=str(error)):
+                for path, _ in self.link.state.spool.entries():
+                    path.unlink()
+                self.keep("a", "b")
+                self.master.answers = {"report": [error]}
+                self.steps(self.reporter, 1)
+                self.assertEqual(self.kept(), left)
+
+    def test_a_report_that_is_refused_does_not_hold_up_the_others(self) -> None:
+        self.keep("a", "b")
+        self.master.answers = {"report": [ApiError(413, "too long"), None]}
+        self.steps(self.reporter, 1)
+        self.assertEqual(self.kept(), ["a"])
+
+    def test_a_lost_lease_stops_the_attempt(self) -> None:
+        attempt = self.running()
+        self.master.answers = {"progress": [ApiError(409, "another attempt")]}
+        self.steps(self.reporter, 1)
+        self.assertEqual(self.word_of(attempt), "lost")
+
+    def test_readings_that_could_not_be_sent_go_with_the_next_progress(self) -> None:
+        attempt = self.running()
+        attempt.samples.rows.extend({"number": number} for number in range(3))
+        attempt.log.add("a line")
+        self.master.answers = {"progress": [ApiError(0, "no answer"), agent.Answer()]}
+        self.steps(self.reporter, 3)
+        bodies = [body for _, body in self.master.calls]
+        self.assertEqual([len(body["samples"]) for body in bodies], [3, 3, 0])
+        self.assertEqual([body["lines"] for body in bodies], [["a line"], ["a line"], []])
+        self.assertEqual(attempt.leased_at, self.now)
+
+    def test_the_master_says_when_it_wants_the_next_within_limits(self) -> None:
+        self.running()
+        for next_s, rest_s in ((None, 2.0), (7.5, 7.5), (0.001, 0.2), (1e9, 60.0)):
+            self.master.answers = {"progress": [agent.Answer(next_s=next_s)]}
+            self.assertEqual(self.steps(self.reporter, 1), [rest_s])
+
+    def test_more_lines_than_one_message_holds_go_at_once(self) -> None:
+        attempt = self.running()
+        for number in range(agent.LINES_A_REPORT + 1):
+            attempt.log.add(str(number))
+        self.assertEqual(self.steps(self.reporter, 2), [0, agent.PROGRESS_S])
+        self.assertEqual([body["lines_from"] for _, body in self.master.calls], [0, agent.LINES_A_REPORT])
+
+    def test_an_order_for_an_attempt_that_is_not_here_is_answered_once(self) -> None:
+        running = self.running("job-1", 2)
+        answer = agent.Answer(orders=(agent.Order("cancel", "job-1", 1), agent.Order("pause", "job-9", 1)))
+        for _ in range(2):
+            self.node.obey(answer)
+        self.assertEqual(self.link.state.spool.waiting(), [("job-1", 1)])
+        self.assertIsNone(self.word_of(running), "it is another attempt")
+        self.node.obey(agent.Answer(orders=(agent.Order("return", "job-1", 2),)))
+        self.assertEqual(self.word_of(running), "returned")
+
+    def test_a_permission_counts_from_its_request(self) -> None:
+        attempt = self.running()
+
+        def slow() -> None:
+            self.now += 4
+        self.master.hook = slow
+        until = self.reporter.permit(attempt, mock.Mock(marked=False), {"bytes": 1})
+        self.assertEqual(until, 1000.0 + agent.PUBLISH_S)
+        self.assertEqual(self.master.calls[-1][1]["published"], {"bytes": 1})
+
+    def test_while_the_master_is_away_only_a_marked_film_gets_its_name_and_only_while_the_lease_lasts(
+            self) -> None:
+        attempt = self.running()
+        attempt.leased_at = self.now - 20
+        self.master.answers = {"progress": [ApiError(0, "no answer")]}
+        self.assertEqual(self.reporter.permit(attempt, mock.Mock(marked=True), {}), 1070.0)
+        self.link.events.stopping.set()  # else it waits
+        self.assertIsNone(self.reporter.permit(attempt, mock.Mock(marked=False), {}))
+        self.now += 71
+        self.assertIsNone(self.reporter.permit(attempt, mock.Mock(marked=True), {}))
+        self.now -= 71
+        self.master.answers = {"progress": [ApiError(409, "who?", "session")]}
+        self.assertIsNone(self.reporter.permit(attempt, mock.Mock(marked=True), {}))
 
 
 class ClearingUp(FolderCase):
@@ -1611,6 +1911,13 @@ class Counting(unittest.TestCase):
         self.assertEqual({round(point[1] or 0) for point in series.points}, {30})
         self.assertEqual({point[2] for point in series.points}, {1.5})
         self.assertGreater(series.points[-1][0] or 0, 98_000)
+
+
+class Units(unittest.TestCase):
+    def test_memory_is_in_mib(self) -> None:
+        ledger = hwdetect.Ledger(peak_rss_bytes=100 << 20, gpu_memory_bytes=50 << 20)
+        metrics = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=1.0))
+        self.assertEqual((metrics["memory_usage"], metrics["gpu_memory_usage"]), (100.0, 50.0))
 
 
 class Judging(unittest.TestCase):

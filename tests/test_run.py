@@ -816,6 +816,19 @@ class Watchdogs(RunCase):
                 self.assertIn("the generated source: ffmpeg ", str(result["error"]))
 
 
+class Measured(unittest.TestCase):
+    def test_the_peak_memory_of_a_program_is_in_bytes(self) -> None:
+        """The kernel gives KiB: 64 MiB must not become 64 KiB."""
+        with tempfile.TemporaryDirectory() as folder:
+            words = ["python3", "-c", "held = b'x' * (64 << 20)"]
+            program = hwdetect.Program(words, Path(folder), lambda line: None, lambda line: None)
+            self.assertTrue(program.ended.wait(PATIENCE_S))
+        assert program.exit is not None
+        self.assertEqual(program.exit.returncode, 0)
+        self.assertGreater(program.exit.peak_rss_bytes, 64 << 20)
+        self.assertLess(program.exit.peak_rss_bytes, 256 << 20)
+
+
 class Pausing(RunCase):
     """A pause stops the attempt's clock with its processes, whoever orders it and how often."""
 
@@ -1080,6 +1093,20 @@ class StandIns(RunCase):
         status = self.stand_in("status", f"{self.LAST}; echo x >\"$target\"; {self.END}; "
                                "echo '[error] broken heart' >&2; exit 1")
         self.fails("encoder", "plain.mp4", "broken heart", place=status, input="plain.mp4", output="o.mp4")
+
+    def test_an_output_that_is_shorter_than_what_was_written_is_a_full_disk(self) -> None:
+        """As over a quota, or on a share that was full: each write succeeds, the file lacks its end."""
+        film = self.media / self.film("plain.mp4")
+        for size, short in ((film.stat().st_size, False), (2 * film.stat().st_size, True)):
+            said = f"printf 'frame=25\\nout_time_us=1000000\\ntotal_size={size}\\nprogress=end\\n'"
+            place = self.stand_in(f"short-{short}", f"{self.LAST}; cat '{film}' >\"$target\"; {said}")
+            with self.subTest(short=short):
+                if short:
+                    self.fails("out_of_disk", "o.mp4", f"of the {size} bytes", place=place,
+                               input="plain.mp4", output="o.mp4")
+                else:
+                    self.completes(place=place, input="plain.mp4", output="o.mp4", overwrite=True)
+                    (self.media / "o.mp4").unlink()
 
     def test_a_killed_encode_may_be_tried_again(self) -> None:
         self.fails("killed", "plain.mp4", "SIGKILL", "worker-01", place=self.stand_in(
