@@ -1290,7 +1290,10 @@ def _answer_to(request: urllib.request.Request, opener: urllib.request.OpenerDir
         with answer:
             return answer.code, answer.reason, _body_of(answer, limit_bytes)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        cause = cause_text(getattr(error, "reason", error))
+        # The text of a bad status line is whatever came, an ssh banner or control characters.
+        cause = printable(cause_text(getattr(error, "reason", error)))
+        if type(error) is http.client.BadStatusLine:
+            cause = "it does not speak HTTP"
         raise ApiError(0, f"no answer from {server}: {cause}") from None
 
 

@@ -2271,9 +2271,18 @@ class Calling(unittest.TestCase):
 
     def test_bytes_that_are_no_http_are_told_in_a_sentence(self) -> None:
         for raw in (b"SSH-2.0-OpenSSH_9.2\r\n", b"\r\n\r\n", b"HTTP/1.1 abc\r\n\r\n", b"\x00" * 100 + b"\r\n",
-                    b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n{}"):
-            with self.server(raw, raw, close_after=True) as (_, client), contextlib.suppress(agent.ApiError):
-                client.nodes()
+                    b"\x1b[2J\x07\r\n"):
+            with self.subTest(raw[:20]), self.server(raw, raw, close_after=True) as (_, client):
+                with self.assertRaises(agent.ApiError) as caught:
+                    client.nodes()
+                self.assertEqual((caught.exception.status, caught.exception.retryable), (0, True))
+                self.assertEqual(caught.exception.message,
+                                 f"no answer from the master at {client.url}: it does not speak HTTP")
+
+    def test_a_length_that_is_no_number_is_that_of_the_connection(self) -> None:
+        raw = b'HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n{"nodes": []}'
+        with self.server(raw, close_after=True) as (_, client):
+            self.assertEqual(client.nodes(), {"nodes": []})
 
     def test_nobody_there_is_retryable_and_names_the_master(self) -> None:
         url = f"http://127.0.0.1:{free_port()}"
