@@ -134,7 +134,7 @@ class ApiError(Exception):
 
 
 class Failure(Exception):
-    """The failure of an attempt: a sentence that names the file or field, and a `failure_reason`."""
+    """The failure of an attempt: a `failure_reason`, and a sentence that names file or field."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -147,17 +147,17 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 class Fields:
-    """The fields of one JSON object, each checked as it is read: the only reader of JSON at the edge.
+    """The fields of one JSON object, each checked as it is read: the edge's one reader of JSON.
 
     It reads messages to the master, parameters of a job and answers to the Client. A method returns
-    None (`words` "", lists and objects empty ones) where the field is absent or null. A value of another
-    kind, or outside its limits, raises ApiError with `status` (400 for a request, 0 for an answer that
-    makes no sense), which names the field as `prefix` and its name: `parameters.crf`. A `lenient` reader
-    takes such a value for an absent one: a strange result that another program stored must not hide
-    everything beside it.
+    None (`words` "", lists and objects empty ones) where the field is absent or null. A value of
+    another kind, or outside its limits, raises ApiError with `status` (400 for a request, 0 for an
+    answer that makes no sense), which names the field as `prefix` and its name: `parameters.crf`. A
+    `lenient` reader takes such a value for an absent one: a strange result that another program
+    stored must not hide everything beside it.
 
-    With `texts` a number may be a text, as all values of a query are. Unknown fields are ignored, for
-    later versions may send more.
+    With `texts` a number may be a text, as all values of a query are. Unknown fields are ignored,
+    for later versions may send more.
     """
 
     def __init__(self, value: object, name: str = "the body", *, prefix: str = "",
@@ -350,9 +350,9 @@ class Order(NamedTuple):
 class Answer:
     """The master's answer to a claim, a heartbeat or progress.
 
-    Orders stand until they are obeyed; `seen` is the number of the newest, which the next request sends
-    back. `claim` is true where the claim word was used up: the next claim needs a new one. `next_s` is
-    when the master wants the next progress, in s from now.
+    Orders stand until they are obeyed; `seen` is the number of the newest, which the next request
+    sends back. `claim` is true where the claim word was used up: the next claim needs a new one.
+    `next_s` is when the master wants the next progress, in s from now.
     """
 
     job: Job | None = None
@@ -380,8 +380,8 @@ class Answer:
 class Registered:
     """The master's answer to a registration.
 
-    `protocol` is None for the seed's master, which knows no sessions and parks no requests. `holding`
-    has the attempts, by job and number, that are still this node's.
+    `protocol` is None for the seed's master, which knows no sessions and parks no requests.
+    `holding` has the attempts, by job and number, that are still this node's.
     """
 
     id: str | None
@@ -403,8 +403,8 @@ class Registered:
 class ResultView:
     """A result for people; `json` is the whole of it, and absent texts are empty.
 
-    METRICS describes the figures of `metrics`. Results of foreign agents are kept as they were sent: a
-    field that makes no sense counts as absent.
+    METRICS describes the figures of `metrics`. Results of foreign agents are kept as they were
+    sent: a field that makes no sense counts as absent.
     """
 
     json: Json
@@ -483,8 +483,8 @@ class AttemptView:
 class JobView:
     """A job for people; `json` is the whole answer, and absent texts are empty.
 
-    `settings` are the resolved ones, `parameters` those that were given. Only the answer about one job
-    has `result` and `attempts`. A job of the seed's master may lack all but its id.
+    `settings` are the resolved ones, `parameters` those that were given. Only the answer about one
+    job has `result` and `attempts`. A job of the seed's master may lack all but its id.
     """
 
     json: Json
@@ -598,8 +598,8 @@ class Metric(NamedTuple):
     machine (`of_machine`) exists without a film too, as in a baseline.
 
     Shown: `phrase` formats the value for a result on the terminal; `table` is the table of a report
-    with a column for it, under `label` and `unit`, with `digits` that count. One with `of_energy` is
-    an estimate when energy is.
+    with a column for it, under `label` and `unit`, with `digits` that count. One with `of_energy`
+    is an estimate when energy is.
 
     Exported: where `exported`, its time series is `series`, or else its name.
     """
@@ -646,8 +646,8 @@ _TOO_SHORT = "the run was too short to sample"
 _NO_SIZE = "the output's size is unknown"
 _NO_LENGTH = "the length is unknown"
 
-# Every figure of a result's `metrics`, in the order of reports and exports. Analysis computes by it;
-# the rows of a result, the reports and the export of ffdist show by it; README lists it.
+# Every figure of a result's `metrics`, in the order of reports and exports. Analysis computes by
+# it; the rows of a result, the reports and the export of ffdist show by it; README lists it.
 METRICS: Mapping[str, Metric] = {row.name: row for row in (
     Metric("duration", "Wall time of the encode.", "s", "time", table=SPEED_TABLE, repeats="mean",
            series="duration_seconds"),
@@ -840,7 +840,8 @@ def _energy_text(view: ResultView) -> str:
     about = "about " if is_estimate else ""
     gross = about + view.phrase("energy_joules")
     if metrics.get("net_energy_joules") is not None:
-        gross += f" ({about}{view.phrase('net_energy_joules')} at {metrics.get('idle_watts') or 0:.1f} W)"
+        idle_watts = metrics.get("idle_watts") or 0.0
+        gross += f" ({about}{view.phrase('net_energy_joules')} at {idle_watts:.1f} W)"
     parts = [gross]
     for name in ("power_watts", "joules_per_frame"):
         if metrics.get(name) is not None:
@@ -856,7 +857,7 @@ _SCORES = (("psnr_db", "psnr_min_db"), ("ssim", "ssim_min"), ("vmaf", "vmaf_min"
 
 
 def _quality_text(view: ResultView) -> str:
-    """Return the scores with those of their worst frames, and why one that was asked for is unknown."""
+    """Return the scores, with those of the worst frames, and why one is unknown."""
     known, missed = [], []
     for name, lowest in _SCORES:
         label, why = METRICS[name].label, view.why_unknown(name)
@@ -928,7 +929,7 @@ def table_text(rows: Sequence[Sequence[str]], width: int, colours: Mapping[str, 
     """Return rows as aligned columns that fit `width`; the last column is wrapped to its room.
 
     Where the first row holds heads, columns without a known cell ("-") are left out, and cells that
-    have no room in their row stand below it. `colours` maps the whole text of a cell to an ANSI code.
+    have no room in their row stand below it. `colours` maps texts of cells to ANSI codes.
     """
     if not rows:
         return ""
@@ -990,7 +991,7 @@ def _painted(cell: str, colours: Mapping[str, str]) -> str:
 
 
 class ProgressLine:
-    """One line of progress on stderr, drawn again in place on a terminal, now and then elsewhere."""
+    """One line of progress on stderr: redrawn in place on a terminal, now and then elsewhere."""
 
     def __init__(self) -> None:
         self._drawn = 0
@@ -1036,7 +1037,7 @@ def open_output() -> None:
 
 
 def close_output() -> None:
-    """Send output that nobody reads any more to /dev/null, of which Python would complain at its end."""
+    """Send output that nobody reads to /dev/null: Python would complain of it at its end."""
     try:
         print(end="", flush=True)
     except (OSError, ValueError):
@@ -1092,8 +1093,8 @@ class _KeepAlive(urllib.request.HTTPHandler):
     """Keeps one connection for each thread; urllib by itself closes each after its answer.
 
     A server may close a connection while it is idle. One that is found closed before a request is
-    replaced: nothing was sent yet. One that breaks afterwards is an error, for the master may have done
-    what was asked; only a request that is `repeatable` is sent once more, on a new connection.
+    replaced: nothing was sent yet. One that breaks afterwards is an error, for the master may have
+    done what was asked; only a request that is `repeatable` is sent once more, on a new connection.
     """
 
     def __init__(self) -> None:
@@ -1150,8 +1151,8 @@ class Client:
     """Talks to one master: a typed method for each route. Every method raises ApiError.
 
     No request that may change something is sent twice by itself: the caller knows whether it may be
-    repeated (`ApiError.retryable`), as a claim may by its word and a report by its attempt (DESIGN 4).
-    Requests that only read are sent once more when an idle connection turns out to be closed.
+    repeated (`ApiError.retryable`), as a claim may by its word and a report by its attempt (DESIGN
+    4). Requests that only read are sent once more when an idle connection turns out to be closed.
     """
 
     def __init__(self, url: str) -> None:
@@ -1261,9 +1262,10 @@ def _plain_opener() -> urllib.request.OpenerDirector:
 
 
 def exchange_text(url: str, text: bytes | None = None, timeout_s: float = CONNECT_S) -> str:
-    """GET an address of another server (VictoriaMetrics, say), or POST text there; return its answer.
+    """GET an address of another server, such as VictoriaMetrics, or POST text there.
 
-    A user and a password in the address become basic authentication and appear in no message. ApiError.
+    Return its answer; ApiError. A user and a password in the address become basic authentication
+    and appear in no message.
     """
     parts = urllib.parse.urlsplit(url)
     user, _, place = parts.netloc.rpartition("@")
@@ -1272,7 +1274,8 @@ def exchange_text(url: str, text: bytes | None = None, timeout_s: float = CONNEC
     if user:
         word = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
         request.add_header("Authorization", f"Basic {word}")
-    status, reason, raw = _answer_to(request, _plain_opener(), timeout_s, shown, REFUSAL_LIMIT_BYTES)
+    opener = _plain_opener()
+    status, reason, raw = _answer_to(request, opener, timeout_s, shown, REFUSAL_LIMIT_BYTES)
     if not 200 <= status < 300:
         words = raw[:1 << 10].decode(errors="replace").strip()
         raise ApiError(status, f"{shown} answers {status}: {words or reason}")
@@ -1387,10 +1390,12 @@ PARAMETERS: dict[str, Parameter] = {
     "output": Parameter("place", "path, or rtmp/srt/http URL; none: encoded, measured, discarded"),
     "duration": Parameter("number", "seconds; of a real input its first so many", 0.04, 30 * DAY_S),
     "bitrate": Parameter("bitrate", "video bit/s: 15000k, 5M or a number", 1000, 2e9),
-    "crf": Parameter("number", "constant quality, lower is better (with bitrate: its ceiling)", 0, 63),
+    "crf": Parameter("number", "constant quality, lower is better (with bitrate: its ceiling)",
+                     0, 63),
     "codec": Parameter("word", "h264, h265, av1 or vp9", words=CODECS),
     "encoder": Parameter("name", "FFmpeg's name of an encoder, chosen by the agent unless said"),
-    "preset": Parameter("preset", "ultrafast … veryslow for every codec, or the encoder's own", 0, 13),
+    "preset": Parameter("preset", "ultrafast … veryslow for every codec, or the encoder's own",
+                        0, 13),
     "width": Parameter("size", "pixels, even", 16, 16384),
     "height": Parameter("size", "pixels, even", 16, 16384),
     "fps": Parameter("rate", "frames per second: 30, 29.97 or 30000/1001", 1, 480),
@@ -1404,8 +1409,10 @@ PARAMETERS: dict[str, Parameter] = {
     "threads": Parameter("whole", "encoder threads", 1, 1024),
     "overwrite": Parameter("bool", "true replaces an output that exists; else it is refused"),
     "max_memory_mb": Parameter("whole", "MiB that the job's processes may use", 16, 1 << 24),
-    "max_cpu_percent": Parameter("number", "CPU time that they may use; 100 is one core", 1, 102400),
-    "quality": Parameter("words", "metrics to take: psnr, ssim, vmaf, xpsnr", words=QUALITY_METRICS),
+    "max_cpu_percent": Parameter("number", "CPU time that they may use; 100 is one core",
+                                 1, 102400),
+    "quality": Parameter("words", "metrics to take: psnr, ssim, vmaf, xpsnr",
+                         words=QUALITY_METRICS),
     "settle": Parameter("number", "seconds of rest before each encode, not measured", 0, DAY_S),
     "cooldown": Parameter("number", "seconds of rest after each encode, not measured", 0, DAY_S),
     "timeout": Parameter("number", "seconds the whole job may take", 1, 30 * DAY_S),
@@ -1431,7 +1438,7 @@ CONTAINER_CODECS = {
 
 
 class Sound(NamedTuple):
-    """How the sound of a container is encoded: encoder, bit/s, and the sample rate where it is bound."""
+    """How the sound of a container is encoded; `sample_rate` where the container needs one."""
 
     encoder: str
     bitrate: str
@@ -1466,7 +1473,7 @@ class Encoder(NamedTuple):
     upload: str = ""
 
     def takes(self, pixel_format: str) -> bool:
-        """Return whether it can encode frames of a format; software encoders take all, or convert."""
+        """Return whether it can encode frames of a format; a software encoder converts."""
         return not self.hardware or pixel_format in ("yuv420p", "nv12", self.ten_bit)
 
 
@@ -1479,7 +1486,8 @@ _AOM_WORDS = ("8", "8", "8", "7", "6", "5", "4", "3", "2")
 _VPX_WORDS = ("8", "7", "6", "5", "4", "3", "2", "1", "0")
 _RAV1E_WORDS = ("10", "10", "9", "8", "8", "6", "5", "3", "2")
 _VBV = ("-b:v", "{bitrate}", "-maxrate", "{maxrate}", "-bufsize", "{bufsize}")
-_CRF_ALONE = ("-crf", "{crf}", "-b:v", "0")  # libvpx and libaom: else a default bitrate is its ceiling
+# libvpx and libaom take crf for constant quality only beside a bitrate of 0: else it is a ceiling.
+_CRF_ALONE = ("-crf", "{crf}", "-b:v", "0")
 _THREADS = ("-threads", "{threads}")
 _ROWS = (*_THREADS, "-row-mt", "1")
 _P010 = {"h264": None, "h265": "p010le", "av1": "p010le", "vp9": "p010le"}
@@ -1552,7 +1560,7 @@ PRESET_LOADS = (
     PresetLoad("ultrafast", math.inf, math.inf),
 )
 
-# The protocols that opening an input may use, by its scheme: a local film cannot lead to the network.
+# The protocols that an input may use, by its scheme: a local film cannot lead to the network.
 PROTOCOLS = {
     None: "file,crypto",
     "http": "http,https,tls,tcp,crypto",
@@ -1562,9 +1570,11 @@ PROTOCOLS = {
     "srt": "srt,udp",
 }
 # Playlists and concat files are not films: they could name other files and hosts.
-FILM_FORMATS = ("matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,"
-                "obu,ivf,flv,live_flv,asf,ogg,mxf,nut,rm,dv,gxf,wtv,vc1,mjpeg,yuv4mpegpipe,gif,apng,"
-                "wav,mp3,flac,aac")
+FILM_FORMATS = ",".join((
+    "matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,mxf,nut",
+    "rm,dv,gxf,wtv,gif,apng,yuv4mpegpipe",
+    "m4v,h264,hevc,av1,obu,ivf,vc1,mjpeg",  # streams without a container
+    "wav,mp3,flac,aac"))
 
 
 # ---- 5 Scenario -----------------------------------------------------------------------------------
@@ -1629,7 +1639,7 @@ class Settings:
 
     @property
     def live(self) -> bool:
-        """Whether frames must keep up with the clock: a stream out, or a source read at its speed."""
+        """Whether frames must keep up with the clock: a stream out, or a source read so."""
         return self.realtime or scheme_of(self.output) in LIVE_SCHEMES
 
     def to_json(self) -> Json:
@@ -1684,8 +1694,9 @@ _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}")
 def parse_url(text: str) -> Url:
     """Return the parts of a URL that every parser reads alike; ValueError for any other.
 
-    Python and FFmpeg see different hosts in `http://169.254.169.254:80[2001:db8::1]/`. FFmpeg gets the
-    text of the result, never the text that was given, so that it opens the host that was checked.
+    Python and FFmpeg see different hosts in `http://169.254.169.254:80[2001:db8::1]/`. FFmpeg gets
+    the text of the result, never the text that was given, so that it opens the host that was
+    checked.
     """
     match = _URL_PARTS.fullmatch(text)
     if match is None:
@@ -1706,8 +1717,8 @@ def parse_url(text: str) -> Url:
 def resolve(scenario: object, parameters: object = None, own_paths: bool = False) -> Settings:
     """Return the settings of a job; ApiError 400 names the field that is to blame.
 
-    Parameters override the words of the scenario. With `own_paths` the paths are those of the caller's
-    own shell: they may have hidden parts.
+    Parameters override the words of the scenario. With `own_paths` the paths are those of the
+    caller's own shell: they may have hidden parts.
     """
     values: Json = {**_scenario_values(scenario), **_checked_parameters(parameters)}
     encoder = ENCODERS.get(values.get("encoder", ""))
@@ -1738,8 +1749,8 @@ def _scenario_values(scenario: object) -> Json:
     if scenario is None:
         raise ApiError(400, "scenario is required: a short name such as 1080p30-h264", "scenario")
     if not isinstance(scenario, str) or not _SCENARIO.fullmatch(scenario):
-        raise ApiError(400, "scenario must be 1 to 64 letters, digits, dots, underscores or dashes, "
-                       "such as 1080p30-h264", "scenario")
+        raise ApiError(400, "scenario must be 1 to 64 letters, digits, dots, underscores or "
+                       "dashes, such as 1080p30-h264", "scenario")
     values: Json = {}
     for word in scenario.split("-"):
         size = _SIZE_WORD.fullmatch(word)
@@ -1834,7 +1845,7 @@ def _resolution_values(resolution: object) -> Json:
 
 
 def _seed_output(mode: object, url: object, key: object) -> str | None:
-    """Return the output that output_mode, rtmp_url and stream_key name, None where they name none."""
+    """Return the output that output_mode, rtmp_url and stream_key name, if any."""
     if mode not in (None, "file", "rtmp", "null", "none"):
         raise _bad("output_mode", "must be file, rtmp or none")
     if mode not in (None, "rtmp") or url is None:
@@ -2023,7 +2034,8 @@ def _container(values: Json) -> str:
         raise _bad("output", f"must end with the suffix of a container: {known}")
     container = CONTAINER_OF_SUFFIX[suffix]
     if named and named != container:
-        raise _bad("container", f"is {named}, but the output ends with {suffix}, which is {container}")
+        raise _bad("container",
+                   f"is {named}, but the output ends with {suffix}, which is {container}")
     return container
 
 
@@ -2058,7 +2070,7 @@ def _is_other_format(settings: Settings, encoder: Encoder) -> bool:
     return wanted is not None and bool(encoder.upload) and not encoder.takes(wanted)
 
 
-# The first that applies is the reason. Where a job names no encoder, the row is that of ANY_ENCODER.
+# The first that applies is the reason. A job that names no encoder is checked with ANY_ENCODER.
 ANY_ENCODER = Encoder("", presets=PRESET_WORDS, two_pass=True)
 REFUSALS = (
     Refusal("container", lambda job, row: not _is_held(job) and not job.output, _why_not_held),
@@ -2146,11 +2158,11 @@ class Machine:
 class Source:
     """The input as ffprobe saw it; sizes after rotation, `loop` for a clip to be repeated.
 
-    `url` is the name by which FFmpeg opens it: a URL, or the path of a descriptor or of a file of the
-    attempt's own. `demuxer` is FFmpeg's name of the format, as ffprobe found it. `duration_s` is the
-    picture's, which begins `start_s` after the film. `base_fps` is the rate (a fraction) to whose beat
-    FFmpeg puts the frames, where it is not the mean: a film of changing rate. `steady` tells that the
-    rate is known to be constant.
+    `url` is the name by which FFmpeg opens it: a URL, or the path of a descriptor or of a file of
+    the attempt's own. `demuxer` is FFmpeg's name of the format, as ffprobe found it. `duration_s`
+    is the picture's, which begins `start_s` after the film. `base_fps` is the rate (a fraction) to
+    whose beat FFmpeg puts the frames, where it is not the mean: a film of changing rate. `steady`
+    tells that the rate is known to be constant.
     """
 
     url: str
@@ -2228,8 +2240,8 @@ class _Encode:
 def plan(settings: Settings, machine: Machine, source: Source, target: str) -> Plan:
     """Return the commands that encode `source` to `target` on this machine; Failure says why not.
 
-    `target` is the path or URL that FFmpeg writes to. The decisions come first, each with its reason,
-    then the arguments, which hold no decision of their own.
+    `target` is the path or URL that FFmpeg writes to. The decisions come first, each with its
+    reason, then the arguments, which hold no decision of their own.
     """
     name, why = choose_encoder(settings, machine)
     encoder = ENCODERS[name]
@@ -2239,7 +2251,8 @@ def plan(settings: Settings, machine: Machine, source: Source, target: str) -> P
     preset, why_preset = choose_preset(settings, name, width * height * fps, threads)
     rate = _rate_control(settings, name, height, fps)
     filters = _filters(settings, source, picture)
-    encode = _Encode(settings, machine, source, target, name, picture, threads, preset, rate, filters)
+    encode = _Encode(settings, machine, source, target, name=name, picture=picture, threads=threads,
+                     preset=preset, rate=rate, filters=filters)
 
     why_size = "" if encoder.hardware else f"{width}x{height} at {fps:g} fps with {threads} threads"
     return Plan(
@@ -2289,8 +2302,8 @@ def choose_encoder(settings: Settings, machine: Machine) -> Choice:
     tried = [f"{name}: {machine.encoders.get(name) or 'not built in'}" for name in fitting
              if not ENCODERS[name].hardware]
     twice = " in two passes" if settings.two_pass else ""
-    raise Failure("no_capability", f"no encoder for {settings.codec}{twice} works on {machine.name} "
-                  f"({'; '.join(tried) or 'none is known'})")
+    raise Failure("no_capability", f"no encoder for {settings.codec}{twice} works on "
+                  f"{machine.name} ({'; '.join(tried) or 'none is known'})")
 
 
 def _named_encoder(name: str, machine: Machine) -> Choice:
@@ -2311,7 +2324,8 @@ def _fitting_encoders(settings: Settings) -> list[str]:
     return fitting
 
 
-def _unprobed_encoder(settings: Settings, machine: Machine, fitting: Sequence[str]) -> Choice | None:
+def _unprobed_encoder(settings: Settings, machine: Machine,
+                      fitting: Sequence[str]) -> Choice | None:
     """Return the first software encoder of a machine on which none was tried."""
     if machine.encoders:
         return None
@@ -2324,8 +2338,9 @@ def _proved_encoder(settings: Settings, machine: Machine, fitting: Sequence[str]
     return None if name is None else Choice(name, _why_proved(settings, machine, name))
 
 
-def _undecided_encoder(settings: Settings, machine: Machine, fitting: Sequence[str]) -> Choice | None:
-    """Return the first software encoder whose trial came to no answer in time: a machine under load."""
+def _undecided_encoder(settings: Settings, machine: Machine,
+                       fitting: Sequence[str]) -> Choice | None:
+    """Return the first software encoder whose trial took too long: a machine under load."""
     for name in fitting:
         why = machine.why_undecided(name)
         if why and not ENCODERS[name].hardware:
@@ -2368,7 +2383,8 @@ def _own_preset(encoder: Encoder, name: str, asked: str) -> str:
         return encoder.presets[PRESET_WORDS.index(asked)]
     if not re.fullmatch(encoder.own, asked):
         known = ", ".join(dict.fromkeys(encoder.presets))
-        raise Failure("parameters", f"invalid parameters.preset {asked} for {name}: expected {known}")
+        raise Failure("parameters",
+                      f"invalid parameters.preset {asked} for {name}: expected {known}")
     return asked
 
 
@@ -2398,7 +2414,7 @@ _DEEP = re.compile(r"(10|12|16)(le|be)$|^p010")  # more than 8 bit
 
 
 def _pixel_format(settings: Settings, encoder: Encoder, source: Source) -> str:
-    """Return the format that is encoded: as asked, else 10 bit for a deep film where it is possible."""
+    """Return the format that is encoded: as asked, else 10 bit for a deep film if possible."""
     if settings.pixel_format:
         return settings.pixel_format
     if encoder.ten_bit and _DEEP.search(source.pixel_format):
@@ -2407,7 +2423,7 @@ def _pixel_format(settings: Settings, encoder: Encoder, source: Source) -> str:
 
 
 def _threads(machine: Machine, height: int, quota_percent: float | None) -> int:
-    """Return the threads that a picture can feed, within this slot's share and the job's CPU limit."""
+    """Return the threads that a picture can feed, within the slot's share and the CPU limit."""
     worth = next(count for lines, count in THREADS_WORTH if height >= lines)
     quota = math.ceil(quota_percent / 100) if quota_percent else worth
     return max(1, min(worth, quota, machine.threads // max(1, machine.slots)))
@@ -2491,7 +2507,7 @@ def _filled(template: Sequence[str], **values: object) -> list[str]:
 
 
 def _passes(encode: _Encode) -> tuple[tuple[str, ...], ...]:
-    """Return one command, or two; FFmpeg runs in the attempt's folder, so their log has a plain name."""
+    """Return one command, or two; they run in the attempt's folder: their log has a plain name."""
     tail = [*_audio_args(encode), *_container_args(encode)]
     if not encode.settings.two_pass:
         return ((*_head_args(encode), *_video_args(encode), *tail),)
@@ -2507,7 +2523,7 @@ def _head_args(encode: _Encode, paced: bool = True) -> list[str]:
     args = [machine.ffmpeg, *QUIET, "-y", *LOG_ARGS]
     if encode.encoder.upload:
         args += ["-vaapi_device", machine.vaapi_device]
-    if paced and settings.live and scheme not in LIVE_SCHEMES:  # else the source has a clock of its own
+    if paced and settings.live and scheme not in LIVE_SCHEMES:  # a live source has its own clock
         args.append("-re")
     if source.loop:
         args += ["-stream_loop", "-1"]
@@ -2522,7 +2538,7 @@ def _head_args(encode: _Encode, paced: bool = True) -> list[str]:
 
 
 def _video_args(encode: _Encode, number: int = 0) -> list[str]:
-    """Return how the picture is filtered and encoded, in a pass of this number (0: the only one)."""
+    """Return how the picture is filtered and encoded; `number` of the pass, 0: the only one."""
     settings, encoder, picture = encode.settings, encode.encoder, encode.picture
     upload = [f"format={picture.pixel_format}"]
     if encoder.upload:
@@ -2548,7 +2564,8 @@ def _video_args(encode: _Encode, number: int = 0) -> list[str]:
 
 
 def _clock_args(encode: _Encode) -> list[str]:
-    """Return a time base for a film of changing rate, which would lose what is faster than its beat.
+    """Return a time base for a film of changing rate, which would lose what is faster than its
+    beat.
 
     It is a whole part of the beat, so that frames which keep to it stay exact.
     """
@@ -2568,8 +2585,8 @@ def _audio_args(encode: _Encode) -> list[str]:
     sound = SOUNDS.get(settings.container, USUAL_SOUND)
     why = machine.encoders.get(sound.encoder)
     if why and not machine.why_undecided(sound.encoder):
-        raise Failure("no_capability", f"audio encoder {sound.encoder} does not work on {machine.name}: "
-                      f"{why}; audio=false encodes the picture alone")
+        raise Failure("no_capability", f"audio encoder {sound.encoder} does not work on "
+                      f"{machine.name}: {why}; audio=false encodes the picture alone")
     track = "1:a:0" if source.loop else "0:a:0"
     args = ["-map", track, "-c:a", sound.encoder, "-b:a", sound.bitrate, "-ac", "2"]
     if sound.sample_rate:
@@ -2597,7 +2614,7 @@ def rate_mode_of(version: str | None) -> str:
 
 
 def open_args(url: str, demuxer: str, http_args: Sequence[str]) -> list[str]:
-    """Return the options that open an input: the protocols and formats allowed, the format if known."""
+    """Return the options that open an input: allowed protocols and formats, its own if known."""
     scheme = scheme_of(url)
     args = []
     if scheme in PROTOCOLS:
@@ -2618,7 +2635,8 @@ def named_file(place: str) -> str:
 def clip_command(ffmpeg: str, picture: Picture, encoder: str, target: str) -> list[str]:
     """Return the command that makes the generated source: a moving test picture.
 
-    It has no sound, and a container with an exact clock: only so does FFmpeg loop it without a slip.
+    It has no sound, and a container with an exact clock: only so does FFmpeg loop it without a
+    slip.
     """
     size, rate = f"{picture.width}x{picture.height}", rational(picture.fps)
     quality = ["-q:v", "2"]
@@ -2671,14 +2689,15 @@ def quality_command(machine: Machine, metric: str, source: Source, made: Plan) -
 
 def probe_command(ffprobe: str, url: str, demuxer: str = "",
                   http_args: Sequence[str] = ()) -> list[str]:
-    """Return the command that describes a film as JSON; without `demuxer` ffprobe finds the format."""
+    """Return the command that describes a film as JSON; ffprobe finds an unknown format."""
     return [ffprobe, "-hide_banner", "-v", "error", "-print_format", "json", "-show_format",
             "-show_streams", *open_args(url, demuxer, http_args)]
 
 
 # ---- 7 Output -------------------------------------------------------------------------------------
 
-# With `-loglevel repeat+level` FFmpeg writes `[h264 @ 0x55…] [error] …`; x264 and x265 write their name.
+# With `-loglevel repeat+level` FFmpeg writes `[h264 @ 0x55…] [error] …`; x264 and x265 write their
+# name.
 _LEVEL = re.compile(r"^(?:\[[^\]]*\] |x26[45] )?\[(fatal|error|panic|warning)\]:? ")
 _PREFIX = re.compile(r"\[(?:[^\]\s]+ @ 0x[0-9a-f]+|fatal|error|panic|warning|info)\]:? ?")
 UNWRITTEN = re.compile(r"No space left on device|Disk quota exceeded|Error closing file|"
@@ -2735,7 +2754,7 @@ def _progress_of(block: Mapping[str, str], ended: bool) -> Progress:
 
 
 def _decimal(text: str | None) -> float | None:
-    """Return a number of 0 or more; None for N/A, garbage and the huge negatives of first blocks."""
+    """Return a number of 0 or more; None for N/A, garbage, huge negatives of first blocks."""
     try:
         value = float(text or "")
     except ValueError:
@@ -2806,9 +2825,9 @@ _REASON_WORDS = (
      r"opening (?:de|en)coder.*Resource temporarily unavailable", "out_of_memory"),
     (r"Unknown encoder|Encoder not found|Cannot load lib|No capable devices|No device available|"
      r"Device creation failed|Failed to initialise VAAPI|unsupported \(-3\)", "no_capability"),
-    (r"Unable to parse option|Error setting (?:option|preset)|Unrecognized|Invalid argument.*option|"
-     r"Undefined constant|Option .* not found|incompatible pixel format|"
-     r"(?:Unknown|Invalid) pixel format", "parameters"),
+    (r"Unable to parse option|Error setting (?:option|preset)|Unrecognized|"
+     r"Invalid argument.*option|Undefined constant|Option .* not found|"
+     r"incompatible pixel format|(?:Unknown|Invalid) pixel format", "parameters"),
     (r"Connection refused|Connection reset|(?:Connection|Operation) timed out|Broken pipe|"
      r"(?:Network|Host) is (?:unreachable|down)|No route to host|://.*: Input/output error|"
      r"(?:Server returned|HTTP error) (?:5|4XX|408|429)|Failed to resolve|Stream ends prematurely|"
@@ -2899,7 +2918,7 @@ def _size_of(video: Fields, url: str) -> tuple[int, int, bool]:
 
 
 def _rates_of(video: Fields) -> tuple[float, str]:
-    """Return the mean frame rate, and the beat of a film whose rate changes ("" of a steady one)."""
+    """Return the mean frame rate, and the beat of a film whose rate changes, else ""."""
     beat = video.words("r_frame_rate")
     beat_fps = _fraction(beat)
     fps = _fraction(video.words("avg_frame_rate")) or beat_fps or FALLBACK_FPS
@@ -2952,8 +2971,8 @@ def _length(video: Fields, container: Fields) -> float | None:
 class Score(NamedTuple):
     """One row of the table of quality metrics; the patterns are FFmpeg's words.
 
-    `mean` is found in the summary, `frame` in a line of FRAME_LOG. `ease` is added to each score for
-    the harmonic mean, as libvmaf pools, so that one black frame is not all.
+    `mean` is found in the summary, `frame` in a line of FRAME_LOG. `ease` is added to each score
+    for the harmonic mean, as libvmaf pools, so that one black frame is not all.
     """
 
     name: str
@@ -3022,7 +3041,8 @@ BATCH_SAMPLES_LEAST = 3
 
 
 def interval(values: Sequence[float]) -> Json:
-    """Return n, mean, stdev and the 95 % interval of the mean by Student's t, of two values or more.
+    """Return n, mean, stdev and the 95 % interval of the mean by Student's t, of two values or
+    more.
 
     `relative` is half the interval over the mean, None where the mean is 0.
     """
@@ -4944,7 +4964,8 @@ def _read_words(path: Path) -> list[str]:
 RECOMMENDATIONS = {
     "optimal": "nothing cheaper or faster was found in this run",
     "faster_preset": "the encode was slower than real time: a faster preset would keep up",
-    "other_node": "it was slower than real time with the fastest preset: this machine cannot keep up",
+    "other_node":
+        "it was slower than real time with the fastest preset: this machine cannot keep up",
     "hardware_encoder": "a hardware encoder was proved on this machine and not used",
     "more_threads": "the machine was mostly idle while few threads were asked for",
     "fewer_threads": "many of the threads had nothing to do: fewer are as fast",
@@ -4991,7 +5012,7 @@ def _product(term: str, facts: Mapping[str, Any]) -> float | None:
 
 
 def metrics_of(outcome: Outcome) -> Json:
-    """Return the metrics of an outcome by METRICS; an unknown one is null, its reason in `unknown`."""
+    """Return the metrics of an outcome; an unknown one is null, with a reason in `unknown`."""
     runs = measured_runs(outcome.runs or (outcome,))
     measured = [_measured(run) for run in runs]
     facts = {name: _merged([row[name] for row in measured], METRICS[name].repeats)
@@ -5105,8 +5126,9 @@ def _energy_reasons(ledger: hwdetect.Ledger) -> dict[str, str]:
         reasons["energy_joules"] = energy.why
     if ledger.gpus and energy.gpu_joules is None:
         covered_s = hwdetect.least_covered_s(ledger)
-        reasons["gpu_energy_joules"] = (f"readings of {ledger.gpu_source} cover only {covered_s:.1f} s "
-                                        f"of {ledger.measured_s:.1f} s")
+        reasons["gpu_energy_joules"] = (
+            f"readings of {ledger.gpu_source} cover only {covered_s:.1f} s of "
+            f"{ledger.measured_s:.1f} s")
     return reasons
 
 
@@ -5150,7 +5172,7 @@ def _causes(no_energy: str, has_energy: bool, ledger: hwdetect.Ledger) -> dict[s
 
 
 def confidence_reached(outcome: Outcome) -> tuple[str, list[str]]:
-    """Return the confidence that the runs, or the samples of a single one, are good for, and why."""
+    """Return the confidence that the runs, or one run's samples, are good for, and why."""
     runs = measured_runs(outcome.runs)
     if len(runs) > 1:
         return _confidence_of_runs(runs, outcome.confidence)
@@ -5296,7 +5318,7 @@ class _Case:
 
 
 class Verdict(NamedTuple):
-    """One rule of judging: its recommendation, when it applies, the reasons, the change to suggest."""
+    """One rule of judging: a recommendation, when it applies, the reasons, the change."""
 
     recommendation: str
     applies: Callable[[_Case], bool]
@@ -5406,8 +5428,9 @@ def _encode_json(settings: Settings, made: Plan, limits: Mapping[str, str]) -> J
 def _whole_analysis(analysis: Json, outcome: Outcome, result: Json) -> Json:
     """Return an analysis with the doubts about the figures, and the confidence that was reached."""
     word, why = confidence_reached(outcome)
-    doubts = [words for words in disturbances(result["metrics"]) if words not in analysis["reasons"]]
-    reasons = [*analysis["reasons"], *doubts, *why]
+    found = analysis["reasons"]
+    doubts = [words for words in disturbances(result["metrics"]) if words not in found]
+    reasons = [*found, *doubts, *why]
     strays = sum(row["outlier"] for row in result["repeats"])
     if strays:
         reasons.append(f"{count_text(strays, 'run')} far from the others")
@@ -5427,7 +5450,7 @@ def _history(outcome: Outcome) -> Json:
 
 
 def _repeats_json(runs: Sequence[Outcome]) -> list[Json]:
-    """Return a row for each run; an outlier is one in time or, where it is known of all, in energy."""
+    """Return a row for each run; an outlier is one in time or, where all have it, in energy."""
     warm = len(runs) - len(measured_runs(runs))
     energies = [hwdetect.energy_of(run.ledger).joules for run in runs]
     strays = outliers([run.wall_s for run in runs[warm:]])
