@@ -6887,10 +6887,14 @@ def _print_json(value: Any) -> None:
 
 def _print_table(rows: Iterable[Sequence[Any]], heads: bool = True) -> None:
     """Print rows as a table as wide as the terminal; an empty cell is `-`."""
-    in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    texts = [["-" if cell is None or cell == "" else str(cell) for cell in row] for row in rows]
+    in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ  # see no-color.org
     width = shutil.get_terminal_size((100, 24)).columns
+    texts = [[_cell_text(cell) for cell in row] for row in rows]
     print(wire.table_text(texts, width, COLOURS if in_colour else None, heads))
+
+
+def _cell_text(cell: Any) -> str:
+    return "-" if cell is None or cell == "" else str(cell)
 
 
 class Page(NamedTuple):
@@ -6922,7 +6926,8 @@ def show_page(page: Page) -> None:
               f"the next with --after {cursor}")
 
 
-_AGES = ((86400, "d"), (3600, "h"), (60, "min"), (0, "s"))
+# seconds of a unit -> its name, the largest first
+_AGES = {86400: "d", 3600: "h", 60: "min", 1: "s"}
 
 
 def _ago(text: str | None) -> str | None:
@@ -6931,9 +6936,10 @@ def _ago(text: str | None) -> str | None:
     if at is None:
         return text
 
-    age_s = max(0.0, time.time() - at)
-    size, unit = next((size, unit) for size, unit in _AGES if age_s >= size)
-    return f"{age_s // max(1, size):.0f} {unit} ago"
+    age_s = max(0.0, time.time() - at)  # the clocks of two machines may differ a little
+    fitting = [size for size in _AGES if age_s >= size]
+    size = fitting[0] if fitting else 1
+    return f"{age_s // size:.0f} {_AGES[size]} ago"
 
 
 def waiting_text(job: wire.JobView, nodes: Sequence[wire.NodeView], now: float,
@@ -6966,38 +6972,54 @@ JOB_HEADS = ("JOB", "STATUS", "DONE", "CREATED", "NODE", "FILM", "WHAT")
 def job_line(job: wire.JobView, names: Mapping[str, str]) -> tuple[Any, ...]:
     """Return the line of a job under JOB_HEADS; `names` are those of the nodes by their ids."""
     source = job.settings.get("input") or "generated"
-    film = urllib.parse.urlsplit(source).path.rpartition("/")[2] or source
-    node = names.get(job.node_id, job.node_id[:8])
-    return (job.short_id, job.status, percent_text(job.json), _ago(job.created_at), node, film,
-            job.error or wire.settings_text(job.settings))
+    path = urllib.parse.urlsplit(source).path
+    film = path.rpartition("/")[2] or source
+    return (
+        job.short_id,
+        job.status,
+        percent_text(job.json),
+        _ago(job.created_at),
+        names.get(job.node_id, job.node_id[:8]),
+        film,
+        job.error or wire.settings_text(job.settings),
+    )
 
 
 def show_job(job: wire.JobView) -> None:
     """Show one job: what was asked for, its errors and attempts, and its result."""
     result = job.result
-    completed = job.status == "completed" and result is not None and bool(result.metrics)
-    rows = _asked_rows(job, with_output=not (completed and result is not None and result.output))
+    if job.status != "completed" or result is None or not result.metrics:
+        result = None  # a job that ran again may still have the result of a failure
+
+    rows: list[tuple[str, str | None]] = [
+        ("job", job.id),
+        ("status", job.status),
+        ("scenario", job.scenario),
+        ("node", _node_of(job)),
+        ("created", _ago(job.created_at)),
+        ("input", job.settings.get("input") or "generated"),
+    ]
+    if result is None or not result.output:
+        rows.append(("output", job.settings.get("output")))
     rows += _error_rows(job)
     rows += attempt_rows(job)
+    rows += _state_rows(job)
+
+    if result is None:
+        rows.append(("settings", wire.settings_text(job.settings)))
+    else:
+        rows += result_rows(result)
+    _print_table([row for row in rows if row[1] or row[0] == "node"], heads=False)
+
+
+def _state_rows(job: wire.JobView) -> list[tuple[str, str | None]]:
+    """Return how often a job was retried, and how far it is."""
+    rows: list[tuple[str, str | None]] = []
     if job.retry_count:
         rows.append(("retries", f"{job.retry_count} of {job.max_retries}: {job.retry_reason}"))
     if job.status == "running":
-        rows.append(("progress", wire.progress_text(job.progress or {"phase": "starting"})))
-
-    if completed and result is not None:
-        rows += result_rows(result)
-    else:
-        rows.append(("settings", wire.settings_text(job.settings)))
-    _print_table(rows, heads=False)
-
-
-def _asked_rows(job: wire.JobView, with_output: bool) -> list[tuple[str, str | None]]:
-    """Return the rows of what was asked for, and where it ran."""
-    rows = [("job", job.id), ("status", job.status), ("scenario", job.scenario),
-            ("node", _node_of(job)), ("created", _ago(job.created_at)),
-            ("input", job.settings.get("input") or "generated")]
-    if with_output and job.settings.get("output"):
-        rows.append(("output", job.settings["output"]))
+        progress = job.progress or {"phase": "starting"}
+        rows.append(("progress", wire.progress_text(progress)))
     return rows
 
 
@@ -7050,17 +7072,29 @@ def result_rows(result: wire.ResultView) -> list[tuple[str, str | None]]:
 
 
 # metric of a result -> the head of its column
-_RESULT_FIGURES = {"duration": "TIME", "speed": "SPEED", "cpu_usage": "CPU", "energy_wh": "ENERGY",
-                   "energy_cost": "COST", "carbon_g": "CO2E", "output_bytes": "SIZE"}
+_RESULT_FIGURES = {
+    "duration": "TIME",
+    "speed": "SPEED",
+    "cpu_usage": "CPU",
+    "energy_wh": "ENERGY",
+    "energy_cost": "COST",
+    "carbon_g": "CO2E",
+    "output_bytes": "SIZE",
+}
 RESULT_HEADS = ("JOB", "STATUS", "NODE", *_RESULT_FIGURES.values(), "SCENARIO", "VERDICT")
 
 
 def result_line(result: wire.ResultView) -> tuple[Any, ...]:
     """Return the line of a result under RESULT_HEADS."""
     metrics = with_energy_wh(result.metrics)
-    figures = [figure_text(metrics, name) for name in _RESULT_FIGURES]
-    return (result.job_id[:8], result.status, result.node, *figures, result.scenario,
-            result.recommendation or result.error)
+    return (
+        result.job_id[:8],
+        result.status,
+        result.node,
+        *(figure_text(metrics, name) for name in _RESULT_FIGURES),
+        result.scenario,
+        result.recommendation or result.error,
+    )
 
 
 NODE_HEADS = ("NODE", "STATUS", "JOBS", "TYPE", "THREADS", "MEMORY", "HEARD", "GPU", "CPU")
@@ -7068,10 +7102,17 @@ NODE_HEADS = ("NODE", "STATUS", "JOBS", "TYPE", "THREADS", "MEMORY", "HEARD", "G
 
 def node_line(node: wire.NodeView) -> tuple[Any, ...]:
     """Return the line of a node under NODE_HEADS."""
-    jobs = f"{node.running}/{node.slots}"
-    return (node.name, node.status, jobs, node.type, node.cpu_threads,
-            wire.size_text(node.ram_bytes), _ago(node.last_heartbeat), node.gpu_type,
-            node.cpu_model)
+    return (
+        node.name,
+        node.status,
+        f"{node.running}/{node.slots}",
+        node.type,
+        node.cpu_threads,
+        wire.size_text(node.ram_bytes),
+        _ago(node.last_heartbeat),
+        node.gpu_type,
+        node.cpu_model,
+    )
 
 
 def show_nodes(nodes: Sequence[wire.NodeView]) -> None:
@@ -7115,10 +7156,12 @@ def show_report(rows: Sequence[Row]) -> None:
     if not deltas:
         return
 
-    lines = [(delta.cost, delta.quality, delta.text(), delta.test, delta.anchor,
-              delta.why or delta.content) for delta in deltas]
+    lines: list[tuple[Any, ...]] = [("BD", "AT EQUAL", "COSTS", "THIS", "AGAINST", "WHAT")]
+    for delta in deltas:
+        lines.append((delta.cost, delta.quality, delta.text(), delta.test, delta.anchor,
+                      delta.why or delta.content))
     print()
-    _print_table([("BD", "AT EQUAL", "COSTS", "THIS", "AGAINST", "WHAT"), *lines])
+    _print_table(lines)
 
 
 def show_plan(experiment: Experiment) -> None:
