@@ -1641,15 +1641,47 @@ class Node:
             return "quarantined"
         return "busy" if len(self.leases) >= self.slots else "available"
 
+    def shot(self) -> NodeShot:
+        """Return the node as of this moment."""
+        return NodeShot(self.facts, self.id, self.name, self.status, self.last_heartbeat,
+                        self.registered_at, len(self.leases), self.slots, self.protocol,
+                        self.drain_until, self.quarantine)
+
     def to_json(self) -> Json:
         """Return the node as the API shows it."""
-        facts = json.loads(self.facts)
-        return {**facts, "id": self.id, "name": self.name, "status": self.status,
-                "last_heartbeat": wire.utc_text(self.last_heartbeat),
-                "registered_at": wire.utc_text(self.registered_at), "running": len(self.leases),
-                "max_concurrent_jobs": self.slots, "protocol": self.protocol,
-                "drain_deadline": wire.utc_text(self.drain_until),
-                "quarantine": None if self.quarantine is None else self.quarantine.to_json()}
+        return self.shot().to_json()
+
+
+class NodeShot(NamedTuple):
+    """A node as of one moment: taken under the lock, turned into JSON outside of it."""
+
+    facts: str
+    id: str
+    name: str
+    status: str
+    last_heartbeat: float
+    registered_at: float
+    running: int
+    slots: int
+    protocol: int | None
+    drain_until: float | None
+    quarantine: Quarantine | None
+
+    def to_json(self) -> Json:
+        """Return the node as the API shows it."""
+        return {
+            **json.loads(self.facts),
+            "id": self.id,
+            "name": self.name,
+            "status": self.status,
+            "last_heartbeat": wire.utc_text(self.last_heartbeat),
+            "registered_at": wire.utc_text(self.registered_at),
+            "running": self.running,
+            "max_concurrent_jobs": self.slots,
+            "protocol": self.protocol,
+            "drain_deadline": wire.utc_text(self.drain_until),
+            "quarantine": None if self.quarantine is None else self.quarantine.to_json(),
+        }
 
 
 def _refuse_session(node: Node, session_hash: str | None) -> None:
@@ -1936,13 +1968,16 @@ class Master:
     def nodes(self) -> list[Json]:
         """Return all nodes, in the order of their registration."""
         with self._transaction():
-            return [node.to_json() for node in self._nodes.values()]
+            shots = [node.shot() for node in self._nodes.values()]
+        return [shot.to_json() for shot in shots]
 
     def node(self, node_id: str) -> Json:
         """Return one node with the ids of the jobs that it holds."""
         with self._transaction():
             node = self._nodes[self._node_id(node_id)]
-            return {**node.to_json(), "jobs": [self._jobs[seq].id for seq in sorted(node.leases)]}
+            shot = node.shot()
+            jobs = [self._jobs[seq].id for seq in sorted(node.leases)]
+        return {**shot.to_json(), "jobs": jobs}
 
     def _node_id(self, given: str, status: int = 404, field: str = "node_id") -> str:
         """Return the id for an id, a name that is unique, or a prefix of 4 or more characters."""
@@ -2346,17 +2381,20 @@ class Master:
                 record["node"] = None if node is None else node.name
         return {**self._shown(job), **detail, "result": result}
 
-    def _shown(self, job: Job) -> Json:
+    def _progress(self, job: Job) -> Json | None:
         lease = self._leases.get(job.seq)
-        return job_json(job, lease.progress if lease is not None else None)
+        return None if lease is None else lease.progress
+
+    def _shown(self, job: Job) -> Json:
+        return job_json(job, self._progress(job))
 
     def jobs(self, filters: Mapping[str, str], before: int | None,
-             limit: int) -> tuple[list[Json], int, int | None]:
-        """Return jobs, newest first, how many there are in all, and the cursor of the next page."""
+             limit: int) -> tuple[list[tuple[Job, Json | None]], int, int | None]:
+        """Return jobs with their progress, newest first, their number in all, the next page's cursor."""
         total = self._total("jobs", filters)
         page = self.journal.job_page(filters, before, limit + 1)
         cursor = page[limit - 1].seq if len(page) > limit else None
-        return [self._shown(job) for job in page[:limit]], total, cursor
+        return [(job, self._progress(job)) for job in page[:limit]], total, cursor
 
     def results(self, filters: Mapping[str, str], before: int | None,
                 limit: int) -> tuple[list[Json], int, int | None]:
@@ -3660,11 +3698,12 @@ def _home(request: Request) -> Answer:
         return 200, {"version": VERSION, "routes": rows}
 
     jobs, total, _ = request.master.jobs({}, None, HOME_JOBS)
+    shown = [job_json(job, progress) for job, progress in jobs]
     nodes = request.master.nodes()
     routes = [
         (route.method, route.path, ", ".join(route.query), route.about)
         for route in ROUTES]
-    return 200, page_view(Overview(nodes, jobs, total, routes))
+    return 200, page_view(Overview(nodes, shown, total, routes))
 
 
 def _register(request: Request) -> Answer:
@@ -3758,7 +3797,8 @@ def _drafts_of(values: Sequence[Any], max_retries: int) -> list[Draft]:
 
 def _jobs(request: Request) -> Answer:
     jobs, total, cursor = request.master.jobs(*_page_of(request))
-    return 200, {"jobs": jobs, **_page_json(len(jobs), total, cursor)}
+    texts = _array_text(job_text(job, progress) for job, progress in jobs)
+    return 200, _object_text({"jobs": texts}, _page_json(len(jobs), total, cursor))
 
 
 def _results(request: Request) -> Answer:

@@ -1,22 +1,25 @@
 """Transcripts of the wire: what is sent, what comes back, against real masters.
 
-Each class has one master; a test makes its own nodes and jobs. Nothing here looks inside the master.
+Each class has one master; a test makes its own nodes and jobs. Only the last class looks inside one.
 """
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 import unittest
 import uuid
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ffdist
-from tests.fleet import NOBODY, PARK_S, Later, Master, Node, parked
+from tests.fleet import NOBODY, PARK_S, Case, Later, Master, Node, parked
 from tests.support import Answer, exchange, need, wait_for
 
 
@@ -1046,6 +1049,60 @@ class TestSilence(Served):
                          ["available", "available", "busy"])
         self.assertEqual((self.status(job), self.job(job)["retry_count"]), ("running", 0))
         self.assertEqual((silent.beat().status, silent.shown()["status"]), (200, "available"))
+
+
+class TestWorkOfAnswers(Case):
+    """The JSON of an answer, made by a master in this process: when, and how often."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.state = ffdist.Master(self.folder / "m", ffdist.Settings(), logging.Logger("quiet"))
+        self.addCleanup(self.state.close)
+        self.node = self.state.register({"address": "worker", "max_concurrent_jobs": 9})[1]["id"]
+        self.state.submit([ffdist.draft_of({"scenario": "720p30"}, 3) for _ in range(20)])
+        ask = ffdist.Ask(self.node, None, 0.0, 0, None, False, lambda: True)
+        for _ in range(3):
+            job = self.state.claim(ask)["job"]
+            self.state.progress(job.id, {"node_id": self.node, "attempt": 1, "progress": {"percent": 5}})
+
+    def calls(self, path: str) -> list[str]:
+        """Return the calls of json that an answer takes; none of them may come under the lock."""
+        me, found = threading.current_thread(), []
+
+        def watched(name: str, work: Any) -> Any:
+            def call(*args: Any, **more: Any) -> Any:
+                if threading.current_thread() is me:
+                    self.assertFalse(self.state._lock.locked(), f"{name} under the lock for {path}")
+                    found.append(name)
+                return work(*args, **more)
+            return call
+        route, part = ffdist.route_of("GET", path)
+        request = ffdist.Request(self.state, part, {}, None, lambda: True)
+        with mock.patch.object(json, "loads", watched("loads", json.loads)), \
+                mock.patch.object(json, "dumps", watched("dumps", json.dumps)):
+            self.assertEqual(route.handler(request)[0], 200)
+        return found
+
+    def test_no_json_is_made_under_the_lock(self) -> None:
+        job = self.state.jobs({}, None, 1)[0][0][0]
+        for path in ("/nodes", f"/nodes/{self.node}", "/jobs", f"/jobs/{job.id}", "/results", "/",
+                     "/metrics"):
+            self.calls(path)
+
+    def test_a_list_of_jobs_decodes_and_encodes_each_once(self) -> None:
+        found = self.calls("/jobs")
+        self.assertEqual(found.count("loads"), 20, "the rows of the journal")
+        self.assertLessEqual(found.count("dumps"), 20 + 3, "their texts, and the fields beside them")
+
+    def test_a_list_of_jobs_is_what_one_job_says(self) -> None:
+        route, _ = ffdist.route_of("GET", "/jobs")
+        answer = route.handler(ffdist.Request(self.state, "", {}, None, lambda: True))[1]
+        listed = json.loads(answer.text)
+        self.assertEqual((listed["count"], listed["total"], listed["next"]), (20, 20, None))
+        for job in listed["jobs"]:
+            shown = self.state.job(job["id"])
+            self.assertEqual(job, {name: shown[name] for name in job})
+        self.assertEqual([job["progress"] for job in listed["jobs"]][-3:], [{"percent": 5}] * 3)
 
 
 if __name__ == "__main__":

@@ -711,12 +711,12 @@ class TestRetention(Case):
         for find in (self.master_of.jobs, self.master_of.results):
             page, total, _ = find({}, None, 1000)
             self.assertEqual(len(page), total)
-        jobs = {job["id"] for job in self.master_of.jobs({}, None, 1000)[0]}
+        jobs = {job.id for job, _ in self.master_of.jobs({}, None, 1000)[0]}
         results = {result["job_id"] for result in self.master_of.results({}, None, 1000)[0]}
         self.assertLessEqual(results, jobs)
 
     def ids(self) -> list[str]:
-        return [job["id"] for job in self.master_of.jobs({}, None, 1000)[0]][::-1]
+        return [job.id for job, _ in self.master_of.jobs({}, None, 1000)[0]][::-1]
 
     def test_the_newest_so_many_stay_and_open_jobs_always(self) -> None:
         waiting = self.master_of.submit([ffdist.draft_of({"scenario": "b", "node": self.node}, 0)])[1][0]
