@@ -6288,101 +6288,144 @@ def http_args_of(host: hwdetect.Host, ffmpeg: str) -> tuple[str, ...]:
 
 # ---- 18 CLI ---------------------------------------------------------------------------------------
 
+MAX_NAME_CHARS = 200
+
 COMMON_FLAGS = (
     Flag("--max-concurrent-jobs", "1", whole_number(1, 256), "jobs to run side by side (1)"),
-    Flag("--state-dir", None, Path, "folder of this node's identity and spool (~/.local/state/ffdist/agent)"),
+    Flag("--state-dir", None, Path,
+         "folder of this node's identity and spool (~/.local/state/ffdist/agent)"),
     Flag("--work-dir", None, Path, "folder of temporary files (work/ in the state folder)"),
-    Flag("--media-root", None, str, "inputs and outputs lie under this folder (where it is started, unless "
-         "that is a home folder or the agent's own)"),
+    Flag("--media-root", None, str, "inputs and outputs lie under this folder (where it is started, "
+         "unless that is a home folder or the agent's own)"),
     Flag("--name", None, str, "the node's name (the host name)"),
-    Flag("--allow-address", "", str, "loopback or link-local addresses that jobs may open, comma-separated"),
-    Flag("--min-free", "64M", size_bytes, "bytes that a job's file systems must keep free (64M; 0: any)"),
-    Flag("--stall-limit", "5m", seconds, "longest time without a new frame; slow encoders get more (5m)"),
-    Flag("--power-model", None, power_model, "W idle,W busy: estimate power by CPU use where nothing can be "
-         "read (none)"),
-    Flag("--log-level", "info", one_of("debug", "info", "warning", "error"), "debug, info, warning or error"),
+    Flag("--allow-address", "", str,
+         "loopback or link-local addresses that jobs may open, comma-separated"),
+    Flag("--min-free", "64M", size_bytes,
+         "bytes that a job's file systems must keep free (64M; 0: any)"),
+    Flag("--stall-limit", "5m", seconds,
+         "longest time without a new frame; slow encoders get more (5m)"),
+    Flag("--power-model", None, power_model,
+         "W idle,W busy: estimate power by CPU use where nothing can be read (none)"),
+    Flag("--log-level", "info", one_of("debug", "info", "warning", "error"),
+         "debug, info, warning or error"),
     Flag("--log-format", "text", one_of("text", "json"), "text or json"),
 )
 AGENT_FLAGS = (
     Flag("--master", "http://localhost:8080", str, "the master's address (http://localhost:8080)"),
     Flag("--register", False, None, "register this machine as a node of the master"),
-    Flag("--poll-interval", "10s", seconds, "how often to ask a master that cannot park requests (10s)"),
+    Flag("--poll-interval", "10s", seconds,
+         "how often to ask a master that cannot park requests (10s)"),
     Flag("--heartbeat-interval", "30s", seconds, "longest silence towards the master (30s)"),
     Flag("--drain-limit", "30s", functools.partial(seconds, none=True),
          "how long to go on with jobs after SIGTERM before they are given back (30s)"),
     Flag("--allow-master-as-worker", False, None, "work on the master's own machine (development)"),
     Flag("--yes", False, None, "answer the question of --allow-master-as-worker"),
-    Flag("--yes-home", False, None, "let --media-root be a home folder, or one with the agent's own files"),
+    Flag("--yes-home", False, None,
+         "let --media-root be a home folder, or one with the agent's own files"),
     Flag("--no-probe", False, None, "do not prove the encoders by encoding a frame each"),
 )
 RUN_FLAGS = (
     Flag("--input", None, str, "film or URL (a generated source)"),
     Flag("--output", None, str, "file or URL (encoded, measured, discarded)"),
     Flag("--overwrite", False, None, "replace an output that exists"),
-    Flag("--confidence", "auto", one_of(*CONFIDENCES), "auto, low, medium or high: how often to repeat"),
+    Flag("--confidence", "auto", one_of(*CONFIDENCES),
+         "auto, low, medium or high: how often to repeat"),
     Flag("--json", False, None, "print the result as JSON"),
     Flag("--no-probe", False, None, "do not prove the encoders by encoding a frame each"),
 )
+ABOUT = """The ffdist agent: registers with a master, runs its jobs, measures and reports.
+`agent.py run --help` tells how to run one job without a master."""
+ABOUT_RUN = "Run one job on this machine, without a master."
 EPILOG = """examples:
   python3 agent.py --register --master http://192.168.1.100:8080 --media-root /srv/films
   python3 agent.py --register --allow-master-as-worker --yes  # beside a master
   python3 agent.py run 720p30-h264 -p duration=5              # without a master
   python3 agent.py run --input film.mov --output film.mp4 -p crf=21
 """
+# What `run` has no flags for: nobody is asked, and nothing is drained.
+RUN_DEFAULTS: Json = {
+    "master": "", "register": False, "poll_interval": 10.0, "heartbeat_interval": 30.0,
+    "drain_limit": 0.0,
+}
 
 
 def build_parser(run: bool) -> argparse.ArgumentParser:
     """Return the parser of `agent.py`, or of `agent.py run`."""
-    parser = Parser(
-        "agent.py run" if run else "agent.py", epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Run one job on this machine, without a master." if run else
-        "The ffdist agent: registers with a master, runs its jobs, measures and reports.\n"
-        "`agent.py run --help` tells how to run one job without a master.")
+    return _run_parser() if run else _agent_parser()
+
+
+def _agent_parser() -> argparse.ArgumentParser:
+    parser = _parser("agent.py", ABOUT)
+    parser.words = ("run",)
+    add_flags(parser, (*COMMON_FLAGS, *AGENT_FLAGS))
+    return parser
+
+
+def _run_parser() -> argparse.ArgumentParser:
+    parser = _parser("agent.py run", ABOUT_RUN)
+    parser.add_argument("scenario", nargs="?", default="transcode",
+                        help="such as 1080p30-h264 (transcode)")
+    parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
+                        help="a parameter, such as -p bitrate=5M; may be repeated")
+    parser.add_argument("-o", dest="output_short", metavar="OUTPUT", help="short for --output")
+    parser.set_defaults(**RUN_DEFAULTS)
+    add_flags(parser, (*COMMON_FLAGS, *RUN_FLAGS))
+    return parser
+
+
+def _parser(program: str, about: str) -> Parser:
+    parser = Parser(program, description=about, epilog=EPILOG,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"ffdist agent {VERSION}")
-    if run:
-        parser.add_argument("scenario", nargs="?", default="transcode",
-                            help="such as 1080p30-h264 (transcode)")
-        parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
-                            help="a parameter, such as -p bitrate=5M; may be repeated")
-        parser.add_argument("-o", dest="output_short", metavar="OUTPUT", help="short for --output")
-        parser.set_defaults(master="", register=False, poll_interval=10.0, heartbeat_interval=30.0,
-                            drain_limit=0.0)
-    parser.words = () if run else ("run",)
-    add_flags(parser, (*COMMON_FLAGS, *(RUN_FLAGS if run else AGENT_FLAGS)))
     return parser
 
 
 def _options(args: argparse.Namespace) -> Options:
+    """Return the flags, checked; the media root is not decided yet."""
     state = Path(args.state_dir or state_home() / "agent").absolute()
     work = Path(args.work_dir or state / "work").absolute()
     name = args.name
-    if name is not None and not (0 < len(name) <= 200 and name.isprintable()):
-        raise ValueError("--name must be 1 to 200 printable characters")
-    return Options(args.master, args.register, args.poll_interval, args.heartbeat_interval,
-                   args.max_concurrent_jobs, state, work, None, name,
-                   tuple(entry.strip() for entry in args.allow_address.split(",") if entry.strip()),
-                   args.min_free, args.stall_limit, args.drain_limit, args.power_model)
+    if name is not None and not (0 < len(name) <= MAX_NAME_CHARS and name.isprintable()):
+        raise ValueError(f"invalid --name: expected 1 to {MAX_NAME_CHARS} printable characters")
+    addresses = (entry.strip() for entry in args.allow_address.split(","))
+    return Options(
+        master=args.master, register=args.register,
+        poll_interval_s=args.poll_interval, heartbeat_interval_s=args.heartbeat_interval,
+        max_concurrent_jobs=args.max_concurrent_jobs,
+        state_dir=state, work_dir=work, media_root=None, name=name,
+        allow_address=tuple(filter(None, addresses)),
+        min_free_bytes=args.min_free, stall_limit_s=args.stall_limit,
+        drain_limit_s=args.drain_limit, power_model=args.power_model)
+
+
+def _folder(path: str) -> str:
+    """Return the absolute path of a media root; ValueError where it is not a folder."""
+    root = os.path.abspath(path)
+    if not os.path.isdir(root):
+        raise ValueError(f"--media-root {root} is not a folder")
+    return root
 
 
 def _media_root(args: argparse.Namespace, options: Options) -> tuple[str | None, str]:
-    """Return the media root and "", or None and why this folder is none; ValueError of one that was named.
+    """Return the media root and "", or None and why the folder of the start is unsafe.
 
-    Strangers name what an agent opens. In a home folder that would be keys and start-up files.
+    Strangers name what an agent opens; in a home folder that would be keys and start-up files.
+    ValueError where a folder that was named is unsafe.
     """
-    root = os.path.abspath(args.media_root or os.getcwd())
-    if not os.path.isdir(root):
-        raise ValueError(f"--media-root {root} is not a folder")
+    root = _folder(args.media_root or os.getcwd())
     beside = os.path.join(os.path.dirname(__file__), "hwdetect.py")
     own = [__file__, beside, str(options.state_dir), str(options.work_dir)]
-    homes = [root if _is_same_folder(home, root) else home for home in home_folders()]  # by a bind mount
+    # A home folder may be reached by a bind mount, under another path.
+    homes = [root if _is_same_folder(home, root) else home for home in home_folders()]
     real = os.path.realpath
     why = why_unsafe(real(root), map(real, homes), [real(path) for path in own])
-    if not why or (args.media_root and args.yes_home):
+    if not why:
         return root, ""
-    if args.media_root:
-        raise ValueError(f"--media-root {root} {why}: name the films' own folder, or add --yes-home")
-    return None, f"{root} {why}"
+    if not args.media_root:
+        return None, f"{root} {why}"
+    if args.yes_home:
+        return root, ""
+    raise ValueError(f"--media-root {root} {why}: name the films' own folder, or add --yes-home")
 
 
 def _is_same_folder(one: str, other: str) -> bool:
@@ -6405,11 +6448,12 @@ def _may_work_here(args: argparse.Namespace, client: Client) -> str | None:
     if not sys.stdin or not sys.stdin.isatty():
         return "there is no terminal to confirm on: add --yes to work beside the master"
     print("Go on? [y/N] ", end="", file=sys.stderr, flush=True)
-    return None if sys.stdin.readline().strip().lower() in ("y", "yes") else "not confirmed"
+    answer = sys.stdin.readline().strip().lower()
+    return None if answer in ("y", "yes") else "not confirmed"
 
 
 def serve(args: argparse.Namespace) -> int:
-    """Be a node of a fleet until stopped."""
+    """Be a node of a fleet until stopped; return the exit code."""
     log = setup_logging(args.log_level, args.log_format, "ffdist.agent")
     options = _options(args)
     root, why = _media_root(args, options)
@@ -6418,23 +6462,17 @@ def serve(args: argparse.Namespace) -> int:
     if refusal:
         print(f"agent: {refusal}", file=sys.stderr)
         return 2
-    held = [locked_folder(options.state_dir, "state folder"), locked_folder(options.work_dir, "work folder")]
+
+    held = [locked_folder(options.state_dir, "state folder"),
+            locked_folder(options.work_dir, "work folder")]
     if not options.register and read_identity(options.state_dir / "node.json") is None:
         print(f"agent: {options.state_dir} remembers no node of this machine: add --register",
               file=sys.stderr)
         return 1
     if root is None:
-        log.warning("this agent opens no paths until it gets --media-root DIR, for %s; URLs and generated "
-                    "sources work", why)
-    host = hwdetect.Host()
-    cleared = clear_work(options.work_dir, host)
-    if cleared:
-        log.warning("cleared what an earlier run left of %s", count_text(cleared, "attempt"))
-    log.info("looking at this machine%s", "" if args.no_probe else " and trying its encoders")
-    hardware = hwdetect.detect(host, not args.no_probe, str(options.state_dir))
-    if not hardware.ffmpeg:
-        log.warning("ffmpeg is not on PATH: every job will fail here until it is installed")
-    agent = Agent(options, hardware, host, log)
+        log.warning("this agent opens no paths until it gets --media-root DIR, for %s; URLs and "
+                    "generated sources work", why)
+    agent = _start_agent(args, options, log)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
     code = agent.run()
@@ -6443,26 +6481,37 @@ def serve(args: argparse.Namespace) -> int:
     return code
 
 
+def _start_agent(args: argparse.Namespace, options: Options, log: logging.Logger) -> Agent:
+    """Clear what an earlier start left, look at the machine, and return its agent."""
+    host = hwdetect.Host()
+    cleared = clear_work(options.work_dir, host)
+    if cleared:
+        log.warning("cleared what an earlier run left of %s", count_text(cleared, "attempt"))
+    log.info("looking at this machine%s", "" if args.no_probe else " and trying its encoders")
+    hardware = hwdetect.detect(host, not args.no_probe, str(options.state_dir))
+    if not hardware.ffmpeg:
+        log.warning("ffmpeg is not on PATH: every job will fail here until it is installed")
+    return Agent(options, hardware, host, log)
+
+
 def run_here(args: argparse.Namespace) -> int:
     """Run one job on this machine, without a master; progress on stderr, the result on stdout."""
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: signals.append(received))
-    parameters = {**parameters_of(args.parameters), **({"overwrite": True} if args.overwrite else {})}
-    for field, place in (("input", args.input), ("output", args.output_short or args.output)):
-        if place:
-            parameters[field] = place if scheme_of(place) else _own_path(place, field == "input")
+    parameters = _own_parameters(args)
     job = Job(str(uuid.uuid4()), 1, args.scenario, parameters, args.confidence)
     settings = resolve(job.scenario, parameters, own_paths=True)
-    root = os.path.abspath(args.media_root or "/")
-    if not os.path.isdir(root):
-        raise ValueError(f"--media-root {root} is not a folder")
+    root = _folder(args.media_root or "/")
     if settings.output and not settings.overwrite and os.path.lexists(settings.output):
         raise ValueError(f"output {settings.output} exists: name another file, or add --overwrite")
+
     if args.work_dir is not None:
-        make_private_folder(args.work_dir)  # or its owner could swap what is made in it
+        # Another owner of the folder could exchange what is made in it.
+        make_private_folder(args.work_dir)
     args.work_dir = tempfile.mkdtemp(prefix="ffdist-run-", dir=args.work_dir)
     try:
+        # This shell may open anything already, so nothing is refused to its job.
         options = dataclasses.replace(_options(args), media_root=root, own_paths=True,
                                       allow_address=("0.0.0.0/0", "::/0"))
         return _run_and_print(args, job, options, signals)
@@ -6470,14 +6519,31 @@ def run_here(args: argparse.Namespace) -> int:
         shutil.rmtree(args.work_dir, ignore_errors=True)
 
 
-def _own_path(place: str, follow: bool) -> str:
-    """Return a path of this shell's own without links; the last part is followed where that is wanted."""
-    path = os.path.abspath(place)
-    return os.path.realpath(path) if follow else os.path.join(
-        os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+def _own_parameters(args: argparse.Namespace) -> Json:
+    """Return the parameters of a job of this shell's own, with its paths made absolute."""
+    parameters = dict(parameters_of(args.parameters))
+    if args.overwrite:
+        parameters["overwrite"] = True
+    if args.input:
+        parameters["input"] = _own_place(args.input, os.path.realpath)
+    output = args.output_short or args.output
+    if output:
+        parameters["output"] = _own_place(output, _real_folder)
+    return parameters
+
+
+def _own_place(place: str, real: Callable[[str], str]) -> str:
+    """Return a URL as it is, or a path without links, which are not followed under a media root."""
+    return place if scheme_of(place) else real(os.path.abspath(place))
+
+
+def _real_folder(path: str) -> str:
+    """Return a path whose folder is without links; an output that is a link itself is refused later."""
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
 def _run_and_print(args: argparse.Namespace, job: Job, options: Options, signals: list[int]) -> int:
+    """Run the job, draw its progress and print its result; return the exit code."""
     log, host = setup_logging("warning", args.log_format, "ffdist.agent"), hwdetect.Host()
     print("looking at this machine …", file=sys.stderr)
     hardware = hwdetect.detect(host, not args.no_probe, str(options.state_dir))
@@ -6485,8 +6551,10 @@ def _run_and_print(args: argparse.Namespace, job: Job, options: Options, signals
     place.meter.rested.wait(hwdetect.IDLE_FIRST_S + 2)  # so that the idle share is known
     attempt = Attempt(job, place)
     results: list[Json] = []
-    worker = threading.Thread(target=lambda: results.append(carry_out(attempt, place.machine, log)[1]),
-                              daemon=True)
+
+    def work() -> None:
+        results.append(carry_out(attempt, place.machine, log)[1])
+    worker = threading.Thread(target=work, daemon=True)
     worker.start()
     bar = ProgressLine()
     while worker.is_alive():
@@ -6495,6 +6563,7 @@ def _run_and_print(args: argparse.Namespace, job: Job, options: Options, signals
         if signals:
             attempt.stop("canceled")
     bar.close()
+
     if signals and results[0]["status"] == "canceled":
         print("agent: stopped; nothing is left of it", file=sys.stderr)
         return 130 if signals[0] == signal.SIGINT else 1
@@ -6502,13 +6571,15 @@ def _run_and_print(args: argparse.Namespace, job: Job, options: Options, signals
 
 
 def _print_result(args: argparse.Namespace, result: Json) -> int:
+    completed = result["status"] == "completed"
     if args.json:
         print(json.dumps(result, indent=2))
-    elif result["status"] == "completed":
+    elif completed:
         print(table_text(result_rows(result), shutil.get_terminal_size((100, 24)).columns))
     else:
-        print(f"agent: the job {result['status']}: {printable(result['error'] or '')}", file=sys.stderr)
-    return 0 if result["status"] == "completed" else 1
+        error = printable(result["error"] or "")
+        print(f"agent: the job {result['status']}: {error}", file=sys.stderr)
+    return 0 if completed else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
