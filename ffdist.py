@@ -5282,6 +5282,9 @@ def cost_text(metrics: Mapping[str, Any]) -> str | None:
     return phrase or None
 
 
+# A row is plain text and numbers: it goes into JSON and CSV as it is, and results of agents of
+# others, which may hold anything, have been made harmless by then.
+
 class Row(NamedTuple):
     """One job and its result, as tables and plots see it.
 
@@ -5304,7 +5307,7 @@ class Row(NamedTuple):
     statistics: Json
     series: Json
     more: Mapping[str, str]
-    jobs: int = 1
+    jobs: int = 1  # of which this row is the mean
 
     @property
     def beside(self) -> str:
@@ -5333,6 +5336,8 @@ class Row(NamedTuple):
         reason = _part(self.metrics, "unknown").get(name) or self.error
         if reason:
             return str(reason)
+        # Nobody gave a reason: the metric is of a newer or an older version, or the job has no
+        # result.
         return "not measured" if self.status == "completed" else self.status
 
 
@@ -5385,6 +5390,7 @@ def _work_of(job: wire.JobView, result: wire.ResultView) -> tuple[str, str, str,
     """Return content, rendition, curve and rate of a job; a baseline has neither film nor rate."""
     seconds = finite(job.settings, "duration")
     length = f"{seconds:g} s" if seconds else ""
+    # A baseline has settings of an encode that never ran: they would tell baselines apart.
     if wire.BASELINE in job.scenario.lower().split("-"):
         return f"idle machine {length}".rstrip(), "", "idle", ""
 
@@ -5404,6 +5410,7 @@ def _rendition_of(settings: Json, encode: Json) -> str:
             size = f"{width:.0f}x{height:.0f}"
             break
 
+    # Without a rate every frame of the source is kept, and it may change: there is none to name.
     fps = finite(settings, "fps")
     return f"{size} {fps:g} fps" if fps else size
 
@@ -5532,6 +5539,7 @@ def bd_percent(anchor: Points, test: Points) -> float:
         curve = sorted((quality, math.log10(cost)) for cost, quality in points)
         areas.append(_pchip_area(curve, low, high))
 
+    # The mean of the logarithms' distance is that of the ratio between the costs.
     distance = (areas[1] - areas[0]) / (high - low)
     if abs(distance) > MAX_LOG_DISTANCE:
         raise ValueError("the costs differ by more than a factor of a million")
@@ -5628,6 +5636,8 @@ def _end_slope(end: _Piece, inner: _Piece) -> float:
     if slope * end.rise <= 0:
         return 0.0
 
+    # The parabola may overshoot where the curve turns: three times the rise is the most that keeps
+    # a piece monotone.
     turns = end.rise * inner.rise <= 0
     if turns and abs(slope) > 3 * abs(end.rise):
         return 3 * end.rise
@@ -5678,6 +5688,8 @@ def _computed(delta: Delta, curves: Mapping[str, Points]) -> Delta:
     return delta._replace(percent=percent)
 
 
+# The number of pairs grows with the square of the curves: a table of 20 codecs would have 190
+# lines.
 def _pairs(labels: Sequence[str]) -> list[tuple[str, str]]:
     if len(labels) <= MAX_CURVES_PAIRED:
         return list(itertools.combinations(labels, 2))
@@ -5705,6 +5717,11 @@ def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 
 # ---- 19 Documents ---------------------------------------------------------------------------------
 
+# A report as a page is one file that is mailed, archived and opened from a disk years later: it
+# runs no script and fetches nothing. Curves differ in dash and marker too, for print and for eyes
+# that see no difference in their colours. All text in it is text of others and passes
+# html_text().
+
 MAX_CONTENTS = 12  # films with plots of their own on one page; the tables have all
 MAX_LABELS = 40    # lines of a plot of nodes that can still be read
 
@@ -5716,6 +5733,8 @@ def _rate_plots(rows: Sequence[Row]) -> list[Plot]:
     for quality in QUALITIES:
         curves = curves_of(rows, rate.name, quality.name)
         if any(len(points) > 1 for points in curves.values()):
+            # Quality grows about with the logarithm of the rate: on that scale curves are nearly
+            # straight.
             drawn = [Curve(label, points) for label, points in curves.items()]
             plots.append(Plot(f"{quality.label} over {rate.label}", rate.axis, quality.axis, drawn,
                               log=True))
@@ -5804,6 +5823,7 @@ def _node_plot(metric: wire.Metric, cells: Sequence[Row]) -> Plot:
             spans.append(cell.interval(metric.name))
         curves.append(Curve(node, points, joined=False, spans=spans))
 
+    # Bars that overlap say that the nodes may well be equal: without them a picture would lie.
     note = "each ran once: no interval is known"
     if any(span for curve in curves for span in curve.spans):
         note = "bars: 95 % interval of the mean"
@@ -5865,6 +5885,8 @@ def _series_plot(row: Row, name: str, title: str) -> Plot:
                 _axis_of(FIGURES[name], [row]), curves, zero="y")
 
 
+# A reason can be a whole sentence and is often the same for a column: cells refer to it by a
+# number.
 class _Notes(dict[str, int]):
     """The reasons under a table, numbered in the order in which its cells refer to them."""
 
@@ -5924,6 +5946,7 @@ def _column_head(metric: wire.Metric, rows: Iterable[Row]) -> str:
     """Return the head of a column with the unit that its rows have."""
     if metric.unit != wire.CURRENCY:
         return metric.axis
+    # Prices in two currencies cannot stand in one column under one head; a master has one tariff.
     currencies = [unit_of(metric, row.metrics) for row in rows]
     known = [currency for currency in currencies if currency]
     return metric._replace(unit=known[0] if known else "").axis
@@ -6087,6 +6110,8 @@ def report_json(title: str, rows: Sequence[Row], made_at: str) -> Json:
 
 _CSV_WORDS = Row._fields[:Row._fields.index("metrics")]
 _CSV_MARKS = ("currency", "power_source", "energy_estimated")
+# A spreadsheet runs a cell that begins with one of these, and names of nodes and films are of
+# others.
 _FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
@@ -6122,6 +6147,7 @@ def report_rows(rows: Iterable[Row]) -> list[tuple[Any, ...]]:
     rows = list(rows)
     contents = {row.content for row in rows if row.rendition}
     lines = [_terminal_line(row, len(contents) > 1) for row in rows]
+    # A terminal is narrow: a column that is empty in all lines gives its room to the others.
     columns = [column for column in zip(_TERMINAL_HEADS, *lines) if any(column[1:])]
     return list(zip(*columns)) or [_TERMINAL_HEADS]
 
@@ -6169,7 +6195,8 @@ class Manager(NamedTuple):
     install: tuple[str, ...]
 
 
-# In the order of looking: the first that is on PATH is used.
+# In the order of looking: the first that is on PATH is used. None may ask anything, for nobody may be
+# there to answer.
 MANAGERS = {
     "apt-get": Manager(
         refresh=("apt-get", "update", "-q"),
@@ -6196,7 +6223,7 @@ def start_again() -> None:
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Delay Ctrl-C to the end of the block: a program that is just started would be left behind."""
-    received: list[int] = []
+    received: list[int] = []  # a handler can only note the signal: it must not raise in the block
     before = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
     try:
         yield
@@ -6261,7 +6288,7 @@ def install_commands(programs: Iterable[str],
         return []
 
     needs_sudo = os.geteuid() != 0 and shutil.which("sudo") is not None
-    sudo = ("sudo", "-n") if needs_sudo else ()
+    sudo = ("sudo", "-n") if needs_sudo else ()  # -n: fail rather than ask for a password
     refresh, install = MANAGERS[manager]
     names = dict.fromkeys(_package_of(program, manager, packages) for program in programs)
 
@@ -6348,6 +6375,10 @@ def _graph(title: str, unit: str, expr: str, *labels: str) -> Panel:
     return Panel("timeseries", title, unit, (expr,), (legend,))
 
 
+# Results are single values at the time when they were completed, not series that go on: an
+# expression without a range would mostly find none. $__interval is the width of a point, $__range
+# that of the page.
+
 def _over_interval(name: str, by: str, function: str = "avg") -> str:
     """Return the expression of a result's metric by labels, for each interval of a graph."""
     outer = "sum" if function == "count" else function
@@ -6390,7 +6421,10 @@ def _results_table(**columns: str) -> Panel:
 
 
 def _now(name: str, by: str = "node") -> str:
-    """Return the expression of a node's metric as it is now."""
+    """Return the expression of a node's metric as it is now.
+
+    `max`: the same metric may be there twice, scraped from /metrics and pushed.
+    """
     return f'max by ({by}) (@{name}{{node=~"$node"}})'
 
 
@@ -6495,6 +6529,7 @@ DASHBOARDS: Mapping[str, tuple[Panel, ...]] = {
 # Grafana's grid has 24 columns; width and height of a panel by its kind
 GRID_COLUMNS = 24
 _SIZES = {"stat": (6, 4), "timeseries": (12, 8), "table": (GRID_COLUMNS, 10)}
+# The data source has a fixed uid, so that pages find it in whatever Grafana they are loaded into.
 _SOURCE: Json = {"type": "prometheus", "uid": "ffdist"}
 
 
@@ -6506,6 +6541,7 @@ def _panel_json(panel: Panel, number: int, place: Json) -> Json:
         "fieldConfig": {"defaults": {"unit": panel.unit}, "overrides": []}, "options": {},
     }
     if panel.kind == "timeseries":
+        # Jobs come and go: lines are drawn over the gaps between them.
         made["fieldConfig"]["defaults"]["custom"] = {"spanNulls": True, "showPoints": "auto"}
         made["options"] = {
             "legend": {"showLegend": True, "displayMode": "list", "placement": "bottom"},
@@ -6851,12 +6887,15 @@ def running_monitoring(site: Site) -> Iterator[list[Running]]:
     if parts[0].program is None:
         raise CommandError(f"{parts[0].name} is missing: install it {parts[0].source}")
 
+    # Before any is started: two of them at one address would both look well, one by the other's
+    # answer.
     installed = [part for part in parts if part.program]
     for part in installed:
         if answers(part.health):
             raise CommandError(f"something else answers at {part.url} already: end it, or choose "
                                f"another address with {part.flag}")
 
+    # In the order of parts_of(): vmalert reads the state of its alerts from VictoriaMetrics.
     running: list[Running] = []
     try:
         for part in installed:
@@ -7797,6 +7836,7 @@ def cmd_demo(args: argparse.Namespace) -> int:
     if film is not None and not film.is_file():
         raise CommandError(f"there is no file {film}: name an input that is on this machine")
 
+    # SIGTERM unwinds like Ctrl-C, so that agent, master and folder are gone in every case.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with tempfile.TemporaryDirectory(prefix="ffdist-demo-") as name:
         folder = Path(name)
@@ -7819,6 +7859,7 @@ def _demo_with_agent(args: argparse.Namespace, url: str, film: Path | None, fold
     log = folder / "agent.log"
     process: subprocess.Popen[bytes] | None = None
     try:
+        # Else Ctrl-C could come between the start and the assignment: nobody would end the agent.
         with open(log, "wb") as output, uninterrupted():
             process = start_program(_demo_agent(url, film, folder), output)
         client = args.client = wire.Client(url)
@@ -8168,7 +8209,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = wire.Parser("ffdist.py", description="FFmpeg on a fleet of bare servers.",
                          epilog=epilog_of("demo", "master", "submit", "jobs", "results"),
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.words = COMMANDS
+    parser.words = COMMANDS  # it names the nearest of them for a mistyped one
     parser.add_argument("--version", action="version", version=f"ffdist {VERSION}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -8183,9 +8224,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def exit_code_of(error: ApiError) -> int:
     """Return the exit code of a refused request."""
-    if error.status in (0, 401, 403):
+    if error.status in (0, 401, 403):  # 0: no answer
         return 3
-    return 2 if error.status in (400, 413) else 1
+    if error.status in (400, 413):
+        return 2
+    return 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -8209,7 +8252,7 @@ def _run(args: argparse.Namespace) -> int:
         print(end="", flush=True)  # here, where a reader that has gone is no error
         return code
     except BrokenPipeError:
-        return 0
+        return 0  # `ffdist.py jobs | head`: the reader has what it wanted
     except KeyboardInterrupt:
         return 130
     except (ApiError, CommandError, ValueError, OSError) as error:
