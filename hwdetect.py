@@ -1,23 +1,24 @@
 #!/usr/bin/env python3
 """Print what this machine really is, and what power it draws while it works.
 
-It reads /proc, /sys and the text of nvidia-smi, and tries each encoder of FFmpeg on a real frame: one
-that is listed is not yet one that works. It knows Linux; elsewhere it answers with less. The agent
-imports it for everything that it knows of its machine, and all three files share its section Common.
+It reads /proc, /sys and the text of nvidia-smi, and tries each encoder of FFmpeg on a real frame,
+since many that are listed do not work. It knows Linux; elsewhere it answers with less. The agent
+imports it for everything that it knows of its machine, and all three files share section Common.
 
-It promises an answer on any machine: what cannot be read is null with a reason under `unknown`, and a
-detector that fails is named under `problems`. It does not promise figures that the kernel does not
-give: virtual machines have no energy counters, and an estimate is never passed off as a reading.
+It promises an answer on any machine: a value that cannot be read is null with a reason under
+`unknown`, and a detector that fails is named under `problems`. It does not promise figures that the
+kernel does not give: virtual machines have no energy counters, and an estimate is never passed off
+as a reading.
 
-How a fact comes about: Host reads a file and returns its text, or None and why not. A parser turns the
-text into a value. A detector combines values into the fields of Hardware. The table DETECTORS lists
-them all, and detect() runs it.
+How a fact comes about: Host reads a file and returns its text, or None and why not. A parser turns
+the text into a value. A detector combines values into the fields of Hardware. The table DETECTORS
+lists them all, and detect() runs it.
 
-How a power comes about: each PowerSource owns its previous counters and returns the joules since the
-start. The table MACHINE_SOURCES lists them, the best first, and the first that answers is used. So a
-new source of power is a class in section Power and a row in that table; a new kind of GPU is a class of
-GpuSource in section Graphics and a line in GraphicsPower. Sampler takes a reading of all, and a Meter
-books what each run used into its Ledger.
+How a power comes about: each PowerSource owns its previous counters and returns the joules since
+the start. The table MACHINE_SOURCES lists them, the best first, and the first that answers is used.
+So a new source of power is a class in section Power and a row in that table; a new kind of GPU is a
+class of GpuSource in section Graphics and a line in GraphicsPower. Sampler takes a reading of all,
+and a Meter books what each run used into its Ledger.
 
 Sections (each uses only those above it):
     1 Common     what all three files share: printable text, times, durations, sizes, errors, flags
@@ -36,8 +37,8 @@ Sections (each uses only those above it):
     14 Groups    control groups, and what the processes of a run may use
     15 CLI       the page, --json, --root, --no-probe, --record, --watch
 
-Threads: one gathers the lines of nvidia-smi (Stream), one is the Meter's, which owns its sampler, and
-three belong to each Program of a run. Nothing here takes a lock: queues and events pass things on.
+Threads: one gathers the lines of nvidia-smi (Stream), one is the Meter's, which owns its sampler,
+and three belong to each Program of a run. There are no locks: queues and events pass things on.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def printable(text: object) -> str:
     words = str(text)
     if words.isprintable():
         return words
-    return "".join(char if char.isprintable() else "?" for char in words)
+    chars = [char if char.isprintable() else "?" for char in words]
+    return "".join(chars)
 
 
 def text_of(data: bytes) -> str:
@@ -118,9 +120,17 @@ def _second_text(whole: int) -> str:
 
 
 # Each unit once, the largest first. A bare number is seconds, so it may only be the last ("1m30").
-_UNITS = (("d", DAY_S), ("h", HOUR_S), ("m", MINUTE_S), (r"(?:s|\Z)", 1.0), ("ms", 0.001))
+_UNITS = {
+    "d": DAY_S,
+    "h": HOUR_S,
+    "m": MINUTE_S,
+    r"(?:s|\Z)": 1.0,
+    "ms": 0.001,
+}
+# Bounded, for float() of a thousand digits is infinite.
 _NUMBER = r"[0-9]{1,9}(?:\.[0-9]{1,9})?"
-_DURATION = re.compile("".join(rf"(?:({_NUMBER}){unit})?" for unit, _ in _UNITS))
+_PARTS = [rf"(?:({_NUMBER}){unit})?" for unit in _UNITS]
+_DURATION = re.compile("".join(_PARTS))
 
 
 def parse_duration(text: str) -> float:
@@ -128,8 +138,10 @@ def parse_duration(text: str) -> float:
     match = _DURATION.fullmatch(text.strip())
     if match is None or not any(match.groups()):
         raise ValueError(f"invalid duration '{text}': expected 10s, 0.5s, 1m30s or plain seconds")
-    counts = (float(count or 0) for count in match.groups())
-    return sum(count * unit_s for count, (_, unit_s) in zip(counts, _UNITS))
+    total_s = 0.0
+    for count, unit_s in zip(match.groups(), _UNITS.values()):
+        total_s += float(count or 0) * unit_s
+    return total_s
 
 
 def duration_text(seconds: float | None) -> str:
@@ -170,7 +182,8 @@ def count_text(count: int | None, what: str) -> str:
 
 
 def cause_text(reason: object) -> str:
-    """Return an error of the operating system in a few words: its `strerror`, or what else it says."""
+    """Return an error in a few words: the operating system's `strerror`, or else its text."""
+    # Python raises it for timeouts of its own too, without a strerror.
     if isinstance(reason, TimeoutError):
         return "timed out"
     if isinstance(reason, OSError) and reason.strerror:
@@ -199,11 +212,19 @@ class Flag(NamedTuple):
     @property
     def variable(self) -> str:
         """Return its environment variable."""
-        return "FFDIST_" + self.name.lstrip("-").replace("-", "_").upper()
+        return f"FFDIST_{self.metavar}"
+
+    @property
+    def metavar(self) -> str:
+        """Return its name in capitals."""
+        return self.name.lstrip("-").replace("-", "_").upper()
 
     @property
     def setting(self) -> Any:
-        """Return what its environment variable says, else its default. Nothing else reads these."""
+        """Return the text of its environment variable, else its default.
+
+        This is the one place that reads the environment for flags.
+        """
         return os.environ.get(self.variable) or self.default
 
 
@@ -212,8 +233,8 @@ class Parser(argparse.ArgumentParser):
 
     words: Iterable[str] = ()  # known beside its flags, such as subcommands
 
-    # argparse lets a subcommand's parser pass unknown words on, which only the outer one then refuses,
-    # with its own usage.
+    # argparse lets a subcommand's parser pass unknown words on, which only the outer one then
+    # refuses, with its own usage.
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, left = super().parse_known_args(args, namespace)
         if left:
@@ -221,10 +242,12 @@ class Parser(argparse.ArgumentParser):
         return found, left
 
     def error(self, message: str) -> NoReturn:
+        # argparse has no hook for this: the wrong word is only in its message.
         wrong = re.search(r"(?:choice: |arguments: )'?([\w-]+)", message)
         if wrong is not None:
-            known = (*self.words, *re.findall(r"--?\w[\w-]*", self.format_usage()))
-            for word in difflib.get_close_matches(wrong[1], known, 1):
+            flags = re.findall(r"--?\w[\w-]*", self.format_usage())
+            near = difflib.get_close_matches(wrong[1], [*self.words, *flags], 1)
+            for word in near:
                 message += f"; did you mean {word}?"
         super().error(message)
 
@@ -232,9 +255,9 @@ class Parser(argparse.ArgumentParser):
 class _Switch(argparse.Action):
     """The action of a flag that takes no value.
 
-    Its default is the text of an environment variable. argparse reads a default of type str by `type`,
-    and only if the flag is not on the line, so a wrong variable is refused by the command that has
-    the flag, and by no other.
+    Its default is the text of an environment variable. argparse reads a default of type str by
+    `type`, and only if the flag is not on the line, so a wrong variable is refused by the command
+    that has the flag, and by no other.
     """
 
     def __init__(self, option_strings: Sequence[str], dest: str, **more: Any) -> None:
@@ -247,14 +270,22 @@ class _Switch(argparse.Action):
 def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
     """Add flags to a parser; the environment gives the default, a flag on the line beats it."""
     for flag in flags:
-        about = f"{flag.about} [{flag.variable}]".replace("%", "%%")
+        about = f"{flag.about} [{flag.variable}]"
+        about = about.replace("%", "%%")  # argparse formats it
         if flag.kind is None:
-            kind = functools.partial(_switch, flag.variable)
-            parser.add_argument(flag.name, action=_Switch, type=kind, default=flag.setting, help=about)
-        else:
-            metavar = flag.name.lstrip("-").upper().replace("-", "_")
             parser.add_argument(
-                flag.name, type=flag.kind, default=flag.setting, help=about, metavar=metavar)
+                flag.name,
+                action=_Switch,
+                type=functools.partial(_switch, flag.variable),
+                default=flag.setting,
+                help=about)
+        else:
+            parser.add_argument(
+                flag.name,
+                type=flag.kind,
+                default=flag.setting,
+                metavar=flag.metavar,
+                help=about)
 
 
 def _switch(variable: str, text: str) -> bool:
@@ -269,18 +300,21 @@ def _switch(variable: str, text: str) -> bool:
 
 def seconds(text: str, none: bool = False) -> float:
     """Argument type of a duration of at most 30 days; `none` allows 0s too."""
+    # argparse shows the words of an ArgumentTypeError alone, not those of a ValueError.
     try:
         value = parse_duration(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
     if value > MAX_FLAG_S or not (none or value > 0):
-        least = "0s" if none else "more than 0s"
-        raise argparse.ArgumentTypeError(f"invalid duration '{text}': expected {least}, at most 30d")
+        limits = "0s to 30d" if none else "more than 0s, at most 30d"
+        raise argparse.ArgumentTypeError(f"invalid duration '{text}': expected {limits}")
     return value
 
 
 def size_bytes(text: str) -> int:
     """Argument type of a size: 64M, 1.5G or plain bytes, in powers of 1024; 0 is none."""
+    # K, KB and KiB all mean 1024.
     pattern = r"(\d{1,15}(?:\.\d{1,3})?)([KMGT]?)(?:i?B)?"
     match = re.fullmatch(pattern, text.strip(), re.IGNORECASE)
     if match is None:
@@ -303,10 +337,11 @@ def power_model(text: str) -> tuple[float, float]:
     """Argument type of a power model: W of the idle machine and W with all its CPUs busy."""
     number = r"(\d{1,6}(?:\.\d{1,3})?)"
     match = re.fullmatch(f"{number},{number}", text.strip())
-    if match is None or not 0 < float(match[2]) >= float(match[1]):
+    idle_w, busy_w = (0.0, 0.0) if match is None else (float(match[1]), float(match[2]))
+    if busy_w <= 0 or busy_w < idle_w:
         expected = "expected W idle,W busy, such as 35,120"
         raise argparse.ArgumentTypeError(f"invalid power model '{text}': {expected}")
-    return float(match[1]), float(match[2])
+    return idle_w, busy_w
 
 
 def one_of(*words: str) -> Callable[[str], str]:
@@ -320,10 +355,12 @@ def one_of(*words: str) -> Callable[[str], str]:
 
 def state_home() -> Path:
     """Return the folder of this user's own ffdist state."""
+    # XDG Base Directory Specification.
     base = os.environ.get("XDG_STATE_HOME")
-    if not base:
-        base = os.path.join(os.path.expanduser("~"), ".local", "state")
-    return Path(base) / "ffdist"
+    if base:
+        return Path(base) / "ffdist"
+    home = os.path.expanduser("~")
+    return Path(home) / ".local" / "state" / "ffdist"
 
 
 # ---- 2 Facts --------------------------------------------------------------------------------------
@@ -552,7 +589,7 @@ class Cgroup:
 
 
 class Proof(NamedTuple):
-    """What trying an encoder showed: `state` is proved, failed or undecided, `why` is empty if proved.
+    """The result of trying an encoder: `state` is proved, failed or undecided, `why` the reason.
 
     Undecided means that the time ran out. Such an encoder may work, so it is tried again.
     """
@@ -685,7 +722,7 @@ class Reading:
 
     @property
     def total_watts(self) -> float | None:
-        """Return the machine's watts, with those of the GPUs that its own figure does not include."""
+        """Return the machine's watts and those of the GPUs that they do not include."""
         if self.power_watts is None:
             return None
         apart = [gpu.power_watts for gpu in self.gpus if not gpu.in_package]
@@ -735,12 +772,15 @@ Runner = Callable[[Sequence[str], float], Result]
 
 
 class Child:
-    """A small program that was started in a process group of its own, so that all of it can be ended."""
+    """A small program, started in a process group of its own so that all of it can be ended."""
 
     def __init__(self, argv: Sequence[str], stderr: int) -> None:
         """Start it; OSError or ValueError if that is not possible. `stderr` is PIPE or STDOUT."""
         self._popen = subprocess.Popen(
-            list(argv), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr,
+            list(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
             start_new_session=True)
 
     @property
@@ -754,6 +794,7 @@ class Child:
         except subprocess.TimeoutExpired:
             return Result(None, "", f"{NO_ANSWER} {timeout_s:.1f} s", timed_out=True)
         finally:
+            # After its end too, for what it started may hold the pipes.
             self.kill()
             self.close_pipes()
         return Result(self._popen.returncode, text_of(out), text_of(err))
@@ -796,6 +837,7 @@ class Stream:
 
     def __init__(self, argv: Sequence[str]) -> None:
         """Start it; OSError or ValueError if that is not possible."""
+        # A deque may be appended to and popped by two threads without a lock.
         self._lines: deque[str] = deque(maxlen=MAX_STREAM_LINES)
         self._child = Child(argv, subprocess.STDOUT)
         self._thread = threading.Thread(target=self._gather, daemon=True, name="stream")
@@ -816,13 +858,14 @@ class Stream:
 
     def lines(self) -> list[str]:
         """Take the lines that came since the last call."""
-        return [self._lines.popleft() for _ in range(len(self._lines))]
+        count = len(self._lines)
+        return [self._lines.popleft() for _ in range(count)]
 
     def close(self) -> None:
         """End the program and its thread; a second call does nothing."""
         self._child.kill()
         self._thread.join(timeout=KILL_WAIT_S)
-        if self.ended:
+        if self.ended:  # else the thread still reads from the pipe
             self._child.close_pipes()
 
 
@@ -836,14 +879,17 @@ def descriptor_path(descriptor: int) -> str:
 
 
 def make_folder(folder: str | os.PathLike[str]) -> None:
-    """Make a folder, and each parent that is missing, for its owner alone; OSError if that fails."""
+    """Make a folder and each missing parent for its owner alone; OSError if that fails.
+
+    os.makedirs() would give the mode to the last folder only.
+    """
     path = os.path.abspath(folder)
     missing = []
     while not os.path.lexists(path):
         missing.append(path)
         path = os.path.dirname(path)
     for name in reversed(missing):
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(FileExistsError):  # another process was faster
             os.mkdir(name, 0o700)
 
 
@@ -877,7 +923,8 @@ def why_shared(path: str) -> str:
         return f"it belongs to another user (uid {found.st_uid}): make it yours"
 
     place = ""
-    for part in os.path.abspath(path).split("/")[1:]:
+    parts = os.path.abspath(path).split("/")[1:]
+    for part in parts:
         place += f"/{part}"
         link = os.lstat(place)
         if stat.S_ISLNK(link.st_mode) and link.st_uid not in (0, mine):
@@ -912,7 +959,8 @@ def replace_file(path: str, text: str) -> str | None:
 
 def natural(name: str) -> list[tuple[int, str]]:
     """Return a sort key by which card2 comes before card10."""
-    if name.isascii() and name.isdigit() and len(name) < 19:  # a process: there are hundreds
+    # The names in /proc are many and mostly numbers: the same key as below, without the regex.
+    if name.isascii() and name.isdigit() and len(name) < 19:
         return [(-1, ""), (int(name), ""), (-1, "")]
     return [_sort_key(part) for part in re.split(r"([0-9]{1,18})", name)]
 
@@ -926,8 +974,8 @@ def _sort_key(part: str) -> tuple[int, str]:
 class Tree:
     """The paths of a machine, all under one root, with links followed inside it.
 
-    Another root than "/" is the tree of another machine. open(2) alone would follow its absolute links
-    out into this one, so each link on the way is read and resolved here.
+    Another root than "/" is the tree of another machine. open(2) alone would follow its absolute
+    links out into this one, so each link on the way is read and resolved here.
     """
 
     def __init__(self, root: str) -> None:
@@ -978,15 +1026,16 @@ class Tree:
 
     def beside(self, path: str) -> str:
         """Return where a path is whose last part, a link perhaps, is not to be followed."""
-        return os.path.join(self.real(os.path.dirname(path)), os.path.basename(path))
+        folder, name = os.path.split(path)
+        return os.path.join(self.real(folder), name)
 
 
 class Host:
     """The machine as files and programs, all under one root.
 
     With another root than "/" nothing of this machine or process gets into an answer: links are
-    followed inside the tree, programs come from it, and a file without any read bit counts as refused,
-    even for root (so a recording keeps what could not be read).
+    followed inside the tree, programs come from it, and a file without any read bit counts as
+    refused, even for root (so a recording keeps what could not be read).
 
     No method raises. A file that cannot be read is None, and why() has the reason.
     """
@@ -1011,7 +1060,8 @@ class Host:
         try:
             # Without blocking, neither a FIFO in a strange tree nor a driver that answers EAGAIN
             # can hang the caller.
-            handle = os.open(self.tree.real(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+            handle = os.open(self.tree.real(path), flags)
             try:
                 if self.foreign and not os.fstat(handle).st_mode & 0o444:
                     return None, f"permission denied: {path}"
@@ -1036,13 +1086,15 @@ class Host:
         return data
 
     def list(self, path: str) -> list[str]:
-        """Return the names in a folder, numbers sorted as numbers; [] if there is no such folder."""
+        """Return the names in a folder, numbers sorted as numbers; [] if it does not exist."""
         try:
-            return sorted(os.listdir(self.tree.real(path)), key=natural)
+            names = os.listdir(self.tree.real(path))
         except (OSError, ValueError):
             return []
+        return sorted(names, key=natural)
 
     def exists(self, path: str) -> bool:
+        """Return whether a path exists, be it a link to nothing."""
         try:
             return os.path.lexists(self.tree.beside(path))
         except (OSError, ValueError):
@@ -1051,9 +1103,10 @@ class Host:
     def link(self, path: str) -> str | None:
         """Return the last part of a link's target: a driver's name, a device's address."""
         try:
-            return os.path.basename(os.readlink(self.tree.beside(path))) or None
+            target = os.readlink(self.tree.beside(path))
         except (OSError, ValueError):
             return None
+        return os.path.basename(target) or None
 
     def space(self, mount: str) -> tuple[int, int] | None:
         """Return a file system's size, and the bytes that an unprivileged user may still fill."""
@@ -1063,7 +1116,10 @@ class Host:
             found = os.statvfs(mount)
         except OSError:
             return None
-        return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
+        # f_bavail, not f_bfree: ext4 keeps 5 % for root.
+        size = found.f_blocks * found.f_frsize
+        free = found.f_bavail * found.f_frsize
+        return size, free
 
     def stamp(self, path: str) -> str:
         """Return what identifies a file's content: its real path, size and modification time."""
@@ -1079,6 +1135,7 @@ class Host:
     def set(self, path: str, text: str) -> bool:
         """Write into a file of the kernel, which must exist; return whether the kernel took it."""
         try:
+            # Without O_CREAT and O_TRUNC: a mistake in the path must not leave a file behind.
             handle = os.open(self.tree.real(path), os.O_WRONLY | os.O_CLOEXEC)
             try:
                 return os.write(handle, text.encode()) > 0
@@ -1094,7 +1151,7 @@ class Host:
         return os.path.isdir(self.tree.real(folder))
 
     def drop(self, folder: str) -> bool:
-        """Remove an empty folder, or a control group without processes; return whether it is gone."""
+        """Remove an empty folder, or a control group without processes; return whether it went."""
         with contextlib.suppress(OSError, ValueError):
             os.rmdir(self.tree.real(folder))
         return not self.exists(folder)
@@ -1121,18 +1178,18 @@ class Host:
         return getattr(os.uname(), field) or None
 
     def which(self, name: str) -> str | None:
-        """Find a program on PATH, or in the usual folders of a foreign tree; return a path to run."""
+        """Find a program on PATH, or in the usual folders of a foreign tree; return its path."""
         if not self.foreign:
             return shutil.which(name)
-        folders = os.pathsep.join(f"{self.root}/{folder}" for folder in TREE_PATH)
-        return shutil.which(os.path.basename(name), path=folders)
+        folders = [f"{self.root}/{folder}" for folder in TREE_PATH]
+        return shutil.which(os.path.basename(name), path=os.pathsep.join(folders))
 
     def run(self, argv: Sequence[str], timeout_s: float) -> Result:
         """Run a program that which() found."""
         return self._run(argv, timeout_s)
 
     def stream(self, argv: Sequence[str]) -> Stream | None:
-        """Start a program whose lines are gathered until it is closed; None if it does not start."""
+        """Start a program whose lines are gathered until it is closed; None if that fails."""
         try:
             return Stream(argv)
         except (OSError, ValueError):
@@ -1140,6 +1197,7 @@ class Host:
 
 
 GRACE_S = 1.0  # between TERM and KILL
+LAUNCHER_S = 10.0  # for setpriv to show that it works
 REAP_S = 10.0  # a process that was killed is gone at once, unless it hangs in the kernel
 DRAIN_S = 2.0  # for the last output of a program, whose pipe a stranger may hold open
 # An encode takes what the machine has left, never what its users need.
@@ -1164,8 +1222,12 @@ class ProgramMissing(Exception):
 
 @functools.lru_cache(maxsize=1)
 def launcher() -> tuple[str, ...]:
-    """Return the words before a command: low priority, and if possible an end with the agent's own."""
-    tried = default_runner([*DIE_WITH_PARENT, "true"], 10)
+    """Return the words before a command: a low priority, and where possible an end with the agent.
+
+    prctl(2), PR_SET_PDEATHSIG: the parent is the thread that forked, so this thread has to wait for
+    the program's end.
+    """
+    tried = default_runner([*DIE_WITH_PARENT, "true"], LAUNCHER_S)
     words = DIE_WITH_PARENT if tried.returncode == 0 else ()
     if shutil.which(NICE[0]):
         return (*words, *NICE)
@@ -1175,18 +1237,24 @@ def launcher() -> tuple[str, ...]:
 class Program:
     """One program of a run in a process group of its own, niced, both its pipes always drained.
 
-    Four threads know it: two drain its pipes, one waits for its end, and the one that started it. The
-    waiting one alone sets `exit` and then `ended`.
+    Four threads know it: two drain its pipes, one waits for its end, and the one that started it.
+    The waiting one alone sets `exit` and then `ended`.
     """
 
     def __init__(self, argv: Sequence[str], folder: Path, on_stdout: Callable[[str], None],
                  on_stderr: Callable[[str], None], descriptors: Iterable[int] = ()) -> None:
         """Start it in a folder; ProgramMissing, OSError or ValueError if that is not possible."""
+        # The launcher always starts, so what it is to start is checked here.
         if shutil.which(argv[0]) is None:
             raise ProgramMissing(argv[0])
         self._popen = subprocess.Popen(
-            [*launcher(), *argv], cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, start_new_session=True, pass_fds=tuple(descriptors))
+            [*launcher(), *argv],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            pass_fds=tuple(descriptors))
         self.pid = self._popen.pid
         self.ended = threading.Event()
         self.exit: Exit | None = None
@@ -1208,8 +1276,9 @@ class Program:
         if os.WIFSIGNALED(status):
             code = -os.WTERMSIG(status)
         self._popen.returncode = code  # or Popen would wait for it again
+        cpu_s = usage.ru_utime + usage.ru_stime
         # getrusage(2): ru_maxrss is in KiB on Linux.
-        self.exit = Exit(code, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+        self.exit = Exit(code, cpu_s, usage.ru_maxrss * 1024)
         self.ended.set()
 
     def signal(self, number: int) -> None:
@@ -1252,6 +1321,7 @@ class Recorder(Host):
         self.entries: Entries = {}
 
     def _enter(self, path: str, kind: str, text: str) -> None:
+        """Add an entry under its real path, and the links that lead there."""
         final, links = self.tree.resolve(path)
         for link, target in links.items():
             self.entries[link] = ("link", target)
@@ -1300,8 +1370,10 @@ def scrub(path: str, text: str) -> str:
     if path.endswith("/hostname"):
         return "recorded\n"
     if path.endswith(("/mounts", "/mountinfo")):
-        keep = re.compile(rf" (cgroup2?|{'|'.join(LOCAL_FILESYSTEMS)}) ")
-        return "".join(f"{line}\n" for line in text.splitlines() if keep.search(line))
+        # Mounts from elsewhere name other machines and shares.
+        kinds = "|".join(("cgroup2?", *LOCAL_FILESYSTEMS))
+        lines = [line for line in text.splitlines() if re.search(f" ({kinds}) ", line)]
+        return "".join(f"{line}\n" for line in lines)
     text = re.sub(r"(?im)^(serial|machine id|uuid)([\t ]*:).*$", r"\1\2 0", text)
     return re.sub(r"GPU-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "GPU-0", text)
 
@@ -1309,23 +1381,25 @@ def scrub(path: str, text: str) -> str:
 def archive(entries: Mapping[str, tuple[str, str]]) -> str:
     """Write {path: (kind, text)} as one text: before each entry a line "=== KIND PATH".
 
-    Kinds: file; part (a file without a newline at its end); link (the text is its target); dir; refused
-    (it could not be read); there (nobody read it). Backslashes, control characters and a leading "==="
-    are written as \\xNN.
+    Kinds: file; part (a file without a newline at its end); link (the text is its target); dir;
+    refused (it could not be read); there (nobody read it). Backslashes, control characters and a
+    leading "===" are written as \\xNN.
     """
     lines = []
-    for path, (kind, text) in sorted(entries.items(), key=lambda item: natural(item[0])):
+    for path in sorted(entries, key=natural):
+        kind, text = entries[path]
         if kind == "file" and not text.endswith("\n"):
             kind = "part"
         lines.append(f"=== {kind} {path}")
         if kind == "file":
-            lines += [_escape(line) for line in text[:-1].split("\n")]
-        elif text:
-            lines += [_escape(line) for line in text.split("\n")]
+            text = text[:-1]  # its last newline is the line's own
+        if text or kind == "file":
+            lines += map(_escape, text.split("\n"))
     return "\n".join(lines) + "\n"
 
 
 def _escape(line: str) -> str:
+    """Escape a line, so that it is printable and does not look like the head of an entry."""
     line = "".join(map(_escape_character, line))
     if line.startswith("==="):
         return "\\x3d" + line[1:]
@@ -1344,59 +1418,68 @@ def parse_archive(text: str) -> Entries:
     """Read an archive into {path: (kind, text)}; ValueError for other text."""
     pattern = r"^=== (file|part|link|dir|refused|there) (/.*)\n"
     parts = re.split(pattern, text, flags=re.MULTILINE)
-    if parts[0].strip() or len(parts) == 1:
-        raise ValueError(f"not an archive of --record: it begins with {parts[0][:40]!r}")
+    before = parts.pop(0)
+    if before.strip() or not parts:
+        raise ValueError(f"not an archive of --record: it begins with {before[:40]!r}")
 
     entries: Entries = {}
-    for kind, path, body in zip(parts[1::3], parts[2::3], parts[3::3]):
-        plain = re.sub(r"\\x([0-9a-f]{2})", lambda found: chr(int(found.group(1), 16)), body)
+    # What split() returns repeats kind, path and body.
+    for kind, path, body in zip(parts[0::3], parts[1::3], parts[2::3]):
+        plain = re.sub(r"\\x([0-9a-f]{2})", _unescape_character, body)
         if kind != "file":
             plain = plain[:-1]  # the newline before the next entry
         entries[path] = (kind, plain)
     return entries
 
 
-# Files and folders first: a link made earlier could lead what follows out of the folder. Names that
-# nobody read come last, for a link may have made them already.
-UNPACK_ORDER = (("file", "part", "refused", "dir"), ("link",), ("there",))
+def _unescape_character(found: re.Match[str]) -> str:
+    return chr(int(found.group(1), 16))
+
+
+FILE_KINDS = ("file", "part")
+# Files and folders first: a link made earlier could lead them out of the folder. Names that nobody
+# read come last, for a link may have made them already.
+UNPACK_ORDER = (
+    (*FILE_KINDS, "refused", "dir"),
+    ("link",),
+    ("there",),
+)
 
 
 def unpack(text: str, folder: str) -> list[str]:
-    """Make the tree of an archive; return the paths of its files. ValueError or OSError for other text.
+    """Make the tree of an archive; return the paths of its files.
 
-    Nothing is written outside of `folder`.
+    Nothing is written outside of `folder`. Raises ValueError or OSError for other text.
     """
     entries = parse_archive(text)
     folder = os.path.realpath(folder)
     for kinds in UNPACK_ORDER:
         for path, (kind, body) in entries.items():
-            place = folder + path
-            if kind not in kinds or not _is_inside(place, folder):
-                continue
-            if kind == "there" and os.path.lexists(place):
-                continue
-            _unpack_entry(place, kind, body)
-    return [path for path, (kind, _) in entries.items() if kind in ("file", "part")]
+            if kind in kinds:
+                _unpack_entry(folder, path, kind, body)
+    return [path for path, (kind, _) in entries.items() if kind in FILE_KINDS]
 
 
-def _is_inside(place: str, folder: str) -> bool:
-    """Return whether a path is below a folder, by the links that exist by now."""
+def _unpack_entry(folder: str, path: str, kind: str, body: str) -> None:
+    """Make one entry, unless its path leads out of the folder."""
+    place = folder + path
+    # By the links that exist by now, for an archive may have made them.
     parent = os.path.realpath(os.path.dirname(place))
-    return f"{parent}/".startswith(f"{folder}/")
+    if not f"{parent}/".startswith(f"{folder}/"):
+        return
+    if kind == "there" and os.path.lexists(place):
+        return
 
-
-def _unpack_entry(place: str, kind: str, body: str) -> None:
     if kind == "dir":
         os.makedirs(place, exist_ok=True)
         return
-
     os.makedirs(os.path.dirname(place), exist_ok=True)
     if kind == "link":
         os.symlink(body, place)
         return
-
-    with open(place, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        file.write(body)
+    data = body.encode("utf-8", "surrogateescape")
+    with open(place, "wb") as file:
+        file.write(data)
     os.chmod(place, 0 if kind == "refused" else 0o644)
 
 
@@ -1409,6 +1492,7 @@ MAX_REASON = 160  # characters of a program's own words in a reason
 
 def parse_int(text: str | None) -> int | None:
     """Read a decimal number as sysfs prints it; None for anything else."""
+    # Up to 2^64. int() alone would also take "1_000", Arabic digits and a megabyte of nines.
     found = re.fullmatch(r"\s*(-?[0-9]{1,20})\s*", text or "", re.ASCII)
     if found is None:
         return None
@@ -1417,6 +1501,7 @@ def parse_int(text: str | None) -> int | None:
 
 def parse_float(text: str | None) -> float | None:
     """Read a number of nvidia-smi; None for [N/A], [Not Supported] and other words."""
+    # float() alone would also take "nan" and "inf", which JSON has no word for.
     found = re.fullmatch(r"\s*(-?[0-9]{1,15}(?:\.[0-9]{1,15})?)\s*", text or "", re.ASCII)
     if found is None:
         return None
@@ -1433,11 +1518,12 @@ def parse_mib(text: str | None) -> int | None:
 
 def parse_word(text: str | None) -> str | None:
     """Read a name on one line, without the NUL that ends it in a device tree; None for garbage."""
-    first = (text or "").strip("\0\n\t ").split("\n")[0]
-    line = first.strip()[:MAX_WORD]
-    if line and line.isprintable() and "\ufffd" not in line:
-        return line
-    return None
+    lines = (text or "").strip("\0\n\t ").split("\n")
+    word = lines[0].strip()[:MAX_WORD]
+    # U+FFFD came from bytes that are not UTF-8.
+    if not word.isprintable() or "\ufffd" in word:
+        return None
+    return word or None
 
 
 def parse_cpu_list(text: str | None) -> int | None:
@@ -1449,7 +1535,7 @@ def parse_cpu_list(text: str | None) -> int | None:
             return None
         first = int(found.group(1))
         last = int(found.group(2) or first)
-        if not first <= last < MAX_CPUS:
+        if last < first or last >= MAX_CPUS:
             return None
         cpus.update(range(first, last + 1))
     return len(cpus)
@@ -1481,7 +1567,10 @@ def parse_sizes(text: str | None) -> dict[str, int]:
     The kernel writes kB and means 1024 bytes.
     """
     lines = re.compile(r"^(\w+):\s+([0-9]{1,15}) kB$", re.MULTILINE | re.ASCII)
-    return {name: int(value) * 1024 for name, value in lines.findall(text or "")}
+    sizes = {}
+    for name, value in lines.findall(text or ""):
+        sizes[name] = int(value) * 1024
+    return sizes
 
 
 def parse_arm_core(block: Mapping[str, str]) -> tuple[str, str] | None:
@@ -1491,29 +1580,40 @@ def parse_arm_core(block: Mapping[str, str]) -> tuple[str, str] | None:
         part = int(block["CPU part"], 16)
     except (KeyError, ValueError):
         return None
-    makers = ARM_MAKERS.get(maker, f"maker {maker:#x}")
-    return makers, ARM_CORES.get((maker, part), f"part {part:#x}")
+    maker_name = ARM_MAKERS.get(maker, f"maker {maker:#x}")
+    core_name = ARM_CORES.get((maker, part), f"part {part:#x}")
+    return maker_name, core_name
 
 
 def parse_cgroup(text: str | None) -> list[tuple[str, str]]:
     """Read /proc/self/cgroup into (controllers, path); version 2 names no controllers."""
+    # "4:cpu,cpuacct:/system.slice", and of version 2 "0::/system.slice".
     return re.findall(r"^[0-9]+:([^:\n]*):(/.*)$", text or "", re.MULTILINE)
 
 
 def parse_cgroup_mounts(text: str | None) -> list[tuple[str, str, str, str]]:
     """Read (root, mount point, type, super options) of the control group mounts in mountinfo."""
+    # proc_pid_mountinfo(5): "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate".
     pattern = r"^(?:\S+ ){3}(\S+) (\S+) .* - (cgroup2?) \S+ (\S+)$"
     return re.findall(pattern, text or "", re.MULTILINE)
 
 
 def parse_mounts(text: str | None) -> list[tuple[str, str, str]]:
     """Read /proc/self/mounts into (device, mount point, type), without escapes such as \\040."""
+    rows = []
     found = re.findall(r"^(\S+) (/\S*) (\S+) ", text or "", re.MULTILINE)
-    return [(_unescape(device), _unescape(mount), kind) for device, mount, kind in found]
+    for device, mount, kind in found:
+        rows.append((_unescape(device), _unescape(mount), kind))
+    return rows
 
 
 def _unescape(word: str) -> str:
-    return re.sub(r"\\([0-3][0-7]{2})", lambda found: chr(int(found.group(1), 8)), word)
+    """Undo the octal escapes by which the kernel writes spaces, tabs, newlines and backslashes."""
+    return re.sub(r"\\([0-3][0-7]{2})", _octal_character, word)
+
+
+def _octal_character(found: re.Match[str]) -> str:
+    return chr(int(found.group(1), 8))
 
 
 def parse_cpu_times(text: str | None) -> tuple[int, int] | None:
@@ -1525,9 +1625,11 @@ def parse_cpu_times(text: str | None) -> tuple[int, int] | None:
     found = re.match(r"cpu +((?:[0-9]{1,18} ){3,9}[0-9]{1,18})\n", text or "", re.ASCII)
     if found is None:
         return None
-    ticks = [int(word) for word in found.group(1).split()][:8]
+    words = found.group(1).split()
+    ticks = [int(word) for word in words[:8]]
     idle = sum(ticks[3:5])  # waiting for I/O is idle too
-    return sum(ticks) - idle, sum(ticks)
+    total = sum(ticks)
+    return total - idle, total
 
 
 def parse_process(text: str | None) -> dict[str, int]:
@@ -1536,10 +1638,15 @@ def parse_process(text: str | None) -> dict[str, int]:
     The ticks include those of children that were waited for. A command's name may have spaces and
     parentheses: the fields begin after the last one.
     """
-    fields = (text or "").rpartition(")")[2].split()[1:20]
+    _, _, rest = (text or "").rpartition(")")
+    fields = rest.split()[1:20]
     try:
-        numbers = [int(word) for word in fields]
-        return {"group": numbers[1], "ticks": sum(numbers[10:14]), "start": numbers[18]}
+        numbers = [int(field) for field in fields]
+        return {
+            "group": numbers[1],
+            "ticks": sum(numbers[10:14]),  # utime, stime, cutime, cstime
+            "start": numbers[18],
+        }
     except (ValueError, IndexError):
         return {}
 
@@ -1555,22 +1662,29 @@ def parse_engines(text: str | None) -> dict[str, int]:
     if client is None:
         return {}
 
+    # Clients are numbered anew on each device.
     device = re.search(r"^drm-pdev:\s*(\S+)$", text, re.MULTILINE)
     place = device.group(1) if device else None
-    times = r"^drm-engine-(?!capacity-)\S+:\s*([0-9]{1,18}) ns$"
-    cycles = r"^drm-cycles-\S+:\s*([0-9]{1,18})$"
-    busy = re.findall(times, text, re.MULTILINE) or re.findall(cycles, text, re.MULTILINE)
-    return {f"{place} {client.group(1)}": sum(map(int, busy))}
+    busy = re.findall(r"^drm-engine-(?!capacity-)\S+:\s*([0-9]{1,18}) ns$", text, re.MULTILINE)
+    if not busy:
+        busy = re.findall(r"^drm-cycles-\S+:\s*([0-9]{1,18})$", text, re.MULTILINE)
+    total = sum(map(int, busy))
+    return {f"{place} {client.group(1)}": total}
 
 
 def parse_csv(text: str, fields: Sequence[str]) -> list[dict[str, str]]:
     """Read nvidia-smi's csv,noheader,nounits; lines of another shape are left out."""
-    rows = [[word.strip() for word in line.split(",")] for line in text.splitlines()]
-    return [dict(zip(fields, row)) for row in rows if len(row) == len(fields)]
+    rows = []
+    for line in text.splitlines():
+        words = [word.strip() for word in line.split(",")]
+        if len(words) == len(fields):
+            rows.append(dict(zip(fields, words)))
+    return rows
 
 
 def parse_refused(text: str) -> str:
     """Return the field that nvidia-smi does not know, "" if it complains of none."""
+    # 'Field "utilization.encoder" is not a valid field to query.'
     found = re.search(r'Field "([\w.]+)" is not a valid field', text)
     if found is None:
         return ""
@@ -1588,16 +1702,21 @@ def parse_pci_address(text: str | None) -> str | None:
 
 def parse_pci_name(text: str | None, vendor: str, device: str) -> str | None:
     """Find a device in pci.ids; the part in brackets is what people call it."""
+    # A vendor's line is followed by those of its devices, each with one tab before it. Numbers of
+    # devices repeat from vendor to vendor.
     of_vendor = rf"^{re.escape(vendor)}  .*\n((?:[\t#\n].*\n?)*)"
     block = re.search(of_vendor, text or "", re.MULTILINE)
     if block is None:
         return None
-    found = re.search(rf"^\t{re.escape(device)}  (.+)$", block.group(1), re.MULTILINE)
+    of_device = rf"^\t{re.escape(device)}  (.+)$"
+    found = re.search(of_device, block.group(1), re.MULTILINE)
     if found is None:
         return None
     name = found.group(1)
     inner = re.search(r"\[([^\]]+)\]", name)
-    return parse_word(inner.group(1) if inner else name)
+    if inner is None:
+        return parse_word(name)
+    return parse_word(inner.group(1))
 
 
 def parse_time_stamp(text: str | None) -> float | None:
@@ -1614,6 +1733,7 @@ def parse_time_stamp(text: str | None) -> float | None:
 
 def parse_listed(text: str) -> set[str]:
     """Read the names of `ffmpeg -encoders` or `-filters`: the word after the flags."""
+    # " V....D libx264  libx264 H.264 / AVC …" or " T.. psnr  VV->V  Calculate …"
     return set(re.findall(r"^ [A-Z.|]{2,6} +([\w-]+) ", text, re.MULTILINE | re.ASCII))
 
 
@@ -1626,11 +1746,14 @@ GENERIC_WORDS = re.compile(
 
 def parse_failure(result: Result) -> str:
     """Choose the line of FFmpeg's own words that says most about why it failed."""
-    stripped = [re.sub(r"^(\[[^\]]*\] *)+", "", line) for line in result.stderr.splitlines()]
-    lines = [line.strip() for line in stripped if line.strip()]
+    lines = []
+    for line in result.stderr.splitlines():
+        words = re.sub(r"^(\[[^\]]*\] *)+", "", line).strip()  # without "[libx264 @ 0x55]"
+        if words:
+            lines.append(words)
     specific = [line for line in lines if not GENERIC_WORDS.match(line)]
-    for line in (*specific, *lines):
-        return line[:MAX_REASON]
+    if lines:
+        return [*specific, *lines][0][:MAX_REASON]
 
     code = result.returncode or 0
     if code < 0:
@@ -1650,7 +1773,7 @@ NO_MEMORY_LIMIT = 2**62
 
 
 class Survey(NamedTuple):
-    """What a detector has to work with: the machine, the facts found before it, the caller's wishes."""
+    """What a detector works with: the machine, the facts found before it, and options of detect()."""
 
     host: Host
     hw: Hardware
@@ -1659,8 +1782,8 @@ class Survey(NamedTuple):
     ffmpeg: str | None
 
 
-# The answer of a detector: a value for each of its fields, or Unknown. Its keys may also be "FIELD.PART"
-# of a part that is Unknown, and "problems", a list of sentences.
+# The answer of a detector: a value for each of its fields, or Unknown. Its keys may also be
+# "FIELD.PART" of a part that is Unknown, and "problems", a list of sentences.
 Findings = dict[str, Any]
 
 
@@ -1681,8 +1804,12 @@ def _int(host: Host, path: str) -> int | None:
 
 def _ints(host: Host, paths: Iterable[str]) -> list[int]:
     """Read the numbers of those files that have one."""
-    values = [_int(host, path) for path in paths]
-    return [value for value in values if value is not None]
+    values = []
+    for path in paths:
+        value = _int(host, path)
+        if value is not None:
+            values.append(value)
+    return values
 
 
 def _first(values: Iterable[str | None]) -> str | None:
@@ -1693,35 +1820,46 @@ def _first(values: Iterable[str | None]) -> str | None:
 def detect_system(survey: Survey) -> Findings:
     """Find name, kernel, operating system and board."""
     host = survey.host
-    names = (f"{KERNEL}/hostname", "/etc/hostname")
-    name = _first(_word(host, path) for path in names) or host.uname("nodename")
-    system = _word(host, f"{KERNEL}/ostype") or host.uname("sysname")
-    kernel = _word(host, f"{KERNEL}/osrelease") or host.uname("release")
+    # /etc/hostname is only what the name is to be after the next start.
+    hostname = f"{KERNEL}/hostname"
+    name = _word(host, hostname) or _word(host, "/etc/hostname") or host.uname("nodename")
+    ostype = f"{KERNEL}/ostype"
+    system = _word(host, ostype) or host.uname("sysname") or ""
+    release = f"{KERNEL}/osrelease"
+    kernel = _word(host, release) or host.uname("release")
+    no_board = "neither DMI nor a device tree names the board"
     return {
-        "address": known(name, host.why(names[0])),
-        "os": known(system and system.lower(), host.why(f"{KERNEL}/ostype")),
+        "address": known(name, host.why(hostname)),
+        "os": known(system.lower(), host.why(ostype)),
         "os_name": known(_os_name(host), host.why(OS_RELEASES[0])),
-        "kernel": known(kernel, host.why(f"{KERNEL}/osrelease")),
-        "machine": known(_board(host), "neither DMI nor a device tree names the board"),
+        "kernel": known(kernel, host.why(release)),
+        "machine": known(_board(host), no_board),
     }
 
 
 def _os_name(host: Host) -> str | None:
     """Return the name that os-release(5) has for people."""
     pretty = re.compile(r"^PRETTY_NAME=([\"']?)(.+)\1\s*$", re.MULTILINE)
-    found = (pretty.search(host.read(path) or "") for path in OS_RELEASES)
-    return _first(parse_word(match.group(2)) for match in found if match)
+    for path in OS_RELEASES:
+        match = pretty.search(host.read(path) or "")
+        name = parse_word(match.group(2)) if match else None
+        if name:
+            return name
+    return None
 
 
 def _board(host: Host) -> str | None:
     """Return the board's name: DMI has it on PCs and servers, the device tree elsewhere."""
-    dmi = [_word(host, f"/sys/class/dmi/id/{name}") for name in ("sys_vendor", "product_name")]
-    return " ".join(filter(None, dmi)) or _word(host, "/proc/device-tree/model")
+    vendor = _word(host, "/sys/class/dmi/id/sys_vendor") or ""
+    product = _word(host, "/sys/class/dmi/id/product_name") or ""
+    name = f"{vendor} {product}".strip()
+    return name or _word(host, "/proc/device-tree/model")
 
 
 def detect_cpu(survey: Survey) -> Findings:
     """Find model, counts, flags and frequency."""
     host = survey.host
+    # A block for each CPU, and on Arm boards one for the machine.
     blocks = parse_blocks(host.read("/proc/cpuinfo"))
     merged = merge_blocks(blocks)
     core = parse_arm_core(merged)
@@ -1748,22 +1886,29 @@ def detect_cpu(survey: Survey) -> Findings:
 def _cpu_model(merged: Mapping[str, str], core: tuple[str, str] | None) -> str | None:
     """Return the model: x86 has "model name", MIPS "cpu model", POWER "cpu", RISC-V "uarch".
 
-    Of Arm, "Processor" is only an architecture ("ARMv8 Processor rev 3"), so the core's name is better.
+    Of Arm, "Processor" is only an architecture ("ARMv8 Processor rev 3"), so the core's name is
+    better.
     """
     keys = ["model name", "cpu model", "cpu"]
     if core is None:
         keys += ["Processor", "uarch"]
-    names = (" ".join(merged.get(key, "").split()) for key in keys)
-    model = _first(parse_word(name) for name in names)
-    if core is not None and (model is None or model.startswith("ARMv")):
+    model = None
+    for key in keys:
+        words = merged.get(key, "").split()  # Intel pads its names
+        model = model or parse_word(" ".join(words))
+    if core is None:
+        return model
+    if model is None or model.startswith("ARMv"):
         return " ".join(core)
     return model
 
 
 def _cpu_flags(merged: Mapping[str, str]) -> set[str]:
     """Return the processor's features: x86 has "flags", Arm "Features", others "features"."""
-    words = _first(merged.get(key) for key in ("flags", "Features", "features"))
-    return set((words or "").split())
+    for key in ("flags", "Features", "features"):
+        if merged.get(key):
+            return set(merged[key].split())
+    return set()
 
 
 def _logical_cpus(host: Host, blocks: Sequence[Mapping[str, str]]) -> int | None:
@@ -1774,25 +1919,41 @@ def _logical_cpus(host: Host, blocks: Sequence[Mapping[str, str]]) -> int | None
     listed = sum("processor" in block for block in blocks)
     if listed:
         return listed
-    ticking = re.findall(r"^cpu[0-9]+ ", host.read("/proc/stat") or "", re.MULTILINE)
+    times = host.read("/proc/stat") or ""
+    ticking = re.findall(r"^cpu[0-9]+ ", times, re.MULTILINE)
     return len(ticking) or None
 
 
 def _topology(host: Host, blocks: Sequence[Mapping[str, str]]) -> tuple[int | None, int | None]:
     """Count cores and sockets: the threads of one core name the same siblings."""
-    names = [name for name in host.list(CPUS) if re.fullmatch(r"cpu[0-9]+", name, re.ASCII)]
-    places = [f"{CPUS}/{name}/topology" for name in names]
-    siblings = [_word(host, f"{place}/thread_siblings_list") for place in places]
-    cores = {word for word in siblings if parse_cpu_list(word)}
-    packages = _ints(host, [f"{place}/physical_package_id" for place in places])
-    sockets = {number for number in packages if number >= 0}  # -1: the kernel does not know
-
-    # Without sysfs, x86 has the same numbers in /proc/cpuinfo.
-    numbered = [block for block in blocks if {"physical id", "core id"} <= block.keys()]
-    pairs = {(block["physical id"], block["core id"]) for block in numbered}
-    if pairs and not (cores and sockets):
-        return len(pairs), len({socket for socket, _ in pairs})
+    cores: set[str] = set()
+    sockets: set[int] = set()
+    for name in cpu_folders(host):
+        siblings = _word(host, f"{CPUS}/{name}/topology/thread_siblings_list")
+        if siblings and parse_cpu_list(siblings):
+            cores.add(siblings)
+        package = _int(host, f"{CPUS}/{name}/topology/physical_package_id")
+        if package is not None and package >= 0:  # -1: the kernel does not know
+            sockets.add(package)
+    if not (cores and sockets):
+        pairs = _numbered_cores(blocks)
+        if pairs:
+            return len(pairs), len({socket for socket, _ in pairs})
     return len(cores) or None, len(sockets) or None
+
+
+def _numbered_cores(blocks: Sequence[Mapping[str, str]]) -> set[tuple[str, str]]:
+    """Return (socket, core) of each core: x86 has them in /proc/cpuinfo, which needs no sysfs."""
+    pairs: set[tuple[str, str]] = set()
+    for block in blocks:
+        if {"physical id", "core id"} <= block.keys():
+            pairs.add((block["physical id"], block["core id"]))
+    return pairs
+
+
+def cpu_folders(host: Host) -> list[str]:
+    """Return the names of the CPUs in sysfs; beside them are cpufreq, cpuidle and the like."""
+    return [name for name in host.list(CPUS) if re.fullmatch(r"cpu[0-9]{1,5}", name, re.ASCII)]
 
 
 def _arch(host: Host, merged: Mapping[str, str], flags: set[str]) -> str | None:
@@ -1814,8 +1975,9 @@ def _arch(host: Host, merged: Mapping[str, str], flags: set[str]) -> str | None:
 def _max_mhz(host: Host) -> float | None:
     """Return the highest frequency of any CPU."""
     policies = host.list(f"{CPUS}/cpufreq")
-    speeds = _ints(host, [f"{CPUS}/cpufreq/{name}/cpuinfo_max_freq" for name in policies])
-    return max((khz / 1000 for khz in speeds if khz > 0), default=None)
+    paths = [f"{CPUS}/cpufreq/{policy}/cpuinfo_max_freq" for policy in policies]
+    max_khz = max(_ints(host, paths), default=0)
+    return max_khz / 1000 if max_khz > 0 else None
 
 
 def detect_limits(survey: Survey) -> Findings:
@@ -1847,14 +2009,18 @@ def _usable_cpus(survey: Survey, group: Cgroup) -> int | None:
     if group.cpus is not None:
         quota = max(1, math.ceil(group.cpus))
     counts = (survey.hw.cpu_logical, allowed, quota)
-    return min((count for count in counts if count is not None), default=None)
+    return _least([count for count in counts if count is not None])
+
+
+def _least(counts: Sequence[int]) -> int | None:
+    return min(counts, default=None)
 
 
 class Hierarchy(NamedTuple):
     """One hierarchy of control groups as this process sees it.
 
-    Version 1 has one for each few controllers, version 2 a single one that names none. `folders` are
-    this process's own group and its parents, the innermost first.
+    Version 1 has one for each few controllers, version 2 a single one that names none. `folders`
+    are this process's own group and its parents, the innermost first.
     """
 
     version: int
@@ -1867,15 +2033,19 @@ def cgroup_limits(host: Host) -> Cgroup:
 
     Documentation/admin-guide/cgroup-v2.rst (cpu.max, memory.max), cgroup-v1 (cpu.cfs_quota_us).
     """
-    hierarchies = list(cgroup_hierarchies(host))
-    folders = [folder for hierarchy in hierarchies for folder in hierarchy.folders]
-    quotas = [_cpu_quota(host, folder) for folder in folders]
-    cpus = min((quota for quota in quotas if quota is not None), default=None)
-
-    limits = [f"{folder}/memory.{name}" for folder in folders for name in ("max", "limit_in_bytes")]
-    amounts = [amount for amount in _ints(host, limits) if 0 < amount < NO_MEMORY_LIMIT]
-    version = max((hierarchy.version for hierarchy in hierarchies), default=None)
-    return Cgroup(version, cpus, min(amounts, default=None))
+    version = None
+    quotas: list[float] = []
+    amounts: list[int] = []
+    for hierarchy in cgroup_hierarchies(host):
+        version = max(version or 1, hierarchy.version)
+        for folder in hierarchy.folders:
+            quota = _cpu_quota(host, folder)
+            if quota is not None:
+                quotas.append(quota)
+            # Version 2's name, and version 1's.
+            amounts += _ints(host, [f"{folder}/memory.max", f"{folder}/memory.limit_in_bytes"])
+    amounts = [amount for amount in amounts if 0 < amount < NO_MEMORY_LIMIT]
+    return Cgroup(version, min(quotas, default=None), min(amounts, default=None))
 
 
 def cgroup_hierarchies(host: Host) -> Iterator[Hierarchy]:
@@ -1893,8 +2063,11 @@ def _mount_points(mounts: Sequence[tuple[str, str, str, str]], controllers: set[
     """Return (root, mount point) of the hierarchy of these controllers; of none, version 2's."""
     points = []
     for root, point, kind, options in mounts:
-        named = controllers & set(options.split(","))
-        if named or (not controllers and kind == "cgroup2"):
+        # Version 1 has its controllers among the options of the mount.
+        is_wanted = bool(controllers & set(options.split(",")))
+        if not controllers:
+            is_wanted = kind == "cgroup2"
+        if is_wanted:
             points.append((root, point))
     if points:
         return points
@@ -1904,46 +2077,57 @@ def _mount_points(mounts: Sequence[tuple[str, str, str, str]], controllers: set[
 
 
 def _group_folders(points: Sequence[tuple[str, str]], path: str) -> list[str]:
-    """Return the folders of a control group and its parents, below where its hierarchy is mounted."""
+    """Return the folders of a control group and its parents, below the mount of its hierarchy."""
     folders = []
     for root, point in points:
         inner = path
         if root != "/" and f"{path}/".startswith(f"{root}/"):
             inner = path[len(root):]
-        # In a container the path may be the host's, which does not exist here. Its parents still do.
+        # In a container the path may be the host's, which does not exist here. Its parents still
+        # do.
         parts = [part for part in inner.split("/") if part not in ("", ".", "..")]
         parts = parts[:MAX_CGROUP_DEPTH]
-        for depth in range(len(parts), -1, -1):
-            folders.append("/".join([point, *parts[:depth]]))
+        while parts:
+            folders.append("/".join([point, *parts]))
+            parts.pop()
+        folders.append(point)
     return folders
 
 
 def _cpu_quota(host: Host, folder: str) -> float | None:
     """Return a quota in CPUs; "max" and -1 mean none."""
     words = (host.read(f"{folder}/cpu.max") or "").split()
-    if not words:
-        words = [host.read(f"{folder}/cpu.cfs_{name}_us") or "" for name in ("quota", "period")]
-    numbers = [parse_int(word) or 0 for word in words]
-    if len(numbers) == 2 and min(numbers) > 0:
-        quota, period = numbers
+    if len(words) == 2:  # version 2
+        quota = parse_int(words[0]) or 0
+        period = parse_int(words[1]) or 0
+    else:
+        quota = _int(host, f"{folder}/cpu.cfs_quota_us") or 0
+        period = _int(host, f"{folder}/cpu.cfs_period_us") or 0
+    if quota > 0 and period > 0:
         return quota / period
     return None
 
 
 def detect_virtual(survey: Survey) -> Findings:
     """Find the kinds of virtual machine and container; None if it is neither."""
-    return {"virtual": virtual_kind(survey.host), "container": _container_kind(survey.host)}
+    host = survey.host
+    return {
+        "virtual": virtual_kind(host),
+        "container": _container_kind(host),
+    }
 
 
 def _container_kind(host: Host) -> str | None:
-    word = _word(host, "/run/systemd/container")
-    if word:
-        return word
+    # systemd's container interface: the manager writes its own name there.
+    name = _word(host, "/run/systemd/container")
+    if name:
+        return name
     for path, kind in CONTAINER_FILES:
         if host.exists(path):
             return kind
-    groups = " ".join(path for _, path in parse_cgroup(host.read("/proc/self/cgroup")))
-    return _first(kind for word, kind in CONTAINER_PATHS if word in groups)
+    groups = host.read("/proc/self/cgroup")
+    paths = " ".join(path for _, path in parse_cgroup(groups))
+    return _first(kind for word, kind in CONTAINER_PATHS if word in paths)
 
 
 def virtual_kind(host: Host) -> str | None:
@@ -1953,15 +2137,19 @@ def virtual_kind(host: Host) -> str | None:
     if host.exists("/proc/device-tree/hypervisor/compatible"):
         return "kvm"
 
-    blocks = parse_blocks(host.read("/proc/cpuinfo"))
-    flags = next((block["flags"].split() for block in blocks if "flags" in block), None)
-    if flags is not None and "hypervisor" not in flags:
-        return None  # a rented bare machine has its cloud's name in DMI too
+    # x86: bit 31 of CPUID leaf 1, ECX. It decides, for a rented bare machine has the name of its
+    # cloud in DMI too.
+    merged = merge_blocks(parse_blocks(host.read("/proc/cpuinfo")))
+    flags = merged.get("flags")
+    if flags is not None and "hypervisor" not in flags.split():
+        return None
 
     board = (_board(host) or "").lower()
     named = _first(kind for words, kind in VIRTUAL_DMI if words in board)
-    anonymous = None if flags is None else "vm"
-    return _word(host, "/sys/hypervisor/type") or named or anonymous
+    kind = _word(host, "/sys/hypervisor/type") or named
+    if kind is None and flags is not None:
+        return "vm"
+    return kind
 
 
 def detect_node_type(survey: Survey) -> Findings:
@@ -2007,7 +2195,7 @@ def detect_gpus(survey: Survey) -> Findings:
     gpus = [*_pci_gpus(host), *_board_gpus(host)]
     rows, trouble = _ask_smi(host)
     gpus = _merge_smi(gpus, rows)
-    gpus.sort(key=lambda gpu: (GPU_ORDER.get(gpu.vendor, len(GPU_ORDER)), bool(gpu.integrated)))
+    gpus.sort(key=_gpu_rank)
 
     titles = dict.fromkeys(gpu.title for gpu in gpus)
     found: Findings = {
@@ -2022,15 +2210,22 @@ def detect_gpus(survey: Survey) -> Findings:
     return found
 
 
+def _gpu_rank(gpu: Gpu) -> tuple[int, bool]:
+    """Return a sort key: by maker, and a card before what is part of the processor."""
+    return GPU_ORDER.get(gpu.vendor, len(GPU_ORDER)), bool(gpu.integrated)
+
+
 def _pci_gpus(host: Host) -> Iterator[Gpu]:
-    """Find displays of those who make encoders; one that was handed to a guest is not ours."""
+    """Find displays of those who make encoders."""
     for address in host.list(PCI):
         path = f"{PCI}/{address}"
-        if not (host.read(f"{path}/class") or "").startswith("0x03"):
+        kind = host.read(f"{path}/class") or ""
+        if not kind.startswith("0x03"):
             continue
         vendor = _word(host, f"{path}/vendor") or ""
         device = _word(host, f"{path}/device") or ""
         driver = host.link(f"{path}/driver")
+        # A card with vfio-pci was handed to a virtual machine: it is not ours.
         if vendor in GPU_VENDORS and driver != "vfio-pci":
             gpu = Gpu(
                 GPU_VENDORS[vendor],
@@ -2044,9 +2239,11 @@ def _pci_gpus(host: Host) -> Iterator[Gpu]:
 
 def _with_sysfs(host: Host, gpu: Gpu, vendor: str, device: str) -> Gpu:
     """Add the names and sizes that the driver and pci.ids have."""
-    information = merge_blocks(parse_blocks(host.read(f"/proc/driver/nvidia/gpus/{gpu.pci}/information")))
-    names = [parse_word(information.get("Model")), _word(host, f"{gpu.path}/product_name")]
-    for folder in ("misc", "hwdata"):
+    # NVIDIA's driver has its name there, amdgpu in sysfs, and for the rest pci.ids.
+    information = host.read(f"/proc/driver/nvidia/gpus/{gpu.pci}/information")
+    model = merge_blocks(parse_blocks(information)).get("Model")
+    names = [parse_word(model), _word(host, f"{gpu.path}/product_name")]
+    for folder in ("misc", "hwdata"):  # Debian's place, and Fedora's
         listed = host.read(f"/usr/share/{folder}/pci.ids")
         names.append(parse_pci_name(listed, vendor, device))
     return replace(
@@ -2060,12 +2257,13 @@ def _with_sysfs(host: Host, gpu: Gpu, vendor: str, device: str) -> Gpu:
 def _is_integrated(host: Host, gpu: Gpu) -> bool:
     """Return whether a GPU is part of the processor.
 
-    Documentation/gpu/amdgpu/thermal.rst: in1, the north bridge, exists on APUs alone. Intel's own are
-    on the first bus.
+    Documentation/gpu/amdgpu/thermal.rst: in1, the north bridge, exists on APUs alone. Intel's own
+    are on the first bus.
     """
     if gpu.vendor == "AMD":
-        chips = host.list(f"{gpu.path}/hwmon")
-        return bool(_ints(host, [f"{gpu.path}/hwmon/{chip}/in1_input" for chip in chips]))
+        base = f"{gpu.path}/hwmon"
+        volts = [f"{base}/{chip}/in1_input" for chip in host.list(base)]
+        return bool(_ints(host, volts))
     return gpu.vendor == "Intel" and str(gpu.pci).startswith("0000:00:")
 
 
@@ -2083,8 +2281,13 @@ def _board_gpus(host: Host) -> Iterator[Gpu]:
         driver = host.link(f"{path}/driver")
         if driver in BOARD_GPUS:
             vendor, name = BOARD_GPUS[driver]
-            node = _render_node(host, path)
-            yield Gpu(vendor, name, driver=driver, render_node=node, integrated=True, path=path)
+            yield Gpu(
+                vendor,
+                name,
+                driver=driver,
+                render_node=_render_node(host, path),
+                integrated=True,
+                path=path)
 
 
 def smi_argv(program: str, fields: Iterable[str]) -> list[str]:
@@ -2103,9 +2306,10 @@ def _ask_smi(host: Host) -> tuple[list[dict[str, str]], str]:
     rows = parse_csv(result.stdout, SMI_IDENTITY)
     if rows:
         return rows, ""
-    printed = (result.stderr or result.stdout).strip().splitlines()
-    if printed:
-        return [], printed[0][:MAX_REASON]
+    # "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver…" and the like.
+    words = (result.stderr or result.stdout).strip()
+    if words:
+        return [], words.splitlines()[0][:MAX_REASON]
     return [], f"exit code {result.returncode}"
 
 
@@ -2114,10 +2318,13 @@ SMI_MISSING = "not installed, so power, usage and memory of the NVIDIA GPU stay 
 
 def _recorded_rows(host: Host) -> tuple[list[dict[str, str]], str]:
     """Return what nvidia-smi printed on a machine that was recorded."""
-    fields, _, table = (host.read(SMI_RECORDED) or "").partition("\n")
-    rows = [row for row in parse_csv(table, fields.split(",")) if row.keys() >= set(SMI_IDENTITY)]
-    if rows:
-        return rows, ""
+    recorded = host.read(SMI_RECORDED) or ""
+    head, _, table = recorded.partition("\n")
+    fields = head.split(",")
+    if set(SMI_IDENTITY) <= set(fields):
+        rows = parse_csv(table, fields)
+        if rows:
+            return rows, ""
     return [], SMI_MISSING
 
 
@@ -2126,11 +2333,13 @@ def _merge_smi(gpus: Sequence[Gpu], rows: Iterable[Mapping[str, str]]) -> list[G
     merged = list(gpus)
     for row in rows:
         address = parse_pci_address(row["pci.bus_id"])
-        same = [at for at, gpu in enumerate(merged) if gpu.pci is not None and gpu.pci == address]
-        if same:
-            merged[same[0]] = _with_smi(merged[same[0]], row)
-        else:
-            merged.append(_with_smi(Gpu("NVIDIA", "GPU", driver="nvidia", pci=address), row))
+        places = [gpu.pci for gpu in merged]
+        if address is not None and address in places:
+            at = places.index(address)
+            merged[at] = _with_smi(merged[at], row)
+        else:  # in a container that hides the bus
+            gpu = Gpu("NVIDIA", "GPU", driver="nvidia", pci=address)
+            merged.append(_with_smi(gpu, row))
     return merged
 
 
@@ -2155,14 +2364,17 @@ def detect_rapl(survey: Survey) -> Findings:
 
     mirrors: dict[str, str] = {}
     if may_mirror(host, zones):
-        mirrors = mirrored(zones, *read_counters_twice(host, zones))
-    found: Findings = {
-        "rapl": tuple(replace(zone, mirror_of=mirrors.get(zone.name)) for zone in zones),
-    }
+        first = read_counters(host, zones)
+        again = read_counters(host, zones)
+        mirrors = mirrored(zones, first, again)
+
+    found: Findings = {}
+    rows = []
     for zone in zones:
+        rows.append(replace(zone, mirror_of=mirrors.get(zone.name)))
         if not zone.readable:
             found[f"rapl.{zone.name}"] = Unknown(why_closed(host, zone))
-    return found
+    return {**found, "rapl": tuple(rows)}
 
 
 def why_no_rapl(host: Host) -> str:
@@ -2188,8 +2400,8 @@ def counter_path(zone: RaplZone) -> str:
     return f"{POWERCAP}/{zone.zone}/energy_uj"
 
 
-# Names of the zones that psys or a package may go by: "package-0-die-1", and psys "psys-1" after the
-# socket whose counter has it if that is not the first (intel_rapl_common.c).
+# Names of the zones that psys or a package may go by: "package-0-die-1", and psys "psys-1" after
+# the socket whose counter has it if that is not the first (intel_rapl_common.c).
 _PACKAGE = re.compile(r"package-([0-9]+(?:-die-[0-9]+)?)", re.ASCII)
 _PSYS = re.compile(r"psys(?:-[0-9]{1,3})?", re.ASCII)
 _ZONE_FOLDER = re.compile(r"(intel-rapl(?:-mmio)?:([0-9]+))(?::[0-9]+)?", re.ASCII)
@@ -2198,10 +2410,11 @@ _ZONE_FOLDER = re.compile(r"(intel-rapl(?:-mmio)?:([0-9]+))(?::[0-9]+)?", re.ASC
 def rapl_zones(host: Host) -> tuple[RaplZone, ...]:
     """Find the zones, under names of their own: "package-0", "dram-1".
 
-    Each socket has zones of the same names, and intel-rapl-mmio repeats counters of intel-rapl: of a
-    zone that exists twice, the readable one counts, intel-rapl's first.
+    Each socket has zones of the same names, and intel-rapl-mmio repeats counters of intel-rapl: of
+    a zone that exists twice, the readable one counts, intel-rapl's first.
     """
-    folders = sorted(host.list(POWERCAP), key=lambda folder: folder.startswith("intel-rapl-mmio"))
+    # A stable sort: intel-rapl first, and each package before its parts.
+    folders = sorted(host.list(POWERCAP), key=_family)
     found: dict[str, RaplZone] = {}
     sockets: dict[str, str] = {}  # folder of a package -> its number, for the names of its parts
     for folder in folders:
@@ -2223,7 +2436,7 @@ def rapl_zones(host: Host) -> tuple[RaplZone, ...]:
         zone = _read_zone(host, name, kind, folder)
         if name not in found or (zone.readable and not found[name].readable):
             found[name] = zone
-    return tuple(sorted(found.values(), key=lambda zone: natural(zone.name)))
+    return tuple(found[name] for name in sorted(found, key=natural))
 
 
 def _zone_kind(word: str) -> str:
@@ -2246,48 +2459,54 @@ def _read_zone(host: Host, name: str, kind: str, folder: str) -> RaplZone:
 
 
 def may_mirror(host: Host, zones: Sequence[RaplZone]) -> bool:
-    """Return whether packages may repeat each other: several, and not Intel's, as dies of AMD's may."""
+    """Return whether packages may repeat each other, as the dies of some of AMD's processors do."""
     packages = [zone for zone in zones if zone.kind == "package"]
-    return len(packages) > 1 and "GenuineIntel" not in (host.read("/proc/cpuinfo") or "")
+    if len(packages) < 2:
+        return False
+    return "GenuineIntel" not in (host.read("/proc/cpuinfo") or "")
 
 
 def read_counters(host: Host, zones: Iterable[RaplZone]) -> dict[str, int]:
     """Read each counter that can be read, in µJ."""
-    found = {zone.name: _int(host, counter_path(zone)) for zone in zones}
-    return {name: uj for name, uj in found.items() if uj is not None}
-
-
-def read_counters_twice(host: Host, zones: Sequence[RaplZone],
-                        ) -> tuple[dict[str, int], dict[str, int]]:
-    """Read each counter in turn, then all again, for mirrored()."""
-    return read_counters(host, zones), read_counters(host, zones)
+    found = {}
+    for zone in zones:
+        counter = _int(host, counter_path(zone))
+        if counter is not None:
+            found[zone.name] = counter
+    return found
 
 
 def mirrored(zones: Sequence[RaplZone], first: Mapping[str, int], again: Mapping[str, int],
              ) -> dict[str, str]:
     """Return {zone: the earlier zone of its kind whose counter it shows}, by two readings of all.
 
-    Between the two readings of the earlier zone's counter came the first reading of this one. If both
-    are one register, the value lies between those two.
+    Between the two readings of the earlier zone's counter came the first reading of this one. If
+    both are one register, the value lies between those two.
     """
     found: dict[str, str] = {}
-    read = [zone for zone in zones if zone.name in first and zone.name in again]
-    for at, zone in enumerate(read):
-        for other in read[:at]:
-            if other.name in found or (zone.kind, zone.range_uj) != (other.kind, other.range_uj):
+    originals: list[RaplZone] = []
+    for zone in zones:
+        if zone.name not in first or zone.name not in again:
+            continue
+        for other in originals:
+            if zone.kind != other.kind or zone.range_uj != other.range_uj:
                 continue
             span = zone.range_uj or 2**63
-            bracket = (again[other.name] - first[other.name]) % span
-            if (first[zone.name] - first[other.name]) % span <= bracket:
+            begin = first[other.name]
+            bracket = (again[other.name] - begin) % span  # modulo, for it may wrap meanwhile
+            if (first[zone.name] - begin) % span <= bracket:
                 found[zone.name] = other.name
                 break
+        else:
+            originals.append(zone)
     return found
 
 
 def detect_sensors(survey: Survey) -> Findings:
     """Find temperatures, power meters and fans."""
     host = survey.host
-    found = (*_hwmon_sensors(host), *_ina3221_sensors(host), *_thermal_sensors(host))
+    hwmon = [*_hwmon_sensors(host), *_ina3221_sensors(host)]
+    found = (*hwmon, *_thermal_sensors(host))
     return {"sensors": known(found, f"neither {HWMON} nor {THERMAL} has a sensor")}
 
 
@@ -2314,26 +2533,30 @@ def _hwmon_sensors(host: Host) -> Iterator[Sensor]:
 
 
 def _ina3221_sensors(host: Host) -> Iterator[Sensor]:
-    """Find the channels of ina3221.rst, which gives mV and mA; the fourth is the sum of the others."""
-    bases = [f"{HWMON}/{entry}" for entry in host.list(HWMON)]
-    for base in (base for base in bases if _word(host, f"{base}/name") == "ina3221"):
-        for channel in "123":
+    """Find the channels of Documentation/hwmon/ina3221.rst, which gives mV and mA of each."""
+    for entry in host.list(HWMON):
+        base = f"{HWMON}/{entry}"
+        if _word(host, f"{base}/name") != "ina3221":
+            continue
+        for channel in "123":  # a fourth current is the sum of these
             label = _word(host, f"{base}/in{channel}_label")
             current = f"{base}/curr{channel}_input"
             numbers = _ints(host, [current, f"{base}/in{channel}_input"])
             if label and len(numbers) == 2:
-                yield Sensor("ina3221", label, "watts", math.prod(numbers) / 1e6, current)
+                watts = math.prod(numbers) / 1e6
+                yield Sensor("ina3221", label, "watts", watts, current)
 
 
 def _thermal_sensors(host: Host) -> Iterator[Sensor]:
     """Find the thermal zones: Documentation/driver-api/thermal/sysfs-api.rst, in m°C."""
     for zone in host.list(THERMAL):
+        if not zone.startswith("thermal_zone"):  # but a cooling device
+            continue
         base = f"{THERMAL}/{zone}"
-        if zone.startswith("thermal_zone"):
-            value = _int(host, f"{base}/temp")
-            if value is not None:
-                chip = _word(host, f"{base}/type") or zone
-                yield Sensor(chip, zone, "celsius", value / 1000, f"{base}/temp")
+        value = _int(host, f"{base}/temp")
+        if value is not None:
+            chip = _word(host, f"{base}/type") or zone
+            yield Sensor(chip, zone, "celsius", value / 1000, f"{base}/temp")
 
 
 def battery_names(host: Host) -> list[str]:
@@ -2359,8 +2582,9 @@ def detect_batteries(survey: Survey) -> Findings:
         return {"has_battery": Unknown(f"missing: {SUPPLY}")}
     found = []
     for name in battery_names(host):
-        base = f"{SUPPLY}/{name}"
-        found.append(Battery(name, _word(host, f"{base}/status"), _int(host, f"{base}/capacity")))
+        status = _word(host, f"{SUPPLY}/{name}/status")
+        charge = _int(host, f"{SUPPLY}/{name}/capacity")
+        found.append(Battery(name, status, charge))
     return {"batteries": tuple(found), "has_battery": bool(found)}
 
 
@@ -2388,11 +2612,16 @@ def _local_mounts(host: Host) -> list[tuple[str, str, str]]:
 
     Those without a device in /dev, such as overlay, are each one of their own.
     """
-    mounts = [row for row in parse_mounts(host.read("/proc/self/mounts")) if row[2] in LOCAL_FILESYSTEMS]
     best: dict[str, tuple[str, str, str]] = {}
-    for device, mount, kind in sorted(mounts, key=lambda row: len(row[1])):
-        identity = device if device.startswith("/") else f"{device} {mount}"
-        best.setdefault(identity, (mount, device, kind))
+    for device, mount, kind in parse_mounts(host.read("/proc/self/mounts")):
+        if kind not in LOCAL_FILESYSTEMS:
+            continue
+        identity = device
+        if not device.startswith("/"):
+            identity = f"{device} {mount}"
+        known_mount, _, _ = best.get(identity, (None, "", ""))
+        if known_mount is None or len(mount) < len(known_mount):
+            best[identity] = (mount, device, kind)
     return sorted(best.values())
 
 
@@ -2401,8 +2630,12 @@ def _space(host: Host, mount: str, device: str) -> tuple[int | None, int | None]
     space = host.space(mount)
     if space is not None:
         return space
-    sectors = _int(host, f"/sys/class/block/{os.path.basename(device)}/size")
-    return None if sectors is None else sectors * SECTOR_BYTES, None
+    # Of another root only the device's size is known.
+    name = os.path.basename(device)
+    sectors = _int(host, f"/sys/class/block/{name}/size")
+    if sectors is None:
+        return None, None
+    return sectors * SECTOR_BYTES, None
 
 
 # ---- 8 Probe --------------------------------------------------------------------------------------
@@ -2767,7 +3000,8 @@ def _with_findings(hw: Hardware, findings: Findings) -> Hardware:
 FIRST_SAMPLE = "the first sample: a rate needs two"
 # A counter that seems to have wrapped at more than this was reset instead: no zone draws as much.
 COUNTER_RESET_W = 5_000
-# Nor does one draw ten times what it drew before, and 500 W: suspending the machine resets counters.
+# Nor does one draw ten times what it drew before, and 500 W: suspending the machine resets
+# counters.
 RESET_FACTOR = 10
 RESET_ALLOWANCE_W = 500
 STILL_S = 10.0  # counters that have not moved for so long since the start do not count
@@ -2789,8 +3023,8 @@ class Integral:
     def add(self, when: float, watts: float | None) -> float:
         """Add a reading and return the joules so far.
 
-        None leaves a gap that has no joules. A reading out of order is ignored, unless it is so much
-        older that the clock must have been set.
+        None leaves a gap that has no joules. A reading out of order is ignored, unless it is so
+        much older that the clock must have been set.
         """
         if self._last is not None:
             then, before = self._last
@@ -2827,8 +3061,8 @@ class PowerReading:
 class PowerSource:
     """One way to measure the machine's power. It owns its previous readings.
 
-    A source is sampled at each sample of the machine, until one before it in MACHINE_SOURCES answers:
-    from then on it is paused, so that it does not take the time in between for its own.
+    A source is sampled at each sample of the machine, until one before it in MACHINE_SOURCES
+    answers: from then on it is paused, so that it does not take the time in between for its own.
     """
 
     name: ClassVar[str]
@@ -2918,13 +3152,13 @@ class ZoneStep(NamedTuple):
 class RaplSource(PowerSource):
     """The energy counters of the processor: Documentation/power/powercap/powercap.rst.
 
-    They are not simply added up. psys holds the packages, a package its cores; dram is apart. So the
-    total is psys where there is one, else packages and dram. Packages that are dies of one processor
-    may all show one counter, which counts once. A counter starts again at 0 when it has reached its
-    range, and after a suspend.
+    They are not simply added up. psys holds the packages, a package its cores; dram is apart. So
+    the total is psys where there is one, else packages and dram. Packages that are dies of one
+    processor may all show one counter, which counts once. A counter starts again at 0 when it has
+    reached its range, and after a suspend.
 
-    A power is only known between two samples in which every zone that counts was read. The joules of
-    an interval with a gap count, but not its time: see `covered_s`.
+    A power is only known between two samples in which every zone that counts was read. The joules
+    of an interval with a gap count, but not its time: see `covered_s`.
     """
 
     name = "rapl"
@@ -3048,8 +3282,8 @@ class RaplSource(PowerSource):
     def _find_mirrors(self, zones: Sequence[RaplZone], counters: Mapping[str, int]) -> dict[str, str]:
         """Return {zone: the zone whose counter it shows}.
 
-        Two counters that are alike once may be so by chance. Alike at both ends of an interval is one
-        counter, seen twice.
+        Two counters that are alike once may be so by chance. Alike at both ends of an interval is
+        one counter, seen twice.
         """
         if not self._may_mirror:
             return {}
@@ -3100,7 +3334,8 @@ class RaplSource(PowerSource):
             return "the RAPL counters stand still: this kernel or virtual machine does not count"
         whole = [row for row in self._counters.values() if row.zone.kind in ("package", "psys")]
         if not whole:
-            # This reads half a dozen files, which a machine without counters need not do each second.
+            # This reads half a dozen files, which a machine without counters need not do each
+            # second.
             self._absence = self._absence or why_no_rapl(self._host)
             return self._absence
         closed = [row.zone for row in whole if not row.was_read]
@@ -3302,7 +3537,8 @@ class ModelSource(PowerSource):
         if self._last is None:
             self._last = now
         if isinstance(cpu_percent, Unknown):
-            # The next CPU use is of the time since now and before, so leave the last moment as it is.
+            # The next CPU use is of the time since now and before, so leave the last moment as it
+            # is.
             return PowerReading(self._joules, None, self._covered_s, cpu_percent.reason)
         watts = self._idle_w + (self._busy_w - self._idle_w) * cpu_percent / 100
         elapsed = now - self._last
@@ -3396,8 +3632,8 @@ class GpuSource:
 class SmiStream:
     """The long-running nvidia-smi, integrated over its own time stamps.
 
-    It takes up to a second to start, so one process goes on printing. A driver that does not know one
-    of the fields ends it with a complaint; then it is asked again without that field.
+    It takes up to a second to start, so one process goes on printing. A driver that does not know
+    one of the fields ends it with a complaint; then it is asked again without that field.
     """
 
     refused: ClassVar[set[tuple[str | None, str]]] = set()  # (program, field that it does not know)
@@ -3573,8 +3809,8 @@ class SysfsSource(GpuSource):
     def _watts(self, now: float) -> float | None:
         """Return the power, and add up its energy: a counter is more exact than an integral.
 
-        energy1 is the card's, which includes its package; xe has a few GPUs with energy2, the package,
-        alone.
+        energy1 is the card's, which includes its package; xe has a few GPUs with energy2, the
+        package, alone.
         """
         microwatts = self._first("power1_average", "power1_input")
         watts = None if microwatts is None else microwatts / 1e6
@@ -3743,10 +3979,11 @@ class Sampler:
 
     def throttles(self) -> int | None:
         """Return how often heat slowed CPUs down since boot; None if the kernel does not count it."""
-        names = [name for name in self._host.list(CPUS) if re.fullmatch("cpu[0-9]{1,5}", name)]
-        kinds = ("core", "package")
-        counts = _ints(self._host, (
-            f"{CPUS}/{name}/thermal_throttle/{kind}_throttle_count" for name in names for kind in kinds))
+        counts = []
+        for name in cpu_folders(self._host):
+            base = f"{CPUS}/{name}/thermal_throttle"
+            files = [f"{base}/core_throttle_count", f"{base}/package_throttle_count"]
+            counts += _ints(self._host, files)
         return sum(counts) if counts else None
 
     def close(self) -> None:
@@ -3974,7 +4211,8 @@ def _unrest(rows: Sequence[Reading]) -> str:
 def _idle_of(rows: Sequence[Reading], epoch_s: float) -> Idle | None:
     """Return the idle power of readings at rest, None if it is unknown.
 
-    nvidia-smi answers late, so the first readings may lack a GPU: only those with the most GPUs count.
+    nvidia-smi answers late, so the first readings may lack a GPU: only those with the most GPUs
+    count.
     """
     gpus = max(gpus_apart(row) for row in rows)
     totals = [row.total_watts for row in rows if gpus_apart(row) == gpus]
@@ -4011,8 +4249,9 @@ class Interval(NamedTuple):
 class Ledger:
     """What one run used, filled by the meter: energy in J, CPU in s, memory in bytes.
 
-    The meter books each interval between two readings: all of it if the run was alone, else its share.
-    Times in s say how much of the run each figure is of. `samples` may go on from an earlier run's.
+    The meter books each interval between two readings: all of it if the run was alone, else its
+    share. Times in s say how much of the run each figure is of. `samples` may go on from an earlier
+    run's.
     """
 
     samples: deque[Json] = field(default_factory=lambda: deque(maxlen=SAMPLES_MOST))
@@ -4149,7 +4388,8 @@ def take_shares(host: Host, ledgers: Sequence[Ledger]) -> list[Shares]:
             cpu_s += usage.cpu_seconds
             gpu_s = usage.gpu_seconds
             ledger.peak_rss_bytes = max(ledger.peak_rss_bytes, usage.rss_bytes)
-        # A process between its end and ended() is missing from both: then the sum falls for a while.
+        # A process between its end and ended() is missing from both: then the sum falls for a
+        # while.
         used.append(max(0.0, cpu_s - ledger.cpu_s))
         gpu_used.append(max(0.0, gpu_s - ledger.gpu_s))
         ledger.cpu_s = max(ledger.cpu_s, cpu_s)
@@ -4179,10 +4419,10 @@ class Order(NamedTuple):
 class Meter:
     """Samples this machine while an attempt runs, and now and then at rest.
 
-    One thread does it all: it owns the sampler, the ledgers that take part and the baseline, so there
-    is no lock. Callers put an order into its queue and wait until it is done. A run joins and leaves
-    with a reading, so that its joules begin and end with it; what it used between two readings is the
-    difference of the counters, whatever the time between them.
+    One thread does it all: it owns the sampler, the ledgers that take part and the baseline, so
+    there is no lock. Callers put an order into its queue and wait until it is done. A run joins and
+    leaves with a reading, so that its joules begin and end with it; what it used between two
+    readings is the difference of the counters, whatever the time between them.
     """
 
     def __init__(self, host: Host, hardware: Hardware, model: tuple[float, float] | None = None,
@@ -4430,8 +4670,9 @@ class GroupFile(NamedTuple):
     required: bool = True
 
 
-# What to write, in order, for a limit {0}: bytes, or µs of CPU in each period. Without the limits of
-# swap, a limit of memory would only move it to the disk; a kernel without swap accounting has none.
+# What to write, in order, for a limit {0}: bytes, or µs of CPU in each period. Without the limits
+# of swap, a limit of memory would only move it to the disk; a kernel without swap accounting has
+# none.
 GROUP_FILES = {
     ("memory", "v1"): (
         GroupFile("memory.limit_in_bytes", "{0}"),
@@ -4569,8 +4810,8 @@ class Limits:
     """What the processes of one run may use: by a control group of its own, else by plain limits.
 
     A control group holds for all processes together and counts pages in use. Where none may be made
-    (no delegation, no root) a plain limit of the process takes its place: of address space for memory,
-    and of as many CPUs as the quota rounds up to.
+    (no delegation, no root) a plain limit of the process takes its place: of address space for
+    memory, and of as many CPUs as the quota rounds up to.
     """
 
     def __init__(self, host: Host, folder: Path, memory_bytes: int, cpu_percent: float) -> None:
