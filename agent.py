@@ -107,7 +107,8 @@ from hwdetect import whole_number as whole_number
 VERSION = hwdetect.VERSION
 PROTOCOL = 1  # sessions, parked requests, orders; the seed's master and agents have none
 WAIT_MAX_S = 60.0  # the longest time that a request may be parked
-CLOSED_STATUSES = ("completed", "failed", "canceled", "returned")
+NODE_TIMEOUT_S = 90.0  # the silence after which a master without an own word takes a node for lost
+CLOSED_STATUSES = ("completed", "failed", "canceled", "returned")  # they end an attempt
 
 
 class ApiError(Exception):
@@ -125,6 +126,7 @@ class ApiError(Exception):
 
     @property
     def retryable(self) -> bool:
+        """Whether it may pass: no answer, a fault of the server, a timeout, too many requests."""
         return self.status == 0 or self.status >= 500 or self.status in (408, 429)
 
     def to_json(self) -> Json:
@@ -166,7 +168,7 @@ class Fields:
         self._status = status
         self._texts = texts
         self._lenient = lenient
-        self.values: Json = {}
+        self.values: Json = {}  # for fields that are passed on unchecked
         if isinstance(value, dict):
             self.values = value
         elif not lenient:
@@ -218,7 +220,7 @@ class Fields:
         if self._texts and isinstance(value, str):
             with contextlib.suppress(ValueError):
                 value = float(value)
-        if not isinstance(value, (int, float)) or not is_number(value):
+        if not isinstance(value, (int, float)) or not is_number(value):  # the first for mypy alone
             self._refuse(field, "must be a number")
             return None
         if not low <= value <= high:
@@ -324,13 +326,15 @@ class Job:
 
     @classmethod
     def from_json(cls, value: object) -> Job:
-        """Return the job of a claim; the seed's master numbers no attempts, it may lack fields."""
+        """Return the job of a claim; the seed's master numbers no attempts, and may send less."""
         fields = Fields(value, "the claimed job", prefix="job.", status=0)
         return cls(
-            fields.required_text("id", 64), fields.whole("attempt", 1) or 1,
-            fields.values.get("scenario"), fields.values.get("parameters"),
-            fields.text("confidence") or "auto",
-            tuple(entry.values for entry in fields.entries("published")))
+            id=fields.required_text("id", 64),
+            attempt=fields.whole("attempt", 1) or 1,
+            scenario=fields.values.get("scenario"),
+            parameters=fields.values.get("parameters"),
+            confidence=fields.text("confidence") or "auto",
+            published=tuple(entry.values for entry in fields.entries("published")))
 
     @property
     def key(self) -> tuple[str, int]:
@@ -366,14 +370,18 @@ class Answer:
         """Return the answer; the seed's master may send the bare job for a claim."""
         fields = answer_fields(value)
         job = fields.mapping("job")
-        if not job and "job" not in fields.values and "scenario" in fields.values:
-            job = fields.values
-        orders = tuple(
+        if "job" not in fields.values and "scenario" in fields.values:
+            job = fields.values  # the bare job
+        orders = [
             Order(entry.required_text("action"), entry.required_text("job_id"),
                   entry.whole("attempt", 1) or 1)
-            for entry in fields.entries("actions"))
-        return cls(Job.from_json(job) if job else None, orders, fields.whole("orders"),
-                   bool(job or fields.values.get("claim")), fields.number("next_s"))
+            for entry in fields.entries("actions")]
+        return cls(
+            job=Job.from_json(job) if job else None,
+            orders=tuple(orders),
+            seen=fields.whole("orders"),
+            claim=bool(job or fields.values.get("claim")),
+            next_s=fields.number("next_s"))
 
 
 @dataclass(frozen=True)
@@ -386,17 +394,20 @@ class Registered:
 
     id: str | None
     protocol: int | None = None
-    node_timeout_s: float = 90.0
+    node_timeout_s: float = NODE_TIMEOUT_S
     holding: frozenset[tuple[str, int]] = frozenset()
 
     @classmethod
     def from_json(cls, value: object) -> Registered:
         """Return the answer; the seed's master sends only the node."""
         fields = answer_fields(value)
-        holding = frozenset((entry.required_text("job_id"), entry.whole("attempt", 1) or 1)
-                            for entry in fields.entries("holding"))
-        return cls(fields.text("id"), fields.whole("protocol"),
-                   fields.number("node_timeout_s", 0) or 90.0, holding)
+        holding = [(entry.required_text("job_id"), entry.whole("attempt", 1) or 1)
+                   for entry in fields.entries("holding")]
+        return cls(
+            id=fields.text("id"),
+            protocol=fields.whole("protocol"),
+            node_timeout_s=fields.number("node_timeout_s", 0) or NODE_TIMEOUT_S,
+            holding=frozenset(holding))
 
 
 @dataclass(frozen=True)
@@ -1582,8 +1593,9 @@ FILM_FORMATS = ",".join((
 BASELINE = "baseline"  # the word of a scenario that measures the idle machine and encodes nothing
 BASELINE_S = 60
 GENERATED = {"width": 1280, "height": 720, "fps": 30, "duration": 10}  # a job without an input
-CRF_MOST = {"h264": 51, "h265": 51}
-RATE_MOST_CHARS = 24
+CRF_MOST = {"h264": 51, "h265": 51}  # their scale ends there; that of av1 and vp9 at 63
+RATE_MOST_CHARS = 24  # of a bitrate as a text: more digits are not a rate
+HEIGHTS = (16, 8640)  # of a scenario: 8640 lines are 16K
 
 _SCENARIO = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SIZE_WORD = re.compile(r"(?:([248])K|(\d{2,5})p)(\d{1,4})?", re.IGNORECASE)
@@ -1726,7 +1738,7 @@ def resolve(scenario: object, parameters: object = None, own_paths: bool = False
     if is_baseline(str(scenario)):
         values.setdefault("duration", BASELINE_S)
     if values.get("input") is None:
-        _complete_size(values)
+        _complete_size(values)  # of a real film the other side follows from its shape
         values = {**GENERATED, **values}
     values["container"] = _container(values)
     if not own_paths:
@@ -1774,8 +1786,9 @@ def _size_values(match: re.Match[str], word: str) -> Json:
         values["width"], values["height"] = _K_SIZES[thousands]
     else:
         values["height"] = int(lines)
-    if not 16 <= values["height"] <= 8640 or values["height"] % 2:
-        raise ApiError(400, f"scenario asks for {word}: a height must be even, from 16 to 8640",
+    low, high = HEIGHTS
+    if not low <= values["height"] <= high or values["height"] % 2:
+        raise ApiError(400, f"scenario asks for {word}: a height must be even, from {low} to {high}",
                        "scenario")
     if rate and not 1 <= int(rate) <= PARAMETERS["fps"].high:
         raise ApiError(400, f"scenario asks for {word}: a frame rate is from 1 to 480", "scenario")
@@ -1795,7 +1808,7 @@ def _checked_parameters(parameters: object) -> Json:
     for name, value in _without_aliases(parameters).items():
         if value is None:
             continue
-        if name not in PARAMETERS:
+        if name not in PARAMETERS:  # a typo there costs hours of encoding
             raise _bad(str(name)[:64], f"is unknown; {_nearest(str(name), PARAMETERS)}")
         rule = PARAMETERS[name]
         values[name] = _CHECKS[rule.kind](name, value, rule)
@@ -1807,7 +1820,7 @@ def _checked_parameters(parameters: object) -> Json:
 def _nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint: the nearest known name, both where two are equally near."""
     names, name = list(known), name[:64]
-    near = difflib.get_close_matches(name, names, 2, 0.6)
+    near = difflib.get_close_matches(name, names, 2)
     if not near:
         return f"known are {', '.join(names)}"
     likeness = [difflib.SequenceMatcher(None, other, name).ratio() for other in near]
@@ -2012,7 +2025,7 @@ def _typed(kind: str, text: str) -> Any:
         return _TRUTHS.get(text.lower(), text)
     numbers: list[Callable[[str], float]] = [int, float]
     if kind == "number":
-        numbers.append(parse_duration)
+        numbers.append(parse_duration)  # 1m30s
     for number in numbers:
         with contextlib.suppress(ValueError):
             return number(text)
@@ -2029,7 +2042,7 @@ def _container(values: Json) -> str:
         return str(named or CONTAINER_OF_SCHEME[scheme])
     suffix = os.path.splitext(output)[1]
     suffix = suffix.lower() if suffix.isascii() else ""  # the Kelvin sign is a k in lower case
-    if suffix not in CONTAINER_OF_SUFFIX:
+    if suffix not in CONTAINER_OF_SUFFIX:  # a job may not write a script, or a file of a web server
         known = ", ".join(CONTAINER_OF_SUFFIX)
         raise _bad("output", f"must end with the suffix of a container: {known}")
     container = CONTAINER_OF_SUFFIX[suffix]
@@ -2104,14 +2117,17 @@ def _refuse_impossible(settings: Settings) -> None:
 
 # ---- 6 Command ------------------------------------------------------------------------------------
 
+# Without -nostdin FFmpeg reads keys from a terminal, and stops when it is in the background.
 QUIET = ("-hide_banner", "-nostdin")
 PROGRESS_ARGS = ("-nostats", "-progress", "pipe:1")
-LOG_ARGS = ("-loglevel", "repeat+level+info")  # each line on its own, with its level in front
+# Each line with its level in front, and repeated ones again: damage is counted by them.
+LOG_ARGS = ("-loglevel", "repeat+level+info")
 READ_TIMEOUT_ARGS = ("-rw_timeout", "30000000")  # µs without a byte from the network
-GENERATED_CLIP_S = 2
+GENERATED_CLIP_S = 2  # it is looped: a longer one takes more time to make and room in the cache
 TONE = "sine=frequency=440:sample_rate=48000"
-FALLBACK_FPS = 25.0  # of a film that does not tell its own
-FINEST_FPS = 480
+FALLBACK_FPS = 25.0  # for a film without a rate of its own
+FINEST_FPS = 480  # the shortest frame that a film of changing rate may keep, as PARAMETERS allows
+LIVE_GOP_S = 2.0  # a viewer who joins a stream waits for the next key frame
 NOT_BUILT_IN = "not built into this FFmpeg"
 
 
@@ -2144,14 +2160,20 @@ class Machine:
 
     def why_broken(self, encoder: str) -> str:
         """Return why an encoder does not work here, "" where it may: one that was not tried may."""
-        if not self.encoders or self.is_proved(encoder) or self.why_undecided(encoder):
+        if not self.encoders or self.is_proved(encoder):
+            return ""
+        if self.why_undecided(encoder):
             return ""
         return self.encoders.get(encoder) or NOT_BUILT_IN
 
     def hardware(self, codec: str) -> list[str]:
         """Return the hardware encoders of a codec that were tried here."""
-        return [name for name in self.encoders
-                if name in ENCODERS and ENCODERS[name].hardware and ENCODERS[name].codec == codec]
+        found = []
+        for name in self.encoders:
+            row = ENCODERS.get(name)  # an encoder of sound has none
+            if row is not None and row.hardware and row.codec == codec:
+                found.append(name)
+        return found
 
 
 @dataclass(frozen=True)
@@ -2247,6 +2269,7 @@ def plan(settings: Settings, machine: Machine, source: Source, target: str) -> P
     encoder = ENCODERS[name]
     picture = _picture(settings, source, encoder)
     width, height, fps, pixel_format = picture
+    # Threads before the preset: a preset is chosen by the load on each of them.
     threads = settings.threads or _threads(machine, height, settings.max_cpu_percent)
     preset, why_preset = choose_preset(settings, name, width * height * fps, threads)
     rate = _rate_control(settings, name, height, fps)
@@ -2299,8 +2322,10 @@ def choose_encoder(settings: Settings, machine: Machine) -> Choice:
         choice = rule(settings, machine, fitting)
         if choice is not None:
             return choice
-    tried = [f"{name}: {machine.encoders.get(name) or 'not built in'}" for name in fitting
-             if not ENCODERS[name].hardware]
+
+    # Hardware is left out: most machines have none, and its reasons would hide those that help.
+    software = [name for name in fitting if not ENCODERS[name].hardware]
+    tried = [f"{name}: {machine.encoders.get(name) or 'not built in'}" for name in software]
     twice = " in two passes" if settings.two_pass else ""
     raise Failure("no_capability", f"no encoder for {settings.codec}{twice} works on "
                   f"{machine.name} ({'; '.join(tried) or 'none is known'})")
@@ -2317,9 +2342,9 @@ def _fitting_encoders(settings: Settings) -> list[str]:
     """Return the encoders that can do what the job asks for, best first."""
     fitting = []
     for name, row in ENCODERS.items():
-        passes = row.two_pass or not settings.two_pass
-        format_ = settings.pixel_format is None or row.takes(settings.pixel_format)
-        if row.codec == settings.codec and passes and format_:
+        has_passes = row.two_pass or not settings.two_pass
+        has_format = settings.pixel_format is None or row.takes(settings.pixel_format)
+        if row.codec == settings.codec and has_passes and has_format:
             fitting.append(name)
     return fitting
 
@@ -2334,8 +2359,11 @@ def _unprobed_encoder(settings: Settings, machine: Machine,
 
 
 def _proved_encoder(settings: Settings, machine: Machine, fitting: Sequence[str]) -> Choice | None:
-    name = next((name for name in fitting if machine.is_proved(name)), None)
-    return None if name is None else Choice(name, _why_proved(settings, machine, name))
+    """Return the first encoder that has encoded a frame here."""
+    for name in fitting:
+        if machine.is_proved(name):
+            return Choice(name, _why_proved(settings, machine, name))
+    return None
 
 
 def _undecided_encoder(settings: Settings, machine: Machine,
@@ -2370,8 +2398,9 @@ def choose_preset(settings: Settings, name: str, pixels_per_s: float,
         return encoder.presets[PRESET_WORDS.index("medium")], ""
     load = pixels_per_s * encoder.cost / threads
     word = _preset_for(load, settings.live)
-    live = ", live" if settings.live else ""
-    reason = f"preset {word} for {load / 1e6:.0f} Mpixel/s a thread{live}"
+    reason = f"preset {word} for {load / 1e6:.0f} Mpixel/s a thread"
+    if settings.live:
+        reason += ", live"
     if encoder.cost > 1:
         reason += f" ({name}: {encoder.cost:g} times the work of libx264)"
     return encoder.presets[PRESET_WORDS.index(word)], reason
@@ -2431,17 +2460,23 @@ def _threads(machine: Machine, height: int, quota_percent: float | None) -> int:
 
 def _filters(settings: Settings, source: Source, picture: Picture) -> list[str]:
     """Return the filters from the input's frames to the output's; the picture keeps its shape."""
+    # Square pixels first, so that all sizes below are those that a viewer sees.
     filters = [] if source.square_pixels else ["scale=trunc(iw*sar/2)*2:ih", "setsar=1"]
     if settings.width or settings.height:
         width, height = picture.width, picture.height
+        # Another shape gets bars at its sides: nothing is cut off, nothing is stretched.
         if (width, height) != (source.width, source.height):
             filters += [
                 f"scale={width}:{height}:force_original_aspect_ratio=decrease:flags=bicubic",
                 f"pad={width}:{height}:(ow-iw)/2:(oh-ih)/2",
                 "setsar=1"]
     elif source.width % 2 or source.height % 2:
+        # 4:2:0 has one sample of colour for two pixels: a row is lost rather than all resampled.
         filters.append("crop=trunc(iw/2)*2:trunc(ih/2)*2")
     return filters + _rate_filters(settings, source)
+
+
+SAME_FPS = 1e-3  # 29.97 is 30000/1001
 
 
 def _rate_filters(settings: Settings, source: Source) -> list[str]:
@@ -2452,7 +2487,7 @@ def _rate_filters(settings: Settings, source: Source) -> list[str]:
     """
     if settings.fps is None:
         return []
-    if source.steady and abs(settings.fps - source.fps) < 1e-3:
+    if source.steady and abs(settings.fps - source.fps) < SAME_FPS:
         return []
     rate = rational(settings.fps)
     return [f"setpts=PTS-STARTPTS+round(STARTPTS*TB*{rate})/({rate})/TB", f"fps={rate}"]
@@ -2462,6 +2497,7 @@ def rational(fps: float) -> str:
     """Return a frame rate as FFmpeg takes it without drift: 30, 30000/1001, 12.5."""
     if fps == int(fps):
         return str(int(fps))
+    # The rates of NTSC are n * 1000 / 1001: people write them rounded, and a film would drift.
     thousands = round(fps * 1.001) * 1000
     if abs(thousands / 1001 - fps) < 5e-3:
         return f"{thousands}/1001"
@@ -2474,12 +2510,15 @@ def _rate_control(settings: Settings, name: str, height: int, fps: float) -> Rat
     if crf is not None and encoder.crf is None:
         raise Failure("parameters", f"parameters.crf is not possible with {name}: give a bitrate")
     bitrate = settings.bitrate
-    if bitrate is None and (settings.live or settings.two_pass or encoder.crf is None):
+    # A stream must fit its line, and a first pass is of use only towards a size.
+    needs_bitrate = settings.live or settings.two_pass or encoder.crf is None
+    if bitrate is None and needs_bitrate:
         bitrate = ladder_bitrate(settings.codec, height, fps)
     if bitrate is None:
         words = f"{encoder.crf if crf is None else crf:g}"
         return Rate(f"crf {words}", _filled(encoder.crf_args, crf=words))
     if crf is None:
+        # A stream has no room for peaks; a file may use half as much again where it needs it.
         most = bitrate if settings.live else bitrate * 3 // 2
         args = _filled(encoder.bitrate_args, bitrate=bitrate_text(bitrate),
                        maxrate=bitrate_text(most), bufsize=bitrate_text(2 * bitrate))
@@ -2490,7 +2529,7 @@ def _rate_control(settings: Settings, name: str, height: int, fps: float) -> Rat
 def _capped_crf(encoder: Encoder, crf: float, bitrate: int) -> list[str]:
     """Return the arguments of a constant quality with a ceiling."""
     constant = _filled(encoder.crf_args, crf=f"{crf:g}")
-    if encoder.crf_args == _CRF_ALONE:
+    if encoder.crf_args == _CRF_ALONE:  # its -b:v is the ceiling, where it is not 0
         return [*constant[:-1], bitrate_text(bitrate)]
     return [*constant, "-maxrate", bitrate_text(bitrate), "-bufsize", bitrate_text(2 * bitrate)]
 
@@ -2511,28 +2550,30 @@ def _passes(encode: _Encode) -> tuple[tuple[str, ...], ...]:
     tail = [*_audio_args(encode), *_container_args(encode)]
     if not encode.settings.two_pass:
         return ((*_head_args(encode), *_video_args(encode), *tail),)
-    nothing = ["-an", "-f", "null", *PROGRESS_ARGS, "-"]
-    first = (*_head_args(encode, paced=False), *_video_args(encode, 1), *nothing)
-    return first, (*_head_args(encode), *_video_args(encode, 2), *tail)
+    # The first pass only looks at the picture: without sound, as fast as it can, to nowhere.
+    nowhere = ["-an", "-f", "null", *PROGRESS_ARGS, "-"]
+    first = (*_head_args(encode, paced=False), *_video_args(encode, 1), *nowhere)
+    second = (*_head_args(encode), *_video_args(encode, 2), *tail)
+    return first, second
 
 
 def _head_args(encode: _Encode, paced: bool = True) -> list[str]:
     """Return a command up to its inputs; `paced` reads a live job's input at its own speed."""
     machine, settings, source = encode.machine, encode.settings, encode.source
     scheme = scheme_of(source.url)
-    args = [machine.ffmpeg, *QUIET, "-y", *LOG_ARGS]
+    args = [machine.ffmpeg, *QUIET, "-y", *LOG_ARGS]  # -y: the target was made for it
     if encode.encoder.upload:
         args += ["-vaapi_device", machine.vaapi_device]
     if paced and settings.live and scheme not in LIVE_SCHEMES:  # a live source has its own clock
         args.append("-re")
     if source.loop:
-        args += ["-stream_loop", "-1"]
+        args += ["-stream_loop", "-1"]  # without end: -t ends the output
     if settings.hwaccel:
         args += ["-hwaccel", settings.hwaccel]
     if scheme in ("http", "https", "rtmp"):
         args += READ_TIMEOUT_ARGS
     args += open_args(source.url, source.demuxer, machine.http_args)
-    if source.loop and settings.audio:
+    if source.loop and settings.audio:  # the generated clip is silent
         args += ["-f", "lavfi", "-i", TONE]
     return args
 
@@ -2543,17 +2584,19 @@ def _video_args(encode: _Encode, number: int = 0) -> list[str]:
     upload = [f"format={picture.pixel_format}"]
     if encoder.upload:
         upload = [f"format={encoder.upload}", "hwupload"]
+    # V is a moving picture: v would take a cover.
     args = ["-map", "0:V:0", "-vf", ",".join([*encode.filters, *upload]), "-c:v", encode.name]
     if encode.preset is not None:
         deadline = "realtime" if settings.live else "good"
         args += _filled(encoder.preset_args, preset=encode.preset, deadline=deadline)
+    # vfr keeps the input's own frames: by default FFmpeg doubles and drops some for a steady rate.
     args += [*encode.rate.args, encode.machine.rate_mode, "vfr", *_clock_args(encode)]
     stats = f":pass={number}:stats=pass.log" if number else ""
-    tiles = min(4, max(0, picture.width.bit_length() - 9))
+    tiles = min(4, max(0, picture.width.bit_length() - 9))  # log2 of columns of 256 pixels or more
     args += _filled(encoder.thread_args, threads=encode.threads, tile_columns=tiles, stats=stats)
     gop = settings.gop
     if gop is None and settings.live:
-        gop = max(1, round(2 * picture.fps))
+        gop = max(1, round(LIVE_GOP_S * picture.fps))
     if gop is not None:
         args += ["-g", str(gop)]
     if settings.duration:
@@ -2599,6 +2642,7 @@ def _container_args(encode: _Encode) -> list[str]:
     container, scheme = encode.settings.container, scheme_of(encode.target)
     args = []
     if container in ("mp4", "mov") and scheme is None:
+        # The index goes to the front, so that a player can begin before it has the whole file.
         args += ["-movflags", "+faststart"]
     if scheme in HTTP_SCHEMES:
         args += encode.machine.http_args
@@ -2617,6 +2661,7 @@ def open_args(url: str, demuxer: str, http_args: Sequence[str]) -> list[str]:
     """Return the options that open an input: allowed protocols and formats, its own if known."""
     scheme = scheme_of(url)
     args = []
+    # Both lists hold for everything that the input names: a playlist of files cannot reach a host.
     if scheme in PROTOCOLS:
         args += ["-protocol_whitelist", PROTOCOLS[scheme]]
     if scheme in HTTP_SCHEMES:
@@ -2639,7 +2684,7 @@ def clip_command(ffmpeg: str, picture: Picture, encoder: str, target: str) -> li
     slip.
     """
     size, rate = f"{picture.width}x{picture.height}", rational(picture.fps)
-    quality = ["-q:v", "2"]
+    quality = ["-q:v", "2"]  # of mpeg4, where there is no libx264
     if encoder == "libx264":
         quality = ["-preset", "ultrafast", "-crf", "18", "-g", "30"]
     return [ffmpeg, *QUIET, "-y", "-loglevel", "repeat+level+warning",
@@ -2673,10 +2718,11 @@ def quality_command(machine: Machine, metric: str, source: Source, made: Plan) -
     Frames are paired by their number: so a film of changing rate, or one that begins late, is too.
     Each frame's score goes to FRAME_LOG in the current folder.
     """
-    threads = max(1, machine.threads // machine.slots)
+    threads = max(1, machine.threads // machine.slots)  # the other slots are at work
     log = f"{metric}=stats_file={FRAME_LOG}"
     if metric == "vmaf":
         log = f"libvmaf=n_threads={threads}:log_fmt=csv:log_path={FRAME_LOG}"
+    # Each frame gets a time by its number alone; the filters pair frames by time.
     number = f"settb=AVTB,setpts=N/(25*TB),format={comparison_format(source.pixel_format)}"
     reference = f"{made.filters},{number}" if made.filters else number
     graph = f"[0:V:0]{number}[a];[1:V:0]{reference}[b];[a][b]{log}:shortest=1"
@@ -2804,6 +2850,7 @@ def last_words(lines: Iterable[str], most: int = 3) -> str:
     """Return FFmpeg's own reason from its last lines: errors first, without prefixes, each once."""
     all_lines = list(lines)
     candidates = telling_lines(all_lines) or all_lines
+    # Warnings come by the dozen before an error, and seldom are its reason.
     errors = []
     for line in candidates:
         level = _LEVEL.search(line)
@@ -2849,7 +2896,7 @@ def failure_reason(returncode: int, words: str) -> str:
     that could not be started, or fails without a word, is not an FFmpeg that works.
     """
     found = next((reason for pattern, reason in FAILURE_WORDS if pattern.search(words)), None)
-    if found == "out_of_memory":
+    if found == "out_of_memory":  # the kernel's killer sends a signal: these words come first
         return found
     silent = not words.strip()
     by_signal = returncode < 0 or SIGNALLED in words
@@ -2887,6 +2934,7 @@ def parse_probe(text: str, url: str) -> Source:
         codec=video.words("codec_name") or "video",
         start_s=max(0.0, _start(video) - _start(container)),
         base_fps=base_fps,
+        # Containers that count their frames are those whose mean rate is exact.
         steady=not base_fps and bool(_figure(video, "nb_frames")),
         demuxer=_demuxer(container))
 
@@ -2909,7 +2957,7 @@ def _size_of(video: Fields, url: str) -> tuple[int, int, bool]:
         raise Failure("input", f"{url} holds no video that this FFmpeg can read")
     if min(width, height) < 2:
         raise Failure("input", f"{url} is {width}x{height} pixels: too small for any encoder")
-    shape = _fraction(video.words("sample_aspect_ratio").replace(":", "/")) or 1.0
+    shape = _fraction(video.words("sample_aspect_ratio").replace(":", "/")) or 1.0  # 0:1 is unknown
     if _rotation(video) % 180 == 90:
         width, height, shape = height, width, 1 / shape
     if shape != 1:
@@ -2919,7 +2967,7 @@ def _size_of(video: Fields, url: str) -> tuple[int, int, bool]:
 
 def _rates_of(video: Fields) -> tuple[float, str]:
     """Return the mean frame rate, and the beat of a film whose rate changes, else ""."""
-    beat = video.words("r_frame_rate")
+    beat = video.words("r_frame_rate")  # ffprobe's guess of the rate that holds all time stamps
     beat_fps = _fraction(beat)
     fps = _fraction(video.words("avg_frame_rate")) or beat_fps or FALLBACK_FPS
     is_changing = abs((beat_fps or fps) - fps) > 0.01 * fps
@@ -2999,6 +3047,7 @@ PERFECT_PSNR_DB = 100.0  # inf: identical pictures; one sample of a large one al
 
 
 def _score(text: str) -> float:
+    """Return a score, of which none is above that of identical pictures."""
     return min(PERFECT_PSNR_DB, float(text))
 
 
@@ -5018,7 +5067,7 @@ def metrics_of(outcome: Outcome) -> Json:
     facts = {name: _merged([row[name] for row in measured], METRICS[name].repeats)
              for name in measured[-1]}
     facts.update(_film_figures(outcome))
-    for name, formula in FORMULAS.items():
+    for name, formula in FORMULAS.items():  # in their order: a later one may use an earlier one
         facts[name] = evaluate(formula, facts)
 
     metrics = {name: _rounded(facts[name]) for name, row in METRICS.items() if not row.by_master}
@@ -5041,6 +5090,7 @@ def _film_figures(outcome: Outcome) -> Json:
         "output_seconds": outcome.output_s or done.out_time_s,
         "damaged_packets": outcome.damaged,
     }
+    # vmaf is nearest to what people see; the others stand in for it.
     scores = [figures[name] for name in ("vmaf", "psnr_db", "xpsnr_db")]
     figures["quality"] = next((score for score in scores if score is not None), None)
     if outcome.plan is not None:
@@ -5368,7 +5418,7 @@ def _changed(given: Json, change: Json) -> Json:
     """Return parameters with a change; the words of one encoder mean nothing to another."""
     kept = dict(given)
     if "encoder" in change:
-        kept.pop("threads", None)
+        kept.pop("threads", None)  # hardware takes none
         has_presets = bool(ENCODERS[change["encoder"]].presets)
         if not has_presets or kept.get("preset") not in PRESET_WORDS:
             kept.pop("preset", None)
@@ -5412,6 +5462,7 @@ def result_of(attempt: Attempt, outcome: Outcome, machine: Machine, ended_at: fl
 
 def _encode_json(settings: Settings, made: Plan, limits: Mapping[str, str]) -> Json:
     """Return what was done, in the settings' own terms."""
+    # `rate` says how the size was ruled, whatever was asked for: it stands in for bitrate and crf.
     done = {**settings.to_json(), "width": made.width, "height": made.height, "fps": made.fps,
             "bitrate": None, "crf": None, "duration": made.duration_s}
     encode: Json = {
