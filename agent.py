@@ -10,24 +10,26 @@ under its media root. An attempt may be run again elsewhere when this node was o
 the master accepts one report only.
 
 Sections (each uses only those above it):
-  1 Wire        protocol, ApiError, Failure
-  2 Words       what is written for people: figures, tables, log
-  3 Client      the only urllib and the only sockets: one connection per thread, typed methods
-  4 Catalogue   only tables: parameters, codecs, containers, encoders, presets, ladder
-  5 Scenario    scenario and parameters -> resolved Settings (pure; the master uses it too)
-  6 Command     settings + machine + source -> Plan of argv lists (pure)
-  7 Output      what FFmpeg and ffprobe say: progress, probe, damage, last words, scores (pure)
-  8 Statistics  intervals, outliers, confidence (pure)
-  9 Places      what a job may touch: paths, hosts, room on disk; kinds of input
- 10 Publishing  how an output gets its name; kinds of output
- 11 Run         one program at a time: the clock, the limits, stop verbs
- 12 Stages      the stages of an attempt: probe, encode, inspect, compare
- 13 Attempt     one attempt from its job to its outcome; what a killed one left
- 14 Analysis    metrics, verdict, suggestion (pure)
- 15 State       spool, identity, folder locks
- 16 Session     the talk with the master: registration, claims, progress, results
- 17 Agent       slots, threads, drain
- 18 CLI         flags, the single-node workflow, main
+  1 Wire        protocol, ApiError, Failure, Fields: the one reader of JSON
+  2 Metrics     every figure of a result: meaning, formula, how it is shown and exported
+  3 Messages    the master's answers as types: Job, Answer, Registered, views for people
+  4 Words       what is written for people: figures, tables, log
+  5 Client      the only urllib and the only sockets: one connection per thread, typed methods
+  6 Catalogue   only tables: parameters, codecs, containers, encoders, presets, ladder
+  7 Scenario    scenario and parameters -> resolved Settings (pure; the master uses it too)
+  8 Command     settings + machine + source -> Plan of argv lists (pure)
+  9 Output      what FFmpeg and ffprobe say: progress, probe, damage, last words, scores (pure)
+ 10 Statistics  intervals, outliers, confidence (pure)
+ 11 Places      what a job may touch: paths, hosts, room on disk; kinds of input
+ 12 Publishing  how an output gets its name; kinds of output
+ 13 Run         one program at a time: the clock, the limits, stop verbs
+ 14 Stages      the stages of an attempt: probe, encode, inspect, compare
+ 15 Attempt     one attempt from its job to its outcome; what a killed one left
+ 16 Analysis    metrics, verdict, suggestion (pure)
+ 17 State       spool, identity, folder locks
+ 18 Session     the talk with the master: registration, claims, progress, results
+ 19 Agent       slots, threads, drain
+ 20 CLI         flags, the single-node workflow, main
 
 Threads: the main thread waits for signals; the poller holds the parked request; the reporter sends
 progress and empties the spool; each slot runs one attempt. Two locks: Agent's guards which attempts run,
@@ -308,6 +310,167 @@ def answer_fields(value: object) -> Fields:
     """Return the fields of an answer of the master."""
     return Fields(value, "the master's answer", status=0)
 
+
+# ---- 2 Metrics ------------------------------------------------------------------------------------
+
+# The tables of a report, in their order.
+SPEED_TABLE = "Speed and size"
+QUALITY_TABLE = "Quality"
+MONEY_TABLE = "Energy, money and carbon"
+POWER_TABLE = "Power"
+CURRENCY = "currency"  # the unit of a price: what the tariff names
+
+
+class Metric(NamedTuple):
+    """One row of METRICS: a figure of a result, its meaning, how it is merged, exported and shown.
+
+    Agent: `repeats` says how figures of several runs merge: their `mean`, the `most`, or the `last`
+    run's. `formula` is given where the figure follows from others. `unknown` is the reason beside a
+    null; a word in braces is replaced by a cause that is known only after the run. A metric of the
+    machine (`of_machine`) exists without a film too, as in a baseline.
+
+    Shown: `phrase` formats the value for a result on the terminal; `table` is the table of a report
+    with a column for it, under `label` and `unit`, with `digits` that count. One with `of_energy`
+    is an estimate when energy is.
+
+    Exported: where `exported`, its time series is `series`, or else its name.
+    """
+
+    name: str
+    about: str
+    unit: str = ""
+    label: str = ""
+    digits: int = 3
+    table: str = ""
+    phrase: str = ""
+    repeats: str = "last"
+    formula: str = ""
+    unknown: str = "not measured"
+    of_machine: bool = False
+    of_energy: bool = False
+    exported: bool = True
+    series: str = ""
+    by_master: bool = False
+
+    @property
+    def series_name(self) -> str:
+        """Its time series after `ffdist_job_`."""
+        return self.series or self.name
+
+    @property
+    def axis(self) -> str:
+        """The text at an axis, or above a column."""
+        return f"{self.label}, {self.unit}" if self.unit not in ("", CURRENCY) else self.label
+
+
+def _score_rows(metric: str, label: str, unit: str, digits: int, phrase: str) -> tuple[Metric, ...]:
+    """Return the three rows of a quality metric: its mean, the worst frame, the harmonic mean."""
+    suffix = "_db" if unit else ""
+    rows = (("", "against the source, mean.", ""), ("_min", "of the worst frame.", " least"),
+            ("_harmonic", "against the source, harmonic mean.", " harmonic mean"))
+    return tuple(
+        Metric(f"{metric}{part}{suffix}", f"{label} {about}", unit, label + words, digits,
+               QUALITY_TABLE, phrase, unknown="not asked for")
+        for part, about, words in rows)
+
+
+_TOO_SHORT = "the run was too short to sample"
+_NO_SIZE = "the output's size is unknown"
+_NO_LENGTH = "the length is unknown"
+
+# Every figure of a result's `metrics`, in the order of reports and exports. Analysis computes by
+# it; the rows of a result, the reports and the export of ffdist show by it; README lists it.
+METRICS: Mapping[str, Metric] = {row.name: row for row in (
+    Metric("duration", "Wall time of the encode.", "s", "time", table=SPEED_TABLE, repeats="mean",
+           series="duration_seconds"),
+    Metric("speed", "Seconds of film per second of wall time.", "x", "speed", table=SPEED_TABLE,
+           phrase="{:.2f}x real time", formula="output_seconds / duration", unknown=_NO_LENGTH),
+    Metric("fps", "Frames per second of wall time.", "", "frames/s", table=SPEED_TABLE,
+           phrase="{:.1f} fps", formula="frames / duration"),
+    Metric("cpu_usage", "% of the whole machine, mean over the run.", "%", "CPU", table=SPEED_TABLE,
+           phrase="{:.0f} % of the machine", repeats="mean", unknown=_TOO_SHORT, of_machine=True),
+    Metric("memory_usage", "Peak memory of the job's processes.", "MiB", "memory",
+           table=SPEED_TABLE, phrase="{:.0f} MiB peak", repeats="most", series="memory_mib"),
+    Metric("bitrate_kbps", "kbit/s of the whole output.", "kbit/s", "rate", 4, SPEED_TABLE,
+           phrase="{:.0f} kbit/s", formula="8 * output_bytes / (1000 * output_seconds)",
+           unknown=_NO_SIZE),
+    Metric("bits_per_pixel", "Bits for each pixel of the output.", "", "bit/pixel",
+           table=SPEED_TABLE, formula="8 * output_bytes / (width * height * frames)",
+           unknown=_NO_SIZE),
+    Metric("output_bytes", "Size of the output.", "", "size", table=SPEED_TABLE,
+           unknown="the output went to a stream"),
+
+    *_score_rows("psnr", "PSNR", "dB", 4, "{:.2f} dB"),
+    *_score_rows("ssim", "SSIM", "", 5, "{:.4f}"),
+    *_score_rows("vmaf", "VMAF", "", 4, "{:.1f}"),
+    *_score_rows("xpsnr", "XPSNR", "dB", 4, "{:.2f} dB"),
+
+    Metric("energy_joules", "Energy, this job's share of the machine.", "J", "energy",
+           table=MONEY_TABLE, phrase="{:.0f} J", repeats="mean", of_energy=True),
+    Metric("net_energy_joules", "Energy above that of the idle machine.", "J", "above idle",
+           table=MONEY_TABLE, phrase="{:.0f} J above idle", formula="energy_joules - idle_joules",
+           unknown="{idle}", of_machine=True, of_energy=True),
+    Metric("energy_wh", "Energy in Wh.", "Wh", "energy", table=MONEY_TABLE,
+           formula="energy_joules / 3600", unknown="{energy}", of_machine=True, of_energy=True,
+           exported=False),
+    Metric("energy_cost", "Price of the energy, in the tariff's currency.", CURRENCY, "cost",
+           table=MONEY_TABLE, of_energy=True, by_master=True),
+    Metric("carbon_g", "gCO2e of the energy.", "g", "CO2e", table=MONEY_TABLE, of_energy=True,
+           by_master=True),
+    Metric("energy_wh_per_minute", "Wh for each minute of output.", "", "Wh a minute",
+           table=MONEY_TABLE, of_energy=True, by_master=True),
+    Metric("cost_per_minute", "Price of the energy for each minute of output.", CURRENCY,
+           "cost a minute", table=MONEY_TABLE, of_energy=True, by_master=True),
+    Metric("carbon_g_per_minute", "gCO2e for each minute of output.", "", "g CO2e a minute",
+           table=MONEY_TABLE, of_energy=True, by_master=True),
+
+    Metric("power_watts", "Mean power while it ran.", "W", "power", table=POWER_TABLE,
+           phrase="{:.1f} W", formula="energy_joules / duration", unknown="{energy}",
+           of_machine=True, of_energy=True),
+    Metric("idle_watts", "What the idle machine draws.", "W", "idle", table=POWER_TABLE,
+           phrase="{:.1f} W", repeats="mean", unknown="{idle}", of_machine=True, of_energy=True),
+    Metric("joules_per_frame", "Energy for each frame.", "J", "a frame", table=POWER_TABLE,
+           phrase="{:.3g} J a frame", formula="energy_joules / frames", unknown="{energy}",
+           of_energy=True),
+    Metric("pixels_per_joule", "Pixels encoded for each joule.", "", "pixels/J", 4, POWER_TABLE,
+           formula="width * height * frames / energy_joules", unknown="{energy}", of_energy=True),
+
+    Metric("frames", "Frames encoded.", phrase="{:.0f}"),
+    Metric("dropped_frames", "Frames that FFmpeg dropped."),
+    Metric("output_seconds", "Length of the output.", "s"),
+    Metric("cpu_seconds", "CPU time of the job's processes.", "s", phrase="{:.1f} CPU s",
+           repeats="mean"),
+    Metric("background_cpu_percent", "% of the machine that others used meanwhile.", "%",
+           repeats="mean", unknown=_TOO_SHORT, of_machine=True),
+    Metric("gpu_usage", "% of the GPU.", "%", repeats="mean", unknown="{gpu}", of_machine=True),
+    Metric("gpu_memory_usage", "Peak memory used on the GPU.", "MiB", unknown="{gpu}",
+           of_machine=True, series="gpu_memory_mib"),
+    Metric("gpu_energy_joules", "Energy of the GPU.", "J", repeats="mean", unknown="{gpu_energy}",
+           of_machine=True),
+
+    Metric("duplicated_frames", "Frames that FFmpeg doubled.", exported=False),
+    Metric("damaged_packets", "Signs of damage in the input that FFmpeg logged.", exported=False),
+    Metric("headroom_percent", "Share of the film's length by which the encode was faster.", "%",
+           formula="100 - 100 * duration / output_seconds", unknown=_NO_LENGTH, exported=False),
+    Metric("idle_joules", "Energy of the idle machine in the same time.", "J", repeats="mean",
+           unknown="{idle}", of_machine=True, exported=False),
+    Metric("quality_per_wh", "Quality for each Wh: the first known of vmaf, psnr_db and xpsnr_db.",
+           formula="quality / energy_wh", unknown="{quality}", exported=False),
+    Metric("power_source", "Where the energy was read.", unknown="{energy}", of_machine=True,
+           exported=False),
+    Metric("power_resolution", "How fine its readings are.", unknown="{energy}", of_machine=True,
+           exported=False),
+    Metric("energy_estimated", "Whether a power model estimated the energy.", unknown="{energy}",
+           of_machine=True, exported=False),
+    Metric("throttled", "Whether heat slowed down a processor or GPU.", repeats="most",
+           unknown="the kernel does not count it here", of_machine=True, exported=False),
+    Metric("jobs_beside", "Jobs that ran at the same time.", repeats="most", exported=False),
+)}
+# Figures that follow from others. `quality` is the first known of vmaf, psnr_db and xpsnr_db.
+FORMULAS = {row.name: row.formula for row in METRICS.values() if row.formula}
+
+
+# ---- 3 Messages -----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Job:
@@ -592,164 +755,7 @@ class NodeView:
         return self.id[:8]
 
 
-# The tables of a report, in their order.
-SPEED_TABLE = "Speed and size"
-QUALITY_TABLE = "Quality"
-MONEY_TABLE = "Energy, money and carbon"
-POWER_TABLE = "Power"
-CURRENCY = "currency"  # the unit of a price: what the tariff names
-
-
-class Metric(NamedTuple):
-    """One row of METRICS: a figure of a result, its meaning, how it is merged, exported and shown.
-
-    Agent: `repeats` says how figures of several runs merge: their `mean`, the `most`, or the `last`
-    run's. `formula` is given where the figure follows from others. `unknown` is the reason beside a
-    null; a word in braces is replaced by a cause that is known only after the run. A metric of the
-    machine (`of_machine`) exists without a film too, as in a baseline.
-
-    Shown: `phrase` formats the value for a result on the terminal; `table` is the table of a report
-    with a column for it, under `label` and `unit`, with `digits` that count. One with `of_energy`
-    is an estimate when energy is.
-
-    Exported: where `exported`, its time series is `series`, or else its name.
-    """
-
-    name: str
-    about: str
-    unit: str = ""
-    label: str = ""
-    digits: int = 3
-    table: str = ""
-    phrase: str = ""
-    repeats: str = "last"
-    formula: str = ""
-    unknown: str = "not measured"
-    of_machine: bool = False
-    of_energy: bool = False
-    exported: bool = True
-    series: str = ""
-    by_master: bool = False
-
-    @property
-    def series_name(self) -> str:
-        """Its time series after `ffdist_job_`."""
-        return self.series or self.name
-
-    @property
-    def axis(self) -> str:
-        """The text at an axis, or above a column."""
-        return f"{self.label}, {self.unit}" if self.unit not in ("", CURRENCY) else self.label
-
-
-def _score_rows(metric: str, label: str, unit: str, digits: int, phrase: str) -> tuple[Metric, ...]:
-    """Return the three rows of a quality metric: its mean, the worst frame, the harmonic mean."""
-    suffix = "_db" if unit else ""
-    rows = (("", "against the source, mean.", ""), ("_min", "of the worst frame.", " least"),
-            ("_harmonic", "against the source, harmonic mean.", " harmonic mean"))
-    return tuple(
-        Metric(f"{metric}{part}{suffix}", f"{label} {about}", unit, label + words, digits,
-               QUALITY_TABLE, phrase, unknown="not asked for")
-        for part, about, words in rows)
-
-
-_TOO_SHORT = "the run was too short to sample"
-_NO_SIZE = "the output's size is unknown"
-_NO_LENGTH = "the length is unknown"
-
-# Every figure of a result's `metrics`, in the order of reports and exports. Analysis computes by
-# it; the rows of a result, the reports and the export of ffdist show by it; README lists it.
-METRICS: Mapping[str, Metric] = {row.name: row for row in (
-    Metric("duration", "Wall time of the encode.", "s", "time", table=SPEED_TABLE, repeats="mean",
-           series="duration_seconds"),
-    Metric("speed", "Seconds of film per second of wall time.", "x", "speed", table=SPEED_TABLE,
-           phrase="{:.2f}x real time", formula="output_seconds / duration", unknown=_NO_LENGTH),
-    Metric("fps", "Frames per second of wall time.", "", "frames/s", table=SPEED_TABLE,
-           phrase="{:.1f} fps", formula="frames / duration"),
-    Metric("cpu_usage", "% of the whole machine, mean over the run.", "%", "CPU", table=SPEED_TABLE,
-           phrase="{:.0f} % of the machine", repeats="mean", unknown=_TOO_SHORT, of_machine=True),
-    Metric("memory_usage", "Peak memory of the job's processes.", "MiB", "memory",
-           table=SPEED_TABLE, phrase="{:.0f} MiB peak", repeats="most", series="memory_mib"),
-    Metric("bitrate_kbps", "kbit/s of the whole output.", "kbit/s", "rate", 4, SPEED_TABLE,
-           phrase="{:.0f} kbit/s", formula="8 * output_bytes / (1000 * output_seconds)",
-           unknown=_NO_SIZE),
-    Metric("bits_per_pixel", "Bits for each pixel of the output.", "", "bit/pixel",
-           table=SPEED_TABLE, formula="8 * output_bytes / (width * height * frames)",
-           unknown=_NO_SIZE),
-    Metric("output_bytes", "Size of the output.", "", "size", table=SPEED_TABLE,
-           unknown="the output went to a stream"),
-
-    *_score_rows("psnr", "PSNR", "dB", 4, "{:.2f} dB"),
-    *_score_rows("ssim", "SSIM", "", 5, "{:.4f}"),
-    *_score_rows("vmaf", "VMAF", "", 4, "{:.1f}"),
-    *_score_rows("xpsnr", "XPSNR", "dB", 4, "{:.2f} dB"),
-
-    Metric("energy_joules", "Energy, this job's share of the machine.", "J", "energy",
-           table=MONEY_TABLE, phrase="{:.0f} J", repeats="mean", of_energy=True),
-    Metric("net_energy_joules", "Energy above that of the idle machine.", "J", "above idle",
-           table=MONEY_TABLE, phrase="{:.0f} J above idle", formula="energy_joules - idle_joules",
-           unknown="{idle}", of_machine=True, of_energy=True),
-    Metric("energy_wh", "Energy in Wh.", "Wh", "energy", table=MONEY_TABLE,
-           formula="energy_joules / 3600", unknown="{energy}", of_machine=True, of_energy=True,
-           exported=False),
-    Metric("energy_cost", "Price of the energy, in the tariff's currency.", CURRENCY, "cost",
-           table=MONEY_TABLE, of_energy=True, by_master=True),
-    Metric("carbon_g", "gCO2e of the energy.", "g", "CO2e", table=MONEY_TABLE, of_energy=True,
-           by_master=True),
-    Metric("energy_wh_per_minute", "Wh for each minute of output.", "", "Wh a minute",
-           table=MONEY_TABLE, of_energy=True, by_master=True),
-    Metric("cost_per_minute", "Price of the energy for each minute of output.", CURRENCY,
-           "cost a minute", table=MONEY_TABLE, of_energy=True, by_master=True),
-    Metric("carbon_g_per_minute", "gCO2e for each minute of output.", "", "g CO2e a minute",
-           table=MONEY_TABLE, of_energy=True, by_master=True),
-
-    Metric("power_watts", "Mean power while it ran.", "W", "power", table=POWER_TABLE,
-           phrase="{:.1f} W", formula="energy_joules / duration", unknown="{energy}",
-           of_machine=True, of_energy=True),
-    Metric("idle_watts", "What the idle machine draws.", "W", "idle", table=POWER_TABLE,
-           phrase="{:.1f} W", repeats="mean", unknown="{idle}", of_machine=True, of_energy=True),
-    Metric("joules_per_frame", "Energy for each frame.", "J", "a frame", table=POWER_TABLE,
-           phrase="{:.3g} J a frame", formula="energy_joules / frames", unknown="{energy}",
-           of_energy=True),
-    Metric("pixels_per_joule", "Pixels encoded for each joule.", "", "pixels/J", 4, POWER_TABLE,
-           formula="width * height * frames / energy_joules", unknown="{energy}", of_energy=True),
-
-    Metric("frames", "Frames encoded.", phrase="{:.0f}"),
-    Metric("dropped_frames", "Frames that FFmpeg dropped."),
-    Metric("output_seconds", "Length of the output.", "s"),
-    Metric("cpu_seconds", "CPU time of the job's processes.", "s", phrase="{:.1f} CPU s",
-           repeats="mean"),
-    Metric("background_cpu_percent", "% of the machine that others used meanwhile.", "%",
-           repeats="mean", unknown=_TOO_SHORT, of_machine=True),
-    Metric("gpu_usage", "% of the GPU.", "%", repeats="mean", unknown="{gpu}", of_machine=True),
-    Metric("gpu_memory_usage", "Peak memory used on the GPU.", "MiB", unknown="{gpu}",
-           of_machine=True, series="gpu_memory_mib"),
-    Metric("gpu_energy_joules", "Energy of the GPU.", "J", repeats="mean", unknown="{gpu_energy}",
-           of_machine=True),
-
-    Metric("duplicated_frames", "Frames that FFmpeg doubled.", exported=False),
-    Metric("damaged_packets", "Signs of damage in the input that FFmpeg logged.", exported=False),
-    Metric("headroom_percent", "Share of the film's length by which the encode was faster.", "%",
-           formula="100 - 100 * duration / output_seconds", unknown=_NO_LENGTH, exported=False),
-    Metric("idle_joules", "Energy of the idle machine in the same time.", "J", repeats="mean",
-           unknown="{idle}", of_machine=True, exported=False),
-    Metric("quality_per_wh", "Quality for each Wh: the first known of vmaf, psnr_db and xpsnr_db.",
-           formula="quality / energy_wh", unknown="{quality}", exported=False),
-    Metric("power_source", "Where the energy was read.", unknown="{energy}", of_machine=True,
-           exported=False),
-    Metric("power_resolution", "How fine its readings are.", unknown="{energy}", of_machine=True,
-           exported=False),
-    Metric("energy_estimated", "Whether a power model estimated the energy.", unknown="{energy}",
-           of_machine=True, exported=False),
-    Metric("throttled", "Whether heat slowed down a processor or GPU.", repeats="most",
-           unknown="the kernel does not count it here", of_machine=True, exported=False),
-    Metric("jobs_beside", "Jobs that ran at the same time.", repeats="most", exported=False),
-)}
-# Figures that follow from others. `quality` is the first known of vmaf, psnr_db and xpsnr_db.
-FORMULAS = {row.name: row.formula for row in METRICS.values() if row.formula}
-
-
-# ---- 2 Words --------------------------------------------------------------------------------------
+# ---- 4 Words --------------------------------------------------------------------------------------
 
 NOTHING_ENCODED = "nothing was encoded"  # the reason of a baseline for each figure of a film
 BAR_MOST_CHARS = 24
@@ -1080,7 +1086,7 @@ class _JsonLines(logging.Formatter):
                            "message": record.getMessage()})
 
 
-# ---- 3 Client -------------------------------------------------------------------------------------
+# ---- 5 Client -------------------------------------------------------------------------------------
 
 MASTER_PORT = 8080
 CONNECT_S = 10.0
@@ -1376,7 +1382,7 @@ def is_this_machine(host: str) -> bool:
     return False
 
 
-# ---- 4 Catalogue ----------------------------------------------------------------------------------
+# ---- 6 Catalogue ----------------------------------------------------------------------------------
 
 class Parameter(NamedTuple):
     """One row of the parameter table: its kind, its meaning, its limits (inclusive) or words."""
@@ -1588,7 +1594,7 @@ FILM_FORMATS = ",".join((
     "wav,mp3,flac,aac"))
 
 
-# ---- 5 Scenario -----------------------------------------------------------------------------------
+# ---- 7 Scenario -----------------------------------------------------------------------------------
 
 BASELINE = "baseline"  # the word of a scenario that measures the idle machine and encodes nothing
 BASELINE_S = 60
@@ -2115,7 +2121,7 @@ def _refuse_impossible(settings: Settings) -> None:
             raise _bad(refusal.field, refusal.reason(settings, encoder))
 
 
-# ---- 6 Command ------------------------------------------------------------------------------------
+# ---- 8 Command ------------------------------------------------------------------------------------
 
 # Without -nostdin FFmpeg reads keys from a terminal, and stops when it is in the background.
 QUIET = ("-hide_banner", "-nostdin")
@@ -2740,7 +2746,7 @@ def probe_command(ffprobe: str, url: str, demuxer: str = "",
             "-show_streams", *open_args(url, demuxer, http_args)]
 
 
-# ---- 7 Output -------------------------------------------------------------------------------------
+# ---- 9 Output -------------------------------------------------------------------------------------
 
 # With `-loglevel repeat+level` FFmpeg writes `[h264 @ 0x55…] [error] …`; x264 and x265 write their
 # name.
@@ -2934,7 +2940,7 @@ def parse_probe(text: str, url: str) -> Source:
         codec=video.words("codec_name") or "video",
         start_s=max(0.0, _start(video) - _start(container)),
         base_fps=base_fps,
-        # Containers that count their frames are those whose mean rate is exact.
+        # A mean rate is exact only where the container counts its frames.
         steady=not base_fps and bool(_figure(video, "nb_frames")),
         demuxer=_demuxer(container))
 
@@ -3074,7 +3080,7 @@ def parse_scores(metric: str, words: Iterable[str],
     return found, count
 
 
-# ---- 8 Statistics ---------------------------------------------------------------------------------
+# ---- 10 Statistics --------------------------------------------------------------------------------
 
 # Student's t, 97.5 %, for 1 to 10 degrees of freedom.
 _STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
@@ -3145,7 +3151,7 @@ def batch_means(values: Sequence[float]) -> list[float]:
     return [statistics.fmean(values[low:high]) for low, high in zip(edges, edges[1:])]
 
 
-# ---- 9 Places -------------------------------------------------------------------------------------
+# ---- 11 Places ------------------------------------------------------------------------------------
 
 # Where clouds tell a machine its secrets, beside the link-local addresses that most of them use.
 METADATA = frozenset(map(ipaddress.ip_address, (
@@ -3614,7 +3620,7 @@ def input_of(place: str | None, places: Places, folder: Path) -> Input:
     return FileInput(places, place)
 
 
-# ---- 10 Publishing --------------------------------------------------------------------------------
+# ---- 12 Publishing --------------------------------------------------------------------------------
 
 # How a finished film gets its final name. Several attempts of one job may run at once (a node was out of
 # reach and its job went elsewhere), and other people write to the same folder. So FFmpeg writes to a
@@ -3937,7 +3943,7 @@ def output_of(settings: Settings, places: Places, folder: Path, owner: Ownership
     return FileOutput(settings, places, folder, owner)
 
 
-# ---- 11 Run ---------------------------------------------------------------------------------------
+# ---- 13 Run ---------------------------------------------------------------------------------------
 
 # One attempt has one Runner, which runs one program at a time in the attempt's own thread. Other threads
 # (the poller and the reporter, into whose answers the master puts its orders) only ask: stop() leaves a
@@ -4312,7 +4318,7 @@ class Runner:
         self.log.add(self.files.name_in(line))
 
 
-# ---- 12 Stages ------------------------------------------------------------------------------------
+# ---- 14 Stages ------------------------------------------------------------------------------------
 
 CONFIDENCES = ("auto", "low", "medium", "high")
 RUNS_MOST = {"high": 20, "medium": 10}
@@ -4827,7 +4833,7 @@ def why_not_comparable(metric: str, place: Workplace, made: Plan) -> str:
     return ""
 
 
-# ---- 13 Attempt -----------------------------------------------------------------------------------
+# ---- 15 Attempt -----------------------------------------------------------------------------------
 
 class Attempt:
     """One attempt of a job on this machine: its input, its encodes, its output, its outcome.
@@ -5007,7 +5013,7 @@ def _read_words(path: Path) -> list[str]:
         return []
 
 
-# ---- 14 Analysis ----------------------------------------------------------------------------------
+# ---- 16 Analysis ----------------------------------------------------------------------------------
 
 # The recommendations of an analysis: README lists them.
 RECOMMENDATIONS = {
@@ -5517,7 +5523,7 @@ def _repeats_json(runs: Sequence[Outcome]) -> list[Json]:
             for at, (run, joules) in enumerate(zip(runs, energies))]
 
 
-# ---- 15 State -------------------------------------------------------------------------------------
+# ---- 17 State -------------------------------------------------------------------------------------
 
 # A report must survive a kill and a power cut between the end of an attempt and the master's answer:
 # without it the work is done again. So it goes to the spool first, synchronised to the disk, and leaves
@@ -5634,7 +5640,7 @@ def locked_folder(folder: Path, what: str) -> int:
     return descriptor
 
 
-# ---- 16 Session -----------------------------------------------------------------------------------
+# ---- 18 Session -----------------------------------------------------------------------------------
 
 # The agent's talk with the master, in two threads: the poller steps a Session (registration, then one
 # parked request after another), the reporter steps a Reporter (results, then progress). Each step makes
@@ -6113,7 +6119,7 @@ class Reporter:
         return None if link.protocol else math.inf
 
 
-# ---- 17 Agent -------------------------------------------------------------------------------------
+# ---- 19 Agent -------------------------------------------------------------------------------------
 
 LEAVE_S = 5.0  # for a master that answers slowly to hear that this node leaves
 LOOK_S = 0.1  # between two looks of the main thread: Python sees a signal only when that thread wakes
@@ -6337,7 +6343,7 @@ def http_args_of(host: hwdetect.Host, ffmpeg: str) -> tuple[str, ...]:
     return ("-max_redirects", "0") if "max_redirects" in options else ()
 
 
-# ---- 18 CLI ---------------------------------------------------------------------------------------
+# ---- 20 CLI ---------------------------------------------------------------------------------------
 
 MAX_NAME_CHARS = 200
 

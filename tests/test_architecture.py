@@ -179,7 +179,7 @@ class Layers(unittest.TestCase):
                 self.assertEqual([name for name in sorted(found) if not is_standard(name)], [])
 
     def test_ffdist_uses_only_what_is_shared_of_agent_and_no_private_name(self) -> None:
-        rooms = {"Wire", "Words", "Client", "Catalogue", "Scenario", "Statistics"}
+        rooms = {"Wire", "Metrics", "Messages", "Words", "Client", "Catalogue", "Scenario", "Statistics"}
         shared = {name for section, statement in SOURCES["agent"].statements() if section.title in rooms
                   for name in stored([statement])}
         shared |= {alias.name for node in SOURCES["agent"].tree.body
@@ -323,7 +323,8 @@ class Seams(unittest.TestCase):
                              r"path\.(exists|isfile|isdir|getsize|realpath))|"
                              r"(subprocess|threading|random)\..*)")
         pure = {"ffdist": {"Jobs", "Messages", "Metrics", "Tariff", "Pages", "Experiments", "Reports"},
-                "agent": {"Catalogue", "Scenario", "Command", "Output", "Statistics", "Analysis"},
+                "agent": {"Wire", "Metrics", "Messages", "Catalogue", "Scenario", "Command", "Output",
+                          "Statistics", "Analysis"},
                 "hwdetect": {"Facts", "Parsers"}}
         for name, sections in pure.items():
             with self.subTest(name):
