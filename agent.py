@@ -117,14 +117,16 @@ class ApiError(Exception):
     """A request that was refused, or that never got an answer.
 
     `status` is the HTTP status (0: no answer at all), `field` the field to blame, `retryable`
-    whether the same request may succeed later.
+    whether the same request may succeed later. `nobody_listens`: the connection was refused.
     """
 
-    def __init__(self, status: int, message: str, field: str | None = None) -> None:
+    def __init__(self, status: int, message: str, field: str | None = None, *,
+                 nobody_listens: bool = False) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.field = field
+        self.nobody_listens = nobody_listens
 
     @property
     def retryable(self) -> bool:
@@ -1311,10 +1313,12 @@ def _answer_to(request: urllib.request.Request, opener: urllib.request.OpenerDir
             return answer.code, answer.reason, _body_of(answer, limit_bytes)
     except (OSError, http.client.HTTPException, ValueError) as error:
         # The text of a bad status line is whatever came, an ssh banner or control characters.
-        cause = printable(cause_text(getattr(error, "reason", error)))
+        reason = getattr(error, "reason", error)
+        cause = printable(cause_text(reason))
         if type(error) is http.client.BadStatusLine:
             cause = "it does not speak HTTP"
-        raise ApiError(0, f"no answer from {server}: {cause}") from None
+        raise ApiError(0, f"no answer from {server}: {cause}",
+                       nobody_listens=isinstance(reason, ConnectionRefusedError)) from None
 
 
 def _body_of(answer: Any, limit_bytes: int) -> bytes:

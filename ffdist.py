@@ -8278,7 +8278,7 @@ def _failure_of(error: Exception) -> tuple[int, str]:
 
 def _hint_of(error: ApiError) -> str:
     """Return the next step where nothing listens at the master's address."""
-    if error.status or os.strerror(errno.ECONNREFUSED) not in error.message:
+    if not error.nobody_listens:
         return ""
     return "; start one with 'python3 ffdist.py master', or name it with --master or FFDIST_MASTER"
 

@@ -148,6 +148,7 @@ class TheCommandLine(unittest.TestCase):
             with self.subTest(command):
                 done = self.cli(*command, code=3, url=nobody)
                 self.assertIn(nobody, done.stderr)
+                self.assertIn("start one with 'python3 ffdist.py master'", done.stderr)
                 self.assertEqual((done.stdout, len(done.stderr.strip().splitlines())), ("", 1))
 
     def test_a_reader_that_goes_and_a_terminal_of_few_letters_are_no_errors(self) -> None:
@@ -181,6 +182,7 @@ class TheCommandLine(unittest.TestCase):
                 done = run(str(TOP / "ffdist.py"), command, "--master", url, folder=self.folder)
                 self.assertIn(done.returncode, (1, 3))
                 self.assertEqual(len(done.stderr.strip().splitlines()), 1, done.stderr)
+                self.assertNotIn("start one", done.stderr, "something does listen there")
 
     def test_unknown_commands_and_no_command_are_wrong_usage(self) -> None:
         for words, said in (((), "usage"), (("dance",), "usage"), (("show",), "usage"),
