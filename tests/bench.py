@@ -264,6 +264,16 @@ def cycles(port: int, depth: int, clients: int, seconds: float) -> float:
     return done / spent
 
 
+def cycle_cpu(port: int, pid: int, count: int) -> float:
+    """Return the CPU seconds that a master spends on one claim and its result."""
+    links, filler = register(port, 8), Link(port)
+    submit_many(filler, count + 200)
+    work_off(links, 200)
+    before = cpu_seconds(pid)
+    work_off(links, count)
+    return (cpu_seconds(pid) - before) / count
+
+
 def work_off(links: Sequence[Link], count: int) -> float:
     """Claim and report so many jobs; return the seconds that it took."""
     left = count
@@ -395,15 +405,15 @@ class Row(NamedTuple):
     beside: str
 
 
-class QuietMaster(Master):
-    """A master that logs only warnings: the screen must not be part of the figures."""
+class BenchMaster(Master):
+    """A master with its default log, which goes to a file: it is part of the figures, a screen is not."""
 
     def __init__(self, folder: Path, *flags: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         Program.__init__(self, [sys.executable, str(TOP / "ffdist.py"), "master", "--host", "127.0.0.1",
-                                "--port", str(self.port), "--data-dir", str(folder / "master"),
-                                "--log-level", "warning", *flags], folder, "master")
+                                "--port", str(self.port), "--data-dir", str(folder / "master"), *flags],
+                         folder, "master")
         wait_for(lambda: answers(self.port) and self.get("/health"), 60, "the master answers")
 
 
@@ -430,7 +440,7 @@ class Bench:
         wait_for(lambda: answers(self.bare_port), 10, "the bare server")
         self.bare_pid = self.bare.pid or 0
         self.bare_idle_bytes = memory_bytes(self.bare_pid)
-        self.master = QuietMaster(folder)
+        self.master = BenchMaster(folder)
         self.port = self.master.port
 
     def add(self, what: str, figure: str, ratio: str, beside: str) -> None:
@@ -465,11 +475,26 @@ class Bench:
                         partial(apart, cycles, self.port, depth, 8, self.seconds),
                         partial(apart, rate, self.bare_port, 8, raw, self.seconds), 2)
 
+    def logging(self) -> None:
+        """CPU of a claim and its result with the default log, in turns with warnings alone."""
+        count = 1000 if self.quick else 5000
+        pairs = []
+        for _ in range(max(3, self.rounds)):
+            pair = []
+            for flags in ((), ("--log-level", "warning")):
+                self.restart(*flags)
+                pair.append(apart(cycle_cpu, self.port, self.master.pid, count))
+            pairs.append(pair)
+        own, quiet = (statistics.median(pair[n] for pair in pairs) for n in range(2))
+        ratio = statistics.median(pair[0] / pair[1] for pair in pairs)
+        self.add("CPU of a claim + result cycle", f"{1e6 * own:.0f} µs", f"{ratio:.2f}",
+                 f"{1e6 * quiet:.0f} µs when only warnings are logged")
+
     def restart(self, *flags: str) -> None:
         """Go on with a fresh master on an empty folder."""
         self.master.end()
         self.folder = Path(tempfile.mkdtemp(dir=self.folder.parent))
-        self.master = QuietMaster(self.folder, *flags)
+        self.master = BenchMaster(self.folder, *flags)
         self.port = self.master.port
 
     def memory(self) -> None:
@@ -482,7 +507,7 @@ class Bench:
                  f"{mib(self.bare_idle_bytes)}; {mib(empty)} when empty")
         self.master.end()
         began = time.perf_counter()
-        self.master = QuietMaster(self.folder)
+        self.master = BenchMaster(self.folder)
         self.port = self.master.port
         self.add("start with 100,000 jobs queued", f"{time.perf_counter() - began:.2f} s", "-", "")
 
@@ -536,7 +561,7 @@ class Bench:
     def deep(self, jobs: int) -> None:
         """Dispatch with many jobs queued beside that with 100, in turns, on two masters."""
         self.restart()
-        other = QuietMaster(Path(tempfile.mkdtemp(dir=self.folder.parent)))
+        other = BenchMaster(Path(tempfile.mkdtemp(dir=self.folder.parent)))
         try:
             apart(lambda: submit_many(Link(other.port), jobs))
             pairs = [(apart(cycles, self.port, 100, 8, self.seconds),
@@ -657,7 +682,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 PARTS = {"submissions": Bench.submissions, "dispatch": Bench.dispatch, "latency": Bench.latency,
-         "memory": Bench.memory, "parked": Bench.parked, "agent": Bench.agent,
+         "logging": Bench.logging, "memory": Bench.memory, "parked": Bench.parked, "agent": Bench.agent,
          "sampling": Bench.sampling}
 
 
