@@ -2866,64 +2866,112 @@ _NODE_CODES = ", ".join(f"{code} {word}" for code, word in enumerate(NODE_STATUS
 _REPORTED = ("completed", "failed", "canceled")
 
 _OF_MASTER = (
-    Metric("ffdist_build_info", "Always 1; the version is in the label.", _version),
-    Metric("ffdist_start_time_seconds", "When this master was started, in seconds since 1970.",
+    # The master and what it knows.
+    Metric("ffdist_build_info",
+           "Always 1; the version is in the label.",
+           _version),
+    Metric("ffdist_start_time_seconds",
+           "When this master was started, in seconds since 1970.",
            _field_of("started_at")),
-    Metric("ffdist_ready", "1 when the journal can be written, else 0.", _field_of("ready")),
-    Metric("ffdist_jobs", "Jobs known to this master, by status.", _totals_of("jobs", STATUSES)),
-    Metric("ffdist_results", "Accepted reports in the journal, by status.",
+    Metric("ffdist_ready",
+           "1 when the journal can be written, else 0.",
+           _field_of("ready")),
+    Metric("ffdist_jobs",
+           "Jobs known to this master, by status.",
+           _totals_of("jobs", STATUSES)),
+    Metric("ffdist_results",
+           "Accepted reports in the journal, by status.",
            _totals_of("results", _REPORTED)),
-    Metric("ffdist_nodes", "Registered nodes, by status.", _nodes_by_status),
+    Metric("ffdist_nodes",
+           "Registered nodes, by status.",
+           _nodes_by_status),
 
-    Metric("ffdist_node_up", "1 when the node is not offline, else 0.",
+    # One series a node: few enough for a page, even with 10,000 of them.
+    Metric("ffdist_node_up",
+           "1 when the node is not offline, else 0.",
            _of_nodes(lambda status, running: status != "offline"), kept=True),
-    Metric("ffdist_node_running_jobs", "Jobs that a node holds.",
+    Metric("ffdist_node_running_jobs",
+           "Jobs that a node holds.",
            _of_nodes(lambda status, running: running), kept=True),
-    Metric("ffdist_node_status", f"A node's status: {_NODE_CODES}.",
+    Metric("ffdist_node_status",
+           f"A node's status: {_NODE_CODES}.",
            _of_nodes(lambda status, running: NODE_STATUSES.index(status)), kept=True),
-    Metric("ffdist_node_quarantined", "1 while a node is in quarantine, else 0.",
+    Metric("ffdist_node_quarantined",
+           "1 while a node is in quarantine, else 0.",
            _of_nodes(lambda status, running: status == "quarantined"), kept=True),
 
-    Metric("ffdist_parked_requests", "Agents' requests that wait for work or orders.",
+    # Requests. The counters begin at 0 with each start, as rate() and increase() expect.
+    Metric("ffdist_parked_requests",
+           "Agents' requests that wait for work or orders.",
            _field_of("parked")),
-    Metric("ffdist_submissions_total", "Jobs accepted since the start.", _count_of("submitted")),
-    Metric("ffdist_claims_total", "Attempts handed out since the start.", _count_of("claims")),
-    Metric("ffdist_reports_total", "Attempts ended by a report since the start.",
+    Metric("ffdist_submissions_total",
+           "Jobs accepted since the start.",
+           _count_of("submitted")),
+    Metric("ffdist_claims_total",
+           "Attempts handed out since the start.",
+           _count_of("claims")),
+    Metric("ffdist_reports_total",
+           "Attempts ended by a report since the start.",
            _count_of("reports")),
-    Metric("ffdist_refused_reports_total", "Reports of attempts that held no lease.",
+    Metric("ffdist_refused_reports_total",
+           "Reports of attempts that held no lease.",
            _count_of("refused_reports")),
-    Metric("ffdist_lost_leases_total", "Attempts ended without a report.",
+    Metric("ffdist_lost_leases_total",
+           "Attempts ended without a report.",
            _count_of("lost_leases")),
-    Metric("ffdist_heartbeats_total", "Signs of life and questions for work.",
+    Metric("ffdist_heartbeats_total",
+           "Signs of life and questions for work.",
            _count_of("heartbeats")),
 
-    Metric("ffdist_push_lines_total", "Values that VictoriaMetrics took.", _count_of("push_lines")),
-    Metric("ffdist_push_failures_total", "Pushes that VictoriaMetrics did not take.",
+    # VictoriaMetrics, from the side of Push.
+    Metric("ffdist_push_lines_total",
+           "Values that VictoriaMetrics took.",
+           _count_of("push_lines")),
+    Metric("ffdist_push_failures_total",
+           "Pushes that VictoriaMetrics did not take.",
            _count_of("push_failures")),
-    Metric("ffdist_push_dropped_total", "Values dropped in a long outage, or refused.",
+    Metric("ffdist_push_dropped_total",
+           "Values dropped in a long outage, or refused.",
            _count_of("push_dropped")),
 
-    Metric("ffdist_journal_commits_total", "Commits of the journal.", _field_of("commits")),
-    Metric("ffdist_journal_commit_seconds_total", "Time spent in commits of the journal.",
+    # The journal and its disk.
+    Metric("ffdist_journal_commits_total",
+           "Commits of the journal.",
+           _field_of("commits")),
+    Metric("ffdist_journal_commit_seconds_total",
+           "Time spent in commits of the journal.",
            _field_of("commit_seconds")),
-    Metric("ffdist_journal_size_bytes", "Size of the journal's files.", _field_of("journal_bytes")),
-    Metric("ffdist_disk_free_bytes", "Free space on the file system of the data folder.",
+    Metric("ffdist_journal_size_bytes",
+           "Size of the journal's files.",
+           _field_of("journal_bytes")),
+    Metric("ffdist_disk_free_bytes",
+           "Free space on the file system of the data folder.",
            _field_of("disk_free_bytes")),
-    Metric("ffdist_disk_size_bytes", "Size of the file system of the data folder.",
+    Metric("ffdist_disk_size_bytes",
+           "Size of the file system of the data folder.",
            _field_of("disk_bytes")),
 )
+# Reported once for each attempt: its result's figures, with job, node and settings as labels.
 _OF_RESULTS = (
-    Metric("ffdist_job_info", "Always 1: one for each accepted report.", field="info"),
+    Metric("ffdist_job_info",
+           "Always 1: one for each accepted report.",
+           field="info"),
     *(Metric(f"ffdist_job_{row.series_name}", row.about, field=row.name)
       for row in wire.METRICS.values() if row.exported),
 )
+# Read once a second on the node, while a job runs.
 _OF_SAMPLES = (
-    Metric("ffdist_sample_cpu_usage_percent", "% of the node's CPU while a job runs.",
+    Metric("ffdist_sample_cpu_usage_percent",
+           "% of the node's CPU while a job runs.",
            field="cpu_usage"),
-    Metric("ffdist_sample_memory_bytes", "Memory used on the node while a job runs.",
+    Metric("ffdist_sample_memory_bytes",
+           "Memory used on the node while a job runs.",
            field="memory_used_bytes"),
-    Metric("ffdist_sample_power_watts", "Power of the node while a job runs.", field="power_watts"),
-    Metric("ffdist_sample_temperature_celsius", "Temperature of the node while a job runs.",
+    Metric("ffdist_sample_power_watts",
+           "Power of the node while a job runs.",
+           field="power_watts"),
+    Metric("ffdist_sample_temperature_celsius",
+           "Temperature of the node while a job runs.",
            field="temperature_c"),
 )
 METRICS = (*_OF_MASTER, *_OF_RESULTS, *_OF_SAMPLES)
@@ -2931,6 +2979,7 @@ _BY_NAME = {metric.name: metric for metric in METRICS}
 
 # An agent's clock is trusted when it is at most so far behind the master's, and never ahead of it.
 RESULT_LATE_S = 24 * 3600.0
+# Names and scenarios are no longer; some other labels are an agent's word.
 LABEL_CHARS = 255
 
 
@@ -3015,14 +3064,15 @@ def _field_lines(metrics: Iterable[Metric], values: Mapping[str, Any], labels: s
     for metric in metrics:
         value = values.get(metric.field)
         if not isinstance(value, (int, float)) or isinstance(value, bool):
-            continue
-        if abs(value) < FIGURE_MOST:
+            continue  # a bool is an int to Python
+        if abs(value) < FIGURE_MOST:  # false for NaN, and for an int that no float can hold
             lines.append(_line(metric.name, labels, value, at))
     return lines
 
 
 def _line(name: str, labels: str, value: float, at: float | None = None) -> str:
     """Return one line of the text format; `at` is in s since 1970, the line has ms."""
+    # No digit of a float after the 15th is certain; a count of bytes has fewer.
     line = f"{name}{labels} {value:.15g}"
     return line if at is None else f"{line} {round(at * 1000)}"
 
@@ -3047,6 +3097,7 @@ def _part(value: Mapping[str, Any], name: str) -> Json:
 def epoch_of(text: Any) -> float | None:
     """Return the seconds since 1970 of an RFC 3339 time; None for anything else."""
     with contextlib.suppress(ValueError, TypeError, AttributeError, OverflowError):
+        # fromisoformat() knows no Z before Python 3.11.
         return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
     return None
 
@@ -3085,6 +3136,7 @@ class Rate(NamedTuple):
         if self.always is not None:
             return self.always
 
+        # A run of no length still has an hour: one second of it.
         end = start_s + max(length_s, 1.0)
         at, total = start_s, 0.0
         while at < end:
@@ -3110,6 +3162,7 @@ def hourly_rate_of(text: str, low: float) -> Rate:
     """
     reader = csv.reader(text.splitlines())
     header = next(reader, [])
+    # Spreadsheets put a byte order mark before the first word.
     kind = header[0].strip().lstrip("\ufeff").lower() if header else ""
     if kind not in _HOURS:
         raise ValueError("line 1: invalid header: expected time or hour first, "
@@ -3146,6 +3199,7 @@ def _hour_and_value(kind: str, cells: Sequence[str], low: float) -> tuple[int, f
 
 
 def _hour_of_day(text: str) -> int:
+    # int() would also take "+7" and "1_0".
     if not text.isdigit() or int(text) > 23:
         raise ValueError
     return int(text)
@@ -3240,6 +3294,7 @@ class Tariff(NamedTuple):
         if "energy_joules" not in metrics and not self.prices and not self.carbon:
             return metrics
 
+        # An agent's own reasons stay; those of PRICED stand beside them.
         figures: Json = {}
         reasons = dict(_part(metrics, "unknown"))
         for name, amount in self._amounts(metrics, nodes, start_s).items():
@@ -3273,6 +3328,7 @@ class Tariff(NamedTuple):
 
 def _amount_at(rates: Mapping[str, Rate], energy: Energy, flag: str) -> Amount:
     """Return the price of some energy at its node's rate; `flag` is where the rates came from."""
+    # The node's own rate comes before the one of every other node.
     names = [name for name in (*energy.nodes, "") if name in rates]
     if not names:
         return Amount(None, f"the master has no {flag} for this node")
@@ -3334,6 +3390,7 @@ class Plot(NamedTuple):
 # of the text. Dashes and markers differ too, so that a plot is readable in black and white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "currentColor")
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4")
+# Paths around a point: circle, square, triangle, diamond, triangle, cross, hexagon, star.
 _MARKERS = (
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
     "M-3.5-3.5h7v7h-7z",
@@ -3382,6 +3439,7 @@ class Frame(NamedTuple):
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
     """Return round numbers within a range: about five, or 1, 2 and 5 of each power of ten."""
+    # A range of less than about a power of ten has too few of 1, 2 and 5: even steps serve it.
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         found = [digit * 10.0 ** power for power in powers for digit in (1, 2, 5)]
@@ -3391,6 +3449,7 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
         if len(found) >= 3:
             return found
 
+    # The least round step that makes at most five, with a hair of tolerance for floats.
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(digit for digit in (1, 2, 2.5, 5, 10) if digit * power >= rough * 0.999)
@@ -3405,6 +3464,7 @@ def _range(values: Sequence[float], zero: bool, log: bool) -> tuple[float, float
         low = 0.0
     if log:
         return low / 1.12, high * 1.12
+    # Equal values have no range: a tenth of the value, or 1 around zero.
     room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     return (0.0 if zero else low - room), high + room
 
@@ -3417,6 +3477,7 @@ def _frame_of(plot: Plot) -> Frame:
     is_log = plot.log and min(xs) > 1e-9
     x_range = _range(xs, plot.zero == "x", is_log)
 
+    # Room for numbers of six digits, or for the longest name at 6.8 units a character.
     left = 58.0
     y_range = _range([y for _, y in points], plot.zero == "y", False)
     bottom = _HEIGHT - _BELOW
@@ -3444,6 +3505,7 @@ def plot_svg(plot: Plot) -> str:
 def _axes_svg(plot: Plot, frame: Frame) -> str:
     """Return both axes with their labels, and the grid."""
     left, right, bottom = frame.x.start, frame.x.end, frame.y.start
+    # The grid comes first: SVG draws later parts above earlier ones.
     parts = []
     for tick in frame.x.ticks():
         x = frame.x.at(tick)
@@ -3468,7 +3530,7 @@ def _y_labels(plot: Plot, frame: Frame) -> list[tuple[float, str]]:
     if not plot.names:
         return [(tick, f"{tick:.6g}") for tick in frame.y.ticks()]
     labels = []
-    for number, name in enumerate(plot.names):
+    for number, name in enumerate(plot.names):  # the range of the axis turns them: first is top
         is_long = len(name) > _NAME_CHARS
         labels.append((float(number), f"{name[:_NAME_CHARS - 1]}…" if is_long else name))
     return labels
@@ -3482,6 +3544,7 @@ def _curve_svg(curve: Curve, number: int, frame: Frame) -> str:
         path = "L".join(f"{x} {y}" for x, y in spots)
         dash = _DASHES[number % len(_DASHES)]
         parts.append(f'<path class="line" stroke-dasharray="{dash}" d="M{path}"/>')
+    # A span is drawn as whiskers with an end on both sides.
     for (_, y), span in zip(spots, curve.spans):
         if span:
             low, high = (frame.x.at(edge) for edge in span)
@@ -3493,6 +3556,7 @@ def _curve_svg(curve: Curve, number: int, frame: Frame) -> str:
 
 
 def _marker_svg(curve: Curve, number: int, spot: int, at: tuple[float, float]) -> str:
+    """Return the marker of a point: its shape is the curve's, its title shows the values."""
     hollow = ' class="hollow"' if spot in curve.hollow else ""
     values = ", ".join(f"{value:.6g}" for value in curve.points[spot])
     return (f'<path{hollow} d="{_MARKERS[number % len(_MARKERS)]}" '
@@ -3522,6 +3586,7 @@ def _key_html(curve: Curve, number: int) -> str:
 
 
 def _note(text: str) -> str:
+    """Return a remark below a plot or a table; nothing for an empty one."""
     return f'<p class="note">{html_text(text)}</p>' if text else ""
 
 
@@ -3535,11 +3600,13 @@ def table_html(heads: Iterable[str], rows: Iterable[Sequence[str]], texts: int =
 def _row_html(cells: Iterable[str], tag: str, texts: int) -> str:
     parts = []
     for number, cell in enumerate(cells):
+        # The class n aligns figures on the right, so that their digits stand in columns.
         kind = "" if number < texts else " class=n"
         parts.append(f"<{tag}{kind}>{cell}</{tag}>")
     return f"<tr>{''.join(parts)}</tr>"
 
 
+# No fonts, scripts or pictures of elsewhere: the Content-Security-Policy of HTTP forbids them.
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;
   color:#1b1f24;background:#fff}
@@ -3564,6 +3631,7 @@ _LINKS = ("/nodes", "/jobs", "/results", "/metrics", "/health", "/ready")
 
 def page_view(seen: Overview) -> Text:
     """Return the plain page of nodes, jobs and the API; every text is escaped."""
+    # Jobs know the ids of their nodes; people know the names. A node that was removed has none.
     names = {node["id"]: node["name"] for node in seen.nodes}
     links = " ".join(f'<a href="{path}">{path}</a>' for path in _LINKS)
     parts = [
@@ -3606,6 +3674,7 @@ def _list_html(heads: Sequence[str], rows: Iterable[Sequence[str]], empty: str) 
 
 
 def _cells_html(*cells: Any) -> list[str]:
+    """Return values as the cells of a row; an unknown one is empty."""
     return ["" if cell is None else html_text(cell) for cell in cells]
 
 
