@@ -78,7 +78,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Optional, Protocol
 
 import hwdetect
 
@@ -3177,8 +3177,8 @@ ERRNO_REASONS = {
     errno.EFBIG: "out_of_disk",
     errno.ENOMEM: "out_of_memory",
 }
-# With O_PATH a folder that one may enter but not list can be passed through. macOS has no O_PATH, and
-# the command line runs there too.
+# With O_PATH a folder that one may enter but not list can be passed through. macOS has no O_PATH,
+# and the command line runs there too.
 _FOLDER = getattr(os, "O_PATH", 0) | os.O_DIRECTORY | os.O_CLOEXEC
 MAX_NAME_BYTES = 255  # NAME_MAX of Linux
 SPACE_EVERY_S = 1.0  # between two looks at the free space
@@ -3195,7 +3195,7 @@ def _meanings(address: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Addres
 
 
 def _is_own_address(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Return whether an address is the machine's own, link-local, unspecified or one of METADATA."""
+    """Return whether an address is the machine's own, link-local, unspecified or metadata."""
     return ip.is_loopback or ip.is_link_local or ip.is_unspecified or ip in METADATA
 
 
@@ -3221,8 +3221,8 @@ def address_allowed(address: str, host: str, allowed: Sequence[str]) -> bool:
 def write_json(path: Path, value: Json) -> None:
     """Replace a file, for its owner alone, so that it survives a kill and a power cut.
 
-    The content is on the disk before the name is given, and the folder is synchronised after it: else a
-    power cut may leave the name with no content, or the old file.
+    The content is on the disk before the name is given, and the folder is synchronised after it:
+    else a power cut may leave the name with no content, or the old file.
     """
     partial = path.with_suffix(".tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -3258,16 +3258,18 @@ def _open_below(folder: int, part: str, flags: int) -> int:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             found = os.stat(part, dir_fd=folder, follow_symlinks=False)
             if stat.S_ISLNK(found.st_mode):
-                raise _Link(errno.ELOOP, "links under the media root are not followed", part) from None
+                words = "links under the media root are not followed"
+                raise _Link(errno.ELOOP, words, part) from None
         raise
 
 
 class MediaRoot:
     """The folder under which jobs name films.
 
-    Each path is opened part by part, and no link is followed. FFmpeg inherits the descriptors that were
-    opened here. So the file that was checked is the file that it reads or writes, whatever others move
-    or link under the root in the meantime. Links in the path of the root itself are the operator's own.
+    Each path is opened part by part, and no link is followed. FFmpeg inherits the descriptors that
+    were opened here. So the file that was checked is the file that it reads or writes, whatever
+    others move or link under the root in the meantime. Links in the path of the root itself are
+    the operator's own.
     """
 
     def __init__(self, path: str) -> None:
@@ -3321,7 +3323,7 @@ class MediaRoot:
             os.close(folder)
 
     def clear(self, note: Json) -> None:
-        """Remove what a killed attempt left of its output, by the note of an OutputFile; OSError."""
+        """Remove a killed attempt's unfinished output, by the note of its OutputFile; OSError."""
         folder = self.folder(note["parts"])
         try:
             if HIDDEN.fullmatch(note["hidden"]):
@@ -3333,7 +3335,7 @@ class MediaRoot:
             os.close(folder)
 
     def _clear_taken(self, folder: int, note: Json) -> None:
-        """Remove the empty file that reserved the final name, unless the name is another file's now."""
+        """Remove the empty file that reserved the final name, unless another file has it now."""
         found = os.stat(note["taken"], dir_fd=folder, follow_symlinks=False)
         if found.st_size == 0 and _identity_of(found) == tuple(note["identity"]):
             os.unlink(note["taken"], dir_fd=folder)
@@ -3373,17 +3375,19 @@ class Places:
             raise Failure("network", f"{field} {url}: host {host} is unknown on {self.node}")
         for address in addresses:
             if not address_allowed(address, host, self.allow_address):
-                raise Failure("parameters", f"{field} {url} leads to {address}, which the agent on "
-                              f"{self.node} does not open; allow it there with --allow-address {address}")
+                raise Failure("parameters",
+                              f"{field} {url} leads to {address}, which the agent on {self.node} "
+                              f"does not open; allow it there with --allow-address {address}")
 
     def _root(self, place: str, field: str) -> tuple[MediaRoot, list[str]]:
         """Return the media root and the parts of a path below it; Failure where there is none."""
         if self.root is None:
-            raise Failure("no_capability", f"{field} {place}: the agent on {self.node} opens no paths; "
-                          "start it with --media-root DIR")
+            raise Failure("no_capability", f"{field} {place}: the agent on {self.node} opens no "
+                          "paths; start it with --media-root DIR")
         if not os.path.isdir(self.root):
             # Not the film's fault: another node may have the films mounted.
-            raise Failure("agent", f"media root {self.root} is not there on {self.node}: is it mounted?")
+            raise Failure("agent", f"media root {self.root} is not there on {self.node}: "
+                          "is it mounted?")
         root = MediaRoot(self.root)
         parts = root.parts(place)
         if parts is None:
@@ -3392,8 +3396,8 @@ class Places:
         return root, parts
 
     def _link_text(self, field: str, place: str, link: OSError) -> str:
-        return (f"{field} {place} leads through the link {link.filename} on {self.node}: links under the "
-                f"media root {self.root} are not followed")
+        return (f"{field} {place} leads through the link {link.filename} on {self.node}: "
+                f"links under the media root {self.root} are not followed")
 
     def open_input(self, place: str) -> int:
         """Return a descriptor of the film at a path; Failure where there is no film to read."""
@@ -3427,7 +3431,7 @@ class Places:
         return Failure(reason, f"input {place} cannot be read on {self.node}: {cause_text(error)}")
 
     def open_folder(self, place: str) -> OutputFolder:
-        """Return the folder of an output and the name in it; Failure where there is no such folder."""
+        """Return the folder of an output and the name in it; Failure if there is no such folder."""
         root, parts = self._root(place, "output")
         if not parts:
             raise Failure("output", f"output {place} is a folder on {self.node}: name a file in it")
@@ -3443,16 +3447,17 @@ class Places:
         except OSError as error:
             missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
             why = f"there is no folder {above}" if missing else f"{cause_text(error)} in {above}"
-            raise Failure("output", f"output {place} cannot be written on {self.node}: {why}") from None
+            raise Failure("output",
+                          f"output {place} cannot be written on {self.node}: {why}") from None
         note = {"root": root.path, "parts": parts[:-1]}
         return OutputFolder(folder, above, parts[-1], note)
 
 
 def why_unsafe(root: str, homes: Iterable[str], own: Iterable[str]) -> str:
-    """Return why a folder is unsafe as a media root, "" where it is safe; all arguments are real paths.
+    """Return why a folder is unsafe as a media root, "" where it is safe; all paths are real.
 
-    It must not be or hold a home folder, nor hold one of the agent's `own` files and folders, nor lie in
-    one of them.
+    It must not be or hold a home folder, nor hold one of the agent's `own` files and folders, nor
+    lie in one of them.
     """
     if root == "/":
         return "is the whole machine"
@@ -3529,8 +3534,8 @@ class FreeSpace:
     def want(self, path: str, shown: str, output_bytes: float = 0) -> None:
         """From now on a file system must have room; Failure where it has not.
 
-        It must have room for all of the output now, and later for the usual reserve only: by then the
-        output itself has taken its part.
+        It must have room for all of the output now, and later for the usual reserve only: by then
+        the output itself has taken its part.
         """
         self._wanted[path] = shown, self._min_free_bytes + output_bytes
         self._look()
@@ -3548,13 +3553,13 @@ class FreeSpace:
         for path, (shown, wanted) in self._wanted.items():
             space = self._host.space(path)
             if space is not None and space[1] < wanted:
-                raise Failure("out_of_disk", f"{shown} on {self._node} has {size_text(space[1])} free and "
-                              f"{size_text(wanted)} are wanted: make room there, or set that agent's "
-                              "--min-free")
+                free = f"{size_text(space[1])} free and {size_text(wanted)} are wanted"
+                raise Failure("out_of_disk", f"{shown} on {self._node} has {free}: make room there, "
+                              "or set that agent's --min-free")
 
 
 class Input(Protocol):
-    """A kind of input. `name` is the user's, for sentences; `descriptor` is None unless a file is open."""
+    """A kind of input. `name` is the user's, for sentences; `descriptor` that of an open file."""
 
     name: str
     descriptor: int | None
@@ -3626,17 +3631,20 @@ def input_of(place: str | None, places: Places, folder: Path) -> Input:
 
 # ---- 12 Publishing --------------------------------------------------------------------------------
 
-# How a finished film gets its final name. Several attempts of one job may run at once (a node was out of
-# reach and its job went elsewhere), and other people write to the same folder. So FFmpeg writes to a
-# hidden file; when it is complete, the agent asks the master whether this attempt still holds the lease;
-# within the seconds for which the answer counts, the name is given by a call that refuses an existing
-# file. The master keeps the film's fingerprint from before it is named: a later attempt recognises a film
-# of an earlier one by it, and replaces it instead of failing because the output exists.
+# How a finished film gets its final name. Several attempts of one job may run at once (a node was
+# out of reach and its job went elsewhere), and other people write to the same folder. So FFmpeg
+# writes to a hidden file; when it is complete, the agent asks the master whether this attempt
+# still holds the lease; within the seconds for which the answer counts, the name is given by a
+# call that refuses an existing file. The master keeps the film's fingerprint from before it is
+# named: a later attempt recognises a film of an earlier one by it, and replaces it instead of
+# failing because the output exists.
 
 FINGERPRINT_BYTES = 1 << 20  # at each end of a film
-# An extended attribute of outputs, where the file system has such: the job and attempt that made it.
+# An extended attribute of outputs, where the file system has such: the job and attempt that made
+# it.
 MARK = "user.ffdist.attempt"
-# Errors of link(2) where the file system has no hard links (vfat, exFAT, some network and FUSE ones).
+# Errors of link(2) where the file system has no hard links (vfat, exFAT, some network and FUSE
+# ones).
 NO_LINKS = frozenset((
     errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL))
 HIDDEN_NOTE = "hidden"  # in an attempt's folder: where its output is, which has no name yet
@@ -3645,8 +3653,8 @@ HIDDEN_NOTE = "hidden"  # in an attempt's folder: where its output is, which has
 def boot_clock() -> float:
     """Return s of a clock that goes on while the machine is suspended, as CLOCK_MONOTONIC does not.
 
-    A permission of the master (to name an output) expires by this clock: a laptop that slept through it
-    must not use it after waking.
+    A permission of the master (to name an output) expires by this clock: a laptop that slept
+    through it must not use it after waking.
     """
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
@@ -3660,10 +3668,10 @@ def fingerprint(file: int) -> Json:
 
 
 class Ownership(NamedTuple):
-    """Which attempt of which job makes a film, and the fingerprints of films that earlier ones named.
+    """Which attempt makes a film, and the fingerprints of films that earlier ones of its job named.
 
-    The master keeps the fingerprints. A mark on the file itself also identifies a film that was named
-    while the master was away.
+    The master keeps the fingerprints. A mark on the file itself also identifies a film that was
+    named while the master was away.
     """
 
     job_id: str
@@ -3678,7 +3686,7 @@ class Ownership(NamedTuple):
         return False
 
     def made(self, film: int) -> bool:
-        """Return whether this attempt or an earlier one of the job made a film; later ones do not count."""
+        """Return whether this attempt or an earlier one of its job made a film."""
         with contextlib.suppress(OSError, AttributeError, ValueError):
             job_id, _, attempt = os.getxattr(film, MARK).decode().partition(" ")
             if job_id == self.job_id:
@@ -3687,12 +3695,13 @@ class Ownership(NamedTuple):
 
 
 class OutputFile:
-    """A film in the making: a hidden file of a random name in its final folder, named when complete.
+    """A film in the making: a hidden file in its final folder, which is named when complete.
 
-    Publishing must never lose somebody else's film, whoever writes to that folder meanwhile. link(2)
-    gives the name because it refuses one that exists. Where the file system has no links, an empty file
-    created with O_EXCL reserves the name, and the film is renamed over it. A film that was there before
-    is replaced only where the job may replace it, and only in the state that check() saw.
+    Publishing must never lose somebody else's film, whoever writes to that folder meanwhile.
+    link(2) gives the name because it refuses one that exists. Where the file system has no links,
+    an empty file created with O_EXCL reserves the name, and the film is renamed over it. A film
+    that was there before is replaced only where the job may replace it, and only in the state that
+    check() saw.
     """
 
     def __init__(self, place: str, node: str, folder: int, above: str, name: str) -> None:
@@ -3713,8 +3722,8 @@ class OutputFile:
     def check(self, source: int | None, overwrite: bool, owner: Ownership) -> None:
         """Refuse a name that is the source itself, not a file, or taken; Failure and OSError.
 
-        A film is replaced where the job says `overwrite`, or where it is the job's own: an earlier attempt
-        had named it before its node was lost.
+        A film is replaced where the job says `overwrite`, or where it is the job's own: an earlier
+        attempt had named it before its node was lost.
         """
         self._owner = owner
         try:
@@ -3732,7 +3741,7 @@ class OutputFile:
         self._before = _identity_of(found)
 
     def _is_own(self) -> bool:
-        """Return whether the final name is that of a film which an earlier attempt of this job named."""
+        """Return whether an earlier attempt of this job made the film that has the final name."""
         there = _open_below(self._folder, self._final, os.O_RDONLY | os.O_NONBLOCK)
         try:
             return self._owner.made(there)
@@ -3742,7 +3751,8 @@ class OutputFile:
     def create(self, keep_note: Callable[[Json], None]) -> int:
         """Make the hidden file, readable as the umask allows; return its descriptor. OSError.
 
-        `keep_note` gets what MediaRoot.clear() needs after a kill, before there is anything to clear.
+        `keep_note` gets what MediaRoot.clear() needs after a kill, before there is anything to
+        clear.
         """
         self._keep_note = keep_note
         keep_note({"hidden": self._hidden})
@@ -3758,7 +3768,7 @@ class OutputFile:
         return fingerprint(self._file)
 
     def publish(self) -> None:
-        """Give the film its name; Failure where another file has it by now, or it cannot be given."""
+        """Give the film its name; Failure if another file has it, or it cannot be given."""
         try:
             found = self._identity()
             if found is None:
@@ -3789,7 +3799,7 @@ class OutputFile:
             self._reserve_and_rename()
 
     def _reserve_and_rename(self) -> None:
-        """Name the file where there are no hard links: an empty file also refuses a name that is taken."""
+        """Name the file where there are no hard links: O_EXCL also refuses a name that is taken."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         os.close(os.open(self._final, flags, 0o666, dir_fd=self._folder))
         reserved = self._identity()
@@ -3816,8 +3826,8 @@ class OutputFile:
     def failure_of(self, error: OSError) -> Failure:
         """Return the failure that an error of the operating system means for this output."""
         reason = ERRNO_REASONS.get(error.errno or 0, "output")
-        return Failure(reason, f"{self._shown} cannot be written on {self._node}: {cause_text(error)} "
-                       f"(in {self.above})")
+        return Failure(reason, f"{self._shown} cannot be written on {self._node}: "
+                       f"{cause_text(error)} (in {self.above})")
 
     def close(self) -> None:
         """Remove the hidden name, where it is still there, and close the descriptors."""
@@ -3841,10 +3851,10 @@ class Output(Protocol):
         """Return the path or URL that FFmpeg writes to; `source` is the input's descriptor."""
 
     def room(self) -> tuple[str, str] | None:
-        """Return a path on the file system that it fills and that one's name for people, or None."""
+        """Return a path on the file system that it fills, and its name for people; or None."""
 
     def deliver(self, permit: Permit) -> None:
-        """Hand the complete film to the user; `permit` returns until when (boot_clock) it may be."""
+        """Hand the film to the user, who then owns it; Failure where that is not possible."""
 
     def close(self) -> None:
         """Remove what is not the user's, and let go of what open() took."""
@@ -3921,7 +3931,7 @@ class FileOutput:
         return (self._target, self._file.above) if self._file else None
 
     def deliver(self, permit: Permit) -> None:
-        """Name the film while the permission counts; one that expired meanwhile is asked for again."""
+        """Name the film while the permission counts; ask again for one that expired meanwhile."""
         file = self._file
         assert file is not None
         try:
@@ -3949,11 +3959,11 @@ def output_of(settings: Settings, places: Places, folder: Path, owner: Ownership
 
 # ---- 13 Run ---------------------------------------------------------------------------------------
 
-# One attempt has one Runner, which runs one program at a time in the attempt's own thread. Other threads
-# (the poller and the reporter, into whose answers the master puts its orders) only ask: stop() leaves a
-# word that the attempt's thread finds within a slice of time, pause() and resume() stop and start the
-# clock and the processes at once. Everything else, the meter's booking too, is done by the attempt's
-# thread, so that no two threads carry out the same order.
+# One attempt has one Runner, which runs one program at a time in the attempt's own thread. Other
+# threads (the poller and the reporter, into whose answers the master puts its orders) only ask:
+# stop() leaves a word that the attempt's thread finds within a slice of time, pause() and resume()
+# stop and start the clock and the processes at once. Everything else, the meter's booking too, is
+# done by the attempt's thread, so that no two threads carry out the same order.
 
 KEPT_LINES = 60  # FFmpeg's last words, which hold the reason of a failure
 MAX_LOG_LINES = 10_000  # a film that is damaged throughout logs without end
@@ -3975,7 +3985,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Workplace:
-    """What every attempt on this node shares; paths are absolute, `filters` FFmpeg's quality filters."""
+    """What the attempts on this node share; paths are absolute, `filters` FFmpeg's for quality."""
 
     machine: Machine
     ffprobe: str
@@ -3994,12 +4004,13 @@ class Workplace:
 
 
 class Stopwatch:
-    """Counts the working time of an attempt, which stands still in a pause and while the meter reads.
+    """Counts an attempt's working time, which stands still in a pause and while the meter reads.
 
-    The job's timeout, the stall limit, rests and the wall time of an encode all read this one clock, so
-    they cannot disagree about a pause. Pauses come from several threads, may come twice and may overlap
-    with a reading: the clock runs while nothing holds it. `act` sends the signal to the processes under
-    the lock, so that signals arrive in the order of the changes; it must not block.
+    The job's timeout, the stall limit, rests and the wall time of an encode all read this one
+    clock, so they cannot disagree about a pause. Pauses come from several threads, may come twice
+    and may overlap with a reading: the clock runs while nothing holds it. `act` sends the signal
+    to the processes under the lock, so that signals arrive in the order of the changes; it must
+    not block.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -4049,7 +4060,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Stop the clock while the meter reads: sensors may take half a second, which is no encoding."""
+        """Stop the clock while the meter reads: sensors may take half a second."""
         with self._lock:
             self._hold(_READING)
         try:
@@ -4069,7 +4080,7 @@ class Stopwatch:
 
 
 class Watchdog:
-    """Ends an attempt that takes too long: by the job's timeout, and by the time between two frames."""
+    """Ends an attempt that takes too long: by the job's timeout, or without a new frame."""
 
     def __init__(self, watch: Stopwatch, node: str) -> None:
         self._watch = watch
@@ -4116,7 +4127,7 @@ class Watchdog:
 
 
 class Log:
-    """Numbered lines that the master has not acknowledged yet; of too many the later ones are dropped."""
+    """Numbered lines that the master has not acknowledged; of too many the later are dropped."""
 
     def __init__(self) -> None:
         self.lines: deque[tuple[int, str]] = deque()  # numbered from 0
@@ -4224,7 +4235,7 @@ class Runner:
 
     @contextlib.contextmanager
     def metered(self) -> Iterator[None]:
-        """Have the meter book to the ledger meanwhile; the time of its readings is not the encode's."""
+        """Have the meter book to the ledger meanwhile; its readings are not the encode's time."""
         self.ledger.paused = False
         with self.watch.reading():
             self.place.meter.join(self.ledger)
@@ -4238,7 +4249,7 @@ class Runner:
 
     def execute(self, argv: Sequence[str], on_stdout: Callable[[str], None] = lambda line: None,
                 limit_s: float = math.inf) -> hwdetect.Exit:
-        """Run one program to its end, or raise Stopped or Failure when its process group is gone."""
+        """Run one program to its end; Stopped or Failure is raised when its group is gone."""
         self._await_resume()
         self.tail.clear()
         try:
@@ -4268,7 +4279,8 @@ class Runner:
 
     def _start(self, argv: Sequence[str], on_stdout: Callable[[str], None]) -> None:
         try:
-            process = hwdetect.Program(argv, self.folder, on_stdout, self._hear, self.files.descriptors)
+            process = hwdetect.Program(argv, self.folder, on_stdout, self._hear,
+                                       self.files.descriptors)
         except hwdetect.ProgramMissing as missing:
             raise Failure("no_capability",
                           f"{missing} is not there or not executable on this node") from None
@@ -4276,7 +4288,8 @@ class Runner:
         if self._metering:
             self.ledger.pgid = process.pid
         self._limit(process.pid)
-        # For clear_work(), should this agent be killed: with its start time a pid is never another's.
+        # For clear_work(), should this agent be killed: with its start time a pid is never
+        # another's.
         started = hwdetect.process_started(self.place.host, process.pid)
         (self.folder / "process").write_text(f"{process.pid} {started}")
 
@@ -4287,8 +4300,9 @@ class Runner:
             news = self.limits.take(pid)
         except hwdetect.LimitsRefused as refused:
             parameters = " and ".join(LIMIT_PARAMETERS[name] for name in refused.args)
-            raise Failure("no_capability", f"{parameters} cannot be enforced on {self.place.node}: "
-                          "neither a control group nor a plain limit is allowed to the agent") from None
+            raise Failure("no_capability",
+                          f"{parameters} cannot be enforced on {self.place.node}: neither a "
+                          "control group nor a plain limit is allowed to the agent") from None
         if news:
             self.log.add(f"limits: {news}")
 
@@ -4299,8 +4313,8 @@ class Runner:
             self.check()
             if self.watch.elapsed_s() > until_s:
                 reason = "network" if scheme_of(self.subject) else "timeout"
-                raise Failure(reason, f"{self.subject}: no answer from ffprobe in {limit_s:.0f} s on "
-                              f"{self.place.node}")
+                raise Failure(reason, f"{self.subject}: no answer from ffprobe in {limit_s:.0f} s "
+                              f"on {self.place.node}")
 
     def _end(self) -> hwdetect.Exit:
         """End what is left of the program and book what it used; return how it ended."""
@@ -4328,10 +4342,11 @@ CONFIDENCES = ("auto", "low", "medium", "high")
 RUNS_MOST = {"high": 20, "medium": 10}
 REPEATS_S = 3600.0  # no run begins that would end after so long
 CACHE_LIMIT_BYTES = 1 << 30  # of generated clips
-# An output may lack this much of the bytes that FFmpeg counted: it counts before the trailer is written,
-# which may rewrite what came before.
+# An output may lack this much of the bytes that FFmpeg counted: it counts before the trailer is
+# written, which may rewrite what came before.
 MIN_WRITTEN = 0.99
-# An output may be this much shorter than planned: containers round, and the last frame has no length.
+# An output may be this much shorter than planned: containers round, and the last frame has no
+# length.
 MIN_LENGTH = 0.95
 LENGTH_SLACK_S = 0.1
 # A comparison must have seen this much of the frames: FFmpeg's filters may drop the last one.
@@ -4387,7 +4402,8 @@ def intervals_of(runs: Sequence[Outcome]) -> dict[str, Json]:
     return found
 
 
-def wants_another(confidence: str, runs: Sequence[Outcome], elapsed_s: float, left_s: float) -> bool:
+def wants_another(confidence: str, runs: Sequence[Outcome], elapsed_s: float,
+                  left_s: float) -> bool:
     """Return whether to encode once more.
 
     `elapsed_s` is the time of all runs so far, `left_s` the time until the job's timeout.
@@ -4407,7 +4423,7 @@ def wants_another(confidence: str, runs: Sequence[Outcome], elapsed_s: float, le
 
 
 class Stage:
-    """What the stages of one attempt share: its runner, its settings, its input and output, its plan."""
+    """What the stages of one attempt share: job, settings, runner, input, output and plan."""
 
     def __init__(self, job: Job, place: Workplace, runner: Runner, settings: Settings) -> None:
         self.job = job
@@ -4489,7 +4505,7 @@ def memory_burst(limits: hwdetect.Limits, ended: hwdetect.Exit, reason: str) -> 
 
 
 def reason_of(stage: Stage, ended: hwdetect.Exit) -> tuple[str, str]:
-    """Return the class of a program's failure, and in words that a limit of the job caused it ("": no)."""
+    """Return the class of a program's failure, and words if a limit of the job caused it."""
     runner = stage.runner
     words = "\n".join(telling_lines(runner.tail))
     reason = failure_reason(ended.returncode, words)
@@ -4503,7 +4519,7 @@ def reason_of(stage: Stage, ended: hwdetect.Exit) -> tuple[str, str]:
 
 
 def _names_target(words: str, target: str) -> bool:
-    """Return whether FFmpeg speaks of the target, often a path such as /proc/self/fd/3 (but not 31)."""
+    """Return whether FFmpeg's words name the target, such as /proc/self/fd/3 (but not 31)."""
     return re.search(rf"{re.escape(target)}(?!\d)", words) is not None
 
 
@@ -4575,7 +4591,8 @@ def find_source(stage: Stage) -> Source:
 def probe_input(stage: Stage, url: str) -> str:
     """Return ffprobe's text about the input: by its content, else as the format of its suffix.
 
-    Some films are not recognised by their content; for a damaged one the format's own words say more.
+    Some films are not recognised by their content; for a damaged one the format's own words say
+    more.
     """
     name = stage.input.name
     trouble = f"input {name} cannot be read on {stage.place.node}"
@@ -4731,14 +4748,14 @@ def require_frames(stage: Stage, frames: int) -> None:
 
 
 def require_bytes(stage: Stage, size: int, written: int) -> None:
-    """Raise a Failure where the file is shorter than FFmpeg wrote: file systems over quota do that."""
+    """Raise a Failure where the file is shorter than FFmpeg wrote, as over a quota."""
     if size < MIN_WRITTEN * written:
-        raise Failure("out_of_disk", f"{stage.output_name} has {size} of the {written} bytes that ffmpeg "
-                      f"wrote on {stage.place.node}: is its disk full?")
+        raise Failure("out_of_disk", f"{stage.output_name} has {size} of the {written} bytes that "
+                      f"ffmpeg wrote on {stage.place.node}: is its disk full?")
 
 
 def require_length(stage: Stage, made: Plan, reached_s: float, heard: Sequence[str]) -> None:
-    """Raise a Failure where the output ends before the planned length; `heard` are FFmpeg's lines."""
+    """Raise a Failure where the output ends too early; `heard` are FFmpeg's lines."""
     if not made.duration_s:
         return
     shortest_s = made.duration_s * MIN_LENGTH - 1.0 / made.fps - LENGTH_SLACK_S
@@ -4750,12 +4767,12 @@ def require_length(stage: Stage, made: Plan, reached_s: float, heard: Sequence[s
     reason = "input"
     if scheme_of(stage.settings.input) and failure_reason(1, "\n".join(heard)) == "network":
         reason = "network"
-    raise Failure(reason, f"{stage.input.name} ends after {reached_s:.1f} s of {made.duration_s:.1f} s "
-                  f"on {stage.place.node}: it is cut or damaged{why}")
+    raise Failure(reason, f"{stage.input.name} ends after {reached_s:.1f} s of "
+                  f"{made.duration_s:.1f} s on {stage.place.node}: it is cut or damaged{why}")
 
 
 def repeat(stage: Stage, made: Plan) -> Outcome:
-    """Encode once, or until the requested confidence is reached; each output replaces the one before."""
+    """Encode until the requested confidence is reached; each output replaces the one before."""
     runner, settings = stage.runner, stage.settings
     confidence = stage.job.confidence if stage.job.confidence in CONFIDENCES else "auto"
     once = stage.output.is_stream
@@ -4839,20 +4856,23 @@ def why_not_comparable(metric: str, place: Workplace, made: Plan) -> str:
 
 # ---- 15 Attempt -----------------------------------------------------------------------------------
 
+# Asks whether an output may get its name: returns until when (boot_clock) it may, or None.
+Confirm = Callable[[OutputFile, Json], Optional[float]]
+
+
 class Attempt:
     """One attempt of a job on this machine: its input, its encodes, its output, its outcome.
 
-    run() is called once, in a thread of the attempt's own. Other threads may call stop(), pause() and
-    resume(), read `progress` and `paused`, and take from `log` and `samples`.
+    run() is called once, in a thread of the attempt's own. Other threads may call stop(), pause()
+    and resume(), read `progress` and `paused`, and take from `log` and `samples`.
     """
 
     def __init__(self, job: Job, place: Workplace,
-                 confirm: Callable[[OutputFile, Json], float | None] = lambda output, made: math.inf,
-                 ) -> None:
-        """Prepare; `confirm` returns until when (boot_clock) the output may be named, None for never."""
+                 confirm: Confirm = lambda output, made: math.inf) -> None:
+        """Prepare; `confirm` asks whether the output may be named."""
         self.job_id, self.number = self.key = job.key
         self.parameters = job.parameters if isinstance(job.parameters, dict) else {}  # as given
-        self.published: Json | None = None  # the fingerprint of the output, once it may get its name
+        self.published: Json | None = None  # the output's fingerprint, once it may get its name
         self.leased_at = -math.inf  # when the master last confirmed the lease (boot_clock)
         self._job = job
         self._place = place
@@ -4986,7 +5006,7 @@ class Attempt:
 
 
 def clear_work(work_dir: Path, host: hwdetect.Host) -> int:
-    """End and remove what a killed agent left in its work folder; return how many attempts it was."""
+    """Remove what a killed agent left in its work folder; return how many attempts it was."""
     left = [folder for folder in work_dir.iterdir() if folder.is_dir() and folder.name != "cache"]
     for folder in left:
         _kill_left(folder, host)
@@ -5529,10 +5549,10 @@ def _repeats_json(runs: Sequence[Outcome]) -> list[Json]:
 
 # ---- 17 State -------------------------------------------------------------------------------------
 
-# A report must survive a kill and a power cut between the end of an attempt and the master's answer:
-# without it the work is done again. So it goes to the spool first, synchronised to the disk, and leaves
-# it only when the master has judged it. Reports are numbered, not dated: a clock that is set back must
-# not change their order.
+# A report must survive a kill and a power cut between the end of an attempt and the master's
+# answer: without it the work is done again. So it goes to the spool first, synchronised to the
+# disk, and leaves it only when the master has judged it. Reports are numbered, not dated: a clock
+# that is set back must not change their order.
 
 SPOOL_NAME = re.compile(r"(\d{1,20})-")
 
@@ -5545,7 +5565,8 @@ class Spool:
         make_folder(folder)
         for path in folder.glob("*.tmp"):
             path.unlink()
-        numbers = [int(match[1]) for path in folder.iterdir() if (match := SPOOL_NAME.match(path.name))]
+        matches = [SPOOL_NAME.match(path.name) for path in folder.iterdir()]
+        numbers = [int(match[1]) for match in matches if match]
         self._numbers = itertools.count(1 + max(numbers, default=0))
 
     def put(self, result: Json) -> None:
@@ -5591,7 +5612,7 @@ def new_identity() -> Identity:
 
 
 def read_identity(path: Path) -> Identity | None:
-    """Return the identity that a file keeps, with a new secret if it has none; None without an id."""
+    """Return the identity in a file, with a new secret if it has none; None without an id."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         node_id, secret = str(uuid.UUID(str(kept["id"]))), kept.get("secret")
@@ -5646,17 +5667,19 @@ def locked_folder(folder: Path, what: str) -> int:
 
 # ---- 18 Session -----------------------------------------------------------------------------------
 
-# The agent's talk with the master, in two threads: the poller steps a Session (registration, then one
-# parked request after another), the reporter steps a Reporter (results, then progress). Each step makes
-# its requests and returns how long to rest. A step never raises for a master that is away: work goes on,
-# and the rests grow.
+# The agent's talk with the master, in two threads: the poller steps a Session (registration, then
+# one parked request after another), the reporter steps a Reporter (results, then progress). Each
+# step makes its requests and returns how long to rest. A step never raises for a master that is
+# away: work goes on, and the rests grow.
 #
-# A session is one start of an agent. The master listens to one session of a node only, so that an agent
-# that was believed dead cannot report beside its successor; it answers 409 to any other, and that agent
-# registers again. When the refusal comes even so, another start has taken over, and this one ends.
+# A session is one start of an agent. The master listens to one session of a node only, so that an
+# agent that was believed dead cannot report beside its successor; it answers 409 to any other, and
+# that agent registers again. When the refusal comes even so, another start has taken over, and
+# this one ends.
 #
-# The master judges at registration: `holding` lists the attempts that this node still runs or has in its
-# spool; whatever it does not confirm was given to another node (a lost lease), and is stopped here.
+# The master judges at registration: `holding` lists the attempts that this node still runs or has
+# in its spool; whatever it does not confirm was given to another node (a lost lease), and is
+# stopped here.
 
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MOST_S = 15.0  # a master that comes back has all of its nodes again within this
@@ -5664,7 +5687,8 @@ PROGRESS_S = 2.0  # unless the master says when it wants the next
 PROGRESS_RANGE_S = (0.2, 60.0)  # whatever it says
 LINES_A_REPORT = 500  # with MAX_LINE_CHARS at most 1 MB
 PUBLISH_S = 10.0  # how long the master's permission to name an output counts, from its request
-STRANGER = ("node_id", "session")  # fields of refusals after which the poller registers again, or ends
+# Fields of refusals that concern the node, not the job: the poller registers again, or ends.
+STRANGER = ("node_id", "session")
 MAX_HASTY = 5  # early, empty answers in a row: the master says that it parks and does not
 HASTY_REST_S = 1.0
 RETRY_S = 1.0  # of what an attempt's own thread waits for: a full disk, a master that is away
@@ -5710,7 +5734,7 @@ class Rest(NamedTuple):
 
 
 class Backoff:
-    """Rests between tries: each twice as long, with jitter, lest a crowd of agents return at once."""
+    """Rests between tries, each twice as long; with jitter, lest a crowd return at once."""
 
     def __init__(self) -> None:
         self._next_s = BACKOFF_FIRST_S
@@ -5753,7 +5777,7 @@ class Slots(Protocol):
 
 
 class Link:
-    """What an agent knows of its master: the poller writes it, the reporter and the attempts read it.
+    """What an agent knows of its master; the poller writes it, reporter and attempts read it.
 
     Each field is written whole, and nobody needs two of them to agree: so there is no lock.
     """
@@ -5769,7 +5793,7 @@ class Link:
         self.session = uuid.uuid4().hex
         self.protocol: int | None = None  # None: a seed's master, or not registered yet
         self.node_timeout_s = 90.0
-        self.seen = 0  # the number of the newest orders: the master answers early only for newer ones
+        self.seen = 0  # the number of the newest orders; the master answers early for newer ones
         self.reached = False  # has answered this start
         self._away_since: float | None = None
 
@@ -5799,10 +5823,10 @@ class Link:
 
 
 class Session:
-    """Registers this node, then asks for work and orders, one request a step; for the poller's thread."""
+    """Registers this node, then asks for work and orders: one request a step, by the poller."""
 
-    def __init__(self, link: Link, options: Options, hardware: hwdetect.Hardware, meter: hwdetect.Meter,
-                 slots: Slots) -> None:
+    def __init__(self, link: Link, options: Options, hardware: hwdetect.Hardware,
+                 meter: hwdetect.Meter, slots: Slots) -> None:
         self._link = link
         self._options = options
         self._hardware = hardware
@@ -5812,8 +5836,9 @@ class Session:
         self._registered = False
         self._idle: hwdetect.Idle | None = None  # the baseline that the master knows
         self._beat_at = link.clock()  # the last heartbeat to a seed's master
-        # A claim is safe to repeat: the same word gets the same job. A new word only after an answer
-        # that used it up; else a copy of the request that is still on its way could get a second job.
+        # A claim is safe to repeat: the same word gets the same job. A new word only after an
+        # answer that used it up; else a copy of the request that is still on its way could get a
+        # second job.
         self._claim_word = uuid.uuid4().hex
         self._hasty = 0
 
@@ -5852,7 +5877,8 @@ class Session:
     def _register(self) -> None:
         link, state = self._link, self._link.state
         idle = self._meter.idle
-        # Attempts first: one that ends meanwhile moves from there into the spool, and is seen there.
+        # Attempts first: one that ends meanwhile moves from there into the spool, and is seen
+        # there.
         running = [attempt.key for attempt in self._slots.attempts()]
         holding = dict.fromkeys([*running, *state.spool.waiting()])
         identity = state.identity or new_identity()
@@ -5866,7 +5892,8 @@ class Session:
         state.keep(identity._replace(id=registered.id or identity.id))
         self._idle = idle
         self._registered = True
-        link.log.info("registered with %s as %s, node %s", link.client.url, link.name, state.node_id)
+        link.log.info("registered with %s as %s, node %s", link.client.url, link.name,
+                      state.node_id)
         if link.protocol:
             self._slots.abandon(attempt for attempt in self._slots.attempts()
                                 if attempt.key not in registered.holding)
@@ -5891,8 +5918,8 @@ class Session:
     def _introduce(self, body: Json, secret: str) -> Registered:
         """Register; return the master's answer. ApiError.
 
-        The secret goes only to a master that asks for it, to keep another from taking the node's place
-        with the id alone; a master of an earlier version would show it to everybody.
+        The secret goes only to a master that asks for it, to keep another from taking the node's
+        place with the id alone; a master of an earlier version would show it to everybody.
         """
         try:
             return self._link.client.register(body)
@@ -6000,8 +6027,8 @@ class Reporter:
         for path, result in self._link.state.spool.entries():
             if result.get("node_id") not in (None, self._link.node_id):
                 aside = self._link.state.spool.set_aside(path)
-                self._link.log.warning("the result of job %s is of another node, which this folder was "
-                                       "once; it is set aside as %s", result["job_id"], aside)
+                self._link.log.warning("the result of job %s is of another node, which this folder "
+                                       "was once; it is set aside as %s", result["job_id"], aside)
             elif self._send(path, result):
                 path.unlink(missing_ok=True)
                 self._link.note_answer()
@@ -6015,8 +6042,8 @@ class Reporter:
             if error.field in STRANGER or error.retryable:
                 raise
             if error.status in (404, 409):
-                link.log.warning("job %s attempt %s: result not taken: %s", job_id, result["attempt"],
-                                 error.message)
+                link.log.warning("job %s attempt %s: result not taken: %s", job_id,
+                                 result["attempt"], error.message)
                 return True
             # It stays: a newer master may take it. The others must not wait for it.
             if path not in self._refused:
@@ -6027,14 +6054,14 @@ class Reporter:
         return True
 
     def _send_all_progress(self, now: float) -> float:
-        """Send the progress of all attempts; return when the next is wanted, in s from now. ApiError."""
+        """Send the progress of all attempts; return in how many s the next is wanted. ApiError."""
         if not self._link.protocol:
             return PROGRESS_S
         waits = [self.send_progress(attempt, now) for attempt in self._slots.attempts()]
         return min(waits, default=IDLE_PROGRESS_S)
 
     def send_progress(self, attempt: Attempt, now: float) -> float:
-        """Send one attempt's progress; return when the next is wanted, in s from now. ApiError.
+        """Send one attempt's progress; return in how many s the next is wanted. ApiError.
 
         An answer renews the lease, from the moment of the request.
         """
@@ -6060,7 +6087,8 @@ class Reporter:
         low, high = PROGRESS_RANGE_S
         return max(low, min(high, answer.next_s or PROGRESS_S))
 
-    def _progress_of(self, attempt: Attempt, samples: list[Json], first: int, lines: list[str]) -> Json:
+    def _progress_of(self, attempt: Attempt, samples: list[Json], first: int,
+                     lines: list[str]) -> Json:
         body: Json = {
             "node_id": self._link.node_id,
             "session": self._link.session,
@@ -6099,18 +6127,18 @@ class Reporter:
     def permit(self, attempt: Attempt, output: OutputFile, made: Json) -> float | None:
         """Ask the master whether an attempt may name its output; `made` is the film's fingerprint.
 
-        Return until when (boot_clock) it may, None when it may not. The master keeps the fingerprint: by
-        it a later attempt recognises the film as the job's own, and replaces it. While the master is
-        away, a film that has a mark, by which it is recognised too, may get its name as long as nobody
-        else can have the job; any other waits.
+        Return until when (boot_clock) it may, None when it may not. The master keeps the
+        fingerprint: by it a later attempt recognises the film as the job's own, and replaces it.
+        While the master is away, a film that has a mark, by which it is recognised too, may get
+        its name as long as nobody else can have the job; any other waits.
         """
         link = self._link
         attempt.published = made
         while link.protocol and not attempt.stopping:
             try:
                 self.send_progress(attempt, link.clock())
-                # The lease lasts longer than the permission, so that both cannot end between the last
-                # look at the clock and the call that gives the name.
+                # The lease lasts longer than the permission, so that both cannot end between the
+                # last look at the clock and the call that gives the name.
                 valid_s = min(PUBLISH_S, link.node_timeout_s / 2)
                 return None if attempt.stopping else attempt.leased_at + valid_s
             except ApiError as error:
@@ -6126,7 +6154,8 @@ class Reporter:
 # ---- 19 Agent -------------------------------------------------------------------------------------
 
 LEAVE_S = 5.0  # for a master that answers slowly to hear that this node leaves
-LOOK_S = 0.1  # between two looks of the main thread: Python sees a signal only when that thread wakes
+# Between two looks of the main thread: Python handles a signal only when that thread wakes.
+LOOK_S = 0.1
 HELP_S = 10.0  # for FFmpeg to print its options
 # Orders that end an attempt, and the status that it ends with.
 ENDING_ORDERS = {"cancel": "canceled", "return": "returned"}
@@ -6135,8 +6164,8 @@ ENDING_ORDERS = {"cancel": "canceled", "return": "returned"}
 class Agent:
     """One node of a fleet: its slots, and the threads that talk with the master.
 
-    The main thread waits in run(); the poller steps the Session, the reporter the Reporter, and each
-    attempt has a thread. The lock guards `_running` alone and is never held during I/O.
+    The main thread waits in run(); the poller steps the Session, the reporter the Reporter, and
+    each attempt has a thread. The lock guards `_running` alone and is never held during I/O.
     """
 
     def __init__(self, options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host,
@@ -6157,10 +6186,12 @@ class Agent:
 
     def run(self) -> int:
         """Serve until stop() is called or the node is taken over; return the exit code."""
-        threads = [threading.Thread(target=self._guarded, args=(loop,), name=loop.__name__, daemon=True)
-                   for loop in (self._poll, self._report)]
-        for thread in threads:
+        threads = []
+        for loop in (self._poll, self._report):
+            thread = threading.Thread(target=self._guarded, args=(loop,), name=loop.__name__,
+                                      daemon=True)
             thread.start()
+            threads.append(thread)
         while not self._signals and not self._events.stopping.wait(LOOK_S):
             pass
         if not self._over:
@@ -6176,7 +6207,7 @@ class Agent:
         self._signals += 1
 
     def _guarded(self, loop: Callable[[], object]) -> None:
-        """Run a thread of the agent; when it fails the agent ends, for it would be a node that hangs."""
+        """Run a thread of the agent; if it fails the agent ends, for without it the node hangs."""
         try:
             loop()
         except Superseded as error:
@@ -6184,7 +6215,8 @@ class Agent:
             self._events.stopping.set()
         except Exception as error:
             self._log.debug("the thread of %s ended", loop.__name__, exc_info=True)
-            self._over = f"the agent ends after an error of its own: {type(error).__name__}: {error}"
+            words = f"{type(error).__name__}: {error}"
+            self._over = f"the agent ends after an error of its own: {words}"
             self._events.stopping.set()
         finally:
             self._client.close()
@@ -6207,7 +6239,7 @@ class Agent:
                 self._events.stopping.wait(rest.seconds)
 
     def _drain(self) -> None:
-        """Take nothing more and finish what runs, for as long as the limit allows and nobody asks again."""
+        """Take nothing more and finish what runs, until the limit or a second signal."""
         self._events.leaving.set()
         count, limit_s = len(self.attempts()), self._options.drain_limit_s
         if count and limit_s:
@@ -6302,7 +6334,7 @@ class Agent:
                 self._pause_or_resume(attempt, order.action)
 
     def _refuse(self, order: Order) -> None:
-        """Report an attempt that this node does not hold as ended, unless its report is on its way."""
+        """Report an attempt that is not here as ended, unless its report is on its way."""
         status = ENDING_ORDERS.get(order.action)
         if status and (order.job_id, order.attempt) not in self._link.state.spool.waiting():
             self._reporter.keep({"job_id": order.job_id, "attempt": order.attempt, "status": status,
@@ -6328,13 +6360,14 @@ def carry_out(attempt: Attempt, machine: Machine, log: logging.Logger) -> tuple[
         return Outcome("failed"), own_failure(attempt.job_id, attempt.number, machine.name, error)
 
 
-def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host, name: str) -> Workplace:
+def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host,
+              name: str) -> Workplace:
     """Return what attempts on this node share."""
-    machine = Machine(name, hardware.ffmpeg or "ffmpeg", hardware.cpu_threads or os.cpu_count() or 1,
-                      options.max_concurrent_jobs, hardware.encoder_reasons(),
-                      hardware.vaapi_device or Machine.vaapi_device,
-                      rate_mode_of(hardware.ffmpeg_version),
-                      http_args_of(host, hardware.ffmpeg) if hardware.ffmpeg else ())
+    http_args = http_args_of(host, hardware.ffmpeg) if hardware.ffmpeg else ()
+    threads = hardware.cpu_threads or os.cpu_count() or 1
+    machine = Machine(name, hardware.ffmpeg or "ffmpeg", threads, options.max_concurrent_jobs,
+                      hardware.encoder_reasons(), hardware.vaapi_device or Machine.vaapi_device,
+                      rate_mode_of(hardware.ffmpeg_version), http_args)
     meter = hwdetect.Meter(host, hardware, options.power_model)
     places = Places(name, options.media_root, options.allow_address, options.own_paths)
     return Workplace(machine, hardware.ffprobe or "ffprobe", host, meter, options.work_dir, places,
@@ -6342,7 +6375,7 @@ def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host
 
 
 def http_args_of(host: hwdetect.Host, ffmpeg: str) -> tuple[str, ...]:
-    """Return what keeps an FFmpeg from following redirects; older ones than 5.1 have no such option."""
+    """Return what keeps FFmpeg from following redirects; before 5.1 it has no such option."""
     options = host.run([ffmpeg, "-hide_banner", "-h", "protocol=http"], HELP_S).stdout
     return ("-max_redirects", "0") if "max_redirects" in options else ()
 
@@ -6356,8 +6389,9 @@ COMMON_FLAGS = (
     Flag("--state-dir", None, Path,
          "folder of this node's identity and spool (~/.local/state/ffdist/agent)"),
     Flag("--work-dir", None, Path, "folder of temporary files (work/ in the state folder)"),
-    Flag("--media-root", None, str, "inputs and outputs lie under this folder (where it is started, "
-         "unless that is a home folder or the agent's own)"),
+    Flag("--media-root", None, str,
+         "inputs and outputs lie under this folder (where it is started, unless that is a home "
+         "folder or the agent's own)"),
     Flag("--name", None, str, "the node's name (the host name)"),
     Flag("--allow-address", "", str,
          "loopback or link-local addresses that jobs may open, comma-separated"),
@@ -6502,8 +6536,8 @@ def _may_work_here(args: argparse.Namespace, client: Client) -> str | None:
     if not args.allow_master_as_worker:
         return (f"the master at {client.url} is on this machine, and the two would compete for its "
                 "resources; for development, add --allow-master-as-worker")
-    print("Warning: master and worker on one machine compete for its resources; figures will suffer. "
-          "For development only.", file=sys.stderr, flush=True)
+    print("Warning: master and worker on one machine compete for its resources; figures will "
+          "suffer. For development only.", file=sys.stderr, flush=True)
     if args.yes:
         return None
     if not sys.stdin or not sys.stdin.isatty():
@@ -6599,7 +6633,7 @@ def _own_place(place: str, real: Callable[[str], str]) -> str:
 
 
 def _real_folder(path: str) -> str:
-    """Return a path whose folder is without links; an output that is a link itself is refused later."""
+    """Return a path whose folder is without links; a link as the output itself is refused later."""
     return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
 
 
@@ -6659,7 +6693,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"agent: {printable(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(printable(f"agent: {error.filename or 'this machine'}: {cause_text(error)}"), file=sys.stderr)
+        where = error.filename or "this machine"
+        print(printable(f"agent: {where}: {cause_text(error)}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
