@@ -5791,6 +5791,24 @@ def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 # that see no difference in their colours. All text in it is text of others and passes
 # html_text().
 
+class Document(NamedTuple):
+    """A report as it is written down: its title, a row for each job, and when it was made."""
+
+    title: str
+    rows: Sequence[Row]
+    made_at: str
+
+    @property
+    def completed(self) -> list[Row]:
+        """The jobs that completed."""
+        return [row for row in self.rows if row.status == "completed"]
+
+    @property
+    def encodes(self) -> list[Row]:
+        """The completed jobs that encoded something: all but baselines."""
+        return [row for row in self.completed if row.rendition]
+
+
 MAX_CONTENTS = 12  # films with plots of their own on one page; the tables have all
 MAX_LABELS = 40    # lines of a plot of nodes that can still be read
 
@@ -6080,34 +6098,40 @@ table{font-size:8.5px}th,td{padding:.1rem .4rem .1rem 0}tr{break-inside:avoid}
 """ + "".join(f".c{number}{{--c:{colour}}}" for number, colour in enumerate(_COLOURS))
 
 
-def report_html(title: str, rows: Sequence[Row], made_at: str) -> str:
+def report_html(document: Document) -> str:
     """Return the whole report as one page that fetches nothing and runs no script."""
-    completed = [row for row in rows if row.status == "completed"]
-    encodes = [row for row in completed if row.rendition]  # the rest are baselines
+    title = html_text(document.title)
+    sampled = document.encodes or document.completed
     body = [
-        _lead_html(title, rows, made_at),
-        *_contents_html(encodes),
-        _plots_html("Power over time", *_power_plots(encodes or completed)),
-        *_tables_html(rows, completed, encodes),
+        _lead_html(document),
+        *_contents_html(document.encodes),
+        _plots_html("Power over time", *_power_plots(sampled)),
+        *_tables_html(document),
     ]
-    return ('<!doctype html><html lang="en"><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width">'
-            f"<title>{html_text(title)}</title><style>{_REPORT_STYLE}</style>"
-            f"{''.join(body)}</html>\n")
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{title}</title><style>{_REPORT_STYLE}</style>{''.join(body)}</html>\n"
+    )
 
 
-def _lead_html(title: str, rows: Sequence[Row], made_at: str) -> str:
+def _lead_html(document: Document) -> str:
     """Return the title of a report and how many jobs of which nodes it is about."""
+    rows = document.rows
     by_status = grouped(rows, lambda row: row.status)
     counts = ", ".join(f"{len(group)} {status}" for status, group in by_status.items())
     nodes = ", ".join(dict.fromkeys(row.node for row in rows if row.node))
     lead = (f"{counts or 'no jobs'} on {nodes or 'no node'}; "
-            f"made {made_at} by ffdist {VERSION}")
-    parts = [f'<h1>{html_text(title)}</h1><p class="lead">{html_text(lead)}</p>']
+            f"made {document.made_at} by ffdist {VERSION}")
+
+    parts = [f"<h1>{html_text(document.title)}</h1>", _lead(lead)]
     if any(row.metrics.get("energy_estimated") for row in rows):
-        parts.append('<p class="lead">~ marks energy that is estimated by a power model, '
-                     "not measured.</p>")
+        parts.append(_lead("~ marks energy that is estimated by a power model, not measured."))
     return "".join(parts)
+
+
+def _lead(text: str) -> str:
+    return f'<p class="lead">{html_text(text)}</p>'
 
 
 def _contents_html(encodes: Sequence[Row]) -> list[str]:
@@ -6133,19 +6157,19 @@ def _plots_html(title: str, plots: Iterable[Plot], note: str = "") -> str:
     return f'<h2>{html_text(title)}</h2><div class="plots">{figures}</div>{_note(note)}'
 
 
-def _tables_html(rows: Sequence[Row], completed: Sequence[Row],
-                 encodes: Sequence[Row]) -> list[str]:
+def _tables_html(document: Document) -> list[str]:
     """Return the tables of a report under their titles: means, all metrics, incomplete jobs."""
+    encodes = document.encodes
     means = []
     for mean in mean_rows(encodes, lambda row: (row.rendition, row.curve)):
         words = {"rendition": mean.rendition, "encoder": mean.curve, "jobs": str(mean.jobs)}
         means.append((words, mean))
-    lines = [(_words_of(row, encodes), row) for row in completed]
+    lines = [(_words_of(row, encodes), row) for row in document.completed]
 
     tables = {"Means by rendition": _metrics_table(means, TABLES[wire.MONEY_TABLE])}
     for name, columns in TABLES.items():
         tables[name] = _metrics_table(lines, columns)
-    tables["Not completed"] = _incomplete_table(rows)
+    tables["Not completed"] = _incomplete_table(document.rows)
     return [f"<h2>{name}</h2>{table}" for name, table in tables.items() if table]
 
 
@@ -6169,12 +6193,15 @@ def _words_of(row: Row, encodes: Iterable[Row]) -> dict[str, str]:
     return words
 
 
-def report_json(title: str, rows: Sequence[Row], made_at: str) -> Json:
-    """Return the report as data: rows with all metrics, and the differences at equal quality."""
-    deltas = deltas_of([row for row in rows if row.status == "completed"])
-    return {"title": title, "made_at": made_at,
-            "rows": [row._asdict() for row in rows],
-            "deltas": [delta._asdict() for delta in deltas]}
+def report_json(document: Document) -> str:
+    """Return the report as JSON: rows with all metrics, and the differences at equal quality."""
+    made = {
+        "title": document.title,
+        "made_at": document.made_at,
+        "rows": [row._asdict() for row in document.rows],
+        "deltas": [delta._asdict() for delta in deltas_of(document.completed)],
+    }
+    return json.dumps(made, indent=2) + "\n"
 
 
 _CSV_WORDS = Row._fields[:Row._fields.index("metrics")]
@@ -6184,12 +6211,12 @@ _CSV_MARKS = ("currency", "power_source", "energy_estimated")
 _FORMULA_SIGNS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
-def report_csv(rows: Iterable[Row]) -> str:
+def report_csv(document: Document) -> str:
     """Return the rows as CSV; an unknown figure is empty, and the last column has the reasons."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*_CSV_WORDS, *FIGURES, *_CSV_MARKS, "unknown"])
-    for row in rows:
+    for row in document.rows:
         words = [_plain(getattr(row, name)) for name in _CSV_WORDS]
         figures = {name: row.figure(name) for name in FIGURES}
         marks = [_plain(row.metrics.get(name)) for name in _CSV_MARKS]
@@ -6242,17 +6269,13 @@ def _best_quality(row: Row) -> str | None:
     return None
 
 
-def _report_json_text(title: str, rows: Sequence[Row], made_at: str) -> str:
-    return json.dumps(report_json(title, rows, made_at), indent=2) + "\n"
-
-
-def _report_csv_text(title: str, rows: Sequence[Row], made_at: str) -> str:
-    return report_csv(rows)
-
-
 # the ending of a report's file -> what makes its text
-REPORT_KINDS: Mapping[str, Callable[[str, Sequence[Row], str], str]] = {
-    ".html": report_html, ".htm": report_html, ".csv": _report_csv_text, ".json": _report_json_text}
+REPORT_KINDS: Mapping[str, Callable[[Document], str]] = {
+    ".html": report_html,
+    ".htm": report_html,
+    ".csv": report_csv,
+    ".json": report_json,
+}
 
 
 # ---- 20 Programs ----------------------------------------------------------------------------------
@@ -7719,7 +7742,7 @@ def cmd_report(args: argparse.Namespace) -> int:
         return 0
 
     make = REPORT_KINDS[".json" if args.json else ending]
-    text = make(title, rows, wire.utc_text(time.time()) or "")
+    text = make(Document(title, rows, wire.utc_text(time.time()) or ""))
     if not args.output:
         sys.stdout.write(text)
         return 0

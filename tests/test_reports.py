@@ -641,6 +641,10 @@ def rows_of(*jobs: Any) -> list[Row]:
     return list(map(row_of, jobs))
 
 
+def document(rows: list[Row]) -> ffdist.Document:
+    return ffdist.Document("x", rows, "now")
+
+
 def row_of(job: Any) -> Row:
     return ffdist.row_of(agent.JobView.from_json(job))
 
@@ -681,8 +685,8 @@ class TestRows(unittest.TestCase):
                 rows = rows_of(*(job_of(encoder, crf, metrics={name: value}) for crf in (20, 25, 30, 35)
                                  for encoder in ("libx264", "libx265")))
                 with self.subTest(name, value=value):
-                    self.assertNotRegex(ffdist.report_html("x", rows, "now"), r"\b(nan|inf)\b")
-                    ffdist.report_csv(rows)
+                    self.assertNotRegex(ffdist.report_html(document(rows)), r"\b(nan|inf)\b")
+                    ffdist.report_csv(document(rows))
 
     def test_repeats_are_one_point_and_nodes_are_apart_where_they_matter(self) -> None:
         rows = rows_of(job_of(metrics={"bitrate_kbps": 100.0}), job_of(metrics={"bitrate_kbps": 300.0}),
@@ -766,7 +770,7 @@ class TestPages(unittest.TestCase):
     def test_a_page_holds_every_plot_and_table_and_fetches_nothing(self) -> None:
         series = {"seconds": [0, 1, 2, 3], "power_watts": [90, None, 100.5, 95], "cpu_usage": [5, 6, 7, 8]}
         rows = self.ladder(series=series, metrics={"idle_watts": 30.0})
-        text = ffdist.report_html("Experiment x", rows, "now")
+        text = ffdist.report_html(document(rows))
         page = Page(text)
         said = " ".join(page.text)
         for words in ("PSNR over rate", "Pareto front: PSNR over time", "Pareto front: PSNR over energy",
@@ -779,7 +783,7 @@ class TestPages(unittest.TestCase):
         self.assertEqual(re.findall(r"https?://|url\(|@import|src=", text), [])
 
     def test_plots_are_well_formed_and_told_apart_without_colour(self) -> None:
-        text = ffdist.report_html("x", self.ladder(), "now")
+        text = ffdist.report_html(document(self.ladder()))
         for svg in re.findall(r"<svg.*?</svg>", text):
             xml.etree.ElementTree.fromstring(svg)
             self.assertNotRegex(svg, "nan|inf")
@@ -790,10 +794,10 @@ class TestPages(unittest.TestCase):
 
     def test_every_text_is_escaped(self) -> None:
         evil = "<script>alert(1)</script>&"
-        text = ffdist.report_html(evil, rows_of(
+        text = ffdist.report_html(ffdist.Document(evil, rows_of(
             *(job_of(evil, crf, evil, metrics={"currency": evil, "energy_cost": 1, "unknown": {"ssim": evil}})
               for crf in (20, 25, 30, 35)), job_of(status="failed", error=evil),
-            job_of(settings={"input": evil, "codec": evil})), evil)
+            job_of(settings={"input": evil, "codec": evil})), evil))
         self.assertNotIn("<script", text)
         self.assertNotIn("script", Page(text).tags)
         self.assertGreater(text.count("&lt;script&gt;alert(1)"), 20)
@@ -801,24 +805,24 @@ class TestPages(unittest.TestCase):
     def test_unknown_energy_is_shown_with_its_reason(self) -> None:
         rows = rows_of(*(job_of(crf=crf, joules=None, series={"seconds": [0, 1], "cpu_usage": [3, 4]})
                          for crf in (20, 25, 30)))
-        said = " ".join(Page(ffdist.report_html("x", rows, "now")).text)
+        said = " ".join(Page(ffdist.report_html(document(rows))).text)
         self.assertIn("so the front is of quality and time: no RAPL: a virtual machine", said)
         self.assertIn("power is unknown: ", said)
         self.assertNotIn("Energy by node", said)
 
     def test_an_estimate_is_marked_wherever_it_stands(self) -> None:
         rows = rows_of(job_of(metrics={"energy_estimated": True}))
-        text = ffdist.report_html("x", rows, "now")
+        text = ffdist.report_html(document(rows))
         self.assertIn("~ marks energy that is estimated", text)
         self.assertIn(">~1300<", text)
         self.assertIn("~0.361 Wh", str(ffdist.report_rows(rows)))
-        line, = csv.DictReader(io.StringIO(ffdist.report_csv(rows)))
+        line, = csv.DictReader(io.StringIO(ffdist.report_csv(document(rows))))
         self.assertEqual(line["energy_estimated"], "True")
         self.assertEqual(ffdist.figure_text({"energy_estimated": True, "carbon_g": 2, "duration": 3},
                                             "carbon_g"), "~2.00 g")
         both = self.ladder(metrics={"energy_estimated": True, "power_source": "model"},
                            series={"seconds": [0, 1], "power_watts": [9, 8]})
-        said = Page(ffdist.report_html("x", both, "now")).text
+        said = Page(ffdist.report_html(document(both))).text
         self.assertEqual(said.count("power, W (estimated)"), 1)
         self.assertEqual(sum(text.startswith("~ Power of job") for text in said), 1)
         self.assertGreater(said.count("energy, J (estimated)"), 1)
@@ -834,25 +838,25 @@ class TestPages(unittest.TestCase):
     def test_tables_over_several_films_name_them(self) -> None:
         rows = rows_of(job_of(), job_of(settings={"input": "b/a.mov"}))
         for one, words in ((rows[:1], 0), (rows, 1)):
-            said = " ".join(Page(ffdist.report_html("x", one, "now")).text)
+            said = " ".join(Page(ffdist.report_html(document(one))).text)
             self.assertEqual("film what node job time, s" in said, bool(words))
             self.assertEqual("b/a.mov" in str(ffdist.report_rows(one)), bool(words))
 
     def test_few_or_no_results_make_a_page_too(self) -> None:
         for rows in ([], rows_of(job_of()), rows_of(job_of(joules=None)), rows_of(job_of(metrics={
                 "duration": 0, "bitrate_kbps": 0, "psnr_db": 0})), rows_of(job_of(scenario="baseline"))):
-            Page(ffdist.report_html("x", rows, "now"))
+            Page(ffdist.report_html(document(rows)))
 
     def test_csv_has_every_figure_and_no_formula(self) -> None:
         rows = rows_of(job_of("=cmd()", joules=None, metrics={"currency": "=1+1"}, error="\t=1"))
-        line, = csv.DictReader(io.StringIO(ffdist.report_csv(rows)))
+        line, = csv.DictReader(io.StringIO(ffdist.report_csv(document(rows))))
         self.assertEqual((line["curve"], line["psnr_db"], line["currency"]),
                          ("'=cmd() fast", "35.0", "'=1+1"))
         self.assertEqual((line["energy_joules"], line["error"]), ("", "?=1"))
         self.assertEqual(json.loads(line["unknown"])["energy_joules"], "no RAPL: a virtual machine")
 
     def test_json_has_rows_and_deltas(self) -> None:
-        made = json.loads(json.dumps(ffdist.report_json("x", self.ladder(), "now")))
+        made = json.loads(ffdist.report_json(document(self.ladder())))
         self.assertEqual((len(made["rows"]), made["rows"][0]["metrics"]["psnr_db"]), (16, 35.0))
         self.assertIn("rate", {delta["cost"] for delta in made["deltas"]})
 
