@@ -208,7 +208,7 @@ class TestSeed(Served):
         node = self.master.register("both", ram_bytes=None, ram_total_bytes=6)
         self.assertEqual((node["ram_bytes"], node["ram_total_bytes"]), (6, 6))
 
-    def test_an_unknown_node_is_told_to_register(self) -> None:
+    def test_an_unknown_node_gets_404_and_so_registers_again(self) -> None:
         self.refused(self.master.call("POST", f"/nodes/{NOBODY}/heartbeat"), 404, "node_id")
         self.refused(self.master.call("GET", f"/jobs/next?node_id={NOBODY}"), 404, "node_id")
         self.refused(self.master.call("GET", "/jobs/next"), 400, "node_id")
@@ -295,7 +295,7 @@ class TestRoutes(Served):
         self.refused(answer, 404)
         self.assertEqual(answer.body["error"], "no such path: /nope (GET / lists the API)")
 
-    def test_what_a_route_takes_is_said_by_its_row(self) -> None:
+    def test_a_row_bounds_the_query_and_the_body_of_its_route(self) -> None:
         """Query names and the limit of a body are checked for every row, before a body is read."""
         for route in ffdist.ROUTES:
             path = route.path.replace("{id}", NOBODY)
@@ -619,7 +619,7 @@ class TestOrders(Served):
         answer = waiting.answer().body
         self.assertEqual((answer["job"], answer["actions"][0]["job_id"]), (None, job["id"]))
 
-    def test_an_order_stands_until_it_is_obeyed_but_is_answered_early_only_once(self) -> None:
+    def test_an_order_persists_until_obeyed_but_is_answered_early_only_once(self) -> None:
         node = self.node(max_concurrent_jobs=2)
         first, second = self.running(node), self.running(node)
         self.order(first, "cancel")
@@ -764,7 +764,7 @@ class TestReports(Served):
                      409, "attempt")
         self.assertEqual(self.status(job), "running")
 
-    def test_progress_is_shown_while_it_runs_and_tells_when_the_next_is_wanted(self) -> None:
+    def test_progress_is_shown_and_its_answer_names_the_time_of_the_next(self) -> None:
         node = self.node()
         job = self.running(node)
         answer = node.progress(job, progress={"percent": 40, "fps": 30.5, "phase": "encoding"})
@@ -945,7 +945,7 @@ class TestSubmissions(Served):
         self.assertEqual(self.master.call("POST", "/jobs/abcd1/cancel").body["id"], one)
         self.assertEqual(self.master.get("/jobs/abcd1")["status"], "canceled")
 
-    def test_the_page_of_a_job_tells_its_attempts_and_transitions(self) -> None:
+    def test_a_job_is_shown_with_its_attempts_and_transitions(self) -> None:
         node = self.node()
         job = self.running(node)
         node.report(job, metrics={"duration": 1.5})

@@ -154,7 +154,7 @@ WRONG_FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
 class TestBodies(Fuzz):
     """JSON that is none, and JSON that says what cannot be."""
 
-    def test_a_body_that_is_no_json_is_refused_on_every_route(self) -> None:
+    def test_a_body_that_is_not_json_is_refused_on_every_route(self) -> None:
         bodies = (b"{", b"}", b"nul", b"{'a': 1}", b"[1,]", b'{"a" 1}', b"\xff\xfe\x00", b"\x80", b"NaN",
                   b"\0", b'{"scenario": NaN}', b'{"address": Infinity}', b'{"wait": -Infinity}',
                   b'{"wait": 1e400}',
@@ -170,7 +170,7 @@ class TestBodies(Fuzz):
                     answer = self.refused(self.master.call("POST", self.path(route), raw=body), body)
                     self.assertEqual(answer.status, 400)
 
-    def test_json_that_is_no_object_is_refused_where_one_is_needed(self) -> None:
+    def test_json_that_is_not_an_object_is_refused_where_one_is_needed(self) -> None:
         for route in ("/nodes/register", "/jobs", "/results", f"/jobs/{self.running['id']}/progress",
                       f"/nodes/{self.node.id}/heartbeat"):
             for value in (5, "text", True, 1.5, [[]], [None], [5], ["x"]):
@@ -316,7 +316,7 @@ class TestPaths(Fuzz):
             with self.subTest(path=path[:60]):
                 self.refused_raw(request("GET", path))
 
-    def test_head_tells_the_same_without_a_body_and_changes_nothing(self) -> None:
+    def test_head_answers_as_get_without_a_body_and_changes_nothing(self) -> None:
         for path in ("/health", "/jobs", "/nodes", "/metrics", "/", f"/jobs/{self.running['id']}"):
             raw = self.send(request("HEAD", path, b"", "Connection: close"))
             head, gap, rest = raw.partition(b"\r\n\r\n")
@@ -331,7 +331,7 @@ class TestPaths(Fuzz):
 class TestHttp(Fuzz):
     """Bytes that are no request, or half of one, or more than one."""
 
-    def test_what_is_no_http_is_told_so(self) -> None:
+    def test_bytes_that_are_not_http_are_refused_with_a_sentence(self) -> None:
         for raw in (b"hello\r\n\r\n", b"\0\0\0\0", b"GET\r\n\r\n", b"GET /\r\n\r\n", b"GET / \r\n\r\n",
                     b"\r\r\n\r\n", b"GET  / HTTP/1.1\r\n\r\n", b"GET / http/1.1\r\n\r\n", b" ",
                     b"GET / HTTP/11\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", b"EHLO x\r\n",

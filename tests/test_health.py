@@ -124,7 +124,7 @@ class TestQuarantine(Fleet):
             self.end_badly(self.sick, reason)
         self.assertEqual(self.status(self.sick), "available")
 
-    def test_a_program_that_tells_no_reason_is_not_judged(self) -> None:
+    def test_a_failure_without_a_reason_is_not_judged(self) -> None:
         for _ in range(4):
             self.submit()
             job = self.claim(self.sick)

@@ -279,7 +279,7 @@ class Pushing(unittest.TestCase):
         self.assertEqual(sum("sample_cpu" in line and job in line for line in self.store.lines()), 1)
         self.assertNotIn("samples", self.master.job(job)["result"])
 
-    def test_an_outage_is_said_once_and_nothing_is_lost_by_it(self) -> None:
+    def test_an_outage_is_logged_once_and_loses_nothing(self) -> None:
         self.store.status = 503
         first = self.job(samples=1)
         self.pusher.step(1000.0)

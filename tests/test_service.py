@@ -118,7 +118,7 @@ class TestLoop(unittest.TestCase):
         self.assertEqual(messages, ["house failed and goes on: KeyError: 'x'",
                                     "house failed and goes on: KeyError: 'y'"])
 
-    def test_a_refusal_of_the_master_is_no_error_of_the_loop(self) -> None:
+    def test_a_refusal_of_the_master_is_not_an_error_of_the_loop(self) -> None:
         log, messages = listening_log(logging.INFO)
 
         def refuse() -> None:
