@@ -152,11 +152,12 @@ class StateFolder(BadNetwork):
 
     def test_a_result_that_is_no_json_is_a_failure_of_the_agent_and_holds_no_slot(self) -> None:
         """NaN is none: a thread that ended by it would keep the job running for ever."""
-        spool = wire.Spool(self.folder / "spool")
-        keeper = mock.Mock(_node_id="n", _name="worker", _spool=spool)
-        wire.Agent._keep(keeper, {"job_id": "j", "attempt": 2, "status": "completed",
-                                   "metrics": {"psnr_db": float("nan")}})
-        [(_, kept)] = spool.entries()
+        state = wire.State(self.folder)
+        state.identity = wire.Identity("n", "secret")
+        link = wire.Link(mock.Mock(), state, "worker", mock.Mock())
+        wire.Reporter(link, mock.Mock()).keep({"job_id": "j", "attempt": 2, "status": "completed",
+                                               "metrics": {"psnr_db": float("nan")}})
+        [(_, kept)] = state.spool.entries()
         self.assertEqual((kept["job_id"], kept["attempt"], kept["node_id"], kept["status"],
                           kept["failure_reason"]), ("j", 2, "n", "failed", "agent"))
         self.assertIn("worker failed itself", kept["error"])

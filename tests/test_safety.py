@@ -474,9 +474,13 @@ class Identity(Case):
             with self.assertRaises(wire.ApiError) as caught:
                 client.register({"address": "a"})
             self.assertEqual((caught.exception.retryable, caught.exception.field), (length > 0, None))
-            agent = mock.Mock(_away=None)
-            agent._stopping.is_set.return_value = False
-            self.assertFalse(wire.Agent._weigh(agent, caught.exception, False), "it tries again")
+            link = wire.Link(client, wire.State(self.folder / "state"), "worker", mock.Mock())
+            hardware = mock.Mock(to_json=dict, address="a")
+            slots = mock.Mock(attempts=list)
+            session = wire.Session(link, mock.Mock(max_concurrent_jobs=1), hardware, mock.Mock(facts=dict),
+                                   slots)
+            self.assertGreater(session.step(0.0).seconds, 0, "it tries again")
+            self.assertFalse(link.reached)
 
     def test_a_result_of_the_node_that_a_folder_was_once_stops_no_other(self) -> None:
         master, agent = self.fleet()
@@ -542,7 +546,9 @@ class Identity(Case):
                 if isinstance(answer, Exception):
                     raise answer
                 return dict(answer)
-            wire.Agent._introduce(mock.Mock(_client=mock.Mock(register=register)), {"address": "a"}, "secret")
+            session = mock.Mock()
+            session._link.client.register = register
+            wire.Session._introduce(session, {"address": "a"}, "secret")
             self.assertEqual(told, wanted)
 
     def test_a_journal_of_the_format_before_goes_on_with_hashed_sessions(self) -> None:
@@ -652,16 +658,17 @@ class CutOff(Case):
         attempt, away = mock.Mock(stopping=False, leased_at=wire.boot_clock()), wire.ApiError(0, "no answer")
         answers = [away, away, None]
 
-        def send(attempt: Any) -> None:
+        def send(attempt: Any, now: float) -> None:
             if answer := answers.pop(0):
                 raise answer
-        agent = mock.Mock(_protocol=1, _node_timeout_s=90.0, _send_progress=send)
-        agent._stopping.wait.return_value = False
-        self.assertEqual(wire.Agent._confirm(agent, attempt, mock.Mock(marked=False), {}),
+        link = mock.Mock(protocol=1, node_timeout_s=90.0, clock=wire.boot_clock)
+        link.events.stopping.wait.return_value = False
+        reporter = mock.Mock(_link=link, send_progress=send)
+        self.assertEqual(wire.Reporter.permit(reporter, attempt, mock.Mock(marked=False), {}),
                          attempt.leased_at + wire.PUBLISH_S)
         self.assertEqual(answers, [], "it asked until it was answered")
         answers = [away]
-        self.assertEqual(wire.Agent._confirm(agent, attempt, mock.Mock(marked=True), {}),
+        self.assertEqual(wire.Reporter.permit(reporter, attempt, mock.Mock(marked=True), {}),
                          attempt.leased_at + 90)
 
     def test_its_work_counts_though_it_was_removed_meanwhile(self) -> None:
