@@ -1773,7 +1773,7 @@ NO_MEMORY_LIMIT = 2**62
 
 
 class Survey(NamedTuple):
-    """What a detector works with: the machine, the facts found before it, and options of detect()."""
+    """What a detector works with: the machine, the facts found before it, detect()'s options."""
 
     host: Host
     hw: Hardware
@@ -2306,7 +2306,7 @@ def _ask_smi(host: Host) -> tuple[list[dict[str, str]], str]:
     rows = parse_csv(result.stdout, SMI_IDENTITY)
     if rows:
         return rows, ""
-    # "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver…" and the like.
+    # Such as "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver…".
     words = (result.stderr or result.stdout).strip()
     if words:
         return [], words.splitlines()[0][:MAX_REASON]
@@ -2559,6 +2559,25 @@ def _thermal_sensors(host: Host) -> Iterator[Sensor]:
             yield Sensor(chip, zone, "celsius", value / 1000, f"{base}/temp")
 
 
+def whole_machine(sensors: Sequence[Sensor]) -> list[Sensor]:
+    """Choose the power sensors that together are the whole machine's; none if that is not known."""
+    for chip, labels in MACHINE_POWER:
+        found = [one for one in sensors if one.unit == "watts" and one.chip == chip]
+        if labels:
+            found = [one for one in found if one.label in labels]
+        if found and len(found) >= len(labels):
+            return found
+    return []
+
+
+def power_files(sensor: Sensor) -> tuple[str, ...]:
+    """Return the files whose product is a sensor's power in µW: power, or mA and mV."""
+    folder, name = os.path.split(sensor.path)
+    if name.startswith("curr"):
+        return sensor.path, f"{folder}/in{name[4:]}"
+    return (sensor.path,)
+
+
 def battery_names(host: Host) -> list[str]:
     """Return the batteries that are present and power the machine: scope Device is a mouse's.
 
@@ -2648,7 +2667,7 @@ PROBE_EACH_S = 4.0
 MIN_PROBES = 4
 MAX_PROBES = 8
 
-UNDECIDED = NO_ANSWER  # how the reason of an encoder begins that may work, but had not enough time
+UNDECIDED = NO_ANSWER  # how the reason of an undecided encoder begins
 NO_FFPROBE = "ffprobe is neither beside ffmpeg nor on PATH"
 FOREIGN_FFMPEG = "another root is read: its FFmpeg, run here, would show this machine's encoders"
 QUALITY_FILTERS = ("psnr", "ssim", "libvmaf", "xpsnr")
@@ -2723,23 +2742,35 @@ def detect_ffmpeg(survey: Survey) -> Findings:
         lost = dict.fromkeys(("ffmpeg", "ffmpeg_version", "encoders", "filters"), missing)
         return {**lost, "ffprobe": Unknown(NO_FFPROBE)}
 
-    ffprobe = host.which(os.path.join(os.path.dirname(program), "ffprobe")) or host.which("ffprobe")
     found: Findings = {
         "ffmpeg": _own_path(host, program),
-        "ffprobe": Unknown(NO_FFPROBE) if ffprobe is None else _own_path(host, ffprobe),
+        "ffprobe": _find_ffprobe(host, program),
     }
     version, why = _version(host, program)
     if version is None:
         lost = dict.fromkeys(("ffmpeg_version", "encoders", "filters"), Unknown(why))
         return {**found, **lost}
+    filters = _quality_filters(host, program)
     found["ffmpeg_version"] = version.group(1)
-    found["filters"] = known(_quality_filters(host, program), f"{program} has no quality filter")
-    return {**found, **_prove(survey, program, version.string)}
+    found["filters"] = known(filters, f"{program} has no quality filter")
+    proofs = _prove(survey, program, version.string)
+    return {**found, **proofs}
+
+
+def _find_ffprobe(host: Host, ffmpeg: str) -> str | Unknown:
+    """Find the ffprobe of the same build, which is beside ffmpeg, or else any."""
+    beside = os.path.join(os.path.dirname(ffmpeg), "ffprobe")
+    program = host.which(beside) or host.which("ffprobe")
+    if program is None:
+        return Unknown(NO_FFPROBE)
+    return _own_path(host, program)
 
 
 def _own_path(host: Host, program: str) -> str:
     """Return a program's path inside the root that is read."""
-    return program[len(host.root):] if host.foreign else program
+    if host.foreign:
+        return program[len(host.root):]
+    return program
 
 
 def _version(host: Host, program: str) -> tuple[re.Match[str] | None, str]:
@@ -2789,16 +2820,17 @@ class Memory:
 
     @staticmethod
     def _key_of(survey: Survey, program: str, version: str) -> Json:
+        """Return all that the result of a probe depends on."""
         host = survey.host
-        render = [f"/dev/dri/{name}" for name in host.list("/dev/dri") if name.startswith("renderD")]
-        other = re.compile(r"nvidia[0-9c]|video[0-9]")
-        nodes = render + [f"/dev/{name}" for name in host.list("/dev") if other.match(name)]
-        gpus = survey.hw.gpus
+        devices = [[node, host.usable(node)] for node in _device_nodes(host)]
+        gpus = []
+        for gpu in survey.hw.gpus:
+            gpus.append([gpu.vendor, gpu.name, gpu.pci, gpu.driver, gpu.driver_version])
         return {
             "ffmpeg": host.stamp(program),
             "version": version,
-            "devices": [[node, host.usable(node)] for node in nodes],
-            "gpus": [[gpu.vendor, gpu.name, gpu.pci, gpu.driver, gpu.driver_version] for gpu in gpus],
+            "devices": devices,
+            "gpus": gpus,
         }
 
     def _path_in(self, state_dir: str | None) -> str | None:
@@ -2816,15 +2848,17 @@ class Memory:
         """Return what an earlier probe showed, if it was of the same FFmpeg and devices."""
         if self._path is None:
             return None
+        text = self._host.read(self._path) or ""
         try:
-            kept = json.loads(self._host.read(self._path) or "")
+            kept = json.loads(text)
             reasons = dict(kept["encoders"])
             device = kept["vaapi_device"]
             same = kept["key"] == self._key
+        # Somebody may have edited or cut the file, so it can hold anything.
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
-        sound = all(word is None or isinstance(word, str) for word in (*reasons.values(), device))
-        if not (same and sound):
+        words = [word for word in (*reasons.values(), device) if word is not None]
+        if not same or not all(isinstance(word, str) for word in words):
             return None
         encoders = {name: _kept_proof(reason) for name, reason in reasons.items()}
         return Proofs(encoders, device)
@@ -2834,11 +2868,27 @@ class Memory:
         states = {proof.state for proof in proofs.encoders.values()}
         if self._path is None or not states or "undecided" in states:
             return
-        reasons = {name: proof.reason for name, proof in proofs.encoders.items()}
-        kept = {"key": self._key, "encoders": reasons, "vaapi_device": proofs.vaapi_device}
-        trouble = replace_file(self._path, json.dumps(kept, indent=1))
+        kept = {
+            "key": self._key,
+            "encoders": {name: proof.reason for name, proof in proofs.encoders.items()},
+            "vaapi_device": proofs.vaapi_device,
+        }
+        text = json.dumps(kept, indent=1)
+        trouble = replace_file(self._path, text)
         if trouble:
             self.problems.append(f"the encoders found cannot be kept: {trouble}")
+
+
+def _device_nodes(host: Host) -> list[str]:
+    """Return the devices that an encoder may need: render nodes, NVIDIA's, and those of v4l2."""
+    nodes = []
+    for name in host.list("/dev/dri"):
+        if name.startswith("renderD"):
+            nodes.append(f"/dev/dri/{name}")
+    for name in host.list("/dev"):
+        if re.match(r"nvidia[0-9c]|video[0-9]", name):
+            nodes.append(f"/dev/{name}")
+    return nodes
 
 
 def _kept_proof(reason: str | None) -> Proof:
@@ -2848,15 +2898,18 @@ def _kept_proof(reason: str | None) -> Proof:
 
 
 def probe_encoders(host: Host, ffmpeg: str, gpus: Sequence[Gpu]) -> Proofs:
-    """Encode one frame with each candidate that FFmpeg lists, side by side, within PROBE_TOTAL_S."""
+    """Try each candidate that FFmpeg lists, side by side, within PROBE_TOTAL_S."""
     trial = _Trial(host, ffmpeg, gpus)
     result = host.run([ffmpeg, "-hide_banner", "-encoders"], PROBE_EACH_S)
     listed = parse_listed(result.stdout)
     names = [name for name in ENCODERS if name in listed]
-    workers = max(MIN_PROBES, min(MAX_PROBES, os.cpu_count() or MIN_PROBES))
+    cpus = os.cpu_count() or 1
+    workers = min(MAX_PROBES, max(MIN_PROBES, cpus))
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        proofs = dict(zip(names, pool.map(trial.prove, names)))
-    return Proofs(proofs, min(trial.proved_on, default=None))
+        proofs = pool.map(trial.prove, names)
+        encoders = dict(zip(names, proofs))
+    # Several encoders may have proved several nodes: always choose the same.
+    return Proofs(encoders, min(trial.proved_on, default=None))
 
 
 class _Trial:
@@ -2882,6 +2935,7 @@ class _Trial:
                 self.proved_on.append(node)
                 return proof
             proofs.append(proof)
+        # It may still work on a node that had not enough time.
         undecided = [proof for proof in proofs if proof.state == "undecided"]
         return [*undecided, *proofs][0]
 
@@ -2898,17 +2952,24 @@ class _Trial:
 
 
 def probe_argv(ffmpeg: str, name: str, node: str = DEFAULT_NODE) -> list[str]:
-    """Return the command that encodes one frame (NVENC refuses less than 256x256), or a short tone."""
+    """Return the command that encodes one frame, or of an audio encoder a short tone."""
     candidate = ENCODERS[name]
     drive = DRIVES[candidate.drive]
     before = [option.replace("{node}", node) for option in drive.before]
-    source, codec, length = "testsrc2=size=640x480", "-c:v", ["-frames:v", "1"]
+    # NVENC refuses less than 256x256.
+    source = "testsrc2=size=640x480"
+    encoder = ["-frames:v", "1", "-c:v", name]
     if candidate.drive == "audio":
-        source, codec, length = "sine=duration=0.1", "-c:a", []
+        source = "sine=duration=0.1"
+        encoder = ["-c:a", name]
     return [
         ffmpeg, "-hide_banner", "-nostdin", "-v", "error",
-        *before, "-f", "lavfi", "-i", source,
-        *drive.after, codec, name, *candidate.fast, *length, "-f", "null", "-",
+        *before,
+        "-f", "lavfi", "-i", source,
+        *drive.after,
+        *encoder,
+        *candidate.fast,
+        "-f", "null", "-",
     ]
 
 
@@ -2959,7 +3020,8 @@ def detect(host: Host, probe: bool = True, state_dir: str | None = None,
         ffmpeg = FFMPEG_FLAG.setting
     hw = Hardware()
     for detector in DETECTORS:
-        hw = _with_findings(hw, _findings(detector, Survey(host, hw, probe, state_dir, ffmpeg)))
+        survey = Survey(host, hw, probe, state_dir, ffmpeg)
+        hw = _with_findings(hw, _findings(detector, survey))
     return hw
 
 
@@ -2968,18 +3030,24 @@ def detect_only(host: Host, *names: str) -> Hardware:
     hw = Hardware()
     for detector in DETECTORS:
         if detector.name in names:
-            hw = _with_findings(hw, _findings(detector, Survey(host, hw, False, None, None)))
+            survey = Survey(host, hw, False, None, None)
+            hw = _with_findings(hw, _findings(detector, survey))
     return hw
 
 
 def _findings(detector: Detector, survey: Survey) -> Findings:
-    """Run a detector. If it fails, its own fields are unknown: one strange file costs no more."""
+    """Run a detector. If it fails, its own fields are unknown, and no others.
+
+    Any exception counts: drivers and firmware fill these files, and a text that nobody foresaw must
+    not cost the whole answer.
+    """
     try:
         return detector.detect(survey)
     except Exception as error:
         lost = dict.fromkeys(detector.fields, Unknown(DETECTOR_FAILED))
         words = str(error)[:MAX_REASON]
-        return {**lost, "problems": [f"{detector.name}: {type(error).__name__}: {words}"]}
+        problem = f"{detector.name}: {type(error).__name__}: {words}"
+        return {**lost, "problems": [problem]}
 
 
 def _with_findings(hw: Hardware, findings: Findings) -> Hardware:
@@ -3011,7 +3079,7 @@ POLL_MAX_S = 10.0  # nor, for the sake of resets, more seldom than this
 
 
 class Integral:
-    """Joules of a power that is read now and then: the mean of two neighbours times their distance."""
+    """Joules of a power that is read now and then: trapezoids between neighbours."""
 
     def __init__(self, most_s: float = math.inf) -> None:
         """Make one; neighbours that are more than `most_s` apart leave a gap between them."""
@@ -3032,7 +3100,8 @@ class Integral:
             if -self._most_s <= elapsed < 0:
                 return self.joules
             if watts is not None and 0 < elapsed <= self._most_s:
-                self.joules += elapsed * (watts + before) / 2
+                mean = (watts + before) / 2
+                self.joules += mean * elapsed
                 self.covered_s += elapsed
         self._last = None if watts is None else (when, watts)
         return self.joules
@@ -3086,10 +3155,13 @@ class PowerSource:
         raise NotImplementedError
 
     def between(self, now: float) -> None:
-        """Keep up with its counters between two samples that are further apart than `patience_s`."""
+        """Keep up with its counters between two samples further apart than `patience_s`."""
 
     def pause(self) -> None:
         """Leave a gap from the last reading to the next."""
+
+
+PACKAGE_KINDS = ("package", "dram")  # zones that add up: cores are in their package, dram is not
 
 
 class ZoneCounter:
@@ -3116,14 +3188,15 @@ class ZoneCounter:
         if first:
             return None
 
-        if moved_uj < 0:
+        wrapped = moved_uj < 0
+        if wrapped:
             moved_uj += self.zone.range_uj or 0
-            if moved_uj < 0 or self._is_reset(moved_uj / 1e6, elapsed):
-                return Unknown("its counter was reset: an interval's joules are missing")
+        joules = moved_uj / 1e6
+        if joules < 0 or (wrapped and self._is_reset(joules, elapsed)):
+            return Unknown("its counter was reset: an interval's joules are missing")
         if self._may_wrap_twice(elapsed):
             return Unknown(f"its counter may have wrapped more than once in {elapsed:.0f} s")
 
-        joules = moved_uj / 1e6
         if elapsed >= POLL_MIN_S / 2:  # the power of a shorter time is mostly noise
             self._most_w = max(self._most_w or 0.0, joules / elapsed)
         return joules
@@ -3132,12 +3205,16 @@ class ZoneCounter:
         """Return whether a counter that wrapped would mean more power than can be."""
         limit_w: float = COUNTER_RESET_W
         if self._most_w is not None:
-            limit_w = min(limit_w, RESET_ALLOWANCE_W + RESET_FACTOR * self._most_w)
-        return elapsed > 0 and joules / elapsed > limit_w
+            likely_w = RESET_ALLOWANCE_W + RESET_FACTOR * self._most_w
+            limit_w = min(limit_w, likely_w)
+        return joules > limit_w * elapsed > 0
 
     def _may_wrap_twice(self, elapsed: float) -> bool:
-        span_uj = self.zone.range_uj
-        return bool(span_uj) and (self._most_w or 0.0) * 1e6 * elapsed >= (span_uj or 0)
+        """Return whether the counter goes round once in this time at the most power seen."""
+        if not self.zone.range_uj or self._most_w is None:
+            return False
+        most_uj = self._most_w * elapsed * 1e6
+        return most_uj >= self.zone.range_uj
 
 
 class ZoneStep(NamedTuple):
@@ -3188,20 +3265,29 @@ class RaplSource(PowerSource):
     @property
     def patience_s(self) -> float:
         """Return how long until a counter may have wrapped, within limits."""
-        spans = [counter.zone.range_uj for counter in self._counters.values()]
-        times = [span_uj / 1e6 / ZONE_MOST_W for span_uj in spans if span_uj]
-        return min(POLL_MAX_S, max(POLL_MIN_S, min(times, default=POLL_MAX_S)))
+        patience_s = POLL_MAX_S
+        for zone in self._all_zones():
+            if zone.range_uj:
+                wrap_s = zone.range_uj / 1e6 / ZONE_MOST_W
+                patience_s = min(patience_s, wrap_s)
+        return max(POLL_MIN_S, patience_s)
 
     def sample(self, now: float, cpu_percent: float | Unknown) -> PowerReading:
         notes: dict[str, str] = {}
         watts = self._advance(now, notes)
         zones = {name: round(joules, 6) for name, joules in self._zones.items()}
+        parts = PowerReading(zones=zones, notes=notes)
         why = self._silence()
         if why:
-            return PowerReading(why=why, zones=zones, notes=notes)
+            return replace(parts, why=why)
         if watts is None:
             why = "a counter could not be read" if self._joules else FIRST_SAMPLE
-        return PowerReading(self._joules, watts, self._covered_s, why, zones=zones, notes=notes)
+        return replace(
+            parts,
+            joules=self._joules,
+            watts=watts,
+            covered_s=self._covered_s,
+            why=why)
 
     def between(self, now: float) -> None:
         self._advance(now, {}, between=True)
@@ -3225,7 +3311,11 @@ class RaplSource(PowerSource):
         return [counter.zone for counter in self._counters.values()]
 
     def _advance(self, now: float, notes: dict[str, str], between: bool = False) -> float | None:
-        """Add what came since the previous reading; return the power since the last whole sample."""
+        """Add the joules since the previous reading; return the power since the last whole sample.
+
+        A sample is whole if every zone that counts was read. If one is missing, its joules of that
+        time come with its next reading, so power is known again after that.
+        """
         self._look()
         step = self._read(now, notes)
         gained = self._total(step)
@@ -3235,20 +3325,28 @@ class RaplSource(PowerSource):
             self._zones[name] = self._zones.get(name, 0.0) + step.moved.get(name, 0.0)
 
         needed = self._needed(step)
-        self._explain(needed - step.counters.keys(), notes)
-        if needed & step.counters.keys() - step.moved.keys():
+        unread = needed - step.counters.keys()
+        self._explain(unread, notes)
+        # Read, but without joules: they are of a reset or of the time before a first reading.
+        if needed - unread - step.moved.keys():
             self._lost = True
-        elapsed = 0.0 if self._whole_at is None else now - self._whole_at
+
+        elapsed = 0.0
+        if self._whole_at is not None:
+            elapsed = now - self._whole_at
         complete = elapsed > 0 and not self._lost and needed <= step.moved.keys()
-        watts = self._since / elapsed if complete and needed else None
+        watts = None
+        if complete and needed:
+            watts = self._since / elapsed
 
         # A reading between two samples ends no interval; only the first one begins one.
         ends = self._whole_at is None or not between
-        if ends and needed <= step.counters.keys():
+        if ends and not unread:
             self._end_interval(now, elapsed, complete)
         return watts
 
     def _end_interval(self, now: float, elapsed: float, complete: bool) -> None:
+        """End the interval since the last whole sample, and begin the next."""
         if complete:
             self._covered_s += elapsed
         self._still_s = 0.0 if self._joules else self._still_s + elapsed
@@ -3262,6 +3360,7 @@ class RaplSource(PowerSource):
         counters = read_counters(self._host, zones)
         mirrors = self._find_mirrors(zones, counters)
         step = ZoneStep(dict(counters), {}, set(), set(mirrors))
+        # Of mirrors too, so that they go on where they were when they stop being one.
         for name, counter in counters.items():
             gain = self._counters[name].gain(counter, now)
             if gain is None:
@@ -3279,7 +3378,8 @@ class RaplSource(PowerSource):
                 self._zones.pop(name, None)
         return step
 
-    def _find_mirrors(self, zones: Sequence[RaplZone], counters: Mapping[str, int]) -> dict[str, str]:
+    def _find_mirrors(self, zones: Sequence[RaplZone], counters: Mapping[str, int],
+                      ) -> dict[str, str]:
         """Return {zone: the zone whose counter it shows}.
 
         Two counters that are alike once may be so by chance. Alike at both ends of an interval is
@@ -3288,9 +3388,11 @@ class RaplSource(PowerSource):
         if not self._may_mirror:
             return {}
         again = read_counters(self._host, zones)
-        alike = mirrored(zones, counters, again)
-        mirrors = {name: other for name, other in alike.items() if self._alike.get(name) == other}
-        self._alike = alike
+        before, self._alike = self._alike, mirrored(zones, counters, again)
+        mirrors = {}
+        for name, other in self._alike.items():
+            if before.get(name) == other:
+                mirrors[name] = other
         return mirrors
 
     def _total(self, step: ZoneStep) -> float:
@@ -3298,24 +3400,25 @@ class RaplSource(PowerSource):
 
         On boards that do not wire psys up it stays at zero, or below what it should include.
         """
-        sums = dict.fromkeys(("package", "dram", "psys"), 0.0)
-        wired = False
+        parts = 0.0
+        whole = 0.0
+        is_wired = False
         for name, joules in step.moved.items():
             kind = self._counters[name].zone.kind
-            if kind in sums:
-                sums[kind] += joules
-            if kind == "psys" and step.counters[name] > 0:
-                wired = True
-        parts = sums["package"] + sums["dram"]
-        self._psys_counts = wired and sums["psys"] >= parts
-        return sums["psys"] if self._psys_counts else parts
+            if kind in PACKAGE_KINDS:
+                parts += joules
+            elif kind == "psys":
+                whole += joules
+                is_wired = is_wired or step.counters[name] > 0
+        self._psys_counts = is_wired and whole >= parts
+        return whole if self._psys_counts else parts
 
     def _needed(self, step: ZoneStep) -> set[str]:
         """Return the zones without which the total is not whole.
 
         A package is always one. Other zones count from the second time that they were read.
         """
-        kinds = ("psys",) if self._psys_counts else ("package", "dram")
+        kinds = ("psys",) if self._psys_counts else PACKAGE_KINDS
         needed = set()
         for name, counter in self._counters.items():
             counted = counter.was_read and name not in step.new
@@ -3332,22 +3435,22 @@ class RaplSource(PowerSource):
         """Return why there is no total, "" if there is one."""
         if self._still_s >= STILL_S:
             return "the RAPL counters stand still: this kernel or virtual machine does not count"
-        whole = [row for row in self._counters.values() if row.zone.kind in ("package", "psys")]
-        if not whole:
-            # This reads half a dozen files, which a machine without counters need not do each
-            # second.
+        totals = [row for row in self._counters.values() if row.zone.kind in ("package", "psys")]
+        if not totals:
+            # This reads several files, which a machine without counters need not do each second.
             self._absence = self._absence or why_no_rapl(self._host)
             return self._absence
-        closed = [row.zone for row in whole if not row.was_read]
-        if len(closed) == len(whole):
-            return why_closed(self._host, closed[0])
-        if self._psys_counts or not any(zone.kind == "package" for zone in closed):
+
+        closed = [row.zone for row in totals if not row.was_read]
+        packages = [zone for zone in closed if zone.kind == "package"]
+        is_enough = self._psys_counts or not packages
+        if is_enough and len(closed) < len(totals):
             return ""
         return why_closed(self._host, closed[0])
 
 
 class MeterSource(PowerSource):
-    """The power meters of the whole machine: Documentation/hwmon/acpi_power_meter.rst, ina3221.rst."""
+    """Power meters of the whole machine: Documentation/hwmon/acpi_power_meter.rst, ina3221.rst."""
 
     name = "hwmon"
     resolution = ("the machine's power meter, asked at each sample; "
@@ -3357,6 +3460,7 @@ class MeterSource(PowerSource):
         super().__init__(host, hardware)
         self._meters = [power_files(sensor) for sensor in whole_machine(hardware.sensors)]
         self._energy = Integral()
+        # For the reason alone: nobody knows what they leave out.
         parts = [one for one in hardware.sensors if one.unit in ("watts", "joules")]
         self._parts = ", ".join(f"{one.chip} {one.label}" for one in parts)
 
@@ -3378,37 +3482,18 @@ class MeterSource(PowerSource):
         total = 0.0
         for files in self._meters:
             numbers = _ints(self._host, files)
-            product = math.prod(numbers)
-            if len(numbers) < len(files) or product <= 0:
-                return None
-            total += product / 1e6
+            microwatts = math.prod(numbers)
+            if len(numbers) < len(files) or microwatts <= 0:
+                return None  # a machine that is on draws something
+            total += microwatts / 1e6
         return total
 
     def pause(self) -> None:
         self._energy.pause()
 
 
-def whole_machine(sensors: Sequence[Sensor]) -> list[Sensor]:
-    """Choose the power sensors that together are the whole machine's; none if that is not known."""
-    for chip, labels in MACHINE_POWER:
-        found = [one for one in sensors if one.unit == "watts" and one.chip == chip]
-        if labels:
-            found = [one for one in found if one.label in labels]
-        if found and len(found) >= len(labels):
-            return found
-    return []
-
-
-def power_files(sensor: Sensor) -> tuple[str, ...]:
-    """Return the files whose product is a sensor's power in µW: power, or mA and mV."""
-    folder, name = os.path.split(sensor.path)
-    if name.startswith("curr"):
-        return sensor.path, f"{folder}/in{name[4:]}"
-    return (sensor.path,)
-
-
 class EnergyLeft:
-    """Joules that go out of batteries that show only what is left in them, in steps of some joules."""
+    """Joules that leave batteries which show only their charge, in steps of some joules."""
 
     def __init__(self) -> None:
         self.joules = 0.0
@@ -3433,7 +3518,8 @@ class EnergyLeft:
     def _note_step(self, when: float, left: float) -> None:
         if self._step is not None and when > self._step[0]:
             then, before = self._step
-            self.watts = max(0.0, before - left) / (when - then) or None
+            watts = max(0.0, before - left) / (when - then)
+            self.watts = watts or None
         self._step = (when, left)
 
     def pause(self) -> None:
@@ -3442,7 +3528,7 @@ class EnergyLeft:
 
 
 class BatterySource(PowerSource):
-    """The batteries, while they alone power the machine: Documentation/power/power_supply_class.rst."""
+    """Batteries, while they alone power the machine: Documentation/power/power_supply_class.rst."""
 
     name = "battery"
     resolution = ("the battery's discharge, asked at each sample; its own chip renews it every few "
@@ -3451,9 +3537,10 @@ class BatterySource(PowerSource):
     def __init__(self, host: Host, hardware: Hardware) -> None:
         super().__init__(host, hardware)
         self._batteries = [f"{SUPPLY}/{name}" for name in battery_names(host)]
-        supplies = [f"{SUPPLY}/{name}" for name in host.list(SUPPLY)]
-        mains = [base for base in supplies if _word(host, f"{base}/type") in ("Mains", "USB")]
-        self._mains = [f"{base}/online" for base in mains]
+        self._mains = []
+        for name in host.list(SUPPLY):
+            if _word(host, f"{SUPPLY}/{name}/type") in ("Mains", "USB"):
+                self._mains.append(f"{SUPPLY}/{name}/online")
         self._energy = Integral()
         self._left = EnergyLeft()
 
@@ -3472,7 +3559,7 @@ class BatterySource(PowerSource):
         if watts is not None:
             return PowerReading(joules, watts, covered_s)
         if left is not None:
-            why = "" if self._left.watts else "the battery shows only what is left in it, and that in steps"
+            why = "the battery shows only what is left in it, and that in steps"
             return PowerReading(joules, self._left.watts, covered_s, why)
         if self._batteries:
             return PowerReading(why="a battery measures only while it alone powers the machine")
@@ -3488,10 +3575,13 @@ class BatterySource(PowerSource):
 
     def _watts(self) -> float | None:
         """Return what the batteries give; None if one of them has no reading: 0 is not a power."""
-        drawn = {base: self._battery_watts(base) for base in self._batteries}
-        watts = [drawn[base] for base in self._batteries if self._is_discharging(base)]
-        if watts and all(watts):
-            return sum(watts)
+        drawn = []
+        for base in self._batteries:
+            watts = self._battery_watts(base)
+            if self._is_discharging(base):
+                drawn.append(watts)
+        if drawn and all(drawn):
+            return sum(drawn)
         return None
 
     def _battery_watts(self, base: str) -> float:
@@ -3505,9 +3595,10 @@ class BatterySource(PowerSource):
         return 0.0
 
     def _joules_left(self) -> float | None:
-        """Return what is left in batteries that show no power, in µWh; None if one does not show it."""
-        microwatt_hours = _ints(self._host, [f"{base}/energy_now" for base in self._batteries])
-        if len(microwatt_hours) < len(self._batteries):
+        """Return the charge of all batteries, which is in µWh; None if one does not show it."""
+        paths = [f"{base}/energy_now" for base in self._batteries]
+        microwatt_hours = _ints(self._host, paths)
+        if len(microwatt_hours) < len(paths):
             return None
         return sum(microwatt_hours) * HOUR_S / 1e6
 
@@ -3540,6 +3631,7 @@ class ModelSource(PowerSource):
             # The next CPU use is of the time since now and before, so leave the last moment as it
             # is.
             return PowerReading(self._joules, None, self._covered_s, cpu_percent.reason)
+        # Linear between the two, for nothing more is known.
         watts = self._idle_w + (self._busy_w - self._idle_w) * cpu_percent / 100
         elapsed = now - self._last
         self._joules += watts * elapsed
@@ -3644,7 +3736,8 @@ class SmiStream:
         self._host = host
         self._interval_ms = interval_ms
         self._program = host.which("nvidia-smi")
-        self._fields = [name for name in SMI_READING if (self._program, name) not in self.refused]
+        refused = {field for program, field in self.refused if program == self._program}
+        self._fields = [field for field in SMI_READING if field not in refused]
         self._rows: dict[int, dict[str, str]] = {}  # the newest of each GPU, by index
         self._energy: dict[int, Integral] = {}
         self._indexes: dict[str | None, int] = {}  # by PCI address
@@ -3658,39 +3751,45 @@ class SmiStream:
         if self._program is None:
             self.reason = "nvidia-smi is not installed"
             return
-        argv = [*smi_argv(self._program, self._fields), "-lms", str(self._interval_ms)]
-        self.stream = self._host.stream(argv)
+        argv = smi_argv(self._program, self._fields)
+        self.stream = self._host.stream([*argv, "-lms", str(self._interval_ms)])
 
     def poll(self, now: float) -> None:
-        """Take in what nvidia-smi printed since the last time; start it anew a while after its end."""
+        """Take in what nvidia-smi printed since the last time; start it again after its end."""
         if self.stream is None and now >= self._start_at:
             self._start()
         if self.stream is None:
             return
-        ended = self.stream.ended  # asked first: lines may still come before the end
+        # Asked before the lines are taken: once it has ended, none can come after them.
+        ended = self.stream.ended
         lines = self.stream.lines()
         self._last_lines = [*self._last_lines, *lines][-SMI_LAST_LINES:]
         for row in parse_csv("\n".join(lines), self._fields):
             self._take(row, now)
         if ended:
             self._note_end(now)
+
+        # A driver that hangs prints nothing more. Its last figures must not go on for ever.
         silent_s = now - self._answered_at
         if self._rows and silent_s > SMI_STEP_MOST_S:
             self._rows.clear()
-            self.reason = f"nvidia-smi has said nothing for {silent_s:.0f} s"
+            self.reason = f"nvidia-smi has printed nothing for {silent_s:.0f} s"
 
     def _take(self, row: dict[str, str], now: float) -> None:
+        """Take in one line: the newest figures of one GPU."""
         index = parse_int(row["index"])
         when = parse_time_stamp(row["timestamp"])
         if index is None or when is None:
             return
         self._answered_at = now
         self._rows[index] = row
-        self._indexes[parse_pci_address(row.get("pci.bus_id"))] = index
+        address = parse_pci_address(row.get("pci.bus_id"))
+        self._indexes[address] = index
         energy = self._energy.setdefault(index, Integral(SMI_STEP_MOST_S))
         energy.add(when, parse_float(row["power.draw"]))
 
     def _note_end(self, now: float) -> None:
+        """Note why nvidia-smi ended, and when it is started again."""
         self.close()
         self._rows.clear()
         last = self._last_lines[-1] if self._last_lines else "no words"
@@ -3733,19 +3832,19 @@ class NvidiaSource(GpuSource):
 
     def read(self, now: float, unknown: dict[str, str]) -> GpuReading:
         row, energy = self._stream.of(self._gpu)
-        reading = GpuReading(self._gpu.title, self._gpu.index, covered_s=energy.covered_s)
-        if energy.covered_s:
-            reading = replace(reading, energy_joules=energy.joules)
+        watts = None if row is None else parse_float(row["power.draw"])
+        is_measured = watts is not None or energy.covered_s > 0
+        reading = GpuReading(
+            self._gpu.title,
+            self._gpu.index,
+            energy_joules=energy.joules if is_measured else None,
+            covered_s=energy.covered_s)
         if row is None:
             unknown[self._key] = self._stream.reason
             return reading
-
-        watts = parse_float(row["power.draw"])
         if watts is None:
             words = row["power.draw"] or "nothing"
             unknown[f"{self._key}.power_watts"] = f"nvidia-smi prints {words} for it"
-        else:
-            reading = replace(reading, energy_joules=energy.joules)
         return replace(
             reading,
             power_watts=watts,
@@ -3781,30 +3880,32 @@ class SysfsSource(GpuSource):
     def read(self, now: float, unknown: dict[str, str]) -> GpuReading:
         gpu = self._gpu
         watts = self._watts(now)
-        measured = watts is not None or self._counter is not None
         if watts is None:
             unknown[f"{self._key}.power_watts"] = self._why_no_watts()
-        heat = self._first("temp1_input")
+        heat = self._first("temp1_input")  # m°C
         usage = _int(self._host, f"{gpu.path}/gpu_busy_percent")
-        return GpuReading(
+        reading = GpuReading(
             gpu.title,
             power_watts=watts,
-            energy_joules=round(self._energy.joules, 6) if measured else None,
             usage=None if usage is None else float(usage),
             temperature_c=None if heat is None else heat / 1000,
             memory_used_bytes=_int(self._host, f"{gpu.path}/mem_info_vram_used"),
-            source=self.name if measured else None,
             in_package=bool(gpu.integrated),
             covered_s=self._energy.covered_s)
+        if watts is None and self._counter is None:
+            return reading
+        joules = round(self._energy.joules, 6)
+        return replace(reading, energy_joules=joules, source=self.name)
 
     def _first(self, *names: str) -> int | None:
         """Return the first of these files of the GPU's chips that has a number."""
-        chips = self._host.list(f"{self._gpu.path}/hwmon")
-        paths = [f"{self._gpu.path}/hwmon/{chip}/{name}" for chip in chips for name in names]
-        return next((value for value in map(self._number, paths) if value is not None), None)
-
-    def _number(self, path: str) -> int | None:
-        return _int(self._host, path)
+        base = f"{self._gpu.path}/hwmon"
+        for chip in self._host.list(base):
+            for name in names:
+                value = _int(self._host, f"{base}/{chip}/{name}")
+                if value is not None:
+                    return value
+        return None
 
     def _watts(self, now: float) -> float | None:
         """Return the power, and add up its energy: a counter is more exact than an integral.
@@ -3831,9 +3932,12 @@ class SysfsSource(GpuSource):
         if counter < before:  # it was reset
             return None
         joules = (counter - before) / 1e6
+        elapsed = now - then
         self._energy.joules += joules
-        self._energy.covered_s += now - then
-        return joules / (now - then) if now > then else None
+        self._energy.covered_s += elapsed
+        if elapsed <= 0:
+            return None
+        return joules / elapsed
 
     def _why_no_watts(self) -> str:
         if self._counter is not None:
@@ -3847,13 +3951,12 @@ class GraphicsPower:
     """The GPUs of the machine, each by its source."""
 
     def __init__(self, host: Host, gpus: Sequence[Gpu], smi_interval_ms: int) -> None:
-        self.smi: SmiStream | None = None
-        if any(gpu.vendor == "NVIDIA" for gpu in gpus):
-            self.smi = SmiStream(host, smi_interval_ms)
+        self.smi: SmiStream | None = None  # one process for all cards
         self._sources: list[GpuSource] = []
         for at, gpu in enumerate(gpus):
             key = f"gpus.{at}"
-            if self.smi is not None and gpu.vendor == "NVIDIA":
+            if gpu.vendor == "NVIDIA":
+                self.smi = self.smi or SmiStream(host, smi_interval_ms)
                 self._sources.append(NvidiaSource(gpu, key, self.smi))
             else:
                 self._sources.append(SysfsSource(gpu, key, host))
@@ -3880,17 +3983,20 @@ POWER_SOURCES = {
 
 
 def smi_table(host: Host) -> str | None:
-    """Return what nvidia-smi prints, for a recording: a line of the fields that it knows, then its rows."""
+    """Return what nvidia-smi prints, for a recording: a line of fields that it knows, then rows."""
     program = host.which("nvidia-smi")
     if program is None:
         return None
-    fields = list(dict.fromkeys((*SMI_IDENTITY, *SMI_READING)))
+    names = dict.fromkeys((*SMI_IDENTITY, *SMI_READING))
+    fields = list(names)
     while True:
         result = host.run(smi_argv(program, fields), PROGRAM_S)
-        refused = parse_refused(result.stdout + result.stderr)
+        words = result.stdout + result.stderr
+        refused = parse_refused(words)
         if refused not in fields:
-            return f"{','.join(fields)}\n{result.stdout}{result.stderr}"
-        fields.remove(refused)
+            head = ",".join(fields)
+            return f"{head}\n{words}"
+        fields.remove(refused)  # an older driver: ask again without it
 
 
 # ---- 12 Sampler -----------------------------------------------------------------------------------
@@ -3914,11 +4020,13 @@ class CpuUsage:
             return Unknown(f"no CPU times ({self._host.why('/proc/stat')})")
         if last is None:
             return Unknown(FIRST_SAMPLE)
-        busy, all_ticks = times[0] - last[0], times[1] - last[1]
-        if all_ticks <= 0:
+        busy = times[0] - last[0]
+        ticks = times[1] - last[1]
+        if ticks <= 0:
             return Unknown("no tick went by since the previous sample")
         # The time spent waiting for I/O may run backwards (proc_stat(5)), so keep within limits.
-        return round(min(100.0, max(0.0, 100 * busy / all_ticks)), 3)
+        percent = min(100.0, max(0.0, 100 * busy / ticks))
+        return round(percent, 3)
 
 
 class Sampler:
@@ -3932,9 +4040,8 @@ class Sampler:
                  smi_interval_ms: int = SMI_INTERVAL_MS, model: tuple[float, float] | None = None,
                  ) -> None:
         """Make one; `model` (W of the idle machine, W with all CPUs busy) estimates the rest."""
-        hw = hardware
-        if hw is None:
-            hw = detect_only(host, "sensors", "gpus")
+        # --watch needs no more of the machine, and should start at once.
+        hw = hardware or detect_only(host, "sensors", "gpus")
         self._host = host
         self._cpu = CpuUsage(host)
         self._power = MachinePower(host, hw, model)
@@ -3943,10 +4050,10 @@ class Sampler:
 
     def sample(self, now: float) -> Reading:
         """Read everything once; `now` in seconds of a monotonic clock."""
-        unknown: dict[str, str] = {}
+        # CPU use first, for a power model needs it.
         cpu_usage = self._cpu.sample()
         power = self._power.sample(now, cpu_usage)
-        unknown.update(power.notes)
+        unknown = dict(power.notes)
         if power.watts is None:
             unknown["power_watts"] = power.why
         if power.joules is None:
@@ -3978,7 +4085,10 @@ class Sampler:
         self._power.between(now)
 
     def throttles(self) -> int | None:
-        """Return how often heat slowed CPUs down since boot; None if the kernel does not count it."""
+        """Return how often heat slowed CPUs down since boot; None if the kernel does not count.
+
+        Documentation/ABI/testing/sysfs-devices-system-cpu.
+        """
         counts = []
         for name in cpu_folders(self._host):
             base = f"{CPUS}/{name}/thermal_throttle"
@@ -4037,6 +4147,7 @@ def process_group(host: Host, pgid: int, gpu: bool = False) -> ProcessUsage:
     members = []
     engines: dict[str, int] = {}  # ns by client, which several descriptors may share
     for pid in _process_ids(host):
+        # getpgid(2) is quick and sorts out most; what it cannot say is in the stat.
         if host.group(pid) not in (None, pgid):
             continue
         found = parse_process(host.read(f"/proc/{pid}/stat"))
@@ -4062,7 +4173,10 @@ def _engine_times(host: Host, pid: int) -> dict[str, int]:
 
 
 def process_started(host: Host, pid: int) -> int | None:
-    """Return a process's start in clock ticks since boot; with its pid, a name that is never reused."""
+    """Return a process's start in clock ticks since boot.
+
+    Together with its number it is a name that is never reused.
+    """
     return parse_process(host.read(f"/proc/{pid}/stat")).get("start")
 
 

@@ -822,7 +822,7 @@ class Energy(TreeCase):
         sampler.sample(1.0)
         reading = sampler.sample(20.0)
         self.assertEqual((None, None), (reading.gpus[0].power_watts, reading.gpus[0].source))
-        self.assertIn("said nothing for", reading.unknown["gpus.0"])
+        self.assertIn("printed nothing for", reading.unknown["gpus.0"])
         os.kill(stream.pid, signal.SIGCONT)
         until(lambda: sampler.sample(21.0).gpus[0].power_watts == 30.0, "it goes on")
 
