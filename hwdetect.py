@@ -3908,19 +3908,18 @@ class SysfsSource(GpuSource):
         return None
 
     def _watts(self, now: float) -> float | None:
-        """Return the power, and add up its energy: a counter is more exact than an integral.
-
-        energy1 is the card's, which includes its package; xe has a few GPUs with energy2, the
-        package, alone.
-        """
+        """Return the power, and add up its energy."""
         microwatts = self._first("power1_average", "power1_input")
         watts = None if microwatts is None else microwatts / 1e6
+        # energy1 is the card's, which includes its package. Of some GPUs xe has energy2, the
+        # package, alone.
         counter = self._first("energy1_input", "energy2_input")
         if counter is None:
             self._energy.add(now, watts)
             return watts
-        gained = self._gain(counter, now)
-        return watts if gained is None else gained
+        # A counter is more exact than an integral of the power.
+        counted_watts = self._gain(counter, now)
+        return watts if counted_watts is None else counted_watts
 
     def _gain(self, counter: int, now: float) -> float | None:
         """Add what a counter of µJ gained; return its power, None if that is not known."""
@@ -4147,7 +4146,7 @@ def process_group(host: Host, pgid: int, gpu: bool = False) -> ProcessUsage:
     members = []
     engines: dict[str, int] = {}  # ns by client, which several descriptors may share
     for pid in _process_ids(host):
-        # getpgid(2) is quick and sorts out most; what it cannot say is in the stat.
+        # getpgid(2) is quick and sorts out most of them.
         if host.group(pid) not in (None, pgid):
             continue
         found = parse_process(host.read(f"/proc/{pid}/stat"))
@@ -4201,7 +4200,11 @@ MIN_GPU_COVERAGE = 0.5
 
 
 class Series:
-    """Figures over time in a bounded number of points: a full one merges neighbours to their mean."""
+    """Figures over time in a bounded number of points.
+
+    A full series merges each two neighbours to their mean. From then on a point is of twice the
+    time.
+    """
 
     def __init__(self, most: int = SERIES_MOST) -> None:
         self.points: list[tuple[float | None, ...]] = []
@@ -4215,10 +4218,10 @@ class Series:
         if len(self._waiting) < self._stride:
             return
         if len(self.points) == self._most:
-            pairs = (self.points[at:at + 2] for at in range(0, self._most, 2))
+            pairs = zip(self.points[::2], self.points[1::2])
             self.points = [_mean_point(pair) for pair in pairs]
             self._stride *= 2
-            return
+            return  # until as many wait as make a point now
         self.points.append(_mean_point(self._waiting))
         self._waiting = []
 
@@ -4229,7 +4232,9 @@ def _mean_point(points: Sequence[tuple[float | None, ...]]) -> tuple[float | Non
 
 def _mean_known(column: Sequence[float | None]) -> float | None:
     values = [value for value in column if value is not None]
-    return sum(values) / len(values) if values else None
+    if not values:
+        return None
+    return sum(values) / len(values)
 
 
 class Idle(NamedTuple):
@@ -4315,7 +4320,8 @@ def _unrest(rows: Sequence[Reading]) -> str:
         return "how busy the machine was is unknown"
     means = [("the machine", machine)]
     for at, gpu in enumerate(rows[-1].gpus):
-        means.append((gpu.name, _mean_known([row.gpus[at].usage for row in rows]) or 0.0))
+        usage = _mean_known([row.gpus[at].usage for row in rows])
+        means.append((gpu.name, usage or 0.0))  # many drivers do not show it
     for name, percent in means:
         if percent > IDLE_BUSY_PERCENT:
             return f"{name} was {percent:.0f} % busy when idle power was due"
@@ -4333,9 +4339,15 @@ def _idle_of(rows: Sequence[Reading], epoch_s: float) -> Idle | None:
     watts = [total for total in totals if total is not None]
     if not watts:
         return None
-    spread = statistics.stdev(watts) if len(watts) > 1 else 0.0
-    mean = statistics.fmean(watts)
-    return Idle(round(mean, 3), round(spread, 3), epoch_s, rows[-1].power_source, gpus)
+    spread = 0.0
+    if len(watts) > 1:
+        spread = statistics.stdev(watts)
+    return Idle(
+        watts=round(statistics.fmean(watts), 3),
+        spread=round(spread, 3),
+        at=epoch_s,
+        source=rows[-1].power_source,
+        gpus=gpus)
 
 
 class Interval(NamedTuple):
@@ -4350,13 +4362,13 @@ class Interval(NamedTuple):
 
     @property
     def joules(self) -> float | None:
-        """Return the machine's joules; None if one end lacks them, or they are of different sources."""
-        last, now = self.last, self.now
-        if last.power_source != now.power_source:
+        """Return the machine's joules; None if one end lacks them or has another source."""
+        before, after = self.last.energy_joules, self.now.energy_joules
+        if self.last.power_source != self.now.power_source:
             return None
-        if last.energy_joules is None or now.energy_joules is None:
+        if before is None or after is None:
             return None
-        return now.energy_joules - last.energy_joules
+        return after - before
 
 
 @dataclass(eq=False)
@@ -4418,7 +4430,8 @@ class Ledger:
         if self.started is None:
             self.throttles = throttles
         elif throttles is not None and self.throttles is not None:
-            self.throttled = bool(self.throttled) or throttles > self.throttles
+            rose = throttles > self.throttles
+            self.throttled = bool(self.throttled) or rose
 
     def book(self, interval: Interval, share: float, baseline: Baseline) -> None:
         """Book one interval; `share` is this run's part of its energy."""
@@ -4510,8 +4523,13 @@ def take_shares(host: Host, ledgers: Sequence[Ledger]) -> list[Shares]:
         ledger.gpu_s = max(ledger.gpu_s, gpu_s)
 
     users = [float(ledger.uses_gpu) for ledger in ledgers]
-    by_gpu = next((weights for weights in (gpu_used, users) if any(weights)), used)
-    return [Shares(*pair) for pair in zip(_parts(used), _parts(by_gpu))]
+    gpu_weights = used
+    if any(gpu_used):
+        gpu_weights = gpu_used
+    elif any(users):
+        gpu_weights = users
+    parts = zip(_parts(used), _parts(gpu_weights))
+    return [Shares(machine, gpu) for machine, gpu in parts]
 
 
 def _parts(weights: Sequence[float]) -> list[float]:
@@ -4564,9 +4582,14 @@ class Meter:
         """Return the idle baseline as a registration has it."""
         idle = self._baseline.idle
         if idle is None:
-            names = ("watts", "watts_spread", "measured_at", "source", "estimated")
-            unknown: Json = dict.fromkeys([f"idle_{name}" for name in names])
-            return {**unknown, "idle_unknown": self._baseline.why}
+            return {
+                "idle_watts": None,
+                "idle_watts_spread": None,
+                "idle_measured_at": None,
+                "idle_source": None,
+                "idle_estimated": None,
+                "idle_unknown": self._baseline.why,
+            }
         return {
             "idle_watts": idle.watts,
             "idle_watts_spread": idle.spread,
@@ -4630,14 +4653,19 @@ class Meter:
             elif order.verb != "rest":
                 self._read_for(order.ledger)
         except Exception as error:  # a driver's whim must not end an encode
-            self._baseline.disturb(self._clock())
-            why = f"the sampler failed: {type(error).__name__}: {error}"
-            ledgers = [*self._ledgers, order.ledger] if order else self._ledgers
-            for ledger in ledgers:
-                ledger.unknown["energy_joules"] = why
+            self._note_failure(error, order)
         if order is not None:
             self._carry_out(order)
             order.done.set()
+
+    def _note_failure(self, error: Exception, order: Order | None) -> None:
+        """Note in every ledger that takes part why its energy is unknown."""
+        self._baseline.disturb(self._clock())
+        why = f"the sampler failed: {type(error).__name__}: {error}"
+        for ledger in self._ledgers:
+            ledger.unknown["energy_joules"] = why
+        if order is not None:
+            order.ledger.unknown["energy_joules"] = why
 
     def _read_for(self, ledger: Ledger) -> None:
         """Take the reading with which a ledger begins, ends or pauses."""
@@ -4651,7 +4679,7 @@ class Meter:
             return
         if self._working or self._clock() < self._worked_at + IDLE_REST_S:
             self._baseline.disturb(self._clock())
-            self.rested.set()
+            self.rested.set()  # or the first job would wait for a rest that does not come
             self._close()
             return
         _, reading = self._read()
@@ -4702,7 +4730,7 @@ class Meter:
 
 
 class Energy(NamedTuple):
-    """Energy of one run: J and its source (both None if unknown), the GPUs' J, why it is unknown."""
+    """Energy of one run: J and its source (both None if unknown), the GPUs' J, and the reason."""
 
     joules: float | None
     source: str | None
@@ -4722,6 +4750,7 @@ def energy_of(ledger: Ledger) -> Energy:
 
     joules = ledger.energy_joules
     if 0 < ledger.energy_s < ledger.measured_s:
+        # The gaps count like the rest.
         joules *= ledger.measured_s / ledger.energy_s
     source = ledger.power_source or "unknown"
     if gpu_joules is not None:
@@ -4736,7 +4765,11 @@ def _gpu_joules(ledger: Ledger) -> float | None:
         return None
     if least_covered_s(ledger) < MIN_GPU_COVERAGE * ledger.measured_s:
         return None
-    return sum(joules / s * ledger.measured_s for joules, s in ledger.gpus.values())
+    total = 0.0
+    for joules, covered_s in ledger.gpus.values():
+        watts = joules / covered_s
+        total += watts * ledger.measured_s
+    return total
 
 
 def _why_no_energy(ledger: Ledger, gpu_joules: float | None) -> str:
@@ -4802,11 +4835,10 @@ GROUP_FILES = {
     ),
     ("cpu", "v2"): (GroupFile("cpu.max", f"{{0}} {CPU_PERIOD_US}"),),
 }
-CONTROLLERS = ("memory", "cpu")
 
 
 class ControlGroup:
-    """Control groups of one name for a process and its children: what they may use, what befell them.
+    """Control groups of one name for a process and its children: their limits, and their end.
 
     Version 1 has a group for each controller, version 2 one for both; it is made as near to this
     process's own as the kernel lets it be. Documentation/admin-guide/cgroup-v2.rst,
@@ -4815,24 +4847,30 @@ class ControlGroup:
 
     def __init__(self, host: Host, name: str) -> None:
         self._host = host
-        self._made: dict[str, tuple[str, str]] = {}  # controller -> folder, version
-        self._places: dict[str, list[tuple[str, str]]] = {name: [] for name in CONTROLLERS}
+        # Of each controller, where its group may be made and was made: folder, version.
+        self._places: dict[str, list[tuple[str, str]]] = {"memory": [], "cpu": []}
+        self._made: dict[str, tuple[str, str]] = {}
         for hierarchy in cgroup_hierarchies(host):
             version = f"v{hierarchy.version}"
-            places = [(f"{folder}/{GROUP_PREFIX}{name}", version) for folder in hierarchy.folders]
-            for controller in hierarchy.controllers or CONTROLLERS:
-                self._places[controller] += places
+            for controller in hierarchy.controllers or self._places:
+                for folder in hierarchy.folders:
+                    place = (f"{folder}/{GROUP_PREFIX}{name}", version)
+                    self._places[controller].append(place)
 
     @property
     def folders(self) -> list[str]:
         """Every folder that may be made, to be remembered before it is."""
-        found = [folder for places in self._places.values() for folder, _ in places]
-        return list(dict.fromkeys(found))
+        found: dict[str, None] = {}
+        for places in self._places.values():
+            for folder, _ in places:
+                found[folder] = None
+        return list(found)
 
     def limit(self, controller: str, amount: int) -> str | None:
-        """Limit memory to bytes, or cpu to µs in each period; return "cgroup v1", "cgroup v2" or None.
+        """Limit memory to bytes, or cpu to µs in each period.
 
-        A group beside this process's own is outside of that one's limits, so these hold for it too.
+        Return "cgroup v1", "cgroup v2", or None where no group can be made. A group beside this
+        process's own is outside of that one's limits, so they are this group's limits too.
         """
         own = cgroup_limits(self._host)
         if controller == "memory" and own.memory_bytes is not None:
@@ -4847,27 +4885,33 @@ class ControlGroup:
 
     def _make(self, controller: str, folder: str, version: str, amount: int) -> bool:
         """Make a group with a limit; return whether the kernel took it. No half of one is left."""
-        if version == "v2" and not self._enable(os.path.dirname(folder), controller):
+        parent = os.path.dirname(folder)
+        if version == "v2" and not self._enable(parent, controller):
             return False
-        is_ours = folder in [made for made, _ in self._made.values()]  # by the other controller
-        files = GROUP_FILES[controller, version]
-        if self._host.make(folder) and self._write(folder, files, amount):
-            return True
-        if not is_ours:
+        if self._host.make(folder):
+            files = GROUP_FILES[controller, version]
+            if self._write(folder, files, amount):
+                return True
+        # Of version 2 the other controller may have made it, and needs it.
+        if (folder, version) not in self._made.values():
             self._host.drop(folder)
         return False
 
     def _enable(self, parent: str, controller: str) -> bool:
         """Return whether a group's children have a controller; ask for it if it can be had."""
         switch = f"{parent}/cgroup.subtree_control"
-        if controller in (self._host.read(switch) or "").split():
+        enabled = self._host.read(switch) or ""
+        if controller in enabled.split():
             return True
-        available = (self._host.read(f"{parent}/cgroup.controllers") or "").split()
-        return controller in available and self._host.set(switch, f"+{controller}")
+        available = self._host.read(f"{parent}/cgroup.controllers") or ""
+        if controller not in available.split():
+            return False
+        return self._host.set(switch, f"+{controller}")
 
     def _write(self, folder: str, files: Iterable[GroupFile], amount: int) -> bool:
         for file in files:
-            taken = self._host.set(f"{folder}/{file.name}", file.text.format(amount))
+            text = file.text.format(amount)
+            taken = self._host.set(f"{folder}/{file.name}", text)
             if file.required and not taken:
                 return False
         return True
@@ -4892,18 +4936,21 @@ class ControlGroup:
         count = re.search(r"^oom_kill (\d+)$", events or "", re.MULTILINE)
         if count is not None:
             return int(count[1]) > 0
-        return bool(_int(self._host, f"{folder}/memory.failcnt"))
+        refusals = _int(self._host, f"{folder}/memory.failcnt")
+        return bool(refusals)
 
     def remove(self) -> None:
         """End what is left in the groups that were made, and remove them."""
-        remove_groups(self._host, [folder for folder, _ in self._made.values()])
+        folders = [folder for folder, _ in self._made.values()]
+        remove_groups(self._host, folders)
         self._made.clear()
 
 
 def remove_groups(host: Host, folders: Iterable[str]) -> None:
     """Remove control groups by their folders, with what is left in them; others than ours stay."""
     for folder in folders:
-        if os.path.basename(folder).startswith(GROUP_PREFIX) and host.exists(folder):
+        name = os.path.basename(folder)
+        if name.startswith(GROUP_PREFIX) and host.exists(folder):
             _remove_group(host, folder)
 
 
@@ -4929,23 +4976,29 @@ class Limits:
     """
 
     def __init__(self, host: Host, folder: Path, memory_bytes: int, cpu_percent: float) -> None:
-        """Make the groups; a limit of 0 is none. `folder` is the run's own, its name the groups'."""
+        """Make the groups, of the name of the run's own `folder`; a limit of 0 is none."""
         self.memory_bytes = memory_bytes
         self.enforced: dict[str, str] = {}  # limit -> how
         self._percent = cpu_percent
         self._group = ControlGroup(host, folder.name)
-        asked = {"memory": memory_bytes, "cpu": int(cpu_percent * CPU_PERIOD_US / 100)}
-        amounts = {name: amount for name, amount in asked.items() if amount}
-        if amounts:
+        self._grouped: dict[str, str | None] = {}  # limit -> how the group enforces it, if it can
+        amounts = {
+            "memory": memory_bytes,
+            "cpu": int(cpu_percent * CPU_PERIOD_US / 100),
+        }
+        if any(amounts.values()):
             # Written before a group is made: after a kill the folder says what is to be removed.
-            (folder / "groups").write_text("\n".join(self._group.folders))
-        # How the group enforces each limit, None where it cannot.
-        self._grouped = {name: self._group.limit(name, amount) for name, amount in amounts.items()}
+            names = "\n".join(self._group.folders)
+            (folder / "groups").write_text(names)
+        for name, amount in amounts.items():
+            if amount:
+                self._grouped[name] = self._group.limit(name, amount)
 
     def take(self, pid: int) -> str:
-        """Put a process that was just started under the limits; return how, in words, if that is news.
+        """Put a process that was just started under the limits.
 
-        Raises LimitsRefused if one cannot be enforced: rather no process than one without limits.
+        Return in words how they are enforced, "" if the caller knows that already. Raises
+        LimitsRefused if one cannot be enforced: rather no process than one without limits.
         """
         before = dict(self.enforced)
         refused = []
@@ -4960,7 +5013,8 @@ class Limits:
             raise LimitsRefused(*refused)
         if self.enforced == before:
             return ""
-        return ", ".join(f"{name} by {how}" for name, how in self.enforced.items())
+        words = [f"{name} by {how}" for name, how in self.enforced.items()]
+        return ", ".join(words)
 
     def _enforce(self, name: str, how: str | None, pid: int) -> str:
         if how and self._group.take(name, pid):
@@ -4970,7 +5024,8 @@ class Limits:
         return self._limit_cpu(pid)
 
     def _limit_memory(self, pid: int) -> str:
-        resource.prlimit(pid, resource.RLIMIT_AS, (self.memory_bytes, self.memory_bytes))
+        both = (self.memory_bytes, self.memory_bytes)  # soft and hard: it may not raise it again
+        resource.prlimit(pid, resource.RLIMIT_AS, both)
         return "rlimit"
 
     def _limit_cpu(self, pid: int) -> str:
@@ -5021,9 +5076,9 @@ def existing_place(text: str) -> str:
 
 FLAGS = (
     Flag("--json", False, None, "print JSON; with --watch one object a line"),
-    Flag("--root", None, existing_place, "read a tree instead of this machine, or what --record wrote"),
+    Flag("--root", None, existing_place, "read a tree or an archive of --record, not this machine"),
     Flag("--no-probe", False, None, "do not try the encoders"),
-    Flag("--record", None, str, "write the files that detection reads into one text archive (- for stdout)"),
+    Flag("--record", None, str, "write what detection reads into one text archive (- for stdout)"),
     Flag("--watch", None, interval, "print a reading every so often, such as 1s or 500ms"),
     FFMPEG_FLAG,
     Flag("--state-dir", None, str, "where the encoders found are kept (~/.local/state/ffdist)"),
@@ -5035,7 +5090,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="hwdetect.py",
         epilog=EXAMPLES,
-        description="Print what this machine is, which encoders work on it and what power it draws.",
+        description="Print what this machine is, which encoders work on it and its power.",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"ffdist hwdetect {VERSION}")
     add_flags(parser, FLAGS)
@@ -5047,7 +5102,7 @@ def _watch(host: Host, interval_s: float, as_json: bool) -> int:
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)  # so that nvidia-smi is ended then too
+    signal.signal(signal.SIGTERM, stop)  # so that nvidia-smi is ended in this case too
     sampler = Sampler(host)
     start = time.monotonic()
     turn = 0
@@ -5077,28 +5132,34 @@ WATCH_FIRST = ("time", "cpu_usage", "power_watts", "energy_joules", "zones", "un
 
 
 def _watch_json(reading: Reading) -> str:
-    fields = {**dataclasses.asdict(reading), "time": utc_text(time.time())}
+    """Write a reading as JSON, with the time of day in place of the sampler's clock."""
+    fields = dataclasses.asdict(reading)
+    fields["time"] = utc_text(time.time())
     names = dict.fromkeys((*WATCH_FIRST, *fields))
     return json.dumps({name: fields[name] for name in names})
 
 
 def _watch_line(reading: Reading, first: bool) -> str:
+    """Write a reading for people, with the reason of unknown power if it is the first."""
     cells = [
-        (reading.cpu_usage, "% CPU"),
-        (reading.power_watts, "W"),
-        (reading.energy_joules, "J"),
+        _cell(reading.cpu_usage, "% CPU"),
+        _cell(reading.power_watts, "W"),
+        _cell(reading.energy_joules, "J"),
     ]
     for gpu in reading.gpus:
-        cells.append((gpu.power_watts, printable(f"W {gpu.name}")))
+        cells.append(_cell(gpu.power_watts, f"W {gpu.name}"))
+    line = printable("".join(cells))
 
-    line = ""
-    for value, unit in cells:
-        number = "-" if value is None else f"{value:.1f}"
-        line += f"{number:>9} {unit}"
     why = reading.unknown.get("energy_joules")
     if first and why:
         line += f"\npower is unknown: {why}"
     return line
+
+
+def _cell(value: float | None, unit: str) -> str:
+    """Write a figure in a column of fixed width, so that lines stand below each other."""
+    number = "-" if value is None else f"{value:.1f}"
+    return f"{number:>9} {unit}"
 
 
 class Fact(NamedTuple):
@@ -5114,7 +5175,8 @@ def page(hw: Hardware) -> str:
     lines = []
     for fact in FACTS:
         for text in fact.lines(hw):
-            lines.append(f"{fact.title:<12} {text or _reason_line(hw, fact.field)}")
+            text = text or _reason_line(hw, fact.field)
+            lines.append(f"{fact.title:<12} {text}")
 
     if hw.encoders:
         lines += ["", "Encoders"]
@@ -5124,12 +5186,15 @@ def page(hw: Hardware) -> str:
     if hw.problems:
         lines += ["", "Problems"]
         lines += [f"  {problem}" for problem in hw.problems]
+    # Names come from firmware, drivers and programs, so they may hold anything.
     return "\n".join(map(printable, lines))
 
 
 def _reason_line(hw: Hardware, field: str) -> str:
     why = hw.unknown.get(field)
-    return f"unknown: {why}" if why else "none"
+    if why is None:
+        return "none"
+    return f"unknown: {why}"
 
 
 def _join(*parts: str | None, by: str = ", ") -> str:
@@ -5138,7 +5203,8 @@ def _join(*parts: str | None, by: str = ", ") -> str:
 
 
 def _machine(hw: Hardware) -> list[str]:
-    kind = _join(hw.node_type, _join(hw.container, hw.virtual, by=" in "))
+    place = _join(hw.container, hw.virtual, by=" in ")  # "docker in kvm"
+    kind = _join(hw.node_type, place)
     return [f"{hw.address or '?'} ({kind})"]
 
 
@@ -5182,24 +5248,31 @@ def _battery_list(hw: Hardware) -> list[str]:
 
 
 def _energy_lines(hw: Hardware) -> list[str]:
-    """Write the counters that can be read, and the reason of the first that cannot: it is all theirs."""
+    """Write the counters that can be read, and why the others cannot."""
     readable = []
+    closed = []
     for zone in hw.rapl:
-        if zone.readable:
-            mirror = f" (mirrors {zone.mirror_of})" if zone.mirror_of else ""
-            readable.append(zone.name + mirror)
-    closed = [zone for zone in hw.rapl if not zone.readable]
+        if not zone.readable:
+            closed.append(zone)
+        elif zone.mirror_of:
+            readable.append(f"{zone.name} (mirrors {zone.mirror_of})")
+        else:
+            readable.append(zone.name)
 
     lines = []
     if readable or not closed:
         lines.append(", ".join(readable))
-    if closed:
+    if closed:  # all for the same reason
         lines.append(_reason_line(hw, f"rapl.{closed[0].name}"))
     return lines
 
 
 def _sensor_lines(hw: Hardware) -> list[str]:
-    return [f"{one.chip} {one.label}: {one.value:.1f} {one.unit}" for one in hw.sensors]
+    lines = []
+    for sensor in hw.sensors:
+        name = f"{sensor.chip} {sensor.label}"
+        lines.append(f"{name}: {sensor.value:.1f} {sensor.unit}")
+    return lines
 
 
 def _disk_lines(hw: Hardware) -> list[str]:
@@ -5217,6 +5290,7 @@ def _no_encoders(hw: Hardware) -> list[str]:
     return [] if hw.encoders else [""]
 
 
+# The order of the page: the machine, its parts, its programs.
 FACTS = (
     Fact("Machine", "address", _machine),
     Fact("Board", "machine", lambda hw: [hw.machine]),
@@ -5261,7 +5335,7 @@ def _record(host: Host, file: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    """Do what the flags ask for, on this machine, on a tree, or on an archive unpacked for the time."""
+    """Do as the flags say, on this machine, on a tree, or on an archive that is unpacked for it."""
     root = options.root or "/"
     if os.path.isdir(root):
         return _run_on(Host(root), options)
@@ -5301,7 +5375,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Python flushes stdout once more at its end, and would complain.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
         return 0
 
 
