@@ -78,7 +78,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Protocol
+from typing import Any, Generic, NamedTuple, Optional, Protocol, TypeVar
 
 import hwdetect
 
@@ -688,7 +688,7 @@ class JobView:
     @classmethod
     def from_json(cls, value: object) -> JobView:
         """Return the view of a job; ApiError where it has no id."""
-        fields = Fields(value, "a job of the master's answer", status=0, lenient=True)
+        fields = Fields(value, prefix="job.", status=0, lenient=True)
         result, progress = fields.mapping("result"), fields.mapping("progress")
         percent = fields.number("progress")  # a number alone is the percent of a seed's agent
         if percent is not None:
@@ -739,7 +739,7 @@ class NodeView:
     @classmethod
     def from_json(cls, value: object) -> NodeView:
         """Return the view of a node; ApiError where it has no id."""
-        fields = Fields(value, "a node of the master's answer", status=0, lenient=True)
+        fields = Fields(value, prefix="node.", status=0, lenient=True)
         node_id = fields.required_text("id")
         return cls(
             json=fields.values, id=node_id,
@@ -755,6 +755,53 @@ class NodeView:
     def short_id(self) -> str:
         """The first characters of its id: lists show them, commands take them."""
         return self.id[:8]
+
+
+View = TypeVar("View", JobView, NodeView, ResultView)
+
+
+@dataclass(frozen=True)
+class Listing(Generic[View]):
+    """A page of views; `json` is the whole answer.
+
+    `count` is of this page, `total` of all that match; `next` is the cursor of the page after it.
+    """
+
+    json: Json
+    items: tuple[View, ...]
+    count: int
+    total: int
+    next: str | None
+
+    @classmethod
+    def from_json(cls, value: object, field: str, kind: type[View]) -> Listing[View]:
+        """Return the listing under a field; the seed's master sends neither total nor cursor."""
+        fields = answer_fields(value)
+        items = tuple(map(kind.from_json, fields.items(field)))
+        count = fields.whole("count")
+        total = fields.whole("total")
+        return cls(
+            json=fields.values,
+            items=items,
+            count=len(items) if count is None else count,
+            total=len(items) if total is None else total,
+            next=fields.text("next", 4096))
+
+
+@dataclass(frozen=True)
+class LogPart:
+    """Some lines of a job's log, the number of the next one, and the job's status."""
+
+    lines: tuple[str, ...]
+    next: int
+    status: str
+
+    @classmethod
+    def from_json(cls, value: object) -> LogPart:
+        """Return the part of a log."""
+        fields = answer_fields(value)
+        return cls(tuple(map(str, fields.items("lines"))), fields.whole("next") or 0,
+                   fields.words("status"))
 
 
 # ---- 4 Words --------------------------------------------------------------------------------------
@@ -1093,7 +1140,7 @@ class _JsonLines(logging.Formatter):
 MASTER_PORT = 8080
 CONNECT_S = 10.0
 ANSWER_S = 30.0  # patience for an answer, beside the time that the request asked to wait
-SUBMIT_WAIT_S = 90.0  # more patience: 10,000 jobs at once are checked and committed
+SUBMIT_WAIT_S = 90.0  # more patience: up to 10,000 jobs at once are checked and committed
 ANSWER_LIMIT_BYTES = 256 << 20
 REFUSAL_LIMIT_BYTES = 1 << 20
 
@@ -1218,34 +1265,38 @@ class Client:
     def report(self, result: Json) -> None:
         self._call("POST", "/results", result)
 
-    def submit(self, job: Json | list[Json]) -> Json:
-        return self._call("POST", "/jobs", job, wait_s=SUBMIT_WAIT_S)
+    def submit(self, job: Json) -> JobView:
+        return JobView.from_json(self._call("POST", "/jobs", job))
 
-    def nodes(self) -> Json:
-        return self._call("GET", "/nodes")
+    def submit_all(self, jobs: Sequence[Json]) -> tuple[JobView, ...]:
+        answer = self._call("POST", "/jobs", list(jobs), wait_s=SUBMIT_WAIT_S)
+        return Listing.from_json(answer, "jobs", JobView).items
 
-    def jobs(self, query: Json) -> Json:
-        return self._call("GET", "/jobs", None, query)
+    def nodes(self) -> Listing[NodeView]:
+        return Listing.from_json(self._call("GET", "/nodes"), "nodes", NodeView)
 
-    def results(self, query: Json) -> Json:
-        return self._call("GET", "/results", None, query)
+    def jobs(self, query: Json) -> Listing[JobView]:
+        return Listing.from_json(self._call("GET", "/jobs", None, query), "jobs", JobView)
 
-    def job(self, job_id: str) -> Json:
-        return self._call("GET", f"/jobs/{_quoted(job_id)}")
+    def results(self, query: Json) -> Listing[ResultView]:
+        return Listing.from_json(self._call("GET", "/results", None, query), "results", ResultView)
 
-    def order(self, job_id: str, verb: str) -> Json:
-        return self._call("POST", f"/jobs/{_quoted(job_id)}/{verb}")
+    def job(self, job_id: str) -> JobView:
+        return JobView.from_json(self._call("GET", f"/jobs/{_quoted(job_id)}"))
 
-    def order_node(self, node_id: str, verb: str, deadline_s: float | None = None) -> Json:
+    def order(self, job_id: str, verb: str) -> JobView:
+        return JobView.from_json(self._call("POST", f"/jobs/{_quoted(job_id)}/{verb}"))
+
+    def order_node(self, node_id: str, verb: str, deadline_s: float | None = None) -> NodeView:
         path = f"/nodes/{_quoted(node_id)}/{verb}"
-        return self._call("POST", path, None, {"deadline": deadline_s})
+        return NodeView.from_json(self._call("POST", path, None, {"deadline": deadline_s}))
 
-    def forget_node(self, node_id: str) -> Json:
-        return self._call("DELETE", f"/nodes/{_quoted(node_id)}")
+    def forget_node(self, node_id: str) -> NodeView:
+        return NodeView.from_json(self._call("DELETE", f"/nodes/{_quoted(node_id)}"))
 
-    def logs(self, job_id: str, after: int, wait_s: float | None = None) -> Json:
-        query = {"after": after, "wait": wait_s}
-        return self._call("GET", f"/jobs/{_quoted(job_id)}/logs", None, query, wait_s)
+    def logs(self, job_id: str, after: int, wait_s: float | None = None) -> LogPart:
+        path, query = f"/jobs/{_quoted(job_id)}/logs", {"after": after, "wait": wait_s}
+        return LogPart.from_json(self._call("GET", path, None, query, wait_s))
 
 
 def _master_address(url: str) -> tuple[str, str, int]:

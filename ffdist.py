@@ -7367,19 +7367,14 @@ def _client(args: argparse.Namespace) -> wire.Client:
     return client
 
 
-def _nodes_of(answer: Json) -> list[wire.NodeView]:
-    return [wire.NodeView.from_json(node) for node in wire.answer_fields(answer).items("nodes")]
-
-
 def cmd_submit(args: argparse.Namespace) -> int:
     """Submit one job, and wait for it where asked to."""
     client = _client(args)
-    answer = client.submit(_job_of(args))
-    job = wire.JobView.from_json(answer)
+    job = client.submit(_job_of(args))
     if args.wait:
         return _wait_and_advise(client, job, args.json)
     if args.json:
-        _print_json(answer)
+        _print_json(job.json)
         return 0
 
     _show(f"job {job.id} submitted: {wire.settings_text(job.settings)}")
@@ -7426,15 +7421,15 @@ def wait_for_job(client: wire.Client, job: wire.JobView, as_json: bool) -> int:
     An absent master is waited for: the job goes on without it.
     """
     _say(f"job {job.id}")
-    nodes: list[wire.NodeView] = []
+    nodes: Sequence[wire.NodeView] = ()
     ask_nodes_at = 0.0
     with contextlib.closing(wire.ProgressLine()) as bar:
         while job.status not in FINAL:
             time.sleep(POLL_S)
             try:
-                job = wire.JobView.from_json(client.job(job.id))
+                job = client.job(job.id)
                 if job.status == "pending" and time.monotonic() >= ask_nodes_at:
-                    nodes = _nodes_of(client.nodes())
+                    nodes = client.nodes().items
                     ask_nodes_at = time.monotonic() + NODES_S
             except ApiError as error:
                 if not error.retryable:
@@ -7445,10 +7440,9 @@ def wait_for_job(client: wire.Client, job: wire.JobView, as_json: bool) -> int:
             if job.status not in FINAL:
                 bar.show(waiting_text(job, nodes, time.time(), bar.room()))
 
-    answer = client.job(job.id)
-    job = wire.JobView.from_json(answer)
+    job = client.job(job.id)
     if as_json:
-        _print_json(answer)
+        _print_json(job.json)
     else:
         show_job(job)
     return 0 if job.status == "completed" else 1
@@ -7456,21 +7450,21 @@ def wait_for_job(client: wire.Client, job: wire.JobView, as_json: bool) -> int:
 
 def cmd_show(args: argparse.Namespace) -> int:
     """Show one job."""
-    answer = _client(args).job(args.id)
+    job = _client(args).job(args.id)
     if args.json:
-        _print_json(answer)
+        _print_json(job.json)
     else:
-        show_job(wire.JobView.from_json(answer))
+        show_job(job)
     return 0
 
 
 def cmd_order(args: argparse.Namespace) -> int:
     """Cancel, pause, resume or retry a job: the command's own name is the order."""
-    answer = _client(args).order(args.id, args.command)
+    job = _client(args).order(args.id, args.command)
     if args.json:
-        _print_json(answer)
+        _print_json(job.json)
     else:
-        show_ordered_job(wire.JobView.from_json(answer))
+        show_ordered_job(job)
     return 0
 
 
@@ -7479,18 +7473,18 @@ def cmd_logs(args: argparse.Namespace) -> int:
     client, after = _client(args), 0
     kept: list[str] = []
     while True:
-        answer = client.logs(args.id, after, FOLLOW_S if args.follow else None)
-        lines, after = answer["lines"], answer["next"]
+        part = client.logs(args.id, after, FOLLOW_S if args.follow else None)
+        after = part.next
         if args.json:
-            kept += lines
+            kept += part.lines
         else:
-            for line in lines:
+            for line in part.lines:
                 _show(line)
             sys.stdout.flush()
 
-        if lines:
+        if part.lines:
             continue
-        if not args.follow or answer.get("status") in FINAL:
+        if not args.follow or part.status in FINAL:
             break
 
     if args.json:
@@ -7502,7 +7496,7 @@ def _page_query(client: wire.Client, args: argparse.Namespace) -> Json:
     """Return the query of a listing; a node is asked for by its id, whatever word was typed."""
     query = {name: getattr(args, name) for name in ("status", "scenario", "limit", "after")}
     if args.node_id:
-        query["node_id"] = node_id_of(args.node_id, _nodes_of(client.nodes()))
+        query["node_id"] = node_id_of(args.node_id, client.nodes().items)
     return query
 
 
@@ -7534,40 +7528,39 @@ def node_id_of(word: str, nodes: Sequence[wire.NodeView]) -> str:
 def cmd_jobs(args: argparse.Namespace) -> int:
     """List jobs, newest first."""
     client = _client(args)
-    answer = client.jobs(_page_query(client, args))
+    page = client.jobs(_page_query(client, args))
     if args.json:
-        _print_json(answer)
+        _print_json(page.json)
         return 0
 
-    jobs = [wire.JobView.from_json(job) for job in wire.answer_fields(answer).items("jobs")]
-    nodes = _nodes_of(client.nodes()) if jobs else []
+    nodes = client.nodes().items if page.items else ()
     names = {node.id: node.name for node in nodes}
     show_page(Page("jobs", "submit one with: python3 ffdist.py submit 720p30-h264",
-                   [JOB_HEADS, *(job_line(job, names) for job in jobs)], answer, _filters_of(args)))
+                   [JOB_HEADS, *(job_line(job, names) for job in page.items)], page.json,
+                   _filters_of(args)))
     return 0
 
 
 def cmd_results(args: argparse.Namespace) -> int:
     """List results, newest first."""
     client = _client(args)
-    answer = client.results(_page_query(client, args))
+    page = client.results(_page_query(client, args))
     if args.json:
-        _print_json(answer)
+        _print_json(page.json)
         return 0
 
-    results = map(wire.ResultView.from_json, wire.answer_fields(answer).items("results"))
     show_page(Page("results", "they come when jobs have run",
-                   [RESULT_HEADS, *map(result_line, results)], answer, _filters_of(args)))
+                   [RESULT_HEADS, *map(result_line, page.items)], page.json, _filters_of(args)))
     return 0
 
 
 def cmd_nodes(args: argparse.Namespace) -> int:
     """List nodes."""
-    answer = _client(args).nodes()
+    page = _client(args).nodes()
     if args.json:
-        _print_json(answer)
+        _print_json(page.json)
     else:
-        show_nodes(_nodes_of(answer))
+        show_nodes(page.items)
     return 0
 
 
@@ -7581,21 +7574,21 @@ def cmd_undrain(args: argparse.Namespace) -> int:
     return _show_node_answer(_client(args).order_node(args.id, "resume"), args.json)
 
 
-def _show_node_answer(answer: Json, as_json: bool) -> int:
+def _show_node_answer(node: wire.NodeView, as_json: bool) -> int:
     if as_json:
-        _print_json(answer)
+        _print_json(node.json)
     else:
-        show_ordered_node(wire.NodeView.from_json(answer))
+        show_ordered_node(node)
     return 0
 
 
 def cmd_forget(args: argparse.Namespace) -> int:
     """Remove a node."""
-    answer = _client(args).forget_node(args.id)
+    node = _client(args).forget_node(args.id)
     if args.json:
-        _print_json(answer)
+        _print_json(node.json)
     else:
-        _show(f"node {answer['id']} is {answer['status']}")
+        _show(f"node {node.id} is {node.status}")
     return 0
 
 
@@ -7633,7 +7626,7 @@ def cmd_experiment(args: argparse.Namespace) -> int:
             show_plan(experiment)
         return 0
     client = _client(args)
-    _check_nodes(experiment, _nodes_of(client.nodes()))
+    _check_nodes(experiment, client.nodes().items)
     again = f"python3 ffdist.py experiment {shlex.quote(args.file)}"
     retry = f"{again} --retry-failed"
     _say(f"experiment {experiment.id}: {wire.count_text(len(jobs), 'job')}")
@@ -7646,7 +7639,7 @@ def cmd_experiment(args: argparse.Namespace) -> int:
     if args.no_wait and len(known) < len(jobs):
         _say(f"{len(known)} of {wire.count_text(len(jobs), 'job')} are submitted; others must not disturb "
              f"them: submit more, when these have ended, with: {again}")
-    details = [client.job(job["id"]) if job["status"] in FINAL else job for job in known.values()]
+    details = [client.job(job["id"]).json if job["status"] in FINAL else job for job in known.values()]
     if args.json:
         _print_json({"experiment": experiment.id, "jobs": details})
     else:
@@ -7691,13 +7684,13 @@ def _submit_groups(client: wire.Client, groups: Iterable[Group], known: dict[str
             if known.get(job["id"], {}).get("status") not in FINAL]
     found: dict[str, Json] = {}
     for start in range(0, len(jobs), 500):
-        found.update((job["id"], job) for job in client.submit(jobs[start:start + 500])["jobs"])
+        found.update((job.id, job.json) for job in client.submit_all(jobs[start:start + 500]))
     for group in groups if retry else ():
         mine = [found[job["id"]] for job in group.jobs if job["id"] in found and job["id"] not in known]
         if any(job["status"] in BROKEN for job in mine):
             for job in sorted(mine, key=lambda job: job["status"] in BROKEN):
                 if job["status"] in FINAL:
-                    found[job["id"]] = client.order(job["id"], "retry")
+                    found[job["id"]] = client.order(job["id"], "retry").json
     known.update(found)
 
 
@@ -7756,7 +7749,7 @@ def _rows_of(client: wire.Client, ids: Sequence[str]) -> list[Row]:
     rows = []
     for job_id in ids:
         try:
-            rows.append(row_of(wire.JobView.from_json(client.job(job_id))))
+            rows.append(row_of(client.job(job_id)))
         except ApiError as error:
             if error.status != 404:
                 raise
@@ -7789,13 +7782,10 @@ def _jobs_to_report(client: wire.Client, args: argparse.Namespace) -> tuple[str,
 
 def _reported_results(client: wire.Client, args: argparse.Namespace) -> list[str]:
     """Return the ids of the jobs of a page of results; say so where there are more pages."""
-    answer = client.results(_page_query(client, args))
-    if answer.get("next"):
-        _say(f"these are {answer['count']} of {answer['total']} results; "
-             f"the next with --after {answer['next']}")
-
-    results = [wire.ResultView.from_json(result) for result in answer["results"]]
-    return list(dict.fromkeys(result.job_id for result in reversed(results)))
+    page = client.results(_page_query(client, args))
+    if page.next:
+        _say(f"these are {page.count} of {page.total} results; the next with --after {page.next}")
+    return list(dict.fromkeys(result.job_id for result in reversed(page.items)))
 
 
 def _jobs_of_experiment(client: wire.Client, name: str) -> list[str]:
@@ -7803,12 +7793,11 @@ def _jobs_of_experiment(client: wire.Client, name: str) -> list[str]:
     ids: list[str] = []
     query: Json = {"limit": PAGE_MOST}
     while True:
-        answer = client.jobs(query)
-        jobs = [wire.JobView.from_json(job) for job in answer["jobs"]]
-        ids += [job.id for job in jobs if job.experiment.get("id") == name]
-        if not answer.get("next"):
+        page = client.jobs(query)
+        ids += [job.id for job in page.items if job.experiment.get("id") == name]
+        if not page.next:
             return ids[::-1]
-        query["after"] = answer["next"]
+        query["after"] = page.next
 
 
 # ---- 25 Host Commands -----------------------------------------------------------------------------
@@ -7955,14 +7944,14 @@ def _demo_with_agent(args: argparse.Namespace, url: str, film: Path | None, fold
         with open(log, "wb") as output, uninterrupted():
             process = start_program(_demo_agent(url, film, folder), output)
         client = args.client = wire.Client(url)
-        answer = await_start(process, lambda: client.nodes()["nodes"] and client.nodes(),
-                             "the agent looks at this machine and tries its encoders")
-        if not answer:
+        nodes = await_start(process, lambda: client.nodes().items,
+                            "the agent looks at this machine and tries its encoders")
+        if not nodes:
             raise CommandError(f"the agent ended: {last_line(log) or 'it printed nothing'}")
 
-        job = wire.JobView.from_json(client.submit(_demo_job(args.scenario, film)))
+        job = client.submit(_demo_job(args.scenario, film))
         if not args.json:
-            show_nodes(_nodes_of(answer))
+            show_nodes(nodes)
         return wait_for_job(client, job, args.json)
     finally:
         if process is not None:

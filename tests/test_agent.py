@@ -2140,6 +2140,18 @@ class Decoding(unittest.TestCase):
             with self.assertRaises(agent.ApiError):
                 view.from_json({"name": "without an id"})
 
+    def test_a_listing_knows_its_page_or_all_that_it_holds(self) -> None:
+        rows = [{"id": "a"}, {"id": "b"}]
+        answer = {"jobs": rows, "count": 2, "total": 9, "next": "c"}
+        page = agent.Listing.from_json(answer, "jobs", agent.JobView)
+        self.assertEqual((page.count, page.total, page.next), (2, 9, "c"))
+        seeds = agent.Listing.from_json({"jobs": rows}, "jobs", agent.JobView)
+        self.assertEqual([job.id for job in seeds.items], ["a", "b"])
+        self.assertEqual((seeds.count, seeds.total, seeds.next), (2, 2, None))
+        for wrong in ({"jobs": {}}, {"jobs": [5]}, []):
+            with self.assertRaises(agent.ApiError):
+                agent.Listing.from_json(wrong, "jobs", agent.JobView)
+
 
 def http_answer(body: bytes, status: str = "200 OK", more: str = "") -> bytes:
     return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n{more}\r\n".encode() + body
@@ -2166,7 +2178,7 @@ class Calling(unittest.TestCase):
     def test_one_connection_serves_many_calls(self) -> None:
         with self.server(*[http_answer(b'{"nodes": []}')] * 5) as (server, client):
             for _ in range(5):
-                self.assertEqual(client.nodes(), {"nodes": []})
+                self.assertEqual(client.nodes().json, {"nodes": []})
             self.assertEqual(server.connections, 1)
 
     def test_an_answer_takes_no_more_memory_than_it_has(self) -> None:
@@ -2181,12 +2193,12 @@ class Calling(unittest.TestCase):
     def test_a_connection_that_the_server_closed_while_idle_is_no_error(self) -> None:
         with self.server(*[http_answer(b"{}")] * 3, close_after=True) as (server, client):
             for _ in range(3):
-                self.assertEqual(client.nodes(), {})
+                self.assertEqual(client.nodes().json, {})
             self.assertEqual(server.connections, 3)
 
     def test_nothing_that_may_have_been_done_is_sent_twice(self) -> None:
         """A connection that breaks after the request was sent: the master may have acted on it."""
-        good = http_answer(b"{}")
+        good = http_answer(b'{"id": "x"}')
         for ask in (lambda client: client.report({}), lambda client: client.submit({}),
                     lambda client: client.heartbeat("n", {}), lambda client: client.order("j", "retry"),
                     lambda client: client.forget_node("n"), lambda client: client.claim({"node_id": "n"})):
@@ -2254,11 +2266,11 @@ class Calling(unittest.TestCase):
 
     def test_half_an_answer_is_no_answer_and_the_next_call_gets_its_own(self) -> None:
         cut = b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"nodes": ['
-        with self.server(cut, http_answer(b'{"nodes": [1]}'), close_after=True) as (_, client):
+        with self.server(cut, http_answer(b'{"nodes": [{"id": "n"}]}'), close_after=True) as (_, client):
             with self.assertRaises(agent.ApiError) as caught:
                 client.nodes()
             self.assertTrue(caught.exception.retryable)
-            self.assertEqual(client.nodes(), {"nodes": [1]})
+            self.assertEqual([node.id for node in client.nodes().items], ["n"])
 
     def test_half_a_refusal_is_no_answer_and_retryable(self) -> None:
         """A body that does not come in time is a silence, not an error of the agent's own."""
@@ -2282,7 +2294,7 @@ class Calling(unittest.TestCase):
     def test_a_length_that_is_no_number_is_that_of_the_connection(self) -> None:
         raw = b'HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n{"nodes": []}'
         with self.server(raw, close_after=True) as (_, client):
-            self.assertEqual(client.nodes(), {"nodes": []})
+            self.assertEqual(client.nodes().json, {"nodes": []})
 
     def test_nobody_there_is_retryable_and_names_the_master(self) -> None:
         url = f"http://127.0.0.1:{free_port()}"
@@ -2302,7 +2314,7 @@ class Calling(unittest.TestCase):
         self.assertEqual(agent.Client("http://proxy:80/fleet").url, "http://proxy:80/fleet")
 
     def test_ids_are_quoted_in_paths(self) -> None:
-        with self.server(http_answer(b"{}")) as (server, client):
+        with self.server(http_answer(b'{"id": "x"}')) as (server, client):
             client.job("../../x?y#z")
             wait_for(lambda: server.requests, 5)
             self.assertTrue(server.requests[0].startswith(b"GET /jobs/..%2F..%2Fx%3Fy%23z HTTP/1.1\r\n"))
