@@ -6280,6 +6280,10 @@ REPORT_KINDS: Mapping[str, Callable[[Document], str]] = {
 
 # ---- 20 Programs ----------------------------------------------------------------------------------
 
+Process = subprocess.Popen[bytes]
+Packages = Mapping[str, Mapping[str, str]]
+
+
 class Manager(NamedTuple):
     """One package manager: how its index is refreshed, and how it installs."""
 
@@ -6300,7 +6304,7 @@ MANAGERS = {
     "zypper": Manager((), ("zypper", "--non-interactive", "install")),
 }
 # program -> the package that has it, by package manager ("": of any other) where the names differ
-PACKAGES: Mapping[str, Mapping[str, str]] = {
+PACKAGES: Packages = {
     "ffmpeg": {"dnf": "ffmpeg-free"},
     "ffprobe": {"": "ffmpeg", "dnf": "ffmpeg-free"},
 }
@@ -6326,19 +6330,25 @@ def uninterrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def start_program(argv: Sequence[str], output: Any = None) -> subprocess.Popen[bytes]:
+def start_program(argv: Sequence[str], output: Any = None) -> Process:
     """Start another program; its stdout and stderr go to `output`. ffdist starts none elsewhere.
 
     It gets a session of its own, so that Ctrl-C on the terminal reaches ffdist alone, which then
     ends its programs in order. Our own environment variables are not passed on: FFDIST_MASTER,
     say, would turn the demo's agent to another master.
     """
-    env = {name: value for name, value in os.environ.items() if not name.startswith("FFDIST_")}
-    return subprocess.Popen(list(argv), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                            start_new_session=True, env=env)
+    env = {name: value for name, value in os.environ.items()
+           if not name.startswith("FFDIST_")}
+    return subprocess.Popen(
+        list(argv),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+        env=env)
 
 
-def end_program(process: subprocess.Popen[bytes], limit_s: float) -> None:
+def end_program(process: Process, limit_s: float) -> None:
     """End a program of start_program(): SIGTERM, after the limit SIGKILL to its whole group."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -6349,7 +6359,7 @@ def end_program(process: subprocess.Popen[bytes], limit_s: float) -> None:
     process.wait()
 
 
-def await_start(process: subprocess.Popen[bytes], ready: Callable[[], Any], doing: str,
+def await_start(process: Process, ready: Callable[[], Any], doing: str,
                 limit_s: float = math.inf) -> Any:
     """Return the first true value of ready(); None when the process or the time ends before."""
     began = time.monotonic()
@@ -6369,11 +6379,12 @@ def await_start(process: subprocess.Popen[bytes], ready: Callable[[], Any], doin
 
 def last_line(output: Path) -> str:
     """Return the last line of the file that a program writes to."""
-    return output.read_text(errors="replace").strip().rpartition("\n")[2]
+    text = output.read_text(errors="replace").strip()
+    return text.rpartition("\n")[2]
 
 
 def install_commands(programs: Iterable[str],
-                     packages: Mapping[str, Mapping[str, str]] = PACKAGES) -> list[tuple[str, ...]]:
+                     packages: Packages = PACKAGES) -> list[tuple[str, ...]]:
     """Return the commands that install programs with this host's manager; [] without one."""
     manager = next((name for name in MANAGERS if shutil.which(name)), None)
     if manager is None:
@@ -6390,13 +6401,13 @@ def install_commands(programs: Iterable[str],
     return commands
 
 
-def _package_of(program: str, manager: str, packages: Mapping[str, Mapping[str, str]]) -> str:
+def _package_of(program: str, manager: str, packages: Packages) -> str:
     names = packages.get(program, {})
     return names.get(manager) or names.get("") or program
 
 
 def provide(programs: Iterable[str], install: bool,
-            packages: Mapping[str, Mapping[str, str]] = PACKAGES) -> None:
+            packages: Packages = PACKAGES) -> None:
     """Make sure that programs are on PATH, installing them where `install` allows it.
 
     CommandError names what is missing and the command that brings it.
@@ -6425,7 +6436,10 @@ def provide(programs: Iterable[str], install: bool,
 
 def _command_line(commands: Iterable[Sequence[str]]) -> str:
     """Return commands as a person types them: sudo may ask, so without its -n."""
-    lines = [shlex.join(word for word in command if word != "-n") for command in commands]
+    lines = []
+    for command in commands:
+        words = [word for word in command if word != "-n"]
+        lines.append(shlex.join(words))
     return " && ".join(lines)
 
 
@@ -6628,9 +6642,14 @@ _SOURCE: Json = {"type": "prometheus", "uid": "ffdist"}
 def _panel_json(panel: Panel, number: int, place: Json) -> Json:
     """Return one panel as Grafana reads it; the kinds differ in their options alone."""
     made: Json = {
-        "id": number, "type": panel.kind, "title": panel.title, "datasource": _SOURCE,
-        "gridPos": place, "targets": _targets(panel),
-        "fieldConfig": {"defaults": {"unit": panel.unit}, "overrides": []}, "options": {},
+        "id": number,
+        "type": panel.kind,
+        "title": panel.title,
+        "datasource": _SOURCE,
+        "gridPos": place,
+        "targets": _targets(panel),
+        "fieldConfig": {"defaults": {"unit": panel.unit}, "overrides": []},
+        "options": {},
     }
     if panel.kind == "timeseries":
         # Jobs come and go: lines are drawn over the gaps between them.
@@ -6649,9 +6668,18 @@ def _targets(panel: Panel) -> list[Json]:
     """Return the queries of a panel: of a graph over its range, of the others at this moment."""
     is_graph = panel.kind == "timeseries"
     form = "table" if panel.kind == "table" else "time_series"
-    return [{"refId": _ref(number), "datasource": _SOURCE, "expr": promql(expr),
-             "legendFormat": legend, "instant": not is_graph, "range": is_graph, "format": form}
-            for number, (expr, legend) in enumerate(zip(panel.exprs, panel.legend))]
+    targets: list[Json] = []
+    for number, (expr, legend) in enumerate(zip(panel.exprs, panel.legend)):
+        targets.append({
+            "refId": _ref(number),
+            "datasource": _SOURCE,
+            "expr": promql(expr),
+            "legendFormat": legend,
+            "instant": not is_graph,
+            "range": is_graph,
+            "format": form,
+        })
+    return targets
 
 
 def _ref(number: int) -> str:
@@ -6690,26 +6718,55 @@ def _places(panels: Iterable[Panel]) -> Iterator[Json]:
         x, row_height = x + width, max(row_height, height)
 
 
+# A menu of the other dashboards on each page; the choice of nodes and the time go along.
+_LINK_TO_OTHERS: Json = {
+    "title": "ffdist",
+    "type": "dashboards",
+    "tags": ["ffdist"],
+    "asDropdown": True,
+    "icon": "external link",
+    "includeVars": True,
+    "keepTime": True,
+    "targetBlank": False,
+    "tooltip": "",
+    "url": "",
+}
+
+
 def dashboard_json(title: str) -> Json:
     """Return one of DASHBOARDS as Grafana reads it."""
     board = DASHBOARDS[title]
     panels = [_panel_json(panel, number, place)
               for number, (panel, place) in enumerate(zip(board, _places(board)), 1)]
-    link = {"title": "ffdist", "type": "dashboards", "tags": ["ffdist"], "asDropdown": True,
-            "icon": "external link", "includeVars": True, "keepTime": True, "targetBlank": False,
-            "tooltip": "", "url": ""}
-    return {"uid": dashboard_uid(title), "title": f"ffdist: {title}", "tags": ["ffdist"],
-            "schemaVersion": 39, "editable": True, "refresh": "30s", "timezone": "browser",
-            "time": {"from": "now-6h", "to": "now"},
-            "templating": {"list": [_node_variable(several=title != "One node")]},
-            "links": [link], "panels": panels}
+    return {
+        "uid": dashboard_uid(title),
+        "title": f"ffdist: {title}",
+        "tags": ["ffdist"],
+        "schemaVersion": 39,
+        "editable": True,
+        "refresh": "30s",
+        "timezone": "browser",
+        "time": {"from": "now-6h", "to": "now"},
+        "templating": {"list": [_node_variable(several=title != "One node")]},
+        "links": [_LINK_TO_OTHERS],
+        "panels": panels,
+    }
 
 
 def _node_variable(several: bool) -> Json:
     """Return the choice of nodes at the top of a page: one, or `several` up to all of them."""
-    made: Json = {"type": "query", "name": "node", "label": "Node", "datasource": _SOURCE,
-                  "refresh": 2, "sort": 1, "options": [], "multi": several, "includeAll": several,
-                  "query": {"query": promql("label_values(@node_up, node)"), "refId": "node"}}
+    made: Json = {
+        "type": "query",
+        "name": "node",
+        "label": "Node",
+        "datasource": _SOURCE,
+        "query": {"query": promql("label_values(@node_up, node)"), "refId": "node"},
+        "refresh": 2,  # when the time range changes: nodes come and go
+        "sort": 1,     # by the alphabet
+        "options": [],
+        "multi": several,
+        "includeAll": several,
+    }
     if several:
         made["allValue"] = ".*"
         made["current"] = {"selected": True, "text": ["All"], "value": ["$__all"]}
@@ -6963,7 +7020,7 @@ class Running(NamedTuple):
     """A part that was started, and the file that it writes to."""
 
     part: Part
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
 
     def failure(self, how: str) -> CommandError:
@@ -7356,18 +7413,20 @@ def show_plan(experiment: Experiment) -> None:
 # Commands that ask a master. Each takes the parsed words, prints its answer and returns an exit
 # code; what goes wrong is raised and becomes one sentence in CLI.
 
-POLL_S = 0.4    # between two questions about a job that someone waits for
+Args = argparse.Namespace
+
+POLL_S = 0.4     # between two questions about a job that someone waits for
 FOLLOW_S = 20.0  # for which the master parks a request for new lines of a log
-NODES_S = 5.0   # between two questions about the nodes that it may be waiting for
+NODES_S = 5.0    # between two questions about the nodes that it may be waiting for
 
 
-def _client(args: argparse.Namespace) -> wire.Client:
+def _client(args: Args) -> wire.Client:
     client = wire.Client(args.master)
     args.client = client  # main() closes it
     return client
 
 
-def cmd_submit(args: argparse.Namespace) -> int:
+def cmd_submit(args: Args) -> int:
     """Submit one job, and wait for it where asked to."""
     client = _client(args)
     job = client.submit(_job_of(args))
@@ -7382,7 +7441,7 @@ def cmd_submit(args: argparse.Namespace) -> int:
     return 0
 
 
-def _job_of(args: argparse.Namespace) -> Json:
+def _job_of(args: Args) -> Json:
     """Return the submission that the words of a command ask for.
 
     It has an id of its own, so that a request that is repeated after a lost answer counts once.
@@ -7448,7 +7507,7 @@ def wait_for_job(client: wire.Client, job: wire.JobView, as_json: bool) -> int:
     return 0 if job.status == "completed" else 1
 
 
-def cmd_show(args: argparse.Namespace) -> int:
+def cmd_show(args: Args) -> int:
     """Show one job."""
     job = _client(args).job(args.id)
     if args.json:
@@ -7458,7 +7517,7 @@ def cmd_show(args: argparse.Namespace) -> int:
     return 0
 
 
-def cmd_order(args: argparse.Namespace) -> int:
+def cmd_order(args: Args) -> int:
     """Cancel, pause, resume or retry a job: the command's own name is the order."""
     job = _client(args).order(args.id, args.command)
     if args.json:
@@ -7468,7 +7527,7 @@ def cmd_order(args: argparse.Namespace) -> int:
     return 0
 
 
-def cmd_logs(args: argparse.Namespace) -> int:
+def cmd_logs(args: Args) -> int:
     """Print the log of a job; -f follows it to its end."""
     client, after = _client(args), 0
     kept: list[str] = []
@@ -7492,7 +7551,7 @@ def cmd_logs(args: argparse.Namespace) -> int:
     return 0
 
 
-def _page_query(client: wire.Client, args: argparse.Namespace) -> Json:
+def _page_query(client: wire.Client, args: Args) -> Json:
     """Return the query of a listing; a node is asked for by its id, whatever word was typed."""
     query = {name: getattr(args, name) for name in ("status", "scenario", "limit", "after")}
     if args.node_id:
@@ -7500,7 +7559,7 @@ def _page_query(client: wire.Client, args: argparse.Namespace) -> Json:
     return query
 
 
-def _filters_of(args: argparse.Namespace) -> str:
+def _filters_of(args: Args) -> str:
     """Return the filters of a listing as they were typed."""
     return " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}"
                     for name in ("status", "scenario", "node_id", "after") if getattr(args, name))
@@ -7525,7 +7584,7 @@ def node_id_of(word: str, nodes: Sequence[wire.NodeView]) -> str:
                            "see them with: python3 ffdist.py nodes") from None
 
 
-def cmd_jobs(args: argparse.Namespace) -> int:
+def cmd_jobs(args: Args) -> int:
     """List jobs, newest first."""
     client = _client(args)
     page = client.jobs(_page_query(client, args))
@@ -7541,7 +7600,7 @@ def cmd_jobs(args: argparse.Namespace) -> int:
     return 0
 
 
-def cmd_results(args: argparse.Namespace) -> int:
+def cmd_results(args: Args) -> int:
     """List results, newest first."""
     client = _client(args)
     page = client.results(_page_query(client, args))
@@ -7554,7 +7613,7 @@ def cmd_results(args: argparse.Namespace) -> int:
     return 0
 
 
-def cmd_nodes(args: argparse.Namespace) -> int:
+def cmd_nodes(args: Args) -> int:
     """List nodes."""
     page = _client(args).nodes()
     if args.json:
@@ -7564,12 +7623,12 @@ def cmd_nodes(args: argparse.Namespace) -> int:
     return 0
 
 
-def cmd_drain(args: argparse.Namespace) -> int:
+def cmd_drain(args: Args) -> int:
     """Let a node finish what runs and take nothing more."""
     return _show_node_answer(_client(args).order_node(args.id, "drain", args.deadline), args.json)
 
 
-def cmd_undrain(args: argparse.Namespace) -> int:
+def cmd_undrain(args: Args) -> int:
     """Let a node work again that was drained or in quarantine."""
     return _show_node_answer(_client(args).order_node(args.id, "resume"), args.json)
 
@@ -7582,7 +7641,7 @@ def _show_node_answer(node: wire.NodeView, as_json: bool) -> int:
     return 0
 
 
-def cmd_forget(args: argparse.Namespace) -> int:
+def cmd_forget(args: Args) -> int:
     """Remove a node."""
     node = _client(args).forget_node(args.id)
     if args.json:
@@ -7615,7 +7674,7 @@ def load_experiment(path: str) -> Experiment:
         raise ValueError(f"{path}: {error}") from None
 
 
-def cmd_experiment(args: argparse.Namespace) -> int:
+def cmd_experiment(args: Args) -> int:
     """Submit the jobs of an experiment as they fit, follow them to the end, and show what came out."""
     experiment = load_experiment(args.file)
     jobs = experiment.jobs
@@ -7720,7 +7779,7 @@ def _follow(client: wire.Client, experiment: Experiment, wait: bool, retry: bool
                 time.sleep(max(POLL_S, sum(len(group.jobs) for group in due) / 1000))
 
 
-def cmd_report(args: argparse.Namespace) -> int:
+def cmd_report(args: Args) -> int:
     """Report on an experiment, or on all accepted results: a table, or a file."""
     ending = Path(args.output).suffix.lower() if args.output else ""
     if args.output and ending not in REPORT_KINDS:
@@ -7761,7 +7820,7 @@ def _rows_of(client: wire.Client, ids: Sequence[str]) -> list[Row]:
     return distinct_curves(rows)
 
 
-def _jobs_to_report(client: wire.Client, args: argparse.Namespace) -> tuple[str, list[str]]:
+def _jobs_to_report(client: wire.Client, args: Args) -> tuple[str, list[str]]:
     """Return the title of a report and the ids of its jobs, oldest first."""
     if not args.experiment:
         return "Results", _reported_results(client, args)
@@ -7780,7 +7839,7 @@ def _jobs_to_report(client: wire.Client, args: argparse.Namespace) -> tuple[str,
     return f"Experiment {args.experiment}", ids
 
 
-def _reported_results(client: wire.Client, args: argparse.Namespace) -> list[str]:
+def _reported_results(client: wire.Client, args: Args) -> list[str]:
     """Return the ids of the jobs of a page of results; say so where there are more pages."""
     page = client.results(_page_query(client, args))
     if page.next:
@@ -7804,7 +7863,7 @@ def _jobs_of_experiment(client: wire.Client, name: str) -> list[str]:
 
 # Commands that run something on this host, or touch the files of a master here.
 
-def _data_dir(args: argparse.Namespace) -> Path:
+def _data_dir(args: Args) -> Path:
     return Path(args.data_dir or wire.state_home() / "master").absolute()
 
 
@@ -7830,7 +7889,7 @@ def _age_of(word: str, text: str) -> float:
         "or forever")
 
 
-def cmd_backup(args: argparse.Namespace) -> int:
+def cmd_backup(args: Args) -> int:
     """Copy the journal of a master, which may be running, to a file."""
     target = Path(args.file).absolute()
     with contextlib.closing(wire.ProgressLine()) as bar:
@@ -7840,7 +7899,7 @@ def cmd_backup(args: argparse.Namespace) -> int:
     return 0
 
 
-def cmd_master(args: argparse.Namespace) -> int:
+def cmd_master(args: Args) -> int:
     """Run the master until Ctrl-C or SIGTERM."""
     log = wire.setup_logging(args.log_level, args.log_format, "ffdist.master")
     stop = threading.Event()
@@ -7865,7 +7924,7 @@ def cmd_master(args: argparse.Namespace) -> int:
     return 0
 
 
-def settings_of(args: argparse.Namespace) -> Settings:
+def settings_of(args: Args) -> Settings:
     """Return the master's settings out of its flags; ValueError for a bad file of prices."""
     max_jobs, max_age_s = args.keep
     tariff = Tariff(
@@ -7910,7 +7969,7 @@ DEMO_FILM_S = 30   # of a film: long enough for figures, short enough to wait fo
 DEMO_END_S = 15.0  # an agent needs a moment to end FFmpeg and remove its files
 
 
-def cmd_demo(args: argparse.Namespace) -> int:
+def cmd_demo(args: Args) -> int:
     """Run a whole fleet of one on this machine: a master, an agent, a real encode."""
     provide(("ffmpeg", "ffprobe"), args.install)
     film = Path(args.input).resolve() if args.input else None
@@ -7934,11 +7993,11 @@ def cmd_demo(args: argparse.Namespace) -> int:
     return 130
 
 
-def _demo_with_agent(args: argparse.Namespace, url: str, film: Path | None, folder: Path) -> int:
+def _demo_with_agent(args: Args, url: str, film: Path | None, folder: Path) -> int:
     """Run an agent beside the demo's master until one job has ended."""
     _say(f"a master runs at {url}")
     log = folder / "agent.log"
-    process: subprocess.Popen[bytes] | None = None
+    process: Process | None = None
     try:
         # Else Ctrl-C could come between the start and the assignment: nobody would end the agent.
         with open(log, "wb") as output, uninterrupted():
@@ -7984,7 +8043,7 @@ def _demo_job(scenario: str | None, film: Path | None) -> Json:
     return {"scenario": scenario or "transcode", "parameters": parameters}
 
 
-def cmd_monitoring(args: argparse.Namespace) -> int:
+def cmd_monitoring(args: Args) -> int:
     """Run VictoriaMetrics, vmalert and Grafana until Ctrl-C, or write their files."""
     if (args.action == "files") != (args.folder is not None):
         raise ValueError("invalid arguments: expected 'monitoring up' or 'monitoring files DIR'")
@@ -7997,7 +8056,7 @@ def cmd_monitoring(args: argparse.Namespace) -> int:
     return _monitoring_up(site, _data_dir(args))
 
 
-def _site_of(args: argparse.Namespace, folder: Path) -> Site:
+def _site_of(args: Args, folder: Path) -> Site:
     listen = f"[{args.listen}]" if ":" in args.listen else args.listen
     master = args.master if "://" in args.master else f"http://{args.master}"
     return Site(
@@ -8059,7 +8118,7 @@ class Command(NamedTuple):
     """One subcommand."""
 
     name: str
-    run: Callable[[argparse.Namespace], int]
+    run: Callable[[Args], int]
     about: str
     examples: tuple[str, ...]
     words: tuple[Word, ...] = ()
@@ -8177,12 +8236,12 @@ _LOGS = Command(
 
 _EXPERIMENT = Command(
     "experiment", cmd_experiment,
-    "run a matrix of jobs from a file, or go on with it",
+    "run a matrix of jobs from a file, or follow it again",
     examples=("codecs.json --dry-run", "codecs.json", "codecs.json --retry-failed"),
     words=(_word("file", "FILE", "an experiment, as JSON"),),
     flags=(
         Flag("--dry-run", False, None, "check the file and show the jobs; submit nothing"),
-        Flag("--no-wait", False, None, "submit what may run now, and do not follow it"),
+        Flag("--no-wait", False, None, "submit the jobs, and do not follow them"),
         Flag("--retry-failed", False, None,
              "run again what failed or was canceled before, with its streams"),
         *_ASK_FLAGS,
@@ -8238,12 +8297,12 @@ _MONITORING = Command(
 )
 
 
-def _about_job(name: str, run: Callable[[argparse.Namespace], int], about: str) -> Command:
+def _about_job(name: str, run: Callable[[Args], int], about: str) -> Command:
     """Return a command about one job."""
     return Command(name, run, about, ("550e8400",), (_JOB_WORD,), _ASK_FLAGS)
 
 
-def _about_node(name: str, run: Callable[[argparse.Namespace], int], about: str) -> Command:
+def _about_node(name: str, run: Callable[[Args], int], about: str) -> Command:
     """Return a command about one node."""
     return Command(name, run, about, ("worker-01",), (_NODE_WORD,), _ASK_FLAGS)
 
@@ -8326,7 +8385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wire.close_output()
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: Args) -> int:
     """Run a command; turn what it raises into one sentence and an exit code."""
     try:
         code = COMMANDS[args.command].run(args)
