@@ -11,8 +11,12 @@ Sections (each uses only those above it):
    1 Vocabulary   limits with units, the master's settings
    2 Jobs         Job, TRANSITIONS, advance(): pure, no I/O, no clock
    3 Messages     what comes in, checked: drafts, registrations, reports (pure)
-   4 Journal      the only SQL: schema, group commit, replay, pages, backup, salvage
-   6 Master       one lock; registry, lanes, leases
+   4 Store        the journal's file: schema, salvage, backup (SQL)
+   5 Journal      group commit, rows and pages (SQL)
+   6 Dispatch     nodes, lanes and the state they make; which node runs which job (pure)
+   7 Leases       health of nodes, leases and their ends, who may speak for a node (pure)
+   8 Fleet        apply(event, now): requests, submissions, all rules as one function (pure)
+   9 Master       the lock, the clock, parked requests, queries
   10 Metrics      the one table of metrics: Prometheus text, lines to push (pure)
   11 Tariff       prices and carbon by hour (pure)
   12 Pages        tables, plots, the plain page of nodes and jobs (pure)
@@ -30,7 +34,6 @@ Sections (each uses only those above it):
   24 Fleet Commands  those that ask a master
   25 Host Commands   those that run something on this host
   26 CLI          the one table of subcommands, main
-(5 and 7 to 9 are numbers kept for Fleet, Access, Files and Films.)
 
 A job's life (SHOWN tells how two inner states look from outside):
 
@@ -98,34 +101,45 @@ from agent import ApiError, Flag, Json
 
 VERSION = wire.VERSION
 CONFIDENCES = ("auto", "low", "medium", "high")
+JSON_KIND = "application/json"
+
+# Limits of a request. A draft takes about 1 KiB, so a bulk submission fits in its body limit.
 BULK_MOST = 10_000
 PAGE_MOST = 1000
 BODY_LIMIT_BYTES = 1 << 20
 BULK_LIMIT_BYTES = 10 << 20
-NESTING_MOST = 64
-LOG_LINES_MOST = 20_000
-SAMPLES_MOST = 50_000
-LOG_LINE_CHARS = 4000
-PROGRESS_FIELDS_MOST = 32
-LEASE_WITHOUT_SESSION_S = 24 * 3600.0
-REAP_S = 1.0
+NESTING_MOST = 64  # the recursion of Python's JSON parser ends at about 1,000
+AFTER_MOST = 1000
 
-FIGURE_MOST = 1e18
+# Limits of an attempt's own words: a runaway FFmpeg must not fill the journal.
+LOG_LINES_MOST = 20_000
+LOG_LINE_CHARS = 4000
+SAMPLES_MOST = 50_000
+PROGRESS_FIELDS_MOST = 32
+
+LEASE_WITHOUT_SESSION_S = 24 * 3600.0  # of agents that neither heartbeat nor say a timeout
+REAP_S = 1.0
+FIGURE_MOST = 1e18  # above it no quantity of an encode is a measurement
 
 
 def finite(values: Mapping[str, Any], name: str) -> float | None:
-    """Return a figure that may be missing; None for what is no number from 0 on that anything measures."""
+    """Return a non-negative number of `values`; None where it is missing or not plausible."""
     value = values.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < FIGURE_MOST:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if not 0 <= value < FIGURE_MOST:  # false for NaN too
         return None
     return float(value)
 
 
 class Pricing(Protocol):
-    """What adds prices to the metrics of a result."""
+    """Adds prices to the metrics of a result."""
 
     def priced(self, metrics: Json, nodes: Sequence[str], start_s: float) -> Json:
-        """Return metrics with prices; `nodes` are the names of the node, `start_s` is since 1970."""
+        """Return metrics with prices.
+
+        `nodes` are the names of the node, `start_s` is since 1970.
+        """
 
 
 @dataclass(frozen=True)
@@ -140,18 +154,15 @@ class Settings:
     keep_jobs: float = 1e6
     keep_s: float = math.inf
     tariff: Pricing | None = None  # the service sets one: see Tariff
-    allow_hosts: frozenset[str] = frozenset()  # names beside this machine's by which browsers may reach it
+    allow_hosts: frozenset[str] = frozenset()  # further names by which browsers may reach it
 
 
 class CommandError(Exception):
-    """Why a command cannot do what it was asked for: one sentence with the next step."""
-
-
-JSON_KIND = "application/json"
+    """A command cannot be carried out: one sentence with the next step."""
 
 
 class Text(NamedTuple):
-    """An answer that is text already: a page, metrics, or JSON made without a detour."""
+    """An answer that is text already: a page, metrics, or JSON that needs no second encoding."""
 
     text: str
     kind: str
@@ -164,8 +175,11 @@ LEASED = frozenset(("running", "stopped", "canceling"))
 SHOWN = {"stopped": "paused", "canceling": "running"}
 STATUSES = ("blocked", "pending", "running", "paused", "completed", "failed", "canceled")
 HISTORY_MOST = 100
+ATTEMPTS_MOST = 50  # records kept of one job
 
 TRANSITIONS: dict[tuple[str, str], str] = {
+    ("blocked", "unblock"): "pending",
+    ("blocked", "cancel"): "canceled",
     ("pending", "claim"): "running",
     ("pending", "reclaim"): "running",
     ("pending", "cancel"): "canceled",
@@ -174,6 +188,7 @@ TRANSITIONS: dict[tuple[str, str], str] = {
     ("running", "fail"): "failed",
     ("running", "end"): "canceled",
     ("running", "return"): "pending",
+    ("running", "excuse"): "pending",
     ("running", "lose"): "pending",
     ("running", "requeue"): "pending",
     ("running", "exhaust"): "failed",
@@ -192,43 +207,62 @@ TRANSITIONS: dict[tuple[str, str], str] = {
     ("stopped", "fail"): "failed",
     ("stopped", "end"): "canceled",
     ("stopped", "return"): "paused",
+    ("stopped", "excuse"): "paused",
     ("stopped", "lose"): "paused",
     ("stopped", "requeue"): "paused",
     ("stopped", "exhaust"): "paused",
     ("paused", "resume"): "pending",
     ("paused", "cancel"): "canceled",
-    ("blocked", "cancel"): "canceled",
     ("completed", "retry"): "pending",
     ("failed", "retry"): "pending",
     ("canceled", "retry"): "pending",
 }
-TRANSIENT = frozenset(("node_lost", "network", "out_of_disk", "out_of_memory", "killed", "stalled",
-                       "agent"))
-ELSEWHERE = frozenset(("no_capability",))  # tried again while there is a node where it was not yet tried
-JOBS_OWN = frozenset(("input", "parameters", "output", "timeout"))  # never a sign of a sick node
-# Reasons that are the job's own choice where it has one of these parameters.
-_CHOSEN = {"no_capability": ("encoder", "hwaccel"), "out_of_memory": ("max_memory_mb",)}
-BLAMELESS_NODES = 3  # a job that failed on so many nodes is to blame itself
-CANARY = "~canary"  # the scenario of hidden jobs: no submission can have it
-EVENT_OF_REPORT = {"completed": "complete", "failed": "fail", "canceled": "end", "returned": "return"}
+
+# Failure reasons that may pass: the job is tried again.
+TRANSIENT = frozenset(
+    ("node_lost", "network", "out_of_disk", "out_of_memory", "killed", "stalled", "agent")
+)
+# Failure reasons that are a fact about one place: the job is tried on nodes where it has not failed
+# yet.
+ELSEWHERE = frozenset(("no_capability",))
+# Failure reasons that never count against a node's health.
+JOB_FAULTS = frozenset(("input", "parameters", "output", "timeout"))
+# Failure reasons that follow from these parameters, where the job itself has set one.
+_FOLLOWS_FROM = {"no_capability": ("encoder", "hwaccel"), "out_of_memory": ("max_memory_mb",)}
+# A job that failed on this many nodes is at fault itself.
+BLAMELESS_NODES = 3
+# Reasons that a transition's history takes from the event's own name.
+_NAMED_EVENTS = frozenset(("lose", "reclaim", "retry", "return", "excuse", "unblock"))
+EVENT_OF_REPORT = {
+    "completed": "complete",
+    "failed": "fail",
+    "canceled": "end",
+    "returned": "return",
+}
 
 
 class Needs(NamedTuple):
-    """What a node must satisfy to run a job: not to be avoided, to be the only one, to be in quarantine."""
+    """Requirements on a node, the same for all jobs of a lane.
+
+    `avoid` are nodes where the job failed, `only` is the one node that may run it, and an
+    `exclusive` job runs on a node where nothing else runs.
+    """
 
     avoid: frozenset[str] = frozenset()
     only: str | None = None
-    canary: bool = False
+    exclusive: bool = False
 
 
 class Job(NamedTuple):
     """One piece of work; never changed in place: advance() returns the next one.
 
-    `spec` is the JSON of what was submitted and resolved; the journal keeps what comes after it as one
-    JSON array, so fields may be added at the end only. `node_id` is the holder of the lease, or of the
-    last one; `given_up` the node whose lease ended by its silence and may be taken back; `avoid` the
-    nodes where it failed; `result_seq` the number of the report that ended it; `only` the one node that
-    may run it. Times are seconds since 1970.
+    `spec` is the JSON of the submission and the resolved settings. All fields from `created_at` on
+    are stored by the journal as one JSON array, so fields may be added at the end only. `node_id`
+    holds the lease, or held the last one; `given_up` is the node whose lease ended by its silence
+    and may be taken back; `avoid` are the nodes where the job failed; `result_seq` is the number of
+    the report that ended it; `only` is the one node that may run it. `after` and `after_ok` are the
+    numbers of the jobs that must have ended, or completed, before this one leaves `blocked`. Times
+    are seconds since 1970.
     """
 
     seq: int
@@ -254,16 +288,14 @@ class Job(NamedTuple):
     avoid: Sequence[str] = ()
     result_seq: int | None = None
     only: str | None = None
-
-    @property
-    def hidden(self) -> bool:
-        """Whether it is a canary: no list shows it, no total counts it, nothing of it is kept."""
-        return self.scenario == CANARY
+    exclusive: bool = False
+    after: Sequence[int] = ()
+    after_ok: Sequence[int] = ()
 
     @property
     def needs(self) -> Needs:
-        """Which nodes may run it: the lane that it waits in."""
-        return Needs(frozenset(self.avoid), self.only, self.hidden)
+        """The lane that it waits in."""
+        return Needs(frozenset(self.avoid), self.only, self.exclusive)
 
     @property
     def status(self) -> str:
@@ -271,144 +303,247 @@ class Job(NamedTuple):
         return SHOWN.get(self.state, self.state)
 
     def state_json(self) -> str:
-        """Return what changes over a job's life, as the journal keeps it."""
+        """Return the fields that change over a job's life, as the journal stores them."""
         return json.dumps(self[_STATE_FROM:])
 
 
 _STATE_FROM = Job._fields.index("created_at")
 
 
-def advance(job: Job, event: str, now: float, node_id: str | None = None, claim: str | None = None,
-            error: str | None = None, reason: str | None = None, reported: str | None = None,
-            not_before: float | None = None) -> Job:
-    """Return the job after an event at `now` (s since 1970); ApiError 409 where TRANSITIONS has none.
+class Ending(NamedTuple):
+    """How an attempt ended: `status` is the agent's own word, None where the agent said nothing."""
 
-    `node_id` and `claim` go with claim; `error` and `reason` (a failure_reason) with an attempt's end;
-    `reported` is the status word that the agent sent, `not_before` the end of a retry's backoff.
+    error: str | None = None
+    reason: str | None = None
+    status: str | None = None
+    not_before: float | None = None
+
+
+def advance(
+    job: Job,
+    event: str,
+    now: float,
+    node_id: str | None = None,
+    claim: str | None = None,
+    *,
+    error: str | None = None,
+    reason: str | None = None,
+    reported: str | None = None,
+    not_before: float | None = None,
+) -> Job:
+    """Return the job after an event at `now`, in s since 1970; ApiError 409 where it is illegal.
+
+    `node_id` and `claim` go with claim; `error` and `reason` (a failure_reason) with an attempt's
+    end; `reported` is the status word that the agent sent, `not_before` the end of a retry's
+    backoff.
     """
     target = TRANSITIONS.get((job.state, event))
     if target is None:
         raise ApiError(409, f"job {job.id} is {job.status}: {event} is not possible")
     changes: Json = {"state": target, "given_up": None}
-    if event in ("claim", "reclaim"):
-        changes.update(_taken(job, event, now, node_id, claim))
+    if event == "claim":
+        changes.update(_claimed(job, now, node_id, claim))
+    elif event == "reclaim":
+        changes.update(_taken_back(job))
     elif job.state in LEASED and target not in LEASED:
-        changes.update(_ended(job, event, target, now, error, reason, reported), not_before=not_before)
+        changes.update(_ended(job, event, target, now, Ending(error, reason, reported, not_before)))
     elif event == "retry":
-        changes.update(retry_count=0, error=None, failure_reason=None, completed_at=None, started_at=None,
-                       retry_reason="asked for by a person", node_id=None, avoid=(), result_seq=None)
+        changes.update(_renewed())
     elif target in FINAL:
-        changes.update(completed_at=now, not_before=None)
+        changes.update(completed_at=now, not_before=None, error=error, after=(), after_ok=())
     if target != job.state:
-        note = reason or (event if event in ("lose", "reclaim", "retry", "return") else None)
+        note = reason or (event if event in _NAMED_EVENTS else None)
         changes["history"] = (*job.history[-HISTORY_MOST:], (now, SHOWN.get(target, target), note))
     return job._replace(**changes)
 
 
-def _taken(job: Job, event: str, now: float, node_id: str | None, claim: str | None) -> Json:
-    if event == "reclaim":
-        last = {**job.attempts[-1], "ended_at": None, "status": "running", "error": None,
-                "failure_reason": None}
-        return {"attempts": (*job.attempts[:-1], last), "started_at": last["started_at"],
-                "retry_count": max(0, job.retry_count - 1),
-                "avoid": tuple(node for node in job.avoid if node != job.given_up),
-                "node_id": job.given_up, "retry_reason": None, "error": None, "failure_reason": None,
-                "not_before": None}
+def _claimed(job: Job, now: float, node_id: str | None, claim: str | None) -> Json:
+    """Return the changes of a claim: the next attempt begins, with a record of its own."""
     number = job.attempt + 1
     record = {"attempt": number, "node_id": node_id, "started_at": now, "ended_at": None,
               "status": "running", "error": None}
-    return {"attempt": number, "node_id": node_id, "claim": claim, "started_at": now, "not_before": None,
-            "attempts": (*job.attempts[-49:], record)}
+    return {"attempt": number,
+            "node_id": node_id,
+            "claim": claim,
+            "started_at": now,
+            "not_before": None,
+            "attempts": (*job.attempts[1 - ATTEMPTS_MOST:], record)}
 
 
-def _ended(job: Job, event: str, target: str, now: float, error: str | None, reason: str | None,
-           reported: str | None) -> Json:
-    """Return the changes at the end of an attempt: lost ones may be taken back and count as a retry."""
-    last = {**job.attempts[-1], "ended_at": now, "status": reported or ("lost" if event in ("lose", "exhaust")
-                                                                        else target),
-            "error": error, "failure_reason": reason}
-    # A claim that is repeated after its attempt was taken back finds it again.
-    changes: Json = {"attempts": (*job.attempts[:-1], last), "claim": job.claim if event == "lose" else None}
-    if target in FINAL:
-        kept = target != "completed"
-        return {**changes, "completed_at": now, "error": error if kept else None,
-                "failure_reason": reason if target == "failed" else None}
-    changes.update(node_id=None, started_at=None, error=error, failure_reason=reason)
-    if event == "requeue" or (target, event) == ("pending", "lose"):
-        changes.update(retry_count=job.retry_count + 1, retry_reason=reason,
-                       given_up=job.node_id if event == "lose" else None,
-                       avoid=tuple(dict.fromkeys((*job.avoid, job.node_id or ""))))
+def _taken_back(job: Job) -> Json:
+    """Return the changes when a node comes back with the attempt that its silence had ended.
+
+    The attempt is the same one, its record runs again, and the retry that it cost is not counted.
+    """
+    last = {
+        **job.attempts[-1],
+        "ended_at": None,
+        "status": "running",
+        "error": None,
+        "failure_reason": None,
+    }
+    return {"attempts": (*job.attempts[:-1], last),
+            "started_at": last["started_at"],
+            "node_id": job.given_up,
+            "retry_count": max(0, job.retry_count - 1),
+            "retry_reason": None,
+            "avoid": tuple(node for node in job.avoid if node != job.given_up),
+            "error": None,
+            "failure_reason": None,
+            "not_before": None}
+
+
+def _renewed() -> Json:
+    """Return the changes when a person asks for a finished job again: all is as new."""
+    return {
+        "retry_count": 0,
+        "retry_reason": "asked for by a person",
+        "error": None,
+        "failure_reason": None,
+        "started_at": None,
+        "completed_at": None,
+        "node_id": None,
+        "avoid": (),
+        "result_seq": None,
+    }
+
+
+def _ended(job: Job, event: str, target: str, now: float, ending: Ending) -> Json:
+    """Return the changes at the end of an attempt."""
+    silent = event in ("lose", "exhaust")
+    record = {**job.attempts[-1],
+              "ended_at": now,
+              "status": ending.status or ("lost" if silent else target),
+              "error": ending.error,
+              "failure_reason": ending.reason}
+    changes: Json = {"attempts": (*job.attempts[:-1], record), "not_before": ending.not_before}
+    # A repeated claim finds its attempt again when that is taken back: the word stays.
+    changes["claim"] = job.claim if event == "lose" else None
+    if target == "completed":
+        changes.update(completed_at=now, error=None, failure_reason=None)
+    elif target in FINAL:
+        changes.update(completed_at=now, error=ending.error,
+                       failure_reason=ending.reason if target == "failed" else None)
+    else:
+        changes.update(
+            node_id=None, started_at=None, error=ending.error, failure_reason=ending.reason
+        )
+        changes.update(_next_try(job, event, target, ending))
     return changes
 
 
+def _next_try(job: Job, event: str, target: str, ending: Ending) -> Json:
+    """Return what the end of an attempt means to the next: where not to run, and its cost."""
+    avoid = tuple(dict.fromkeys((*job.avoid, job.node_id or "")))
+    if event == "excuse":
+        return {"avoid": avoid}
+    if event == "lose" and target == "pending":
+        return {"avoid": avoid, "given_up": job.node_id, "retry_reason": ending.reason,
+                "retry_count": job.retry_count + 1}
+    if event == "requeue":
+        return {"avoid": avoid, "retry_reason": ending.reason, "retry_count": job.retry_count + 1}
+    return {}
+
+
 def was_chosen(job: Job, failure_reason: str | None) -> bool:
-    """Tell whether a failure follows from a parameter that the job itself has."""
-    names = _CHOSEN.get(failure_reason or "", ())
+    """Return whether a failure follows from a parameter that the job itself has set."""
+    names = _FOLLOWS_FROM.get(failure_reason or "", ())
     settings = json.loads(job.spec)["settings"] if names else {}
     return any(settings.get(name) for name in names)
 
 
 def event_of_report(job: Job, status: str, failure_reason: str | None, elsewhere: bool) -> str:
-    """Return what a report means to a job: a failure that may pass is tried again while retries are left.
+    """Return the event of a report: a failure that may pass is tried again while retries are left.
 
-    `elsewhere` tells whether there is a node on which it has not failed yet.
+    `elsewhere` says whether there is a node on which the job has not failed yet.
     """
-    passing = elsewhere if failure_reason in ELSEWHERE else (
-        failure_reason in TRANSIENT and not was_chosen(job, failure_reason))
-    if status == "failed" and job.state in ("running", "stopped") and passing \
-            and job.retry_count < job.max_retries:
-        return "requeue"
-    return EVENT_OF_REPORT[status]
+    if status != "failed" or job.state not in ("running", "stopped"):
+        return EVENT_OF_REPORT[status]
+    if failure_reason in ELSEWHERE:
+        passing = elsewhere
+    else:
+        passing = failure_reason in TRANSIENT and not was_chosen(job, failure_reason)
+    return "requeue" if passing and job.retry_count < job.max_retries else "fail"
 
 
 def backoff_most_s(retry_count: int, settings: Settings) -> float:
-    """Return the longest that the next retry may wait, in s: doubling with each one, up to a limit."""
+    """Return the longest wait before the next retry, in s: doubling, up to a limit."""
     return min(settings.retry_delay_most_s, settings.retry_delay_s * 2.0 ** min(retry_count, 30))
 
 
 def blames_node(job: Job, node_id: str, failure_reason: str | None) -> bool:
-    """Tell whether a failure speaks against its node: not the job's own, and no other node failed alike."""
+    """Return whether the node is at fault, not the job.
+
+    It is not where another node failed for the same reason, or where too many nodes failed.
+    """
+    if failure_reason in JOB_FAULTS or was_chosen(job, failure_reason):
+        return False
     others = {record["node_id"]: record.get("failure_reason") for record in job.attempts
-              if record["status"] == "failed" and record["node_id"] != node_id}
-    return (failure_reason not in JOBS_OWN and failure_reason not in others.values()
-            and len(others) + 1 < BLAMELESS_NODES and not was_chosen(job, failure_reason))
+              if record["status"] == "failed"}
+    others.pop(node_id, None)
+    return failure_reason not in others.values() and len(others) + 1 < BLAMELESS_NODES
 
 
 def job_text(job: Job, progress: Json | None = None) -> str:
-    """Return a job as the API shows it, as JSON text; `progress` is the last that its agent sent."""
-    state = json.dumps({
-        "status": job.status, "node_id": job.node_id, "attempt": job.attempt,
-        "cancel_requested": job.state == "canceling", "progress": progress, "error": job.error,
-        "failure_reason": job.failure_reason, "retry_count": job.retry_count,
-        "max_retries": job.max_retries, "retry_reason": job.retry_reason,
-        "not_before": wire.utc_text(job.not_before), "created_at": wire.utc_text(job.created_at),
-        "started_at": wire.utc_text(job.started_at), "completed_at": wire.utc_text(job.completed_at)})
+    """Return a job as the API shows it, as JSON text, with its agent's last `progress`."""
+    state = json.dumps(
+        {
+            "status": job.status,
+            "node_id": job.node_id,
+            "attempt": job.attempt,
+            "cancel_requested": job.state == "canceling",
+            "progress": progress,
+            "error": job.error,
+            "failure_reason": job.failure_reason,
+            "retry_count": job.retry_count,
+            "max_retries": job.max_retries,
+            "retry_reason": job.retry_reason,
+            "not_before": wire.utc_text(job.not_before),
+            "created_at": wire.utc_text(job.created_at),
+            "started_at": wire.utc_text(job.started_at),
+            "completed_at": wire.utc_text(job.completed_at),
+        }
+    )
+    # The specification is JSON text already: decoding it only to encode it again would cost more
+    # than the rest.
     return f'{{"id": "{job.id}", {job.spec[1:-1]}, {state[1:]}'
 
 
 def claim_text(job: Job) -> str:
-    """Return a job as its claim has it: with the fingerprints of the films that its attempts have named."""
+    """Return a job as its claim has it: with the fingerprints of the films it has published."""
     text = job_text(job)
     published = [record["published"] for record in job.attempts if record.get("published")]
     return f'{text[:-1]}, "published": {json.dumps(published)}}}' if published else text
 
 
 def with_published(job: Job, fingerprint: Json) -> Job:
-    """Return a job whose running attempt is about to name a film of this fingerprint."""
+    """Return a job whose running attempt is about to publish a film of this fingerprint."""
     last = {**job.attempts[-1], "published": fingerprint}
+    return job._replace(attempts=(*job.attempts[:-1], last))
+
+
+def with_lines(job: Job, count: int) -> Job:
+    """Return a job whose last attempt has `count` log lines, for when it is taken back."""
+    last = {**job.attempts[-1], "lines": count}
     return job._replace(attempts=(*job.attempts[:-1], last))
 
 
 def job_json(job: Job, progress: Json | None = None) -> Json:
     """Return a job as the API shows it, as an object."""
-    return json.loads(job_text(job, progress))
+    shown: Json = json.loads(job_text(job, progress))
+    return shown
 
 
 def job_detail_json(job: Job) -> Json:
     """Return what only the page of one job shows: its attempts and its transitions."""
-    attempts = [{**{name: value for name, value in record.items() if name != "lines"},
-                 "started_at": wire.utc_text(record["started_at"]),
-                 "ended_at": wire.utc_text(record["ended_at"])} for record in job.attempts]
+    attempts = []
+    for record in job.attempts:
+        shown = {name: value for name, value in record.items() if name != "lines"}
+        shown.update(
+            started_at=wire.utc_text(record["started_at"]),
+            ended_at=wire.utc_text(record["ended_at"]),
+        )
+        attempts.append(shown)
     transitions = [{"time": wire.utc_text(at), "status": status, "reason": reason}
                    for at, status, reason in job.history]
     return {"attempts": attempts, "transitions": transitions}
@@ -424,13 +559,17 @@ def bad(field: str, what: str) -> ApiError:
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
-def text_of(body: Mapping[str, Any], field: str, limit: int = 255, required: bool = False) -> str | None:
+def text_of(
+    body: Mapping[str, Any], field: str, limit: int = 255, required: bool = False
+) -> str | None:
     """Return a field that must be a printable text; ApiError 400 otherwise."""
     value = body.get(field)
     if value is None and not required:
         return None
     if not isinstance(value, str) or not value:
-        raise bad(field, "is required: a text" if value is None or value == "" else "must be a text")
+        raise bad(
+            field, "is required: a text" if value is None or value == "" else "must be a text"
+        )
     if len(value) > limit:
         raise bad(field, f"must be no longer than {limit} characters")
     if _CONTROL.search(value):
@@ -469,10 +608,18 @@ def whole_of(body: Mapping[str, Any], field: str, low: int, high: int) -> int | 
     return None if value is None else int(value)
 
 
+def flag_of(body: Mapping[str, Any], field: str) -> bool:
+    """Return a field that must be true or false; absent is false."""
+    return bool(typed_of(body, field, bool, "true or false"))
+
+
 def typed_of(body: Mapping[str, Any], field: str, kind: type, name: str) -> Any:
     """Return a field that must be of a type, or absent."""
     value = body.get(field)
-    if value is not None and (not isinstance(value, kind) or (kind is not bool and isinstance(value, bool))):
+    if value is None:
+        return None
+    # bool is a subclass of int: true is not a number here.
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise bad(field, f"must be {name}")
     return value
 
@@ -489,7 +636,7 @@ def uuid_of(body: Mapping[str, Any], field: str) -> str | None:
 
 
 def digest(word: str | None) -> str | None:
-    """Return the SHA-256 of a session or a secret: what is kept of them in memory, journal and backups."""
+    """Return the SHA-256 of a session or a secret: the only form in which the master keeps them."""
     return None if word is None else hashlib.sha256(word.encode()).hexdigest()
 
 
@@ -501,13 +648,44 @@ def object_of(value: Any, what: str = "the body") -> Json:
 
 
 class Draft(NamedTuple):
-    """A checked submission."""
+    """A checked submission; `after` and `after_ok` are ids of jobs."""
 
     id: str | None
     scenario: str
     spec: str
     max_retries: int
     node: str | None
+    exclusive: bool = False
+    after: tuple[str, ...] = ()
+    after_ok: tuple[str, ...] = ()
+
+
+# Fields of a job that a submission does not set: the master's own, and those of a job that was read
+# before.
+_JOB_OWN = frozenset(
+    (
+        "id",
+        "status",
+        "node_id",
+        "attempt",
+        "cancel_requested",
+        "progress",
+        "error",
+        "failure_reason",
+        "retry_count",
+        "max_retries",
+        "retry_reason",
+        "not_before",
+        "created_at",
+        "started_at",
+        "completed_at",
+        "settings",
+        "attempts",
+        "transitions",
+        "result",
+        "published",
+    )
+)
 
 
 def draft_of(value: Any, max_retries: int) -> Draft:
@@ -519,21 +697,25 @@ def draft_of(value: Any, max_retries: int) -> Draft:
         raise bad("confidence", f"must be one of {', '.join(CONFIDENCES)}")
     settings = wire.resolve(body.get("scenario"), body.get("parameters"))
     retries = whole_of(body, "max_retries", 0, 100)
-    kept = {name: body[name] for name in body if name not in _OWN_FIELDS and len(name) <= 64}
+    after, after_ok = _ids_of(body, "after"), _ids_of(body, "after_ok")
+    kept = {name: body[name] for name in body if name not in _JOB_OWN and len(name) <= 64}
     spec = {**kept, "scenario": settings.scenario, "confidence": confidence,
             "parameters": body.get("parameters") or {}, "settings": settings.to_json()}
     return Draft(job_id, settings.scenario, json.dumps(spec),
-                 max_retries if retries is None else retries, text_of(body, "node"))
+                 max_retries if retries is None else retries, text_of(body, "node"),
+                 flag_of(body, "exclusive"), after, after_ok)
 
 
-_OWN_FIELDS = frozenset(("id", "status", "node_id", "attempt", "cancel_requested", "progress", "error",
-                         "failure_reason", "retry_count", "max_retries", "retry_reason", "not_before",
-                         "created_at", "started_at", "completed_at", "settings", "attempts", "transitions",
-                         "result", "published"))
+def _ids_of(body: Json, field: str) -> tuple[str, ...]:
+    """Return a field that must be a list of jobs' whole ids."""
+    given = typed_of(body, field, list, "a list of job ids") or []
+    if len(given) > AFTER_MOST:
+        raise bad(field, f"must not have more than {AFTER_MOST} ids")
+    return tuple(uuid_of({field: value}, field) or "" for value in given)
 
 
 class Ask(NamedTuple):
-    """What a node says with a heartbeat or a question for work."""
+    """A heartbeat or a claim; `seen` is the number of the last orders that the agent got."""
 
     node_id: str
     session: str | None
@@ -552,41 +734,60 @@ class Registration(NamedTuple):
     address: str
     facts: str
     session_hash: str | None
-    secret_hash: str | None  # of a secret that was told: a proof
+    secret_hash: str | None  # of a secret that was sent: a proof
     owner_hash: str | None  # of the secret that the node has: public, no proof
     protocol: int | None
     slots: int
     holding: tuple[tuple[str, int], ...]
 
 
-_NODE_OWN = ("id", "session", "secret", "secret_hash", "holding", "protocol", "status", "last_heartbeat",
-             "registered_at", "running", "name", "max_concurrent_jobs")
+# Fields of a registration that are not facts about the machine.
+_NODE_OWN = frozenset(("id", "session", "secret", "secret_hash", "holding", "protocol", "status",
+                       "last_heartbeat", "registered_at", "running", "name", "max_concurrent_jobs"))
 
 
 def registration_of(body: Json) -> Registration:
     """Check a registration; ApiError 400 names the field."""
     address = text_of(body, "address", 255, required=True) or ""
     node_id = uuid_of(body, "id")
+    slots = whole_of(body, "max_concurrent_jobs", 1, 10_000) or 1
+    proof = digest(text_of(body, "secret", 128))
+    return Registration(
+        id=node_id,
+        name=text_of(body, "name") or address,
+        address=address,
+        facts=_facts_of(body),
+        session_hash=digest(text_of(body, "session", 128)),
+        secret_hash=proof,
+        owner_hash=proof or text_of(body, "secret_hash", 64),
+        protocol=whole_of(body, "protocol", 1, 1000),
+        slots=slots,
+        holding=_holding_of(body))
+
+
+def _facts_of(body: Json) -> str:
+    """Return the facts about the machine as JSON text; only the known ones are checked."""
     for field, limit in (("type", 64), ("cpu_model", 255), ("gpu_type", 255)):
         if body.get(field) != "":
             text_of(body, field, limit)
     for field in ("cpu_threads", "ram_bytes", "ram_total_bytes"):
         whole_of(body, field, 0, 1 << 60)
-        if isinstance(body.get(field), str):
+        if isinstance(body.get(field), str):  # allowed in a query only
             raise bad(field, "must be a number")
     typed_of(body, "has_gpu", bool, "true or false")
     typed_of(body, "labels", dict, "an object")
-    facts = {name: value for name, value in body.items() if name not in _NODE_OWN and len(name) <= 64}
-    ram = body.get("ram_total_bytes") if body.get("ram_bytes") is None else body["ram_bytes"]
-    facts.update(ram_bytes=ram, ram_total_bytes=ram)
-    slots, proof = whole_of(body, "max_concurrent_jobs", 1, 10_000), digest(text_of(body, "secret", 128))
-    return Registration(node_id, text_of(body, "name") or address, address,
-                        json.dumps(facts, allow_nan=False), digest(text_of(body, "session", 128)),
-                        proof, proof or text_of(body, "secret_hash", 64),
-                        whole_of(body, "protocol", 1, 1000), slots or 1, _holding_of(body))
+    facts = {
+        name: value for name, value in body.items() if name not in _NODE_OWN and len(name) <= 64
+    }
+    ram_bytes = body.get("ram_bytes")
+    if ram_bytes is None:
+        ram_bytes = body.get("ram_total_bytes")  # its later name in the seed's code
+    facts.update(ram_bytes=ram_bytes, ram_total_bytes=ram_bytes)
+    return json.dumps(facts, allow_nan=False)
 
 
 def _holding_of(body: Json) -> tuple[tuple[str, int], ...]:
+    """Return (job id, attempt) of each attempt that an agent still runs or has in its spool."""
     held = typed_of(body, "holding", list, "a list") or []
     if len(held) > BULK_MOST:
         raise bad("holding", f"must not have more than {BULK_MOST} entries")
@@ -594,12 +795,12 @@ def _holding_of(body: Json) -> tuple[tuple[str, int], ...]:
     for entry in held:
         if not isinstance(entry, dict):
             raise bad("holding", "must be a list of objects with job_id and attempt")
-        entries.append(((text_of(entry, "job_id", 64, required=True) or "").lower(),
-                        whole_of(entry, "attempt", 1, 1 << 31) or 1))
+        job_id = text_of(entry, "job_id", 64, required=True) or ""
+        entries.append((job_id.lower(), whole_of(entry, "attempt", 1, 1 << 31) or 1))
     return tuple(entries)
 
 
-class Report(NamedTuple):
+class AttemptReport(NamedTuple):
     """A checked message of an agent about one attempt: progress, or its end."""
 
     node_id: str
@@ -614,7 +815,7 @@ class Report(NamedTuple):
     published: Json | None
 
 
-def report_of(body: Json, progress: bool = False) -> Report:
+def report_of(body: Json, progress: bool = False) -> AttemptReport:
     """Check progress, or the report that ends an attempt; ApiError 400 names the field."""
     node_id = text_of(body, "node_id", 64, required=True) or ""
     status = "running" if progress else body.get("status")
@@ -622,35 +823,61 @@ def report_of(body: Json, progress: bool = False) -> Report:
         raise bad("status", f"must be one of {', '.join(wire.CLOSED_STATUSES)}")
     for field in ("metrics", "analyzer_output"):
         typed_of(body, field, dict, "an object")
+    text_of(body, "completed_at", 64)
+    return AttemptReport(
+        node_id=node_id,
+        session=text_of(body, "session", 128),
+        attempt=whole_of(body, "attempt", 1, 1 << 31),
+        status=str(status),
+        error=long_text_of(body, "error", 8000),
+        failure_reason=text_of(body, "failure_reason", 64),
+        progress=_progress_of(body),
+        lines=_lines_of(body),
+        lines_from=whole_of(body, "lines_from", 0, 1 << 40),
+        published=_fingerprint_of(body))
+
+
+def _lines_of(body: Json) -> list[str]:
     lines = typed_of(body, "lines", list, "a list of texts") or []
     if not all(isinstance(line, str) for line in lines):
         raise bad("lines", "must be a list of texts")
-    told = body.get("progress")
-    if isinstance(told, (int, float)) and not isinstance(told, bool):
-        told = {"percent": told}
-    if told is not None and (not isinstance(told, dict) or len(told) > PROGRESS_FIELDS_MOST):
+    return [line[:LOG_LINE_CHARS] for line in lines]
+
+
+def _progress_of(body: Json) -> Json:
+    """Return the fields of `progress`; a seed's agent sends a number of percent."""
+    value = body.get("progress")
+    if value is None:
+        return {}
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return {"percent": value}
+    if not isinstance(value, dict) or len(value) > PROGRESS_FIELDS_MOST:
         raise bad("progress", "must be an object or a number of percent")
-    text_of(body, "completed_at", 64)
+    return value
+
+
+def _fingerprint_of(body: Json) -> Json | None:
+    """Return size and hash of the film that is about to be published."""
     published = typed_of(body, "published", dict, "an object with bytes and hash")
-    if published is not None:
-        published = {"bytes": whole_of(published, "bytes", 0, 1 << 62),
-                     "hash": text_of(published, "hash", 64, required=True)}
-    return Report(node_id, text_of(body, "session", 128), whole_of(body, "attempt", 1, 1 << 31), str(status),
-                  long_text_of(body, "error", 8000), text_of(body, "failure_reason", 64), told or {},
-                  [line[:LOG_LINE_CHARS] for line in lines], whole_of(body, "lines_from", 0, 1 << 40),
-                  published)
+    if published is None:
+        return None
+    return {"bytes": whole_of(published, "bytes", 0, 1 << 62),
+            "hash": text_of(published, "hash", 64, required=True)}
 
 
-# ---- 4 Journal ------------------------------------------------------------------------------------
+# ---- 4 Store --------------------------------------------------------------------------------------
 
+# Journals of formats 1 and 2 were made before the first release. From format 3 on each change of
+# the schema brings one migration, with a small stored journal of the format before as its test. A
+# field at the end of Job or Node is no change of the schema: both are stored as JSON.
 FORMAT = 3
 JOURNAL = "journal.db"
 DAMAGED = "journal.damaged"  # beside the journal: why it is to be recovered at the next start
-RECOVERED = "journal.recovered"  # a whole new one, to take the place of the damaged one
-BACKUP_PAGES = 1024
+RECOVERED = "journal.recovered"  # a whole new one, which replaces the damaged one
+APPLYING = "journal.applying"  # the damaged one is set aside, and the new one takes its name
+# "ffdi", in the header of the file (sqlite.org/fileformat.html, 1.3.15).
 APPLICATION_ID = 0x66666469
-READERS = 4
-TRANSACTIONS_MOST = 1000
+BACKUP_PAGES = 1024  # 4 MiB a step: often enough for the progress line
 
 _SCHEMA = """
 CREATE TABLE jobs(seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, status TEXT NOT NULL,
@@ -664,644 +891,218 @@ CREATE INDEX results_by_job ON results(job_seq);
 CREATE TABLE nodes(id TEXT PRIMARY KEY, record TEXT NOT NULL);
 CREATE TABLE claims(node_id TEXT PRIMARY KEY, words TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE logs(job_seq INTEGER NOT NULL, attempt INTEGER NOT NULL, first INTEGER NOT NULL,
-    count INTEGER NOT NULL, lines TEXT NOT NULL, PRIMARY KEY(job_seq, attempt, first)) WITHOUT ROWID;
+    count INTEGER NOT NULL, lines TEXT NOT NULL,
+    PRIMARY KEY(job_seq, attempt, first)) WITHOUT ROWID;
 CREATE TABLE totals(kind TEXT, status TEXT, scenario TEXT, node_id TEXT, count INTEGER NOT NULL,
     PRIMARY KEY(kind, status, scenario, node_id)) WITHOUT ROWID;
 CREATE TABLE heartbeat(id INTEGER PRIMARY KEY CHECK(id = 1), at REAL);
 CREATE TABLE owners(node_id TEXT PRIMARY KEY, secret_hash TEXT NOT NULL);
 """
 
-_FROM_FORMAT_1 = """
-ALTER TABLE jobs ADD COLUMN ended REAL;
-ALTER TABLE results ADD COLUMN job_seq INTEGER;
-CREATE INDEX jobs_by_end ON jobs(ended) WHERE ended IS NOT NULL;
-CREATE INDEX results_by_job ON results(job_seq);
-"""
-_FROM_FORMAT_2 = "CREATE TABLE owners(node_id TEXT PRIMARY KEY, secret_hash TEXT NOT NULL)"
 
-_WRITES = {
-    "job": "INSERT INTO jobs(seq, id, status, scenario, node_id, spec, state) VALUES(?,?,?,?,?,?,?)",
-    "state": "UPDATE jobs SET status=?, node_id=?, state=?, ended=? WHERE seq=?",
-    "result": "INSERT INTO results(seq, status, scenario, node_id, body, job_seq) VALUES(?,?,?,?,?,?)",
-    "node": "INSERT INTO nodes(id, record) VALUES(?,?) ON CONFLICT(id) DO UPDATE SET record=excluded.record",
-    "claims": "INSERT OR REPLACE INTO claims(node_id, words) VALUES(?,?)",
-    "forget": "DELETE FROM nodes WHERE id=?",
-    "owner": "INSERT OR REPLACE INTO owners(node_id, secret_hash) VALUES(?,?)",
-    "log": "INSERT OR REPLACE INTO logs(job_seq, attempt, first, count, lines) VALUES(?,?,?,?,?)",
-    "alive": "INSERT OR REPLACE INTO heartbeat(id, at) VALUES(1, ?)",
-    "drop_job": "DELETE FROM jobs WHERE seq=?",
-    "drop_results": "DELETE FROM results WHERE job_seq=?",
-    "drop_logs": "DELETE FROM logs WHERE job_seq=?",
-}
-# Of these only the last write of a batch counts, for the same value at this place.
-_KEYED = {"state": 4, "claims": 0, "node": 0, "forget": 0}
-_TOTAL = "INSERT OR REPLACE INTO totals(kind, status, scenario, node_id, count) VALUES(?,?,?,?,?)"
-_NO_TOTAL = "DELETE FROM totals WHERE kind=? AND status=? AND scenario=? AND node_id=?"
-
-TotalKey = tuple[str, str, str, str]
-Write = tuple[str, tuple[Any, ...]]
+def connect(path: Path) -> sqlite3.Connection:
+    """Open a database, made for its owner alone where it is missing; transactions are explicit."""
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
+    return sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
 
 
-class Ticket:
-    """Waits for the commit of all that was written before it (a bare lock wakes faster than an Event)."""
-
-    __slots__ = ("_gate", "error")
-
-    def __init__(self) -> None:
-        self._gate = threading.Lock()
-        self._gate.acquire()
-        self.error: str | None = None
-
-    def settle(self, error: str | None = None) -> None:
-        """Let the one that waits go on."""
-        self.error = error
-        self._gate.release()
-
-    def wait(self) -> None:
-        """Return after the commit; ApiError 503 when it failed."""
-        self._gate.acquire()
-        if self.error is not None:
-            raise ApiError(503, f"nothing was changed, the journal cannot be written: {self.error}")
+def make_tables(connection: sqlite3.Connection) -> None:
+    """Create the tables of this format, all at once."""
+    connection.executescript(f"BEGIN;{_SCHEMA}PRAGMA application_id={APPLICATION_ID};"
+                             f"PRAGMA user_version={FORMAT};COMMIT;")
 
 
-class Journal:
-    """The durable record. One thread writes; the order of writes is the order of put()."""
-
-    def __init__(self, folder: Path, on_failure: Callable[[str], None]) -> None:
-        self._folder = folder
-        self._path = folder / JOURNAL
-        self._on_failure = on_failure
-        self._queue: queue.SimpleQueue[tuple[list[Write], Ticket] | None] = queue.SimpleQueue()
-        self._transaction: list[Write] = []
-        self._queued = 0
-        self._done = 0
-        self._closing = False
-        self.trouble: str | None = None
-        self.damage: str | None = None  # what SQLite says of a file that is no longer whole
-        self.recovery: str | None = None  # what was done about it at the start
-        self.commits = 0
-        self.commit_seconds = 0.0
-        self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
-        self._connections: list[sqlite3.Connection] = []
-        self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
-        self._folder_lock = self._lock_folder()
-        try:
-            self._open()
-        except (sqlite3.Error, OSError, CommandError) as error:
-            self.close()
-            if isinstance(error, CommandError):
-                raise
-            raise CommandError(f"{self._path} cannot be used as a journal: {error}; "
-                               "free or repair it, or name another folder with --data-dir") from None
-
-    def _open(self) -> None:
-        """Open the journal; one that is damaged is set aside first, and what can be read of it kept."""
-        marker = self._folder / DAMAGED
-        if self._path.exists() and not os.access(self._path, os.W_OK):
-            raise CommandError(f"{self._path} may not be written by this user: give it to the one that "
-                               "runs the master, or name another folder with --data-dir")
-        if marker.exists():
-            self._recover(marker.read_text(errors="replace"))
-        elif _size(self._path) == 0 and _size(Path(f"{self._path}-wal")):
-            self._recover("it is empty or missing, and its log is not")
-        try:
-            if self._rejoin_log(marker):
-                self._recover(marker.read_text())
-            self._writer = self._connect()
-            self._prepare()
-        except sqlite3.DatabaseError as error:
-            if not is_damage(error):
-                raise
-            self._recover(str(error))
-            self._writer = self._connect()
-            self._prepare()
-
-    def _rejoin_log(self, marker: Path) -> bool:
-        """Put into the file what its log holds behind a damaged place; tell whether there was any.
-
-        SQLite reads no further than to that place. One commit behind it may be one that a power cut broke,
-        of which nobody was told; several mean damage.
-        """
-        log = Path(f"{self._path}-wal")
-        if not _size(log):
-            return False
-        with contextlib.closing(_connected(self._path)) as connection:
-            read = connection.execute("PRAGMA wal_checkpoint").fetchone()[1]
-            size = connection.execute("PRAGMA page_size").fetchone()[0]
-            pages, commits = pages_beyond(log, max(0, read), size)
-            if commits > 1:
-                marker.write_text("a place in the middle of its log cannot be read")
-                with open(self._path, "r+b") as file:
-                    for number, page in pages:
-                        file.seek((number - 1) * size)
-                        file.write(page)
-                    file.flush()
-                    os.fsync(file.fileno())
-        return commits > 1
-
-    def _recover(self, why: str) -> None:
-        self._disconnect()
-        (self._folder / DAMAGED).write_text(why)
-        aside, kept = recover_journal(self._folder)
-        self.recovery = (f"the journal was damaged ({why.strip()}): it was set aside as {aside}, and {kept} "
-                         "were recovered from it")
-
-    def _lock_folder(self) -> int:
-        try:
-            wire.make_private_folder(self._folder)
-            descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            os.utime(self._folder)
-        except OSError as error:
-            raise CommandError(f"data folder {self._folder} cannot be used: {error.strerror}, "
-                               "or name another with --data-dir") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            raise CommandError(f"data folder {self._folder} is held by another master; stop it, or name "
-                               "another folder with --data-dir") from None
-        return descriptor
-
-    def _connect(self) -> sqlite3.Connection:
-        connection = _connected(self._path)
-        self._connections.append(connection)
-        return connection
-
-    def _disconnect(self) -> None:
-        for connection in self._connections:
-            connection.close()
-        self._connections.clear()
-
-    def _prepare(self) -> None:
-        """Make the tables; CommandError when the file is newer, or another program's."""
-        execute = self._writer.execute
-        found = execute("PRAGMA user_version").fetchone()[0]
-        owner = execute("PRAGMA application_id").fetchone()[0]
-        if owner not in (0, APPLICATION_ID) or (
-                found == 0 and execute("SELECT count(*) FROM sqlite_master").fetchone()[0]):
-            raise CommandError(f"{self._path} belongs to another program: name another folder with "
-                               "--data-dir")
-        if found > FORMAT:
-            raise CommandError(f"{self._path} has format {found}, made by a newer ffdist than {VERSION}; "
-                               "start that one, or name another folder with --data-dir")
-        execute("PRAGMA journal_mode=WAL")
-        execute("PRAGMA synchronous=FULL")
-        if found == 0:
-            _make_tables(self._writer)
-        elif found < FORMAT:
-            _bring_up_to_date(self._writer, found)
-        execute("BEGIN IMMEDIATE")
-        execute("ROLLBACK")
-        execute("SELECT max(seq) FROM jobs").fetchall()
-        self._places = self._found_places()
-        for _ in range(READERS):
-            self._readers.put(self._connect())
-
-    # -- writing: put() and ticket() are called under the Master's lock
-
-    def start(self) -> None:
-        """Begin to commit."""
-        self._thread.start()
-
-    def drop_job(self, seq: int) -> None:
-        """Add the removal of all that is kept of a job to the transaction."""
-        for kind in ("drop_job", "drop_results", "drop_logs"):
-            self.put(kind, seq)
-
-    def put(self, kind: str, *values: Any) -> None:
-        """Add one write of _WRITES, or of a total ("total", key, count), to the transaction."""
-        self._transaction.append((kind, values))
-
-    def ticket(self) -> Ticket | None:
-        """End the transaction: queue it as a whole, and return what waits for it and all before it.
-
-        None when there is nothing to wait for.
-        """
-        if not self._transaction and self._queued == self._done:
-            return None
-        ticket, writes = Ticket(), self._transaction
-        self._transaction = []
-        self._queued += 1
-        self._queue.put((writes, ticket))
-        return ticket
-
-    def drop(self, error: str) -> None:
-        """Forget what is queued, after a commit that failed; its tickets learn the error."""
-        self._transaction = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                item = self._queue.get_nowait()
-                if item is None:
-                    self._closing = True
-                else:
-                    item[1].settle(error)
-        self._done = self._queued
-
-    def _write(self) -> None:
-        """Commit what has gathered, whole transactions only, until close()."""
-        while not self._closing:
-            items = [self._queue.get()]
-            with contextlib.suppress(queue.Empty):
-                while len(items) < TRANSACTIONS_MOST:
-                    items.append(self._queue.get_nowait())
-            self._closing = None in items
-            batch = [item for item in items if item is not None]
-            writes = [write for item in batch for write in item[0]]
-            error = self._commit(writes) if writes else None
-            if error is None:
-                self._done += len(batch)
-                self.trouble = None if writes else self.trouble
-            else:
-                self.trouble = error
-            for _, ticket in batch:
-                ticket.settle(error)
-            if error is not None:
-                self._on_failure(error)
-
-    def _commit(self, writes: list[Write]) -> str | None:
-        """Commit a batch; return what went wrong."""
-        began = time.perf_counter()
-        execute = self._writer.execute
-        try:
-            self._keep_place()
-            execute("BEGIN IMMEDIATE")
-            for statement, rows in _grouped(writes):
-                self._writer.executemany(statement, rows)
-            execute("COMMIT")
-            self._places = self._found_places()
-        except Exception as error:  # whatever it is: this thread must live, and nothing be half written
-            with contextlib.suppress(sqlite3.Error):
-                execute("ROLLBACK")
-            self._note_damage(error)
-            return f"{self._path}: {error}{self._more_of_it()}"
-        self.commits += 1
-        self.commit_seconds += time.perf_counter() - began
-        return None
-
-    def _more_of_it(self) -> str:
-        """Tell what the folder's file system says: SQLite calls one that went read-only an I/O error."""
-        try:
-            os.utime(self._folder)
-        except OSError as error:
-            return f" ({error.strerror})"
-        return ""
-
-    def _found_places(self) -> list[tuple[int, int]]:
-        """Return inode and size of the file and of its log; zeros for one that is not there."""
-        found = []
-        for name in (self._path, f"{self._path}-wal"):
-            try:
-                status = os.stat(name)
-                found.append((status.st_ino, status.st_size))
-            except FileNotFoundError:
-                found.append((0, 0))
-        return found
-
-    def _keep_place(self) -> None:
-        """Raise OSError where file or log are not as they were left: the next start would lose a commit.
-
-        What was removed or cut is put back, for all of it lives on in what is open; a new start opens it,
-        and recovers what can be read where that is not so.
-        """
-        found = self._found_places()
-        if all(now[0] == before[0] and now[1] >= before[1] for now, before in zip(found, self._places)):
-            return
-        if found[0][0] not in (0, self._places[0][0]):
-            raise OSError("another file has taken its place; stop the master before you put one there")
-        told = "somebody removed or cut it, or its log, while the master worked"
-        wire.make_private_folder(self._folder)
-        scratch = self._folder / f"{RECOVERED}.tmp"
-        scratch.unlink(missing_ok=True)
-        try:
-            with contextlib.closing(_connected(scratch)) as copy:
-                self._writer.backup(copy)
-                if copy.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-                    raise sqlite3.DatabaseError("malformed")
-        except sqlite3.Error:
-            (self._folder / DAMAGED).write_text(told)
-            self.damage = told
-            raise OSError(told) from None
-        for ending in ("-wal", "-shm"):
-            Path(f"{self._path}{ending}").unlink(missing_ok=True)
-        os.replace(scratch, self._path)
-        self.damage = f"{told}, and it was put back"
-        raise OSError(self.damage)
-
-    def close(self) -> None:
-        """Commit what is queued, then let the folder go."""
-        if self._thread.is_alive():
-            self.ticket()
-            self._queue.put(None)
-            self._thread.join(10)
-        self._disconnect()
-        os.close(self._folder_lock)
-
-    # -- reading: safe in any thread, never under the Master's lock
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        connection = self._readers.get()
-        try:
-            yield connection
-        except (sqlite3.Error, ValueError) as error:
-            self._note_damage(error)
-            raise ApiError(503, f"the journal cannot be read: {self._path}: {error}") from None
-        finally:
-            self._readers.put(connection)
-
-    def _note_damage(self, error: Exception) -> None:
-        """Mark the journal for recovery at the next start, when it is no longer whole."""
-        if self.damage is None and is_damage(error):
-            with contextlib.suppress(OSError):
-                (self._folder / DAMAGED).write_text(str(error))
-            self.damage = str(error)
-
-    def check(self) -> None:
-        """Read the whole journal and look whether it is sound; `damage` tells when it is not."""
-        try:
-            with contextlib.closing(_connected(self._path)) as connection:
-                found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if found != "ok":
-                raise sqlite3.DatabaseError(f"it is malformed: {' '.join(found.split())[:300]}")
-        except sqlite3.Error as error:
-            self._note_damage(error)
-
-    def live_jobs(self) -> list[Job]:
-        """Return the jobs that are not final, oldest first."""
-        with self._reading() as connection:
-            rows = connection.execute(
-                "SELECT seq, id, scenario, spec, state FROM jobs WHERE status IN "
-                "('blocked', 'pending', 'running', 'paused') ORDER BY seq")
-            return [_job_of_row(row) for row in rows]
-
-    def nodes(self) -> list[tuple[str, Json, list[str]]]:
-        """Return (id, record, claim words) of every node."""
-        with self._reading() as connection:
-            rows = connection.execute("SELECT id, record, words FROM nodes LEFT JOIN claims ON node_id=id "
-                                      "ORDER BY nodes.rowid").fetchall()
-        return [(row[0], json.loads(row[1]), json.loads(row[2] or "[]")) for row in rows]
-
-    def owners(self) -> dict[str, str]:
-        """Return the hash of the secret of each node that has one, also of those that were forgotten."""
-        with self._reading() as connection:
-            return dict(connection.execute("SELECT node_id, secret_hash FROM owners").fetchall())
-
-    def counters(self) -> tuple[int, int, dict[TotalKey, int]]:
-        """Return the last sequence numbers of jobs and results, and the totals."""
-        with self._reading() as connection:
-            jobs = connection.execute("SELECT max(seq) FROM jobs").fetchone()[0] or 0
-            results = connection.execute("SELECT max(seq) FROM results").fetchone()[0] or 0
-            rows = connection.execute("SELECT kind, status, scenario, node_id, count FROM totals").fetchall()
-        return jobs, results, {(row[0], row[1], row[2], row[3]): row[4] for row in rows}
-
-    def log_count(self, job_seq: int, attempt: int) -> int:
-        """Return how many log lines of an attempt are kept."""
-        with self._reading() as connection:
-            row = connection.execute("SELECT sum(count) FROM logs WHERE job_seq=? AND attempt=?",
-                                     (job_seq, attempt)).fetchone()
-        return row[0] or 0
-
-    def find_ids(self, prefix: str) -> list[str]:
-        """Return up to two ids that begin with a prefix."""
-        with self._reading() as connection:
-            rows = connection.execute("SELECT id FROM jobs WHERE id >= ? AND id < ? ORDER BY id LIMIT 2",
-                                      (prefix, prefix + "g"))
-            return [row[0] for row in rows]
-
-    def known_ids(self, ids: Sequence[str]) -> set[str]:
-        """Return those of many ids that stand in the journal."""
-        found: set[str] = set()
-        with self._reading() as connection:
-            for start in range(0, len(ids), 500):
-                part = ids[start:start + 500]
-                marks = ",".join("?" * len(part))
-                found.update(row[0] for row in connection.execute(
-                    f"SELECT id FROM jobs WHERE id IN ({marks})", part))
-        return found
-
-    def job(self, job_id: str) -> Job | None:
-        """Return a job by its whole id."""
-        with self._reading() as connection:
-            row = connection.execute("SELECT seq, id, scenario, spec, state FROM jobs WHERE id=?",
-                                     (job_id,)).fetchone()
-            return _job_of_row(row) if row else None
-
-    def job_page(self, filters: Mapping[str, str], before: int | None, limit: int) -> list[Job]:
-        """Return jobs, newest first."""
-        return self._page("jobs", "seq, id, scenario, spec, state", filters, before, limit, _job_of_row)
-
-    def result_page(self, filters: Mapping[str, str], before: int | None,
-                    limit: int) -> list[tuple[int, Json]]:
-        """Return (seq, result), newest first."""
-        return self._page("results", "seq, body", filters, before, limit,
-                          lambda row: (row[0], json.loads(row[1])))
-
-    def _page(self, table: str, columns: str, filters: Mapping[str, str], before: int | None,
-              limit: int, read: Callable[[Sequence[Any]], Any]) -> list[Any]:
-        conditions = ["scenario<>?", *(f"{name}=?" for name in filters)]
-        conditions += ["seq<?"] if before is not None else []
-        values = [CANARY, *filters.values(), *([before] if before is not None else []), limit]
-        with self._reading() as connection:
-            rows = connection.execute(f"SELECT {columns} FROM {table} WHERE {' AND '.join(conditions)} "
-                                      "ORDER BY seq DESC LIMIT ?", values)
-            return [read(row) for row in rows]
-
-    def ended(self, most: int) -> list[tuple[int, float, TotalKey]]:
-        """Return the jobs that ended first, as (seq, when, key of their total)."""
-        with self._reading() as connection:
-            rows = connection.execute(
-                "SELECT seq, ended, status, scenario, node_id FROM jobs WHERE ended IS NOT NULL "
-                "ORDER BY ended LIMIT ?", (most,)).fetchall()
-        return [(row[0], row[1], ("jobs", row[2], row[3], row[4] or "")) for row in rows]
-
-    def result_keys(self, job_seqs: Sequence[int]) -> list[TotalKey]:
-        """Return the keys of the totals of all results of some jobs."""
-        marks = ",".join("?" * len(job_seqs))
-        with self._reading() as connection:
-            rows = connection.execute("SELECT status, scenario, node_id FROM results "
-                                      f"WHERE job_seq IN ({marks})", list(job_seqs)).fetchall()
-        return [("results", row[0], row[1], row[2]) for row in rows]
-
-    def result(self, seq: int) -> Json | None:
-        """Return an accepted report by its number."""
-        with self._reading() as connection:
-            row = connection.execute("SELECT body FROM results WHERE seq=?", (seq,)).fetchone()
-        return json.loads(row[0]) if row else None
-
-    def results_after(self, seq: int, limit: int) -> list[tuple[int, Json]]:
-        """Return (seq, result) of those above a number, oldest first."""
-        with self._reading() as connection:
-            rows = connection.execute("SELECT seq, body FROM results WHERE seq>? ORDER BY seq LIMIT ?",
-                                      (seq, limit)).fetchall()
-        return [(row[0], json.loads(row[1])) for row in rows]
-
-    def logs(self, job_seq: int, after: int, most: int = 5000) -> tuple[list[str], int]:
-        """Return the log lines from number `after` on (a bounded part), and the number of the next."""
-        lines: list[str] = []
-        at = 0
-        with self._reading() as connection:
-            rows = connection.execute("SELECT count, lines FROM logs WHERE job_seq=? ORDER BY attempt, first",
-                                      (job_seq,))
-            for count, text in rows:
-                if at + count > after:
-                    lines += json.loads(text)[max(0, after - at):]
-                at += count
-                if len(lines) >= most:
-                    break
-        return lines, max(after, at) if lines else min(after, at)
-
-    def size_bytes(self) -> int:
-        """Return the size of the journal's files."""
-        total = 0
-        for name in (JOURNAL, f"{JOURNAL}-wal"):
-            with contextlib.suppress(OSError):
-                total += (self._folder / name).stat().st_size
-        return total
-
-    def disk_bytes(self) -> tuple[int, int]:
-        """Return what is free and what there is on the file system of the data folder."""
-        disk = os.statvfs(self._folder)
-        return disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+def require_own_format(connection: sqlite3.Connection, path: Path) -> bool:
+    """Return whether a database has our tables, or none; CommandError for any other."""
+    found = connection.execute("PRAGMA user_version").fetchone()[0]
+    owner = connection.execute("PRAGMA application_id").fetchone()[0]
+    tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    if owner not in (0, APPLICATION_ID) or (found == 0 and tables):
+        raise CommandError(
+            f"{path} belongs to another program: name another folder with --data-dir"
+        )
+    if found > FORMAT:
+        raise CommandError(f"{path} has format {found}, made by a newer ffdist than {VERSION}; "
+                           "start that one, or name another folder with --data-dir")
+    if 0 < found < FORMAT:
+        raise CommandError(f"{path} has format {found}, made before the first release: "
+                           "start with an empty --data-dir")
+    return bool(found)
 
 
-def _grouped(writes: Iterable[Write]) -> list[tuple[str, list[tuple[Any, ...]]]]:
-    """Return statements with their rows: new jobs before their states, of several totals the last."""
-    rows: dict[str, dict[Any, tuple[Any, ...]]] = {kind: {} for kind in _WRITES}
-    totals: dict[TotalKey, int] = {}
-    for number, (kind, values) in enumerate(writes):
-        if kind == "total":
-            totals[values[0]] = values[1]
-        else:
-            rows[kind][values[_KEYED[kind]] if kind in _KEYED else number] = values
-        if kind == "node":
-            rows["forget"].pop(values[0], None)
-        elif kind == "forget":
-            rows["node"].pop(values[0], None)
-    groups = [(_WRITES[kind], list(found.values())) for kind, found in rows.items() if found]
-    kept = [(*key, count) for key, count in totals.items() if count]
-    gone = [key for key, count in totals.items() if not count]
-    return groups + [group for group in ((_TOTAL, kept), (_NO_TOTAL, gone)) if group[1]]
+def is_damage(error: Exception) -> bool:
+    """Return whether SQLite means that the file is no longer whole: a full disk is not damage."""
+    damaged = re.compile(r"malformed|not a database|corrupt|decode")
+    return isinstance(error, sqlite3.DatabaseError) and bool(damaged.search(str(error)))
 
 
-def _job_of_row(row: Sequence[Any]) -> Job:
+def quick_check(connection: sqlite3.Connection) -> None:
+    """Read a whole database; sqlite3.DatabaseError where it is not sound."""
+    found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if found != "ok":
+        raise sqlite3.DatabaseError(f"malformed: {' '.join(found.split())[:300]}")
+
+
+def file_size(path: Path) -> int:
+    """Return the size of a file in bytes; 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def job_of_row(row: Sequence[Any]) -> Job:
+    """Return the job of (seq, id, scenario, spec, state); sqlite3.DatabaseError where that is
+    malformed."""
     try:
         return Job(row[0], row[1], row[2], row[3], *json.loads(row[4]))
     except (ValueError, TypeError):
         raise sqlite3.DatabaseError(f"the row of job {row[1]} is malformed") from None
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+# Salvage. A damaged journal is set aside whole, and the rows that can still be read are copied into
+# a new one. SQLite stops at the first page that it cannot read, so a stretch of rows that fails is
+# halved down to single rows: one bad page then costs the rows on it, not all behind it. Derived
+# values (totals, the times by which jobs expire) are computed again. `.recover` of the sqlite3
+# program reads more than that: it needs no healthy page above the rows, and works on the file that
+# was set aside.
+
+_READ_RANGE = (0, 1 << 40)  # no journal has more rows
+# Reads that may fail before the first row is found; each row found allows ten more.
+_FIRST_PATIENCE = 2000
 
 
-def _connected(path: Path) -> sqlite3.Connection:
-    with contextlib.suppress(FileExistsError):
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL, 0o600))
-    return sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+class Salvage(NamedTuple):
+    """How the rows of one table are read: the column searched, and those that must be JSON."""
+
+    key: str
+    json_columns: tuple[str, ...] = ()
 
 
-def _make_tables(connection: sqlite3.Connection) -> None:
-    connection.executescript(f"BEGIN;{_SCHEMA}PRAGMA application_id={APPLICATION_ID};"
-                             f"PRAGMA user_version={FORMAT};COMMIT;")
+_SALVAGE = {
+    "jobs": Salvage("seq", ("spec", "state")),
+    "results": Salvage("seq", ("body",)),
+    "nodes": Salvage("rowid", ("record",)),
+    "claims": Salvage("1", ("words",)),
+    "logs": Salvage("job_seq", ("lines",)),
+    "owners": Salvage("rowid"),
+}
 
 
-def _ended_at(state: str, status: str) -> float | None:
-    return json.loads(state)[_COMPLETED_AT] if status in FINAL else None
+def recover_journal(folder: Path) -> tuple[str, str]:
+    """Replace a damaged journal by what can be read of it.
+
+    Return the damaged one's new name, and what was kept. A kill between any two lines is made good by the
+    next call: the new journal is whole before the damaged one moves, the log of that one goes before
+    the new one could take it for its own, and from APPLYING on only the last two lines are left.
+    """
+    path, whole, applying = folder / JOURNAL, folder / RECOVERED, folder / APPLYING
+    if not applying.exists():
+        if not whole.exists():
+            _build_recovered(path, whole)
+        aside = folder / f"journal-damaged-{path.stat().st_mtime_ns}.db"
+        with contextlib.suppress(FileExistsError):
+            os.link(path, aside)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(f"{path}-wal", f"{aside}-wal")
+        Path(f"{path}-shm").unlink(missing_ok=True)
+        os.replace(folder / DAMAGED, applying)
+    if whole.exists():
+        os.replace(whole, path)
+    applying.unlink()
+    with contextlib.closing(connect(path)) as connection:
+        kept = _counts_text(connection, ("jobs", "results"))
+    return str(max(folder.glob("journal-damaged-*.db"))), kept
+
+
+def _build_recovered(path: Path, whole: Path) -> None:
+    """Make a new journal of the rows that can be read; it has its name when it is complete."""
+    scratch = whole.with_name(f"{RECOVERED}.tmp")
+    for name in (scratch, Path(f"{scratch}-journal")):
+        name.unlink(missing_ok=True)
+    path.touch(0o600)
+    with contextlib.closing(connect(scratch)) as target:
+        make_tables(target)
+        if path.stat().st_size:  # SQLite deletes the log of an empty file when it opens it
+            _salvage(path, target)
+        _count_anew(target)
+    os.replace(scratch, whole)
+
+
+def _salvage(path: Path, target: sqlite3.Connection) -> None:
+    """Copy all rows that can be read."""
+    with contextlib.closing(connect(path)) as source:
+        # Otherwise SQLite refuses a file that is shorter than its header says, as a whole.
+        source.execute("PRAGMA writable_schema=ON")
+        for table in _SALVAGE:
+            _salvage_table(source, target, table)
+
+
+def _salvage_table(source: sqlite3.Connection, target: sqlite3.Connection, table: str) -> None:
+    """Copy the rows of one table that can be read."""
+    key, json_columns = _SALVAGE[table]
+    columns = [row[1] for row in target.execute(f"PRAGMA table_info({table})")]
+    places = [columns.index(name) + 1 for name in json_columns]
+    names, marks = ", ".join(columns), ", ".join("?" * len(columns))
+    query = f"SELECT {key}, {names} FROM {table} WHERE {key} BETWEEN ? AND ? ORDER BY {key}"
+    insert = f"INSERT OR IGNORE INTO {table}({names}) VALUES({marks})"
+    stretches, patience = [_READ_RANGE], _FIRST_PATIENCE
+    target.execute("BEGIN")
+    while stretches and patience > 0:
+        low, high = stretches.pop()
+        try:
+            for row in source.execute(query, (low, high)):
+                low, patience = row[0] + 1, patience + 10
+                if _holds_json(row, places):
+                    target.execute(insert, row[1:])
+        except sqlite3.DatabaseError as error:
+            patience -= 1
+            stretches += _halves(low, high) if _is_local(error) else []
+    target.execute("COMMIT")
+
+
+def _is_local(error: sqlite3.DatabaseError) -> bool:
+    """Return whether other rows of the file may still be read."""
+    return is_damage(error) and "not a database" not in str(error)
+
+
+def _halves(low: int, high: int) -> list[tuple[int, int]]:
+    """Return the halves of a stretch that could not be read, the first one last."""
+    middle = (low + high) // 2
+    return [(middle + 1, high), (low, middle)] if low < high else []
+
+
+def _holds_json(row: Sequence[Any], places: Iterable[int]) -> bool:
+    try:
+        for place in places:
+            json.loads(row[place])
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 _COMPLETED_AT = Job._fields.index("completed_at") - _STATE_FROM
 
 
-def _link_rows(connection: sqlite3.Connection) -> None:
+def _ended_at(state: str, status: str) -> float | None:
+    ended: float | None = json.loads(state)[_COMPLETED_AT] if status in FINAL else None
+    return ended
+
+
+def _count_anew(connection: sqlite3.Connection) -> None:
+    """Fill the derived values.
+
+    Rows that belonged to lost jobs are removed: they must not become those of new ones.
+    """
     connection.create_function("ended_at", 2, _ended_at)
     connection.create_function("job_of", 1, lambda body: json.loads(body)["job_id"])
-    connection.execute("UPDATE jobs SET ended=ended_at(state, status)")
-    connection.execute("UPDATE results SET job_seq=(SELECT seq FROM jobs WHERE id=job_of(body))")
-
-
-def _bring_up_to_date(connection: sqlite3.Connection, found: int) -> None:
-    """Bring the tables of an older format to this one, all at once or not at all."""
     execute = connection.execute
-    execute("BEGIN IMMEDIATE")
-    if found < 2:
-        for statement in filter(None, map(str.strip, _FROM_FORMAT_1.split(";"))):
-            execute(statement)
-        _link_rows(connection)
-    execute(_FROM_FORMAT_2)
-    _hash_sessions(connection)
-    execute(f"PRAGMA user_version={FORMAT}")
+    execute("BEGIN")
+    execute("UPDATE jobs SET ended=ended_at(state, status)")
+    execute("UPDATE results SET job_seq=(SELECT seq FROM jobs WHERE id=job_of(body))")
+    execute("DELETE FROM logs WHERE job_seq NOT IN (SELECT seq FROM jobs)")
+    for kind in ("jobs", "results"):
+        execute("INSERT INTO totals SELECT ?, status, scenario, ifnull(node_id, ''), count(*) "
+                f"FROM {kind} GROUP BY 2, 3, 4", (kind,))
     execute("COMMIT")
-
-
-def _hash_sessions(connection: sqlite3.Connection) -> None:
-    """Hash the sessions in the records of nodes; before format 3 they stood there in clear."""
-    for node_id, text in connection.execute("SELECT id, record FROM nodes").fetchall():
-        record = json.loads(text)
-        if "session" in record:
-            record["session_hash"] = digest(record.pop("session"))
-            record["past"] = [digest(word) for word in record.get("past") or ()]
-            facts = {name: value for name, value in json.loads(record["facts"]).items() if name != "secret"}
-            record["facts"] = json.dumps(facts)
-            connection.execute("UPDATE nodes SET record=? WHERE id=?", (json.dumps(record), node_id))
-
-
-def is_damage(error: Exception) -> bool:
-    """Tell whether SQLite means that the file is no longer whole (a full or read-only disk is no damage)."""
-    return isinstance(error, sqlite3.DatabaseError) and bool(
-        re.search(r"malformed|not a database|corrupt|decode", str(error)))
-
-
-def pages_beyond(log: Path, read: int, size: int) -> tuple[list[tuple[int, bytes]], int]:
-    """Return (number, bytes) of the pages in a log behind its first `read` frames, and how many commits end
-    there; only those of the log's present round count (sqlite.org/fileformat.html, 4.1).
-    """
-    pages, commits = [], 0
-    with open(log, "rb") as file:
-        head, first = file.read(32), file.read(16)
-        salt = head[16:24] if head[:3] == b"\x37\x7f\x06" else first[8:]
-        file.seek(32 + read * (24 + size))
-        while len(frame := file.read(24 + size)) == 24 + size:
-            number, commit = struct.unpack(">II", frame[:8])
-            if frame[8:16] == salt and number:
-                pages.append((number, frame[24:]))
-                commits += commit > 0
-    return pages, commits
-
-
-def recover_journal(folder: Path) -> tuple[str, str]:
-    """Put what can be read of a damaged journal in its place; return the old one's new name, and the count.
-
-    A kill between any two lines is made good by the next call: the new journal is whole before the
-    damaged one moves, and that one's log goes before the new one could take it for its own.
-    """
-    path, whole = folder / JOURNAL, folder / RECOVERED
-    if not whole.exists():
-        scratch, headed = folder / f"{RECOVERED}.tmp", folder / f"{RECOVERED}.head"
-        for name in (scratch, f"{scratch}-journal", headed, f"{headed}-wal"):
-            Path(name).unlink(missing_ok=True)
-        path.touch(0o600)
-        with contextlib.closing(_connected(scratch)) as target:
-            _make_tables(target)
-            if path.stat().st_size:  # SQLite throws the log of an empty file away
-                _salvage(path, target)
-            if _counts_text(target, ("jobs", "results")) == "0 jobs, 0 results":
-                _give_new_head(path, headed)
-                _salvage(headed, target)
-            _count_anew(target)
-        for name in (headed, f"{headed}-wal", f"{headed}-shm"):
-            Path(name).unlink(missing_ok=True)
-        os.replace(scratch, whole)
-    with contextlib.closing(_connected(whole)) as connection:
-        kept = _counts_text(connection, ("jobs", "results"))
-    aside = folder / f"journal-damaged-{path.stat().st_mtime_ns}.db"
-    with contextlib.suppress(FileExistsError):
-        os.link(path, aside)
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(f"{path}-wal", f"{aside}-wal")
-    Path(f"{path}-shm").unlink(missing_ok=True)
-    os.replace(whole, path)
-    (folder / DAMAGED).unlink()
-    return str(aside), kept
 
 
 def _counts_text(connection: sqlite3.Connection, tables: Sequence[str]) -> str:
@@ -1309,81 +1110,8 @@ def _counts_text(connection: sqlite3.Connection, tables: Sequence[str]) -> str:
     return ", ".join(f"{count} {table}" for count, table in zip(counts, tables))
 
 
-# Table -> what its rows are looked for by, and the columns that must hold JSON; totals are counted anew.
-_SALVAGED: dict[str, tuple[str, tuple[str, ...]]] = {
-    "jobs": ("seq", ("spec", "state")), "results": ("seq", ("body",)), "nodes": ("rowid", ("record",)),
-    "claims": ("1", ("words",)), "logs": ("job_seq", ("lines",)), "owners": ("rowid", ())}
-_NUMBERS = (0, 1 << 40)
-_FAILURES_FIRST = 2000  # reads that may fail before the first row is found, each row allows ten more
-
-
-def _give_new_head(path: Path, copy: Path) -> None:
-    """Copy a journal and its log, with the first page of a new one: its tables begin at the same places.
-
-    Bytes 18 and 19 say that there is a log; 92 to 95 being no copy of 24 to 27, the length of the file
-    counts and not what its first page says (sqlite.org/fileformat.html).
-    """
-    with contextlib.closing(_connected(copy)) as connection:
-        _make_tables(connection)
-    head = bytearray(copy.read_bytes()[:struct.unpack(">H", copy.read_bytes()[16:18])[0]])
-    head[18:20], head[92:96] = b"\2\2", bytes(4)
-    shutil.copyfile(path, copy)
-    with contextlib.suppress(FileNotFoundError):
-        shutil.copyfile(f"{path}-wal", f"{copy}-wal")
-    with open(copy, "r+b") as file:
-        file.write(head)
-
-
-def _salvage(path: Path, target: sqlite3.Connection) -> None:
-    """Copy all rows that can be read."""
-    with contextlib.closing(_connected(path)) as source:
-        for table in _SALVAGED:
-            _salvage_table(source, target, table)
-
-
-def _salvage_table(source: sqlite3.Connection, target: sqlite3.Connection, table: str) -> None:
-    """Copy the rows that can be read, halving each stretch that cannot down to single numbers."""
-    key, parsed = _SALVAGED[table]
-    columns = [row[1] for row in target.execute(f"PRAGMA table_info({table})")]
-    with contextlib.suppress(sqlite3.DatabaseError):  # an older format has fewer
-        known = {row[1] for row in source.execute(f"PRAGMA table_info({table})")}
-        columns = [name for name in columns if name in known]
-    places = [columns.index(name) + 1 for name in parsed if name in columns]
-    query = f"SELECT {key}, {', '.join(columns)} FROM {table} WHERE {key} BETWEEN ? AND ? ORDER BY {key}"
-    insert = f"INSERT OR IGNORE INTO {table}({', '.join(columns)}) VALUES({', '.join('?' * len(columns))})"
-    stretches, patience = [_NUMBERS], _FAILURES_FIRST
-    target.execute("BEGIN")
-    while stretches and patience > 0:
-        low, high = stretches.pop()
-        try:
-            for row in source.execute(query, (low, high)):
-                low, patience = row[0] + 1, patience + 10
-                with contextlib.suppress(ValueError, TypeError):
-                    for place in places:
-                        json.loads(row[place])
-                    target.execute(insert, row[1:])
-        except sqlite3.DatabaseError as error:
-            patience -= 1
-            middle = (low + high) // 2
-            if is_damage(error) and "not a database" not in str(error) and low < high:
-                stretches += [(middle + 1, high), (low, middle)]
-    target.execute("COMMIT")
-
-
-def _count_anew(connection: sqlite3.Connection) -> None:
-    """Fill what is derived from the rows; what is left of lost jobs is not to be new ones'."""
-    connection.execute("BEGIN")
-    _link_rows(connection)
-    _hash_sessions(connection)
-    connection.execute("DELETE FROM logs WHERE job_seq NOT IN (SELECT seq FROM jobs)")
-    for kind in ("jobs", "results"):
-        connection.execute("INSERT INTO totals SELECT ?, status, scenario, ifnull(node_id, ''), count(*) "
-                           f"FROM {kind} WHERE scenario<>? GROUP BY 2, 3, 4", (kind, CANARY))
-    connection.execute("COMMIT")
-
-
 def scratch_file(target: Path) -> Path:
-    """Make an empty file beside another, for its owner alone, by a name that nobody guesses."""
+    """Make an empty file beside another, for its owner alone, by a name that cannot be guessed."""
     try:
         descriptor, name = tempfile.mkstemp(".part", f".{target.name}.", target.parent)
     except OSError as error:
@@ -1393,30 +1121,16 @@ def scratch_file(target: Path) -> Path:
 
 
 def copy_journal(folder: Path, target: Path, show: Callable[[float], None]) -> str:
-    """Copy a journal, in use or not, to a file as of one moment; return what is in the copy.
+    """Copy a journal, in use or not, as of one moment; return the count of what is in the copy.
 
-    `show` is told the part that is done, from 0 to 1. An earlier file is replaced when the copy is whole.
+    `show` gets the part that is done, from 0 to 1. An earlier copy is replaced when the new one is
+    whole.
     """
     path = folder / JOURNAL
-    if not path.is_file():
-        raise CommandError(f"there is no journal in {folder}: name the master's folder with --data-dir")
-    if target.resolve().parent == folder.resolve():
-        raise CommandError(f"{target} is in the data folder, where it could take the place of what the "
-                           "master works with: name a file in another folder")
-    if target.exists() and not (target.is_file() and target.open("rb").read(15) == b"SQLite format 3"):
-        raise CommandError(f"{target} is there and is no copy of a journal: name another file")
+    _refuse_target(path, target)
     scratch = scratch_file(target)
     try:
-        with contextlib.closing(_connected(path)) as source, contextlib.closing(_connected(scratch)) as copy:
-            source.execute("BEGIN")
-            source.execute("SELECT count(*) FROM heartbeat").fetchone()  # from here on one moment is seen
-            source.backup(copy, pages=BACKUP_PAGES, sleep=0.0,
-                          progress=lambda _, left, whole: show(1 - left / max(1, whole)))
-            copy.execute("PRAGMA journal_mode=DELETE")
-            found = copy.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if found != "ok":
-                raise sqlite3.DatabaseError(found)
-            counts = _counts_text(copy, ("jobs", "results", "nodes"))
+        counts = _copy_database(path, scratch, show)
         with open(scratch, "rb") as file:
             os.fsync(file.fileno())
         os.replace(scratch, target)
@@ -1429,72 +1143,592 @@ def copy_journal(folder: Path, target: Path, show: Callable[[float], None]) -> s
     return counts
 
 
-# ---- 6 Master -------------------------------------------------------------------------------------
+def _refuse_target(path: Path, target: Path) -> None:
+    """Raise CommandError where a copy is not possible, or would replace another file."""
+    if not path.is_file():
+        raise CommandError(
+            f"there is no journal in {path.parent}: name the master's folder with --data-dir"
+        )
+    if target.resolve().parent == path.parent.resolve():
+        raise CommandError(
+            f"{target} is in the data folder, where it could replace the master's own files: "
+            "name a file in another folder"
+        )
+    if not target.exists():
+        return
+    is_database = False
+    if target.is_file():
+        with open(target, "rb") as file:
+            is_database = file.read(15) == b"SQLite format 3"
+    if not is_database:
+        raise CommandError(f"{target} exists and is not a copy of a journal: name another file")
 
-CLAIMS_KEPT = 16
-SESSIONS_KEPT = 8
-FAST_FAILURE_S = 120.0
-CANARY_FIRST_S = 10.0
-CANARY_MOST_S = 600.0
-CLOCK_JUMP_S = 3600.0
-_CANARY_DRAFT = draft_of({"scenario": "canary-180p25", "max_retries": 0,
-                          "parameters": {"duration": 1, "timeout": 120}}, 0)
+
+def _copy_database(path: Path, scratch: Path, show: Callable[[float], None]) -> str:
+    with contextlib.closing(connect(path)) as source, contextlib.closing(connect(scratch)) as copy:
+        # A read transaction, begun by the first read, sees one moment however long the copy takes.
+        source.execute("BEGIN")
+        source.execute("SELECT count(*) FROM heartbeat").fetchone()
+        source.backup(copy, pages=BACKUP_PAGES, sleep=0.0,
+                      progress=lambda _, left, whole: show(1 - left / max(1, whole)))
+        copy.execute("PRAGMA journal_mode=DELETE")
+        quick_check(copy)
+        return _counts_text(copy, ("jobs", "results", "nodes"))
+
+
+# ---- 5 Journal ------------------------------------------------------------------------------------
+
+READERS = 4  # connections for reading: pages are read beside each other, and beside the writer
+TRANSACTIONS_MOST = 1000  # in one commit: bounds the time that a single answer waits for the others
+
+_WRITES = {
+    "job": "INSERT INTO jobs(seq, id, status, scenario, node_id, spec, state) "
+           "VALUES(?,?,?,?,?,?,?)",
+    "state": "UPDATE jobs SET status=?, node_id=?, state=?, ended=? WHERE seq=?",
+    "result": "INSERT INTO results(seq, status, scenario, node_id, body, job_seq) "
+              "VALUES(?,?,?,?,?,?)",
+    "node": "INSERT INTO nodes(id, record) VALUES(?,?) "
+            "ON CONFLICT(id) DO UPDATE SET record=excluded.record",
+    "claims": "INSERT OR REPLACE INTO claims(node_id, words) VALUES(?,?)",
+    "forget": "DELETE FROM nodes WHERE id=?",
+    "owner": "INSERT OR REPLACE INTO owners(node_id, secret_hash) VALUES(?,?)",
+    "log": "INSERT OR REPLACE INTO logs(job_seq, attempt, first, count, lines) VALUES(?,?,?,?,?)",
+    "alive": "INSERT OR REPLACE INTO heartbeat(id, at) VALUES(1, ?)",
+    "drop_job": "DELETE FROM jobs WHERE seq=?",
+    "drop_results": "DELETE FROM results WHERE job_seq=?",
+    "drop_logs": "DELETE FROM logs WHERE job_seq=?",
+}
+# Only the last of these writes with the same value at this place counts, within one commit.
+_KEYED = {"state": 4, "claims": 0, "node": 0, "forget": 0}
+_TOTAL = "INSERT OR REPLACE INTO totals(kind, status, scenario, node_id, count) VALUES(?,?,?,?,?)"
+_NO_TOTAL = "DELETE FROM totals WHERE kind=? AND status=? AND scenario=? AND node_id=?"
+
+TotalKey = tuple[str, str, str, str]
+Write = tuple[str, tuple[Any, ...]]
+
+
+def _grouped(writes: Iterable[Write]) -> list[tuple[str, list[tuple[Any, ...]]]]:
+    """Return statements with their rows: new jobs before their states.
+
+    Of several writes of one total, or with one key, the last counts.
+    """
+    rows: dict[str, dict[Any, tuple[Any, ...]]] = {kind: {} for kind in _WRITES}
+    totals: dict[TotalKey, int] = {}
+    for number, (kind, values) in enumerate(writes):
+        if kind == "total":
+            totals[values[0]] = values[1]
+            continue
+        key = values[_KEYED[kind]] if kind in _KEYED else number
+        rows[kind][key] = values
+        if kind == "node":
+            rows["forget"].pop(key, None)
+        elif kind == "forget":
+            rows["node"].pop(key, None)
+    groups = [(_WRITES[kind], list(found.values())) for kind, found in rows.items()]
+    groups.append((_TOTAL, [(*key, count) for key, count in totals.items() if count]))
+    groups.append((_NO_TOTAL, [key for key, count in totals.items() if not count]))
+    return [(statement, found) for statement, found in groups if found]
+
+
+class Ticket:
+    """Waits for the commit of all that was written before it.
+
+    A bare lock, released by the journal's thread: it wakes its waiter faster than an Event does.
+    """
+
+    __slots__ = ("_gate", "error")
+
+    def __init__(self) -> None:
+        self._gate = threading.Lock()
+        self._gate.acquire()
+        self.error: str | None = None
+
+    def settle(self, error: str | None = None) -> None:
+        """Let the waiter go on; `error` is why nothing was committed."""
+        self.error = error
+        self._gate.release()
+
+    def wait(self) -> None:
+        """Return after the commit; ApiError 503 when it failed."""
+        self._gate.acquire()
+        if self.error is not None:
+            raise ApiError(503, f"nothing was changed, the journal cannot be written: {self.error}")
+
+
+class Reader:
+    """What is read of the journal: safe in any thread, and never called under the Master's lock."""
+
+    def __init__(self, path: Path, note_damage: Callable[[Exception], None]) -> None:
+        self._path = path
+        self._note_damage = note_damage
+        self._connections: list[sqlite3.Connection] = []
+        self._idle: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
+
+    def open(self) -> None:
+        """Open the connections; sqlite3.Error where the file cannot be read."""
+        for _ in range(READERS):
+            connection = connect(self._path)
+            self._connections.append(connection)
+            self._idle.put(connection)
+
+    def close(self) -> None:
+        """Close the connections."""
+        for connection in self._connections:
+            connection.close()
+        self._connections.clear()
+        self._idle = queue.LifoQueue()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        connection = self._idle.get()
+        try:
+            yield connection
+        except (sqlite3.Error, ValueError) as error:
+            self._note_damage(error)
+            raise ApiError(503, f"the journal cannot be read: {self._path}: {error}") from None
+        finally:
+            self._idle.put(connection)
+
+    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        with self._reading() as connection:
+            return connection.execute(query, values).fetchall()
+
+    def live_jobs(self) -> list[Job]:
+        """Return the jobs that are not final, oldest first."""
+        with self._reading() as connection:
+            rows = connection.execute(
+                "SELECT seq, id, scenario, spec, state FROM jobs WHERE status IN "
+                "('blocked', 'pending', 'running', 'paused') ORDER BY seq"
+            )
+            return [job_of_row(row) for row in rows]
+
+    def nodes(self) -> list[tuple[str, Json, list[str]]]:
+        """Return (id, record, claim words) of every node."""
+        rows = self._rows("SELECT id, record, words FROM nodes LEFT JOIN claims ON node_id=id "
+                          "ORDER BY nodes.rowid")
+        return [(row[0], json.loads(row[1]), json.loads(row[2] or "[]")) for row in rows]
+
+    def owners(self) -> dict[str, str]:
+        """Return the hash of the secret of each node that has one, removed nodes included."""
+        return dict(self._rows("SELECT node_id, secret_hash FROM owners"))
+
+    def counters(self) -> tuple[int, int, dict[TotalKey, int]]:
+        """Return the last sequence numbers of jobs and results, and the totals."""
+        jobs = self._rows("SELECT max(seq) FROM jobs")[0][0] or 0
+        results = self._rows("SELECT max(seq) FROM results")[0][0] or 0
+        rows = self._rows("SELECT kind, status, scenario, node_id, count FROM totals")
+        return jobs, results, {(row[0], row[1], row[2], row[3]): row[4] for row in rows}
+
+    def log_counts(self, jobs: Iterable[Job]) -> dict[int, int]:
+        """Return how many log lines of the last attempt are kept, by the job's number."""
+        counts = {}
+        for job in jobs:
+            rows = self._rows("SELECT sum(count) FROM logs WHERE job_seq=? AND attempt=?",
+                              (job.seq, job.attempt))
+            counts[job.seq] = rows[0][0] or 0
+        return counts
+
+    def find_ids(self, prefix: str) -> list[str]:
+        """Return up to two ids that begin with a prefix; "g" is above every hexadecimal digit."""
+        rows = self._rows("SELECT id FROM jobs WHERE id >= ? AND id < ? ORDER BY id LIMIT 2",
+                          (prefix, prefix + "g"))
+        return [row[0] for row in rows]
+
+    def statuses(self, ids: Sequence[str]) -> dict[str, str]:
+        """Return the status of each of many ids that the journal knows."""
+        found: dict[str, str] = {}
+        for start in range(0, len(ids), 500):  # SQLite before 3.32 takes 999 values in one query
+            part = ids[start:start + 500]
+            marks = ",".join("?" * len(part))
+            found.update(self._rows(f"SELECT id, status FROM jobs WHERE id IN ({marks})", part))
+        return found
+
+    def job(self, job_id: str) -> Job | None:
+        """Return a job by its whole id."""
+        with self._reading() as connection:
+            row = connection.execute("SELECT seq, id, scenario, spec, state FROM jobs WHERE id=?",
+                                     (job_id,)).fetchone()
+            return job_of_row(row) if row else None
+
+    def job_page(self, filters: Mapping[str, str], before: int | None, limit: int) -> list[Job]:
+        """Return jobs, newest first."""
+        query, values = _newest_query(
+            "SELECT seq, id, scenario, spec, state FROM jobs", filters, before, limit
+        )
+        with self._reading() as connection:
+            return [job_of_row(row) for row in connection.execute(query, values)]
+
+    def result_page(self, filters: Mapping[str, str], before: int | None,
+                    limit: int) -> list[tuple[int, Json]]:
+        """Return (number, result), newest first."""
+        query, values = _newest_query("SELECT seq, body FROM results", filters, before, limit)
+        with self._reading() as connection:
+            return [(row[0], json.loads(row[1])) for row in connection.execute(query, values)]
+
+    def ended(self, most: int) -> list[tuple[int, float, TotalKey]]:
+        """Return the jobs that ended first, as (number, when, key of their total)."""
+        rows = self._rows(
+            "SELECT seq, ended, status, scenario, node_id FROM jobs WHERE ended IS NOT NULL "
+            "ORDER BY ended LIMIT ?",
+            (most,),
+        )
+        return [(row[0], row[1], ("jobs", row[2], row[3], row[4] or "")) for row in rows]
+
+    def result_keys(self, job_seqs: Sequence[int]) -> list[TotalKey]:
+        """Return the keys of the totals of all results of some jobs."""
+        marks = ",".join("?" * len(job_seqs))
+        rows = self._rows(
+            f"SELECT status, scenario, node_id FROM results WHERE job_seq IN ({marks})",
+            list(job_seqs),
+        )
+        return [("results", row[0], row[1], row[2]) for row in rows]
+
+    def result(self, seq: int) -> Json | None:
+        """Return an accepted report by its number."""
+        rows = self._rows("SELECT body FROM results WHERE seq=?", (seq,))
+        found: Json | None = json.loads(rows[0][0]) if rows else None
+        return found
+
+    def results_after(self, seq: int, limit: int) -> list[tuple[int, Json]]:
+        """Return (number, result) of those above a number, oldest first."""
+        rows = self._rows(
+            "SELECT seq, body FROM results WHERE seq>? ORDER BY seq LIMIT ?", (seq, limit)
+        )
+        return [(row[0], json.loads(row[1])) for row in rows]
+
+    def logs(self, job_seq: int, after: int, most: int = 5000) -> tuple[list[str], int]:
+        """Return log lines from number `after` on, a bounded part, and the number of the next."""
+        lines: list[str] = []
+        at = 0
+        with self._reading() as connection:
+            rows = connection.execute(
+                "SELECT count, lines FROM logs WHERE job_seq=? ORDER BY attempt, first", (job_seq,)
+            )
+            for count, text in rows:
+                if at + count > after:
+                    lines += json.loads(text)[max(0, after - at):]
+                at += count
+                if len(lines) >= most:
+                    break
+        return lines, max(after, at) if lines else min(after, at)
+
+
+def _newest_query(select: str, filters: Mapping[str, str], before: int | None,
+                limit: int) -> tuple[str, list[Any]]:
+    """Return the query of a page, newest first, and its values; `filters` names columns."""
+    conditions = [f"{name}=?" for name in filters]
+    values: list[Any] = list(filters.values())
+    if before is not None:
+        conditions.append("seq<?")
+        values.append(before)
+    where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
+    return f"{select}{where} ORDER BY seq DESC LIMIT ?", [*values, limit]
+
+
+class Journal:
+    """The durable record. One thread writes; the order of writes is the order of write().
+
+    Transactions gather while a commit runs, and the next commit takes all of them (group commit):
+    an fsync is shared by every answer that waits for it. A transaction is committed whole or not at
+    all. When a commit fails, `on_failure` is called after all tickets were settled with the error:
+    memory is then ahead of the disk and must be rebuilt from it.
+    """
+
+    def __init__(self, folder: Path, on_failure: Callable[[str], None]) -> None:
+        self._folder = folder
+        self._path = folder / JOURNAL
+        self._on_failure = on_failure
+        self._queue: queue.SimpleQueue[tuple[Sequence[Write], Ticket] | None] = queue.SimpleQueue()
+        self._queued = 0
+        self._done = 0
+        self._closing = False
+        self._writer: sqlite3.Connection | None = None
+        self.reader = Reader(self._path, self._note_damage)
+        self.trouble: str | None = None  # why the last commit failed
+        self.damage: str | None = None  # what SQLite says of a file that is no longer whole
+        self.recovery: str | None = None  # what was done about it at the start
+        self.commits = 0
+        self.commit_seconds = 0.0
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._folder_lock = _lock_folder(folder)
+        try:
+            self._open()
+        except CommandError:
+            self.close()
+            raise
+        except (sqlite3.Error, OSError) as error:
+            self.close()
+            raise CommandError(
+                f"{self._path} cannot be used as a journal: {error}; "
+                "free or repair it, or name another folder with --data-dir"
+            ) from None
+
+    def _open(self) -> None:
+        """Open the journal; a damaged one is set aside first, and its readable rows are kept."""
+        marker = self._folder / DAMAGED
+        if self._path.exists() and not os.access(self._path, os.W_OK):
+            raise CommandError(
+                f"{self._path} may not be written by this user: give it to the one that "
+                "runs the master, or name another folder with --data-dir"
+            )
+        if (self._folder / APPLYING).exists():
+            recover_journal(self._folder)
+        if marker.exists():
+            self._recover(marker.read_text(errors="replace"))
+        elif file_size(self._path) == 0 and file_size(Path(f"{self._path}-wal")):
+            self._recover("it is empty or missing, and its log is not")
+        try:
+            self._prepare()
+        except sqlite3.DatabaseError as error:
+            if not is_damage(error):
+                raise
+            self._recover(str(error))
+            self._prepare()
+
+    def _recover(self, why: str) -> None:
+        self._disconnect()
+        (self._folder / DAMAGED).write_text(why)
+        aside, kept = recover_journal(self._folder)
+        self.recovery = (
+            f"the journal was damaged ({why.strip()}): it was set aside as {aside}, and {kept} "
+            f"were recovered; `sqlite3 {aside} .recover` may read more of it"
+        )
+
+    def _prepare(self) -> None:
+        """Connect, and make the tables where there are none."""
+        self._writer = connect(self._path)
+        execute = self._writer.execute
+        has_tables = require_own_format(self._writer, self._path)
+        execute("PRAGMA journal_mode=WAL")
+        execute("PRAGMA synchronous=FULL")  # acknowledged is durable: each commit is synced
+        if not has_tables:
+            make_tables(self._writer)
+        execute("BEGIN IMMEDIATE")  # can it be written?
+        execute("ROLLBACK")
+        execute("SELECT max(seq) FROM jobs").fetchall()
+        self._inode = os.stat(self._path).st_ino
+        self.reader.open()
+
+    def _disconnect(self) -> None:
+        self.reader.close()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def start(self) -> None:
+        """Begin to commit."""
+        self._thread.start()
+
+    def write(self, writes: Sequence[Write]) -> Ticket | None:
+        """Queue one transaction; return what waits for it and for all before it.
+
+        None when there is nothing to wait for. Called under the Master's lock, which makes the
+        order.
+        """
+        if not writes and self._queued == self._done:
+            return None
+        ticket = Ticket()
+        self._queued += 1
+        self._queue.put((writes, ticket))
+        return ticket
+
+    def drop(self, error: str) -> None:
+        """Forget what is queued, after a commit that failed; its tickets get the error."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                item = self._queue.get_nowait()
+                if item is None:
+                    self._closing = True
+                else:
+                    item[1].settle(error)
+        self._done = self._queued
+
+    def _run(self) -> None:
+        """Commit what has gathered until close()."""
+        while not self._closing:
+            self._commit_batch(self._gather())
+
+    def _gather(self) -> list[tuple[Sequence[Write], Ticket]]:
+        """Wait for a transaction, and return it with all that are queued behind it."""
+        items = [self._queue.get()]
+        with contextlib.suppress(queue.Empty):
+            while len(items) < TRANSACTIONS_MOST:
+                items.append(self._queue.get_nowait())
+        self._closing = None in items
+        return [item for item in items if item is not None]
+
+    def _commit_batch(self, batch: list[tuple[Sequence[Write], Ticket]]) -> None:
+        writes = [write for transaction, _ in batch for write in transaction]
+        error = self._commit(writes) if writes else None
+        if error is not None:
+            self.trouble = error
+        else:
+            self._done += len(batch)
+            if writes:
+                self.trouble = None
+        for _, ticket in batch:
+            ticket.settle(error)
+        if error is not None:
+            self._on_failure(error)
+
+    def _commit(self, writes: list[Write]) -> str | None:
+        """Commit a batch; return what went wrong."""
+        began = time.perf_counter()
+        assert self._writer is not None
+        execute = self._writer.execute
+        try:
+            self._check_place()
+            execute("BEGIN IMMEDIATE")
+            for statement, rows in _grouped(writes):
+                self._writer.executemany(statement, rows)
+            execute("COMMIT")
+        except Exception as error:  # of any kind: this thread must live
+            with contextlib.suppress(sqlite3.Error):
+                execute("ROLLBACK")
+            self._note_damage(error)
+            return f"{self._path}: {error}{self._file_system_error()}"
+        self.commits += 1
+        self.commit_seconds += time.perf_counter() - began
+        return None
+
+    def _check_place(self) -> None:
+        """Raise OSError where the journal was removed: commits would go into a nameless file."""
+        try:
+            in_place = os.stat(self._path).st_ino == self._inode
+        except FileNotFoundError:
+            in_place = False
+        if not in_place:
+            raise OSError("the file was removed or replaced while the master ran: put it back, "
+                          "or stop the master and start it on a backup")
+
+    def _file_system_error(self) -> str:
+        """Return the file system's own error: SQLite calls a read-only disk an I/O error."""
+        try:
+            os.utime(self._folder)
+        except OSError as error:
+            return f" ({error.strerror})"
+        return ""
+
+    def _note_damage(self, error: Exception) -> None:
+        """Mark the journal for recovery at the next start, when it is no longer whole."""
+        if self.damage is None and is_damage(error):
+            with contextlib.suppress(OSError):
+                (self._folder / DAMAGED).write_text(str(error))
+            self.damage = str(error)
+
+    def check(self) -> None:
+        """Read the whole journal, and set `damage` where it is not sound."""
+        if (
+            not self._path.exists()
+        ):  # connecting would make a new one; the next commit names the fault
+            return
+        try:
+            with contextlib.closing(connect(self._path)) as connection:
+                quick_check(connection)
+        except sqlite3.Error as error:
+            self._note_damage(error)
+
+    def size_bytes(self) -> int:
+        """Return the size of the journal's files."""
+        total = 0
+        for name in (JOURNAL, f"{JOURNAL}-wal"):
+            with contextlib.suppress(OSError):
+                total += (self._folder / name).stat().st_size
+        return total
+
+    def disk_bytes(self) -> tuple[int, int]:
+        """Return the free and the whole size of the data folder's file system."""
+        disk = os.statvfs(self._folder)
+        return disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+
+    def close(self) -> None:
+        """Commit what is queued, then unlock the folder."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join(10)
+        self._disconnect()
+        os.close(self._folder_lock)
+
+
+def _lock_folder(folder: Path) -> int:
+    """Return the descriptor that holds the lock of a data folder; CommandError without it.
+
+    The lock is on the folder itself: no file inside could be removed to get around it.
+    """
+    try:
+        wire.make_private_folder(folder)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        os.utime(folder)
+    except OSError as error:
+        raise CommandError(f"data folder {folder} cannot be used: {error.strerror}, "
+                           "or name another with --data-dir") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise CommandError(f"data folder {folder} is held by another master; stop it, or name "
+                           "another folder with --data-dir") from None
+    return descriptor
+
+
+# ---- 6 Dispatch -----------------------------------------------------------------------------------
+
+CLAIMS_KEPT = 16  # claim words of a node: one a slot, and those of repeated requests
+SESSIONS_KEPT = 8  # earlier sessions of a node: a late packet of one is told that it is superseded
+TRIAL_FIRST_S = 10.0
+TRIAL_MOST_S = 600.0
 NODE_STATUSES = ("available", "busy", "draining", "quarantined", "offline")
 
 
-class Lane:
-    """Jobs with the same needs and priority, first in, first out; holds numbers, never records.
+class Moment(NamedTuple):
+    """One moment by two clocks, in s: `clock` is monotonic, `wall` is for people."""
 
-    New jobs come in order and stand in the queue; one that comes back stands in a heap by its number,
-    so that it keeps the place that it had.
+    clock: float
+    wall: float
+
+
+class Note(NamedTuple):
+    """One line for the log, written once its cause is committed."""
+
+    level: int
+    message: str
+    values: tuple[Any, ...]
+
+
+class Effects(NamedTuple):
+    """What a step asks of the Master: writes to commit, parked requests to wake, lines to log.
+
+    `wakes` are nodes whose parked request has to look again, `changed` are the numbers of jobs that
+    have a new state or new log lines.
     """
 
-    def __init__(self) -> None:
-        self._fresh: queue.Queue[int] = queue.Queue()
-        self._back: list[int] = []
-        self._newest = 0
-
-    def put(self, seq: int) -> None:
-        """Add a number: a new one at the end, an older one at its place."""
-        if seq > self._newest:
-            self._newest = seq
-            self._fresh.put_nowait(seq)
-        else:
-            heapq.heappush(self._back, seq)
-
-    def head(self) -> int | None:
-        """Return the oldest number without taking it."""
-        fresh = self._fresh.queue[0] if self._fresh.queue else None
-        if self._back and (fresh is None or self._back[0] < fresh):
-            return self._back[0]
-        return fresh
-
-    def pop(self) -> int | None:
-        """Take the oldest number."""
-        seq = self.head()
-        if seq is None:
-            return None
-        return heapq.heappop(self._back) if self._back and self._back[0] == seq else self._fresh.get_nowait()
+    writes: list[Write]
+    wakes: list[str]
+    changed: list[int]
+    notes: list[Note]
 
 
 class Lanes:
-    """All lanes, one for each Needs, and the jobs that wait for a moment.
+    """The queues of pending jobs: a lane for each Needs, and a heap of those that wait.
 
-    Lanes of one node stand apart, so that a claim looks at its own and the common ones alone.
+    A lane holds numbers of jobs, never records, and the oldest comes first: a job that comes back
+    has the place that it had. Cancelling is lazy: a number stays until it is the head, and is
+    dropped there when its job is no longer pending in this lane. Lanes that only one node can serve
+    stand apart, so that a claim looks at the common ones and its own alone.
     """
 
     def __init__(self) -> None:
-        self._lanes: dict[str | None, dict[Needs, Lane]] = {None: {}}
+        self._lanes: dict[str | None, dict[Needs, queue.PriorityQueue[int]]] = {}
         self._due: list[tuple[float, int]] = []
-        self._waiting: dict[int, float] = {}  # a number that waits counts nowhere else, wherever it stands
+        self._waiting: dict[int, float] = {}  # the moment of each number that waits for one
 
     def put(self, seq: int, needs: Needs) -> None:
         """Put a number at its place in the lane of its needs."""
         self._waiting.pop(seq, None)
         lanes = self._lanes.setdefault(needs.only, {})
         if needs not in lanes:
-            lanes[needs] = Lane()
-        lanes[needs].put(seq)
+            lanes[needs] = queue.PriorityQueue()
+        lanes[needs].put_nowait(seq)
 
     def put_later(self, due: float, seq: int) -> None:
         """Keep a number until a moment of the monotonic clock."""
@@ -1506,38 +1740,51 @@ class Lanes:
         taken = []
         while self._due and self._due[0][0] <= now:
             due, seq = heapq.heappop(self._due)
-            if self._waiting.get(seq) == due:
+            if self._waiting.get(seq) == due:  # it has not been put elsewhere since
                 del self._waiting[seq]
                 taken.append(seq)
         return taken
 
     def waits(self, seq: int) -> bool:
-        """Tell whether a number waits for its moment."""
+        """Return whether a number waits for its moment."""
         return seq in self._waiting
 
-    def pop(self, node_id: str, fits: Callable[[Needs], bool]) -> int | None:
-        """Take the oldest number of the lanes that a node fits; lanes that are empty go."""
-        best: tuple[int, Lane] | None = None
+
+    def heads(
+        self, node_id: str, is_current: Callable[[int, Needs], bool]
+    ) -> list[tuple[int, Needs]]:
+        """Return the oldest number of each lane that a node may serve; empty lanes are removed."""
+        found = []
         for only in (None, node_id):
-            for needs, lane in list(self._lanes.get(only, {}).items()):
-                head = lane.head()
-                if head is None:
-                    if needs != Needs():
-                        del self._lanes[only][needs]
-                elif (best is None or head < best[0]) and fits(needs):
-                    best = (head, lane)
-        if node_id in self._lanes and not self._lanes[node_id]:
-            del self._lanes[node_id]
-        return None if best is None else best[1].pop()
+            for needs in list(self._lanes.get(only, ())):
+                seq = self._head(needs, is_current)
+                if seq is not None:
+                    found.append((seq, needs))
+        return found
+
+    def _head(self, needs: Needs, is_current: Callable[[int, Needs], bool]) -> int | None:
+        lanes = self._lanes[needs.only]
+        waiting = lanes[needs].queue
+        while waiting:
+            if is_current(waiting[0], needs):
+                return waiting[0]
+            lanes[needs].get_nowait()
+        del lanes[needs]
+        if not lanes:
+            del self._lanes[needs.only]
+        return None
+
+    def take(self, needs: Needs) -> int:
+        """Take the oldest number of a lane."""
+        return self._lanes[needs.only][needs].get_nowait()
 
     def needs(self) -> list[Needs]:
-        """Return the needs of all lanes that are not empty."""
-        return [needs for lanes in self._lanes.values() for needs, lane in lanes.items()
-                if lane.head() is not None]
+        """Return the needs of all lanes."""
+        return [needs for lanes in self._lanes.values() for needs in lanes]
 
 
 class Lease:
-    """What is known of a running attempt beside the journal."""
+    """What the master knows of a running attempt beside the journal."""
 
     __slots__ = ("began", "limit_s", "lines", "progress")
 
@@ -1548,50 +1795,117 @@ class Lease:
         self.progress: Json | None = None
 
 
-class Parked:
-    """One request that waits at the master; `over` means that a newer one has taken its place."""
-
-    __slots__ = ("event", "over", "woken")
-
-    def __init__(self) -> None:
-        self.event = threading.Event()
-        self.over = False
-        self.woken = False
-
-
 class Quarantine(NamedTuple):
-    """Why a node gets no jobs but canaries, and how many of those have failed; times since 1970."""
+    """The open circuit of a node: why, since when, its next trial, and how many failed.
+
+    Times are since 1970.
+    """
 
     reason: str
     since: float
-    next_canary: float
-    canaries: int = 0
+    next_trial: float
+    trials_failed: int = 0
 
     def to_json(self) -> Json:
-        return {"reason": self.reason, "since": wire.utc_text(self.since),
-                "next_canary": wire.utc_text(self.next_canary), "canaries_failed": self.canaries}
+        """Return it as the API shows it."""
+        return {"reason": self.reason,
+                "since": wire.utc_text(self.since),
+                "next_trial": wire.utc_text(self.next_trial),
+                "trials_failed": self.trials_failed}
 
 
-_NOT_KEPT = ("lines", "lines_from", "samples", "session")  # what a result brings beside itself
+class NodeView(NamedTuple):
+    """A node as of one moment: taken under the lock, made into JSON outside of it."""
+
+    id: str
+    name: str
+    status: str
+    facts: str
+    last_heartbeat: float
+    registered_at: float
+    running: int
+    slots: int
+    protocol: int | None
+    drain_until: float | None
+    quarantine: Quarantine | None
+
+    def to_json(self) -> Json:
+        """Return the node as the API shows it."""
+        return {**json.loads(self.facts),
+                "id": self.id,
+                "name": self.name,
+                "status": self.status,
+                "last_heartbeat": wire.utc_text(self.last_heartbeat),
+                "registered_at": wire.utc_text(self.registered_at),
+                "running": self.running,
+                "max_concurrent_jobs": self.slots,
+                "protocol": self.protocol,
+                "drain_deadline": wire.utc_text(self.drain_until),
+                "quarantine": None if self.quarantine is None else self.quarantine.to_json()}
 
 
 class Node:
-    """One registered machine. `facts` is the JSON of its registration; the rest is the master's own.
+    """One registered machine. `facts` is the JSON of its registration; the rest is the master's
+    own.
 
-    `failures` are those in a row that speak against it, as (number of the job, reason); `drain_due` and
-    `canary_due` are moments of the monotonic clock.
+    `failures` are those in a row that speak against it, as (number of the job, reason); `trial` is
+    the job that tries whether it is well again. `standing` are its leases that may have an order,
+    `orders` counts all orders, and `parked` is the serial number of its parked request. `drain_due`
+    and `trial_due` are moments of the monotonic clock.
     """
 
-    __slots__ = ("anonymous", "canary_due", "claims", "drain_due", "drain_until", "draining", "facts",
-                 "failures", "heard", "id", "last_heartbeat", "leases", "leaving", "name", "offline",
-                 "orders", "parked", "past", "protocol", "quarantine", "registered_at",
-                 "session_hash", "slots", "standing")
+    __slots__ = (
+        "anonymous",
+        "claims",
+        "drain_due",
+        "drain_until",
+        "draining",
+        "facts",
+        "failures",
+        "heard",
+        "id",
+        "last_heartbeat",
+        "leases",
+        "leaving",
+        "name",
+        "offline",
+        "orders",
+        "parked",
+        "past",
+        "protocol",
+        "quarantine",
+        "registered_at",
+        "session_hash",
+        "slots",
+        "standing",
+        "trial",
+        "trial_due",
+    )
 
-    def __init__(self, node_id: str, now: float) -> None:
+    DURABLE = (
+        "anonymous",
+        "drain_until",
+        "draining",
+        "facts",
+        "last_heartbeat",
+        "leaving",
+        "name",
+        "offline",
+        "orders",
+        "past",
+        "protocol",
+        "quarantine",
+        "registered_at",
+        "session_hash",
+        "slots",
+        "trial",
+    )
+
+    def __init__(self, node_id: str, wall: float) -> None:
         self.id = node_id
         self.name = node_id
         self.facts = "{}"
-        self.registered_at = self.last_heartbeat = now
+        self.registered_at = self.last_heartbeat = wall
         self.session_hash: str | None = None
         self.past: list[str] = []
         self.protocol: int | None = None
@@ -1602,7 +1916,8 @@ class Node:
         self.drain_until: float | None = None
         self.drain_due = math.inf
         self.quarantine: Quarantine | None = None
-        self.canary_due = 0.0
+        self.trial: int | None = None
+        self.trial_due = 0.0
         self.failures: list[tuple[int, str]] = []
         self.orders = 0
         self.slots = 1
@@ -1610,25 +1925,23 @@ class Node:
         self.heard = 0.0
         self.leases: set[int] = set()
         self.standing: set[int] = set()
-        self.parked: Parked | None = None
-
-    DURABLE = ("anonymous", "drain_until", "draining", "facts", "last_heartbeat", "leaving", "name",
-               "offline", "orders", "past", "protocol", "quarantine", "registered_at",
-               "session_hash", "slots")
+        self.parked: int | None = None
 
     def record(self) -> str:
         """Return what the journal keeps."""
         return json.dumps({name: getattr(self, name) for name in self.DURABLE})
 
-    def restore(self, record: Mapping[str, Any], now: float, wall: float) -> None:
-        """Take what the journal kept; deadlines become moments of the monotonic clock."""
-        for name, value in record.items():
-            setattr(self, name, value)
+    def restore(self, record: Mapping[str, Any], now: Moment) -> None:
+        """Take what the journal kept; times since 1970 become moments of the monotonic clock."""
+        for name in self.DURABLE:
+            if name in record:
+                setattr(self, name, record[name])
         if self.quarantine is not None:
             self.quarantine = Quarantine(*self.quarantine)
-            self.canary_due = now + min(max(0.0, self.quarantine.next_canary - wall), CANARY_MOST_S)
+            pause = max(0.0, self.quarantine.next_trial - now.wall)
+            self.trial_due = now.clock + min(pause, TRIAL_MOST_S)
         if self.drain_until is not None:
-            self.drain_due = now + max(0.0, self.drain_until - wall)
+            self.drain_due = now.clock + max(0.0, self.drain_until - now.wall)
 
     @property
     def status(self) -> str:
@@ -1641,860 +1954,564 @@ class Node:
             return "quarantined"
         return "busy" if len(self.leases) >= self.slots else "available"
 
-    def shot(self) -> NodeShot:
-        """Return the node as of this moment."""
-        return NodeShot(self.facts, self.id, self.name, self.status, self.last_heartbeat,
-                        self.registered_at, len(self.leases), self.slots, self.protocol,
-                        self.drain_until, self.quarantine)
+    def view(self) -> NodeView:
+        """Return the node as of now."""
+        return NodeView(
+            self.id,
+            self.name,
+            self.status,
+            self.facts,
+            self.last_heartbeat,
+            self.registered_at,
+            len(self.leases),
+            self.slots,
+            self.protocol,
+            self.drain_until,
+            self.quarantine,
+        )
 
     def to_json(self) -> Json:
         """Return the node as the API shows it."""
-        return self.shot().to_json()
+        return self.view().to_json()
 
 
-class NodeShot(NamedTuple):
-    """A node as of one moment: taken under the lock, turned into JSON outside of it."""
+class Stored(NamedTuple):
+    """The rows of a journal that make a State."""
 
-    facts: str
+    nodes: list[tuple[str, Json, list[str]]]
+    owners: dict[str, str]
+    last_job: int
+    last_result: int
+    totals: dict[TotalKey, int]
+    live_jobs: list[Job]
+    log_counts: dict[int, int]
+
+
+class Ended(NamedTuple):
+    """A job that has ended, for those that wait for it."""
+
+    seq: int
     id: str
-    name: str
     status: str
-    last_heartbeat: float
-    registered_at: float
-    running: int
-    slots: int
-    protocol: int | None
-    drain_until: float | None
-    quarantine: Quarantine | None
-
-    def to_json(self) -> Json:
-        """Return the node as the API shows it."""
-        return {
-            **json.loads(self.facts),
-            "id": self.id,
-            "name": self.name,
-            "status": self.status,
-            "last_heartbeat": wire.utc_text(self.last_heartbeat),
-            "registered_at": wire.utc_text(self.registered_at),
-            "running": self.running,
-            "max_concurrent_jobs": self.slots,
-            "protocol": self.protocol,
-            "drain_deadline": wire.utc_text(self.drain_until),
-            "quarantine": None if self.quarantine is None else self.quarantine.to_json(),
-        }
 
 
-def _refuse_session(node: Node, session_hash: str | None) -> None:
-    """Raise ApiError 409 where it is not the node that speaks: one with a session is heard only with it."""
-    if session_hash == node.session_hash:
-        return
-    if session_hash in node.past:
-        raise ApiError(409, f"a newer start of node {node.name} has taken over; this one must end", "session")
-    raise ApiError(409, f"node {node.name} has another session, and is heard only with that", "session")
+class State:
+    """What the master knows: nodes, live jobs, lanes, leases, totals. It has no lock, clock, I/O or
+    log.
 
-
-def _refuse_stranger(node: Node | None, owner: str | None, checked: Registration) -> None:
-    """Raise ApiError 409 where somebody else registers by an id that is a node's, or was one's.
-
-    An id is public; a session is known to one start of an agent, the secret to its state folder. `owner` is
-    the hash of the secret that an id belongs to: it outlives the node, or whoever removes a node could take
-    its place. Another session takes over with the secret, or while a node without one is offline.
-    """
-    if node is not None and checked.session_hash in node.past:
-        _refuse_session(node, checked.session_hash)
-    same = node is not None and checked.session_hash == node.session_hash
-    if owner is not None:
-        shown = (checked.secret_hash or "").encode()  # bytes: an owner's text may be of any letters
-        proved = hmac.compare_digest(owner.encode(), shown)
-        if not proved and not (same and checked.session_hash is not None):
-            raise ApiError(409, f"node {checked.name} is known by its secret: a new session takes over with "
-                           "that only", "secret")
-    elif node is not None and not same and not node.offline:
-        raise ApiError(409, f"node {node.name} is known by another session: a new one takes over only when "
-                       "it is offline", "secret")
-
-
-class Master:
-    """The registry, the lanes and the leases, under one lock; each public method is one transaction.
-
-    `clock` is monotonic and rules leases; `wall` gives the times that people read.
+    Finished jobs are not here: they are in the journal, so memory does not grow with history. Every
+    change that must outlive the process goes through write(), and `now` is the moment of the step
+    that runs.
     """
 
-    def __init__(self, folder: Path, settings: Settings, log: logging.Logger,
-                 clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time) -> None:
+
+    def __init__(
+        self, settings: Settings, counts: dict[str, int], jitter: Callable[[], float]
+    ) -> None:
         self.settings = settings
-        self.clock = clock
-        self.wall = wall
-        self.started_at = wall()
-        self.counts: dict[str, int] = {"submitted": 0, "claims": 0, "reports": 0, "heartbeats": 0,
-                                       "lost_leases": 0, "refused_reports": 0, "push_lines": 0,
-                                       "push_failures": 0, "push_dropped": 0}
-        self.samples: queue.Queue[Sampled] | None = None  # there is one while somebody takes from it
-        self._log = log
-        self._lock = threading.Lock()
-        self._archive_lock = threading.Lock()
-        self._notes: list[tuple[int, str, tuple[Any, ...]]] = []
-        self._closing = False
-        self._stale = False  # a commit failed, and memory could not yet be rebuilt from the journal
-        self._told: str | None = None  # why commits fail, as it was last logged
-        self._reaped = self._began = clock()
-        self._watchers: dict[int, list[threading.Event]] = {}
-        self._nodes: dict[str, Node] = {}
-        self.journal = Journal(folder, self._rebuild)
-        try:
-            self._load()
-        except BaseException:
-            self.journal.close()
-            if self.journal.damage is None:
-                raise
-            self.journal = Journal(folder, self._rebuild)  # this time it is recovered first
-            self._load()
-        if self.journal.recovery is not None:
-            log.error("%s", self.journal.recovery)
-        self.journal.start()
-        with self._lock:  # so that /ready knows whether it can be written, before anybody asks
-            self.journal.put("alive", self.started_at)
-            self.journal.ticket()
+        self.counts = counts
+        self.jitter = jitter  # returns a number from 0 to 1: of the wait before a retry
+        self.now = Moment(0.0, 0.0)
+        self.effects = Effects([], [], [], [])
+        self.nodes: dict[str, Node] = {}
+        self.owners: dict[str, str] = {}  # the hash of the secret that an id belongs to
+        self.jobs: dict[int, Job] = {}
+        self.seq_of: dict[str, int] = {}
+        self.lanes = Lanes()
+        self.leases: dict[int, Lease] = {}
+        self.dependents: dict[int, list[int]] = {}  # a job's number -> those that are blocked by it
+        self.ended: list[Ended] = []  # in this step
+        self.idle: dict[str, None] = {}  # nodes whose parked request waits for work, longest first
+        self.woken: set[str] = set()  # those of them that were woken for a job
+        self.totals: dict[TotalKey, int] = {}
+        self.last_job = 0
+        self.last_result = 0
+        self.last_serial = 0
 
-    # -- transactions
-
-    def _transaction(self) -> _Transaction:
-        """Hold the lock; on leaving, wait until all that was seen and done is on disk."""
-        return _Transaction(self)
-
-    def _enter(self) -> None:
-        """Take the lock; ApiError 503 while memory is not what the journal holds."""
-        self._lock.acquire()
-        if not self._stale:
-            return
-        try:
-            self._load()
-            self._stale = False
-        except Exception as error:
-            self._lock.release()
-            if isinstance(error, ApiError):
-                raise
-            raise ApiError(503, f"the journal cannot be read: {error}") from None
-
-    def _leave(self) -> None:
-        """Let the lock go, wait for the commit, then log what happened."""
-        ticket = self.journal.ticket()
-        notes, self._notes = self._notes, []
-        self._lock.release()
-        if ticket is not None:
-            ticket.wait()
-        for level, message, values in notes:
-            self._log.log(level, message, *values)
-
-    def _note(self, message: str, *values: Any, level: int = logging.INFO) -> None:
-        """Log an event once it is committed."""
-        if self._log.isEnabledFor(level):
-            self._notes.append((level, message, values))
-
-    def _load(self) -> None:
-        """Fill memory from the journal: at the start, and after a commit that failed."""
-        now = self.clock()
-        for node in self._nodes.values():
-            if node.parked is not None:
-                node.parked.event.set()
-        self._jobs: dict[int, Job] = {}
-        self._seq_of: dict[str, int] = {}
-        self._lanes = Lanes()
-        self._idle: dict[str, Parked] = {}
-        self._leases: dict[int, Lease] = {}
-        self._canaries: dict[str, int] = {}
-        earlier, self._nodes = self._nodes, {}
-        self._owners = self.journal.owners()
-        for node_id, record, claims in self.journal.nodes():
-            node = self._nodes[node_id] = Node(node_id, self.wall())
-            node.restore(record, now, self.wall())
+    def load(self, stored: Stored) -> None:
+        """Fill an empty state from a journal."""
+        self.owners = stored.owners
+        self.totals = stored.totals
+        self.last_job, self.last_result = stored.last_job, stored.last_result
+        for node_id, record, claims in stored.nodes:
+            node = self.nodes[node_id] = Node(node_id, self.now.wall)
+            node.restore(record, self.now)
             node.claims.extend(claims)
-            node.heard = now
-            if node_id in earlier:
-                node.last_heartbeat = earlier[node_id].last_heartbeat
-        self._last_job, self._last_result, self._totals = self.journal.counters()
-        for job in self.journal.live_jobs():
-            self._jobs[job.seq] = job
-            self._seq_of[job.id] = job.seq
-            if job.hidden:
-                self._canaries[job.only or ""] = job.seq
-            if job.state == "pending":
-                self._line_up(job)
-            elif job.state in LEASED:
-                holder = self._nodes.get(job.node_id or "")
-                if holder is not None:
-                    self._lease(holder, job, self.journal.log_count(job.seq, job.attempt))
+            node.heard = self.now.clock
+        for job in stored.live_jobs:
+            self.jobs[job.seq] = job
+            self.seq_of[job.id] = job.seq
+        for job in stored.live_jobs:
+            if job.state == "blocked":
+                self.block(job)
+            elif job.state in LEASED and job.node_id in self.nodes:
+                self.lease(self.nodes[job.node_id], job, stored.log_counts.get(job.seq, 0))
 
-    def _rebuild(self, error: str) -> None:
-        with self._lock:
-            self.journal.drop(error)
-            self._notes = []
-            self._stale = True
-        with contextlib.suppress(ApiError):
-            self._enter()  # else the next transaction tries again
-            self._lock.release()
-        self._log.log(logging.DEBUG if error == self._told else logging.ERROR,
-                      "the journal cannot be written: %s; nothing is accepted until it can", error)
-        self._told = error
+    # The primitives of a step: all changes are made by these.
 
-    def _save(self, old: Job | None, job: Job) -> None:
-        """Make a job's next record the truth, in memory and in the journal."""
+    def write(self, kind: str, *values: Any) -> None:
+        """Add one write of the journal's _WRITES, or of a total ("total", key, count)."""
+        self.effects.writes.append((kind, values))
+
+    def note(self, message: str, *values: Any, level: int = logging.INFO) -> None:
+        """Add a line for the log."""
+        self.effects.notes.append(Note(level, message, values))
+
+    def save(self, old: Job | None, job: Job) -> None:
+        """Make a job's next record the truth."""
         if old is None:
-            self.journal.put("job", job.seq, job.id, job.status, job.scenario, job.node_id, job.spec,
-                             job.state_json())
+            self.write("job", job.seq, job.id, job.status, job.scenario, job.node_id, job.spec,
+                       job.state_json())
         else:
             ended = job.completed_at if job.state in FINAL else None
-            self.journal.put("state", job.status, job.node_id, job.state_json(), ended, job.seq)
-            self._count("jobs", old, -1)
-        self._count("jobs", job, 1)
+            self.write("state", job.status, job.node_id, job.state_json(), ended, job.seq)
+            self.count_job(old, -1)
+        self.count_job(job, 1)
         if job.state in FINAL:
-            self._jobs.pop(job.seq, None)
-            self._seq_of.pop(job.id, None)
+            self.jobs.pop(job.seq, None)
+            self.seq_of.pop(job.id, None)
+            self.ended.append(Ended(job.seq, job.id, job.status))
         else:
-            self._jobs[job.seq] = job
-            self._seq_of[job.id] = job.seq
-        if job.state not in LEASED:
-            self._leases.pop(job.seq, None)
-            if old is not None and old.node_id in self._nodes:
-                self._nodes[old.node_id].leases.discard(job.seq)
-        if job.hidden:
-            self._note_canary(job)
-        for event in self._watchers.get(job.seq, ()):
-            event.set()
+            self.jobs[job.seq] = job
+            self.seq_of[job.id] = job.seq
+        if job.state not in LEASED and old is not None:
+            self._end_lease(old)
+        self.effects.changed.append(job.seq)
 
-    def _count(self, kind: str, job: Job, step: int) -> None:
-        if not job.hidden:
-            self._count_key((kind, job.status, job.scenario, job.node_id or ""), step)
+    def _end_lease(self, job: Job) -> None:
+        self.leases.pop(job.seq, None)
+        holder = self.nodes.get(job.node_id or "")
+        if holder is not None:
+            holder.leases.discard(job.seq)
 
-    def _count_key(self, key: TotalKey, step: int) -> None:
-        count = self._totals.get(key, 0) + step
+    def lease(self, node: Node, job: Job, lines: int = 0) -> None:
+        """Note who holds a job; a node without sessions loses it after the job's own timeout."""
+        limit_s = math.inf
+        if node.session_hash is None:
+            limit_s = json.loads(job.spec)["settings"].get("timeout") or LEASE_WITHOUT_SESSION_S
+        node.leases.add(job.seq)
+        node.standing.add(job.seq)  # looked at once: a loaded or taken back job may have an order
+        self.leases[job.seq] = Lease(self.now.clock, lines, limit_s)
+
+    def block(self, job: Job) -> None:
+        """Note the jobs that a blocked one waits for; a lost one counts as completed."""
+        for seq in {*job.after, *job.after_ok}:
+            self.dependents.setdefault(seq, []).append(job.seq)
+            if seq not in self.jobs:
+                self.ended.append(Ended(seq, "", "completed"))
+
+    def count_job(self, job: Job, step: int) -> None:
+        """Add to the total of a job's status, scenario and node."""
+        self.count(("jobs", job.status, job.scenario, job.node_id or ""), step)
+
+    def count(self, key: TotalKey, step: int) -> None:
+        """Add to a total."""
+        count = self.totals.get(key, 0) + step
         if count:
-            self._totals[key] = count
+            self.totals[key] = count
         else:
-            self._totals.pop(key, None)
-        self.journal.put("total", key, count)
+            self.totals.pop(key, None)
+        self.write("total", key, count)
 
-    def _write_node(self, node: Node) -> None:
-        self.journal.put("node", node.id, node.record())
+    def write_node(self, node: Node) -> None:
+        """Write what the journal keeps of a node."""
+        self.write("node", node.id, node.record())
 
-    # -- nodes
+    def park(self, node: Node, for_work: bool) -> int:
+        """Return the serial number of a request that waits from now on."""
+        self.last_serial += 1
+        node.parked = self.last_serial
+        if for_work and not node.leaving and not node.draining:
+            self.idle[node.id] = None
+        return node.parked
 
-    def register(self, body: Json) -> tuple[bool, Json]:
-        """Take a node in, or back; return whether it is new, and the node as the API shows it."""
-        checked = registration_of(body)
-        with self._transaction():
-            node = self._known(checked)
-            new = node is None
-            _refuse_stranger(node, self._owners.get(node.id if node else checked.id or ""), checked)
-            if node is None:
-                node = Node(checked.id or str(uuid.uuid4()), self.wall())
-                self._nodes[node.id] = node
-            first = checked.session_hash != node.session_hash
-            self._take_in(node, checked)
-            held = self._judge(node, checked) if first else self._held(node, checked.holding)
-            self._write_node(node)
-            self._note("node %s (%s) %s: %s threads, %s", node.name, node.id,
-                       "registered" if new else "is back", body.get("cpu_threads"), checked.address)
-            answer = {**node.to_json(), "protocol": wire.PROTOCOL,
-                      "node_timeout_s": self.settings.node_timeout_s, "holding": held}
-        return new, answer
+    def unpark(self, node: Node) -> bool:
+        """Take a node's request from the parked ones; return whether it was woken for a job."""
+        was_woken = node.id in self.woken
+        node.parked = None
+        self.idle.pop(node.id, None)
+        self.woken.discard(node.id)
+        return was_woken
 
-    def _known(self, checked: Registration) -> Node | None:
-        if checked.id is not None:
-            return self._nodes.get(checked.id)
-        return next((node for node in self._nodes.values() if node.anonymous and node.name == checked.name
-                     and node.session_hash == checked.session_hash), None)
+    def wake(self, node: Node) -> None:
+        """Have a node's parked request look again."""
+        if node.parked is not None:
+            self.effects.wakes.append(node.id)
 
-    def _take_in(self, node: Node, checked: Registration) -> None:
-        if checked.session_hash != node.session_hash:
-            if node.session_hash is not None:
-                node.past = [*node.past, node.session_hash][-SESSIONS_KEPT:]
-            node.session_hash = checked.session_hash
-            node.canary_due = self.clock()  # whoever started it anew may have mended it
-            self._release(node)
-        if checked.owner_hash and checked.session_hash and node.id not in self._owners:
-            self._owners[node.id] = checked.owner_hash
-            self.journal.put("owner", node.id, checked.owner_hash)
-        node.facts, node.name, node.slots = checked.facts, checked.name, checked.slots
-        node.protocol, node.anonymous = checked.protocol, checked.id is None
-        node.offline = node.leaving = False
-        self._heard(node)
+    def live(self, job_id: str) -> Job | None:
+        """Return a job that has not ended, by its whole id."""
+        return self.jobs.get(self.seq_of.get(job_id.lower(), 0))
 
-    def _judge(self, node: Node, checked: Registration) -> list[Json]:
-        """Settle a new session's leases: what it holds goes on, the rest of that node ends."""
-        held = self._held(node, checked.holding)
-        own = {(entry["job_id"], entry["attempt"]) for entry in held}
-        for seq in list(node.leases):
-            job = self._jobs[seq]
-            if (job.id, job.attempt) not in own:
-                self._lose(job, f"the agent on {node.name} was started again", at_once=True)
-        return held
 
-    def _held(self, node: Node, holding: Iterable[tuple[str, int]]) -> list[Json]:
-        """Return what is still a node's own, after taking back what its silence had given up."""
-        held = []
-        for job_id, attempt in holding:
-            job = self._jobs.get(self._seq_of.get(job_id, 0))
-            if job is not None and self._holds(job, node, attempt):
-                held.append({"job_id": job_id, "attempt": attempt})
-        return held
+class Placement:
+    """Which node runs which job: first in, first out, through the lanes that a node satisfies."""
 
-    def _holds(self, job: Job, node: Node, attempt: int | None) -> bool:
-        """Tell whether an attempt has the lease; one that was only given up takes it back."""
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def fits(self, node: Node, needs: Needs) -> bool:
+        """Return whether a node may take the jobs of a lane; where they failed, as a last resort."""
+        if node.quarantine is not None:
+            tried = node.trial is not None or self._state.now.clock < node.trial_due
+            if tried:
+                return False
+        if node.id not in needs.avoid or needs.only is not None:
+            return True
+        return not self.elsewhere(needs)
+
+    def elsewhere(self, needs: Needs) -> bool:
+        """Return whether there is a node on which jobs have not failed yet."""
+        if needs.only is not None:
+            return False
+        return any(node.id not in needs.avoid and node.status in ("available", "busy")
+                   for node in self._state.nodes.values())
+
+    def has_room(self, node: Node, needs: Needs) -> bool:
+        """Return whether a job may begin beside what runs on a node: exclusive ones run alone."""
+        if needs.exclusive and node.leases:
+            return False
+        return not any(self._state.jobs[seq].exclusive for seq in node.leases)
+
+    def next_job(self, node: Node) -> Job | None:
+        """Take the oldest job that a node can run from its lane.
+
+        Where that one is exclusive and something runs, the node takes nothing: as its jobs end it
+        becomes free, and the exclusive job cannot starve.
+        """
+        lanes = self._state.lanes
+        heads = [
+            head for head in lanes.heads(node.id, self._is_current) if self.fits(node, head[1])
+        ]
+        if not heads:
+            return None
+        seq, needs = min(heads, key=lambda head: head[0])
+        if not self.has_room(node, needs):
+            return None
+        lanes.take(needs)
+        return self._state.jobs[seq]
+
+    def _is_current(self, seq: int, needs: Needs) -> bool:
+        """Return whether a number in a lane still stands for a pending job of that lane."""
+        job = self._state.jobs.get(seq)
+        return (job is not None and job.state == "pending" and job.needs == needs
+                and not self._state.lanes.waits(seq))
+
+    def line_up(self, job: Job) -> None:
+        """Put a pending job in its lane, or where it waits for the end of its backoff.
+
+        After a restart the wall clock may have moved: a backoff waits at most its own length.
+        """
+        state = self._state
+        left = (job.not_before or 0.0) - state.now.wall
+        if job.not_before is not None and job.attempts and left > 0:
+            length = job.not_before - (job.attempts[-1]["ended_at"] or 0.0)
+            state.lanes.put_later(state.now.clock + min(left, length), job.seq)
+        else:
+            state.lanes.put(job.seq, job.needs)
+
+    def pend(self, job: Job) -> None:
+        """Line a pending job up and wake one node for it."""
+        self.line_up(job)
+        self.wake_one((job.needs,))
+
+    def due(self) -> None:
+        """Line up the jobs whose moment has come."""
+        state = self._state
+        for seq in state.lanes.due(state.now.clock):
+            if seq in state.jobs:
+                needs = state.jobs[seq].needs
+                state.lanes.put(seq, needs)
+                self.wake_one((needs,))
+
+    def wake_one(self, lanes: Iterable[Needs] | None = None) -> None:
+        """Wake the node that has waited longest, where a lane has work that it may take.
+
+        One job wakes one node: thousands of idle agents do not race for it. A woken node that then
+        finds nothing, or is gone, wakes the next.
+        """
+        state = self._state
+        for needs in state.lanes.needs() if lanes is None else lanes:
+            for node_id in list(state.idle) if needs.only is None else (needs.only,):
+                node = state.nodes.get(node_id)
+                if node is None or node_id not in state.idle:
+                    continue
+                if self.fits(node, needs) and self.has_room(node, needs):
+                    del state.idle[node_id]
+                    state.woken.add(node_id)
+                    state.wake(node)
+                    return
+
+    def release(self, node: Node) -> None:
+        """Answer a node's parked request: something newer is there for it."""
+        state = self._state
+        state.wake(node)
+        if state.unpark(node):
+            self.wake_one()
+
+    def order(self, job: Job) -> None:
+        """Send a new order for a job to the holder of its lease."""
+        node = self._state.nodes.get(job.node_id or "")
+        if node is not None:
+            node.orders += 1
+            node.standing.add(job.seq)
+            self._state.write_node(node)
+            self._state.wake(node)
+
+
+# ---- 7 Leases -------------------------------------------------------------------------------------
+
+FAST_FAILURE_S = 120.0  # a failure after a longer run says little about the health of its node
+
+
+class Health:
+    """Which nodes are sick: a circuit breaker for each.
+
+    A node whose jobs fail fast, again and again, for a reason of its own is put in quarantine: its
+    circuit opens. After a pause one real job tries it (half-open). Success closes the circuit;
+    failure doubles the pause, and the job is not charged: it goes elsewhere, and the attempt does
+    not count as a retry.
+    """
+
+    def __init__(self, state: State, placement: Placement) -> None:
+        self._state = state
+        self._placement = placement
+
+    def judge(self, node: Node, job: Job, report: AttemptReport) -> bool:
+        """Note what an attempt's end says of its node; return whether the job is excused.
+
+        A network failure says nothing until the job completes elsewhere: its address may be to
+        blame.
+        """
+        reason = report.failure_reason
+        if report.status == "completed":
+            self._completed(node, job)
+            return False
+        if report.status != "failed" or reason is None:
+            self.end_trial(node, job)
+            return False
+        node_is_at_fault = reason != "network" and blames_node(job, node.id, reason)
+        if not node_is_at_fault and reason != "network":
+            self._acquit(job)
+        if node.trial == job.seq:
+            return self._trial_failed(node, job, report, node_is_at_fault)
+        if (
+            node_is_at_fault
+            and self._state.now.clock - self._state.leases[job.seq].began <= FAST_FAILURE_S
+        ):
+            self._blame(node, job, reason, report.error)
+        return False
+
+    def end_trial(self, node: Node, job: Job) -> None:
+        """Note that a trial ended without saying anything about its node: the next may begin."""
+        if node.trial == job.seq:
+            node.trial = None
+            node.trial_due = self._state.now.clock
+            self._state.write_node(node)
+
+    def close(self, node: Node) -> None:
+        """Let a node take all jobs again."""
+        node.quarantine, node.trial, node.failures = None, None, []
+        self._state.write_node(node)
+
+    def _completed(self, node: Node, job: Job) -> None:
+        node.failures = []
+        if node.quarantine is not None:
+            self.close(node)
+            self._state.note("node %s is well again: job %s completed on it", node.name, job.id)
+            self._placement.release(node)
+        for record in job.attempts[-1 - job.retry_count:]:
+            other = self._state.nodes.get(record["node_id"])
+            if other is None or other is node or record.get("failure_reason") != "network":
+                continue
+            if record["ended_at"] - record["started_at"] <= FAST_FAILURE_S:
+                self._blame(other, job, "network", record["error"])
+
+    def _acquit(self, job: Job) -> None:
+        """Take a job's failures from all nodes where it failed: it is at fault itself."""
+        for node in self._state.nodes.values():
+            node.failures = [failure for failure in node.failures if failure[0] != job.seq]
+
+    def _blame(self, node: Node, job: Job, reason: str, error: str | None) -> None:
+        node.failures.append((job.seq, reason))
+        limit = self._state.settings.quarantine_after
+        if not 0 < limit <= len(node.failures) or self._most_fail_alike(node, reason):
+            return
+        if node.quarantine is None:
+            self._open(node, f"{len(node.failures)} failures in a row, the last ({reason}): "
+                             f"{error or 'without an error message'}")
+
+    def _most_fail_alike(self, node: Node, reason: str) -> bool:
+        """Return whether most other nodes fail alike: then the cause is not this node."""
+        others = [
+            other for other in self._state.nodes.values() if other is not node and not other.offline
+        ]
+        alike = sum(bool(other.failures) and other.failures[-1][1] == reason for other in others)
+        return alike > len(others) - alike
+
+    def _open(self, node: Node, reason: str) -> None:
+        node.failures = []
+        self._set_pause(node, reason, 0, self._state.now.wall)
+        self._state.note("node %s is in quarantine: %s", node.name, reason, level=logging.WARNING)
+
+    def _trial_failed(self, node: Node, job: Job, report: AttemptReport, at_fault: bool) -> bool:
+        """Wait for the next trial, longer where the node was at fault; return whether to excuse.
+
+        A job is excused once by each node, or one that fails everywhere would go round for ever.
+        """
+        if node.quarantine is None or report.failure_reason in JOB_FAULTS:
+            self.end_trial(node, job)
+            return False
+        node.trial = None
+        failed = node.quarantine.trials_failed + at_fault
+        error = report.error or "without an error message"
+        reason = f"job {job.id} failed ({report.failure_reason}): {error}"
+        pause_s = self._set_pause(node, reason, failed, node.quarantine.since)
+        self._state.note("node %s stays in quarantine, next try in %s: %s", node.name,
+                         wire.duration_text(pause_s), reason, level=logging.WARNING)
+        return at_fault and node.id not in job.avoid
+
+    def _set_pause(self, node: Node, reason: str, failed: int, since: float) -> float:
+        """Set when the next job may try a node; return the pause in s."""
+        now = self._state.now
+        pause_s = min(TRIAL_FIRST_S * 2.0 ** min(failed, 30), TRIAL_MOST_S)
+        node.quarantine = Quarantine(reason[:1000], since, now.wall + pause_s, failed)
+        node.trial_due = now.clock + pause_s
+        self._state.write_node(node)
+        return pause_s
+
+
+class Summary(NamedTuple):
+    """A result as one phrase for the log, made only where somebody reads it."""
+
+    status: str
+    body: Json
+
+    def __str__(self) -> str:
+        return summary_of(self.status, self.body)
+
+
+def summary_of(status: str, body: Json) -> str:
+    """Return a result as one phrase for the log."""
+    metrics = body.get("metrics") or {}
+    analysis = body.get("analyzer_output") or {}
+    joules = "~{:.0f} J" if metrics.get("energy_estimated") else "{:.0f} J"
+    forms = (
+        ("duration", "{:.1f} s"),
+        ("speed", "{:.2f}x real time"),
+        ("cpu_usage", "CPU {:.0f} %"),
+        ("energy_joules", joules),
+    )
+    parts = [status]
+    for name, form in forms:
+        value = metrics.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            parts.append(form.format(value))
+    for words in (analysis.get("recommendation"), body.get("error")):
+        if words:
+            parts.append(str(words)[:200])
+    return ", ".join(parts)
+
+
+_NOT_IN_RESULT = frozenset(("lines", "lines_from", "samples", "session"))  # sent beside a result
+
+
+class Leases:
+    """The right of one attempt to report: from its claim to its end, or its node's silence.
+
+    A lease that ended by its node's silence may be taken back while nobody else has claimed the
+    job: the node comes back with the same attempt, in its registration or in a report, and the
+    retry is not counted.
+    """
+
+    def __init__(self, state: State, placement: Placement, health: Health) -> None:
+        self._state = state
+        self._placement = placement
+        self._health = health
+
+    def claim(self, node: Node, word: str | None) -> Job | None:
+        """Hand out the oldest job that a node can run.
+
+        `word` makes a claim safe to repeat: the same word gets the same job while that attempt
+        lives, and nothing after it.
+        """
+        state = self._state
+        if word is not None and word in node.claims:
+            return self._claimed_by(node, word)
+        if node.leaving or node.draining:
+            return None
+        job = self._placement.next_job(node)
+        if job is None:
+            return None
+        taken = advance(job, "claim", state.now.wall, node.id, word)
+        state.save(job, taken)
+        state.lease(node, taken)
+        if node.quarantine is not None:
+            node.trial = job.seq
+            state.write_node(node)
+            state.note("job %s tries whether node %s is well again", job.id, node.name)
+        if word is not None:
+            node.claims.append(word)
+            state.write("claims", node.id, json.dumps(list(node.claims)))
+        state.counts["claims"] += 1
+        state.note("job %s attempt %d: %s takes it", job.id, taken.attempt, node.name)
+        return taken
+
+    def _claimed_by(self, node: Node, word: str) -> Job | None:
+        for seq in node.leases:
+            if self._state.jobs[seq].claim == word:
+                return self._state.jobs[seq]
+        return None
+
+    def holds(self, job: Job, node: Node, attempt: int | None) -> bool:
+        """Return whether an attempt has the lease; one that was only given up takes it back."""
         if attempt is not None and attempt != job.attempt:
             return False
         if job.state in LEASED:
             return job.node_id == node.id
         if job.state != "pending" or job.given_up != node.id:
             return False
-        back = advance(job, "reclaim", self.wall(), reason=f"{node.name} came back with it")
-        self._save(job, back)
-        self._lease(node, back, back.attempts[-1].get("lines", 0))
-        if node.offline:  # it was leaving: with something that runs on it, its silence counts again
-            node.offline = False
-            self._write_node(node)
-        self._note("job %s attempt %d: %s came back with it", job.id, job.attempt, node.name)
+        self._take_back(job, node)
         return True
 
-    def _lease(self, node: Node, job: Job, lines: int = 0) -> None:
-        """Note who holds a job; a node that knows no sessions loses it after the job's own timeout."""
-        limit = math.inf
-        if node.session_hash is None:
-            limit = json.loads(job.spec)["settings"].get("timeout") or LEASE_WITHOUT_SESSION_S
-        node.leases.add(job.seq)
-        node.standing.add(job.seq)  # looked at once: a loaded or taken back job may have an order
-        self._leases[job.seq] = Lease(self.clock(), lines, limit)
-
-    def nodes(self) -> list[Json]:
-        """Return all nodes, in the order of their registration."""
-        with self._transaction():
-            shots = [node.shot() for node in self._nodes.values()]
-        return [shot.to_json() for shot in shots]
-
-    def node(self, node_id: str) -> Json:
-        """Return one node with the ids of the jobs that it holds."""
-        with self._transaction():
-            node = self._nodes[self._node_id(node_id)]
-            shot = node.shot()
-            jobs = [self._jobs[seq].id for seq in sorted(node.leases)]
-        return {**shot.to_json(), "jobs": jobs}
-
-    def _node_id(self, given: str, status: int = 404, field: str = "node_id") -> str:
-        """Return the id for an id, a name that is unique, or a prefix of 4 or more characters."""
-        if given in self._nodes:
-            return given
-        found = [node.id for node in self._nodes.values() if node.name == given] or [
-            node_id for node_id in self._nodes if len(given) >= 4 and node_id.startswith(given)]
-        if len(found) == 1:
-            return found[0]
-        shown = wire.printable(given[:64])
-        raise ApiError(status, f"node {shown} is ambiguous: give more of its id" if found else
-                       f"there is no node {shown}", field)
-
-    def forget(self, node_id: str) -> Json:
-        """Remove a node; its jobs are pending again."""
-        with self._transaction():
-            node = self._nodes[self._node_id(node_id)]
-            for seq in list(node.leases):
-                self._lose(self._jobs[seq], f"node {node.name} was removed")
-            self._end_canary(node)
-            self._release(node)
-            del self._nodes[node.id]
-            self.journal.put("forget", node.id)
-            self.journal.put("claims", node.id, "[]")  # who comes back by that id has claimed nothing yet
-            self._note("node %s (%s) removed", node.name, node.id)
-            return {"status": "removed", "id": node.id}
-
-    def drain(self, node_id: str, deadline_s: float | None) -> Json:
-        """Let a node take nothing more; what still runs after `deadline_s` is given back."""
-        with self._transaction():
-            node = self._nodes[self._node_id(node_id)]
-            node.draining = True
-            node.drain_until = None if deadline_s is None else self.wall() + deadline_s
-            node.drain_due = math.inf if deadline_s is None else self.clock() + deadline_s
-            self._write_node(node)
-            self._release(node)
-            self._note("node %s takes no more jobs", node.name)
-            return node.to_json()
-
-    def resume_node(self, node_id: str) -> Json:
-        """Let a node work again that was drained or in quarantine."""
-        with self._transaction():
-            node = self._nodes[self._node_id(node_id)]
-            node.draining, node.drain_until, node.drain_due = False, None, math.inf
-            node.quarantine, node.failures = None, []
-            self._end_canary(node)
-            self._write_node(node)
-            self._release(node)
-            self._note("node %s works again", node.name)
-            return node.to_json()
-
-    # -- health of nodes
-
-    def _judge_health(self, node: Node, job: Job, report: Report) -> None:
-        """Note what an attempt's end says of its node; too many failures in a row put it in quarantine.
-
-        One of the network says nothing until the job is completed elsewhere: its address may be to blame.
-        """
-        if report.status == "completed":
-            node.failures = []
-            for record in job.attempts[-1 - job.retry_count:]:
-                other = self._nodes.get(record["node_id"])
-                if other is not None and other is not node and record.get("failure_reason") == "network" \
-                        and record["ended_at"] - record["started_at"] <= FAST_FAILURE_S:
-                    self._blame(other, job, "network", record["error"])
-        reason = report.failure_reason
-        if report.status != "failed" or reason in (None, "network") or job.hidden:
-            return
-        if not blames_node(job, node.id, reason):
-            for other in self._nodes.values():  # where it failed before, it was not the node either
-                other.failures = [failure for failure in other.failures if failure[0] != job.seq]
-        elif self.clock() - self._leases[job.seq].began <= FAST_FAILURE_S:
-            self._blame(node, job, str(reason), report.error)
-
-    def _blame(self, node: Node, job: Job, reason: str, error: str | None) -> None:
-        node.failures.append((job.seq, reason))
-        if 0 < self.settings.quarantine_after <= len(node.failures) and not self._fail_alike(node, reason):
-            self._quarantine(node, f"{len(node.failures)} failures in a row, the last ({reason}): "
-                             f"{error or 'without a word'}")
-
-    def _fail_alike(self, node: Node, reason: str) -> bool:
-        """Tell whether most other nodes fail for the same reason: then it is no single node's."""
-        others = [other for other in self._nodes.values() if other is not node and not other.offline]
-        alike = sum(bool(other.failures) and other.failures[-1][1] == reason for other in others)
-        return alike > len(others) - alike
-
-    def _quarantine(self, node: Node, reason: str) -> None:
-        if node.quarantine is not None:
-            return
-        now = self.wall()
-        node.quarantine = Quarantine(reason[:1000], now, now + CANARY_FIRST_S)
-        node.canary_due = self.clock() + CANARY_FIRST_S
-        node.failures = []
-        self._write_node(node)
-        self._note("node %s is in quarantine: %s", node.name, reason, level=logging.WARNING)
-
-    def _send_canary(self, node: Node) -> None:
-        """Submit the small encode that lets a node out of quarantine, where none is under way."""
-        node.canary_due = math.inf
-        if node.id not in self._canaries:
-            self._accept(_CANARY_DRAFT._replace(scenario=CANARY, node=node.id))
-
-    def _note_canary(self, job: Job) -> None:
-        if job.state in FINAL:
-            self._canary_ended(job)
-        else:
-            self._canaries[job.only or ""] = job.seq
-
-    def _end_canary(self, node: Node) -> None:
-        if node.id in self._canaries:
-            self._ordered(self._jobs[self._canaries[node.id]], "cancel")
-
-    def _canary_ended(self, canary: Job) -> None:
-        """Let a node out of quarantine, or wait longer until the next canary; forget this one."""
-        node = self._nodes.get(canary.only or "")
-        self._canaries.pop(canary.only or "", None)
-        self.journal.drop_job(canary.seq)
-        if node is None or node.quarantine is None:
-            return
-        if canary.state == "completed":
-            node.quarantine = None
-            self._note("node %s is well again: its test encode succeeded", node.name)
-            self._release(node)
-        else:
-            failed = node.quarantine.canaries + 1
-            pause = min(CANARY_FIRST_S * 2.0 ** min(failed, 30), CANARY_MOST_S)
-            why = f"the test encode failed ({canary.failure_reason}): {canary.error or 'without a word'}"
-            node.quarantine = Quarantine(why[:1000], node.quarantine.since, self.wall() + pause, failed)
-            node.canary_due = self.clock() + pause
-            self._note("node %s stays in quarantine, next try in %s: %s", node.name,
-                       wire.duration_text(pause), why, level=logging.WARNING)
-        self._write_node(node)
-
-    def _hear(self, node_id: str, session: str | None) -> Node:
-        """Return the node that speaks, as heard now; ApiError 404 for a stranger, 409 for an old session."""
-        node = self._nodes.get(node_id)
-        if node is None:
-            raise ApiError(404, f"there is no node {wire.printable(node_id[:64])}: register first", "node_id")
-        _refuse_session(node, digest(session))
-        self._heard(node)
-        return node
-
-    def _heard(self, node: Node) -> None:
-        node.heard = self.clock()
-        node.last_heartbeat = self.wall()
-        if node.offline and not node.leaving:
+    def _take_back(self, job: Job, node: Node) -> None:
+        state = self._state
+        back = advance(job, "reclaim", state.now.wall, reason=f"{node.name} came back with it")
+        state.save(job, back)
+        state.lease(node, back, back.attempts[-1].get("lines", 0))
+        if node.offline:  # it was leaving: with something that runs on it, its silence counts again
             node.offline = False
-            self._write_node(node)
-            self._note("node %s is back", node.name)
+            state.write_node(node)
+        state.note("job %s attempt %d: %s came back with it", job.id, job.attempt, node.name)
 
-    def _release(self, node: Node) -> None:
-        """Answer a node's parked request: something newer is there for it."""
-        parked, node.parked = node.parked, None
-        self._idle.pop(node.id, None)
-        if parked is not None:
-            parked.over = True
-            parked.event.set()
+    def held(self, node: Node, holding: Iterable[tuple[str, int]]) -> list[Json]:
+        """Return the attempts in `holding` that are still a node's own."""
+        own = []
+        for job_id, attempt in holding:
+            job = self._state.live(job_id)
+            if job is not None and self.holds(job, node, attempt):
+                own.append({"job_id": job_id, "attempt": attempt})
+        return own
 
-    # -- parked requests
-
-    def heartbeat(self, ask: Ask) -> Json:
-        """Note a sign of life; with `wait_s`, stay until there are orders."""
-        return {"status": "ok", **self._park(ask, for_work=False)}
-
-    def claim(self, ask: Ask) -> Json:
-        """Hand out one Job under `job`; with `wait_s`, stay until there is one, or orders."""
-        return self._park(ask, for_work=True)
-
-    def _park(self, ask: Ask, for_work: bool) -> Json:
-        deadline = self.clock() + min(ask.wait_s, self.settings.node_timeout_s / 2)
-        parked: Parked | None = None
-        while True:
-            present = parked is None or ask.alive()
-            with self._transaction():
-                node = self._speaking(ask, first=parked is None)
-                if node is None or self._closing:
-                    return {}
-                answer = self._answer(node, ask, for_work and present)
-                if parked is not None and parked.woken and "job" not in answer:
-                    self._wake()  # the job it was woken for is another's
-                left = deadline - self.clock() if present else 0.0
-                if answer.get("job") or "claim" in answer or left <= 0 or (
-                        ask.seen < node.orders and "actions" in answer):
-                    return answer
-                parked = node.parked = Parked()
-                if for_work and not node.leaving and not node.draining:
-                    self._idle[node.id] = parked
-            parked.event.wait(left)
-            with self._lock:
-                if not self._unpark(node, parked, ask):
-                    return {}
-
-    def _speaking(self, ask: Ask, first: bool) -> Node | None:
-        """Return the node of a request: heard when it comes, checked again when it wakes."""
-        if first:
-            node = self._hear(ask.node_id, ask.session)
-            self._arrive(node, ask)
-            return node
-        waiting = self._nodes.get(ask.node_id)
-        if waiting is not None:
-            _refuse_session(waiting, digest(ask.session))
-        return waiting
-
-    def _unpark(self, node: Node, parked: Parked, ask: Ask) -> bool:
-        """Clear up behind a request that was woken; False when a newer one has taken its place."""
-        if node.parked is parked:
-            node.parked = None
-            self._idle.pop(node.id, None)
-        if not parked.over:
-            return True
-        if parked.woken:
-            self._wake()
-        return digest(ask.session) != node.session_hash  # a newer session: the next look says so
-
-    def _arrive(self, node: Node, ask: Ask) -> None:
-        self.counts["heartbeats"] += 1
-        self._note("heartbeat of %s", node.name, level=logging.DEBUG)
-        self._release(node)
-        if ask.leaving and not node.leaving:
-            node.leaving = True
-            self._note("node %s is leaving", node.name)
-            self._settle_leaving(node)
-            self._write_node(node)
-
-    def _settle_leaving(self, node: Node) -> None:
-        if node.leaving and not node.leases and not node.offline:
-            node.offline = True
-            self._write_node(node)
-
-    def _answer(self, node: Node, ask: Ask, for_work: bool) -> Json:
-        """Return the job and the orders that there are for a node now."""
-        answer: Json = {}
-        node.standing = {seq for seq in node.standing & node.leases if self._action(self._jobs[seq])}
-        if node.standing:
-            actions = [self._action(self._jobs[seq]) for seq in sorted(node.standing)]
-            answer = {"actions": actions, "orders": node.orders}
-        if for_work:
-            job = self._repeated(node, ask.claim) or self._next(node, ask.claim)
-            if job is not None:
-                answer["job"] = job
-            elif ask.claim in node.claims:
-                answer["claim"] = "spent"
-        return answer
-
-    def _action(self, job: Job) -> Json | None:
-        """Return what the agent must yet do about a job, if anything."""
-        lease = self._leases[job.seq]
-        stands = bool((lease.progress or {}).get("paused"))
-        word = {"canceling": "cancel", "stopped": "pause"}.get(job.state, "resume" if stands else None)
-        if word != "cancel" and self.clock() >= self._nodes[job.node_id or ""].drain_due:
-            word = "return"
-        return {"job_id": job.id, "attempt": job.attempt, "action": word} if word else None
-
-    def _repeated(self, node: Node, word: str | None) -> Job | None:
-        """Return the job that the same claim got before, while its attempt lives."""
-        if word is None or word not in node.claims:
-            return None
-        return next((self._jobs[seq] for seq in node.leases if self._jobs[seq].claim == word), None)
-
-    def _next(self, node: Node, word: str | None) -> Job | None:
-        if node.leaving or node.draining or (word is not None and word in node.claims):
-            return None
-        job = None
-        while job is None:
-            seq = self._lanes.pop(node.id, lambda needs: self._fits(node, needs))
-            if seq is None:
-                return None
-            found = self._jobs.get(seq)
-            # A job that was held or taken back may stand in a lane twice, once where it no longer belongs.
-            if found is not None and found.state == "pending" and not self._lanes.waits(seq) \
-                    and self._fits(node, found.needs):
-                job = found
-        taken = advance(job, "claim", self.wall(), node.id, word)
-        self._save(job, taken)
-        self._lease(node, taken)
-        if word is not None:
-            node.claims.append(word)
-            self.journal.put("claims", node.id, json.dumps(list(node.claims)))
-        self.counts["claims"] += 1
-        self._note("job %s attempt %d: %s takes it", job.id, taken.attempt, node.name)
-        return taken
-
-    def _fits(self, node: Node, needs: Needs) -> bool:
-        """Tell whether a node may take the jobs of a lane: where they failed only while there is no other."""
-        if needs.canary != (node.quarantine is not None):
-            return False
-        return node.id not in needs.avoid or needs.only is not None or not self._elsewhere(needs)
-
-    def _elsewhere(self, needs: Needs) -> bool:
-        """Tell whether there is a node on which jobs have not failed yet."""
-        return needs.only is None and any(node.id not in needs.avoid and node.status in ("available", "busy")
-                                          for node in self._nodes.values())
-
-    def _wake(self, needs: Needs | None = None) -> None:
-        """Wake the node that has waited longest, where there is work that it may take."""
-        for lane in self._lanes.needs() if needs is None else (needs,):
-            for node_id in self._idle if lane.only is None else (lane.only,):
-                if node_id in self._idle and self._fits(self._nodes[node_id], lane):
-                    parked = self._idle.pop(node_id)
-                    parked.woken = True
-                    parked.event.set()
-                    return
-
-    def _line_up(self, job: Job) -> None:
-        """Put a pending job in its lane, or where it waits for its moment: at most as long as was drawn."""
-        left = (job.not_before or 0.0) - self.wall()
-        if job.not_before is not None and job.attempts and left > 0:
-            length = job.not_before - (job.attempts[-1]["ended_at"] or 0.0)
-            self._lanes.put_later(self.clock() + min(left, length), job.seq)
-        else:
-            self._lanes.put(job.seq, job.needs)
-
-    def _pend(self, job: Job) -> None:
-        """Line a pending job up and wake one node for it."""
-        self._line_up(job)
-        self._wake(job.needs)
-
-    def _order(self, job: Job) -> None:
-        """Tell the holder of a lease that there is a new order for it."""
-        node = self._nodes.get(job.node_id or "")
-        if node is not None:
-            node.orders += 1
-            node.standing.add(job.seq)
-            self._write_node(node)
-            if node.parked is not None:
-                node.parked.event.set()
-
-    # -- jobs
-
-    def submit(self, drafts: Sequence[Draft]) -> tuple[bool, list[Job]]:
-        """Accept jobs, all or none; return whether any is new, and the jobs."""
-        named = [draft.id for draft in drafts if draft.id is not None]
-        if len(set(named)) != len(named):
-            raise bad("id", "stands twice in one submission")
-        if not named:
-            with self._transaction():
-                jobs = [self._accept(draft) for draft in self._placed(drafts)]
-            return True, jobs
-        with self._archive_lock:
-            with self._transaction():
-                live = {job_id: self._jobs[self._seq_of[job_id]] for job_id in named
-                        if job_id in self._seq_of}
-            archived = self.journal.known_ids([job_id for job_id in named if job_id not in live])
-            known = {**live, **{job_id: self._archived(job_id) for job_id in archived}}
-            with self._transaction():
-                new = iter(self._placed([draft for draft in drafts if draft.id not in known]))
-                jobs = [known[draft.id] if draft.id in known else self._accept(next(new)) for draft in drafts]
-        return any(draft.id not in known for draft in drafts), jobs
-
-    def _placed(self, drafts: Sequence[Draft]) -> list[Draft]:
-        """Return drafts with the ids of the nodes that they name; ApiError 400 before anything is changed."""
-        return [draft if draft.node is None else
-                draft._replace(node=self._node_id(draft.node, 400, "node")) for draft in drafts]
-
-    def _accept(self, draft: Draft) -> Job:
-        self._last_job += 1
-        now = self.wall()
-        job = Job(self._last_job, draft.id or str(uuid.uuid4()), draft.scenario, draft.spec, now,
-                  draft.max_retries, history=((now, "pending", None),), only=draft.node)
-        self._save(None, job)
-        self._pend(job)
-        if job.hidden:
-            return job
-        self.counts["submitted"] += 1
-        self._note("job %s submitted: %s", job.id, job.scenario)
-        return job
-
-    def _archived(self, job_id: str) -> Job:
-        job = self.journal.job(job_id)
-        if job is None:
-            raise ApiError(404, f"there is no job {job_id[:64]}", "id")
-        return job
-
-    def _find(self, given: str) -> Job:
-        """Return a job by its id or a prefix of it; ApiError 404."""
-        given = given.lower()
-        if not re.fullmatch(r"[0-9a-f-]{4,36}", given):
-            raise ApiError(404, f"there is no job {wire.printable(given[:64])}: an id is a UUID, "
-                           "or 4 or more of its first characters", "id")
-        with self._transaction():
-            seq = self._seq_of.get(given)
-            if seq is not None:
-                return self._jobs[seq]
-        ids = self.journal.find_ids(given)
-        if len(ids) > 1:
-            raise ApiError(404, f"job {given} is ambiguous: give more of its id", "id")
-        if not ids:
-            raise ApiError(404, f"there is no job {given}", "id")
-        return self._archived(ids[0])
-
-    def job(self, given: str) -> Json:
-        """Return one job with its attempts (and the names of their nodes), its transitions and its result."""
-        job = self._find(given)
-        result = None if job.result_seq is None else self.journal.result(job.result_seq)
-        if result is not None and result["job_id"] != job.id:
-            result = None  # it was lost with a damaged journal, and its number is another's now
-        detail = job_detail_json(job)
-        with self._lock:
-            for record in detail["attempts"]:
-                node = self._nodes.get(record["node_id"])
-                record["node"] = None if node is None else node.name
-        return {**self._shown(job), **detail, "result": result}
-
-    def _progress(self, job: Job) -> Json | None:
-        lease = self._leases.get(job.seq)
-        return None if lease is None else lease.progress
-
-    def _shown(self, job: Job) -> Json:
-        return job_json(job, self._progress(job))
-
-    def jobs(self, filters: Mapping[str, str], before: int | None,
-             limit: int) -> tuple[list[tuple[Job, Json | None]], int, int | None]:
-        """Return jobs with their progress, newest first, their number in all, the next page's cursor."""
-        total = self._total("jobs", filters)
-        page = self.journal.job_page(filters, before, limit + 1)
-        cursor = page[limit - 1].seq if len(page) > limit else None
-        return [(job, self._progress(job)) for job in page[:limit]], total, cursor
-
-    def results(self, filters: Mapping[str, str], before: int | None,
-                limit: int) -> tuple[list[Json], int, int | None]:
-        """Return accepted reports as jobs() returns jobs."""
-        total = self._total("results", filters)
-        page = self.journal.result_page(filters, before, limit + 1)
-        cursor = page[limit - 1][0] if len(page) > limit else None
-        return [body for _, body in page[:limit]], total, cursor
-
-    def _total(self, kind: str, filters: Mapping[str, str]) -> int:
-        fields = ("kind", "status", "scenario", "node_id")
-        wanted = [(fields.index(name), value) for name, value in filters.items()]
-        with self._transaction():
-            return sum(count for key, count in self._totals.items()
-                       if key[0] == kind and all(key[at] == value for at, value in wanted))
-
-    def order(self, given: str, verb: str) -> Json:
-        """Cancel, pause, resume or retry a job; ApiError 409 where its state forbids it."""
-        job_id = self._find(given).id
-        with self._archive_lock:
-            with self._transaction():
-                seq = self._seq_of.get(job_id)
-                if seq is not None:
-                    return self._ordered(self._jobs[seq], verb)
-            archived = self._archived(job_id)
-            with self._transaction():
-                return self._ordered(archived, verb)
-
-    def _ordered(self, job: Job, verb: str) -> Json:
-        changed = advance(job, verb, self.wall(), reason=f"{verb} was asked for")
-        if changed.state != job.state:
-            self._save(job, changed)
-            if changed.state == "pending":
-                self._pend(changed)
-            elif changed.state in LEASED:
-                self._order(changed)
-            self._note("job %s: %s asked for, now %s", job.id, verb, changed.status)
-        return self._shown(changed)
-
-    # -- reports
-
-    def progress(self, job_id: str, body: Json) -> Json:
-        """Take progress and log lines of an attempt; ApiError 409 tells an agent that it lost the lease."""
-        report = report_of(body, progress=True)
-        with self._transaction():
-            node = self._hear(report.node_id, report.session)
-            job = self._leased(job_id, node, report.attempt)
-            if job is not None:
-                lease = self._leases[job.seq]
-                told = {**(lease.progress or {}), **report.progress}
-                lease.progress = told if len(told) <= PROGRESS_FIELDS_MOST else report.progress
-                self._take_lines(job, lease, report)
-                self._take_samples(node, job, body.get("samples"))
-                if report.published and report.published != job.attempts[-1].get("published"):
-                    self._save(job, with_published(job, report.published))
-                action = self._action(job)
-                return {"status": "ok", "next_s": round(max(1.0, len(self._leases) / 250), 1),
-                        **({"actions": [action]} if action else {})}
-        raise self._no_lease(job_id, report)
-
-    def report(self, body: Json) -> Json:
-        """Take the report that ends an attempt; a repeat of the accepted one is answered the same."""
-        report = report_of(body)
-        job_id = text_of(body, "job_id", 64, required=True) or ""
-        with self._transaction():
-            node = self._nodes.get(report.node_id)
-            if node is not None:
-                node = self._hear(report.node_id, report.session)
-                job = self._leased(job_id, node, report.attempt)
-                if job is not None:
-                    self._end(node, job, report, body)
-                    return {"status": "success"}
-            known = self._jobs.get(self._seq_of.get(job_id.lower(), 0))
-        if known is None:
-            known = self.journal.job(job_id.lower())
-        if known is not None and _repeats(known, report):
-            return {"status": "success"}
-        if node is None and known is not None:
-            raise ApiError(404, f"there is no node {wire.printable(report.node_id)}: register first",
-                           "node_id")
-        raise self._no_lease(job_id, report)
-
-    def _leased(self, job_id: str, node: Node, attempt: int | None) -> Job | None:
+    def leased(self, job_id: str, node: Node, attempt: int | None) -> Job | None:
         """Return the job where this attempt has its lease, or takes it back."""
-        seq = self._seq_of.get(job_id.lower())
-        if seq is None or not self._holds(self._jobs[seq], node, attempt):
+        job = self._state.live(job_id)
+        if job is None or not self.holds(job, node, attempt):
             return None
-        return self._jobs[seq]
+        return self._state.jobs[job.seq]  # as it is after a take-back
 
-    def _no_lease(self, job_id: str, report: Report) -> ApiError:
-        self.counts["refused_reports"] += 1
-        if not self.journal.known_ids([job_id.lower()]):
-            return ApiError(404, f"there is no job {wire.printable(job_id[:64])}", "job_id")
-        number = "no attempt" if report.attempt is None else f"attempt {report.attempt}"
-        holds = (f"holds a lease on node {report.node_id}" if report.attempt is None
-                 else "no longer holds the lease")
-        return ApiError(409, f"{number} of job {wire.printable(job_id[:64])} {holds}", "attempt")
+    def progress(self, job: Job, report: AttemptReport) -> None:
+        """Take progress and log lines of an attempt."""
+        state = self._state
+        lease = state.leases[job.seq]
+        merged = {**(lease.progress or {}), **report.progress}
+        lease.progress = merged if len(merged) <= PROGRESS_FIELDS_MOST else report.progress
+        self._take_lines(job, report)
+        if report.published and report.published != job.attempts[-1].get("published"):
+            state.save(job, with_published(job, report.published))
 
-    def _take_lines(self, job: Job, lease: Lease, report: Report) -> None:
+    def _take_lines(self, job: Job, report: AttemptReport) -> None:
         """Keep the log lines that are new; a repeated message brings none twice."""
+        lease = self._state.leases[job.seq]
         start = lease.lines if report.lines_from is None else report.lines_from
         lines = report.lines[max(0, lease.lines - start):]
         room = LOG_LINES_MOST - lease.lines
@@ -2503,233 +2520,836 @@ class Master:
         kept = lines[:room]
         if len(kept) == room:
             kept[-1] = f"[ffdist keeps {LOG_LINES_MOST} lines of an attempt; the rest is dropped]"
-        self.journal.put("log", job.seq, job.attempt, lease.lines, len(kept), json.dumps(kept))
+        self._state.write("log", job.seq, job.attempt, lease.lines, len(kept), json.dumps(kept))
         lease.lines += len(lines)
-        for event in self._watchers.get(job.seq, ()):
-            event.set()
+        self._state.effects.changed.append(job.seq)
 
-    def _take_samples(self, node: Node, job: Job, samples: Any) -> None:
-        """Hand an attempt's samples on; when nobody keeps up, the oldest go."""
-        if self.samples is None or not isinstance(samples, list) or not samples:
-            return
-        if self.samples.full():
-            with contextlib.suppress(queue.Empty):
-                self.counts["push_dropped"] += len(self.samples.get_nowait().samples)
-        self.samples.put_nowait(Sampled(node.name, node.id, job.id, samples))
-
-    def _end(self, node: Node, job: Job, report: Report, body: Json) -> None:
-        self._take_lines(job, self._leases[job.seq], report)
-        self._take_samples(node, job, body.get("samples"))
-        self._judge_health(node, job, report)
+    def end(self, node: Node, job: Job, report: AttemptReport, body: Json) -> None:
+        """End an attempt by its report."""
+        state = self._state
+        self._take_lines(job, report)
+        excused = self._health.judge(node, job, report)
         if report.published:
             job = with_published(job, report.published)
-        elsewhere = report.status == "failed" and self._elsewhere(
-            Needs(frozenset((*job.avoid, node.id)), job.only))
-        event, now = event_of_report(job, report.status, report.failure_reason, elsewhere), self.wall()
-        ended = advance(job, event, now, error=report.error, reason=report.failure_reason,
-                        reported=report.status, not_before=self._retry_at(job, event, now))
-        if report.status != "returned" and not job.hidden:
+        event = self._event_of(node, job, report, excused)
+        ended = advance(
+            job,
+            event,
+            state.now.wall,
+            error=report.error,
+            reason=report.failure_reason,
+            reported=report.status,
+            not_before=self._retry_at(job, event),
+        )
+        if report.status != "returned":
             self._keep_result(node, ended, report, body)
-            ended = ended._replace(result_seq=self._last_result if ended.state in FINAL else None)
-        self._save(job, ended)
-        self.counts["reports"] += 1
+            ended = ended._replace(result_seq=state.last_result if ended.state in FINAL else None)
+        state.save(job, ended)
+        state.counts["reports"] += 1
+        state.note("result of job %s attempt %d from %s: %s", job.id, job.attempt, node.name,
+                   Summary(report.status, body))
         if ended.state == "pending":
-            self._pend(ended)
-        self._settle_leaving(node)
-        if node.parked is not None and node.id not in self._idle:
-            self._release(node)  # it was full: now it has a slot to ask for
-        if self._log.isEnabledFor(logging.INFO):
-            self._note("result of job %s attempt %d from %s: %s", job.id, job.attempt, node.name,
-                       summary_of(report.status, body))
+            self._placement.pend(ended)
+        self._after_lease(node)
 
-    def _retry_at(self, job: Job, event: str, now: float) -> float | None:
-        """Return when the backoff of a retry ends, by full jitter; None where the event brings none."""
+    def _event_of(self, node: Node, job: Job, report: AttemptReport, excused: bool) -> str:
+        if excused and (job.state, "excuse") in TRANSITIONS:
+            return "excuse"
+        elsewhere = report.status == "failed" and self._placement.elsewhere(
+            Needs(frozenset((*job.avoid, node.id)), job.only))
+        return event_of_report(job, report.status, report.failure_reason, elsewhere)
+
+    def _after_lease(self, node: Node) -> None:
+        """Go on with a node on which something has ended."""
+        self.settle_leaving(node)
+        if node.parked is None:
+            return
+        if node.id not in self._state.idle:
+            self._placement.release(node)  # it was full: now it has a slot to ask for
+        elif not node.leases:
+            self._state.wake(node)  # an exclusive job may have waited for this
+
+    def settle_leaving(self, node: Node) -> None:
+        """Note that a leaving node is offline when nothing runs on it."""
+        if node.leaving and not node.leases and not node.offline:
+            node.offline = True
+            self._state.write_node(node)
+
+    def _retry_at(self, job: Job, event: str) -> float | None:
+        """Return when the backoff of a retry ends, by full jitter; None where there is none."""
         if event != "requeue" and (event, job.state) != ("lose", "running"):
             return None
-        return now + random.random() * backoff_most_s(job.retry_count, self.settings)
+        state = self._state
+        return state.now.wall + state.jitter() * backoff_most_s(job.retry_count, state.settings)
 
-    def _keep_result(self, node: Node, job: Job, report: Report, body: Json) -> None:
-        self._last_result += 1
-        kept = {name: value for name, value in body.items() if name not in _NOT_KEPT}
-        result = {**kept, "job_id": job.id, "node_id": node.id, "node": node.name, "attempt": job.attempt,
-                  "scenario": job.scenario, "status": report.status,
-                  "received_at": wire.utc_text(self.wall())}
-        if body.get("metrics") and self.settings.tariff is not None:
-            result["metrics"] = self.settings.tariff.priced(body["metrics"], (node.name, node.id),
-                                                            job.attempts[-1]["started_at"])
-        self.journal.put("result", self._last_result, report.status, job.scenario, node.id,
-                         json.dumps(result), job.seq)
-        self._count_key(("results", report.status, job.scenario, node.id), 1)
+    def _keep_result(self, node: Node, job: Job, report: AttemptReport, body: Json) -> None:
+        state = self._state
+        state.last_result += 1
+        kept = {name: value for name, value in body.items() if name not in _NOT_IN_RESULT}
+        result = {
+            **kept,
+            "job_id": job.id,
+            "node_id": node.id,
+            "node": node.name,
+            "attempt": job.attempt,
+            "scenario": job.scenario,
+            "status": report.status,
+            "received_at": wire.utc_text(state.now.wall),
+        }
+        tariff = state.settings.tariff
+        if body.get("metrics") and tariff is not None:
+            result["metrics"] = tariff.priced(body["metrics"], (node.name, node.id),
+                                              job.attempts[-1]["started_at"])
+        state.write(
+            "result",
+            state.last_result,
+            report.status,
+            job.scenario,
+            node.id,
+            json.dumps(result),
+            job.seq,
+        )
+        state.count(("results", report.status, job.scenario, node.id), 1)
 
-    def logs(self, given: str, after: int, wait_s: float, alive: Callable[[], bool]) -> Json:
-        """Return log lines from number `after` on; with `wait_s`, stay until there are any, or the end."""
-        deadline = self.clock() + wait_s
-        while True:
-            job = self._find(given)
-            event = threading.Event()
-            with self._lock:
-                self._watchers.setdefault(job.seq, []).append(event)
-            try:
-                job = self._find(job.id)  # what happened before the watch began is on disk now
-                lines, upto = self.journal.logs(job.seq, after)
-                left = deadline - self.clock()
-                if lines or left <= 0 or job.state in FINAL or self._closing or not alive():
-                    return {"lines": lines, "next": upto, "status": job.status}
-                event.wait(left)
-            finally:
-                with self._lock:
-                    watchers = self._watchers[job.seq]
-                    watchers.remove(event)
-                    if not watchers:
-                        del self._watchers[job.seq]
-
-    # -- time
-
-    def reap(self) -> None:
-        """Give up the leases of nodes that are silent; silence counts only while this master listened."""
-        with self._transaction():
-            now = self.clock()
-            late = now - self._reaped - REAP_S
-            self._reaped = now
-            if late > REAP_S:
-                for node in self._nodes.values():
-                    node.heard += late
-            for node in self._nodes.values():
-                self._look_after(node, now)
-            for seq, lease in list(self._leases.items()):
-                if now - lease.began > lease.limit_s:
-                    limit = wire.duration_text(lease.limit_s)
-                    self._lose(self._jobs[seq], f"no report within the job's timeout of {limit}")
-            for seq in self._lanes.due(now):
-                if seq in self._jobs:
-                    self._lanes.put(seq, self._jobs[seq].needs)
-                    self._wake(self._jobs[seq].needs)
-            self._wake()  # a node that a job should avoid may be the last one by now
-            if self.journal.trouble is not None:
-                self.journal.put("alive", self.wall())
-            elif self._told is not None:
-                self._told = None
-                self._note("the journal can be written again")
-
-    def _look_after(self, node: Node, now: float) -> None:
-        """Do what is due for a node: give it up, end its drain, try whether it is well again."""
-        if not node.offline and now - node.heard > self.settings.node_timeout_s:
-            self._give_up(node)
-        if node.leases and -math.inf < node.drain_due <= now:
-            node.drain_due = -math.inf  # said once; the order stands until it is obeyed
-            for seq in node.leases:
-                self._order(self._jobs[seq])
-        if node.quarantine is not None and now >= node.canary_due and node.status == "quarantined":
-            self._send_canary(node)
-
-    def _give_up(self, node: Node) -> None:
-        node.offline = True
-        self._write_node(node)
-        silence = wire.duration_text(self.settings.node_timeout_s)
-        self._note("node %s (%s) is lost: no sign of life for %s", node.name, node.id, silence,
-                   level=logging.WARNING)
-        for seq in list(node.leases):
-            self._lose(self._jobs[seq], f"node {node.name} gave no sign of life for {silence}")
-
-    def _lose(self, job: Job, why: str, at_once: bool = False) -> None:
+    def lose(self, job: Job, reason: str, at_once: bool = False) -> None:
         """End a lease without a report: the job is pending again while it has retries left."""
-        event, now = "lose" if job.retry_count < job.max_retries else "exhaust", self.wall()
-        lost = advance(job, event, now, error=why, reason="node_lost",
-                       not_before=None if at_once else self._retry_at(job, event, now))
-        lost.attempts[-1]["lines"] = self._leases[job.seq].lines if job.seq in self._leases else 0
-        node = self._nodes.get(job.node_id or "")
-        self._save(job, lost)
-        self.counts["lost_leases"] += 1
-        self._note("job %s attempt %d: %s; now %s", job.id, job.attempt, why, lost.status,
+        state = self._state
+        event = "lose" if job.retry_count < job.max_retries else "exhaust"
+        if job.seq in state.leases:
+            job = with_lines(job, state.leases[job.seq].lines)
+        lost = advance(job, event, state.now.wall, error=reason, reason="node_lost",
+                       not_before=None if at_once else self._retry_at(job, event))
+        node = state.nodes.get(job.node_id or "")
+        state.save(job, lost)
+        state.counts["lost_leases"] += 1
+        state.note("job %s attempt %d: %s; now %s", job.id, job.attempt, reason, lost.status,
                    level=logging.WARNING)
-        if lost.state == "pending":
-            self._pend(lost)
         if node is not None:
-            self._settle_leaving(node)
+            self._health.end_trial(node, job)
+        if lost.state == "pending":
+            self._placement.pend(lost)
+        if node is not None:
+            self.settle_leaving(node)
 
-    def expire(self, most: int = 200) -> bool:
-        """Remove finished jobs past the limits of age and number, a few; tell whether there may be more.
+    def lose_all(self, node: Node, reason: str) -> None:
+        """End all leases of a node."""
+        for seq in list(node.leases):
+            self.lose(self._state.jobs[seq], reason)
 
-        Age is not judged by a wall clock that has jumped since the start.
+    def time_out(self) -> None:
+        """End the leases of nodes without sessions whose job is past its own timeout."""
+        state = self._state
+        for seq, lease in list(state.leases.items()):
+            if state.now.clock - lease.began > lease.limit_s:
+                limit = wire.duration_text(lease.limit_s)
+                self.lose(state.jobs[seq], f"no report within the job's timeout of {limit}")
+
+
+def find_node(
+    nodes: Mapping[str, Node], given: str, status: int = 404, field: str = "node_id"
+) -> Node:
+    """Return a node by its id, a name that is unique, or a prefix of 4 or more characters."""
+    if given in nodes:
+        return nodes[given]
+    found = [node for node in nodes.values() if node.name == given]
+    if not found and len(given) >= 4:
+        found = [node for node_id, node in nodes.items() if node_id.startswith(given)]
+    if len(found) == 1:
+        return found[0]
+    shown = wire.printable(given[:64])
+    if found:
+        raise ApiError(status, f"node {shown} is ambiguous: give more of its id", field)
+    raise ApiError(status, f"unknown node {shown}: 'ffdist.py nodes' lists them", field)
+
+
+def refuse_session(node: Node, session_hash: str | None) -> None:
+    """Raise ApiError 409 where another session speaks for a node."""
+    if session_hash == node.session_hash:
+        return
+    if session_hash in node.past:
+        raise ApiError(
+            409, f"a newer start of node {node.name} has taken over; this one must end", "session"
+        )
+    raise ApiError(
+        409, f"node {node.name} has another session, and is heard only with that", "session"
+    )
+
+
+def refuse_stranger(node: Node | None, owner: str | None, checked: Registration) -> None:
+    """Raise ApiError 409 where somebody else registers by an id that is, or was, a node's.
+
+    `owner` is the hash of the secret that the id belongs to. It outlives the node: else anybody who
+    removes a node could take its place.
+    """
+    session_hash = checked.session_hash
+    if node is not None and session_hash in node.past:
+        refuse_session(node, session_hash)
+    is_same_session = node is not None and session_hash == node.session_hash
+    if owner is None:
+        if node is not None and not is_same_session and not node.offline:
+            raise ApiError(409, f"node {node.name} is known by another session: a new one takes "
+                           "over only when it is offline", "secret")
+        return
+    # As bytes: compare_digest() takes only ASCII as text.
+    is_owner = hmac.compare_digest(owner.encode(), (checked.secret_hash or "").encode())
+    if not is_owner and (session_hash is None or not is_same_session):
+        raise ApiError(409, f"node {checked.name} is known by its secret: a new session takes over "
+                       "only with that", "secret")
+
+
+def has_ended_alike(job: Job, report: AttemptReport) -> bool:
+    """Return whether a report was accepted before: same attempt, same status, same node."""
+    for record in job.attempts:
+        same_attempt = report.attempt in (None, record["attempt"])
+        same_end = record["node_id"] == report.node_id and record["status"] == report.status
+        if same_attempt and same_end and record["ended_at"] is not None:
+            return True
+    return False
+
+
+class Registry:
+    """Which nodes there are, who may speak for each, and whether they are heard.
+
+    An id is public; a session is known to one start of an agent, the secret to its state folder. A
+    node with a session is heard only with it, and another session takes over with the secret, or
+    while a node without one is offline.
+    """
+
+    def __init__(self, state: State, placement: Placement, health: Health, leases: Leases) -> None:
+        self._state = state
+        self._placement = placement
+        self._health = health
+        self._leases = leases
+
+    def register(self, checked: Registration, new_id: str) -> tuple[bool, Json]:
+        """Take a node in, or back; return whether it is new, and the answer to its agent.
+
+        `new_id` is for one that has no id.
         """
-        settings, wall = self.settings, self.wall()
-        jumped = abs((wall - self.started_at) - (self.clock() - self._began)) > CLOCK_JUMP_S
-        with self._archive_lock:
-            with self._transaction():
-                over = sum(count for key, count in self._totals.items()
-                           if key[0] == "jobs" and key[1] in FINAL) - settings.keep_jobs
-            oldest = self.journal.ended(most)
-            gone = [(seq, key) for number, (seq, ended, key) in enumerate(oldest)
-                    if number < over or (ended < wall - settings.keep_s and not jumped)]
-            keys = [*(key for _, key in gone), *self.journal.result_keys([seq for seq, _ in gone])]
-            with self._transaction():
-                for seq, _ in gone:
-                    self.journal.drop_job(seq)
-                for key in keys:
-                    self._count_key(key, -1)
-        return len(gone) == most
+        state = self._state
+        node = self._known(checked)
+        is_new = node is None
+        owner = state.owners.get(node.id if node else checked.id or "")
+        refuse_stranger(node, owner, checked)
+        if node is None:
+            node = Node(checked.id or new_id, state.now.wall)
+            state.nodes[node.id] = node
+        first = checked.session_hash != node.session_hash
+        self._take_in(node, checked)
+        held = self._leases.held(node, checked.holding)
+        if first:
+            self._end_others(node, held)
+        state.write_node(node)
+        state.note(
+            "node %s (%s) %s: %s threads, %s",
+            node.name,
+            node.id,
+            "registered" if is_new else "is back",
+            json.loads(checked.facts).get("cpu_threads"),
+            checked.address,
+        )
+        answer = {**node.to_json(), "protocol": wire.PROTOCOL,
+                  "node_timeout_s": state.settings.node_timeout_s, "holding": held}
+        return is_new, answer
 
-    def ended_after(self, seq: int, limit: int) -> list[tuple[int, Json, Json]]:
-        """Return (number, result, its job's specification) of results above a number, oldest first."""
-        found = []
-        for number, result in self.journal.results_after(seq, limit):
-            job = self.journal.job(result["job_id"])
-            found.append((number, result, json.loads(job.spec) if job else {}))
-        return found
+    def _known(self, checked: Registration) -> Node | None:
+        """Return the node that registers: by id, or by name for a seed's agent, which has none."""
+        if checked.id is not None:
+            return self._state.nodes.get(checked.id)
+        for node in self._state.nodes.values():
+            same_session = node.session_hash == checked.session_hash
+            if node.anonymous and node.name == checked.name and same_session:
+                return node
+        return None
 
-    def ready(self) -> Json:
-        """Tell that the journal can be written; ApiError 503 names the cause when not."""
-        if self.journal.damage is not None:
-            raise ApiError(503, f"the journal is damaged: {self.journal.damage}; it is being recovered")
-        if self.journal.trouble is not None:
-            raise ApiError(503, f"the journal cannot be written: {self.journal.trouble}")
-        return {"status": "ready"}
+    def _take_in(self, node: Node, checked: Registration) -> None:
+        state = self._state
+        if checked.session_hash != node.session_hash:
+            if node.session_hash is not None:
+                node.past = [*node.past, node.session_hash][-SESSIONS_KEPT:]
+            node.session_hash = checked.session_hash
+            node.trial_due = state.now.clock  # whoever restarted it may have repaired it
+            self._placement.release(node)
+        if checked.owner_hash and checked.session_hash and node.id not in state.owners:
+            state.owners[node.id] = checked.owner_hash
+            state.write("owner", node.id, checked.owner_hash)
+        node.facts, node.name, node.slots = checked.facts, checked.name, checked.slots
+        node.protocol, node.anonymous = checked.protocol, checked.id is None
+        node.offline = node.leaving = False
+        self._touch(node)
 
-    def snapshot(self) -> Snapshot:
-        """Return the figures of the metrics, as of one moment."""
-        with self._lock:
-            totals: dict[tuple[str, str], int] = {}
-            for (kind, status, _, _), count in self._totals.items():
-                totals[kind, status] = totals.get((kind, status), 0) + count
-            nodes = [(node.name, node.id, node.status, len(node.leases)) for node in self._nodes.values()]
-            parked = sum(node.parked is not None for node in self._nodes.values())
-            counts = dict(self.counts)
-            last_result = self._last_result
-        return Snapshot(totals, nodes, parked, counts, self.journal.commits, self.journal.commit_seconds,
-                        self.journal.size_bytes(), self.started_at, self.journal.trouble is None,
-                        *self.journal.disk_bytes(), last_result)
+    def _end_others(self, node: Node, held: Sequence[Json]) -> None:
+        """End the leases that a new session does not hold: its start has lost them."""
+        own = {(entry["job_id"], entry["attempt"]) for entry in held}
+        for seq in list(node.leases):
+            job = self._state.jobs[seq]
+            if (job.id, job.attempt) not in own:
+                self._leases.lose(job, f"the agent on {node.name} was started again", at_once=True)
 
-    def count(self, name: str, step: int) -> None:
-        """Add to one of the counters of /metrics."""
-        with self._lock:
-            self.counts[name] += step
+    def hear(self, node_id: str, session_hash: str | None) -> Node:
+        """Return the node that speaks, as heard now; ApiError 404 or 409 where it must not."""
+        node = self._state.nodes.get(node_id)
+        if node is None:
+            raise ApiError(
+                404, f"unknown node {wire.printable(node_id[:64])}: register first", "node_id"
+            )
+        refuse_session(node, session_hash)
+        self._touch(node)
+        return node
 
-    def close(self) -> None:
-        """Answer what is parked, commit what is queued, let the folder go."""
-        with self._lock:
-            self._closing = True
-            for node in self._nodes.values():
-                self._write_node(node)
-                self._release(node)
-            for events in self._watchers.values():
-                for event in events:
-                    event.set()
-        self.journal.close()
+    def _touch(self, node: Node) -> None:
+        node.heard, node.last_heartbeat = self._state.now
+        if node.offline and not node.leaving:
+            node.offline = False
+            self._state.write_node(node)
+            self._state.note("node %s is back", node.name)
+
+    def leave(self, node: Node) -> None:
+        """Note that a node's agent is stopping."""
+        if not node.leaving:
+            node.leaving = True
+            self._state.note("node %s is leaving", node.name)
+            self._leases.settle_leaving(node)
+            self._state.write_node(node)
+
+    def forget(self, node: Node) -> Json:
+        """Remove a node; its jobs are pending again."""
+        state = self._state
+        self._leases.lose_all(node, f"node {node.name} was removed")
+        self._placement.release(node)
+        del state.nodes[node.id]
+        state.write("forget", node.id)
+        state.write("claims", node.id, "[]")  # a later node of that id has claimed nothing yet
+        state.note("node %s (%s) removed", node.name, node.id)
+        return {"status": "removed", "id": node.id}
+
+    def drain(self, node: Node, deadline_s: float | None) -> Json:
+        """Let a node take nothing more; what still runs after `deadline_s` is given back."""
+        now = self._state.now
+        node.draining = True
+        node.drain_until = None if deadline_s is None else now.wall + deadline_s
+        node.drain_due = math.inf if deadline_s is None else now.clock + deadline_s
+        self._state.write_node(node)
+        self._placement.release(node)
+        self._state.note("node %s takes no more jobs", node.name)
+        return node.to_json()
+
+    def undrain(self, node: Node) -> Json:
+        """Let a node work again that was drained or in quarantine."""
+        node.draining, node.drain_until, node.drain_due = False, None, math.inf
+        self._health.close(node)
+        self._placement.release(node)
+        self._state.note("node %s works again", node.name)
+        return node.to_json()
+
+    def tick(self, late_s: float) -> None:
+        """Do what is due for each node: mark it offline, end its drain.
+
+        Silence counts only while the master listened: where its own timer came late, every node's
+        deadline moves by the delay.
+        """
+        state = self._state
+        for node in state.nodes.values():
+            node.heard += late_s
+            if not node.offline and state.now.clock - node.heard > state.settings.node_timeout_s:
+                self._mark_offline(node)
+            if node.leases and -math.inf < node.drain_due <= state.now.clock:
+                node.drain_due = -math.inf  # send once: orders persist until acknowledged
+                for seq in node.leases:
+                    self._placement.order(state.jobs[seq])
+
+    def _mark_offline(self, node: Node) -> None:
+        node.offline = True
+        self._state.write_node(node)
+        silence = wire.duration_text(self._state.settings.node_timeout_s)
+        self._state.note(
+            "node %s (%s) is lost: no sign of life for %s",
+            node.name,
+            node.id,
+            silence,
+            level=logging.WARNING,
+        )
+        self._leases.lose_all(node, f"node {node.name} gave no sign of life for {silence}")
 
 
-class _Transaction:
-    """The one way to the master's state: `with self._transaction():`."""
+# ---- 8 Fleet --------------------------------------------------------------------------------------
 
-    __slots__ = ("_master",)
+class Asked(NamedTuple):
+    """The fields of a heartbeat, or of a claim where it is `for_work`."""
 
-    def __init__(self, master: Master) -> None:
-        self._master = master
+    node_id: str
+    session_hash: str | None
+    seen: int
+    claim: str | None
+    leaving: bool
+    for_work: bool
 
-    def __enter__(self) -> None:
-        self._master._enter()
 
-    def __exit__(self, *error: object) -> None:
-        self._master._leave()
+class Arrived(NamedTuple):
+    """Event: a heartbeat or a claim has come, which is parked where it `may_wait`."""
+
+    asked: Asked
+    may_wait: bool
+
+
+class Looked(NamedTuple):
+    """Event: a parked request looks again; `present` is whether its client is still connected."""
+
+    asked: Asked
+    serial: int
+    present: bool
+    may_wait: bool
+
+
+class Registered(NamedTuple):
+    """Event: an agent registers; `new_id` is for one that has no id."""
+
+    checked: Registration
+    new_id: str
+
+
+class NodeOrder(NamedTuple):
+    """Event: a person asks for `forget`, `drain` or `undrain` of a node."""
+
+    verb: str
+    node_id: str
+    deadline_s: float | None = None
+
+
+class Submitted(NamedTuple):
+    """Event: drafts with ids arrive. `fresh` are ids that no job can have yet.
+
+    `archived` are finished jobs of the ids that were given, `statuses` those of the ids in `after`
+    and `after_ok`: None for an id that the journal does not know either.
+    """
+
+    drafts: Sequence[Draft]
+    fresh: Container[str]
+    archived: Mapping[str, Job | None]
+    statuses: Mapping[str, str | None]
+
+
+class Ordered(NamedTuple):
+    """Event: a person asks for `cancel`, `pause`, `resume` or `retry` of a job."""
+
+    job: Job
+    verb: str
+
+
+class Progressed(NamedTuple):
+    """Event: an agent reports progress of an attempt."""
+
+    job_id: str
+    report: AttemptReport
+
+
+class Finished(NamedTuple):
+    """Event: an agent reports the end of an attempt; `body` becomes the result."""
+
+    job_id: str
+    report: AttemptReport
+    body: Json
+
+
+class Ticked(NamedTuple):
+    """Event: time has passed; `late_s` is how much later than planned the timer came."""
+
+    late_s: float
+
+
+class Expired(NamedTuple):
+    """Event: finished jobs are past their limits; `keys` are those of their totals."""
+
+    seqs: Sequence[int]
+    keys: Sequence[TotalKey]
+
+
+class Reply(NamedTuple):
+    """What a heartbeat or claim gets: an answer, or the serial number under which it waits."""
+
+    answer: Json
+    serial: int | None = None
+
+
+class Accepted(NamedTuple):
+    """What a submission gets: its jobs, or the ids that must be looked up in the journal first."""
+
+    jobs: Sequence[Job] = ()
+    any_new: bool = False
+    unresolved: Sequence[str] = ()
+
+
+class Requests:
+    """Heartbeats and claims: what each gets now, and whether it waits.
+
+    A node has at most one parked request; a newer one answers it. A parked request has a serial
+    number: when it looks again and its node has another, it was superseded and is answered empty.
+    """
+
+
+    def __init__(
+        self, state: State, placement: Placement, leases: Leases, registry: Registry
+    ) -> None:
+        self._state = state
+        self._placement = placement
+        self._leases = leases
+        self._registry = registry
+
+    def arrived(self, event: Arrived) -> Reply:
+        """Take a heartbeat or claim that has come."""
+        state, asked = self._state, event.asked
+        node = self._registry.hear(asked.node_id, asked.session_hash)
+        state.counts["heartbeats"] += 1
+        state.note("heartbeat of %s", node.name, level=logging.DEBUG)
+        self._placement.release(node)
+        if asked.leaving:
+            self._registry.leave(node)
+        return self._reply(node, asked, asked.for_work, event.may_wait)
+
+    def looked(self, event: Looked) -> Reply:
+        """Look again for a parked request that was woken, or whose time is up."""
+        asked = event.asked
+        node = self._state.nodes.get(asked.node_id)
+        if node is None:
+            return Reply({})
+        if node.parked != event.serial:
+            refuse_session(node, asked.session_hash)
+            return Reply({})
+        was_woken = self._state.unpark(node)
+        reply = self._reply(node, asked, asked.for_work and event.present, event.may_wait)
+        if was_woken and "job" not in reply.answer:
+            self._placement.wake_one()  # another node took the job that it was woken for
+        return reply
+
+    def _reply(self, node: Node, asked: Asked, for_work: bool, may_wait: bool) -> Reply:
+        answer = self._answer(node, asked, for_work)
+        has_work = "job" in answer or "claim" in answer
+        has_news = "actions" in answer and asked.seen < node.orders
+        if has_work or has_news or not may_wait:
+            return Reply(answer)
+        return Reply({}, self._state.park(node, asked.for_work))
+
+    def _answer(self, node: Node, asked: Asked, for_work: bool) -> Json:
+        """Return the job and the orders that there are for a node now."""
+        state = self._state
+        answer: Json = {}
+        actions = {seq: self.action(state.jobs[seq]) for seq in sorted(node.standing & node.leases)}
+        node.standing = {seq for seq, action in actions.items() if action is not None}
+        if node.standing:
+            answer = {
+                "actions": [actions[seq] for seq in sorted(node.standing)],
+                "orders": node.orders,
+            }
+        if for_work:
+            job = self._leases.claim(node, asked.claim)
+            if job is not None:
+                answer["job"] = job
+            elif asked.claim in node.claims:
+                answer["claim"] = "spent"
+        return answer
+
+    def action(self, job: Job) -> Json | None:
+        """Return what the agent must yet do about a job; an order persists until it is done."""
+        progress = self._state.leases[job.seq].progress or {}
+        holder = self._state.nodes[job.node_id or ""]
+        word = None
+        if job.state == "canceling":
+            word = "cancel"
+        elif self._state.now.clock >= holder.drain_due:
+            word = "return"
+        elif job.state == "stopped":
+            word = "pause"
+        elif progress.get("paused"):
+            word = "resume"
+        return {"job_id": job.id, "attempt": job.attempt, "action": word} if word else None
+
+
+class Intake:
+    """Jobs that come in, what people ask of them, and what they wait for.
+
+    A job with `after` or `after_ok` is blocked until all those jobs have ended, however they did;
+    where one in `after_ok` did not complete, it is canceled. It can name only jobs that exist or
+    stand earlier in its array, so there are no cycles.
+    """
+
+    def __init__(self, state: State, placement: Placement) -> None:
+        self._state = state
+        self._placement = placement
+
+    def submit(self, event: Submitted) -> Accepted:
+        """Accept jobs, all or none; ApiError 400 before anything is changed."""
+        state = self._state
+        unresolved = self._unresolved(event)
+        if unresolved:
+            return Accepted(unresolved=unresolved)
+        known = {draft.id: state.live(draft.id or "") or event.archived.get(draft.id or "")
+                 for draft in event.drafts if draft.id not in event.fresh}
+        new = [draft for draft in event.drafts if known.get(draft.id) is None]
+        placed = [self._placed(draft) for draft in new]
+        numbers = {draft.id or "": state.last_job + 1 + place for place, draft in enumerate(new)}
+        for draft in placed:
+            self._check_after(draft, numbers, event)
+        accepted = {draft.id: self._accept(draft, numbers, event) for draft in placed}
+        jobs = [accepted.get(draft.id) or known.get(draft.id) for draft in event.drafts]
+        return Accepted([job for job in jobs if job is not None], bool(new))
+
+    def _unresolved(self, event: Submitted) -> list[str]:
+        """Return the ids that are neither live nor looked up in the journal yet."""
+        seq_of = self._state.seq_of
+        own = {draft.id for draft in event.drafts}
+        wanted: dict[str, None] = {}
+        for draft in event.drafts:
+            if (
+                draft.id is not None
+                and draft.id not in event.fresh
+                and draft.id not in event.archived
+            ):
+                wanted[draft.id] = None
+            for job_id in (*draft.after, *draft.after_ok):
+                if job_id not in own and job_id not in event.statuses:
+                    wanted[job_id] = None
+        return [job_id for job_id in wanted if job_id not in seq_of]
+
+    def _placed(self, draft: Draft) -> Draft:
+        """Return a draft with the id of the node that it names."""
+        if draft.node is None:
+            return draft
+        return draft._replace(node=find_node(self._state.nodes, draft.node, 400, "node").id)
+
+    def _check_after(self, draft: Draft, numbers: Mapping[str, int], event: Submitted) -> None:
+        own = numbers[draft.id or ""]
+        for field, ids in (("after", draft.after), ("after_ok", draft.after_ok)):
+            for job_id in ids:
+                is_earlier = numbers.get(job_id, own) < own
+                is_known = job_id in self._state.seq_of or event.statuses.get(job_id) is not None
+                if not is_earlier and not is_known:
+                    raise bad(
+                        field,
+                        f"names the unknown job {job_id}: expected the id of a job that was "
+                        "submitted before, or stands earlier in the array",
+                    )
+
+    def _accept(self, draft: Draft, numbers: Mapping[str, int], event: Submitted) -> Job:
+        state = self._state
+        state.last_job += 1
+        wall = state.now.wall
+        after = self._blockers(draft.after, numbers)
+        after_ok = self._blockers(draft.after_ok, numbers)
+        first = "blocked" if after or after_ok else "pending"
+        job = Job(
+            state.last_job,
+            draft.id or "",
+            draft.scenario,
+            draft.spec,
+            wall,
+            draft.max_retries,
+            state=first,
+            history=((wall, first, None),),
+            only=draft.node,
+            exclusive=draft.exclusive,
+            after=after,
+            after_ok=after_ok,
+        )
+        state.save(None, job)
+        state.counts["submitted"] += 1
+        state.note("job %s submitted: %s", job.id, job.scenario)
+        failed = [
+            job_id
+            for job_id in draft.after_ok
+            if event.statuses.get(job_id) not in (None, "completed") and job_id not in state.seq_of
+        ]
+        if failed:
+            return self._cancel_dependent(job, failed[0], event.statuses[failed[0]] or "")
+        if first == "blocked":
+            state.block(job)
+        else:
+            self._placement.pend(job)
+        return job
+
+    def _blockers(self, ids: Iterable[str], numbers: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the numbers of those jobs that have not ended."""
+        seq_of = self._state.seq_of
+        found = (seq_of.get(job_id) or numbers.get(job_id) for job_id in ids)
+        return tuple(sorted({seq for seq in found if seq is not None and seq in self._state.jobs}))
+
+    def order(self, event: Ordered) -> Job | None:
+        """Cancel, pause, resume or retry a job; ApiError 409 where its state forbids it.
+
+        None where the job has ended since it was found: it has to be read again.
+        """
+        state = self._state
+        job = state.jobs.get(event.job.seq, event.job)
+        if job.seq not in state.jobs and job.state not in FINAL:
+            return None
+        changed = advance(job, event.verb, state.now.wall, reason=f"{event.verb} was asked for")
+        if changed.state == job.state:
+            return changed
+        state.save(job, changed)
+        if changed.state == "pending":
+            self._placement.pend(changed)
+        elif changed.state in LEASED:
+            self._placement.order(changed)
+        state.note("job %s: %s asked for, now %s", job.id, event.verb, changed.status)
+        return changed
+
+    def settle(self) -> None:
+        """Unblock or cancel the jobs that waited for the ended ones, and for these in turn."""
+        state = self._state
+        while state.ended:
+            ended = state.ended.pop()
+            for seq in state.dependents.pop(ended.seq, ()):
+                job = state.jobs.get(seq)
+                if job is not None and job.state == "blocked":
+                    self._settle_one(job, ended)
+
+    def _settle_one(self, job: Job, ended: Ended) -> None:
+        if ended.seq in job.after_ok and ended.status != "completed":
+            self._cancel_dependent(job, ended.id, ended.status)
+            return
+        rest = job._replace(after=tuple(seq for seq in job.after if seq != ended.seq),
+                            after_ok=tuple(seq for seq in job.after_ok if seq != ended.seq))
+        if rest.after or rest.after_ok:
+            self._state.save(job, rest)
+            return
+        free = advance(rest, "unblock", self._state.now.wall)
+        self._state.save(job, free)
+        self._placement.pend(free)
+
+    def _cancel_dependent(self, job: Job, blocker: str, status: str) -> Job:
+        error = (
+            f"job {blocker} is {status}, and this one was to run only after it completed (after_ok)"
+        )
+        canceled = advance(job, "cancel", self._state.now.wall, error=error, reason="after_ok")
+        self._state.save(job, canceled)
+        self._state.note("job %s canceled: %s", job.id, error)
+        return canceled
+
+
+class Outcome(NamedTuple):
+    """What a step made: an answer or an error, and what the Master has to do."""
+
+    answer: Any
+    error: ApiError | None
+    effects: Effects
+
+
+class Fleet:
+    """All that the master knows and all of its rules, as one function of events: apply().
+
+    It has no lock, no clock, no I/O and no log. The same events at the same moments make the same
+    state, so that it can be tested by thousands of events a second, and rebuilt from the journal's
+    rows at any time: at the start, after a failed commit, or in a standby that takes over.
+    """
+
+
+    def __init__(
+        self, settings: Settings, counts: dict[str, int], jitter: Callable[[], float]
+    ) -> None:
+        self.state = State(settings, counts, jitter)
+        placement = Placement(self.state)
+        health = Health(self.state, placement)
+        leases = Leases(self.state, placement, health)
+        registry = Registry(self.state, placement, health, leases)
+        requests = Requests(self.state, placement, leases, registry)
+        self._intake = Intake(self.state, placement)
+        self._placement, self._leases, self._registry, self._requests = (
+            placement,
+            leases,
+            registry,
+            requests,
+        )
+        self._handlers: dict[type, Callable[[Any], Any]] = {
+            Arrived: requests.arrived,
+            Looked: requests.looked,
+            Registered: lambda event: registry.register(event.checked, event.new_id),
+            NodeOrder: self._order_node,
+            Submitted: self._intake.submit,
+            Ordered: self._intake.order,
+            Progressed: self._progress,
+            Finished: self._finish,
+            Ticked: self._tick,
+            Expired: self._expire,
+        }
+
+    def load(self, stored: Stored, now: Moment) -> None:
+        """Fill an empty fleet from a journal; requests that were parked are answered empty."""
+        self.state.now = now
+        self.state.load(stored)
+        for job in stored.live_jobs:
+            if job.state == "pending":
+                self._placement.line_up(job)
+
+    def apply(self, event: object, now: Moment) -> Outcome:
+        """Carry out one event at a moment; a refused one has an error, and has changed no job."""
+        state = self.state
+        state.now = now
+        answer, error = None, None
+        try:
+            answer = self._handlers[type(event)](event)
+        except ApiError as refusal:
+            error = refusal
+        self._intake.settle()
+        effects, state.effects = state.effects, Effects([], [], [], [])
+        return Outcome(answer, error, effects)
+
+    def _order_node(self, event: NodeOrder) -> Json:
+        node = find_node(self.state.nodes, event.node_id)
+        if event.verb == "forget":
+            return self._registry.forget(node)
+        if event.verb == "drain":
+            return self._registry.drain(node, event.deadline_s)
+        return self._registry.undrain(node)
+
+    def _progress(self, event: Progressed) -> Json | None:
+        """Return the answer to an agent's progress; None where its attempt has no lease."""
+        report = event.report
+        node = self._registry.hear(report.node_id, digest(report.session))
+        job = self._leases.leased(event.job_id, node, report.attempt)
+        if job is None:
+            return None
+        self._leases.progress(job, report)
+        answer: Json = {"status": "ok", "next_s": round(max(1.0, len(self.state.leases) / 250), 1)}
+        action = self._requests.action(job)
+        return {**answer, "actions": [action]} if action else answer
+
+    def _finish(self, event: Finished) -> bool:
+        """Return whether a report ended its attempt."""
+        report = event.report
+        if report.node_id not in self.state.nodes:
+            return False
+        node = self._registry.hear(report.node_id, digest(report.session))
+        job = self._leases.leased(event.job_id, node, report.attempt)
+        if job is None:
+            return False
+        self._leases.end(node, job, report, event.body)
+        return True
+
+    def _tick(self, event: Ticked) -> None:
+        self._registry.tick(event.late_s)
+        self._leases.time_out()
+        self._placement.due()
+        self._placement.wake_one()  # a node that a job should avoid may be the last one by now
+
+    def _expire(self, event: Expired) -> None:
+        for seq in event.seqs:
+            for kind in ("drop_job", "drop_results", "drop_logs"):
+                self.state.write(kind, seq)
+        for key in event.keys:
+            self.state.count(key, -1)
+
+
+# ---- 9 Master -------------------------------------------------------------------------------------
+
+CLOCK_JUMP_S = 3600.0  # between the two clocks since the start; by more, no age is trusted
+
+
+class Sampled(NamedTuple):
+    """Samples of one message: the node's name and id, the job's id, and what the agent sent."""
+
+    node: str
+    node_id: str
+    job_id: str
+    samples: list[Any]
 
 
 class Snapshot(NamedTuple):
@@ -2749,33 +3369,594 @@ class Snapshot(NamedTuple):
     last_result: int
 
 
-class Sampled(NamedTuple):
-    """Samples of one message: the node's name and id, the job's id, and what the agent sent."""
+class Transactions:
+    """The one lock, the clock, and the order of all changes.
 
-    node: str
-    node_id: str
-    job_id: str
-    samples: list[Any]
+    A step holds the lock, applies one event to the Fleet, queues its writes and lets go; then it
+    waits for the commit, and only after it are notes logged and the answer returned. Parked
+    requests are woken under the lock, but what they see has its own commit to wait for. So no
+    answer, order or wake-up leaves before its commit, and nothing blocks while the lock is held.
+
+    When a commit fails, memory is ahead of the disk: it is `stale`, every waiting request gets 503,
+    and the next step first rebuilds the Fleet from the journal. The same happens after an error
+    inside a step.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, log: logging.Logger,
+                 clock: Callable[[], float], wall: Callable[[], float]) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.wall = wall
+        self.closing = False
+        self.counts = dict.fromkeys(COUNTS, 0)
+        self.archive_lock = threading.Lock()  # taken before the other, never inside it
+        self._log = log
+        self._lock = threading.Lock()
+        self._stale = False
+        self._last_trouble: str | None = None  # why commits fail, as it was last logged
+        self._parked: dict[str, threading.Event] = {}
+        self._watchers: dict[int, list[threading.Event]] = {}
+        self.journal = Journal(folder, self._rebuild)
+        self._fleet = Fleet(settings, self.counts, random.random)
+        try:
+            self._load()
+        except BaseException:
+            self.journal.close()
+            if self.journal.damage is None:
+                raise
+            self.journal = Journal(folder, self._rebuild)  # this time it is recovered first
+            self._load()
+        if self.journal.recovery is not None:
+            log.error("%s", self.journal.recovery)
+        self.journal.start()
+        with self._lock:  # so that /ready knows whether it can be written, before anybody asks
+            self.journal.write([("alive", (wall(),))])
+
+    def now(self) -> Moment:
+        """Return this moment by both clocks."""
+        return Moment(self.clock(), self.wall())
+
+    def apply(self, event: object, writes: Sequence[Write] = (),
+              parked: tuple[str, threading.Event] | None = None) -> Any:
+        """Carry out an event, and return its answer after the commit; ApiError where it is refused.
+
+        `parked` is (node id, event to set) of a request: it is kept where the answer says that it
+        waits.
+        """
+        self._acquire()
+        try:
+            outcome = self._fleet.apply(event, self.now())
+            self._wake(outcome.effects)
+            if parked is not None and outcome.error is None and outcome.answer.serial is not None:
+                self._parked[parked[0]] = parked[1]
+            ticket = self.journal.write([*outcome.effects.writes, *writes])
+        except BaseException:
+            self._stale = True
+            raise
+        finally:
+            self._lock.release()
+        if ticket is not None:
+            ticket.wait()
+        for level, message, values in outcome.effects.notes:
+            self._log.log(level, message, *values)
+        if outcome.error is not None:
+            raise outcome.error
+        return outcome.answer
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[State]:
+        """Give the state to a reader, then wait until all that it saw is on disk."""
+        self._acquire()
+        try:
+            yield self._fleet.state
+            ticket = self.journal.write(())
+        finally:
+            self._lock.release()
+        if ticket is not None:
+            ticket.wait()
+
+    @contextlib.contextmanager
+    def glance(self) -> Iterator[State]:
+        """Give the state to a reader that needs no commit: of progress, names and figures."""
+        with self._lock:
+            yield self._fleet.state
+
+    def _acquire(self) -> None:
+        """Take the lock; ApiError 503 while memory is not what the journal holds."""
+        self._lock.acquire()
+        if not self._stale:
+            return
+        try:
+            ticket = self.journal.write(())
+            if ticket is not None:
+                ticket.wait()
+            self._load()
+            self._stale = False
+        except Exception as error:
+            self._lock.release()
+            if isinstance(error, ApiError):
+                raise
+            raise ApiError(503, f"the journal cannot be read: {error}") from None
+
+    def _load(self) -> None:
+        """Make the Fleet of what the journal holds: at the start, and after a failed commit."""
+        reader = self.journal.reader
+        last_job, last_result, totals = reader.counters()
+        live_jobs = reader.live_jobs()
+        log_counts = reader.log_counts(job for job in live_jobs if job.state in LEASED)
+        stored = Stored(
+            reader.nodes(), reader.owners(), last_job, last_result, totals, live_jobs, log_counts
+        )
+        fleet = Fleet(self.settings, self.counts, random.random)
+        fleet.load(stored, self.now())
+        earlier = self._fleet.state
+        # The numbers of requests that are still parked.
+        fleet.state.last_serial = earlier.last_serial
+        for node_id, node in fleet.state.nodes.items():
+            if node_id in earlier.nodes:  # a heartbeat writes nothing to the journal
+                node.last_heartbeat = earlier.nodes[node_id].last_heartbeat
+        self._fleet = fleet
+        self._wake_all()
+
+    def _rebuild(self, error: str) -> None:
+        """Called by the journal after a commit that failed."""
+        with self._lock:
+            self.journal.drop(error)
+            self._stale = True
+        with contextlib.suppress(ApiError):
+            self._acquire()  # else the next step tries again
+            self._lock.release()
+        level = logging.DEBUG if error == self._last_trouble else logging.ERROR
+        self._log.log(
+            level, "the journal cannot be written: %s; nothing is accepted until it can", error
+        )
+        self._last_trouble = error
+
+    def note_recovery(self) -> None:
+        """Log once that the journal can be written again."""
+        with self._lock:
+            recovered = self._last_trouble is not None and self.journal.trouble is None
+            if recovered:
+                self._last_trouble = None
+        if recovered:
+            self._log.info("the journal can be written again")
+
+    def _wake(self, effects: Effects) -> None:
+        for node_id in effects.wakes:
+            event = self._parked.pop(node_id, None)
+            if event is not None:
+                event.set()
+        if self._watchers:
+            for seq in effects.changed:
+                for watcher in self._watchers.get(seq, ()):
+                    watcher.set()
+
+    def _wake_all(self) -> None:
+        for event in self._parked.values():
+            event.set()
+        self._parked.clear()
+        for watchers in self._watchers.values():
+            for watcher in watchers:
+                watcher.set()
+
+    @contextlib.contextmanager
+    def watching(self, seq: int) -> Iterator[threading.Event]:
+        """Give an event that is set when a job has a new state or new log lines."""
+        event = threading.Event()
+        with self._lock:
+            self._watchers.setdefault(seq, []).append(event)
+        try:
+            yield event
+        finally:
+            with self._lock:
+                watchers = self._watchers[seq]
+                watchers.remove(event)
+                if not watchers:
+                    del self._watchers[seq]
+
+    def count(self, name: str, step: int = 1) -> None:
+        """Add to one of COUNTS."""
+        with self._lock:
+            self.counts[name] += step
+
+    def close(self) -> None:
+        """Answer what is parked, commit what is queued, unlock the folder."""
+        with self._lock:
+            self.closing = True
+            nodes = self._fleet.state.nodes.values()
+            self.journal.write([("node", (node.id, node.record())) for node in nodes])
+            self._wake_all()
+        self.journal.close()
 
 
-def _repeats(job: Job, report: Report) -> bool:
-    """Tell whether a report is one that was accepted before: same attempt, same status, same node."""
-    return any(record["node_id"] == report.node_id and record["status"] == report.status
-               and report.attempt in (None, record["attempt"]) and record["ended_at"] is not None
-               for record in job.attempts)
+COUNTS = ("submitted", "claims", "reports", "heartbeats", "lost_leases", "refused_reports", "push_lines",
+          "push_failures", "push_dropped")
 
 
-def summary_of(status: str, body: Json) -> str:
-    """Return a result as one phrase for the log."""
-    metrics, analysis = body.get("metrics") or {}, body.get("analyzer_output") or {}
-    parts, about = [status], "~" if metrics.get("energy_estimated") else ""
-    for name, form in (("duration", "{:.1f} s"), ("speed", "{:.2f}x real time"),
-                       ("cpu_usage", "CPU {:.0f} %"), ("energy_joules", about + "{:.0f} J")):
-        value = metrics.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            parts.append(form.format(value))
-    parts += [str(word)[:200] for word in (analysis.get("recommendation"), body.get("error")) if word]
-    return ", ".join(parts)
+class Queries:
+    """All that is read without a change: pages from the journal, progress from memory."""
+
+    def __init__(self, transactions: Transactions) -> None:
+        self._transactions = transactions
+        self._started = transactions.now()
+
+    @property
+    def _reader(self) -> Reader:
+        return self._transactions.journal.reader
+
+    def find(self, given: str) -> Job:
+        """Return a job by its id or a prefix of it; ApiError 404."""
+        given = given.lower()
+        if not re.fullmatch(r"[0-9a-f-]{4,36}", given):
+            raise ApiError(404, f"unknown job {wire.printable(given[:64])}: expected a UUID, "
+                           "or 4 or more of its first characters", "id")
+        with self._transactions.reading() as state:
+            job = state.live(given)
+        if job is not None:
+            return job
+        ids = self._reader.find_ids(given)
+        if len(ids) > 1:
+            raise ApiError(404, f"job {given} is ambiguous: give more of its id", "id")
+        if not ids:
+            raise ApiError(404, f"unknown job {given}", "id")
+        return self.archived(ids[0])
+
+    def archived(self, job_id: str) -> Job:
+        """Return a job from the journal by its whole id; ApiError 404."""
+        job = self._reader.job(job_id)
+        if job is None:
+            raise ApiError(404, f"unknown job {job_id[:64]}", "id")
+        return job
+
+    def nodes(self) -> list[Json]:
+        """Return all nodes, in the order of their registration."""
+        with self._transactions.reading() as state:
+            views = [node.view() for node in state.nodes.values()]
+        return [view.to_json() for view in views]  # outside: 5,000 nodes are 0.1 s of JSON
+
+    def node(self, given: str) -> Json:
+        """Return one node with the ids of the jobs that it holds."""
+        with self._transactions.reading() as state:
+            node = find_node(state.nodes, given)
+            view, jobs = node.view(), [state.jobs[seq].id for seq in sorted(node.leases)]
+        return {**view.to_json(), "jobs": jobs}
+
+    def job(self, given: str) -> Json:
+        """Return one job with its attempts, the names of their nodes, transitions and result."""
+        job = self.find(given)
+        result = None if job.result_seq is None else self._reader.result(job.result_seq)
+        if result is not None and result["job_id"] != job.id:
+            # It was lost with a damaged journal, and another result has its number now.
+            result = None
+        detail = job_detail_json(job)
+        with self._transactions.glance() as state:
+            names = {node_id: node.name for node_id, node in state.nodes.items()}
+        for record in detail["attempts"]:
+            record["node"] = names.get(record["node_id"])
+        return {**self.shown(job), **detail, "result": result}
+
+    def shown(self, job: Job) -> Json:
+        """Return a job as the API shows it."""
+        return job_json(job, self._with_progress([job])[0][1])
+
+    def _with_progress(self, jobs: Sequence[Job]) -> list[tuple[Job, Json | None]]:
+        with self._transactions.glance() as state:
+            progress = {job.seq: state.leases[job.seq].progress
+                        for job in jobs if job.seq in state.leases}
+        return [(job, progress.get(job.seq)) for job in jobs]
+
+    def jobs(
+        self, filters: Mapping[str, str], before: int | None, limit: int
+    ) -> tuple[list[tuple[Job, Json | None]], int, int | None]:
+        """Return jobs with their progress, newest first, the total, and the next page's cursor."""
+        total = self._total("jobs", filters)
+        page = self._reader.job_page(filters, before, limit + 1)
+        cursor = page[limit - 1].seq if len(page) > limit else None
+        return self._with_progress(page[:limit]), total, cursor
+
+    def results(self, filters: Mapping[str, str], before: int | None,
+                limit: int) -> tuple[list[Json], int, int | None]:
+        """Return accepted reports, newest first, the total, and the next page's cursor."""
+        total = self._total("results", filters)
+        page = self._reader.result_page(filters, before, limit + 1)
+        cursor = page[limit - 1][0] if len(page) > limit else None
+        return [body for _, body in page[:limit]], total, cursor
+
+    def _total(self, kind: str, filters: Mapping[str, str]) -> int:
+        fields = ("kind", "status", "scenario", "node_id")
+        wanted = [(0, kind), *((fields.index(name), value) for name, value in filters.items())]
+        with self._transactions.reading() as state:
+            return sum(count for key, count in state.totals.items()
+                       if all(key[at] == value for at, value in wanted))
+
+    def logs(self, given: str, after: int, wait_s: float, alive: Callable[[], bool]) -> Json:
+        """Return log lines from number `after` on; with `wait_s`, stay until there are any."""
+        transactions = self._transactions
+        deadline = transactions.clock() + wait_s
+        while True:
+            seq = self.find(given).seq
+            with transactions.watching(seq) as changed:
+                job = self.find(given)  # all that happened before the watch began is on disk now
+                lines, upto = self._reader.logs(seq, after)
+                left = deadline - transactions.clock()
+                has_ended = job.state in FINAL or transactions.closing
+                if lines or left <= 0 or has_ended or not alive():
+                    return {"lines": lines, "next": upto, "status": job.status}
+                changed.wait(left)
+
+    def ended_after(self, seq: int, limit: int) -> list[tuple[int, Json, Json]]:
+        """Return (number, result, its job's specification) above a number, oldest first."""
+        found = []
+        for number, result in self._reader.results_after(seq, limit):
+            job = self._reader.job(result["job_id"])
+            found.append((number, result, json.loads(job.spec) if job else {}))
+        return found
+
+    def expired(self, settings: Settings, most: int) -> list[tuple[int, TotalKey]]:
+        """Return (number, key of its total) of a few finished jobs past their limits.
+
+        An age is not trusted when the wall clock has jumped since the start.
+        """
+        now = self._transactions.now()
+        jump = (now.wall - self._started.wall) - (now.clock - self._started.clock)
+        oldest_end = -math.inf if abs(jump) > CLOCK_JUMP_S else now.wall - settings.keep_s
+        with self._transactions.reading() as state:
+            finished = sum(count for key, count in state.totals.items()
+                           if key[0] == "jobs" and key[1] in FINAL)
+        surplus = finished - settings.keep_jobs
+        ended = self._reader.ended(most)
+        return [(seq, key) for number, (seq, ended_at, key) in enumerate(ended)
+                if number < surplus or ended_at < oldest_end]
+
+    def snapshot(self) -> Snapshot:
+        """Return the figures of the metrics, as of one moment."""
+        journal = self._transactions.journal
+        totals: dict[tuple[str, str], int] = {}
+        with self._transactions.glance() as state:
+            for (kind, status, _, _), count in state.totals.items():
+                totals[kind, status] = totals.get((kind, status), 0) + count
+            nodes = [
+                (node.name, node.id, node.status, len(node.leases)) for node in state.nodes.values()
+            ]
+            parked = sum(node.parked is not None for node in state.nodes.values())
+            counts = dict(state.counts)
+            last_result = state.last_result
+        free, whole = journal.disk_bytes()
+        return Snapshot(
+            totals,
+            nodes,
+            parked,
+            counts,
+            journal.commits,
+            journal.commit_seconds,
+            journal.size_bytes(),
+            self._started.wall,
+            journal.trouble is None,
+            free,
+            whole,
+            last_result,
+        )
+
+
+class Master:
+    """The service behind the API: each public method is one transaction.
+
+    `clock` is monotonic and rules leases; `wall` gives the times that people read.
+    """
+
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        log: logging.Logger,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.wall = wall
+        # There is one while somebody takes from it.
+        self.samples: queue.Queue[Sampled] | None = None
+        self._reaped = clock()
+        self._transactions = Transactions(folder, settings, log, clock, wall)
+        self.queries = Queries(self._transactions)
+        self.count = self._transactions.count
+
+    @property
+    def journal(self) -> Journal:
+        """The durable record."""
+        return self._transactions.journal
+
+    def register(self, body: Json) -> tuple[bool, Json]:
+        """Take a node in, or back; return whether it is new, and the answer to its agent."""
+        answer: tuple[bool, Json] = self._transactions.apply(
+            Registered(registration_of(body), str(uuid.uuid4())))
+        return answer
+
+    def forget(self, node_id: str) -> Json:
+        """Remove a node; its jobs are pending again."""
+        answer: Json = self._transactions.apply(NodeOrder("forget", node_id))
+        return answer
+
+    def drain(self, node_id: str, deadline_s: float | None) -> Json:
+        """Let a node take nothing more; what still runs after `deadline_s` is given back."""
+        answer: Json = self._transactions.apply(NodeOrder("drain", node_id, deadline_s))
+        return answer
+
+    def resume_node(self, node_id: str) -> Json:
+        """Let a node work again that was drained or in quarantine."""
+        answer: Json = self._transactions.apply(NodeOrder("undrain", node_id))
+        return answer
+
+    def heartbeat(self, ask: Ask) -> Json:
+        """Note a sign of life; with `wait_s`, stay until there are orders."""
+        return {"status": "ok", **self._ask(ask, for_work=False)}
+
+    def claim(self, ask: Ask) -> Json:
+        """Hand out one Job under `job`; with `wait_s`, stay until there is one, or orders."""
+        return self._ask(ask, for_work=True)
+
+    def _ask(self, ask: Ask, for_work: bool) -> Json:
+        """Answer a heartbeat or claim, at once or after it was parked.
+
+        A parked request waits on an event of its own, without the lock. It looks again when it is
+        woken and when its time is up; each look is a transaction.
+        """
+        transactions = self._transactions
+        deadline = self.clock() + min(ask.wait_s, self.settings.node_timeout_s / 2)
+        woken = threading.Event()
+        asked = Asked(ask.node_id, digest(ask.session), ask.seen, ask.claim, ask.leaving, for_work)
+        reply: Reply = transactions.apply(
+            Arrived(asked, self.clock() < deadline), parked=(ask.node_id, woken)
+        )
+        while reply.serial is not None:
+            woken.wait(max(0.0, deadline - self.clock()))
+            woken = threading.Event()
+            if transactions.closing:
+                return {}
+            present = ask.alive()
+            may_wait = present and self.clock() < deadline
+            reply = transactions.apply(Looked(asked, reply.serial, present, may_wait),
+                                       parked=(ask.node_id, woken))
+        return reply.answer
+
+    def submit(self, drafts: Sequence[Draft]) -> tuple[bool, list[Job]]:
+        """Accept jobs, all or none; return whether any is new, and the jobs.
+
+        A job by an id of the client's own may be submitted again, and one may name the jobs that it
+        comes after. Such ids are looked up in the journal where they are not live: the Fleet asks
+        for them. The archive lock keeps the jobs that were found from expiring meanwhile.
+        """
+        given = [draft.id for draft in drafts if draft.id is not None]
+        if len(set(given)) != len(given):
+            raise bad("id", "is the same for two jobs of one submission")
+        named = [
+            draft if draft.id is not None else draft._replace(id=str(uuid.uuid4()))
+            for draft in drafts
+        ]
+        fresh = {draft.id or "" for draft in named} - set(given)
+        event = Submitted(named, fresh, {}, {})
+        needs_archive = bool(given) or any(draft.after or draft.after_ok for draft in drafts)
+        with self._transactions.archive_lock if needs_archive else contextlib.nullcontext():
+            accepted: Accepted = self._transactions.apply(event)
+            while accepted.unresolved:
+                event = self._resolved(event, accepted.unresolved)
+                accepted = self._transactions.apply(event)
+        return accepted.any_new, list(accepted.jobs)
+
+    def _resolved(self, event: Submitted, ids: Sequence[str]) -> Submitted:
+        """Return a submission with what the journal knows of some ids."""
+        found = self.journal.reader.statuses(ids)
+        own = {draft.id for draft in event.drafts}
+        archived = dict(event.archived)
+        statuses = dict(event.statuses)
+        for job_id in ids:
+            if job_id in own:
+                archived[job_id] = self.queries.archived(job_id) if job_id in found else None
+            else:
+                statuses[job_id] = found.get(job_id)
+        return event._replace(archived=archived, statuses=statuses)
+
+    def order(self, given: str, verb: str) -> Json:
+        """Cancel, pause, resume or retry a job; ApiError 409 where its state forbids it."""
+        job: Job | None = None
+        with self._transactions.archive_lock:
+            while job is None:
+                job = self._transactions.apply(Ordered(self.queries.find(given), verb))
+        return self.queries.shown(job)
+
+    def progress(self, job_id: str, body: Json) -> Json:
+        """Take progress and log lines; ApiError 409 tells an agent that it lost the lease."""
+        report = report_of(body, progress=True)
+        answer: Json | None = self._transactions.apply(Progressed(job_id, report))
+        if answer is None:
+            raise self._no_lease(job_id, report)
+        self._take_samples(report.node_id, job_id, body.get("samples"))
+        return answer
+
+    def report(self, body: Json) -> Json:
+        """Take the report that ends an attempt; a repeat is answered the same."""
+        report = report_of(body)
+        job_id = text_of(body, "job_id", 64, required=True) or ""
+        if self._transactions.apply(Finished(job_id, report, body)):
+            self._take_samples(report.node_id, job_id, body.get("samples"))
+            return {"status": "success"}
+        with self._transactions.reading() as state:
+            node_is_known = report.node_id in state.nodes
+            job = state.live(job_id)
+        if job is None:
+            job = self.journal.reader.job(job_id.lower())
+        if job is not None and has_ended_alike(job, report):
+            return {"status": "success"}
+        if job is not None and not node_is_known:
+            raise ApiError(
+                404, f"unknown node {wire.printable(report.node_id)}: register first", "node_id"
+            )
+        raise self._no_lease(job_id, report)
+
+    def _no_lease(self, job_id: str, report: AttemptReport) -> ApiError:
+        self.count("refused_reports")
+        shown = wire.printable(job_id[:64])
+        if not self.journal.reader.statuses([job_id.lower()]):
+            return ApiError(404, f"unknown job {shown}", "job_id")
+        if report.attempt is None:
+            return ApiError(
+                409, f"no attempt of job {shown} holds a lease on node {report.node_id}", "attempt"
+            )
+        return ApiError(
+            409, f"attempt {report.attempt} of job {shown} no longer holds the lease", "attempt"
+        )
+
+    def _take_samples(self, node_id: str, job_id: str, samples: Any) -> None:
+        """Hand an attempt's samples on; where nobody keeps up, the oldest go."""
+        if self.samples is None or not isinstance(samples, list) or not samples:
+            return
+        if self.samples.full():
+            with contextlib.suppress(queue.Empty):
+                self.count("push_dropped", len(self.samples.get_nowait().samples))
+        with self._transactions.glance() as state:
+            node = state.nodes.get(node_id)
+            name = node_id if node is None else node.name
+        with contextlib.suppress(queue.Full):
+            self.samples.put_nowait(Sampled(name, node_id, job_id.lower(), samples))
+
+    def reap(self) -> None:
+        """Do what is due: expire leases of silent nodes, line up jobs after their backoff."""
+        now = self.clock()
+        late_s = now - self._reaped - REAP_S
+        self._reaped = now
+        writes: list[Write] = []
+        if (
+            self.journal.trouble is not None
+        ):  # a small write tries whether the journal is well again
+            writes.append(("alive", (self.wall(),)))
+        self._transactions.apply(Ticked(late_s if late_s > REAP_S else 0.0), writes)
+        self._transactions.note_recovery()
+
+    def expire(self, most: int = 200) -> bool:
+        """Remove a few finished jobs past their limits; return whether there may be more."""
+        with self._transactions.archive_lock:
+            gone = self.queries.expired(self.settings, most)
+            seqs = [seq for seq, _ in gone]
+            keys = [*(key for _, key in gone), *self.journal.reader.result_keys(seqs)]
+            if gone:
+                self._transactions.apply(Expired(seqs, keys))
+        return len(gone) == most
+
+    def ready(self) -> Json:
+        """Return that the journal can be written; ApiError 503 names the cause when not."""
+        if self.journal.damage is not None:
+            raise ApiError(
+                503, f"the journal is damaged: {self.journal.damage}; it is being recovered"
+            )
+        if self.journal.trouble is not None:
+            raise ApiError(503, f"the journal cannot be written: {self.journal.trouble}")
+        return {"status": "ready"}
+
+    def close(self) -> None:
+        """Answer what is parked, commit what is queued, unlock the folder."""
+        self._transactions.close()
 
 
 # ---- 10 Metrics -----------------------------------------------------------------------------------
@@ -3757,7 +4938,7 @@ def _ready(request: Request) -> Answer:
 
 
 def _metrics(request: Request) -> Answer:
-    return 200, metrics_view(request.master.snapshot())
+    return 200, metrics_view(request.master.queries.snapshot())
 
 
 def _home(request: Request) -> Answer:
@@ -3766,9 +4947,9 @@ def _home(request: Request) -> Answer:
         rows = [route.to_json() for route in ROUTES]
         return 200, {"version": VERSION, "routes": rows}
 
-    jobs, total, _ = request.master.jobs({}, None, HOME_JOBS)
+    jobs, total, _ = request.master.queries.jobs({}, None, HOME_JOBS)
     shown = [job_json(job, progress) for job, progress in jobs]
-    nodes = request.master.nodes()
+    nodes = request.master.queries.nodes()
     routes = [
         (route.method, route.path, ", ".join(route.query), route.about)
         for route in ROUTES]
@@ -3786,12 +4967,12 @@ def _status(is_new: bool) -> int:
 
 
 def _nodes(request: Request) -> Answer:
-    nodes = request.master.nodes()
+    nodes = request.master.queries.nodes()
     return 200, {"nodes": nodes, "count": len(nodes)}
 
 
 def _node(request: Request) -> Answer:
-    return 200, request.master.node(request.id)
+    return 200, request.master.queries.node(request.id)
 
 
 def _forget(request: Request) -> Answer:
@@ -3865,13 +5046,13 @@ def _drafts_of(values: Sequence[Any], max_retries: int) -> list[Draft]:
 
 
 def _jobs(request: Request) -> Answer:
-    jobs, total, cursor = request.master.jobs(*_page_of(request))
+    jobs, total, cursor = request.master.queries.jobs(*_page_of(request))
     texts = _array_text(job_text(job, progress) for job, progress in jobs)
     return 200, _object_text({"jobs": texts}, _page_json(len(jobs), total, cursor))
 
 
 def _results(request: Request) -> Answer:
-    results, total, cursor = request.master.results(*_page_of(request))
+    results, total, cursor = request.master.queries.results(*_page_of(request))
     return 200, {"results": results, **_page_json(len(results), total, cursor)}
 
 
@@ -3894,7 +5075,7 @@ def _page_json(count: int, total: int, cursor: int | None) -> Json:
 
 
 def _job(request: Request) -> Answer:
-    return 200, request.master.job(request.id)
+    return 200, request.master.queries.job(request.id)
 
 
 def _order(verb: str) -> Callable[[Request], Answer]:
@@ -3912,7 +5093,7 @@ def _report(request: Request) -> Answer:
 def _logs(request: Request) -> Answer:
     after = whole_of(request.query, "after", 0, 1 << 53) or 0
     wait_s = number_of(request.query, "wait", 0, wire.WAIT_MAX_S) or 0.0
-    return 200, request.master.logs(request.id, after, wait_s, request.alive)
+    return 200, request.master.queries.logs(request.id, after, wait_s, request.alive)
 
 
 def _array_text(items: Iterable[str]) -> str:
@@ -4670,7 +5851,7 @@ class Pusher:
 
     def _push_nodes(self, now: float) -> None:
         """Push the states of the nodes that changed; of all of them every NODES_AGAIN_S."""
-        shot = self._master.snapshot()
+        shot = self._master.queries.snapshot()
         is_due = now - self._all_nodes_at >= NODES_AGAIN_S
         lines = node_lines(shot, now, {} if is_due else self._node_states)
         for start in range(0, len(lines), PUSH_LINES_MOST):
@@ -4683,7 +5864,7 @@ class Pusher:
         """Push the results of the journal after the cursor, a page at a time."""
         before, is_full = self._cursor, True
         while is_full and not self._stopping.is_set():
-            page = self._master.ended_after(self._cursor, PUSH_RESULTS_MOST)
+            page = self._master.queries.ended_after(self._cursor, PUSH_RESULTS_MOST)
             is_full = len(page) == PUSH_RESULTS_MOST
             if page:
                 self._push(_body([
@@ -4731,7 +5912,7 @@ class Pusher:
 
     def _read_cursor(self) -> int:
         """Return the number of the last result that was taken."""
-        last = self._master.snapshot().last_result
+        last = self._master.queries.snapshot().last_result
         try:
             kept = int(self._cursor_path.read_text())
         except (OSError, ValueError):
@@ -7955,7 +9136,7 @@ def _rates(flag: str, text: str | None, low: float) -> Mapping[str, Rate]:
 
 def _start_and_log(service: Service, folder: Path, log: logging.Logger) -> None:
     """Start the service and log its address and its open work; the count is of before the start."""
-    shot = service.master.snapshot()
+    shot = service.master.queries.snapshot()
     open_jobs = sum(shot.totals.get(("jobs", status), 0) for status in STATUSES
                     if status not in FINAL)
     service.start()

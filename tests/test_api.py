@@ -1072,7 +1072,8 @@ class TestWorkOfAnswers(Case):
         def watched(name: str, work: Any) -> Any:
             def call(*args: Any, **more: Any) -> Any:
                 if threading.current_thread() is me:
-                    self.assertFalse(self.state._lock.locked(), f"{name} under the lock for {path}")
+                    is_locked = self.state._transactions._lock.locked()
+                    self.assertFalse(is_locked, f"{name} under the lock for {path}")
                     found.append(name)
                 return work(*args, **more)
             return call
@@ -1084,7 +1085,7 @@ class TestWorkOfAnswers(Case):
         return found
 
     def test_no_json_is_made_under_the_lock(self) -> None:
-        job = self.state.jobs({}, None, 1)[0][0][0]
+        job = self.state.queries.jobs({}, None, 1)[0][0][0]
         for path in ("/nodes", f"/nodes/{self.node}", "/jobs", f"/jobs/{job.id}", "/results", "/",
                      "/metrics"):
             self.calls(path)
@@ -1100,7 +1101,7 @@ class TestWorkOfAnswers(Case):
         listed = json.loads(answer.text)
         self.assertEqual((listed["count"], listed["total"], listed["next"]), (20, 20, None))
         for job in listed["jobs"]:
-            shown = self.state.job(job["id"])
+            shown = self.state.queries.job(job["id"])
             self.assertEqual(job, {name: shown[name] for name in job})
         self.assertEqual([job["progress"] for job in listed["jobs"]][-3:], [{"percent": 5}] * 3)
 

@@ -1,4 +1,4 @@
-"""Nodes that fail by themselves, and the way back: quarantine, canaries, drains with a deadline, pinned jobs.
+"""Nodes that fail by themselves, and the way back: quarantine, trials, drains with a deadline, pinned jobs.
 
 The master's own state runs in this process with a clock that the test turns; the agents are stand-ins that
 say what a real one says. The same on real processes: test_end_to_end.
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 import unittest
 import uuid
 from typing import Any
@@ -15,6 +16,7 @@ import ffdist
 from agent import ApiError
 from ffdist import Ask, Job, Master, Settings, backoff_most_s, blames_node, draft_of
 from tests.fleet import Case
+from tests.support import wait_for
 
 LOG = logging.getLogger("ffdist.test-health")
 LOG.addHandler(logging.NullHandler())
@@ -59,7 +61,7 @@ class Fleet(Case):
         return self.ask(node_id).get("job")
 
     def beat(self) -> None:
-        for node in self.master.nodes():
+        for node in self.master.queries.nodes():
             session = self.sessions[node["id"]]
             self.master.heartbeat(Ask(node["id"], session, 0.0, 0, None, False, lambda: True))
 
@@ -84,8 +86,32 @@ class Fleet(Case):
             self.beat()
             self.master.reap()
 
+    def turn_without_beats(self, seconds: float) -> None:
+        for _ in range(round(seconds)):
+            self.now += 1
+            self.master.reap()
+
     def status(self, node_id: str) -> str:
-        return str(self.master.node(node_id)["status"])
+        return str(self.master.queries.node(node_id)["status"])
+
+
+class Asking(threading.Thread):
+    """A claim that is parked at the master, in a thread of its own."""
+
+    def __init__(self, master: Master, ask: Ask) -> None:
+        super().__init__(daemon=True)
+        self._master = master
+        self._ask = ask
+        self._answer: dict[str, Any] = {}
+        self.start()
+        wait_for(lambda: master.queries.snapshot().parked, why="the claim is parked")
+
+    def run(self) -> None:
+        self._answer = self._master.claim(self._ask)
+
+    def answer(self) -> dict[str, Any]:
+        self.join(20)
+        return self._answer
 
 
 class TestQuarantine(Fleet):
@@ -96,11 +122,11 @@ class TestQuarantine(Fleet):
 
     def test_three_failures_in_a_row_put_a_node_in_quarantine_with_the_reason_shown(self) -> None:
         self.make_sick()
-        node = self.master.node(self.sick)
+        node = self.master.queries.node(self.sick)
         self.assertEqual(node["status"], "quarantined")
         self.assertIn("3 failures in a row", node["quarantine"]["reason"])
         self.assertIn("ffmpeg: out_of_disk", node["quarantine"]["reason"])
-        self.assertTrue(node["quarantine"]["next_canary"].endswith("Z"))
+        self.assertTrue(node["quarantine"]["next_trial"].endswith("Z"))
         fresh = [self.submit().id for _ in range(2)]
         self.assertIsNone(self.claim(self.sick), "it gets no work, though there is some that it never failed")
         self.assertIn(getattr(self.claim(self.well), "id", None), fresh)
@@ -163,7 +189,8 @@ class TestQuarantine(Fleet):
             assert job is not None
             self.report(job, self.well)
         self.assertEqual((self.status(self.sick), self.status(self.well)), ("quarantined", "available"))
-        self.assertIn("(network): ffmpeg: network", self.master.node(self.sick)["quarantine"]["reason"])
+        reason = self.master.queries.node(self.sick)["quarantine"]["reason"]
+        self.assertIn("(network): ffmpeg: network", reason)
 
     def test_an_old_failure_of_the_network_is_not_counted_again(self) -> None:
         job = self.submit()
@@ -183,95 +210,137 @@ class TestQuarantine(Fleet):
             self.end_badly(node_id, "network")
         self.assertEqual({self.status(one) for one in (self.sick, self.well, third)}, {"available"})
 
-    def test_a_canary_goes_to_the_sick_node_alone_is_hidden_and_lets_it_back(self) -> None:
-        self.make_sick()
-        self.turn(ffdist.CANARY_FIRST_S + 1)
-        while (job := self.claim(self.well)) is not None:
-            self.assertFalse(job.hidden)
-            self.report(job, self.well)
-        total = self.master.jobs({}, None, 100)[1]
-        canary = self.claim(self.sick)
-        assert canary is not None
-        self.assertTrue(canary.hidden)
-        self.assertEqual((len(self.master.jobs({}, None, 100)[0]), total), (3, 3))
-        self.report(canary, self.sick, metrics={"duration": 1})
-        self.assertEqual((self.status(self.sick), self.master.node(self.sick)["quarantine"]),
-                         ("available", None))
-        self.assertEqual(self.master.results({}, None, 100)[1], 6)
-        with self.assertRaises(ApiError) as caught:
-            self.master.job(canary.id)
-        self.assertEqual(caught.exception.status, 404)
+    def trial(self, node_id: str) -> Job:
+        """Return the job that tries whether a node in quarantine is well again, as soon as there is one."""
+        for _ in range(1300):
+            job = self.claim(node_id)
+            if job is not None:
+                return job
+            self.turn(1)
+        self.fail("no job tried the node")
 
-    def test_a_canary_that_fails_makes_the_next_one_wait_longer(self) -> None:
+    def test_one_real_job_tries_a_node_after_a_pause_and_its_success_closes_the_circuit(self) -> None:
+        self.make_sick()
+        for _ in range(3):
+            self.submit()
+        self.assertIsNone(self.claim(self.sick))
+        self.turn(ffdist.TRIAL_FIRST_S + 1)
+        trial = self.claim(self.sick)
+        assert trial is not None
+        self.assertIsNone(self.claim(self.sick), "one job tries it, not two")
+        self.assertEqual(self.status(self.sick), "quarantined")
+        self.report(trial, self.sick, metrics={"duration": 1})
+        self.assertEqual((self.status(self.sick), self.master.queries.node(self.sick)["quarantine"]),
+                         ("available", None))
+        self.assertEqual(self.master.queries.job(trial.id)["status"], "completed")
+        self.assertIsNotNone(self.claim(self.sick))
+
+    def test_a_trial_that_fails_is_not_charged_to_the_job_and_doubles_the_pause(self) -> None:
         self.make_sick()
         pauses = []
         for _ in range(8):
-            waited = 0.0
-            while (canary := self.claim(self.sick)) is None:
+            job = self.submit(max_retries=0)
+            while (taken := self.claim(self.well)) is not None and taken.id != job.id:
+                self.report(taken, self.well)  # what is older
+            if taken is not None:
+                self.report(taken, self.well, "returned")
+            began = self.now
+            while (trial := self.claim(self.sick)) is None:
                 self.turn(1)
-                waited += 1
-            pauses.append(waited)
-            self.report(canary, self.sick, "failed", failure_reason="out_of_disk", error="still full")
+            pauses.append(self.now - began)
+            self.report(trial, self.sick, "failed", failure_reason="out_of_disk", error="still full")
+            shown = self.master.queries.job(job.id)
+            self.assertEqual((shown["status"], shown["retry_count"]), ("pending", 0))
+            while (taken := self.claim(self.well)) is not None:
+                self.report(taken, self.well)
+            self.assertEqual(self.master.queries.job(job.id)["status"], "completed")
         self.assertEqual(pauses, sorted(pauses))
         self.assertAlmostEqual(pauses[0], 10, delta=1)
         self.assertAlmostEqual(pauses[3], 80, delta=1)
-        self.assertAlmostEqual(pauses[-1], ffdist.CANARY_MOST_S, delta=1)
-        self.assertEqual(self.master.node(self.sick)["quarantine"]["reason"],
-                         "the test encode failed (out_of_disk): still full")
+        self.assertAlmostEqual(pauses[-1], ffdist.TRIAL_MOST_S, delta=1)
+        self.assertRegex(self.master.queries.node(self.sick)["quarantine"]["reason"],
+                         r"job .* failed \(out_of_disk\): still full")
 
-    def test_quarantine_and_its_canary_survive_a_restart_of_the_master(self) -> None:
+    def test_a_job_that_fails_everywhere_is_excused_once_by_each_node(self) -> None:
         self.make_sick()
+        for job in self.master.journal.reader.live_jobs():
+            self.master.order(job.id, "cancel")
+        self.master.drain(self.well, None)
+        job = self.submit(max_retries=0)
+        for expected in ("pending", "failed"):
+            trial = self.trial(self.sick)
+            self.assertEqual(trial.id, job.id)
+            self.report(trial, self.sick, "failed", failure_reason="killed", error="again")
+            self.assertEqual(self.master.queries.job(job.id)["status"], expected)
+
+    def test_a_trial_that_says_nothing_of_the_node_is_followed_by_another(self) -> None:
+        self.make_sick()
+        for reason in ("input", "parameters"):
+            self.submit()
+            trial = self.trial(self.sick)
+            self.report(trial, self.sick, "failed", failure_reason=reason, error="no such file")
+            self.assertEqual(self.status(self.sick), "quarantined")
+            self.submit()
+            self.assertIsNotNone(self.end_badly(self.sick, "input"), "at once")
+
+    def test_quarantine_and_its_trial_survive_a_restart_of_the_master(self) -> None:
+        self.make_sick()
+        self.submit()
+        self.submit()
         self.restart()
         self.assertEqual(self.status(self.sick), "quarantined")
-        self.turn(ffdist.CANARY_FIRST_S + 1)
+        self.turn(ffdist.TRIAL_FIRST_S + 1)
         self.restart()
         self.turn(1)
-        canary = self.claim(self.sick)
-        assert canary is not None
-        self.assertTrue(canary.hidden)
+        trial = self.claim(self.sick)
+        assert trial is not None
         self.restart()
-        self.report(canary, self.sick)
+        self.assertIsNone(self.claim(self.sick), "one job tries it")
+        self.report(trial, self.sick)
         self.assertEqual(self.status(self.sick), "available")
 
-    def test_a_lost_canary_is_followed_by_another(self) -> None:
+    def test_a_lost_trial_is_followed_by_another(self) -> None:
         self.make_sick()
-        self.turn(ffdist.CANARY_FIRST_S + 1)
-        canary = self.claim(self.sick)
-        assert canary is not None
+        self.submit()
+        trial = self.trial(self.sick)
         for _ in range(95):
             self.now += 1
             self.master.reap()
         self.assertEqual(self.status(self.sick), "offline")
         self.turn(60)
         self.assertEqual(self.status(self.sick), "quarantined")
-        again = self.claim(self.sick)
-        assert again is not None
-        self.assertNotEqual(again.id, canary.id)
+        self.submit()
+        again = self.trial(self.sick)
+        self.assertNotEqual((again.id, again.attempt), (trial.id, trial.attempt))
 
-    def test_a_person_lets_a_node_out_and_its_canary_goes(self) -> None:
+    def test_a_person_lets_a_node_out(self) -> None:
         self.make_sick()
-        self.turn(ffdist.CANARY_FIRST_S + 1)
+        self.submit()
         self.assertEqual(self.master.resume_node(self.sick)["status"], "available")
-        job = self.claim(self.sick)
-        self.assertTrue(job is None or not job.hidden)
+        self.assertIsNotNone(self.claim(self.sick))
 
-    def test_a_node_that_was_started_anew_gets_its_canary_at_once(self) -> None:
+    def test_a_node_that_was_restarted_is_tried_at_once(self) -> None:
         self.make_sick()
+        self.submit()
         self.node("sick", session="session of sick, again")
         self.assertEqual(self.status(self.sick), "quarantined")
-        self.master.reap()
-        job = self.claim(self.sick)
-        assert job is not None
-        self.assertTrue(job.hidden)
+        self.assertIsNotNone(self.claim(self.sick))
+        self.assertIsNone(self.claim(self.sick))
 
-    def test_a_removed_node_leaves_no_canary(self) -> None:
+    def test_a_parked_node_is_woken_when_its_pause_ends(self) -> None:
         self.make_sick()
-        self.turn(ffdist.CANARY_FIRST_S + 1)
-        self.master.forget(self.sick)
-        self.assertEqual([job for job in self.master.journal.live_jobs() if job.hidden], [])
+        while (job := self.claim(self.well)) is not None:
+            self.report(job, self.well)
+        self.master.drain(self.well, None)
+        self.submit()
+        waiting = Asking(self.master, Ask(self.sick, self.sessions[self.sick], 60.0, 0, "parked", False,
+                                          lambda: True))
+        self.turn_without_beats(ffdist.TRIAL_FIRST_S + 2)
+        self.assertIn("job", waiting.answer())
 
     def test_it_can_be_turned_off(self) -> None:
-        self.master.settings = Settings(quarantine_after=0)
+        self.settings = Settings(quarantine_after=0)
+        self.restart()
         for _ in range(5):
             self.submit()
             self.end_badly(self.sick)
@@ -324,11 +393,11 @@ class TestElsewhere(Fleet):
     def test_a_lack_that_another_node_may_not_have_is_tried_there_and_then_no_more(self) -> None:
         job = self.submit(parameters={"encoder": "h264_nvenc"})
         self.end_badly(self.sick, "no_capability")
-        self.assertEqual(self.master.job(job.id)["status"], "pending")
+        self.assertEqual(self.master.queries.job(job.id)["status"], "pending")
         self.turn(2)
         self.assertIsNone(self.claim(self.sick))
         self.end_badly(self.well, "no_capability")
-        shown = self.master.job(job.id)
+        shown = self.master.queries.job(job.id)
         self.assertEqual((shown["status"], shown["failure_reason"]), ("failed", "no_capability"))
         self.assertEqual([record["error"] for record in shown["attempts"]],
                          ["ffmpeg: no_capability"] * 2)
@@ -347,7 +416,7 @@ class TestDrainDeadline(Fleet):
         self.assertEqual(answer["actions"], [{"job_id": job.id, "attempt": 1, "action": "return"}])
         self.assertIn("actions", self.ask(self.sick, seen=answer["orders"]), "it stands until it is obeyed")
         self.report(taken, self.sick, "returned")
-        shown = self.master.job(job.id)
+        shown = self.master.queries.job(job.id)
         self.assertEqual((shown["status"], shown["retry_count"]), ("pending", 0))
         self.assertIsNone(self.claim(self.sick))
 
@@ -396,7 +465,7 @@ class TestPinned(Fleet):
         with self.assertRaises(ApiError) as caught:
             self.master.submit(drafts)
         self.assertEqual((caught.exception.status, caught.exception.field), (400, "node"))
-        self.assertEqual(self.master.jobs({}, None, 10)[1], 0)
+        self.assertEqual(self.master.queries.jobs({}, None, 10)[1], 0)
 
     def test_a_restart_keeps_the_pin(self) -> None:
         self.submit(node="well")

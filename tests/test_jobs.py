@@ -209,14 +209,14 @@ class TestLife(unittest.TestCase):
     def test_a_job_comes_back_from_its_record_as_it_was(self) -> None:
         for state in STATES:
             job = job_in(state)
-            back = ffdist._job_of_row((job.seq, job.id, job.scenario, job.spec, job.state_json()))
+            back = ffdist.job_of_row((job.seq, job.id, job.scenario, job.spec, job.state_json()))
             self.assertEqual(json.loads(back.state_json()), json.loads(job.state_json()), state)
             self.assertEqual(job_json(back), job_json(job), state)
             self.assertEqual(job_detail_json(back), job_detail_json(job), state)
 
     def test_a_record_that_lacks_newer_fields_is_read(self) -> None:
         record = json.loads(job_in("failed").state_json())
-        job = ffdist._job_of_row((1, ID, "x", new_job().spec, json.dumps(record[:3])))
+        job = ffdist.job_of_row((1, ID, "x", new_job().spec, json.dumps(record[:3])))
         self.assertEqual((job.created_at, job.status, list(job.attempts), job.retry_count),
                          (1.0, "failed", [], 0))
 
@@ -251,7 +251,8 @@ class TestModel(unittest.TestCase):
             if event == "reclaim" and job.given_up is None:
                 continue  # the master asks for it only where given_up names the node
             try:
-                job = advance(job, event, 10.0 + step, node, f"word{step}", "an error", "a reason")
+                job = advance(job, event, 10.0 + step, node, f"word{step}", error="an error",
+                              reason="a reason")
             except ApiError as error:
                 self.assertEqual(error.status, 409)
                 self.assertNotIn((before.state, event), TRANSITIONS)

@@ -255,7 +255,7 @@ class Pushing(unittest.TestCase):
         return str(job.id)
 
     def count(self, name: str) -> int:
-        return self.master.counts[f"push_{name}"]
+        return self.master.queries.snapshot().counts[f"push_{name}"]
 
     def test_results_samples_and_nodes_are_pushed_once(self) -> None:
         first = self.job(samples=2, duration=1.5)
@@ -277,7 +277,7 @@ class Pushing(unittest.TestCase):
         job = self.job(last=[{"time": "2026-05-04T10:00:59Z", "cpu_usage": 9}])
         self.pusher.step(1000.0)
         self.assertEqual(sum("sample_cpu" in line and job in line for line in self.store.lines()), 1)
-        self.assertNotIn("samples", self.master.job(job)["result"])
+        self.assertNotIn("samples", self.master.queries.job(job)["result"])
 
     def test_an_outage_is_logged_once_and_loses_nothing(self) -> None:
         self.store.status = 503
@@ -354,9 +354,10 @@ class Pushing(unittest.TestCase):
 
         class Guarded(dict[str, int]):
             def __setitem__(self, name: str, value: int) -> None:
-                assert master._lock.locked(), f"{name} changed without the lock"
+                assert master._transactions._lock.locked(), f"{name} changed without the lock"
                 super().__setitem__(name, value)
-        master.counts = Guarded(master.counts)
+        transactions = master._transactions
+        transactions.counts = transactions._fleet.state.counts = Guarded(transactions.counts)
         self.job(samples=1)
         self.pusher.step(1000.0)
         for status in (400, 500):

@@ -825,8 +825,9 @@ def send_to(master: ffdist.Master, method: str, path: str, body: Any = None) -> 
     bare, _, query = path.partition("?")
     try:
         route, part = ffdist.route_of(method, bare)
-        status, data = route.handler(master, ffdist.Request(part, dict(urllib.parse.parse_qsl(query)),
-                                                            json.loads(json.dumps(body)), lambda: True))
+        fields = dict(urllib.parse.parse_qsl(query))
+        sent = json.loads(json.dumps(body))
+        status, data = route.handler(ffdist.Request(master, part, fields, sent, lambda: True))
     except ApiError as error:
         return error.status, error.to_json()
     return status, json.loads(data.text) if isinstance(data, ffdist.Text) else data
@@ -1069,14 +1070,16 @@ def state_of(master: ffdist.Master) -> dict[str, Any]:
               for kind in ("jobs", "results")
               for query in ("", *(f"&status={word}" for word in ffdist.STATUSES),
                             *(f"&node_id={node['id']}" for node in nodes))}
+    with master._transactions.glance() as state:
+        words = {node.id: list(node.claims) for node in state.nodes.values()}
+        sessions = {node.id: (node.session_hash, node.past, node.orders) for node in state.nodes.values()}
     return {"jobs": jobs, "order": list(jobs), "totals": totals,
             "nodes": [{**node, "last_heartbeat": None} for node in nodes],
             "leases": {node["id"]: send("GET", f"/nodes/{node['id']}")[1]["jobs"] for node in nodes},
-            "words": {node["id"]: list(master._nodes[node["id"]].claims) for node in nodes},
-            "sessions": {node["id"]: (master._nodes[node["id"]].session_hash, master._nodes[node["id"]].past,
-                                      master._nodes[node["id"]].orders) for node in nodes},
+            "words": words,
+            "sessions": sessions,
             "results": [entry for page in pages(send, "/results?limit=7") for entry in page["results"]],
-            "metrics": master.snapshot().totals}
+            "metrics": master.queries.snapshot().totals}
 
 
 class TestCrash(unittest.TestCase):
