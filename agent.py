@@ -2196,36 +2196,40 @@ NOT_BUILT_IN = "not built into this FFmpeg"
 class Machine:
     """The facts of this machine that planning needs.
 
-    `encoders` maps the encoders that were tried, of sound too, to None where they work, or to the
-    reason why not; empty where none was tried. `http_args` keep FFmpeg from following a redirect,
-    where this one can; `rate_mode` is its option that keeps the input's own frames.
+    `encoders` has the proofs of those that were tried, of sound too; empty where none was tried.
+    `http_args` keep FFmpeg from following a redirect, where this one can; `rate_mode` is its option
+    that keeps the input's own frames.
     """
 
     name: str
     ffmpeg: str
     threads: int
     slots: int = 1
-    encoders: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    encoders: Mapping[str, hwdetect.Proof] = dataclasses.field(default_factory=dict)
     vaapi_device: str = "/dev/dri/renderD128"
     rate_mode: str = "-fps_mode"
     http_args: tuple[str, ...] = ()
 
     def is_proved(self, encoder: str) -> bool:
         """Return whether an encoder has encoded a frame here."""
-        return encoder in self.encoders and self.encoders[encoder] is None
+        proof = self.encoders.get(encoder)
+        return proof is not None and proof.state == "proved"
 
     def why_undecided(self, encoder: str) -> str:
         """Return why the trial of an encoder came to no answer, "" where it did or never was."""
-        reason = self.encoders.get(encoder) or ""
-        return reason if reason.startswith(hwdetect.UNDECIDED) else ""
+        proof = self.encoders.get(encoder)
+        if proof is None or proof.state != "undecided":
+            return ""
+        return proof.why
 
     def why_broken(self, encoder: str) -> str:
         """Return why an encoder does not work here, "" where it may: one that was not tried may."""
-        if not self.encoders or self.is_proved(encoder):
+        if not self.encoders:
             return ""
-        if self.why_undecided(encoder):
-            return ""
-        return self.encoders.get(encoder) or NOT_BUILT_IN
+        proof = self.encoders.get(encoder)
+        if proof is None:
+            return NOT_BUILT_IN
+        return proof.why if proof.state == "failed" else ""
 
     def hardware(self, codec: str) -> list[str]:
         """Return the hardware encoders of a codec that were tried here."""
@@ -2386,7 +2390,7 @@ def choose_encoder(settings: Settings, machine: Machine) -> Choice:
 
     # Hardware is left out: most machines have none, and its reasons would hide those that help.
     software = [name for name in fitting if not ENCODERS[name].hardware]
-    tried = [f"{name}: {machine.encoders.get(name) or 'not built in'}" for name in software]
+    tried = [f"{name}: {machine.why_broken(name)}" for name in software]
     twice = " in two passes" if settings.two_pass else ""
     raise Failure("no_capability", f"no encoder for {settings.codec}{twice} works on "
                   f"{machine.name} ({'; '.join(tried) or 'none is known'})")
@@ -2687,10 +2691,10 @@ def _audio_args(encode: _Encode) -> list[str]:
     if not settings.audio or not source.has_audio:
         return ["-an"]
     sound = SOUNDS.get(settings.container, USUAL_SOUND)
-    why = machine.encoders.get(sound.encoder)
-    if why and not machine.why_undecided(sound.encoder):
+    proof = machine.encoders.get(sound.encoder)
+    if proof is not None and proof.state == "failed":
         raise Failure("no_capability", f"audio encoder {sound.encoder} does not work on "
-                      f"{machine.name}: {why}; audio=false encodes the picture alone")
+                      f"{machine.name}: {proof.why}; audio=false encodes the picture alone")
     track = "1:a:0" if source.loop else "0:a:0"
     args = ["-map", track, "-c:a", sound.encoder, "-b:a", sound.bitrate, "-ac", "2"]
     if sound.sample_rate:
@@ -4672,7 +4676,7 @@ def make_clip(stage: Stage, path: str) -> Source:
         os.utime(kept)
     except OSError:
         stage.runner.show("making the generated source", 0.0)
-        encoder = "libx264" if machine.encoders.get("libx264", "") is None else "mpeg4"
+        encoder = "libx264" if machine.is_proved("libx264") else "mpeg4"
         argv = clip_command(machine.ffmpeg, Picture(width, height, fps), encoder, path)
         require_success(stage, stage.runner.execute(argv))
         with contextlib.suppress(OSError):
@@ -6417,7 +6421,7 @@ def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host
     http_args = http_args_of(host, hardware.ffmpeg) if hardware.ffmpeg else ()
     threads = hardware.cpu_threads or os.cpu_count() or 1
     machine = Machine(name, hardware.ffmpeg or "ffmpeg", threads, options.max_concurrent_jobs,
-                      hardware.encoder_reasons(), hardware.vaapi_device or Machine.vaapi_device,
+                      hardware.encoders, hardware.vaapi_device or Machine.vaapi_device,
                       rate_mode_of(hardware.ffmpeg_version), http_args)
     meter = hwdetect.Meter(host, hardware, options.power_model)
     places = Places(name, options.media_root, options.allow_address, options.own_paths)

@@ -2667,7 +2667,6 @@ PROBE_EACH_S = 4.0
 MIN_PROBES = 4
 MAX_PROBES = 8
 
-UNDECIDED = NO_ANSWER  # how the reason of an undecided encoder begins
 NO_FFPROBE = "ffprobe is neither beside ffmpeg nor on PATH"
 FOREIGN_FFMPEG = "another root is read: its FFmpeg, run here, would show this machine's encoders"
 QUALITY_FILTERS = ("psnr", "ssim", "libvmaf", "xpsnr")
@@ -2943,7 +2942,7 @@ class _Trial:
         left_s = min(PROBE_EACH_S, self._end - time.monotonic())
         if left_s <= 0:
             all_of_it = f"{PROBE_TOTAL_S} s for all encoders: try again when less is going on"
-            return Proof("undecided", f"{UNDECIDED} {all_of_it}")
+            return Proof("undecided", f"{NO_ANSWER} {all_of_it}")
         result = self._host.run(probe_argv(self._ffmpeg, name, node), left_s)
         if result.returncode == 0:
             return Proof("proved")

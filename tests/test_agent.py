@@ -41,7 +41,9 @@ REFUSED = {"h264_nvenc": NO_CUDA, "hevc_nvenc": NO_CUDA,
 def machine(threads: int = 8, **encoders: str | None) -> Machine:
     """A machine with FFmpeg's software encoders proved, and more as given."""
     named = {name.replace("libaom_av1", "libaom-av1"): why for name, why in encoders.items()}
-    return Machine("worker-01", "/usr/bin/ffmpeg", threads, 1, {**SOFTWARE, **named})
+    proofs = {name: hwdetect.Proof("failed", why) if why else hwdetect.Proof("proved")
+              for name, why in {**SOFTWARE, **named}.items()}
+    return Machine("worker-01", "/usr/bin/ffmpeg", threads, 1, proofs)
 
 
 def planned(scenario: str = "transcode", source: Source = FILM, on: Machine | None = None,
@@ -110,7 +112,7 @@ class ChoosingAnEncoder(unittest.TestCase):
         self.assertEqual(self.choose(machine(h264_nvenc=None), encoder="libx264")[0], "libx264")
 
     def test_no_encoder_at_all_names_the_codec_the_node_and_what_was_tried(self) -> None:
-        bare = Machine("worker-01", "ffmpeg", 4, 1, {"libx264": None})
+        bare = Machine("worker-01", "ffmpeg", 4, 1, {"libx264": hwdetect.Proof("proved")})
         with self.assertRaises(Failure) as caught:
             self.choose(bare, "720p30-av1")
         for word in ("av1", "worker-01", "libsvtav1"):
@@ -199,7 +201,8 @@ class Planning(unittest.TestCase):
             self.assertIn(word, caught.exception.message)
         self.assertIn("libopus", planned("transcode-vp9", on=on, output="o.webm").passes[0])
         self.assertIn("-an", planned(on=on, audio=False).passes[0])
-        busy = machine(aac=f"{hwdetect.UNDECIDED} 9 s")
+        late = {**machine().encoders, "aac": hwdetect.Proof("undecided", "no answer within 9 s")}
+        busy = dataclasses.replace(machine(), encoders=late)
         self.assertIn("aac", planned(on=busy).passes[0])
 
     def test_a_film_in_another_shape_keeps_its_shape_inside_the_size_asked_for(self) -> None:
@@ -1427,6 +1430,11 @@ class Metering(FolderCase):
         self.assertAlmostEqual(ledger.energy_joules or 0, 30)
         self.assertEqual((ledger.power_source, ledger.beside), ("rapl", 0))
         self.assertEqual(ledger.peak_rss_bytes, 2 << 20)
+
+    def test_memory_is_reported_in_mib(self) -> None:
+        ledger = hwdetect.Ledger(peak_rss_bytes=3 << 20, gpu_memory_bytes=5 << 20)
+        metrics = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=1.0))
+        self.assertEqual((metrics["memory_usage"], metrics["gpu_memory_usage"]), (3.0, 5.0))
 
     def test_energy_before_and_after_is_nobodys(self) -> None:
         self.energy(500)

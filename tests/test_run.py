@@ -891,8 +891,8 @@ class Encoders(RunCase):
         self.fails("parameters", "libx266", "did you mean libx26", encoder="libx266", output="o.mp4")
 
     def test_hardware_that_is_not_there_is_named_with_its_own_words(self) -> None:
-        broken = {name: why for name, why in self.place.machine.encoders.items()
-                  if why and name in agent.ENCODERS and agent.ENCODERS[name].hardware}
+        broken = {name: proof.why for name, proof in self.place.machine.encoders.items()
+                  if proof.why and name in agent.ENCODERS and agent.ENCODERS[name].hardware}
         if not broken:
             self.skipTest("every hardware encoder works here")
         name, why = next(iter(broken.items()))
