@@ -607,7 +607,8 @@ class ResultView:
     def from_json(cls, value: object) -> ResultView:
         """Return the view of a result."""
         fields = Fields(value, lenient=True)
-        encode, metrics = fields.inside("encode"), fields.inside("metrics")
+        encode = fields.inside("encode")
+        metrics = fields.inside("metrics")
         analysis = fields.inside("analyzer_output")
         return cls(
             json=fields.values,
@@ -650,9 +651,14 @@ class AttemptView:
     @classmethod
     def of_fields(cls, fields: Fields) -> AttemptView:
         """Return the view of one record of a job's `attempts`."""
-        return cls(fields.whole("attempt") or 1, fields.words("status"), fields.words("node"),
-                   fields.words("node_id"), fields.words("error"), fields.words("failure_reason"),
-                   fields.text("ended_at"))
+        return cls(
+            number=fields.whole("attempt") or 1,
+            status=fields.words("status"),
+            node=fields.words("node"),
+            node_id=fields.words("node_id"),
+            error=fields.words("error"),
+            failure_reason=fields.words("failure_reason"),
+            ended_at=fields.text("ended_at"))
 
 
 @dataclass(frozen=True)
@@ -689,7 +695,8 @@ class JobView:
     def from_json(cls, value: object) -> JobView:
         """Return the view of a job; ApiError where it has no id."""
         fields = Fields(value, prefix="job.", status=0, lenient=True)
-        result, progress = fields.mapping("result"), fields.mapping("progress")
+        result = fields.mapping("result")
+        progress = fields.mapping("progress")
         percent = fields.number("progress")  # a number alone is the percent of a seed's agent
         if percent is not None:
             progress = {"percent": percent}
@@ -779,7 +786,7 @@ class Listing(Generic[View]):
         fields = answer_fields(value)
         items = tuple(map(kind.from_json, fields.items(field)))
         count = fields.whole("count")
-        total = fields.whole("total")
+        total = fields.whole("total")  # the master keeps it; it is never counted by a scan
         return cls(
             json=fields.values,
             items=items,
@@ -827,6 +834,7 @@ def progress_text(progress: Mapping[str, Any], room: int = 79) -> str:
         parts += [f"{known['fps']:.0f} fps", f"{known['speed']:.2f}x"]
     if "eta_s" in known:
         parts.append(f"{duration_text(known['eta_s'])} left")
+    # Last, for it takes what room the figures leave; it stands before the percent.
     bar = _bar(percent, room - len("  ".join(parts)) - len("[]  "))
     if bar:
         parts[1] = f"{bar} {parts[1]}"
@@ -902,6 +910,7 @@ def _energy_text(view: ResultView) -> str:
     metrics = view.metrics
     if metrics.get("energy_joules") is None:
         return _figures_text(view, "energy_joules")
+    # Figures of a power model look like readings: each says that it is none.
     is_estimate = bool(metrics.get("energy_estimated"))
     about = "about " if is_estimate else ""
     gross = about + view.phrase("energy_joules")
@@ -927,12 +936,13 @@ def _quality_text(view: ResultView) -> str:
     known, missed = [], []
     for name, lowest in _SCORES:
         label, why = METRICS[name].label, view.why_unknown(name)
+        dull = (METRICS[name].unknown, NOTHING_ENCODED)  # nobody asked for it
         if view.metrics.get(name) is not None:
             text = f"{label} {view.phrase(name)}"
             if view.metrics.get(lowest) is not None:
                 text += f" (lowest {view.phrase(lowest)})"
             known.append(text)
-        elif name in view.unknown and why not in (METRICS[name].unknown, NOTHING_ENCODED):
+        elif name in view.unknown and why not in dull:
             missed.append(f"{label} unknown ({why})")
     if not known and view.why_unknown("psnr_db") == NOTHING_ENCODED:
         return ""
@@ -955,11 +965,14 @@ def _runs_rows(view: ResultView) -> list[tuple[str, str]]:
 
 
 def _run_text(run: Json) -> str:
-    marks = [f" ({word})" for word, name in (("warm-up", "warm_up"), ("outlier", "outlier"))
-             if run.get(name)]
+    """Return the time of one run, with what sets it apart from those that count."""
     wall_s = Fields(run, lenient=True).number("duration")
-    length = "unknown" if wall_s is None else f"{wall_s:.2f} s"
-    return length + "".join(marks)
+    text = "unknown" if wall_s is None else f"{wall_s:.2f} s"
+    if run.get("warm_up"):
+        text += " (warm-up)"
+    if run.get("outlier"):
+        text += " (outlier)"
+    return text
 
 
 def _verdict_text(view: ResultView) -> str:
@@ -1031,11 +1044,15 @@ def _layout_of(rows: Sequence[Sequence[str]], width: int, heads: bool) -> _Layou
 
 def _row_lines(row: Sequence[str], layout: _Layout, colours: Mapping[str, str]) -> list[str]:
     """Return the lines of one row."""
-    head = ""
+    head = rest = ""
     for cell, size in zip(row[:layout.beside], layout.widths):
+        # Padded by the length of the plain text: a colour takes no room on the screen.
         head += _painted(cell, colours) + " " * (size - len(cell)) + GAP
-    rest = "".join(cell.ljust(size) + GAP for cell, size in
-                   zip(row[layout.beside:-1], layout.widths[layout.beside:])) + row[-1]
+    for cell, size in zip(row[layout.beside:-1], layout.widths[layout.beside:]):
+        rest += cell.ljust(size) + GAP
+    rest += row[-1]
+
+    # A path is not broken: one that is too long for its room gets a line of its own.
     longest = max(map(len, rest.split()), default=0)
     fits_below_only = layout.room < longest < layout.width - len(GAP)
     if fits_below_only or not layout.room:
@@ -1082,6 +1099,7 @@ class ProgressLine:
             print(line, file=sys.stderr, flush=True)
             return
         room = self.room()
+        # Spaces over the rest of a longer line before; one that wraps could not be drawn over.
         sys.stderr.write("\r" + line[:room].ljust(min(self._drawn, room)))
         sys.stderr.flush()
         self._drawn = len(line[:room])
@@ -1118,7 +1136,7 @@ def setup_logging(level: str, form: str, name: str) -> logging.Logger:
     logger.propagate = False
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines() if form == "json" else _TextLines())
-    logger.handlers[:] = [handler]
+    logger.handlers[:] = [handler]  # a second call replaces the first
     logging.raiseExceptions = False  # a closed stderr must not stop the work
     return logger
 
@@ -1223,23 +1241,25 @@ class Client:
 
     def __init__(self, url: str) -> None:
         self.url, self.host, self.port = _master_address(url)
-        self.patience_s = ANSWER_S
+        self.patience_s = ANSWER_S  # a leaving agent has less
         self._handler = _KeepAlive()
         # Without urllib's other handlers: no proxies, no redirects, no certificates to load.
         self._opener = _opener_with(self._handler)
 
     def _call(self, method: str, path: str, body: Any = None,
               query: Mapping[str, Any] | None = None, wait_s: float | None = None) -> Json:
-        known = {name: value for name, value in (query or {}).items() if value is not None}
         url = self.url + path
+        known = {name: value for name, value in (query or {}).items() if value is not None}
         if known:
             url += "?" + urllib.parse.urlencode(known)
-        data = None if body is None else json.dumps(body, allow_nan=False).encode()
+        data = None
+        if body is not None:
+            data = json.dumps(body, allow_nan=False).encode()  # NaN is not JSON: ValueError here
         request = _Request(url, data, {"Content-Type": "application/json"}, method=method)
         request.repeatable = method == "GET" and path != CLAIM_PATH
         timeout_s = self.patience_s + (wait_s or 0)
-        status, _, raw = _answer_to(request, self._opener, timeout_s, f"the master at {self.url}",
-                                    ANSWER_LIMIT_BYTES)
+        server = f"the master at {self.url}"
+        status, _, raw = _answer_to(request, self._opener, timeout_s, server, ANSWER_LIMIT_BYTES)
         if not 200 <= status < 300:
             raise _refusal(status, raw)
         return _decode(raw, self.url)
@@ -1342,8 +1362,8 @@ def exchange_text(url: str, text: bytes | None = None, timeout_s: float = CONNEC
     shown = urllib.parse.urlunsplit((parts.scheme, place, *parts[2:]))
     request = urllib.request.Request(shown, text, {"Content-Type": "text/plain; charset=utf-8"})
     if user:
-        word = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
-        request.add_header("Authorization", f"Basic {word}")
+        credentials = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        request.add_header("Authorization", f"Basic {credentials}")
     opener = _plain_opener()
     status, reason, raw = _answer_to(request, opener, timeout_s, shown, REFUSAL_LIMIT_BYTES)
     if not 200 <= status < 300:
@@ -1358,7 +1378,7 @@ def _answer_to(request: urllib.request.Request, opener: urllib.request.OpenerDir
     try:
         try:
             answer = opener.open(request, timeout=timeout_s)
-        except urllib.error.HTTPError as error:
+        except urllib.error.HTTPError as error:  # a refusal is an answer too, which urllib raises
             answer, limit_bytes = error, min(limit_bytes, REFUSAL_LIMIT_BYTES)
         with answer:
             return answer.code, answer.reason, _body_of(answer, limit_bytes)
@@ -1431,6 +1451,7 @@ def is_this_machine(host: str) -> bool:
     """Return whether a host name is this machine's: binding to its address succeeds only here."""
     for address in host_addresses(host):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        # A datagram socket on any port: nothing is sent, and no firewall asks.
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.bind((address, 0))
             return True
@@ -1502,7 +1523,7 @@ CONTAINER_OF_SUFFIX = {
 CONTAINER_OF_SCHEME = {
     "rtmp": "flv", "rtmps": "flv", "srt": "mpegts", "http": "mpegts", "https": "mpegts",
 }
-# The codecs that a container can hold; one without a row holds all.
+# The codecs that a container can hold, as FFmpeg writes it; one without a row holds all.
 CONTAINER_CODECS = {
     "webm": ("vp9", "av1"), "flv": ("h264",), "mpegts": ("h264", "h265"),
     "mov": ("h264", "h265", "av1"),
@@ -2851,11 +2872,11 @@ class ProgressParser:
 
 
 def _progress_of(block: Mapping[str, str], ended: bool) -> Progress:
-    micros = _decimal(block.get("out_time_us"))
+    micros = _decimal(block.get("out_time_us"))  # out_time_ms is in microseconds too
     size = _decimal(block.get("total_size"))
     return Progress(
         frame=int(_decimal(block.get("frame")) or 0),
-        fps=_decimal(block.get("fps")) or None,
+        fps=_decimal(block.get("fps")) or None,  # 0.00 until it has counted some
         speed=_decimal(block.get("speed", "").rstrip("x")),
         out_time_s=None if micros is None else micros / 1e6,
         total_bytes=None if size is None else int(size),
@@ -2983,7 +3004,8 @@ def parse_probe(text: str, url: str) -> Source:
         film = Fields(json.loads(text), lenient=True)
     except (ValueError, RecursionError):
         raise Failure("input", f"{url}: ffprobe's answer cannot be read") from None
-    streams, container = film.entries("streams"), film.inside("format")
+    streams = film.entries("streams")
+    container = film.inside("format")
     video = next((stream for stream in streams if _is_picture(stream)), Fields({}))
     width, height, is_square = _size_of(video, url)
     fps, base_fps = _rates_of(video)
@@ -3017,13 +3039,14 @@ def _figure(fields: Fields, name: str) -> float | None:
 
 def _size_of(video: Fields, url: str) -> tuple[int, int, bool]:
     """Return width and height as they are shown, and whether pixels are square."""
-    width, height = int(_figure(video, "width") or 0), int(_figure(video, "height") or 0)
+    width = int(_figure(video, "width") or 0)
+    height = int(_figure(video, "height") or 0)
     if not width or not height:
         raise Failure("input", f"{url} holds no video that this FFmpeg can read")
     if min(width, height) < 2:
         raise Failure("input", f"{url} is {width}x{height} pixels: too small for any encoder")
     shape = _fraction(video.words("sample_aspect_ratio").replace(":", "/")) or 1.0  # 0:1 is unknown
-    if _rotation(video) % 180 == 90:
+    if _rotation(video) % 180 == 90:  # FFmpeg turns the frames before any filter sees them
         width, height, shape = height, width, 1 / shape
     if shape != 1:
         width = max(2, int(width * shape / 2) * 2)
@@ -3131,8 +3154,9 @@ def parse_scores(metric: str, words: Iterable[str],
         if match:
             value = _score(match[1])
             eased = value + row.ease
-            count, lowest = count + 1, min(lowest, value)
-            inverse += 1 / eased if eased > 0 else math.inf
+            count += 1
+            lowest = min(lowest, value)
+            inverse += 1 / eased if eased > 0 else math.inf  # one frame of 0: their mean is 0
     found = {row.name: means[-1]} if means else {}
     if count:
         found.update({row.lowest: lowest, row.harmonic: round(count / inverse - row.ease, 6)})
@@ -3146,8 +3170,9 @@ _STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2
 _NORMAL = 1.959964  # the same of a normal distribution, to which it tends
 _MAD_SCALE = 1.4826  # makes a median absolute deviation comparable with a standard deviation
 
-INTERVAL_MOST = {"high": 0.02, "medium": 0.05}  # half the 95 % interval over the mean
-RUNS_LEAST = 3  # without the warm-up
+# Half the 95 % interval over the mean, at most: DESIGN 9. The best comes first.
+INTERVAL_MOST = {"high": 0.02, "medium": 0.05}
+RUNS_LEAST = 3  # without the warm-up: an interval of two is several times too wide
 OUTLIER_DEVIATIONS = 3
 EQUAL_PART = 0.001  # a hair's difference among equal values does not make an outlier
 BATCHES = 10
@@ -3160,11 +3185,17 @@ def interval(values: Sequence[float]) -> Json:
 
     `relative` is half the interval over the mean, None where the mean is 0.
     """
-    mean, stdev = statistics.fmean(values), statistics.stdev(values)
-    half = _student(len(values) - 1) * stdev / math.sqrt(len(values))
-    return {"n": len(values), "mean": mean, "stdev": stdev,
-            "ci95_low": mean - half, "ci95_high": mean + half,
-            "relative": half / abs(mean) if mean else None}
+    count = len(values)
+    mean = statistics.fmean(values)
+    stdev = statistics.stdev(values)
+    half = _student(count - 1) * stdev / math.sqrt(count)
+    return {
+        "n": count,
+        "mean": mean,
+        "stdev": stdev,
+        "ci95_low": mean - half,
+        "ci95_high": mean + half,
+        "relative": half / abs(mean) if mean else None}
 
 
 def _student(free: int) -> float:
@@ -3180,10 +3211,13 @@ def _student(free: int) -> float:
 
 def confidence_of(intervals: Iterable[Mapping[str, Any]]) -> str:
     """Return low, medium or high: the best that all these intervals are narrow enough for."""
-    widths = [math.inf if row["relative"] is None else row["relative"] for row in intervals]
-    if not widths:
+    widest = -1.0
+    for row in intervals:
+        relative = row["relative"]
+        widest = max(widest, math.inf if relative is None else relative)
+    if widest < 0:
         return "low"
-    return next((word for word, most in INTERVAL_MOST.items() if max(widths) <= most), "low")
+    return next((word for word, most in INTERVAL_MOST.items() if widest <= most), "low")
 
 
 def outliers(values: Sequence[float]) -> list[bool]:
@@ -3193,10 +3227,12 @@ def outliers(values: Sequence[float]) -> list[bool]:
     """
     if len(values) <= RUNS_LEAST:
         return [False] * len(values)
+    # Medians, for a mean and a standard deviation would be moved by the outlier itself.
     middle = statistics.median(values)
-    spread = statistics.median(abs(value - middle) for value in values)
-    limit = max(OUTLIER_DEVIATIONS * _MAD_SCALE * spread, EQUAL_PART * abs(middle))
-    return [abs(value - middle) > limit for value in values]
+    distances = [abs(value - middle) for value in values]
+    spread = _MAD_SCALE * statistics.median(distances)
+    limit = max(OUTLIER_DEVIATIONS * spread, EQUAL_PART * abs(middle))
+    return [distance > limit for distance in distances]
 
 
 def batch_means(values: Sequence[float]) -> list[float]:
@@ -5149,8 +5185,10 @@ def metrics_of(outcome: Outcome) -> Json:
     """Return the metrics of an outcome; an unknown one is null, with a reason in `unknown`."""
     runs = measured_runs(outcome.runs or (outcome,))
     measured = [_measured(run) for run in runs]
-    facts = {name: _merged([row[name] for row in measured], METRICS[name].repeats)
-             for name in measured[-1]}
+    facts: Json = {}
+    for name in measured[-1]:
+        values = [row[name] for row in measured]
+        facts[name] = _merged(values, METRICS[name].repeats)
     facts.update(_film_figures(outcome))
     for name, formula in FORMULAS.items():  # in their order: a later one may use an earlier one
         facts[name] = evaluate(formula, facts)
@@ -5329,7 +5367,8 @@ def _confidence_of_samples(ledger: hwdetect.Ledger) -> tuple[str, list[str]]:
     """Return the confidence of one run by how steady its speed and its power were."""
     found = {}
     for name, points in (("speed", ledger.pace.points), ("power", ledger.series.points)):
-        batches = batch_means([point[1] for point in points if point[1] is not None])
+        values = [point[1] for point in points if point[1] is not None]
+        batches = batch_means(values)
         if batches:
             found[name] = interval(batches)
     if "speed" not in found:
@@ -5338,8 +5377,11 @@ def _confidence_of_samples(ledger: hwdetect.Ledger) -> tuple[str, list[str]]:
 
 
 def _interval_words(subject: str, found: Mapping[str, Json]) -> str:
-    widths = [f"{name.split('_')[0]} ±{100 * (row['relative'] or 0):.1f} %"
-              for name, row in found.items()]
+    """Return how sure the figures are: `5 runs and a warm-up: duration ±1.2 % at 95 %`."""
+    widths = []
+    for name, row in found.items():
+        percent = 100 * (row["relative"] or 0)
+        widths.append(f"{name.split('_')[0]} ±{percent:.1f} %")
     return f"{subject}: {', '.join(widths)} at 95 %"
 
 
@@ -5404,12 +5446,11 @@ class _Case:
         own, presets = self.made.preset or "", self.encoder.presets
         if not own:
             return None
+        faster = ["medium"]
         if own.isdigit():  # the higher the faster, for all encoders that count
             faster = [word for word, other in zip(PRESET_WORDS, presets) if int(other) > int(own)]
         elif own in presets:
             faster = list(PRESET_WORDS[:presets.index(own)])
-        else:
-            faster = ["medium"]
         return faster[-1] if faster else None
 
     @property
@@ -5417,6 +5458,7 @@ class _Case:
         """The preset that was used, to be named beside other threads: they would decide it anew."""
         if not self.made.preset:
             return {}
+        # Several words may be one of the encoder's own; from behind, the fastest of them stays.
         words = dict(zip(self.encoder.presets[::-1], PRESET_WORDS[::-1]))
         return {"preset": words.get(self.made.preset, self.made.preset)}
 
@@ -5576,7 +5618,7 @@ def _whole_analysis(analysis: Json, outcome: Outcome, result: Json) -> Json:
 def _history(outcome: Outcome) -> Json:
     """Return the runs of an outcome, their statistics, and the samples of the last one."""
     ledger = outcome.ledger
-    points = list(zip(*ledger.series.points)) or [(), (), ()]
+    points = list(zip(*ledger.series.points)) or [(), (), ()]  # rows of points to columns
     series: Json = {"start": utc_text(ledger.started), "power_source": ledger.power_source}
     for name, column in zip(("seconds", "power_watts", "cpu_usage"), points):
         series[name] = [_rounded(value) for value in column]
@@ -5591,7 +5633,7 @@ def _repeats_json(runs: Sequence[Outcome]) -> list[Json]:
     energies = [hwdetect.energy_of(run.ledger).joules for run in runs]
     strays = outliers([run.wall_s for run in runs[warm:]])
     known = [joules for joules in energies if joules is not None]
-    if len(known) == len(runs):
+    if len(known) == len(runs):  # else the figures of some are compared with nothing
         by_energy = outliers(known[warm:])
         strays = [either or other for either, other in zip(strays, by_energy)]
     return [{"duration": _rounded(run.wall_s),
