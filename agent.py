@@ -4429,10 +4429,15 @@ class Runner:
 
 # ---- 14 Stages ------------------------------------------------------------------------------------
 
+# An attempt goes through these stages in its own thread: find the source, plan, repeat (encode and
+# inspect, until the requested confidence is reached), compare, deliver. Each is a function of a Task,
+# returns what it found and raises the Failure that ends the attempt; none catches another's.
+
 CONFIDENCES = ("auto", "low", "medium", "high")
+# With a machine that is too restless for its interval a job must still end.
 RUNS_MOST = {"high": 20, "medium": 10}
 REPEATS_S = 3600.0  # no run begins that would end after so long
-CACHE_LIMIT_BYTES = 1 << 30  # of generated clips
+CACHE_LIMIT_BYTES = 1 << 30  # of generated clips, which are kept for each size and rate
 # An output may lack this much of the bytes that FFmpeg counted: it counts before the trailer is
 # written, which may rewrite what came before.
 MIN_WRITTEN = 0.99
@@ -4442,9 +4447,6 @@ MIN_LENGTH = 0.95
 LENGTH_SLACK_S = 0.1
 # A comparison must have seen this much of the frames: FFmpeg's filters may drop the last one.
 MIN_COMPARED = 0.98
-# Suffix of ffprobe's failures that keep their own class; any other is the input's or the encoder's.
-_INPUT_PROBE_REASONS = ("network", "killed", "no_capability")
-_OUTPUT_PROBE_REASONS = ("killed",)
 # All that FFmpeg says of a redirect that it may not follow, and of some other troubles.
 _UNSAID = re.compile(r"(?:https?://\S+|Error opening input): Input/output error"
                      r"(?:; Error opening input .*)?")
@@ -4472,6 +4474,18 @@ class Outcome:
     limits: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
+class ProbeReasons(NamedTuple):
+    """The classes that failures of ffprobe keep, and the class of any other."""
+
+    kept: tuple[str, ...]
+    otherwise: str
+
+
+INPUT_REASONS = ProbeReasons(("network", "killed", "no_capability"), "input")
+# An output that cannot be read back is the encoder's fault: the film was just written here.
+OUTPUT_REASONS = ProbeReasons(("killed",), "encoder")
+
+
 def runs_most(confidence: str) -> int:
     """Return how often a job of this confidence is encoded at most, with the warm-up."""
     return RUNS_MOST[confidence] + 1 if confidence in RUNS_MOST else 1
@@ -4486,7 +4500,8 @@ def intervals_of(runs: Sequence[Outcome]) -> dict[str, Json]:
     """Return the statistics of time and, where it is known, of energy, of runs that count."""
     if len(runs) < 2:
         return {}
-    found = {"duration": interval([run.wall_s for run in runs])}
+    times = [run.wall_s for run in runs]
+    found = {"duration": interval(times)}
     energies = [hwdetect.energy_of(run.ledger).joules for run in runs]
     if None not in energies:
         found["energy_joules"] = interval([joules or 0.0 for joules in energies])
@@ -4513,7 +4528,7 @@ def wants_another(confidence: str, runs: Sequence[Outcome], elapsed_s: float,
     return CONFIDENCES.index(reached) < CONFIDENCES.index(confidence)
 
 
-class Stage:
+class Task:
     """What the stages of one attempt share: job, settings, runner, input, output and plan."""
 
     def __init__(self, job: Job, place: Workplace, runner: Runner, settings: Settings) -> None:
@@ -4595,17 +4610,19 @@ def memory_burst(limits: hwdetect.Limits, ended: hwdetect.Exit, reason: str) -> 
     return f"max_memory_mb of {limits.memory_bytes >> 20} ({how}{counts}) is too little for it"
 
 
-def reason_of(stage: Stage, ended: hwdetect.Exit) -> tuple[str, str]:
+def reason_of(task: Task, ended: hwdetect.Exit) -> tuple[str, str]:
     """Return the class of a program's failure, and words if a limit of the job caused it."""
-    runner = stage.runner
+    runner = task.runner
     words = "\n".join(telling_lines(runner.tail))
     reason = failure_reason(ended.returncode, words)
+    burst = ""
     if runner.limits is not None:
         burst = memory_burst(runner.limits, ended, reason)
-        if burst:
-            return "out_of_memory", burst
-    if reason == "input" and stage.plan is not None and _names_target(words, stage.plan.target):
-        reason = "output"
+    if burst:
+        return "out_of_memory", burst
+    # FFmpeg says "No such file" of an output too, for instance.
+    if reason == "input" and task.plan is not None and _names_target(words, task.plan.target):
+        return "output", ""
     return reason, ""
 
 
@@ -4614,112 +4631,113 @@ def _names_target(words: str, target: str) -> bool:
     return re.search(rf"{re.escape(target)}(?!\d)", words) is not None
 
 
-def last_words_of(stage: Stage) -> str:
+def last_words_of(task: Task) -> str:
     """Return FFmpeg's reason with the user's names for paths of the agent's own."""
-    runner = stage.runner
+    runner = task.runner
     words = runner.files.name_in(last_words(runner.tail))
     words = words.replace(f"Format not on whitelist '{FILM_FORMATS}'", "it is not a film")
     discarded = str(runner.folder / "output")
     words = words.replace(f"file:{discarded}", discarded).replace(discarded, "the output")
-    if stage.place.machine.http_args and _UNSAID.fullmatch(words):
+    if task.place.machine.http_args and _UNSAID.fullmatch(words):
         return f"{words} (if it was a redirect: they are not followed)"
     return words
 
 
-def require_success(stage: Stage, ended: hwdetect.Exit) -> None:
+def require_success(task: Task, ended: hwdetect.Exit) -> None:
     """Raise a Failure in FFmpeg's own words unless it ended well and wrote all that it had."""
-    unwritten = any(UNWRITTEN.search(line) for line in telling_lines(stage.runner.tail))
+    unwritten = any(UNWRITTEN.search(line) for line in telling_lines(task.runner.tail))
     if ended.returncode == 0 and not unwritten:
         return
 
-    reason, burst = reason_of(stage, ended)
-    words = last_words_of(stage)
+    reason, burst = reason_of(task, ended)
+    words = last_words_of(task)
+    # Of a process that was killed the last words are stale.
     if burst and words and ended.returncode > 0:
         words = f"{burst}: {words}"
     elif burst:
         words = burst
+
     if ended.returncode < 0:
         how = f"was killed by {signal.Signals(-ended.returncode).name}"
     else:
         how = f"ended with status {ended.returncode}"
-    names = stage.input.name
-    if stage.settings.output:
-        names += f" and {stage.settings.output}"
+    names = task.input.name
+    if task.settings.output:
+        names += f" and {task.settings.output}"
     tail = f": {words}" if words else " without a word"
-    raise Failure(reason, f"{names}: ffmpeg {how} on {stage.place.node}{tail}")
+    raise Failure(reason, f"{names}: ffmpeg {how} on {task.place.node}{tail}")
 
 
-def probe(stage: Stage, url: str, trouble: str, reasons: tuple[Sequence[str], str],
-          demuxer: str = "") -> str:
-    """Return ffprobe's text about a film.
-
-    A Failure begins with `trouble`; its class is one of the first of `reasons`, else the second.
-    """
+def probe(task: Task, url: str, trouble: str, reasons: ProbeReasons, demuxer: str = "") -> str:
+    """Return ffprobe's text about a film; a Failure begins with `trouble`."""
     answer: list[str] = []
-    argv = probe_command(stage.place.ffprobe, url, demuxer, stage.place.machine.http_args)
-    ended = stage.runner.execute(argv, answer.append, PROBE_S)
+    argv = probe_command(task.place.ffprobe, url, demuxer, task.place.machine.http_args)
+    ended = task.runner.execute(argv, answer.append, PROBE_S)
     if ended.returncode == 0:
         return "\n".join(answer)
 
-    reason, burst = reason_of(stage, ended)
-    words = burst or last_words_of(stage) or f"ffprobe ended with status {ended.returncode}"
-    kept, otherwise = reasons
-    raise Failure(reason if burst or reason in kept else otherwise, f"{trouble}: {words}")
+    reason, burst = reason_of(task, ended)
+    words = burst or last_words_of(task) or f"ffprobe ended with status {ended.returncode}"
+    if not burst and reason not in reasons.kept:
+        reason = reasons.otherwise
+    raise Failure(reason, f"{trouble}: {words}")
 
 
-def find_source(stage: Stage) -> Source:
+def find_source(task: Task) -> Source:
     """Open the input and return what it is."""
-    url = stage.input.open(stage.runner.files)
-    if stage.settings.input is None:
-        return make_clip(stage, url)
-    text = probe_input(stage, url)
+    url = task.input.open(task.runner.files)
+    if task.settings.input is None:
+        return make_clip(task, url)
+    text = probe_input(task, url)
     try:
-        return dataclasses.replace(parse_probe(text, stage.settings.input), url=url)
+        return dataclasses.replace(parse_probe(text, task.settings.input), url=url)
     except Failure as failure:
-        raise Failure(failure.reason, f"{failure.message} (on {stage.place.node})") from None
+        raise Failure(failure.reason, f"{failure.message} (on {task.place.node})") from None
 
 
-def probe_input(stage: Stage, url: str) -> str:
+def probe_input(task: Task, url: str) -> str:
     """Return ffprobe's text about the input: by its content, else as the format of its suffix.
 
     Some films are not recognised by their content; for a damaged one the format's own words say
     more.
     """
-    name = stage.input.name
-    trouble = f"input {name} cannot be read on {stage.place.node}"
-    reasons = (_INPUT_PROBE_REASONS, "input")
+    name = task.input.name
+    trouble = f"input {name} cannot be read on {task.place.node}"
     suffix = os.path.splitext(name)[1].lower()
     try:
-        return probe(stage, url, trouble, reasons)
+        return probe(task, url, trouble, INPUT_REASONS)
     except Failure as failure:
         by_suffix = failure.reason == "input" and suffix in CONTAINER_OF_SUFFIX
         if scheme_of(name) or not by_suffix:
             raise
-    return probe(stage, url, trouble, reasons, CONTAINER_OF_SUFFIX[suffix])
+    return probe(task, url, trouble, INPUT_REASONS, CONTAINER_OF_SUFFIX[suffix])
 
 
-def make_clip(stage: Stage, path: str) -> Source:
+def make_clip(task: Task, path: str) -> Source:
     """Make the generated source: a short clip, kept for each size and rate, to be looped."""
-    settings, machine = stage.settings, stage.place.machine
+    settings, machine = task.settings, task.place.machine
     width = settings.width or GENERATED["width"]
     height = settings.height or GENERATED["height"]
     fps = float(settings.fps or GENERATED["fps"])
-    cache = stage.place.work_dir / "cache"
+    cache = task.place.work_dir / "cache"
     cache.mkdir(mode=0o700, exist_ok=True)
     kept = cache / f"clip-{width}x{height}-{rational(fps).replace('/', '_')}.mov"
+    # A link of its own: bound_cache() of another attempt may remove the kept one meanwhile.
     try:
         os.link(kept, path)
         os.utime(kept)
     except OSError:
-        stage.runner.show("making the generated source", 0.0)
+        task.runner.show("making the generated source", 0.0)
+        # mpeg4 is part of every FFmpeg.
         encoder = "libx264" if machine.is_proved("libx264") else "mpeg4"
         argv = clip_command(machine.ffmpeg, Picture(width, height, fps), encoder, path)
-        require_success(stage, stage.runner.execute(argv))
+        require_success(task, task.runner.execute(argv))
         with contextlib.suppress(OSError):
             os.link(path, kept)
     bound_cache(cache, CACHE_LIMIT_BYTES)
-    return Source(path, width, height, fps, clip_frames(fps) / fps, has_audio=True, loop=True,
-                  steady=True, demuxer="mov")
+    duration_s = clip_frames(fps) / fps
+    return Source(path, width, height, fps, duration_s,
+                  has_audio=True, loop=True, steady=True, demuxer="mov")
 
 
 def bound_cache(cache: Path, limit_bytes: int) -> None:
@@ -4738,14 +4756,16 @@ def bound_cache(cache: Path, limit_bytes: int) -> None:
         total -= size
 
 
-def reserve_room(stage: Stage, made: Plan) -> None:
+def reserve_room(task: Task, made: Plan) -> None:
     """Refuse an output that will not fit on its file system."""
-    room = stage.output.room()
+    room = task.output.room()
     if room is None:
         return
+    output_bytes = 0.0
     # With crf the bitrate is only a ceiling.
-    bits = stage.settings.bitrate if stage.settings.crf is None else None
-    stage.runner.space.want(*room, (bits or 0) / 8 * (made.duration_s or 0))
+    if task.settings.bitrate and task.settings.crf is None:
+        output_bytes = task.settings.bitrate / 8 * (made.duration_s or 0)
+    task.runner.space.want(*room, output_bytes)
 
 
 class Follower:
@@ -4778,11 +4798,13 @@ class Follower:
         if block is None:
             return
         now = self._runner.watch.elapsed_s()
-        if (block.frame, block.out_time_s) != (self.latest.frame, self.latest.out_time_s):
+        before = self.latest
+        # The time moves without frames too where FFmpeg drops or copies them.
+        if (block.frame, block.out_time_s) != (before.frame, before.out_time_s):
             self._runner.watchdog.note_frame()
-        frames = block.frame - self.latest.frame
-        if frames > 0 and now > self._shown_s:
-            self._runner.ledger.pace.add(now - self._began_s, frames / (now - self._shown_s))
+        frames, span_s = block.frame - before.frame, now - self._shown_s
+        if frames > 0 and span_s > 0:
+            self._runner.ledger.pace.add(now - self._began_s, frames / span_s)
         self.latest, self._shown_s = block, now
         self._expect_frames(block.frame, now - self._began_s)
         self._runner.progress = progress_json(block, self._expected_s, self._step, self._steps,
@@ -4798,54 +4820,58 @@ def phase_name(step: int, passes: int, run: int, most: int) -> str:
     return f"run {run + 1}{warm_up}, {name}"
 
 
-def encode(stage: Stage, made: Plan, run: int, most: int) -> Outcome:
+def encode(task: Task, made: Plan, run: int, most: int) -> Outcome:
     """Run the commands of one encode, the `run`-th from 0 of at most `most`."""
-    runner, passes = stage.runner, len(made.passes)
+    runner, passes = task.runner, len(made.passes)
     began_s = runner.watch.elapsed_s()
     follower = Follower(runner, made, most * passes)
     for step, argv in enumerate(made.passes):
         follower.begin(run * passes + step, phase_name(step, passes, run, most))
         runner.log.add("run: " + shlex.join(runner.files.name_in_command(argv)))
-        require_success(stage, runner.execute_metered(argv, follower.read))
+        require_success(task, runner.execute_metered(argv, follower.read))
     runner.watchdog.expect_no_frames()
     wall_s = runner.watch.elapsed_s() - began_s
     return Outcome("completed", wall_s=wall_s, progress=follower.latest)
 
 
-def inspect(stage: Stage, made: Plan, outcome: Outcome) -> Outcome:
+def inspect(task: Task, made: Plan, outcome: Outcome) -> Outcome:
     """Look at the output with ffprobe: FFmpeg's own word for success is not enough."""
-    size = os.path.getsize(made.target) if os.path.exists(made.target) else 0
-    require_frames(stage, outcome.progress.frame if size else 0)
-    require_bytes(stage, size, outcome.progress.total_bytes or 0)
+    size = 0
+    if os.path.exists(made.target):
+        size = os.path.getsize(made.target)
+    if not size or not outcome.progress.frame:
+        raise nothing_encoded(task)
+    require_bytes(task, size, outcome.progress.total_bytes or 0)
 
-    heard = telling_lines(stage.runner.tail)
-    trouble = f"{stage.output_name} cannot be read back on {stage.place.node}"
-    text = probe(stage, made.target, trouble, (_OUTPUT_PROBE_REASONS, "encoder"), made.container)
-    length_s = parse_probe(text, stage.output_name).duration_s
-    reached_s = outcome.progress.frame / made.fps if length_s is None else length_s
-    require_length(stage, made, reached_s, heard)
+    # Before ffprobe runs: its words replace FFmpeg's.
+    heard = telling_lines(task.runner.tail)
+    trouble = f"{task.output_name} cannot be read back on {task.place.node}"
+    text = probe(task, made.target, trouble, OUTPUT_REASONS, made.container)
+    length_s = parse_probe(text, task.output_name).duration_s
+    reached_s = length_s
+    if reached_s is None:  # some containers do not say
+        reached_s = outcome.progress.frame / made.fps
+    require_length(task, made, reached_s, heard)
     return dataclasses.replace(outcome, output_bytes=size, output_s=length_s)
 
 
-def require_frames(stage: Stage, frames: int) -> None:
-    """Raise a Failure where the encode wrote nothing or no frame."""
-    if frames:
-        return
+def nothing_encoded(task: Task) -> Failure:
+    """Return the failure of an encode that wrote nothing or no frame: its input has no picture."""
     words = ""
-    if telling_lines(stage.runner.tail):
-        words = last_words_of(stage)
+    if telling_lines(task.runner.tail):
+        words = last_words_of(task)
     why = f": {words}" if words else ""
-    raise Failure("input", f"{stage.input.name} gave no frame on {stage.place.node}{why}")
+    return Failure("input", f"{task.input.name} gave no frame on {task.place.node}{why}")
 
 
-def require_bytes(stage: Stage, size: int, written: int) -> None:
+def require_bytes(task: Task, size: int, written: int) -> None:
     """Raise a Failure where the file is shorter than FFmpeg wrote, as over a quota."""
     if size < MIN_WRITTEN * written:
-        raise Failure("out_of_disk", f"{stage.output_name} has {size} of the {written} bytes that "
-                      f"ffmpeg wrote on {stage.place.node}: is its disk full?")
+        raise Failure("out_of_disk", f"{task.output_name} has {size} of the {written} bytes that "
+                      f"ffmpeg wrote on {task.place.node}: is its disk full?")
 
 
-def require_length(stage: Stage, made: Plan, reached_s: float, heard: Sequence[str]) -> None:
+def require_length(task: Task, made: Plan, reached_s: float, heard: Sequence[str]) -> None:
     """Raise a Failure where the output ends too early; `heard` are FFmpeg's lines."""
     if not made.duration_s:
         return
@@ -4853,30 +4879,34 @@ def require_length(stage: Stage, made: Plan, reached_s: float, heard: Sequence[s
     if reached_s >= shortest_s:
         return
 
-    words = last_words([line for line in heard if DAMAGE.search(line)])
+    damage = [line for line in heard if DAMAGE.search(line)]
+    words = last_words(damage)
     why = f" ({words})" if words else ""
-    reason = "input"
-    if scheme_of(stage.settings.input) and failure_reason(1, "\n".join(heard)) == "network":
-        reason = "network"
-    raise Failure(reason, f"{stage.input.name} ends after {reached_s:.1f} s of "
-                  f"{made.duration_s:.1f} s on {stage.place.node}: it is cut or damaged{why}")
+    # FFmpeg ends well when a server breaks off: only its words say that the film goes on there.
+    lost = failure_reason(1, "\n".join(heard)) == "network"
+    reason = "network" if lost and scheme_of(task.settings.input) else "input"
+    raise Failure(reason, f"{task.input.name} ends after {reached_s:.1f} s of "
+                  f"{made.duration_s:.1f} s on {task.place.node}: it is cut or damaged{why}")
 
 
-def repeat(stage: Stage, made: Plan) -> Outcome:
+def repeat(task: Task, made: Plan) -> Outcome:
     """Encode until the requested confidence is reached; each output replaces the one before."""
-    runner, settings = stage.runner, stage.settings
-    confidence = stage.job.confidence if stage.job.confidence in CONFIDENCES else "auto"
-    once = stage.output.is_stream
+    runner, settings = task.runner, task.settings
+    confidence = task.job.confidence
+    if confidence not in CONFIDENCES:
+        confidence = "auto"
+    once = task.output.is_stream
     most = 1 if once else runs_most(confidence)
     uses_gpu = ENCODERS[made.encoder].hardware or bool(settings.hwaccel)
     runs: list[Outcome] = []
     began_s = runner.watch.elapsed_s()
     while True:
         runner.rest(settings.settle, "settling")
+        # A ledger for each run: the statistics compare them.
         runner.ledger = hwdetect.Ledger(runner.samples.rows, uses_gpu)
-        outcome = encode(stage, made, len(runs), most)
+        outcome = encode(task, made, len(runs), most)
         if not once:
-            outcome = inspect(stage, made, outcome)
+            outcome = inspect(task, made, outcome)
         runs.append(dataclasses.replace(outcome, ledger=runner.ledger, confidence=confidence))
         runner.rest(settings.cooldown, "cooling down")
 
@@ -4885,19 +4915,20 @@ def repeat(stage: Stage, made: Plan) -> Outcome:
             return dataclasses.replace(runs[-1], runs=tuple(runs))
 
 
-def compare(stage: Stage, made: Plan, source: Source, outcome: Outcome) -> Outcome:
+def compare(task: Task, made: Plan, source: Source, outcome: Outcome) -> Outcome:
     """Take the quality metrics that the job names, after the encode and apart from its energy."""
     scores: dict[str, float | None] = {}
     unknown: dict[str, str] = {}
     done = outcome.progress
     unpaired = done.dropped_frames + done.duplicated_frames
-    for metric in stage.settings.quality:
-        stage.runner.show(f"measuring {metric}")
+    for metric in task.settings.quality:
+        task.runner.show(f"measuring {metric}")
         found: dict[str, float] = {}
+        # The filters pair frames by their number: after one that is missing, no pair fits.
         if unpaired:
             why = f"ffmpeg dropped or doubled {unpaired} frames: they have no pairs"
         else:
-            found, why = compare_by(metric, stage, made, source, done.frame)
+            found, why = compare_by(metric, task, made, source, done.frame)
         for name in SCORES[metric][:3]:
             scores[name] = found.get(name)
             if scores[name] is None:
@@ -4905,15 +4936,15 @@ def compare(stage: Stage, made: Plan, source: Source, outcome: Outcome) -> Outco
     return dataclasses.replace(outcome, quality=scores, unknown=unknown)
 
 
-def compare_by(metric: str, stage: Stage, made: Plan, source: Source,
+def compare_by(metric: str, task: Task, made: Plan, source: Source,
                frames: int) -> tuple[dict[str, float], str]:
     """Return the scores of one comparison by name, or why there are none."""
-    runner = stage.runner
-    why = why_not_comparable(metric, stage.place, made)
+    runner = task.runner
+    why = why_not_comparable(metric, task.place, made)
     if why:
         return {}, why
 
-    argv = quality_command(stage.place.machine, metric, source, made)
+    argv = quality_command(task.place.machine, metric, source, made)
     # A ledger of its own, so that no job beside this one is booked its energy.
     kept, runner.ledger = runner.ledger, hwdetect.Ledger()
     try:
@@ -4936,7 +4967,7 @@ def compare_by(metric: str, stage: Stage, made: Plan, source: Source,
 
 def why_not_comparable(metric: str, place: Workplace, made: Plan) -> str:
     """Return why a metric cannot be taken here, "" where it can."""
-    needed = "libvmaf" if metric == "vmaf" else metric
+    needed = {"vmaf": "libvmaf"}.get(metric, metric)
     if needed not in place.filters:
         return f"this FFmpeg has no {metric} filter"
     if metric != "psnr" and min(made.width, made.height) < WINDOW:
@@ -4962,15 +4993,18 @@ class Attempt:
                  confirm: Confirm = lambda output, made: math.inf) -> None:
         """Prepare; `confirm` asks whether the output may be named."""
         self.job_id, self.number = self.key = job.key
-        self.parameters = job.parameters if isinstance(job.parameters, dict) else {}  # as given
+        self.parameters: Json = {}  # as given
+        if isinstance(job.parameters, dict):
+            self.parameters = job.parameters
         self.published: Json | None = None  # the output's fingerprint, once it may get its name
         self.leased_at = -math.inf  # when the master last confirmed the lease (boot_clock)
         self._job = job
         self._place = place
         self._confirm = confirm
+        # A foreign master's id need not be a UUID, nor a file name.
         name = re.sub(r"[^A-Za-z0-9-]", "_", self.job_id)[:64]
         self._runner = Runner(place, place.work_dir / f"{name}-{self.number}")
-        self._stage: Stage | None = None
+        self._task: Task | None = None
 
     @property
     def progress(self) -> Json:
@@ -5012,6 +5046,7 @@ class Attempt:
     def run(self) -> Outcome:
         """Do all the work and return its outcome; nothing is left but a completed output."""
         runner, meter = self._runner, self._place.meter
+        # From here on the machine is not idle, also while nothing is measured.
         meter.work(self, True)
         try:
             outcome = self._work()
@@ -5020,37 +5055,40 @@ class Attempt:
         finally:
             self._clean()
             meter.work(self, False)
+        if runner.limits is not None:
+            outcome = dataclasses.replace(outcome, limits=runner.limits.enforced)
+        if self._task is not None:
+            outcome = dataclasses.replace(outcome, settings=self._task.settings)
         return dataclasses.replace(
             outcome,
             wall_s=outcome.wall_s or runner.watch.elapsed_s(),
-            settings=self._stage.settings if self._stage else None,
             plan=self._plan_as_named(),
             ledger=runner.ledger,
-            damaged=runner.damaged,
-            limits=runner.limits.enforced if runner.limits else {})
+            damaged=runner.damaged)
 
     def _work(self) -> Outcome:
         """Go through the stages."""
         runner = self._runner
         settings = resolve(self._job.scenario, self._job.parameters, self._place.places.own_paths)
-        stage = self._stage = Stage(self._job, self._place, runner, settings)
+        task = self._task = Task(self._job, self._place, runner, settings)
         runner.watchdog.start(settings.timeout)
         make_folder_of(runner)
         runner.limits = limits_of(settings, runner)
         if settings.baseline:
             return measure_idle(runner, settings)
 
-        source = find_source(stage)
-        target = stage.output.open(runner.files, stage.input.descriptor)
-        made = stage.plan = plan(settings, self._place.machine, source, target)
+        source = find_source(task)
+        target = task.output.open(runner.files, task.input.descriptor)
+        made = task.plan = plan(settings, self._place.machine, source, target)
         runner.log.add(f"plan: {made.reason}")
-        reserve_room(stage, made)
-        outcome = repeat(stage, made)
-        if not stage.output.is_stream:
-            outcome = compare(stage, made, source, outcome)
+        reserve_room(task, made)
+        outcome = repeat(task, made)
+        if not task.output.is_stream:
+            outcome = compare(task, made, source, outcome)
         runner.show("finishing")
+        # How long the master is away is not the job's time.
         runner.watchdog.lift_timeout()
-        stage.output.deliver(self._permit)
+        task.output.deliver(self._permit)
         return outcome
 
     def _permit(self, output: OutputFile, made: Json) -> float:
@@ -5058,6 +5096,7 @@ class Attempt:
         until = self._confirm(output, made)
         if until is None:
             raise Stopped(self._runner.stop_word or "lost")
+        # A cancel may have come while the master was asked.
         self._runner.check()
         return until
 
@@ -5082,15 +5121,16 @@ class Attempt:
 
     def _plan_as_named(self) -> Plan | None:
         """Return the plan with the user's names in its commands."""
-        made = self._stage.plan if self._stage else None
-        if made is None:
+        if self._task is None or self._task.plan is None:
             return None
+        made = self._task.plan
         commands = tuple(map(self._runner.files.name_in_command, made.passes))
         return dataclasses.replace(made, passes=commands)
 
     def _clean(self) -> None:
-        if self._stage is not None:
-            self._stage.close()
+        """Leave nothing behind: only then may the attempt be reported."""
+        if self._task is not None:
+            self._task.close()
         if self._runner.limits is not None:
             self._runner.limits.lift()
         shutil.rmtree(self._runner.folder, ignore_errors=True)

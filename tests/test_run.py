@@ -660,9 +660,9 @@ class BadOutput(RunCase):
         (self.media / "gone").mkdir()
         name, inside = self.film("plain.mp4"), agent.encode
 
-        def late(stage: agent.Stage, *more: Any) -> agent.Outcome:
+        def late(task: agent.Task, *more: Any) -> agent.Outcome:
             shutil.rmtree(self.media / "gone")
-            return inside(stage, *more)
+            return inside(task, *more)
         with mock.patch("agent.encode", late):
             self.fails("output", "gone/o.mp4", "No such file", input=name, output="gone/o.mp4")
 
