@@ -3645,8 +3645,8 @@ class FreeSpace:
             space = self._host.space(path)
             if space is not None and space[1] < wanted:
                 free = f"{size_text(space[1])} free and {size_text(wanted)} are wanted"
-                raise Failure("out_of_disk", f"{shown} on {self._node} has {free}: make room there, "
-                              "or set that agent's --min-free")
+                raise Failure("out_of_disk", f"{shown} on {self._node} has {free}: make room "
+                              "there, or set that agent's --min-free")
 
 
 class Input(Protocol):
@@ -4429,9 +4429,10 @@ class Runner:
 
 # ---- 14 Stages ------------------------------------------------------------------------------------
 
-# An attempt goes through these stages in its own thread: find the source, plan, repeat (encode and
-# inspect, until the requested confidence is reached), compare, deliver. Each is a function of a Task,
-# returns what it found and raises the Failure that ends the attempt; none catches another's.
+# An attempt goes through these stages in its own thread: find the source, plan, repeat (encode
+# and inspect, until the requested confidence is reached), compare, deliver. Each is a function of
+# a Task, returns what it found and raises the Failure that ends the attempt; none catches
+# another's.
 
 CONFIDENCES = ("auto", "low", "medium", "high")
 # With a machine that is too restless for its interval a job must still end.
@@ -6103,7 +6104,9 @@ class Session:
             self._hasty += 1
         else:
             self._hasty = 0
-        return Rest(min(HASTY_REST_S, wait_s / 10) if self._hasty > MAX_HASTY else 0.0)
+        if self._hasty > MAX_HASTY:
+            return Rest(min(HASTY_REST_S, wait_s / 10))
+        return Rest()
 
     def _ask_seed(self, now: float, free: bool) -> Rest:
         """Talk to a master that parks no requests: heartbeats and polls by the clock."""
@@ -6173,8 +6176,11 @@ class Reporter:
     def _send(self, path: Path, result: Json) -> bool:
         """Send one report; return whether it was judged. ApiError where it is to be sent again."""
         link, job_id = self._link, result["job_id"]
+        # With the session of this start: the result may be of an earlier one.
+        if link.protocol:
+            result = {**result, "session": link.session}
         try:
-            link.client.report({**result, "session": link.session} if link.protocol else result)
+            link.client.report(result)
         except ApiError as error:
             if error.field in STRANGER or error.retryable:
                 raise
@@ -6335,9 +6341,10 @@ class Agent:
             self._drain()
         self._events.stopping.set()
         self._give_back(threads)
-        if self._over:
-            self._log.error("%s", self._over)
-        return 1 if self._over else 0
+        if not self._over:
+            return 0
+        self._log.error("%s", self._over)
+        return 1
 
     def stop(self) -> None:
         """Ask for the end; a second time for an end at once. Safe in a signal handler."""
@@ -6378,12 +6385,15 @@ class Agent:
     def _drain(self) -> None:
         """Take nothing more and finish what runs, until the limit or a second signal."""
         self._events.leaving.set()
-        count, limit_s = len(self.attempts()), self._options.drain_limit_s
+        limit_s = self._options.drain_limit_s
+        count = len(self.attempts())
         if count and limit_s:
             self._log.info("finishing %s, for at most %s; a second signal gives %s back at once",
                            count_text(count, "job"), duration_text(limit_s),
-                           "them" if count > 1 else "it")
-            threading.Thread(target=self._guarded, args=(self._session.leave,), daemon=True).start()
+                           "it" if count == 1 else "them")
+            # In a thread: the master may be slow, and a second signal must be seen.
+            leave = threading.Thread(target=self._guarded, args=(self._session.leave,), daemon=True)
+            leave.start()
         until = time.monotonic() + limit_s
         while self.attempts() and self._signals < 2 and time.monotonic() < until:
             if self._events.stopping.wait(LOOK_S):
@@ -6393,17 +6403,22 @@ class Agent:
         """Stop what runs, say that it is given back and that this node leaves; bounded in time."""
         until = time.monotonic() + 2 * LEAVE_S
         attempts = self.attempts()
+        # A node that was taken over has nothing left to report.
+        word = "lost" if self._over else "returned"
         for attempt in attempts:
-            attempt.stop("lost" if self._over else "returned")
+            attempt.stop(word)
         self._client.patience_s = LEAVE_S
         reached = not self._over and self._session.leave()
-        for wake in (self._events.news, self._events.freed):
-            wake.set()
-        for thread in threads:  # the poller may just have been handed a job
+
+        self._events.news.set()
+        self._events.freed.set()
+        # The poller may just have been handed a job.
+        for thread in threads:
             thread.join(max(0.0, min(1.0, until - time.monotonic())))
         while self.attempts() and time.monotonic() < until:
             self._events.freed.wait(LOOK_S)
             self._events.freed.clear()
+
         if reached:
             with contextlib.suppress(ApiError):
                 self._reporter.deliver()
@@ -6428,23 +6443,23 @@ class Agent:
             # The claim crossed with the word that this node takes nothing more.
             attempt.stop("returned")
         self._log.info("job %s attempt %d: %s begins", *attempt.key, job.scenario)
-        threading.Thread(target=self._work, args=(attempt,), name=f"job-{job.id[:8]}",
-                         daemon=True).start()
+        thread = threading.Thread(target=self._work, args=(attempt,), name=f"job-{job.id[:8]}",
+                                  daemon=True)
+        thread.start()
+        # The master wants to hear at once that the attempt has begun.
         self._events.news.set()
 
     def _work(self, attempt: Attempt) -> None:
         """Carry out an attempt and put its report into the spool before it leaves `_running`."""
         outcome, result = carry_out(attempt, self._place.machine, self._log)
-        first, lines = attempt.log.take(MAX_LOG_LINES)
+        # Another node has the job of a lost attempt: a report of it would be refused.
         if outcome.status != "lost":
-            if attempt.published:
-                result["published"] = attempt.published
-            self._reporter.keep({**result, "lines": lines, "lines_from": first,
-                                 "samples": attempt.samples.take()})
+            self._reporter.keep(_with_leftovers(attempt, result))
+        # In this order a registration in between finds it here or in the spool.
         with self._lock:
             self._running.pop(attempt.key, None)
-        self._log.info("job %s attempt %d: %s%s", *attempt.key, outcome.status,
-                       f": {outcome.error}" if outcome.error else "")
+        words = f": {outcome.error}" if outcome.error else ""
+        self._log.info("job %s attempt %d: %s%s", *attempt.key, outcome.status, words)
         self._events.freed.set()
         self._events.news.set()
 
@@ -6463,6 +6478,7 @@ class Agent:
             key = (order.job_id, order.attempt)
             with self._lock:
                 attempt = self._running.get(key)
+            # By job and number: an order for an earlier attempt must not end a later one.
             if attempt is None:
                 self._refuse(order)
             elif order.action in ENDING_ORDERS:
@@ -6487,6 +6503,15 @@ class Agent:
             self._events.news.set()
 
 
+def _with_leftovers(attempt: Attempt, result: Json) -> Json:
+    """Return a report with the log lines and readings that no progress has sent."""
+    first, lines = attempt.log.take(MAX_LOG_LINES)
+    report = {**result, "lines": lines, "lines_from": first, "samples": attempt.samples.take()}
+    if attempt.published:
+        report["published"] = attempt.published
+    return report
+
+
 def carry_out(attempt: Attempt, machine: Machine, log: logging.Logger) -> tuple[Outcome, Json]:
     """Run an attempt; return its outcome and its report, of an error of the agent's own too."""
     try:
@@ -6500,9 +6525,12 @@ def carry_out(attempt: Attempt, machine: Machine, log: logging.Logger) -> tuple[
 def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host,
               name: str) -> Workplace:
     """Return what attempts on this node share."""
-    http_args = http_args_of(host, hardware.ffmpeg) if hardware.ffmpeg else ()
+    ffmpeg = hardware.ffmpeg or "ffmpeg"
+    http_args: tuple[str, ...] = ()
+    if hardware.ffmpeg:
+        http_args = http_args_of(host, ffmpeg)
     threads = hardware.cpu_threads or os.cpu_count() or 1
-    machine = Machine(name, hardware.ffmpeg or "ffmpeg", threads, options.max_concurrent_jobs,
+    machine = Machine(name, ffmpeg, threads, options.max_concurrent_jobs,
                       hardware.encoders, hardware.vaapi_device or Machine.vaapi_device,
                       rate_mode_of(hardware.ffmpeg_version), http_args)
     meter = hwdetect.Meter(host, hardware, options.power_model)
@@ -6514,13 +6542,17 @@ def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host
 def http_args_of(host: hwdetect.Host, ffmpeg: str) -> tuple[str, ...]:
     """Return what keeps FFmpeg from following redirects; before 5.1 it has no such option."""
     options = host.run([ffmpeg, "-hide_banner", "-h", "protocol=http"], HELP_S).stdout
-    return ("-max_redirects", "0") if "max_redirects" in options else ()
+    if "max_redirects" in options:
+        return ("-max_redirects", "0")
+    return ()
 
 
 # ---- 20 CLI ---------------------------------------------------------------------------------------
 
 MAX_NAME_CHARS = 200
 
+# Each flag has an environment variable, FFDIST_ and its name; README lists what each is for. The
+# default stands in brackets at the end of the help.
 COMMON_FLAGS = (
     Flag("--max-concurrent-jobs", "1", whole_number(1, 256), "jobs to run side by side (1)"),
     Flag("--state-dir", None, Path,
@@ -6680,8 +6712,9 @@ def _may_work_here(args: argparse.Namespace, client: Client) -> str | None:
     if not sys.stdin or not sys.stdin.isatty():
         return "there is no terminal to confirm on: add --yes to work beside the master"
     print("Go on? [y/N] ", end="", file=sys.stderr, flush=True)
-    answer = sys.stdin.readline().strip().lower()
-    return None if answer in ("y", "yes") else "not confirmed"
+    if sys.stdin.readline().strip().lower() in ("y", "yes"):
+        return None
+    return "not confirmed"
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -6695,6 +6728,7 @@ def serve(args: argparse.Namespace) -> int:
         print(f"agent: {refusal}", file=sys.stderr)
         return 2
 
+    # One agent a folder: two would send each other's reports and clear each other's work.
     held = [locked_folder(options.state_dir, "state folder"),
             locked_folder(options.work_dir, "work folder")]
     if not options.register and read_identity(options.state_dir / "node.json") is None:
@@ -6719,7 +6753,8 @@ def _start_agent(args: argparse.Namespace, options: Options, log: logging.Logger
     cleared = clear_work(options.work_dir, host)
     if cleared:
         log.warning("cleared what an earlier run left of %s", count_text(cleared, "attempt"))
-    log.info("looking at this machine%s", "" if args.no_probe else " and trying its encoders")
+    trying = "" if args.no_probe else " and trying its encoders"
+    log.info("looking at this machine%s", trying)
     hardware = hwdetect.detect(host, not args.no_probe, str(options.state_dir))
     if not hardware.ffmpeg:
         log.warning("ffmpeg is not on PATH: every job will fail here until it is installed")
@@ -6728,6 +6763,7 @@ def _start_agent(args: argparse.Namespace, options: Options, log: logging.Logger
 
 def run_here(args: argparse.Namespace) -> int:
     """Run one job on this machine, without a master; progress on stderr, the result on stdout."""
+    # A handler only notes its signal; _run_and_print() obeys it.
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: signals.append(received))
@@ -6766,7 +6802,9 @@ def _own_parameters(args: argparse.Namespace) -> Json:
 
 def _own_place(place: str, real: Callable[[str], str]) -> str:
     """Return a URL as it is, or a path without links, which are not followed under a media root."""
-    return place if scheme_of(place) else real(os.path.abspath(place))
+    if scheme_of(place):
+        return place
+    return real(os.path.abspath(place))
 
 
 def _real_folder(path: str) -> str:
@@ -6776,11 +6814,14 @@ def _real_folder(path: str) -> str:
 
 def _run_and_print(args: argparse.Namespace, job: Job, options: Options, signals: list[int]) -> int:
     """Run the job, draw its progress and print its result; return the exit code."""
-    log, host = setup_logging("warning", args.log_format, "ffdist.agent"), hwdetect.Host()
+    log = setup_logging("warning", args.log_format, "ffdist.agent")
+    host = hwdetect.Host()
     print("looking at this machine …", file=sys.stderr)
     hardware = hwdetect.detect(host, not args.no_probe, str(options.state_dir))
-    place = workplace(options, hardware, host, options.name or hardware.address or "this machine")
-    place.meter.rested.wait(hwdetect.IDLE_FIRST_S + 2)  # so that the idle share is known
+    name = options.name or hardware.address or "this machine"
+    place = workplace(options, hardware, host, name)
+    # For the idle share of the energy.
+    place.meter.rested.wait(hwdetect.IDLE_FIRST_S + 2)
     attempt = Attempt(job, place)
     results: list[Json] = []
 
@@ -6807,7 +6848,9 @@ def _print_result(args: argparse.Namespace, result: Json) -> int:
     if args.json:
         print(json.dumps(result, indent=2))
     elif completed:
-        print(table_text(result_rows(result), shutil.get_terminal_size((100, 24)).columns))
+        # 100 columns where stdout is not a terminal.
+        width = shutil.get_terminal_size((100, 24)).columns
+        print(table_text(result_rows(result), width))
     else:
         error = printable(result["error"] or "")
         print(f"agent: the job {result['status']}: {error}", file=sys.stderr)
@@ -6817,11 +6860,13 @@ def _print_result(args: argparse.Namespace, result: Json) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    run = words[:1] == ["run"]
     open_output()
     try:
-        args = build_parser(run).parse_args(words[1:] if run else words)
-        code = run_here(args) if run else serve(args)
+        if words[:1] == ["run"]:
+            code = run_here(build_parser(True).parse_args(words[1:]))
+        else:
+            code = serve(build_parser(False).parse_args(words))
+        # Here, not at the end of Python, a reader that went away is noticed in time.
         print(end="", flush=True)
         return code
     except BrokenPipeError:
