@@ -383,23 +383,34 @@ _NO_LENGTH = "the length is unknown"
 # Every figure of a result's `metrics`, in the order of reports and exports. Analysis computes by
 # it; the rows of a result, the reports and the export of ffdist show by it; README lists it.
 METRICS: Mapping[str, Metric] = {row.name: row for row in (
-    Metric("duration", "Wall time of the encode.", "s", "time", table=SPEED_TABLE, repeats="mean",
-           series="duration_seconds"),
-    Metric("speed", "Seconds of film per second of wall time.", "x", "speed", table=SPEED_TABLE,
-           phrase="{:.2f}x real time", formula="output_seconds / duration", unknown=_NO_LENGTH),
-    Metric("fps", "Frames per second of wall time.", "", "frames/s", table=SPEED_TABLE,
+    Metric("duration", "Wall time of the encode.",
+           "s", "time", table=SPEED_TABLE,
+           repeats="mean", series="duration_seconds"),
+    Metric("speed", "Seconds of film per second of wall time.",
+           "x", "speed", table=SPEED_TABLE,
+           phrase="{:.2f}x real time", formula="output_seconds / duration",
+           unknown=_NO_LENGTH),
+    Metric("fps", "Frames per second of wall time.",
+           "", "frames/s", table=SPEED_TABLE,
            phrase="{:.1f} fps", formula="frames / duration"),
-    Metric("cpu_usage", "% of the whole machine, mean over the run.", "%", "CPU", table=SPEED_TABLE,
-           phrase="{:.0f} % of the machine", repeats="mean", unknown=_TOO_SHORT, of_machine=True),
-    Metric("memory_usage", "Peak memory of the job's processes.", "MiB", "memory",
-           table=SPEED_TABLE, phrase="{:.0f} MiB peak", repeats="most", series="memory_mib"),
-    Metric("bitrate_kbps", "kbit/s of the whole output.", "kbit/s", "rate", 4, SPEED_TABLE,
+    Metric("cpu_usage", "% of the whole machine, mean over the run.",
+           "%", "CPU", table=SPEED_TABLE,
+           phrase="{:.0f} % of the machine",
+           repeats="mean", unknown=_TOO_SHORT, of_machine=True),
+    Metric("memory_usage", "Peak memory of the job's processes.",
+           "MiB", "memory", table=SPEED_TABLE,
+           phrase="{:.0f} MiB peak",
+           repeats="most", series="memory_mib"),
+    Metric("bitrate_kbps", "kbit/s of the whole output.",
+           "kbit/s", "rate", 4, SPEED_TABLE,
            phrase="{:.0f} kbit/s", formula="8 * output_bytes / (1000 * output_seconds)",
            unknown=_NO_SIZE),
-    Metric("bits_per_pixel", "Bits for each pixel of the output.", "", "bit/pixel",
-           table=SPEED_TABLE, formula="8 * output_bytes / (width * height * frames)",
+    Metric("bits_per_pixel", "Bits for each pixel of the output.",
+           "", "bit/pixel", table=SPEED_TABLE,
+           formula="8 * output_bytes / (width * height * frames)",
            unknown=_NO_SIZE),
-    Metric("output_bytes", "Size of the output.", "", "size", table=SPEED_TABLE,
+    Metric("output_bytes", "Size of the output.",
+           "", "size", table=SPEED_TABLE,
            unknown="the output went to a stream"),
 
     *_score_rows("psnr", "PSNR", "dB", 4, "{:.2f} dB"),
@@ -407,66 +418,98 @@ METRICS: Mapping[str, Metric] = {row.name: row for row in (
     *_score_rows("vmaf", "VMAF", "", 4, "{:.1f}"),
     *_score_rows("xpsnr", "XPSNR", "dB", 4, "{:.2f} dB"),
 
-    Metric("energy_joules", "Energy, this job's share of the machine.", "J", "energy",
-           table=MONEY_TABLE, phrase="{:.0f} J", repeats="mean", of_energy=True),
-    Metric("net_energy_joules", "Energy above that of the idle machine.", "J", "above idle",
-           table=MONEY_TABLE, phrase="{:.0f} J above idle", formula="energy_joules - idle_joules",
+    Metric("energy_joules", "Energy, this job's share of the machine.",
+           "J", "energy", table=MONEY_TABLE,
+           phrase="{:.0f} J",
+           repeats="mean", of_energy=True),
+    Metric("net_energy_joules", "Energy above that of the idle machine.",
+           "J", "above idle", table=MONEY_TABLE,
+           phrase="{:.0f} J above idle", formula="energy_joules - idle_joules",
            unknown="{idle}", of_machine=True, of_energy=True),
-    Metric("energy_wh", "Energy in Wh.", "Wh", "energy", table=MONEY_TABLE,
-           formula="energy_joules / 3600", unknown="{energy}", of_machine=True, of_energy=True,
-           exported=False),
-    Metric("energy_cost", "Price of the energy, in the tariff's currency.", CURRENCY, "cost",
-           table=MONEY_TABLE, of_energy=True, by_master=True),
-    Metric("carbon_g", "gCO2e of the energy.", "g", "CO2e", table=MONEY_TABLE, of_energy=True,
-           by_master=True),
-    Metric("energy_wh_per_minute", "Wh for each minute of output.", "", "Wh a minute",
-           table=MONEY_TABLE, of_energy=True, by_master=True),
-    Metric("cost_per_minute", "Price of the energy for each minute of output.", CURRENCY,
-           "cost a minute", table=MONEY_TABLE, of_energy=True, by_master=True),
-    Metric("carbon_g_per_minute", "gCO2e for each minute of output.", "", "g CO2e a minute",
-           table=MONEY_TABLE, of_energy=True, by_master=True),
+    Metric("energy_wh", "Energy in Wh.",
+           "Wh", "energy", table=MONEY_TABLE,
+           formula="energy_joules / 3600",
+           unknown="{energy}", of_machine=True, of_energy=True, exported=False),
+    Metric("energy_cost", "Price of the energy, in the tariff's currency.",
+           CURRENCY, "cost", table=MONEY_TABLE,
+           of_energy=True, by_master=True),
+    Metric("carbon_g", "gCO2e of the energy.",
+           "g", "CO2e", table=MONEY_TABLE,
+           of_energy=True, by_master=True),
+    Metric("energy_wh_per_minute", "Wh for each minute of output.",
+           "", "Wh a minute", table=MONEY_TABLE,
+           of_energy=True, by_master=True),
+    Metric("cost_per_minute", "Price of the energy for each minute of output.",
+           CURRENCY, "cost a minute", table=MONEY_TABLE,
+           of_energy=True, by_master=True),
+    Metric("carbon_g_per_minute", "gCO2e for each minute of output.",
+           "", "g CO2e a minute", table=MONEY_TABLE,
+           of_energy=True, by_master=True),
 
-    Metric("power_watts", "Mean power while it ran.", "W", "power", table=POWER_TABLE,
-           phrase="{:.1f} W", formula="energy_joules / duration", unknown="{energy}",
-           of_machine=True, of_energy=True),
-    Metric("idle_watts", "What the idle machine draws.", "W", "idle", table=POWER_TABLE,
-           phrase="{:.1f} W", repeats="mean", unknown="{idle}", of_machine=True, of_energy=True),
-    Metric("joules_per_frame", "Energy for each frame.", "J", "a frame", table=POWER_TABLE,
-           phrase="{:.3g} J a frame", formula="energy_joules / frames", unknown="{energy}",
-           of_energy=True),
-    Metric("pixels_per_joule", "Pixels encoded for each joule.", "", "pixels/J", 4, POWER_TABLE,
-           formula="width * height * frames / energy_joules", unknown="{energy}", of_energy=True),
+    Metric("power_watts", "Mean power while it ran.",
+           "W", "power", table=POWER_TABLE,
+           phrase="{:.1f} W", formula="energy_joules / duration",
+           unknown="{energy}", of_machine=True, of_energy=True),
+    Metric("idle_watts", "What the idle machine draws.",
+           "W", "idle", table=POWER_TABLE,
+           phrase="{:.1f} W",
+           repeats="mean", unknown="{idle}", of_machine=True, of_energy=True),
+    Metric("joules_per_frame", "Energy for each frame.",
+           "J", "a frame", table=POWER_TABLE,
+           phrase="{:.3g} J a frame", formula="energy_joules / frames",
+           unknown="{energy}", of_energy=True),
+    Metric("pixels_per_joule", "Pixels encoded for each joule.",
+           "", "pixels/J", 4, POWER_TABLE,
+           formula="width * height * frames / energy_joules",
+           unknown="{energy}", of_energy=True),
 
-    Metric("frames", "Frames encoded.", phrase="{:.0f}"),
+    Metric("frames", "Frames encoded.",
+           phrase="{:.0f}"),
     Metric("dropped_frames", "Frames that FFmpeg dropped."),
-    Metric("output_seconds", "Length of the output.", "s"),
-    Metric("cpu_seconds", "CPU time of the job's processes.", "s", phrase="{:.1f} CPU s",
+    Metric("output_seconds", "Length of the output.",
+           "s"),
+    Metric("cpu_seconds", "CPU time of the job's processes.",
+           "s",
+           phrase="{:.1f} CPU s",
            repeats="mean"),
-    Metric("background_cpu_percent", "% of the machine that others used meanwhile.", "%",
+    Metric("background_cpu_percent", "% of the machine that others used meanwhile.",
+           "%",
            repeats="mean", unknown=_TOO_SHORT, of_machine=True),
-    Metric("gpu_usage", "% of the GPU.", "%", repeats="mean", unknown="{gpu}", of_machine=True),
-    Metric("gpu_memory_usage", "Peak memory used on the GPU.", "MiB", unknown="{gpu}",
-           of_machine=True, series="gpu_memory_mib"),
-    Metric("gpu_energy_joules", "Energy of the GPU.", "J", repeats="mean", unknown="{gpu_energy}",
-           of_machine=True),
+    Metric("gpu_usage", "% of the GPU.",
+           "%",
+           repeats="mean", unknown="{gpu}", of_machine=True),
+    Metric("gpu_memory_usage", "Peak memory used on the GPU.",
+           "MiB",
+           unknown="{gpu}", of_machine=True, series="gpu_memory_mib"),
+    Metric("gpu_energy_joules", "Energy of the GPU.",
+           "J",
+           repeats="mean", unknown="{gpu_energy}", of_machine=True),
 
-    Metric("duplicated_frames", "Frames that FFmpeg doubled.", exported=False),
-    Metric("damaged_packets", "Signs of damage in the input that FFmpeg logged.", exported=False),
-    Metric("headroom_percent", "Share of the film's length by which the encode was faster.", "%",
-           formula="100 - 100 * duration / output_seconds", unknown=_NO_LENGTH, exported=False),
-    Metric("idle_joules", "Energy of the idle machine in the same time.", "J", repeats="mean",
-           unknown="{idle}", of_machine=True, exported=False),
+    Metric("duplicated_frames", "Frames that FFmpeg doubled.",
+           exported=False),
+    Metric("damaged_packets", "Signs of damage in the input that FFmpeg logged.",
+           exported=False),
+    Metric("headroom_percent", "Share of the film's length by which the encode was faster.",
+           "%",
+           formula="100 - 100 * duration / output_seconds",
+           unknown=_NO_LENGTH, exported=False),
+    Metric("idle_joules", "Energy of the idle machine in the same time.",
+           "J",
+           repeats="mean", unknown="{idle}", of_machine=True, exported=False),
     Metric("quality_per_wh", "Quality for each Wh: the first known of vmaf, psnr_db and xpsnr_db.",
-           formula="quality / energy_wh", unknown="{quality}", exported=False),
-    Metric("power_source", "Where the energy was read.", unknown="{energy}", of_machine=True,
+           formula="quality / energy_wh",
+           unknown="{quality}", exported=False),
+    Metric("power_source", "Where the energy was read.",
+           unknown="{energy}", of_machine=True, exported=False),
+    Metric("power_resolution", "How fine its readings are.",
+           unknown="{energy}", of_machine=True, exported=False),
+    Metric("energy_estimated", "Whether a power model estimated the energy.",
+           unknown="{energy}", of_machine=True, exported=False),
+    Metric("throttled", "Whether heat slowed down a processor or GPU.",
+           repeats="most", unknown="the kernel does not count it here", of_machine=True,
            exported=False),
-    Metric("power_resolution", "How fine its readings are.", unknown="{energy}", of_machine=True,
-           exported=False),
-    Metric("energy_estimated", "Whether a power model estimated the energy.", unknown="{energy}",
-           of_machine=True, exported=False),
-    Metric("throttled", "Whether heat slowed down a processor or GPU.", repeats="most",
-           unknown="the kernel does not count it here", of_machine=True, exported=False),
-    Metric("jobs_beside", "Jobs that ran at the same time.", repeats="most", exported=False),
+    Metric("jobs_beside", "Jobs that ran at the same time.",
+           repeats="most", exported=False),
 )}
 # Figures that follow from others. `quality` is the first known of vmaf, psnr_db and xpsnr_db.
 FORMULAS = {row.name: row.formula for row in METRICS.values() if row.formula}
@@ -1269,54 +1312,68 @@ class Client:
         self._handler.close()
 
     def register(self, registration: Json) -> Registered:
-        return Registered.from_json(self._call("POST", "/nodes/register", registration))
+        answer = self._call("POST", "/nodes/register", registration)
+        return Registered.from_json(answer)
 
     def heartbeat(self, node_id: str, body: Json, wait_s: float | None = None) -> Answer:
         path = f"/nodes/{_quoted(node_id)}/heartbeat"
-        return Answer.from_json(self._call("POST", path, body, {"wait": wait_s}, wait_s))
+        answer = self._call("POST", path, body, {"wait": wait_s}, wait_s)
+        return Answer.from_json(answer)
 
     def claim(self, query: Json, wait_s: float | None = None) -> Answer:
         query = {**query, "wait": wait_s}
-        return Answer.from_json(self._call("GET", CLAIM_PATH, None, query, wait_s))
+        answer = self._call("GET", CLAIM_PATH, None, query, wait_s)
+        return Answer.from_json(answer)
 
     def progress(self, job_id: str, body: Json) -> Answer:
-        return Answer.from_json(self._call("POST", f"/jobs/{_quoted(job_id)}/progress", body))
+        path = f"/jobs/{_quoted(job_id)}/progress"
+        answer = self._call("POST", path, body)
+        return Answer.from_json(answer)
 
     def report(self, result: Json) -> None:
         self._call("POST", "/results", result)
 
     def submit(self, job: Json) -> JobView:
-        return JobView.from_json(self._call("POST", "/jobs", job))
+        answer = self._call("POST", "/jobs", job)
+        return JobView.from_json(answer)
 
     def submit_all(self, jobs: Sequence[Json]) -> tuple[JobView, ...]:
         answer = self._call("POST", "/jobs", list(jobs), wait_s=SUBMIT_WAIT_S)
         return Listing.from_json(answer, "jobs", JobView).items
 
     def nodes(self) -> Listing[NodeView]:
-        return Listing.from_json(self._call("GET", "/nodes"), "nodes", NodeView)
+        answer = self._call("GET", "/nodes")
+        return Listing.from_json(answer, "nodes", NodeView)
 
     def jobs(self, query: Json) -> Listing[JobView]:
-        return Listing.from_json(self._call("GET", "/jobs", None, query), "jobs", JobView)
+        answer = self._call("GET", "/jobs", None, query)
+        return Listing.from_json(answer, "jobs", JobView)
 
     def results(self, query: Json) -> Listing[ResultView]:
-        return Listing.from_json(self._call("GET", "/results", None, query), "results", ResultView)
+        answer = self._call("GET", "/results", None, query)
+        return Listing.from_json(answer, "results", ResultView)
 
     def job(self, job_id: str) -> JobView:
-        return JobView.from_json(self._call("GET", f"/jobs/{_quoted(job_id)}"))
+        answer = self._call("GET", f"/jobs/{_quoted(job_id)}")
+        return JobView.from_json(answer)
 
     def order(self, job_id: str, verb: str) -> JobView:
-        return JobView.from_json(self._call("POST", f"/jobs/{_quoted(job_id)}/{verb}"))
+        answer = self._call("POST", f"/jobs/{_quoted(job_id)}/{verb}")
+        return JobView.from_json(answer)
 
     def order_node(self, node_id: str, verb: str, deadline_s: float | None = None) -> NodeView:
         path = f"/nodes/{_quoted(node_id)}/{verb}"
-        return NodeView.from_json(self._call("POST", path, None, {"deadline": deadline_s}))
+        answer = self._call("POST", path, None, {"deadline": deadline_s})
+        return NodeView.from_json(answer)
 
     def forget_node(self, node_id: str) -> NodeView:
-        return NodeView.from_json(self._call("DELETE", f"/nodes/{_quoted(node_id)}"))
+        answer = self._call("DELETE", f"/nodes/{_quoted(node_id)}")
+        return NodeView.from_json(answer)
 
     def logs(self, job_id: str, after: int, wait_s: float | None = None) -> LogPart:
-        path, query = f"/jobs/{_quoted(job_id)}/logs", {"after": after, "wait": wait_s}
-        return LogPart.from_json(self._call("GET", path, None, query, wait_s))
+        path = f"/jobs/{_quoted(job_id)}/logs"
+        answer = self._call("GET", path, None, {"after": after, "wait": wait_s}, wait_s)
+        return LogPart.from_json(answer)
 
 
 def _master_address(url: str) -> tuple[str, str, int]:
@@ -1588,19 +1645,30 @@ _WORDS = {"h264": "h264", "hevc": "h265", "av1": "av1", "vp9": "vp9"}  # FFmpeg'
 
 
 def _nvenc(codec: str) -> Encoder:
-    return Encoder(codec, True, 0, _NVENC_WORDS, "p[1-7]", crf=28 if codec == "h265" else 23,
-                   crf_args=("-rc", "vbr", "-cq", "{crf}", "-b:v", "0"),
-                   bitrate_args=("-rc", "vbr", *_VBV), ten_bit=_P010[codec])
+    return Encoder(
+        codec, hardware=True, cost=0,
+        presets=_NVENC_WORDS, own="p[1-7]",
+        crf=28 if codec == "h265" else 23,
+        crf_args=("-rc", "vbr", "-cq", "{crf}", "-b:v", "0"),
+        bitrate_args=("-rc", "vbr", *_VBV),
+        ten_bit=_P010[codec])
 
 
 def _qsv(codec: str) -> Encoder:
-    return Encoder(codec, True, 0, _QSV_WORDS, "|".join(_QSV_WORDS), crf=25,
-                   crf_args=("-global_quality", "{crf}"), bitrate_args=_VBV, ten_bit=_P010[codec])
+    return Encoder(
+        codec, hardware=True, cost=0,
+        presets=_QSV_WORDS, own="|".join(_QSV_WORDS),
+        crf=25, crf_args=("-global_quality", "{crf}"),
+        bitrate_args=_VBV,
+        ten_bit=_P010[codec])
 
 
 def _vaapi(codec: str) -> Encoder:
-    return Encoder(codec, True, 0, crf=25, crf_args=("-rc_mode", "CQP", "-qp", "{crf}"),
-                   bitrate_args=_VBV, ten_bit=None, upload="nv12")
+    return Encoder(
+        codec, hardware=True, cost=0,
+        crf=25, crf_args=("-rc_mode", "CQP", "-qp", "{crf}"),
+        bitrate_args=_VBV,
+        ten_bit=None, upload="nv12")
 
 
 # The first of a codec that was proved here is used: hardware first, then the usual software.
@@ -1608,22 +1676,40 @@ ENCODERS: dict[str, Encoder] = {
     **{f"{word}_nvenc": _nvenc(codec) for word, codec in _WORDS.items() if codec != "vp9"},
     **{f"{word}_qsv": _qsv(codec) for word, codec in _WORDS.items()},
     **{f"{word}_vaapi": _vaapi(codec) for word, codec in _WORDS.items()},
-    "h264_v4l2m2m": Encoder("h264", True, 0, ten_bit=None),
-    "libx264": Encoder("h264", False, 1, PRESET_WORDS, _X_OWN, crf=23, bitrate_args=_VBV,
-                       thread_args=_THREADS, two_pass=True),
+    "h264_v4l2m2m": Encoder("h264", hardware=True, cost=0, ten_bit=None),
+    "libx264": Encoder(
+        "h264", cost=1,
+        presets=PRESET_WORDS, own=_X_OWN,
+        crf=23, bitrate_args=_VBV,
+        thread_args=_THREADS, two_pass=True),
     # x265 reads its passes, and its pool of threads, from parameters of its own.
-    "libx265": Encoder("h265", False, 4, PRESET_WORDS, _X_OWN, crf=28, bitrate_args=_VBV,
-                       thread_args=("-x265-params", "pools={threads}:log-level=warning{stats}"),
-                       two_pass=True, pass_args=()),
-    "libsvtav1": Encoder("av1", False, 3, _SVT_WORDS, r"\d|1[0-3]", crf=35,
-                         thread_args=("-svtav1-params", "lp={threads}")),
-    "libaom-av1": Encoder("av1", False, 12, _AOM_WORDS, "[0-8]", ("-cpu-used", "{preset}"), 32,
-                          _CRF_ALONE, thread_args=_ROWS, two_pass=True),
-    "libvpx-vp9": Encoder("vp9", False, 5, _VPX_WORDS, "[0-8]",
-                          ("-deadline", "{deadline}", "-cpu-used", "{preset}"), 33, _CRF_ALONE,
-                          thread_args=(*_ROWS, "-tile-columns", "{tile_columns}"), two_pass=True),
-    "librav1e": Encoder("av1", False, 15, _RAV1E_WORDS, r"\d|10", ("-speed", "{preset}"), 100,
-                        ("-qp", "{crf}")),
+    "libx265": Encoder(
+        "h265", cost=4,
+        presets=PRESET_WORDS, own=_X_OWN,
+        crf=28, bitrate_args=_VBV,
+        thread_args=("-x265-params", "pools={threads}:log-level=warning{stats}"),
+        two_pass=True, pass_args=()),
+    # Its words are numbers, as those of all encoders of av1 and vp9: the higher the faster.
+    "libsvtav1": Encoder(
+        "av1", cost=3,
+        presets=_SVT_WORDS, own=r"\d|1[0-3]",
+        crf=35,
+        thread_args=("-svtav1-params", "lp={threads}")),
+    "libaom-av1": Encoder(
+        "av1", cost=12,
+        presets=_AOM_WORDS, own="[0-8]", preset_args=("-cpu-used", "{preset}"),
+        crf=32, crf_args=_CRF_ALONE,
+        thread_args=_ROWS, two_pass=True),
+    "libvpx-vp9": Encoder(
+        "vp9", cost=5,
+        presets=_VPX_WORDS, own="[0-8]",
+        preset_args=("-deadline", "{deadline}", "-cpu-used", "{preset}"),
+        crf=33, crf_args=_CRF_ALONE,
+        thread_args=(*_ROWS, "-tile-columns", "{tile_columns}"), two_pass=True),
+    "librav1e": Encoder(
+        "av1", cost=15,
+        presets=_RAV1E_WORDS, own=r"\d|10", preset_args=("-speed", "{preset}"),
+        crf=100, crf_args=("-qp", "{crf}")),  # a quantiser of 0 to 255, not a crf
     "libopenh264": Encoder("h264", thread_args=_THREADS, ten_bit=None),
 }
 # Where a job names no rate: kbit/s of h264 for a picture of at least so many lines.
