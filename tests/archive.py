@@ -1,11 +1,14 @@
 """Unpack the text archives of tests/hosts into trees, and pack trees into archives.
 
-The format is that of `hwdetect.py --record`: before each entry a line "=== KIND PATH", then its text with
-backslashes, control characters and a leading "===" escaped as \\xNN.
+The format is that of `hwdetect.py --record`: before each entry a line "=== KIND PATH", then its
+text with backslashes, control characters and a leading "===" escaped as \\xNN.
 
-    file      a file whose text ends with a newline        part   one whose text does not
-    link      a symbolic link, the text being its target   dir    an empty folder
-    refused   a file that could not be read (no mode bits) there  an empty file, unless something is there
+    file     a file whose text ends with a newline
+    part     a file whose text does not
+    link     a symbolic link; the text is its target
+    dir      an empty folder
+    refused  a file that could not be read (no mode bits)
+    there    an empty file, unless the path exists already
 
     python3 tests/archive.py unpack FILE DIR | pack DIR > FILE
 """
@@ -22,7 +25,7 @@ import hwdetect
 
 
 def unpack(text: str, tree: Path) -> list[str]:
-    """Make the tree of an archive; gives the paths of its files."""
+    """Make the tree of an archive; return the paths of its files."""
     return hwdetect.unpack(text, str(tree))
 
 

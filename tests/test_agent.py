@@ -1431,11 +1431,6 @@ class Metering(FolderCase):
         self.assertEqual((ledger.power_source, ledger.beside), ("rapl", 0))
         self.assertEqual(ledger.peak_rss_bytes, 2 << 20)
 
-    def test_memory_is_reported_in_mib(self) -> None:
-        ledger = hwdetect.Ledger(peak_rss_bytes=3 << 20, gpu_memory_bytes=5 << 20)
-        metrics = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=1.0))
-        self.assertEqual((metrics["memory_usage"], metrics["gpu_memory_usage"]), (3.0, 5.0))
-
     def test_energy_before_and_after_is_nobodys(self) -> None:
         self.energy(500)
         ledger = self.ledger(10)
