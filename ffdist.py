@@ -5237,7 +5237,7 @@ HEADERS_MOST = 100
 # From the first byte of a head to its last, and for a whole body: a peer that drips is given up.
 HEAD_S = 10.0
 BODY_S = 60.0
-# Between two requests: longer than any agent's heartbeat interval.
+# Between two requests: ten times the usual heartbeat interval of an agent.
 IDLE_S = 300.0
 # The kernel ends a read so often, so that the deadlines above are looked at; and a stuck answer.
 TICK_S = 2
@@ -5735,11 +5735,9 @@ def _raise_file_limit() -> None:
 # kept: the next push has the states of its own time.
 
 PUSH_S = 5.0
-# A query looks back 5 min for a state; one that is repeated more often than a panel's step is
-# dense.
+# So that a panel over a few minutes has points of nodes that did not change.
 NODES_AGAIN_S = 30.0
-# About 3 MB a request: VictoriaMetrics takes 32 MiB a line and any body, but answers after the
-# whole.
+# About 3 MB a request.
 PUSH_LINES_MOST = 20_000
 PUSH_RESULTS_MOST = 500
 # Results from before pushing was switched on; the journal may hold a million.
@@ -5943,8 +5941,10 @@ HOUSEKEEPING_S = 30.0
 ACCEPT_S = 0.2
 # Finished jobs are removed a few at a time, with a pause in which others get the lock.
 EXPIRY_PAUSE_S = 0.05
-# How long a line of the log may wait for more to be written with it.
+# How long a line of the log may wait for others to be written with it, and how many may wait: when
+# the terminal or the pipe is stuck, requests wait for it rather than fill the memory.
 LOG_DELAY_S = 0.05
+LOG_WAITING_MOST = 20_000
 
 
 class LogWriter(logging.Handler):
@@ -5968,7 +5968,7 @@ class LogWriter(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._records.append(record)
-        if record.levelno >= logging.WARNING:
+        if record.levelno >= logging.WARNING or len(self._records) > LOG_WAITING_MOST:
             self.flush()
         elif not self._waiting.is_set():
             self._waiting.set()
@@ -5996,6 +5996,7 @@ class LogWriter(logging.Handler):
             return ""
 
     def close(self) -> None:
+        """Write what waits, and end the thread."""
         self._stopping.set()
         self._waiting.set()
         self._thread.join()

@@ -6,7 +6,9 @@ import logging
 import threading
 import time
 import unittest
+from unittest import mock
 
+import ffdist
 from agent import ApiError
 from ffdist import LogWriter, Loop, write_log_behind
 from tests.support import listening_log, wait_for
@@ -50,6 +52,22 @@ class TestLogWriter(unittest.TestCase):
         self.assertEqual(self.lines(), [])
         self.stream.may_write.set()
         wait_for(lambda: len(self.lines()) == 1000)
+
+    def test_a_stream_that_is_stuck_holds_events_rather_than_all_memory(self) -> None:
+        self.stream.may_write.clear()
+        sent: list[int] = []
+
+        def work() -> None:
+            for number in range(200):
+                self.log.info("job %d", number)
+                sent.append(number)
+        with mock.patch.object(ffdist, "LOG_WAITING_MOST", 50):
+            threading.Thread(target=work, daemon=True).start()
+            wait_for(lambda: len(sent) >= 50)
+            time.sleep(0.3)
+            self.assertLess(len(sent), 200)
+            self.stream.may_write.set()
+            wait_for(lambda: len(self.lines()) == 200)
 
     def test_lines_keep_their_text_and_order_and_share_a_write(self) -> None:
         for number in range(500):
