@@ -1765,6 +1765,7 @@ CRF_MOST = {"h264": 51, "h265": 51}  # their scale ends there; that of av1 and v
 RATE_MOST_CHARS = 24  # of a bitrate as a text: more digits are not a rate
 HEIGHTS = (16, 8640)  # of a scenario: 8640 lines are 16K
 
+# Each pattern bounds the digits that it takes: int() and Fraction() of a million of them take long.
 _SCENARIO = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SIZE_WORD = re.compile(r"(?:([248])K|(\d{2,5})p)(\d{1,4})?", re.IGNORECASE)
 _K_SIZES = {"2": (2560, 1440), "4": (3840, 2160), "8": (7680, 4320)}
@@ -1883,7 +1884,7 @@ def parse_url(text: str) -> Url:
         raise ValueError("expected scheme://host:port/path")
     scheme, user, host, port, rest = match.groups()
     if host.startswith("["):
-        host = str(ipaddress.IPv6Address(host[1:-1]))
+        host = str(ipaddress.IPv6Address(host[1:-1]))  # its one usual form
     elif not host.isascii():
         host = host.encode("idna").decode()  # UnicodeError is a ValueError
     if ":" not in host and not _HOST.fullmatch(host):
@@ -1901,6 +1902,7 @@ def resolve(scenario: object, parameters: object = None, own_paths: bool = False
     caller's own shell: they may have hidden parts.
     """
     values: Json = {**_scenario_values(scenario), **_checked_parameters(parameters)}
+    # An encoder that is named says the codec too.
     encoder = ENCODERS.get(values.get("encoder", ""))
     values.setdefault("codec", encoder.codec if encoder else "h264")
     if is_baseline(str(scenario)):
@@ -1927,23 +1929,29 @@ def _complete_size(values: Json) -> None:
 def _scenario_values(scenario: object) -> Json:
     """Return the values that the words of a scenario name: one size with a rate, one codec."""
     if scenario is None:
-        raise ApiError(400, "scenario is required: a short name such as 1080p30-h264", "scenario")
+        raise _bad_scenario("is required: a short name such as 1080p30-h264")
     if not isinstance(scenario, str) or not _SCENARIO.fullmatch(scenario):
-        raise ApiError(400, "scenario must be 1 to 64 letters, digits, dots, underscores or "
-                       "dashes, such as 1080p30-h264", "scenario")
+        raise _bad_scenario("must be 1 to 64 letters, digits, dots, underscores or dashes, such as "
+                            "1080p30-h264")
     values: Json = {}
     for word in scenario.split("-"):
         size = _SIZE_WORD.fullmatch(word)
         codec = CODEC_ALIASES.get(word.lower(), word.lower())
         if size:
             if "height" in values:
-                raise ApiError(400, f"scenario {scenario} names two sizes", "scenario")
+                raise _bad_scenario(f"{scenario} names two sizes")
             values.update(_size_values(size, word))
         elif codec in CODECS:
             if "codec" in values:
-                raise ApiError(400, f"scenario {scenario} names two codecs", "scenario")
+                raise _bad_scenario(f"{scenario} names two codecs")
             values["codec"] = codec
+        # Any other word is a label of the user's own.
     return values
+
+
+def _bad_scenario(message: str) -> ApiError:
+    """Return the refusal of a scenario."""
+    return ApiError(400, f"scenario {message}", "scenario")
 
 
 def _size_values(match: re.Match[str], word: str) -> Json:
@@ -1955,11 +1963,11 @@ def _size_values(match: re.Match[str], word: str) -> Json:
     else:
         values["height"] = int(lines)
     low, high = HEIGHTS
-    if not low <= values["height"] <= high or values["height"] % 2:
-        raise ApiError(400, f"scenario asks for {word}: a height must be even, from {low} to {high}",
-                       "scenario")
+    height = values["height"]
+    if not low <= height <= high or height % 2:
+        raise _bad_scenario(f"asks for {word}: a height must be even, from {low} to {high}")
     if rate and not 1 <= int(rate) <= PARAMETERS["fps"].high:
-        raise ApiError(400, f"scenario asks for {word}: a frame rate is from 1 to 480", "scenario")
+        raise _bad_scenario(f"asks for {word}: a frame rate is from 1 to 480")
     _complete_size(values)
     if rate:
         values["fps"] = int(rate)
@@ -1992,7 +2000,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     if not near:
         return f"known are {', '.join(names)}"
     likeness = [difflib.SequenceMatcher(None, other, name).ratio() for other in near]
-    alike = [other for other, value in zip(near, likeness) if value == likeness[0]]
+    alike = [other for other, value in zip(near, likeness) if value == likeness[0]]  # best first
     return f"did you mean {' or '.join(alike)}?"
 
 
@@ -2102,6 +2110,7 @@ def _bool(name: str, value: object, rule: Parameter) -> bool | None:
 
 def _word(name: str, value: object, rule: Parameter) -> str:
     text = _field(name, value).required_text(name, 32).lower()
+    # One table of aliases for all words: no codec and container share one.
     text = CODEC_ALIASES.get(text, CONTAINER_ALIASES.get(text, text))
     if text not in rule.words:
         raise _bad(name, f"must be one of {', '.join(rule.words)}")
@@ -2131,7 +2140,7 @@ def _plain_name(name: str, value: object, rule: Parameter) -> str:
 
 
 def _preset(name: str, value: object, rule: Parameter) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool):  # True is an int
         return str(_whole(name, value, rule))
     text = _field(name, value).required_text(name, 16).lower()
     if text in PRESET_WORDS or _OWN_PRESET.fullmatch(text):
@@ -2223,7 +2232,8 @@ def _container(values: Json) -> str:
 def _refuse_hidden(output: str | None) -> None:
     """Refuse an output with a hidden part, or one that leads up: `.ssh/film.mkv`, `../film.mkv`."""
     parts = output.split("/") if output and not scheme_of(output) else ()
-    if any(part.startswith(".") and part != "." for part in parts):
+    hidden = [part for part in parts if part.startswith(".")]
+    if any(part != "." for part in hidden):
         raise _bad("output", "must not have a part that begins with a dot")
 
 
@@ -5394,6 +5404,7 @@ def _measured(run: Outcome) -> Json:
             hwdetect.POWER_SOURCES.get(name, name) for name in sources)
         figures["energy_estimated"] = "model" in energy.source
     has_idle = 0 < ledger.idle_s >= COVERED_LEAST * ledger.measured_s
+    # Without the whole run's idle share, net energy would be too high.
     if energy.joules is not None and has_idle:
         figures.update(idle_watts=ledger.idle_watts, idle_joules=ledger.idle_joules)
     if ledger.gpu_seen_s:
@@ -5408,7 +5419,7 @@ def _cpu_usage(ledger: hwdetect.Ledger, wall_s: float) -> tuple[float | None, fl
 
     A run that was too short to sample has only the job's own CPU time.
     """
-    capacity = os.cpu_count() or 1
+    capacity = os.cpu_count() or 1  # of the whole machine, whatever this process may use
     if ledger.busy_s > 0:
         usage = ledger.busy_percent_s / ledger.busy_s
         own = 100 * ledger.cpu_s / (capacity * ledger.measured_s)
@@ -5446,15 +5457,19 @@ def _reasons(metrics: Json, known: Mapping[str, str], outcome: Outcome) -> dict[
 
     reasons = {}
     for name, value in metrics.items():
-        if value is None:
-            row = METRICS[name]
-            usual = no_film if no_film and not row.of_machine else row.unknown.format(**causes)
-            reasons[name] = known.get(name, usual)
+        if value is not None:
+            continue
+        row = METRICS[name]
+        usual = row.unknown.format(**causes)
+        if no_film and not row.of_machine:
+            usual = no_film
+        reasons[name] = known.get(name, usual)  # the more exact one first
     return reasons
 
 
 def _causes(no_energy: str, has_energy: bool, ledger: hwdetect.Ledger) -> dict[str, str]:
     """Return the causes that METRICS names in braces."""
+    # `gpus.0` is the reason of a whole card, `gpus.0.power_watts` of one of its readings.
     gpus = {key: why for key, why in ledger.unknown.items() if key.startswith("gpus.")}
     whole = [why for key, why in gpus.items() if re.fullmatch(r"gpus\.\d+", key)]
     no_gpu = "no GPU with readings"
@@ -5545,8 +5560,11 @@ class _Case:
         """Whether it did not keep up; a live encode may end late by FFmpeg's start."""
         if self.speed is None or self.speed >= REAL_TIME:
             return False
-        wall_s, film_s = self.metrics.get("duration"), self.metrics.get("output_seconds")
-        return not self.settings.live or (wall_s or 0.0) - (film_s or 0.0) >= LIVE_LATE_S
+        if not self.settings.live:
+            return True
+        wall_s = self.metrics.get("duration") or 0.0
+        film_s = self.metrics.get("output_seconds") or 0.0
+        return wall_s - film_s >= LIVE_LATE_S
 
     @property
     def slowness(self) -> list[str]:
@@ -5659,7 +5677,7 @@ def analyze(settings: Settings, made: Plan, metrics: Json, machine: Machine, giv
     where there is none.
     """
     case = _Case(settings, made, metrics, machine)
-    verdict = next(rule for rule in VERDICTS if rule.applies(case))
+    verdict = next(rule for rule in VERDICTS if rule.applies(case))  # the last one always does
     change = verdict.change(case)
     suggestion = None
     if change:
@@ -5705,6 +5723,7 @@ def result_of(attempt: Attempt, outcome: Outcome, machine: Machine, ended_at: fl
     if made and settings:
         result["encode"] = _encode_json(settings, made, outcome.limits)
         result["output"] = settings.output or "none (encoded, measured, discarded)"
+    # A failed attempt has metrics too: what it cost. One that was stopped proves nothing.
     if outcome.status in ("completed", "failed"):
         result["metrics"] = metrics_of(outcome)
         result.update(_history(outcome))
