@@ -6164,14 +6164,44 @@ class Service:
 
 # ---- 17 Experiments -------------------------------------------------------------------------------
 
+# An experiment is a matrix of jobs, written as a JSON file. It becomes a list of submissions in
+# the order in which they are to run; the master keeps that order, so whoever has submitted them
+# may leave. Two fields of a submission say what may run beside what:
+#
+#   exclusive  a job that rests before or after its encode, or measures the idle machine, has its
+#              node to itself
+#   after      streams are to run beside each other, so they cannot be exclusive: they wait for all
+#              jobs before them on their node, and the jobs behind them wait for all of them
+#
+# A job's id follows from the experiment's id and from all that the job is, its order aside. So
+# the same file means the same jobs: submitting it again runs nothing twice, and a changed line
+# runs only its own.
+
+MAX_STREAMS = 256
+MAX_REPEATS = 1000
+
+# field of a file, with every value an axis -> parameter of a job
+_AXES = {"inputs": "input", "codecs": "codec", "encoders": "encoder", "presets": "preset"}
+# bitrates and crfs are one axis: a job has a rate of one kind or the other
+_RATES = {"bitrates": "bitrate", "crfs": "crf"}
+_RESTS = ("settle", "cooldown")
+_SECONDS = ("duration", *_RESTS, "timeout")  # may be written 1m30s here
+EXPERIMENT_FIELDS = ("name", "id", "scenarios", *_AXES, *_RATES, "nodes", "streams", "repeats",
+                     "baseline", "quality", "confidence", *_RESTS, "parameters")
+
+_TYPES = ("single", "multi", "baseline")
+_BASELINE_PARAMETERS = ("duration", *_RESTS)
+# What an object in `scenarios` says beside parameters; `stabilization` is the seed's word for
+# settle.
+_ENTRY_WORDS = ("scenario", "name", "type", "count", "stabilization")
+_ENTRY_FIELDS = (*_ENTRY_WORDS, "resolution", "frame_rate", "output_mode", "rtmp_url", "stream_key",
+                 *wire.PARAMETERS)
+
+
 class Group(NamedTuple):
-    """Jobs of an experiment that run side by side: on one node (`lane`) or, where that is "", on any.
+    """Submissions that run side by side on one node, or on any ("")."""
 
-    While an `alone` one runs, nothing else of the experiment may run where it does.
-    """
-
-    lane: str
-    alone: bool
+    node: str
     jobs: tuple[Json, ...]
 
 
@@ -6188,19 +6218,11 @@ class Experiment(NamedTuple):
         return [job for group in self.groups for job in group.jobs]
 
 
-_AXES = {"inputs": "input", "codecs": "codec", "encoders": "encoder", "presets": "preset"}
-_RATES = {"bitrates": "bitrate", "crfs": "crf"}
-_SECONDS = ("duration", "settle", "cooldown", "timeout")
-EXPERIMENT_FIELDS = ("name", "id", "scenarios", *_AXES, *_RATES, "nodes", "streams", "repeats", "baseline",
-                "quality", "confidence", "settle", "cooldown", "parameters")
-_ENTRY_FIELDS = ("scenario", "name", "type", "count", "stabilization", "resolution", "frame_rate",
-                 "output_mode", "rtmp_url", "stream_key", *wire.PARAMETERS)
-_TYPES = ("single", "multi", "baseline")
-STREAMS_MOST = 256
-
-
 class _Entry(NamedTuple):
-    """One scenario of an experiment file: its place, its own parameters, the file's words for these."""
+    """One scenario of a file: its place there, its streams, its own parameters.
+
+    `words` has the file's word for a parameter that goes by another name in it.
+    """
 
     place: str
     scenario: str
@@ -6208,231 +6230,418 @@ class _Entry(NamedTuple):
     streams: tuple[int, ...]
     parameters: Json
     words: Mapping[str, str] = {}
-    baseline: bool = False
+    is_baseline: bool = False
 
-    def place_of(self, name: str) -> str:
+    def place_of(self, parameter: str) -> str:
         """Return the place of one of its own parameters."""
-        return f"{self.place}.{self.words.get(name, name)}"
+        return f"{self.place}.{self.words.get(parameter, parameter)}"
+
+
+class _Cell(NamedTuple):
+    """The parameters that axes give to a job, and the place of each in the file."""
+
+    values: Json
+    places: Mapping[str, str]
+
+
+class _Point(NamedTuple):
+    """One group of the matrix: its coordinates."""
+
+    entry: _Entry
+    cell: _Cell
+    node: str | None
+    streams: int
+    repeat: int | None
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """An experiment file with its fields checked; `file` has the axes."""
+
+    id: str
+    name: str
+    confidence: str
+    nodes: tuple[str | None, ...]
+    repeats: int
+    entries: tuple[_Entry, ...]
+    common: Json   # parameters of all encodes
+    quality: Json  # that of all encodes, by its name
+    rests: Json    # settle and cooldown of all jobs, in s
+    file: Json
 
 
 def experiment_of(value: Any, stem: str) -> Experiment:
-    """Return the experiment of a file's JSON; ValueError tells the place of what is wrong in it.
+    """Return the experiment of a file's JSON; ValueError names the place of a fault in it.
 
-    `stem` names it where the file does not. A job's id follows from the experiment's id and from all that
-    the job is, so that the same file means the same jobs, and a changed line only its own.
+    `stem` names the experiment where the file does not.
     """
+    matrix = _matrix_of(value, stem)
+    groups = [_group_of(matrix, point) for point in _points_of(matrix)]
+    experiment = Experiment(matrix.id, matrix.name, tuple(_in_order(groups)))
+    _refuse_clashes(experiment.jobs)
+    return experiment
+
+
+def _refuse_clashes(jobs: Sequence[Json]) -> None:
+    """Refuse jobs that are the same, or that would write the same file."""
+    outputs = [job["parameters"]["output"] for job in jobs if job["parameters"].get("output")]
+    if len(set(outputs)) < len(outputs):
+        raise ValueError("parameters.output would be written by several jobs: "
+                         "leave it out to discard them")
+    if len({job["id"] for job in jobs}) < len(jobs):
+        raise ValueError("the same job is in the file more than once: "
+                         "use repeats to run all of it more than once")
+
+
+def _matrix_of(value: Any, stem: str) -> _Matrix:
     if not isinstance(value, dict):
-        raise ValueError("the file must hold a JSON object with scenarios")
-    _known(value, "", EXPERIMENT_FIELDS)
-    name = _text(value, "name", "", stem[:64] or "experiment")
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", _text(value, "id", "", name)).strip("-")[:64] or "experiment"
+        raise ValueError("invalid experiment: expected a JSON object with scenarios")
+    _refuse_unknown(value, "", EXPERIMENT_FIELDS)
     if value.get("confidence", "auto") not in CONFIDENCES:
         raise ValueError(f"confidence must be one of {', '.join(CONFIDENCES)}")
-    nodes = _list(value, "nodes", str, "names of nodes") or [None]
-    streams = tuple(_wholes(value, "streams", STREAMS_MOST))
-    given = _list(value, "scenarios", (str, dict), "scenarios")
-    if not given and any(name in value for name in (*_AXES, *_RATES)):
-        given = ["transcode"]
-    entries = [_entry(item, f"scenarios[{number}]", streams) for number, item in enumerate(given)]
-    if value.get("baseline") not in (None, False, 0):
-        length = {} if value["baseline"] is True else {"duration": _seconds(value["baseline"], "baseline")}
-        entries.insert(0, _Entry("baseline", "baseline", None, (1,), length, baseline=True))
-    elif not entries:
-        raise ValueError("scenarios must be a list of at least one, such as [\"1080p30\"]")
-    cells = list(itertools.islice(((node, entry, cell) for entry in entries for cell in _cells(value, entry)
-                                   for node in nodes), BULK_MOST + 1))
-    repeats, = _wholes(value, "repeats", 1000, several=False)
-    if repeats * sum(sum(entry.streams) for _, entry, _ in cells) > BULK_MOST:
-        raise ValueError(f"the file asks for more than {BULK_MOST} jobs")
-    groups = tuple(_group(slug, name, value, entry, cell, node, size, repeat if repeats > 1 else None)
-                   for repeat in range(1, repeats + 1) for node, entry, cell in cells
-                   for size in entry.streams)
-    made = Experiment(slug, name, groups)
-    outputs = [job["parameters"]["output"] for job in made.jobs if job["parameters"].get("output")]
-    if len(set(outputs)) < len(outputs):
-        raise ValueError("parameters.output would be written by several jobs: leave it out to discard them")
-    if len({job["id"] for job in made.jobs}) < len(made.jobs):
-        raise ValueError("the file asks twice for the same job: use repeats to run all of it more than once")
-    return made
+
+    name = _text(value, "name", stem[:64] or "experiment")
+    return _Matrix(
+        id=_slug(_text(value, "id", name)),
+        name=name,
+        confidence=value.get("confidence", "auto"),
+        nodes=tuple(_list(value, "nodes", str, "names of nodes")) or (None,),
+        repeats=_whole(value, "repeats", MAX_REPEATS),
+        entries=_entries_of(value),
+        common=typed_of(value, "parameters", dict, "an object of parameters") or {},
+        quality={"quality": value["quality"]} if "quality" in value else {},
+        rests={name: _seconds(value[name], name) for name in _RESTS if value.get(name)},
+        file=value)
 
 
-def _known(value: Json, place: str, names: Sequence[str]) -> None:
+def _slug(text: str) -> str:
+    """Return a text with a dash for whatever does not belong into an id."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-")[:64] or "experiment"
+
+
+def _entries_of(file: Json) -> tuple[_Entry, ...]:
+    """Return the scenarios of a file; the baseline of the whole comes first."""
+    streams = _wholes(file, "streams", MAX_STREAMS)
+    items = _list(file, "scenarios", (str, dict), "scenarios")
+    if not items and any(name in file for name in (*_AXES, *_RATES)):
+        items = ["transcode"]
+    entries = [_entry_of(item, f"scenarios[{number}]", streams)
+               for number, item in enumerate(items)]
+
+    length = file.get("baseline")
+    if length not in (None, False, 0):
+        parameters = {} if length is True else {"duration": _seconds(length, "baseline")}
+        baseline = _Entry("baseline", wire.BASELINE, None, (1,), parameters, is_baseline=True)
+        return (baseline, *entries)
+    if not entries:
+        raise ValueError('scenarios must be a list of at least one, such as ["1080p30"]')
+    return tuple(entries)
+
+
+def _entry_of(item: Any, place: str, streams: tuple[int, ...]) -> _Entry:
+    """Return a scenario: a word, or an object with parameters as in the seed's files."""
+    if isinstance(item, str):
+        return _Entry(place, item, None, streams, {})
+
+    _refuse_unknown(item, f"{place}.", _ENTRY_FIELDS)
+    kind = item.get("type", "multi" if "count" in item else "single")
+    if kind not in _TYPES:
+        raise ValueError(f"{place}.type must be one of {', '.join(_TYPES)}")
+
+    name = _text(item, "name", "", f"{place}.") if "name" in item else None
+    entry = _with_parameters(
+        _Entry(place, item.get("scenario", "transcode"), name, streams, {}), item)
+    if kind == "baseline":
+        measured = {name: value for name, value in entry.parameters.items()
+                    if name in _BASELINE_PARAMETERS}
+        return entry._replace(scenario=wire.BASELINE, streams=(1,), parameters=measured,
+                              is_baseline=True)
+    if "count" in item:
+        return entry._replace(streams=_wholes(item, "count", MAX_STREAMS, f"{place}."))
+    return entry
+
+
+def _with_parameters(entry: _Entry, item: Json) -> _Entry:
+    """Return a scenario with the parameters of its object in the file, durations in s."""
+    parameters = {name: value for name, value in item.items() if name not in _ENTRY_WORDS}
+    if "stabilization" in item and "settle" not in item:
+        parameters = {"settle": item["stabilization"], **parameters}
+        entry = entry._replace(words={"settle": "stabilization"})
+
+    for name in _SECONDS:
+        if name in parameters:
+            parameters[name] = _seconds(parameters[name], entry.place_of(name))
+    return entry._replace(parameters=parameters)
+
+
+def _refuse_unknown(value: Json, place: str, names: Sequence[str]) -> None:
     for name in value:
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1, 0.6)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
-            raise ValueError(f"{place}{wire.printable(name)[:64]} is no field of an experiment: {hint}")
+        if name in names:
+            continue
+        near = difflib.get_close_matches(name, names, 1, 0.6)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"
+        raise ValueError(f"unknown field {place}{wire.printable(name)[:64]}: {hint}")
 
 
-def _text(value: Json, name: str, place: str, default: str) -> str:
+def _text(value: Json, name: str, default: str, place: str = "") -> str:
     text = value.get(name, default)
-    if not isinstance(text, str) or not 0 < len(text) <= 64 or wire.printable(text) != text:
-        raise ValueError(f"{place}{name} must be a text of 1 to 64 characters")
-    return text
+    if isinstance(text, str) and 0 < len(text) <= 64 and wire.printable(text) == text:
+        return text
+    raise ValueError(f"{place}{name} must be a text of 1 to 64 characters")
 
 
 def _list(value: Json, name: str, kinds: Any, what: str) -> list[Any]:
-    found = value.get(name, [])
-    if not isinstance(found, list) or (name in value and not found):
+    """Return a list of values of some kinds without duplicates; [] where the field is absent."""
+    items = value.get(name, [])
+    if not isinstance(items, list) or (name in value and not items):
         raise ValueError(f"{name} must be a list of {what}")
+
     seen: set[str] = set()
-    for number, item in enumerate(found):
+    for number, item in enumerate(items):
         text = json.dumps(item, sort_keys=True)
         if not isinstance(item, kinds) or isinstance(item, bool):
             raise ValueError(f"{name}[{number}] must be one of the {what}, not {text[:40]}")
         if text in seen:
-            raise ValueError(f"{name}[{number}] stands there twice: use repeats to run all of it once more")
+            raise ValueError(f"duplicate {name}[{number}]: use repeats to run all of it once more")
         seen.add(text)
-    return found
+    return items
 
 
-def _wholes(value: Json, name: str, most: int, place: str = "", several: bool = True) -> list[int]:
-    """Return one whole number or, where `several` may be, a list of them; 1 where there is none."""
+def _wholes(value: Json, name: str, most: int, place: str = "") -> tuple[int, ...]:
+    """Return a whole number, or each of a list of them; 1 where there is none."""
     given = value.get(name, 1)
-    found = given if several and isinstance(given, list) and given else [given]
-    for number in found:
-        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= most:
-            raise ValueError(f"{place}{name} must be a whole number from 1 to {most}")
-    return found
+    if isinstance(given, list) and given:
+        return tuple(_whole({name: number}, name, most, place) for number in given)
+    return (_whole(value, name, most, place),)
+
+
+def _whole(value: Json, name: str, most: int, place: str = "") -> int:
+    number = value.get(name, 1)
+    if isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= most:
+        return number
+    raise ValueError(f"{place}{name} must be a whole number from 1 to {most}")
 
 
 def _seconds(value: Any, place: str) -> Any:
-    """Return s of a number or a duration; resolve() judges what is neither."""
-    if isinstance(value, str):
-        try:
-            return wire.parse_duration(value)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-    return value
+    """Return the seconds of a duration; any other value stays, for resolve() to check."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return wire.parse_duration(value)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
-def _entry(item: Any, place: str, streams: tuple[int, ...]) -> _Entry:
-    """Return a scenario of the file: a word, or an object with parameters as in the seed's files."""
-    if isinstance(item, str):
-        return _Entry(place, item, None, streams, {})
-    _known(item, f"{place}.", _ENTRY_FIELDS)
-    kind = item.get("type", "multi" if "count" in item else "single")
-    if kind not in _TYPES:
-        raise ValueError(f"{place}.type must be one of {', '.join(_TYPES)}")
-    name = _text(item, "name", f"{place}.", "") if "name" in item else None
-    words = {"settle": "stabilization"} if "stabilization" in item and "settle" not in item else {}
-    given = {known: item[word] for known, word in words.items()}
-    given.update({word: item[word] for word in item
-                  if word not in ("scenario", "name", "type", "count", "stabilization")})
-    made = _Entry(place, item.get("scenario", "transcode"), name, streams, {}, words)
-    given.update({word: _seconds(given[word], made.place_of(word)) for word in _SECONDS if word in given})
-    if kind == "baseline":
-        kept = {word: given[word] for word in ("duration", "settle", "cooldown") if word in given}
-        return made._replace(scenario="baseline", streams=(1,), parameters=kept, baseline=True)
-    if "count" in item:
-        streams = tuple(_wholes(item, "count", STREAMS_MOST, f"{place}."))
-    return made._replace(streams=streams, parameters=given)
+def _points_of(matrix: _Matrix) -> list[_Point]:
+    """Return the groups of the matrix in their order: repeats outermost, so that they interleave.
 
-
-def _cells(value: Json, entry: _Entry) -> Iterator[Json]:
-    """Yield the parameters that the axes give to the cells of one scenario, each with its place.
-
-    What the scenario says itself is no axis for it.
+    A node that gets slower in the course of a day slows all cells alike, not the last ones alone.
     """
-    if entry.baseline:
-        yield {}
-        return
-    axes = [[{name: (item, f"{plural}[{number}]")} for number, item in
-             enumerate(_list(value, plural, (str, int, float), plural))] or [{}]
+    cells = [(entry, cell) for entry in matrix.entries for cell in _cells_of(matrix, entry)]
+    each_time = sum(sum(entry.streams) for entry, _ in cells) * len(matrix.nodes)
+    if each_time * matrix.repeats > BULK_MOST:
+        raise ValueError(f"the file asks for more than {BULK_MOST} jobs")
+
+    repeats: Iterable[int | None] = (None,)
+    if matrix.repeats > 1:
+        repeats = range(1, matrix.repeats + 1)
+    return [_Point(entry, cell, node, streams, repeat)
+            for repeat in repeats for entry, cell in cells for node in matrix.nodes
+            for streams in entry.streams]
+
+
+def _cells_of(matrix: _Matrix, entry: _Entry) -> list[_Cell]:
+    """Return the cells of a scenario; a parameter that it sets itself is not an axis for it."""
+    if entry.is_baseline:
+        return [_Cell({}, {})]
+
+    axes = [_axis_of_field(matrix.file, plural, name, (str, int, float), plural) or [_Cell({}, {})]
             for plural, name in _AXES.items() if name not in entry.parameters]
+    cells = []
     for parts in itertools.product(*axes):
-        cell = {name: found for part in parts for name, found in part.items()}
-        yield from ({**cell, **rate} for rate in _rates_of(value, entry, cell))
+        cell = _joined(parts)
+        cells += [_joined((cell, rate)) for rate in _rates_of(matrix.file, entry, cell)]
+        if len(cells) > BULK_MOST:
+            break  # enough to be refused, and a product of long axes never ends
+    return cells
 
 
-def _rates_of(value: Json, entry: _Entry, cell: Json) -> list[Json]:
-    """Return the bitrates and crfs that a cell is to be encoded at; they may stand by codec."""
-    rates: list[Json] = []
+def _axis_of_field(file: Json, field: str, name: str, kinds: Any, what: str) -> list[_Cell]:
+    """Return a cell of one parameter for each value of a field."""
+    return [_Cell({name: item}, {name: f"{field}[{number}]"})
+            for number, item in enumerate(_list(file, field, kinds, what))]
+
+
+def _joined(cells: Iterable[_Cell]) -> _Cell:
+    values: Json = {}
+    places: dict[str, str] = {}
+    for cell in cells:
+        values.update(cell.values)
+        places.update(cell.places)
+    return _Cell(values, places)
+
+
+def _rates_of(file: Json, entry: _Entry, cell: _Cell) -> list[_Cell]:
+    """Return the bitrates and crfs at which a cell is encoded; a file may list them by codec."""
     if any(name in entry.parameters for name in _RATES.values()):
-        return [{}]
+        return [_Cell({}, {})]
+
+    rates: list[_Cell] = []
     for plural, name in _RATES.items():
-        given, place = value, plural
-        if isinstance(value.get(plural), dict):
-            place = str(_settings(entry, {**entry.parameters, **_bare(cell)}, cell).codec)
-            given, place = {f"{plural}.{place}": value[plural].get(place)}, f"{plural}.{place}"
-            _known(value[plural], f"{plural}.", wire.CODECS)
-        rates += [{name: (item, f"{place}[{number}]")} for number, item in
-                  enumerate(_list(given, place, (str, int, float), "rates"))]
-    return rates or [{}]
+        values, field = file, plural
+        by_codec = file.get(plural)
+        if isinstance(by_codec, dict):
+            _refuse_unknown(by_codec, f"{plural}.", tuple(wire.CODECS))
+            parameters = {**entry.parameters, **cell.values}
+            codec = _settings_of(entry, parameters, cell.places).codec
+            field = f"{plural}.{codec}"
+            values = {field: by_codec.get(codec)}
+        rates += _axis_of_field(values, field, name, (str, int, float), "rates")
+    return rates or [_Cell({}, {})]
 
 
-def _bare(cell: Json) -> Json:
-    return {name: item for name, (item, _) in cell.items()}
-
-
-def _settings(entry: _Entry, parameters: Json, cell: Json) -> wire.Settings:
-    """Return what a job resolves to; ValueError names the place in the file that is to blame."""
+def _settings_of(entry: _Entry, parameters: Json, places: Mapping[str, str]) -> wire.Settings:
+    """Return the settings that a job resolves to; ValueError names the place that is to blame."""
     try:
         return wire.resolve(entry.scenario, parameters)
     except ApiError as error:
-        name = (error.field or "").replace("parameters.", "", 1)
-        place = (cell[name][1] if name in cell else entry.place_of(name) if name in entry.parameters
-                 else entry.place if name == "scenario" else f"parameters.{name}" if name else entry.place)
-        words = error.message.replace(error.field or "\0", place, 1)
-        raise ValueError(words if words.startswith(place) else f"{place}: {words}") from None
+        place = _place_of(error.field, entry, places)
+        sentence = error.message
+        if error.field:
+            sentence = sentence.replace(error.field, place, 1)
+        if not sentence.startswith(place):
+            sentence = f"{place}: {sentence}"
+        raise ValueError(sentence) from None
 
 
-def _group(slug: str, title: str, value: Json, entry: _Entry, cell: Json, node: str | None, size: int,
-           repeat: int | None) -> Group:
-    common = typed_of(value, "parameters", dict, "an object of parameters") or {}
-    if entry.baseline:
-        common = {}
-    rests = {name: _seconds(value[name], name) for name in ("settle", "cooldown") if value.get(name)}
-    quality = {"quality": value["quality"]} if "quality" in value and not entry.baseline else {}
-    parameters = {**common, **quality, **rests, **_bare(cell), **entry.parameters}
-    tops = {name: (item, name) for name, item in (*quality.items(), *rests.items())
-            if name not in entry.parameters}
-    settings = _settings(entry, parameters, {**tops, **cell})
-    told = {"name": entry.name, "scenario": entry.scenario, **_bare(cell), "node": node, "repeat": repeat,
-            "streams": size if size > 1 else None}
-    told = {name: item for name, item in told.items() if item is not None}
-    jobs = []
-    for number in range(1, size + 1):
-        job: Json = {"scenario": entry.scenario, "confidence": value.get("confidence", "auto"),
-                     "parameters": parameters, **({"node": node} if node else {})}
-        mark = {**told, **({"stream": number} if size > 1 else {})}
-        same = json.dumps([slug, mark, job], sort_keys=True)
-        jobs.append({"id": str(uuid.uuid5(uuid.NAMESPACE_OID, same)), **job,
-                     "experiment": {"id": slug, "name": title, "cell": mark}})
-    alone = bool(size > 1 or entry.baseline or settings.settle or settings.cooldown)
-    return Group(node or "", alone, tuple(jobs))
+def _place_of(field: str | None, entry: _Entry, places: Mapping[str, str]) -> str:
+    """Return the place in the file that a field of a job came from."""
+    name = (field or "").replace("parameters.", "", 1)
+    if name in places:
+        return places[name]
+    if name in entry.parameters:
+        return entry.place_of(name)
+    if not name or name == "scenario":
+        return entry.place
+    return f"parameters.{name}"
 
 
-def due_groups(groups: Iterable[Group], final: Container[str]) -> list[Group]:
-    """Return the groups that may run now, in order; `final` has the ids of jobs that have ended.
+def _group_of(matrix: _Matrix, point: _Point) -> Group:
+    """Return the submissions of one point of the matrix: one, or a stream each."""
+    entry, streams = point.entry, point.streams
+    parameters = _parameters_of(matrix, entry, point.cell)
+    shared = (*matrix.rests, *(() if entry.is_baseline else matrix.quality))
+    places = {name: name for name in shared if name not in entry.parameters}
+    settings = _settings_of(entry, parameters, {**places, **point.cell.places})
 
-    A group waits for those before it on its node where it or they must be alone.
+    job: Json = {"scenario": entry.scenario, "confidence": matrix.confidence,
+                 "parameters": parameters}
+    if point.node:
+        job["node"] = point.node
+    jobs = [_submission(matrix, job, cell) for cell in _descriptions(point)]
+    if streams == 1 and (entry.is_baseline or settings.settle or settings.cooldown):
+        jobs = [{**job, "exclusive": True} for job in jobs]
+    return Group(point.node or "", tuple(jobs))
+
+
+def _parameters_of(matrix: _Matrix, entry: _Entry, cell: _Cell) -> Json:
+    """Return the parameters of a job: those of the scenario override all others."""
+    if entry.is_baseline:
+        return {**matrix.rests, **entry.parameters}
+    return {**matrix.common, **matrix.quality, **matrix.rests, **cell.values, **entry.parameters}
+
+
+def _descriptions(point: _Point) -> list[Json]:
+    """Return what tells a job from the others, for each stream: reports group jobs by it."""
+    coordinates = {
+        "name": point.entry.name,
+        "scenario": point.entry.scenario,
+        **point.cell.values,
+        "node": point.node,
+        "repeat": point.repeat,
+        "streams": point.streams if point.streams > 1 else None,
+    }
+    known = {name: value for name, value in coordinates.items() if value is not None}
+    if point.streams == 1:
+        return [known]
+    return [{**known, "stream": number} for number in range(1, point.streams + 1)]
+
+
+def _submission(matrix: _Matrix, job: Json, cell: Json) -> Json:
+    """Return a job with its id, and with its place in the experiment."""
+    identity = json.dumps([matrix.id, cell, job], sort_keys=True)
+    return {"id": str(uuid.uuid5(uuid.NAMESPACE_OID, identity)), **job,
+            "experiment": {"id": matrix.id, "name": matrix.name, "cell": cell}}
+
+
+def _in_order(groups: Iterable[Group]) -> Iterator[Group]:
+    """Yield groups of which streams wait for all before them on their node, others for streams.
+
+    Of more jobs than the master's limit the last are named: the queue is in order, so the others
+    began earlier.
     """
-    due = []
-    taken: set[str] = set()
-    alone: set[str] = set()
+    streams: dict[str, list[str]] = {}  # by node: the ids of the last streams …
+    since: dict[str, list[str]] = {}    # … and of the jobs since then
     for group in groups:
-        if all(job["id"] in final for job in group.jobs):
-            continue
-        if group.lane not in (taken if group.alone else alone):
-            due.append(group)
-        taken.add(group.lane)
-        if group.alone:
-            alone.add(group.lane)
-    return due
+        node, ids = group.node, [job["id"] for job in group.jobs]
+        together = len(group.jobs) > 1
+        after = streams.get(node, [])
+        if together:
+            after = since.get(node) or after
+            streams[node], since[node] = ids, []
+        else:
+            since.setdefault(node, []).extend(ids)
+
+        if after:
+            jobs = [{**job, "after": after[-AFTER_MOST:]} for job in group.jobs]
+            group = group._replace(jobs=tuple(jobs))
+        yield group
 
 
-def experiment_progress(jobs: Iterable[Json], total: int) -> Json:
-    """Return how far an experiment is, as a job's progress: what ended, what runs, the time left."""
-    known = list(jobs)
-    count = {word: sum(job["status"] == word for job in known) for word in STATUSES}
-    spans = [(epoch_of(job.get("completed_at")) or 0.0) - (epoch_of(job.get("started_at")) or 0.0)
-             for job in known if job["status"] == "completed"]
-    ended = sum(count[word] for word in FINAL)
+def experiment_batches(jobs: Iterable[Json], limit_bytes: int) -> Iterator[list[Json]]:
+    """Yield submissions in their order, in as few requests as a limit of their size allows.
+
+    Nearly always that is one, which the master takes whole or not at all. Many streams that wait
+    for many others name so many ids that it may be more; submitting again is safe.
+    """
+    batch: list[Json] = []
+    size = 0
+    for job in jobs:
+        length = len(json.dumps(job)) + 2
+        if batch and size + length > limit_bytes:
+            yield batch
+            batch, size = [], 0
+        batch.append(job)
+        size += length
+    if batch:
+        yield batch
+
+
+def experiment_progress(jobs: Iterable[wire.JobView], total: int) -> Json:
+    """Return how far an experiment is, as a job's progress: what ended, what runs, the time left.
+
+    The time left is by the mean of the completed jobs, on as many slots as are at work now.
+    """
+    jobs = list(jobs)
+    counts = dict.fromkeys(STATUSES, 0)
+    for job in jobs:
+        counts[job.status] += 1
+    ended = sum(counts[status] for status in FINAL)
     parts = [f"{ended} of {wire.count_text(total, 'job')} ended"]
-    parts += [f"{count[word]} {word}" for word in ("running", "paused", "failed", "canceled") if count[word]]
-    left = (sum(spans) / len(spans) * (total - ended) / max(1, count["running"])) if spans else None
-    return {"phase": ", ".join(parts), "percent": 100 * ended / max(1, total), "eta_s": left}
+    parts += [f"{counts[status]} {status}" for status in ("running", "paused", "failed", "canceled")
+              if counts[status]]
+
+    times_s = [_run_time_s(job) for job in jobs if job.status == "completed"]
+    left_s = None
+    if times_s:
+        mean_s = sum(times_s) / len(times_s)
+        left_s = mean_s * (total - ended) / max(1, counts["running"])
+    return {"phase": ", ".join(parts), "percent": 100 * ended / max(1, total), "eta_s": left_s}
+
+
+def _run_time_s(job: wire.JobView) -> float:
+    started, completed = (epoch_of(job.json.get(name)) for name in ("started_at", "completed_at"))
+    return (completed or 0.0) - (started or 0.0)
 
 
 # ---- 18 Reports -----------------------------------------------------------------------------------
@@ -8583,7 +8792,7 @@ def show_plan(experiment: Experiment) -> None:
         settings = wire.resolve(job["scenario"], job["parameters"]).to_json()
         words = (cell.get("name"), job["scenario"], settings["input"], settings["encoder"],
                  settings["preset"], wire.settings_text(settings))
-        rows.append((job["id"][:8], group.lane or "any", len(group.jobs), cell.get("repeat"),
+        rows.append((job["id"][:8], group.node or "any", len(group.jobs), cell.get("repeat"),
                      " ".join(str(word) for word in words if word)))
     _print_table(rows)
     _say(f"experiment {experiment.id}: {wire.count_text(len(experiment.jobs), 'job')}; "
@@ -8833,23 +9042,26 @@ def cmd_forget(args: Args) -> int:
     return 0
 
 
-def _once(pairs: list[tuple[str, Any]]) -> Json:
-    """Return an object of a file; ValueError when a name stands there twice, of which JSON keeps the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands in it twice")
+def _unique_names(pairs: list[tuple[str, Any]]) -> Json:
+    """Return an object of a file; ValueError for a duplicate name: JSON would keep the last."""
+    found: Json = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"duplicate {name}: expected each name once in an object")
+        found[name] = value
     return found
 
 
 def load_experiment(path: str) -> Experiment:
-    """Return the experiment of a file; ValueError tells what is wrong with it, and where."""
+    """Return the experiment of a file; ValueError says what is wrong with it, and where."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+        text = Path(path).read_text(encoding="utf-8-sig")
+        value = json.loads(text, object_pairs_hook=_unique_names)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}: name an experiment file") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
     try:
         return experiment_of(value, Path(path).stem)
     except (ValueError, ApiError) as error:
@@ -8857,108 +9069,185 @@ def load_experiment(path: str) -> Experiment:
 
 
 def cmd_experiment(args: Args) -> int:
-    """Submit the jobs of an experiment as they fit, follow them to the end, and show what came out."""
+    """Submit all jobs of an experiment, follow them to the end, and show what came out."""
     experiment = load_experiment(args.file)
-    jobs = experiment.jobs
     if args.dry_run:
         if args.json:
-            _print_json({"experiment": experiment.id, "jobs": jobs})
+            _print_json({"experiment": experiment.id, "jobs": experiment.jobs})
         else:
             show_plan(experiment)
         return 0
+
     client = _client(args)
-    _check_nodes(experiment, client.nodes().items)
+    nodes = client.nodes().items
+    _refuse_unknown_nodes(experiment, nodes)
+    _warn_of_nodes(experiment, nodes)
     again = f"python3 ffdist.py experiment {shlex.quote(args.file)}"
-    retry = f"{again} --retry-failed"
-    _say(f"experiment {experiment.id}: {wire.count_text(len(jobs), 'job')}")
+    if args.retry_failed:
+        again += " --retry-failed"
     try:
-        known = _follow(client, experiment, not args.no_wait, args.retry_failed)
+        jobs = _run_experiment(client, experiment, args)
     except KeyboardInterrupt:
-        _say("what was submitted goes on; follow it, and submit the rest, with: "
-             f"{retry if args.retry_failed else again}")
+        _say(f"the jobs go on without this command; follow them with: {again}")
         return 130
-    if args.no_wait and len(known) < len(jobs):
-        _say(f"{len(known)} of {wire.count_text(len(jobs), 'job')} are submitted; others must not disturb "
-             f"them: submit more, when these have ended, with: {again}")
-    details = [client.job(job["id"]).json if job["status"] in FINAL else job for job in known.values()]
+    return _show_experiment(client, experiment, jobs, args)
+
+
+def _run_experiment(client: wire.Client, experiment: Experiment,
+                    args: Args) -> list[wire.JobView]:
+    """Submit an experiment and, unless told to leave, watch it to its end."""
+    count = wire.count_text(len(experiment.jobs), "job")
+    _say(f"experiment {experiment.id}: {count}")
+    jobs = _submit_experiment(client, experiment)
+    if args.retry_failed:
+        jobs = _retry_failed(client, experiment, jobs, args.no_wait)
+    if args.no_wait:
+        return list(jobs.values())
+    return _watch(client, jobs)
+
+
+def _show_experiment(client: wire.Client, experiment: Experiment, jobs: Sequence[wire.JobView],
+                     args: Args) -> int:
+    """Show the results of an experiment and the next step; return the exit code."""
+    details = [_detail_of(client, job) for job in jobs]
     if args.json:
-        _print_json({"experiment": experiment.id, "jobs": details})
+        _print_json({"experiment": experiment.id, "jobs": [job.json for job in details]})
     else:
-        _print_table(report_rows(distinct_curves(
-            [row_of(wire.JobView.from_json(job)) for job in details])))
-        _say(f"plots: python3 ffdist.py report --experiment {shlex.quote(args.file)} -o report.html")
-    bad_ones = [job for job in details if job["status"] in BROKEN]
-    if bad_ones:
-        _say(f"{wire.count_text(len(bad_ones), 'job')} did not complete; once more with: "
-             f"{retry}")
-    return 1 if bad_ones else 0
+        _print_table(report_rows(distinct_curves(list(map(row_of, details)))))
+        _say("plots: python3 ffdist.py report --experiment "
+             f"{shlex.quote(args.file)} -o report.html")
+
+    broken = sum(job.status in BROKEN for job in details)
+    if broken:
+        _say(f"{wire.count_text(broken, 'job')} did not complete; once more with: "
+             f"python3 ffdist.py experiment {shlex.quote(args.file)} --retry-failed")
+    return 1 if broken else 0
 
 
-def _check_nodes(experiment: Experiment, nodes: Sequence[wire.NodeView]) -> None:
-    """Refuse nodes that are not registered; warn of those away, and of streams that cannot run as asked."""
-    lanes = {group.lane for group in experiment.groups}
-    away = [f"{node.name} is {node.status}" for node in nodes if {node.id, node.name} & lanes
-            and node.status in ("draining", "quarantined", "offline")]
-    if away or not nodes:
-        _say(f"{', '.join(away) or 'no node is there yet'}: jobs wait for it; see: python3 ffdist.py nodes")
+def _detail_of(client: wire.Client, job: wire.JobView) -> wire.JobView:
+    """Return an ended job with its result, which lists leave out."""
+    if job.status not in FINAL or job.result is not None:
+        return job
+    return client.job(job.id)
+
+
+def _refuse_unknown_nodes(experiment: Experiment, nodes: Sequence[wire.NodeView]) -> None:
+    """Refuse a node that is not registered: jobs would wait for it for ever."""
+    known = {key for node in nodes for key in (node.id, node.name)}
+    for group in experiment.groups:
+        if not group.node or group.node in known:
+            continue
+        near = difflib.get_close_matches(group.node, known, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else "see them with: python3 ffdist.py nodes"
+        raise CommandError(f"unknown node {wire.printable(group.node)} in nodes: {hint}")
+
+
+def _warn_of_nodes(experiment: Experiment, nodes: Sequence[wire.NodeView]) -> None:
+    """Warn of nodes that are away, and of streams that cannot run side by side as asked."""
+    if not nodes:
+        _say("no node is there yet: jobs wait for one; see: python3 ffdist.py nodes")
+    wanted = {group.node for group in experiment.groups}
+    away = [f"{node.name} is {node.status}" for node in nodes
+            if node.status in AWAY and not wanted.isdisjoint((node.id, node.name))]
+    if away:
+        _say(f"{', '.join(away)}: jobs wait for it; see: python3 ffdist.py nodes")
+
     slots = {key: node.slots for node in nodes for key in (node.id, node.name)}
-    for lane, size in sorted({(group.lane, len(group.jobs)) for group in experiment.groups}):
-        if lane and lane not in slots:
-            near = difflib.get_close_matches(lane, slots, 1, 0.5)
-            hint = f", did you mean {near[0]}?" if near else "; see them with: python3 ffdist.py nodes"
-            raise CommandError(f"nodes: there is no node {wire.printable(lane)}{hint}")
-        room = slots.get(lane, 0) if lane else sum(node.slots for node in nodes)
-        if size > room > 0:
-            _say(f"{lane or 'the fleet'} has {room} slots, so {size} streams cannot run side by side there: "
-                 "start its agent with --max-concurrent-jobs")
+    slots[""] = sum(node.slots for node in nodes)
+    for name, streams in sorted({(group.node, len(group.jobs)) for group in experiment.groups}):
+        if streams > slots[name] > 0:
+            room = wire.count_text(slots[name], "slot")
+            _say(f"{name or 'the fleet'} has {room}, so {streams} streams cannot run side by side "
+                 "there: start its agent with --max-concurrent-jobs")
 
 
+AWAY = tuple(status for status in NODE_STATUSES if status not in ("available", "busy"))
 BROKEN = ("failed", "canceled")
 
 
-def _submit_groups(client: wire.Client, groups: Iterable[Group], known: dict[str, Json], retry: bool) -> None:
-    """Submit what has not ended of groups, and note what became of it.
+def _submit_experiment(client: wire.Client, experiment: Experiment) -> dict[str, wire.JobView]:
+    """Submit all jobs in their order; return them by id, also those that were there before."""
+    jobs: dict[str, wire.JobView] = {}
+    for batch in experiment_batches(experiment.jobs, BULK_LIMIT_BYTES):
+        jobs.update((job.id, job) for job in client.submit_all(batch))
+    return jobs
 
-    With `retry` a group that had failed before runs again, all of it: its streams ran side by side.
+
+def _retry_failed(client: wire.Client, experiment: Experiment, jobs: Mapping[str, wire.JobView],
+                  leaving: bool) -> dict[str, wire.JobView]:
+    """Run again the groups of which a job failed or was canceled, streams with all beside them.
+
+    A job that is run again does not wait for others any more: its `after` was met. So streams are
+    retried group by group, each when the one before has ended, and somebody has to stay for that.
     """
-    jobs = [job for group in groups for job in group.jobs
-            if known.get(job["id"], {}).get("status") not in FINAL]
-    found: dict[str, Json] = {}
-    for start in range(0, len(jobs), 500):
-        found.update((job.id, job.json) for job in client.submit_all(jobs[start:start + 500]))
-    for group in groups if retry else ():
-        mine = [found[job["id"]] for job in group.jobs if job["id"] in found and job["id"] not in known]
-        if any(job["status"] in BROKEN for job in mine):
-            for job in sorted(mine, key=lambda job: job["status"] in BROKEN):
-                if job["status"] in FINAL:
-                    found[job["id"]] = client.order(job["id"], "retry").json
-    known.update(found)
+    broken = [group for group in experiment.groups
+              if any(jobs[job["id"]].status in BROKEN for job in group.jobs)]
+    streams = [group for group in broken if len(group.jobs) > 1]
+    if leaving and len(streams) > 1:
+        raise CommandError(f"{len(streams)} groups of streams have to run again one after the "
+                           "other: leave out --no-wait")
+
+    known = dict(jobs)
+    for group in broken:
+        retried = _retry_group(client, [jobs[job["id"]] for job in group.jobs])
+        known.update(retried)
+        if group in streams[:-1]:
+            known.update((job.id, job) for job in _watch(client, retried))
+    return known
 
 
-def _follow(client: wire.Client, experiment: Experiment, wait: bool, retry: bool) -> dict[str, Json]:
-    """Submit what may run, again and again, until all has ended; a job that is known is not run twice.
+def _retry_group(client: wire.Client, jobs: Iterable[wire.JobView]) -> dict[str, wire.JobView]:
+    """Run again the jobs of a group that have ended; return all of it.
 
-    Submitting a job again answers what has become of it, so this one call is the question too.
+    Those that did complete come first. So a group of which only a part was reached before Ctrl-C
+    still has its failed job, and is found by the next try.
     """
-    known: dict[str, Json] = {}
-    final: set[str] = set()
-    total = len(experiment.jobs)
+    known = {}
+    for job in sorted(jobs, key=lambda job: job.status in BROKEN):
+        known[job.id] = client.order(job.id, "retry") if job.status in FINAL else job
+    return known
+
+
+def _watch(client: wire.Client, jobs: Mapping[str, wire.JobView]) -> list[wire.JobView]:
+    """Show progress until all jobs have ended; return them with their results.
+
+    A look asks about so many of the open jobs, and the next one about those behind them: its cost
+    does not grow with the experiment, nor with what else the master has to do. An absent master
+    is waited for.
+    """
+    known = {job_id: _detail_of(client, job) for job_id, job in jobs.items()}
+    waiting = deque(job_id for job_id, job in known.items() if job.status not in FINAL)
     with contextlib.closing(wire.ProgressLine()) as bar:
-        while True:
-            due = due_groups(experiment.groups, final)
-            before = len(final)
+        while waiting:
+            progress = experiment_progress(known.values(), len(jobs))
+            bar.show(wire.progress_text(progress, bar.room()))
+            time.sleep(POLL_S)
             try:
-                _submit_groups(client, due, known, retry)
+                _look(client, known, waiting)
             except ApiError as error:
-                if not error.retryable or not known:
+                if not error.retryable:
                     raise
                 bar.show(f"{error.message}; waiting")
-            final = {job_id for job_id, job in known.items() if job["status"] in FINAL}
-            if len(final) == total or (not wait and len(final) == before):
-                return known
-            bar.show(wire.progress_text(experiment_progress(known.values(), total), bar.room()))
-            if len(final) == before:
-                time.sleep(max(POLL_S, sum(len(group.jobs) for group in due) / 1000))
+    return list(known.values())
+
+
+LOOK_JOBS = 200
+
+
+def _look(client: wire.Client, known: dict[str, wire.JobView], waiting: deque[str]) -> None:
+    """Ask about the first of the open jobs; those that have not ended go to the end of the line."""
+    for _ in range(min(len(waiting), LOOK_JOBS)):
+        job_id = waiting[0]
+        try:
+            known[job_id] = client.job(job_id)
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            del known[job_id]  # ended, and removed by --keep
+
+        waiting.popleft()
+        if job_id in known and known[job_id].status not in FINAL:
+            waiting.append(job_id)
 
 
 def cmd_report(args: Args) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 
 import agent
 import ffdist
-from ffdist import PRICED, Experiment, Rate, Row, Tariff, due_groups, experiment_of, rates_of
+from ffdist import PRICED, Experiment, Rate, Row, Tariff, experiment_of, rates_of
 from tests.fleet import Case, Node, interruptible, run
 from tests.support import PATIENCE_S, TOP, wait_for
 
@@ -272,7 +272,6 @@ class TestExperimentFiles(unittest.TestCase):
         self.assertEqual(first["parameters"], {"duration": 1, "quality": ["psnr"], "codec": "h264",
                                                "preset": "fast", "crf": 20})
         self.assertEqual((first["node"], first["scenario"], first["confidence"]), ("a", "360p25", "auto"))
-        self.assertFalse(any(group.alone for group in made.groups))
         for job in made.jobs:
             self.assertEqual(ffdist.draft_of(job, 3).id, job["id"])
 
@@ -302,18 +301,18 @@ class TestExperimentFiles(unittest.TestCase):
                                                "fps": 25, "duration": 2, "cooldown": 4.0})
         self.assertEqual(first["parameters"], second["parameters"])
         self.assertEqual([cell["stream"] for cell in cells_of(made)[1:]], [1, 2])
-        self.assertEqual([(group.alone, len(group.jobs)) for group in made.groups], [(True, 1), (True, 2)])
+        self.assertEqual([len(group.jobs) for group in made.groups], [1, 2])
+        self.assertEqual([job.get("exclusive") for job in made.jobs], [True, None, None])
 
     def test_streams_settle_repeats_and_an_idle_baseline(self) -> None:
         made = experiment_of({"scenarios": ["360p"], "streams": [1, 3], "settle": "2s", "cooldown": 1,
                               "repeats": 2, "baseline": 10, "nodes": ["a", "b"]}, "x")
         cells = [group.jobs[0]["experiment"]["cell"] for group in made.groups]
-        self.assertEqual([(group.lane, len(group.jobs), cell["scenario"], cell["repeat"])
+        self.assertEqual([(group.node, len(group.jobs), cell["scenario"], cell["repeat"])
                           for group, cell in zip(made.groups, cells)],
                          [(node, size, scenario, repeat) for repeat in (1, 2) for scenario, node, size in (
                              ("baseline", "a", 1), ("baseline", "b", 1), ("360p", "a", 1), ("360p", "a", 3),
                              ("360p", "b", 1), ("360p", "b", 3))])
-        self.assertTrue(all(group.alone for group in made.groups))
         self.assertEqual(made.groups[2].jobs[0]["parameters"], {"settle": 2.0, "cooldown": 1})
 
     def test_ids_follow_from_what_a_job_is(self) -> None:
@@ -329,12 +328,13 @@ class TestExperimentFiles(unittest.TestCase):
     def test_a_bad_file_is_a_sentence_with_the_place(self) -> None:
         one = {"scenarios": ["360p"]}
         for file, words in (
-                ([], "the file must hold a JSON object"), ({}, "scenarios must be a list of at least one"),
+                ([], "invalid experiment: expected a JSON object"),
+                ({}, "scenarios must be a list of at least one"),
                 ({"scenarios": []}, "scenarios must be a list"), ({"scenarios": "360p"}, "scenarios must be"),
                 ({"scenarios": [3]}, r"scenarios\[0\] must be one of the scenarios, not 3"),
                 ({"scenarios": ["360p", "720p-1080p"]}, r"^scenarios\[1\].* names two sizes"),
-                ({**one, "codec": ["h264"]}, "^codec is no field of an experiment: did you mean codecs?"),
-                ({"scenarios": [{"bitrat": "1M"}]}, r"^scenarios\[0\].bitrat is no field .* mean bitrate"),
+                ({**one, "codec": ["h264"]}, "^unknown field codec: did you mean codecs?"),
+                ({"scenarios": [{"bitrat": "1M"}]}, r"^unknown field scenarios\[0\].bitrat: .* bitrate"),
                 ({"scenarios": ["360p", {}, {"bitrate": "fast"}]}, r"^scenarios\[2\].bitrate must be"),
                 ({"scenarios": [{"type": "mutli"}]}, r"^scenarios\[0\].type must be one of single, multi"),
                 ({"scenarios": [{"count": 0}]}, r"^scenarios\[0\].count must be a whole number from 1"),
@@ -343,7 +343,7 @@ class TestExperimentFiles(unittest.TestCase):
                 ({**one, "codecs": ["h264", "x26"]}, r"^codecs\[1\] must be one of h264"),
                 ({**one, "crfs": [20, 99]}, r"^crfs\[1\] must be from 0 to 63"),
                 ({**one, "codecs": ["av1"], "crfs": {"av1": [64]}}, r"^crfs.av1\[0\] must be"),
-                ({**one, "crfs": {"x264": [20]}}, "^crfs.x264 is no field"),
+                ({**one, "crfs": {"x264": [20]}}, "^unknown field crfs.x264"),
                 ({**one, "presets": [[]]}, r"^presets\[0\] must be one of the presets, not \[\]"),
                 ({**one, "quality": ["x"]}, "^quality must be"), ({**one, "cooldown": [1]}, "^cooldown must"),
                 ({"scenarios": [{"quality": ["x"]}], "quality": ["psnr"]}, r"^scenarios\[0\].quality must"),
@@ -354,9 +354,9 @@ class TestExperimentFiles(unittest.TestCase):
                 ({**one, "streams": [1, True]}, "streams must be a whole number"),
                 ({**one, "nodes": [1]}, r"nodes\[0\] must be one of the names of nodes"),
                 ({**one, "name": ""}, "name must be a text"), ({**one, "settle": "x"}, "settle: invalid d"),
-                ({**one, "crfs": [20, 20]}, r"crfs\[1\] stands there twice: use repeats"),
-                ({**one, "nodes": ["a", "b", "a"]}, r"nodes\[2\] stands there twice"),
-                ({"scenarios": ["360p", {"scenario": "360p"}]}, "asks twice for the same job"),
+                ({**one, "crfs": [20, 20]}, r"duplicate crfs\[1\]: use repeats"),
+                ({**one, "nodes": ["a", "b", "a"]}, r"duplicate nodes\[2\]"),
+                ({"scenarios": ["360p", {"scenario": "360p"}]}, "the same job is in the file more than once"),
                 ({**one, "repeats": [2, 3]}, "repeats must be a whole number"),
                 ({**one, "crfs": [20, 30], "parameters": {"output": "a.mp4"}}, "written by several jobs"),
                 ({**one, "bitrates": list(range(1000, 2000)), "repeats": 1000},
@@ -365,46 +365,67 @@ class TestExperimentFiles(unittest.TestCase):
                 experiment_of(file, "x")
 
 
-class TestDueGroups(unittest.TestCase):
-    """Groups that must be alone wait for each other, per node or on the whole fleet."""
+class TestOrder(unittest.TestCase):
+    """What runs beside what is in the submissions, for the master to keep."""
 
-    def waves(self, experiment: Experiment) -> list[list[str]]:
-        """Return what is handed out, each time when all that was before has ended."""
-        final: set[str] = set()
-        found = []
-        while due := due_groups(experiment.groups, final):
-            found.append([group.lane for group in due])
-            final |= {job["id"] for group in due for job in group.jobs}
-        return found
+    def waits(self, **file: Any) -> list[Any]:
+        """Return for each job whether it is exclusive, and the numbers of the jobs that it waits for."""
+        jobs = experiment_of({"scenarios": ["360p"], **file}, "x").jobs
+        number = {job["id"]: at for at, job in enumerate(jobs)}
+        return [(job.get("exclusive", False), [number[other] for other in job.get("after", ())])
+                for job in jobs]
 
-    def test_what_need_not_be_alone_goes_all_at_once(self) -> None:
-        made = experiment_of({"scenarios": ["360p"], "crfs": [20, 30], "nodes": ["a", "b"]}, "x")
-        self.assertEqual(self.waves(made), [["a", "b", "a", "b"]])
+    def test_plain_jobs_run_as_they_fit(self) -> None:
+        self.assertEqual(self.waits(crfs=[20, 30], nodes=["a", "b"]), [(False, [])] * 4)
 
-    def test_alone_on_each_node(self) -> None:
-        made = experiment_of({"scenarios": ["360p"], "crfs": [20, 30], "nodes": ["a", "b"], "settle": 1}, "x")
-        self.assertEqual(self.waves(made), [["a", "b"], ["a", "b"]])
+    def test_jobs_that_rest_and_baselines_have_their_node_to_themselves(self) -> None:
+        self.assertEqual(self.waits(crfs=[20, 30], nodes=["a", "b"], settle=1), [(True, [])] * 4)
+        self.assertEqual(self.waits(crfs=[20, 30], baseline=5),
+                         [(True, []), (False, []), (False, [])])
+        self.assertEqual(self.waits(scenarios=["360p", {"scenario": "720p", "cooldown": 1}, "1080p"]),
+                         [(False, []), (True, []), (False, [])])
 
-    def test_alone_on_the_whole_fleet(self) -> None:
-        made = experiment_of({"scenarios": ["360p"], "crfs": [20, 30], "streams": 2}, "x")
-        self.assertEqual(self.waves(made), [[""], [""]])
+    def test_streams_wait_for_all_before_them_and_are_waited_for(self) -> None:
+        self.assertEqual(self.waits(crfs=[20, 30], streams=2),
+                         [(False, []), (False, []), (False, [0, 1]), (False, [0, 1])])
+        self.assertEqual(self.waits(scenarios=["360p", "480p", {"scenario": "720p", "count": 2}, "1080p"]),
+                         [(False, []), (False, []), (False, [0, 1]), (False, [0, 1]), (False, [2, 3])])
+        self.assertEqual(self.waits(crfs=[20], streams=[2, 1], repeats=2, settle=1),
+                         [(False, []), (False, []), (True, [0, 1]), (False, [2]), (False, [2]),
+                          (True, [3, 4])])
 
-    def test_others_wait_for_one_that_is_alone_and_it_for_them(self) -> None:
-        made = experiment_of({"scenarios": ["360p", "480p", {"scenario": "720p", "settle": 1}, "1080p"]}, "x")
-        self.assertEqual(self.waves(made), [["", ""], [""], [""]])
+    def test_streams_of_one_node_do_not_wait_for_those_of_another(self) -> None:
+        self.assertEqual(self.waits(crfs=[20, 30], streams=2, nodes=["a", "b"]),
+                         [(False, [])] * 4 + [(False, [0, 1])] * 2 + [(False, [2, 3])] * 2)
 
-    def test_a_group_is_due_until_its_last_job_has_ended(self) -> None:
-        made = experiment_of({"scenarios": ["360p"], "crfs": [20, 30], "streams": 2}, "x")
-        self.assertEqual(due_groups(made.groups, {made.jobs[0]["id"]}), [made.groups[0]])
-        self.assertEqual(due_groups(made.groups, {job["id"] for job in made.jobs[:2]}), [made.groups[1]])
+    def test_repeats_interleave(self) -> None:
+        jobs = experiment_of({"scenarios": ["360p"], "crfs": [20, 30], "repeats": 2}, "x").jobs
+        self.assertEqual([(job["experiment"]["cell"]["repeat"], job["experiment"]["cell"]["crf"])
+                          for job in jobs], [(1, 20), (1, 30), (2, 20), (2, 30)])
+
+    def test_no_job_names_more_others_than_the_master_takes(self) -> None:
+        jobs = experiment_of({"scenarios": ["360p", {"scenario": "720p", "count": 2, "crf": 30}],
+                              "bitrates": list(range(1000, 2500))}, "x").jobs
+        self.assertEqual([len(job.get("after", ())) for job in jobs[-3:]], [0, 1000, 1000])
+        self.assertEqual(jobs[-1]["after"][-1], jobs[-3]["id"])
+
+    def test_all_go_in_one_request_unless_its_limit_is_reached(self) -> None:
+        jobs = experiment_of({"scenarios": ["360p"], "crfs": list(range(20, 40)), "streams": 20}, "x").jobs
+        batches = list(ffdist.experiment_batches(jobs, ffdist.BULK_LIMIT_BYTES))
+        self.assertEqual(batches, [jobs])
+        batches = list(ffdist.experiment_batches(jobs, 100_000))
+        self.assertEqual([job for batch in batches for job in batch], jobs)
+        self.assertGreater(len(batches), 3)
+        self.assertLess(max(len(json.dumps(batch)) for batch in batches), 100_000)
 
     def test_progress_counts_and_tells_the_time_left(self) -> None:
+        def seen(*jobs: Any, total: int) -> Any:
+            return ffdist.experiment_progress([job_view(**job) for job in jobs], total)
         done = {"status": "completed", "started_at": "2025-12-29T12:00:00.000Z",
                 "completed_at": "2025-12-29T12:00:10.000Z"}
-        told = ffdist.experiment_progress([done, {"status": "running"}, {"status": "failed"}], 10)
-        self.assertEqual(told, {"phase": "2 of 10 jobs ended, 1 running, 1 failed", "percent": 20.0,
-                                "eta_s": 80.0})
-        self.assertIsNone(ffdist.experiment_progress([{"status": "pending"}], 2)["eta_s"])
+        self.assertEqual(seen(done, {"status": "running"}, {"status": "failed"}, total=10),
+                         {"phase": "2 of 10 jobs ended, 1 running, 1 failed", "percent": 20.0, "eta_s": 80.0})
+        self.assertIsNone(seen({"status": "pending"}, total=2)["eta_s"])
 
 
 class TestRealExperiment(Case):
@@ -423,14 +444,13 @@ class TestRealExperiment(Case):
                           quality=["psnr"], parameters={"duration": 0.2}, nodes=["agent"])
         begun = self.ffdist("experiment", name, "--no-wait", url=master.url)
         self.assertEqual(begun.returncode, 0)
-        self.assertIn("2 of 8 jobs are submitted", begun.stderr)
+        self.assertEqual(master.get("/jobs")["total"], 8, "all are submitted, and run without the command")
         made = self.ffdist("report", "--experiment", name, "--json", url=master.url)
-        self.assertEqual((made.returncode, len(json.loads(made.stdout)["rows"])), (0, 2))
-        self.assertIn("6 of 8 jobs are unknown to the master", made.stderr)
+        self.assertEqual((made.returncode, len(json.loads(made.stdout)["rows"])), (0, 8))
         made = self.ffdist("experiment", name, url=master.url)
         self.assertEqual(made.returncode, 0, made.stderr)
         self.assertEqual(made.stdout.count("completed"), 8)
-        self.assertIn("agent has 1 slots, so 2 streams cannot run side by side", made.stderr)
+        self.assertIn("agent has 1 slot, so 2 streams cannot run side by side", made.stderr)
         self.assertEqual(master.get("/jobs")["total"], 8)
         again = self.ffdist("experiment", name, "--json", url=master.url)
         jobs = json.loads(again.stdout)["jobs"]
@@ -450,6 +470,33 @@ class TestRealExperiment(Case):
         made = self.ffdist("report", "-o", "r.pdf", url=master.url)
         self.assertEqual((made.returncode, "that ends with .html" in made.stderr), (2, True))
         self.assertEqual(jobs[0]["experiment"]["cell"]["node"], "agent")
+
+    def test_the_master_keeps_the_order_while_nobody_watches(self) -> None:
+        master = self.master()
+        node = Node(master, "agent", max_concurrent_jobs=4)
+
+        def claims(*report: Any) -> list[Any]:
+            """Report jobs, and return those that a node with free slots gets then."""
+            for job in report:
+                node.report(job)
+            return list(iter(lambda: node.claim().body["job"], None))
+        self.ffdist("experiment", self.write(scenarios=["144p25"], crfs=[30, 40], streams=2), "--no-wait",
+                    url=master.url)
+        self.assertEqual(master.get("/jobs?status=blocked")["count"], 2)
+        one, other = claims()
+        self.assertEqual(claims(one), [], "the next streams wait for both")
+        self.assertEqual([job["experiment"]["cell"]["crf"] for job in claims(other)], [40, 40])
+
+    def test_a_job_that_rests_has_its_node_to_itself(self) -> None:
+        master = self.master()
+        node = Node(master, "agent", max_concurrent_jobs=4)
+        self.ffdist("experiment", self.write(scenarios=["144p25"], crfs=[30, 40], settle=1), "--no-wait",
+                    url=master.url)
+        for crf in (30, 40):
+            job = node.claim().body["job"]
+            self.assertEqual(job["experiment"]["cell"]["crf"], crf)
+            self.assertIsNone(node.claim().body["job"], "nothing else begins beside it")
+            node.report(job)
 
     def test_what_failed_runs_again_with_the_streams_beside_it(self) -> None:
         master = self.master()
@@ -472,6 +519,26 @@ class TestRealExperiment(Case):
             self.assertEqual("experiment mine.json --retry-failed" in said, bool(code), said)
         self.assertEqual((master.get("/jobs")["total"], master.get("/results")["total"]), (4, 6))
 
+    def test_streams_that_failed_run_again_group_by_group(self) -> None:
+        master = self.master("--quarantine-after", "0")
+        node = Node(master, "agent", max_concurrent_jobs=4)
+        name = self.write(scenarios=["144p25"], crfs=[30, 40], streams=2)
+        argv = [sys.executable, str(TOP / "ffdist.py"), "experiment", name, "--master", master.url]
+        self.ffdist("experiment", name, "--no-wait", url=master.url)
+        for _ in range(4):
+            node.report(node.claim().body["job"], "failed", error="why", failure_reason="encoder")
+        refused = self.ffdist("experiment", name, "--retry-failed", "--no-wait", url=master.url)
+        self.assertEqual((refused.returncode, "leave out --no-wait" in refused.stderr), (1, True))
+        with subprocess.Popen([*argv, "--retry-failed"], cwd=self.folder, stderr=subprocess.DEVNULL,
+                              stdout=subprocess.DEVNULL) as process:
+            for crf in (30, 40):
+                jobs = [wait_for(lambda: node.claim().body["job"]) for _ in range(2)]
+                self.assertEqual([job["experiment"]["cell"]["crf"] for job in jobs], [crf, crf])
+                self.assertIsNone(node.claim().body["job"])
+                for job in jobs:
+                    node.report(job)
+            self.assertEqual(process.wait(PATIENCE_S), 0)
+
     def test_ctrl_c_leaves_the_jobs_and_says_how_to_go_on(self) -> None:
         master = self.master()
         master.register("idle")
@@ -485,7 +552,8 @@ class TestRealExperiment(Case):
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=PATIENCE_S)[1]
         self.assertEqual(process.returncode, 130)
-        self.assertIn("follow it, and submit the rest, with: python3 ffdist.py experiment mine.json", said)
+        self.assertIn("the jobs go on without this command; follow them with: "
+                      "python3 ffdist.py experiment mine.json", said)
         self.assertEqual(master.get("/jobs?status=pending")["count"], 2)
 
     def test_what_is_wrong_is_found_before_anything_is_submitted(self) -> None:
@@ -493,15 +561,15 @@ class TestRealExperiment(Case):
         master.register("worker-01")
         for file, code, words in (
                 ({"scenarios": ["144p25", {"crf": "x"}]}, 2, r"^ffdist: mine.json: scenarios\[1\].crf must"),
-                ({"scenarios": ["144p25"], "nodes": ["worker-1"]}, 1, "no node worker-1, did you mean "
-                 "worker-01")):
+                ({"scenarios": ["144p25"], "nodes": ["worker-1"]}, 1, "unknown node worker-1 in nodes: did "
+                 "you mean worker-01")):
             made = self.ffdist("experiment", self.write(**file), url=master.url)
             self.assertEqual(made.returncode, code)
             self.assertRegex(made.stderr, words)
         (self.folder / "mine.json").write_text("{")
-        self.assertRegex(self.ffdist("experiment", "mine.json").stderr, "^ffdist: mine.json is no JSON")
+        self.assertRegex(self.ffdist("experiment", "mine.json").stderr, "^ffdist: mine.json is not valid J")
         (self.folder / "mine.json").write_text('{"scenarios": ["144p25"], "scenarios": ["288p25"]}')
-        self.assertRegex(self.ffdist("experiment", "mine.json").stderr, "scenarios stands in it twice$")
+        self.assertRegex(self.ffdist("experiment", "mine.json").stderr, "duplicate scenarios: expected")
         (self.folder / "mine.json").write_text('\ufeff{"scenarios": ["144p25"]}')
         self.assertEqual(self.ffdist("experiment", "mine.json", "--dry-run").returncode, 0)
         self.assertRegex(self.ffdist("experiment", "gone.json").stderr, "^ffdist: gone.json: No such file")
@@ -511,7 +579,7 @@ class TestRealExperiment(Case):
         def said(*nodes: Any, **file: Any) -> str:
             heard = io.StringIO()
             with contextlib.redirect_stderr(heard):
-                ffdist._check_nodes(experiment_of({"scenarios": ["144p25"], **file}, "x"), [
+                ffdist._warn_of_nodes(experiment_of({"scenarios": ["144p25"], **file}, "x"), [
                     agent.NodeView.from_json({"id": name, "name": name, "status": status})
                     for name, status in nodes])
             return heard.getvalue()
