@@ -1221,7 +1221,7 @@ class _KeepAlive(urllib.request.HTTPHandler):
 
     A server may close a connection while it is idle. One that is found closed before a request is
     replaced: nothing was sent yet. One that breaks afterwards is an error, for the master may have
-    done what was asked; only a request that is `repeatable` is sent once more, on a new connection.
+    acted on the request; only a `repeatable` one is sent once more, on a new connection.
     """
 
     def __init__(self) -> None:
@@ -1277,9 +1277,10 @@ class _KeepAlive(urllib.request.HTTPHandler):
 class Client:
     """Talks to one master: a typed method for each route. Every method raises ApiError.
 
-    No request that may change something is sent twice by itself: the caller knows whether it may be
-    repeated (`ApiError.retryable`), as a claim may by its word and a report by its attempt (DESIGN
-    4). Requests that only read are sent once more when an idle connection turns out to be closed.
+    No request that changes something is ever sent twice by the client itself. The caller knows
+    whether it may be repeated (DESIGN 4), as a claim may by its word and a report by its attempt;
+    `ApiError.retryable` says whether that may help. A request that only reads is sent once more
+    when the idle connection that it went out on turns out to be closed.
     """
 
     def __init__(self, url: str) -> None:
@@ -1302,7 +1303,12 @@ class Client:
         request.repeatable = method == "GET" and path != CLAIM_PATH
         timeout_s = self.patience_s + (wait_s or 0)
         server = f"the master at {self.url}"
-        status, _, raw = _answer_to(request, self._opener, timeout_s, server, ANSWER_LIMIT_BYTES)
+        try:
+            status, _, raw = _answer_to(request, self._opener, timeout_s, server,
+                                        ANSWER_LIMIT_BYTES)
+        except ApiError:
+            self.close()  # the rest of a late answer would be taken for that to the next request
+            raise
         if not 200 <= status < 300:
             raise _refusal(status, raw)
         return _decode(raw, self.url)

@@ -2284,6 +2284,16 @@ class Calling(unittest.TestCase):
                 client.nodes()
             self.assertEqual((caught.exception.status, caught.exception.retryable), (0, True))
 
+    def test_the_rest_of_a_late_answer_is_not_taken_for_the_next_one(self) -> None:
+        late = b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"
+        with self.server(late, http_answer(b'{"id": "x"}')) as (server, client):
+            client.patience_s = 0.2
+            with self.assertRaises(agent.ApiError):
+                client.nodes()
+            client.patience_s = 5.0
+            self.assertEqual(client.submit({}).id, "x")
+            self.assertEqual(server.connections, 2)
+
     def test_bytes_that_are_no_http_are_told_in_a_sentence(self) -> None:
         for raw in (b"SSH-2.0-OpenSSH_9.2\r\n", b"\r\n\r\n", b"HTTP/1.1 abc\r\n\r\n", b"\x00" * 100 + b"\r\n",
                     b"\x1b[2J\x07\r\n"):
