@@ -71,7 +71,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Callable, ClassVar, NamedTuple, NoReturn, TypeVar
+from typing import IO, Any, Callable, ClassVar, NamedTuple, NoReturn, Optional, TypeVar
 
 if sys.hexversion < 0x3090000:  # the other two files import this one first
     sys.exit("ffdist needs Python 3.9 or newer; this is " + sys.version.split()[0])
@@ -1489,8 +1489,19 @@ MAX_CPUS = 65536  # a garbled list must not fill memory; x86 kernels have 8192 a
 MAX_WORD = 200  # characters of a name
 MAX_REASON = 160  # characters of a program's own words in a reason
 
+FileText = Optional[str]  # as Host.read() returns it
+Block = dict[str, str]  # "key: value" lines up to an empty one, as of one CPU in /proc/cpuinfo
 
-def parse_int(text: str | None) -> int | None:
+
+def _find(pattern: str, text: FileText) -> str | None:
+    """Return the first group where a pattern matches first; ^ and $ are those of a line."""
+    found = re.search(pattern, text or "", re.MULTILINE)
+    if found is None:
+        return None
+    return found.group(1)
+
+
+def parse_int(text: FileText) -> int | None:
     """Read a decimal number as sysfs prints it; None for anything else."""
     # Up to 2^64. int() alone would also take "1_000", Arabic digits and a megabyte of nines.
     found = re.fullmatch(r"\s*(-?[0-9]{1,20})\s*", text or "", re.ASCII)
@@ -1499,7 +1510,7 @@ def parse_int(text: str | None) -> int | None:
     return int(found.group(1))
 
 
-def parse_float(text: str | None) -> float | None:
+def parse_float(text: FileText) -> float | None:
     """Read a number of nvidia-smi; None for [N/A], [Not Supported] and other words."""
     # float() alone would also take "nan" and "inf", which JSON has no word for.
     found = re.fullmatch(r"\s*(-?[0-9]{1,15}(?:\.[0-9]{1,15})?)\s*", text or "", re.ASCII)
@@ -1508,7 +1519,7 @@ def parse_float(text: str | None) -> float | None:
     return float(found.group(1))
 
 
-def parse_mib(text: str | None) -> int | None:
+def parse_mib(text: FileText) -> int | None:
     """Read a size that nvidia-smi prints in MiB; return bytes."""
     mib = parse_float(text)
     if mib is None:
@@ -1516,7 +1527,7 @@ def parse_mib(text: str | None) -> int | None:
     return int(mib * 2**20)
 
 
-def parse_word(text: str | None) -> str | None:
+def parse_word(text: FileText) -> str | None:
     """Read a name on one line, without the NUL that ends it in a device tree; None for garbage."""
     lines = (text or "").strip("\0\n\t ").split("\n")
     word = lines[0].strip()[:MAX_WORD]
@@ -1526,7 +1537,7 @@ def parse_word(text: str | None) -> str | None:
     return word or None
 
 
-def parse_cpu_list(text: str | None) -> int | None:
+def parse_cpu_list(text: FileText) -> int | None:
     """Count the CPUs of a list such as "0-3,8,10-11"."""
     cpus: set[int] = set()
     for part in (text or "").strip().split(","):
@@ -1541,9 +1552,9 @@ def parse_cpu_list(text: str | None) -> int | None:
     return len(cpus)
 
 
-def parse_blocks(text: str | None) -> list[dict[str, str]]:
+def parse_blocks(text: FileText) -> list[Block]:
     """Split "key: value" lines into blocks at the empty lines between them."""
-    blocks: list[dict[str, str]] = [{}]
+    blocks: list[Block] = [{}]
     for line in (text or "").splitlines():
         key, found, value = line.partition(":")
         if found:
@@ -1553,15 +1564,15 @@ def parse_blocks(text: str | None) -> list[dict[str, str]]:
     return [block for block in blocks if block]
 
 
-def merge_blocks(blocks: Sequence[Mapping[str, str]]) -> dict[str, str]:
+def merge_blocks(blocks: Sequence[Block]) -> Block:
     """Merge blocks into one; of a key that several have, the first one's value counts."""
-    merged: dict[str, str] = {}
+    merged: Block = {}
     for block in reversed(blocks):
         merged.update(block)
     return merged
 
 
-def parse_sizes(text: str | None) -> dict[str, int]:
+def parse_sizes(text: FileText) -> dict[str, int]:
     """Read the "Name:  123 kB" lines of /proc/meminfo and /proc/PID/status into bytes.
 
     The kernel writes kB and means 1024 bytes.
@@ -1573,7 +1584,7 @@ def parse_sizes(text: str | None) -> dict[str, int]:
     return sizes
 
 
-def parse_arm_core(block: Mapping[str, str]) -> tuple[str, str] | None:
+def parse_arm_core(block: Block) -> tuple[str, str] | None:
     """Name an Arm core's (maker, core) by their numbers: such kernels print no model name."""
     try:
         maker = int(block["CPU implementer"], 16)
@@ -1585,20 +1596,20 @@ def parse_arm_core(block: Mapping[str, str]) -> tuple[str, str] | None:
     return maker_name, core_name
 
 
-def parse_cgroup(text: str | None) -> list[tuple[str, str]]:
+def parse_cgroup(text: FileText) -> list[tuple[str, str]]:
     """Read /proc/self/cgroup into (controllers, path); version 2 names no controllers."""
     # "4:cpu,cpuacct:/system.slice", and of version 2 "0::/system.slice".
     return re.findall(r"^[0-9]+:([^:\n]*):(/.*)$", text or "", re.MULTILINE)
 
 
-def parse_cgroup_mounts(text: str | None) -> list[tuple[str, str, str, str]]:
+def parse_cgroup_mounts(text: FileText) -> list[tuple[str, str, str, str]]:
     """Read (root, mount point, type, super options) of the control group mounts in mountinfo."""
     # proc_pid_mountinfo(5): "30 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate".
     pattern = r"^(?:\S+ ){3}(\S+) (\S+) .* - (cgroup2?) \S+ (\S+)$"
     return re.findall(pattern, text or "", re.MULTILINE)
 
 
-def parse_mounts(text: str | None) -> list[tuple[str, str, str]]:
+def parse_mounts(text: FileText) -> list[tuple[str, str, str]]:
     """Read /proc/self/mounts into (device, mount point, type), without escapes such as \\040."""
     rows = []
     found = re.findall(r"^(\S+) (/\S*) (\S+) ", text or "", re.MULTILINE)
@@ -1616,7 +1627,7 @@ def _octal_character(found: re.Match[str]) -> str:
     return chr(int(found.group(1), 8))
 
 
-def parse_cpu_times(text: str | None) -> tuple[int, int] | None:
+def parse_cpu_times(text: FileText) -> tuple[int, int] | None:
     """Read the first line of /proc/stat into (busy, all) ticks.
 
     proc_stat(5): user, nice, system, idle, iowait, irq, softirq, steal. The guest times that follow
@@ -1632,7 +1643,7 @@ def parse_cpu_times(text: str | None) -> tuple[int, int] | None:
     return total - idle, total
 
 
-def parse_process(text: str | None) -> dict[str, int]:
+def parse_process(text: FileText) -> dict[str, int]:
     """Read group, ticks and start from /proc/PID/stat, or nothing.
 
     The ticks include those of children that were waited for. A command's name may have spaces and
@@ -1651,25 +1662,23 @@ def parse_process(text: str | None) -> dict[str, int]:
         return {}
 
 
-def parse_engines(text: str | None) -> dict[str, int]:
+def parse_engines(text: FileText) -> dict[str, int]:
     """Read {client: ns that it kept a GPU's engines busy} from the fdinfo of a descriptor.
 
     Documentation/gpu/drm-usage-stats.rst. Of xe it is engine cycles, which are as good for shares.
     A file that is not a GPU's gives {}.
     """
-    text = text or ""
-    client = re.search(r"^drm-client-id:\s*([0-9]{1,18})$", text, re.MULTILINE)
+    client = _find(r"^drm-client-id:\s*([0-9]{1,18})$", text)
     if client is None:
         return {}
 
     # Clients are numbered anew on each device.
-    device = re.search(r"^drm-pdev:\s*(\S+)$", text, re.MULTILINE)
-    place = device.group(1) if device else None
-    busy = re.findall(r"^drm-engine-(?!capacity-)\S+:\s*([0-9]{1,18}) ns$", text, re.MULTILINE)
-    if not busy:
-        busy = re.findall(r"^drm-cycles-\S+:\s*([0-9]{1,18})$", text, re.MULTILINE)
+    device = _find(r"^drm-pdev:\s*(\S+)$", text)
+    times = re.compile(r"^drm-engine-(?!capacity-)\S+:\s*([0-9]{1,18}) ns$", re.MULTILINE)
+    cycles = re.compile(r"^drm-cycles-\S+:\s*([0-9]{1,18})$", re.MULTILINE)
+    busy = times.findall(text or "") or cycles.findall(text or "")
     total = sum(map(int, busy))
-    return {f"{place} {client.group(1)}": total}
+    return {f"{device} {client}": total}
 
 
 def parse_csv(text: str, fields: Sequence[str]) -> list[dict[str, str]]:
@@ -1685,13 +1694,10 @@ def parse_csv(text: str, fields: Sequence[str]) -> list[dict[str, str]]:
 def parse_refused(text: str) -> str:
     """Return the field that nvidia-smi does not know, "" if it complains of none."""
     # 'Field "utilization.encoder" is not a valid field to query.'
-    found = re.search(r'Field "([\w.]+)" is not a valid field', text)
-    if found is None:
-        return ""
-    return found.group(1)
+    return _find(r'Field "([\w.]+)" is not a valid field', text) or ""
 
 
-def parse_pci_address(text: str | None) -> str | None:
+def parse_pci_address(text: FileText) -> str | None:
     """Return a PCI address as sysfs writes it: nvidia-smi prints 00000000:3B:00.0."""
     pattern = r"([0-9a-f]{4,8}):([0-9a-f]{2}:[0-9a-f]{2}\.[0-7])"
     found = re.fullmatch(pattern, (text or "").lower())
@@ -1700,26 +1706,19 @@ def parse_pci_address(text: str | None) -> str | None:
     return f"{int(found.group(1), 16):04x}:{found.group(2)}"
 
 
-def parse_pci_name(text: str | None, vendor: str, device: str) -> str | None:
+def parse_pci_name(text: FileText, vendor: str, device: str) -> str | None:
     """Find a device in pci.ids; the part in brackets is what people call it."""
     # A vendor's line is followed by those of its devices, each with one tab before it. Numbers of
     # devices repeat from vendor to vendor.
-    of_vendor = rf"^{re.escape(vendor)}  .*\n((?:[\t#\n].*\n?)*)"
-    block = re.search(of_vendor, text or "", re.MULTILINE)
-    if block is None:
+    devices = _find(rf"^{re.escape(vendor)}  .*\n((?:[\t#\n].*\n?)*)", text)
+    name = _find(rf"^\t{re.escape(device)}  (.+)$", devices)
+    if name is None:
         return None
-    of_device = rf"^\t{re.escape(device)}  (.+)$"
-    found = re.search(of_device, block.group(1), re.MULTILINE)
-    if found is None:
-        return None
-    name = found.group(1)
-    inner = re.search(r"\[([^\]]+)\]", name)
-    if inner is None:
-        return parse_word(name)
-    return parse_word(inner.group(1))
+    inner = _find(r"\[([^\]]+)\]", name)
+    return parse_word(inner or name)
 
 
-def parse_time_stamp(text: str | None) -> float | None:
+def parse_time_stamp(text: FileText) -> float | None:
     """Read nvidia-smi's "2023/05/17 14:23:11.123" into seconds.
 
     It is local time without a zone, so only differences mean anything.
@@ -1859,7 +1858,8 @@ def _board(host: Host) -> str | None:
 def detect_cpu(survey: Survey) -> Findings:
     """Find model, counts, flags and frequency."""
     host = survey.host
-    # A block for each CPU, and on Arm boards one for the machine.
+    # A block for each CPU, and on Arm boards one for the machine. The CPUs of a machine are alike
+    # in all that is asked for here.
     blocks = parse_blocks(host.read("/proc/cpuinfo"))
     merged = merge_blocks(blocks)
     core = parse_arm_core(merged)
@@ -1883,7 +1883,7 @@ def detect_cpu(survey: Survey) -> Findings:
     }
 
 
-def _cpu_model(merged: Mapping[str, str], core: tuple[str, str] | None) -> str | None:
+def _cpu_model(merged: Block, core: tuple[str, str] | None) -> str | None:
     """Return the model: x86 has "model name", MIPS "cpu model", POWER "cpu", RISC-V "uarch".
 
     Of Arm, "Processor" is only an architecture ("ARMv8 Processor rev 3"), so the core's name is
@@ -1903,7 +1903,7 @@ def _cpu_model(merged: Mapping[str, str], core: tuple[str, str] | None) -> str |
     return model
 
 
-def _cpu_flags(merged: Mapping[str, str]) -> set[str]:
+def _cpu_flags(merged: Block) -> set[str]:
     """Return the processor's features: x86 has "flags", Arm "Features", others "features"."""
     for key in ("flags", "Features", "features"):
         if merged.get(key):
@@ -1911,7 +1911,7 @@ def _cpu_flags(merged: Mapping[str, str]) -> set[str]:
     return set()
 
 
-def _logical_cpus(host: Host, blocks: Sequence[Mapping[str, str]]) -> int | None:
+def _logical_cpus(host: Host, blocks: Sequence[Block]) -> int | None:
     """Count the CPUs that are online."""
     online = parse_cpu_list(host.read(f"{CPUS}/online"))
     if online:
@@ -1924,7 +1924,7 @@ def _logical_cpus(host: Host, blocks: Sequence[Mapping[str, str]]) -> int | None
     return len(ticking) or None
 
 
-def _topology(host: Host, blocks: Sequence[Mapping[str, str]]) -> tuple[int | None, int | None]:
+def _topology(host: Host, blocks: Sequence[Block]) -> tuple[int | None, int | None]:
     """Count cores and sockets: the threads of one core name the same siblings."""
     cores: set[str] = set()
     sockets: set[int] = set()
@@ -1942,7 +1942,7 @@ def _topology(host: Host, blocks: Sequence[Mapping[str, str]]) -> tuple[int | No
     return len(cores) or None, len(sockets) or None
 
 
-def _numbered_cores(blocks: Sequence[Mapping[str, str]]) -> set[tuple[str, str]]:
+def _numbered_cores(blocks: Sequence[Block]) -> set[tuple[str, str]]:
     """Return (socket, core) of each core: x86 has them in /proc/cpuinfo, which needs no sysfs."""
     pairs: set[tuple[str, str]] = set()
     for block in blocks:
@@ -1956,7 +1956,7 @@ def cpu_folders(host: Host) -> list[str]:
     return [name for name in host.list(CPUS) if re.fullmatch(r"cpu[0-9]{1,5}", name, re.ASCII)]
 
 
-def _arch(host: Host, merged: Mapping[str, str], flags: set[str]) -> str | None:
+def _arch(host: Host, merged: Block, flags: set[str]) -> str | None:
     """Return Go's name of the architecture.
 
     /proc/sys/kernel/arch came with Linux 6.1. Of a tree from an older kernel, only the shape of
@@ -1965,15 +1965,16 @@ def _arch(host: Host, merged: Mapping[str, str], flags: set[str]) -> str | None:
     word = _word(host, f"{KERNEL}/arch") or host.uname("machine")
     if word:
         return GO_ARCH.get(word, word)
-    if "CPU architecture" in merged:
+    if "CPU architecture" in merged:  # asimd: AArch64's name for NEON
         return "arm64" if "asimd" in flags else "arm"
-    if "fpu" in flags:
+    if "fpu" in flags:  # lm: long mode
         return "amd64" if "lm" in flags else "386"
     return None
 
 
 def _max_mhz(host: Host) -> float | None:
     """Return the highest frequency of any CPU."""
+    # A policy is a group of CPUs that change their frequency together.
     policies = host.list(f"{CPUS}/cpufreq")
     paths = [f"{CPUS}/cpufreq/{policy}/cpuinfo_max_freq" for policy in policies]
     max_khz = max(_ints(host, paths), default=0)
@@ -1986,6 +1987,7 @@ def detect_limits(survey: Survey) -> Findings:
     info = parse_sizes(host.read("/proc/meminfo"))
     total = info.get("MemTotal")
     group = cgroup_limits(host)
+    # A container sees the machine's meminfo, but may use only what its group may.
     ram = total
     if total is not None and group.memory_bytes is not None:
         ram = min(total, group.memory_bytes)
@@ -2005,14 +2007,12 @@ def _usable_cpus(survey: Survey, group: Cgroup) -> int | None:
     """Count the CPUs that this process may use, by its affinity and quota."""
     status = merge_blocks(parse_blocks(survey.host.read("/proc/self/status")))
     allowed = parse_cpu_list(status.get("Cpus_allowed_list"))
+    # Rounded up: 1.5 CPUs keep two threads busier than one.
     quota = None
     if group.cpus is not None:
         quota = max(1, math.ceil(group.cpus))
-    counts = (survey.hw.cpu_logical, allowed, quota)
-    return _least([count for count in counts if count is not None])
-
-
-def _least(counts: Sequence[int]) -> int | None:
+    limits = (survey.hw.cpu_logical, allowed, quota)
+    counts = [limit for limit in limits if limit is not None]
     return min(counts, default=None)
 
 
@@ -2083,8 +2083,7 @@ def _group_folders(points: Sequence[tuple[str, str]], path: str) -> list[str]:
         inner = path
         if root != "/" and f"{path}/".startswith(f"{root}/"):
             inner = path[len(root):]
-        # In a container the path may be the host's, which does not exist here. Its parents still
-        # do.
+        # In a container the path may be the host's, which does not exist here; its parents do.
         parts = [part for part in inner.split("/") if part not in ("", ".", "..")]
         parts = parts[:MAX_CGROUP_DEPTH]
         while parts:
@@ -2132,7 +2131,9 @@ def _container_kind(host: Host) -> str | None:
 
 def virtual_kind(host: Host) -> str | None:
     """Return the kind of virtual machine; None is bare metal, as far as the machine shows."""
-    if "microsoft" in (host.read(f"{KERNEL}/osrelease") or "").lower():
+    # The kernel of WSL is called such as 5.15.90.1-microsoft-standard-WSL2.
+    release = host.read(f"{KERNEL}/osrelease") or ""
+    if "microsoft" in release.lower():
         return "wsl"
     if host.exists("/proc/device-tree/hypervisor/compatible"):
         return "kvm"
@@ -2190,13 +2191,14 @@ RAPL_FIX = (
 
 
 def detect_gpus(survey: Survey) -> Findings:
-    """Find the GPUs of the PCI bus and of boards, with what nvidia-smi adds."""
+    """Find the GPUs of the PCI bus and of boards, with the facts that nvidia-smi adds."""
     host = survey.host
     gpus = [*_pci_gpus(host), *_board_gpus(host)]
     rows, trouble = _ask_smi(host)
     gpus = _merge_smi(gpus, rows)
     gpus.sort(key=_gpu_rank)
 
+    # Several cards of one kind are named once.
     titles = dict.fromkeys(gpu.title for gpu in gpus)
     found: Findings = {
         "gpus": tuple(gpus),
@@ -2410,8 +2412,8 @@ _ZONE_FOLDER = re.compile(r"(intel-rapl(?:-mmio)?:([0-9]+))(?::[0-9]+)?", re.ASC
 def rapl_zones(host: Host) -> tuple[RaplZone, ...]:
     """Find the zones, under names of their own: "package-0", "dram-1".
 
-    Each socket has zones of the same names, and intel-rapl-mmio repeats counters of intel-rapl: of
-    a zone that exists twice, the readable one counts, intel-rapl's first.
+    Each socket has zones of the same names, and intel-rapl-mmio repeats counters of intel-rapl. Of
+    a zone that exists twice, the readable one counts, and intel-rapl's before the other.
     """
     # A stable sort: intel-rapl first, and each package before its parts.
     folders = sorted(host.list(POWERCAP), key=_family)
@@ -2426,6 +2428,7 @@ def rapl_zones(host: Host) -> tuple[RaplZone, ...]:
         if package is not None:
             sockets[folder] = package.group(1)
 
+        # A part has only its kind for a name, so its package's number is added.
         kind = _zone_kind(word)
         name = word
         if kind not in ("package", "psys"):
@@ -2507,7 +2510,8 @@ def detect_sensors(survey: Survey) -> Findings:
     host = survey.host
     hwmon = [*_hwmon_sensors(host), *_ina3221_sensors(host)]
     found = (*hwmon, *_thermal_sensors(host))
-    return {"sensors": known(found, f"neither {HWMON} nor {THERMAL} has a sensor")}
+    nothing = f"neither {HWMON} nor {THERMAL} has a sensor"
+    return {"sensors": known(found, nothing)}
 
 
 _SENSOR_FILE = re.compile(r"((temp|power|fan|energy)[0-9]+)_(input|average)", re.ASCII)
@@ -2597,6 +2601,7 @@ def battery_names(host: Host) -> list[str]:
 def detect_batteries(survey: Survey) -> Findings:
     """Find the batteries."""
     host = survey.host
+    # The folder is empty on a machine without any: then it is known that there is none.
     if not host.exists(SUPPLY):
         return {"has_battery": Unknown(f"missing: {SUPPLY}")}
     found = []
@@ -2608,7 +2613,7 @@ def detect_batteries(survey: Survey) -> Findings:
 
 
 def detect_disks(survey: Survey) -> Findings:
-    """Find the local file systems with their room, one for each device."""
+    """Find the local file systems with their free space, one for each device."""
     host = survey.host
     disks = []
     found: Findings = {}
@@ -2670,23 +2675,25 @@ MAX_PROBES = 8
 NO_FFPROBE = "ffprobe is neither beside ffmpeg nor on PATH"
 FOREIGN_FFMPEG = "another root is read: its FFmpeg, run here, would show this machine's encoders"
 QUALITY_FILTERS = ("psnr", "ssim", "libvmaf", "xpsnr")
-DEFAULT_NODE = "/dev/dri/renderD128"  # the first that the kernel makes: include/drm/drm_drv.h
+DEFAULT_NODE = "/dev/dri/renderD128"  # render nodes are counted from 128: drivers/gpu/drm/drm_drv.c
 
 
 class Drive(NamedTuple):
-    """What FFmpeg needs before and after its input to drive a kind of encoder."""
+    """The options of FFmpeg before and after its input that drive a kind of encoder."""
 
-    before: tuple[str, ...]  # "{node}" is a render node of /dev/dri
-    after: tuple[str, ...]
+    before: tuple[str, ...] = ()  # "{node}" is a render node of /dev/dri
+    after: tuple[str, ...] = ()
 
 
 DRIVES = {
-    "nvenc": Drive((), ("-pix_fmt", "yuv420p")),
-    "qsv": Drive(("-init_hw_device", "qsv=hw"), ("-vf", "format=nv12")),
-    "vaapi": Drive(("-vaapi_device", "{node}"), ("-vf", "format=nv12,hwupload")),
-    "v4l2m2m": Drive((), ("-pix_fmt", "yuv420p")),
-    "software": Drive((), ("-pix_fmt", "yuv420p")),
-    "audio": Drive((), ()),
+    # Both take frames from memory, and upload them themselves.
+    "nvenc": Drive(after=("-pix_fmt", "yuv420p")),
+    "qsv": Drive(before=("-init_hw_device", "qsv=hw"), after=("-vf", "format=nv12")),
+    # A filter has to upload them.
+    "vaapi": Drive(before=("-vaapi_device", "{node}"), after=("-vf", "format=nv12,hwupload")),
+    "v4l2m2m": Drive(after=("-pix_fmt", "yuv420p")),
+    "software": Drive(after=("-pix_fmt", "yuv420p")),
+    "audio": Drive(),
 }
 
 
@@ -2697,7 +2704,8 @@ class Candidate(NamedTuple):
     fast: tuple[str, ...] = ()
 
 
-# Hardware first. Of those that FFmpeg lists, each is tried.
+# Hardware first. Each that FFmpeg lists is tried. A frame shows only whether the encoder starts, so
+# the quickest settings will do.
 ENCODERS = {
     "h264_nvenc": Candidate("nvenc"),
     "hevc_nvenc": Candidate("nvenc"),
@@ -2725,7 +2733,7 @@ ENCODERS = {
 
 
 class Proofs(NamedTuple):
-    """What trying the encoders showed, and the render node that proved VAAPI."""
+    """The results of trying the encoders, and the render node that proved VAAPI."""
 
     encoders: dict[str, Proof]
     vaapi_device: str | None
@@ -2773,7 +2781,8 @@ def _own_path(host: Host, program: str) -> str:
 
 
 def _version(host: Host, program: str) -> tuple[re.Match[str] | None, str]:
-    """Match what FFmpeg prints of its version and build, or return why it does not."""
+    """Match FFmpeg's text of its version and build, or return why there is none."""
+    # Not run: it may be of another architecture, and its answer would be about this machine.
     if host.foreign:
         return None, FOREIGN_FFMPEG
     result = host.run([program, "-hide_banner", "-version"], PROGRAM_S)
@@ -2788,7 +2797,7 @@ def _quality_filters(host: Host, program: str) -> tuple[str, ...]:
 
 
 def _prove(survey: Survey, program: str, version: str) -> Findings:
-    """Try the encoders, or recall what trying them showed before."""
+    """Try the encoders, or recall the results of an earlier start."""
     if not survey.probe:
         return {"encoders": Unknown("not tried: --no-probe")}
     memory = Memory(survey, program, version)
@@ -2805,7 +2814,7 @@ def _prove(survey: Survey, program: str, version: str) -> Findings:
 
 
 class Memory:
-    """What a probe showed, kept for the next start in encoders.json of the state folder.
+    """The results of a probe, kept for the next start in encoders.json of the state folder.
 
     It holds for one build of FFmpeg and one set of devices. If anything of its key differs, the
     encoders are tried again. An undecided encoder is not remembered, or it would stay so.
@@ -2837,6 +2846,7 @@ class Memory:
         if state_dir is None:
             return None
         folder = os.path.abspath(state_dir)
+        # A folder that does not exist yet is made by store(), for this user alone.
         why = why_shared(folder) if os.path.isdir(folder) else ""
         if why:
             self.problems.append(f"the encoders found cannot be kept in {folder}: {why}")
@@ -2844,7 +2854,7 @@ class Memory:
         return os.path.join(folder, "encoders.json")
 
     def recall(self) -> Proofs | None:
-        """Return what an earlier probe showed, if it was of the same FFmpeg and devices."""
+        """Return the results of an earlier probe of the same FFmpeg and devices."""
         if self._path is None:
             return None
         text = self._host.read(self._path) or ""
@@ -2863,7 +2873,7 @@ class Memory:
         return Proofs(encoders, device)
 
     def store(self, proofs: Proofs) -> None:
-        """Keep what a probe showed, if it is sure."""
+        """Keep the results of a probe, if all are sure."""
         states = {proof.state for proof in proofs.encoders.values()}
         if self._path is None or not states or "undecided" in states:
             return
@@ -2891,6 +2901,7 @@ def _device_nodes(host: Host) -> list[str]:
 
 
 def _kept_proof(reason: str | None) -> Proof:
+    """Return a proof from its reason in the file, which has no undecided ones."""
     if reason is None:
         return Proof("proved")
     return Proof("failed", reason)
@@ -2898,7 +2909,7 @@ def _kept_proof(reason: str | None) -> Proof:
 
 def probe_encoders(host: Host, ffmpeg: str, gpus: Sequence[Gpu]) -> Proofs:
     """Try each candidate that FFmpeg lists, side by side, within PROBE_TOTAL_S."""
-    trial = _Trial(host, ffmpeg, gpus)
+    trial = _Trial(host, ffmpeg, gpus)  # its time runs from here
     result = host.run([ffmpeg, "-hide_banner", "-encoders"], PROBE_EACH_S)
     listed = parse_listed(result.stdout)
     names = [name for name in ENCODERS if name in listed]
@@ -2974,13 +2985,13 @@ def probe_argv(ffmpeg: str, name: str, node: str = DEFAULT_NODE) -> list[str]:
 
 # ---- 9 Detectors ----------------------------------------------------------------------------------
 
-# The agent has no such flag, but its environment variable names the ffmpeg for the agent too.
+# The agent has no such flag, but its environment variable names the agent's ffmpeg too.
 FFMPEG_FLAG = Flag("--ffmpeg", None, str, "the ffmpeg to use (the one on PATH)")
 DETECTOR_FAILED = "its detector failed, see problems"
 
 
 class Detector(NamedTuple):
-    """A function that finds some fields of Hardware; no other finds them."""
+    """A function that finds some fields of Hardware, which no other detector finds."""
 
     name: str
     detect: Callable[[Survey], Findings]
@@ -2988,14 +2999,22 @@ class Detector(NamedTuple):
 
 
 # In this order: limits needs the CPUs, ffmpeg the GPUs, the node type CPUs, memory and batteries.
+# To add a fact, give Hardware a field and put it in a row here.
 DETECTORS = (
-    Detector("system", detect_system, ("address", "machine", "os", "os_name", "kernel")),
-    Detector("cpu", detect_cpu, (
-        "cpu_model", "cpu_vendor", "cpu_logical", "cpu_cores", "cpu_sockets", "cpu_flags",
-        "cpu_mhz_max", "arch")),
-    Detector("limits", detect_limits, (
-        "cgroup", "cpu_threads", "ram_bytes", "memory_total_bytes", "memory_available_bytes",
-        "swap_bytes")),
+    Detector(
+        "system",
+        detect_system,
+        ("address", "machine", "os", "os_name", "kernel")),
+    Detector(
+        "cpu",
+        detect_cpu,
+        ("cpu_model", "cpu_vendor", "cpu_logical", "cpu_cores", "cpu_sockets", "cpu_flags",
+         "cpu_mhz_max", "arch")),
+    Detector(
+        "limits",
+        detect_limits,
+        ("cgroup", "cpu_threads", "ram_bytes", "memory_total_bytes", "memory_available_bytes",
+         "swap_bytes")),
     Detector("virtual", detect_virtual, ("virtual", "container")),
     Detector("batteries", detect_batteries, ("has_battery", "batteries")),
     Detector("gpus", detect_gpus, ("has_gpu", "gpu_type", "gpus")),
@@ -3003,18 +3022,21 @@ DETECTORS = (
     Detector("sensors", detect_sensors, ("sensors",)),
     Detector("disks", detect_disks, ("disks",)),
     Detector("node_type", detect_node_type, ("node_type",)),
-    Detector("ffmpeg", detect_ffmpeg, (
-        "ffmpeg", "ffprobe", "ffmpeg_version", "filters", "encoders", "vaapi_device")),
+    Detector(
+        "ffmpeg",
+        detect_ffmpeg,
+        ("ffmpeg", "ffprobe", "ffmpeg_version", "filters", "encoders", "vaapi_device")),
 )
 
 
 def detect(host: Host, probe: bool = True, state_dir: str | None = None,
            ffmpeg: str | None = None) -> Hardware:
-    """Find out what the machine is. Never fails: what could not be found out has its reason.
+    """Find out what the machine is. Never fails: each field that is unknown has its reason.
 
     `probe` tries each encoder on a real frame (seconds, kept in `state_dir` for the next start);
     `ffmpeg` is a program to use instead of FFDIST_FFMPEG or the one on PATH.
     """
+    # The environment is this machine's, and means no program of another root.
     if ffmpeg is None and not host.foreign:
         ffmpeg = FFMPEG_FLAG.setting
     hw = Hardware()
@@ -3025,7 +3047,7 @@ def detect(host: Host, probe: bool = True, state_dir: str | None = None,
 
 
 def detect_only(host: Host, *names: str) -> Hardware:
-    """Find out what a few detectors find that need no others."""
+    """Run a few detectors, those that need no others."""
     hw = Hardware()
     for detector in DETECTORS:
         if detector.name in names:
@@ -3999,7 +4021,8 @@ def smi_table(host: Host) -> str | None:
 
 # ---- 12 Sampler -----------------------------------------------------------------------------------
 
-USER_HZ = 100  # unit of the times in /proc/PID/stat, fixed by the kernel's ABI
+# Unit of the times in /proc/PID/stat. The kernel's ABI fixes it, whatever CONFIG_HZ is.
+USER_HZ = 100
 
 
 class CpuUsage:
@@ -4058,6 +4081,7 @@ class Sampler:
             unknown["energy_joules"] = power.why
 
         gpus = self._graphics.sample(now, unknown)
+        # Known only now, for it depends on the source that answered.
         if self._power.includes_gpus:
             gpus = tuple(replace(gpu, in_package=True) for gpu in gpus)
         return Reading(
@@ -4099,6 +4123,10 @@ class Sampler:
         self._graphics.close()
 
     def _memory_used(self) -> int | Unknown:
+        """Return the memory that a new program could not have.
+
+        MemAvailable counts caches that can be dropped, which MemFree does not.
+        """
         info = parse_sizes(self._host.read("/proc/meminfo"))
         try:
             return info["MemTotal"] - info["MemAvailable"]
@@ -4106,6 +4134,7 @@ class Sampler:
             return Unknown(f"no MemAvailable ({self._host.why('/proc/meminfo')})")
 
     def _temperature(self) -> float | Unknown:
+        """Return the temperature of the hottest processor in °C; the files are in m°C."""
         heat = _ints(self._host, self._heat)
         if not heat:
             return Unknown("no sensor of the processor's temperature")
@@ -5119,14 +5148,14 @@ def _watch(host: Host, interval_s: float, as_json: bool) -> int:
 
 
 def _wait_until(moment: float, sampler: Sampler) -> None:
-    """Sleep, but read the counters as often as they need it."""
+    """Sleep until a moment, but read the counters as often as they need it."""
     while (left_s := moment - time.monotonic()) > 0:
         time.sleep(min(left_s, sampler.patience_s))
         if left_s > sampler.patience_s:
             sampler.between(time.monotonic())
 
 
-# What a program that follows --watch wants first; the other fields of a reading follow.
+# The fields that README promises come first; those of a reading follow in their own order.
 WATCH_FIRST = ("time", "cpu_usage", "power_watts", "energy_joules", "zones", "unknown")
 
 
