@@ -3361,6 +3361,7 @@ METADATA = frozenset(map(ipaddress.ip_address, (
     "fd00:42::42",  # Scaleway
 )))
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
+# The names of unfinished outputs: after a kill, nothing else is removed under a media root.
 HIDDEN = re.compile(r"\.ffdist-[0-9a-f]{32}\.part")
 # failure_reason of an error of the operating system; any other error is "output" at the output and
 # "agent" elsewhere.
@@ -3379,6 +3380,7 @@ SPACE_EVERY_S = 1.0  # between two looks at the free space
 
 def _meanings(address: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
     """Return an address and the IPv4 addresses that it may stand for."""
+    # ::ffff:127.0.0.1, 2002:7f00:1:: and 64:ff9b::127.0.0.1 all lead to this machine.
     ip = ipaddress.ip_address(address.split("%")[0])
     if isinstance(ip, ipaddress.IPv4Address):
         return [ip]
@@ -3395,6 +3397,7 @@ def _is_own_address(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 def address_allowed(address: str, host: str, allowed: Sequence[str]) -> bool:
     """Return whether a job may open an address: the machine's own and metadata ones only if listed.
 
+    Servers that listen on loopback (databases, admin pages) often trust whoever reaches them.
     `allowed` holds addresses, networks such as 127.0.0.0/8, or host names.
     """
     meanings = _meanings(address)
@@ -3498,6 +3501,7 @@ class MediaRoot:
     def folder(self, parts: Sequence[str]) -> int:
         """Return a descriptor of a folder below the root; OSError."""
         current = os.open(self.path, _FOLDER)
+        # Part by part, for Python has no openat2(RESOLVE_BENEATH).
         for part in parts:
             try:
                 below = _open_below(current, part, _FOLDER)
@@ -3563,6 +3567,7 @@ class Places:
     def allow(self, url: str, field: str) -> None:
         """Raise a Failure where a URL leads to a host that a job may not reach, or to none."""
         host = parse_url(url).host
+        # Every address of the name: FFmpeg may take any of them.
         addresses = host_addresses(host)
         if not addresses:
             raise Failure("network", f"{field} {url}: host {host} is unknown on {self.node}")
@@ -3599,6 +3604,7 @@ class Places:
             film = root.file(parts)
         except OSError as error:
             raise self._input_failure(place, error) from None
+        # Looked at after it was opened: the name may be another file's by now, the descriptor not.
         found = os.fstat(film)
         if stat.S_ISREG(found.st_mode) and found.st_size:
             return film
@@ -3673,6 +3679,7 @@ def _is_within(path: str, folder: str) -> bool:
 
 def home_folders() -> list[str]:
     """Return the home folders of all who may log in on this machine."""
+    # Shells that let nobody in: the homes of such accounts are folders of the system.
     closed = ("nologin", "false", "sync", "shutdown", "halt")
     homes = [os.path.expanduser("~")]
     for account in pwd.getpwall():
@@ -3853,7 +3860,11 @@ def boot_clock() -> float:
 
 
 def fingerprint(file: int) -> Json:
-    """Return what identifies a film: its bytes, and a SHA-256 of its first and last MiB."""
+    """Return what identifies a film: its bytes, and a SHA-256 of its first and last MiB.
+
+    Two encodes differ in the container's index, which is at one of the ends; hashing all of a film
+    of 100 GB would take minutes.
+    """
     size = os.fstat(file).st_size
     starts = (0, max(0, size - FINGERPRINT_BYTES))
     ends = b"".join(os.pread(file, FINGERPRINT_BYTES, at) for at in starts)
@@ -3949,6 +3960,8 @@ class OutputFile:
         """
         self._keep_note = keep_note
         keep_note({"hidden": self._hidden})
+        # 0666: the umask decides who may read a film. O_RDWR: fingerprint() reads it, and so does
+        # FFmpeg to move the index of an mp4 to the front.
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self._file = os.open(self._hidden, flags, 0o666, dir_fd=self._folder)
         self.marked = self._owner.mark(self._file)
@@ -3956,6 +3969,7 @@ class OutputFile:
 
     def sync(self) -> Json:
         """Bring the film to the disk; return its fingerprint. OSError."""
+        # Before it has its name: a power cut must not leave a final name with half a film.
         assert self._file is not None
         os.fsync(self._file)
         return fingerprint(self._file)
@@ -3996,6 +4010,7 @@ class OutputFile:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         os.close(os.open(self._final, flags, 0o666, dir_fd=self._folder))
         reserved = self._identity()
+        # After a kill here, clear() removes the empty file.
         self._keep_note({"hidden": self._hidden, "taken": self._final, "identity": reserved})
         try:
             if self._identity() != reserved:
@@ -4008,6 +4023,7 @@ class OutputFile:
 
     def _rename(self) -> None:
         assert self._file is not None
+        # rename() takes a name, not a descriptor: it must still be the name of our file.
         found = os.stat(self._hidden, dir_fd=self._folder, follow_symlinks=False)
         if not os.path.samestat(found, os.fstat(self._file)):
             raise self._failure("is lost", "its hidden file was replaced by somebody else")
@@ -4219,6 +4235,7 @@ class Stopwatch:
             return self._elapsed_s()
 
     def _elapsed_s(self) -> float:
+        """As elapsed_s(), with the lock held."""
         if self._holds:
             return self._counted_s
         return self._counted_s + self._clock() - self._since
@@ -4383,7 +4400,7 @@ class Runner:
         self.damaged = 0
         self.stop_word: str | None = None
         self._process: hwdetect.Program | None = None
-        self._metering = False
+        self._metering = False  # whether the meter knows of `ledger`
 
     def stop(self, word: str) -> None:
         """Order the end as canceled, returned or lost; the first order counts."""
@@ -4410,6 +4427,7 @@ class Runner:
         """Obey orders and hold the limits of time and room: called once in each slice of time."""
         if self.stop_word:
             raise Stopped(self.stop_word)
+        # Again in each slice: a program that was started since the order runs on.
         paused = self.watch.repeat_pause(lambda: self._signal(signal.SIGSTOP))
         if self._metering and self.ledger.paused != paused:
             self.place.meter.pause(self.ledger, paused)
@@ -4511,6 +4529,7 @@ class Runner:
 
     def _end(self) -> hwdetect.Exit:
         """End what is left of the program and book what it used; return how it ended."""
+        # First nobody may signal it any more: its number may soon be another process's.
         process, self._process = self._process, None
         ended = None
         if process is not None:
