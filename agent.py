@@ -2,7 +2,7 @@
 """ffdist agent: the worker that runs on every server of the fleet.
 
 It finds out what the machine can really do (hwdetect), registers with a master, asks for jobs, runs
-FFmpeg with parameters fit to this machine, measures while it runs, judges the result and pushes it back.
+FFmpeg with parameters fit to this machine, measures while it runs, judges the result and reports it.
 `agent.py run` does the same job on this machine without a master.
 
 What it does not promise: it never opens a port, never runs a shell, and reads and writes films only
@@ -32,8 +32,8 @@ Sections (each uses only those above it):
  20 CLI         flags, the single-node workflow, main
 
 Threads: the main thread waits for signals; the poller holds the parked request; the reporter sends
-progress and empties the spool; each slot runs one attempt. Two locks: Agent's guards which attempts run,
-a Stopwatch's guards an attempt's clock and pause; nothing blocks while holding it.
+progress and empties the spool; each slot runs one attempt. Two locks: Agent's guards which attempts
+run, a Stopwatch's guards an attempt's clock and pause; nothing blocks while holding one.
 """
 from __future__ import annotations
 
@@ -4790,7 +4790,7 @@ def require_success(task: Task, ended: hwdetect.Exit) -> None:
     raise Failure(reason, f"{names}: ffmpeg {how} on {task.place.node}{tail}")
 
 
-def probe(task: Task, url: str, trouble: str, reasons: ProbeReasons, demuxer: str = "") -> str:
+def probe_film(task: Task, url: str, trouble: str, reasons: ProbeReasons, demuxer: str = "") -> str:
     """Return ffprobe's text about a film; a Failure begins with `trouble`."""
     answer: list[str] = []
     argv = probe_command(task.place.ffprobe, url, demuxer, task.place.machine.http_args)
@@ -4827,12 +4827,12 @@ def probe_input(task: Task, url: str) -> str:
     trouble = f"input {name} cannot be read on {task.place.node}"
     suffix = os.path.splitext(name)[1].lower()
     try:
-        return probe(task, url, trouble, INPUT_REASONS)
+        return probe_film(task, url, trouble, INPUT_REASONS)
     except Failure as failure:
         by_suffix = failure.reason == "input" and suffix in CONTAINER_OF_SUFFIX
         if scheme_of(name) or not by_suffix:
             raise
-    return probe(task, url, trouble, INPUT_REASONS, CONTAINER_OF_SUFFIX[suffix])
+    return probe_film(task, url, trouble, INPUT_REASONS, CONTAINER_OF_SUFFIX[suffix])
 
 
 def make_clip(task: Task, path: str) -> Source:
@@ -4942,7 +4942,7 @@ def phase_name(step: int, passes: int, run: int, most: int) -> str:
     return f"run {run + 1}{warm_up}, {name}"
 
 
-def encode(task: Task, made: Plan, run: int, most: int) -> Outcome:
+def encode_once(task: Task, made: Plan, run: int, most: int) -> Outcome:
     """Run the commands of one encode, the `run`-th from 0 of at most `most`."""
     runner, passes = task.runner, len(made.passes)
     began_s = runner.watch.elapsed_s()
@@ -4956,7 +4956,7 @@ def encode(task: Task, made: Plan, run: int, most: int) -> Outcome:
     return Outcome("completed", wall_s=wall_s, progress=follower.latest)
 
 
-def inspect(task: Task, made: Plan, outcome: Outcome) -> Outcome:
+def inspect_output(task: Task, made: Plan, outcome: Outcome) -> Outcome:
     """Look at the output with ffprobe: FFmpeg's own word for success is not enough."""
     size = 0
     if os.path.exists(made.target):
@@ -4968,7 +4968,7 @@ def inspect(task: Task, made: Plan, outcome: Outcome) -> Outcome:
     # Before ffprobe runs: its words replace FFmpeg's.
     heard = telling_lines(task.runner.tail)
     trouble = f"{task.output_name} cannot be read back on {task.place.node}"
-    text = probe(task, made.target, trouble, OUTPUT_REASONS, made.container)
+    text = probe_film(task, made.target, trouble, OUTPUT_REASONS, made.container)
     length_s = parse_probe(text, task.output_name).duration_s
     reached_s = length_s
     if reached_s is None:  # some containers do not say
@@ -5011,7 +5011,7 @@ def require_length(task: Task, made: Plan, reached_s: float, heard: Sequence[str
                   f"{made.duration_s:.1f} s on {task.place.node}: it is cut or damaged{why}")
 
 
-def repeat(task: Task, made: Plan) -> Outcome:
+def repeat_encode(task: Task, made: Plan) -> Outcome:
     """Encode until the requested confidence is reached; each output replaces the one before."""
     runner, settings = task.runner, task.settings
     confidence = task.job.confidence
@@ -5026,9 +5026,9 @@ def repeat(task: Task, made: Plan) -> Outcome:
         runner.rest(settings.settle, "settling")
         # A ledger for each run: the statistics compare them.
         runner.ledger = hwdetect.Ledger(runner.samples.rows, uses_gpu)
-        outcome = encode(task, made, len(runs), most)
+        outcome = encode_once(task, made, len(runs), most)
         if not once:
-            outcome = inspect(task, made, outcome)
+            outcome = inspect_output(task, made, outcome)
         runs.append(dataclasses.replace(outcome, ledger=runner.ledger, confidence=confidence))
         runner.rest(settings.cooldown, "cooling down")
 
@@ -5037,7 +5037,7 @@ def repeat(task: Task, made: Plan) -> Outcome:
             return dataclasses.replace(runs[-1], runs=tuple(runs))
 
 
-def compare(task: Task, made: Plan, source: Source, outcome: Outcome) -> Outcome:
+def compare_quality(task: Task, made: Plan, source: Source, outcome: Outcome) -> Outcome:
     """Take the quality metrics that the job names, after the encode and apart from its energy."""
     scores: dict[str, float | None] = {}
     unknown: dict[str, str] = {}
@@ -5204,9 +5204,9 @@ class Attempt:
         made = task.plan = plan(settings, self._place.machine, source, target)
         runner.log.add(f"plan: {made.reason}")
         reserve_room(task, made)
-        outcome = repeat(task, made)
+        outcome = repeat_encode(task, made)
         if not task.output.is_stream:
-            outcome = compare(task, made, source, outcome)
+            outcome = compare_quality(task, made, source, outcome)
         runner.show("finishing")
         # How long the master is away is not the job's time.
         runner.watchdog.lift_timeout()

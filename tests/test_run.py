@@ -658,12 +658,12 @@ class BadOutput(RunCase):
 
     def test_a_folder_that_vanishes_is_no_fault_of_the_film(self) -> None:
         (self.media / "gone").mkdir()
-        name, inside = self.film("plain.mp4"), agent.encode
+        name, inside = self.film("plain.mp4"), agent.encode_once
 
         def late(task: agent.Task, *more: Any) -> agent.Outcome:
             shutil.rmtree(self.media / "gone")
             return inside(task, *more)
-        with mock.patch("agent.encode", late):
+        with mock.patch("agent.encode_once", late):
             self.fails("output", "gone/o.mp4", "No such file", input=name, output="gone/o.mp4")
 
     def test_an_output_that_cannot_get_its_name_and_a_work_folder_that_is_closed(self) -> None:
