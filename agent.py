@@ -873,12 +873,14 @@ def progress_text(progress: Mapping[str, Any], room: int = 79) -> str:
     percent = known.get("percent")
     if percent is not None:
         parts.append(f"{percent:3.0f} %")
-    if known.get("fps", 0) > 0 and known.get("speed", 0) > 0:  # 0: FFmpeg has not counted yet
-        parts += [f"{known['fps']:.0f} fps", f"{known['speed']:.2f}x"]
+    fps, speed = known.get("fps", 0), known.get("speed", 0)
+    if fps > 0 and speed > 0:  # 0: FFmpeg has not counted yet
+        parts += [f"{fps:.0f} fps", f"{speed:.2f}x"]
     if "eta_s" in known:
         parts.append(f"{duration_text(known['eta_s'])} left")
     # Last, for it takes what room the figures leave; it stands before the percent.
-    bar = _bar(percent, room - len("  ".join(parts)) - len("[]  "))
+    taken = len("  ".join(parts))
+    bar = _bar(percent, room - taken - len("[]  "))
     if bar:
         parts[1] = f"{bar} {parts[1]}"
     return "  ".join(parts)
@@ -895,7 +897,8 @@ def _bar(percent: float | None, room: int) -> str:
 
 def settings_text(settings: Mapping[str, Any]) -> str:
     """Return resolved settings as a short phrase: `h264 1920x1080 30 fps 5000k`."""
-    width, height, crf = (settings.get(name) for name in ("width", "height", "crf"))
+    width, height = settings.get("width"), settings.get("height")
+    crf = settings.get("crf")
     parts = [settings.get("codec")]
     if width or height:
         parts.append(f"{width or '?'}x{height or '?'}")
@@ -970,8 +973,11 @@ def _energy_text(view: ResultView) -> str:
     return ", ".join(parts)
 
 
-_SCORES = (("psnr_db", "psnr_min_db"), ("ssim", "ssim_min"), ("vmaf", "vmaf_min"),
-           ("xpsnr_db", "xpsnr_min_db"))
+_SCORES = (  # a mean, and the score of the worst frame
+    ("psnr_db", "psnr_min_db"),
+    ("ssim", "ssim_min"),
+    ("vmaf", "vmaf_min"),
+    ("xpsnr_db", "xpsnr_min_db"))
 
 
 def _quality_text(view: ResultView) -> str:
@@ -996,7 +1002,8 @@ def _runs_rows(view: ResultView) -> list[tuple[str, str]]:
     """Return the rows of a job that was repeated, and of the confidence that was reached."""
     rows = []
     if len(view.repeats) > 1:
-        rows.append(("runs", ", ".join(map(_run_text, view.repeats))))
+        runs = [_run_text(run) for run in view.repeats]
+        rows.append(("runs", ", ".join(runs)))
     for name, row in view.statistics.items():
         fields = Fields(row, lenient=True)
         low, high = fields.number("ci95_low"), fields.number("ci95_high")
@@ -1068,8 +1075,12 @@ def table_text(rows: Sequence[Sequence[str]], width: int, colours: Mapping[str, 
 def _known_columns(rows: list[list[str]]) -> list[list[str]]:
     """Return the columns with a known cell below their head, all where none has any."""
     columns = list(zip(*rows))
-    known = [column for column in columns if any(cell not in ("", "-") for cell in column[1:])]
-    return [list(row) for row in zip(*(known or columns))]
+    known = []
+    for column in columns:
+        if set(column[1:]) - {"", "-"}:
+            known.append(column)
+    kept = known or columns
+    return [list(row) for row in zip(*kept)]
 
 
 def _layout_of(rows: Sequence[Sequence[str]], width: int, heads: bool) -> _Layout:
@@ -1143,9 +1154,10 @@ class ProgressLine:
             return
         room = self.room()
         # Spaces over the rest of a longer line before; one that wraps could not be drawn over.
-        sys.stderr.write("\r" + line[:room].ljust(min(self._drawn, room)))
+        shown = line[:room]
+        sys.stderr.write("\r" + shown.ljust(min(self._drawn, room)))
         sys.stderr.flush()
-        self._drawn = len(line[:room])
+        self._drawn = len(shown)
 
     def close(self) -> None:
         """Wipe the line."""
@@ -1192,8 +1204,10 @@ class _TextLines(logging.Formatter):
 
 class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return json.dumps({"time": utc_text(record.created), "level": record.levelname.lower(),
-                           "message": record.getMessage()})
+        return json.dumps({
+            "time": utc_text(record.created),
+            "level": record.levelname.lower(),
+            "message": record.getMessage()})
 
 
 # ---- 5 Client -------------------------------------------------------------------------------------
@@ -1204,6 +1218,7 @@ ANSWER_S = 30.0  # patience for an answer, beside the time that the request aske
 SUBMIT_WAIT_S = 90.0  # more patience: up to 10,000 jobs at once are checked and committed
 ANSWER_LIMIT_BYTES = 256 << 20
 REFUSAL_LIMIT_BYTES = 1 << 20
+HTTP_SCHEMES = ("http", "https")
 
 # A GET that changes something: each claim may take a job. A master that knows no claim words (the
 # seed's) would hand out a second one when it is repeated.
@@ -1292,10 +1307,7 @@ class Client:
 
     def _call(self, method: str, path: str, body: Any = None,
               query: Mapping[str, Any] | None = None, wait_s: float | None = None) -> Json:
-        url = self.url + path
-        known = {name: value for name, value in (query or {}).items() if value is not None}
-        if known:
-            url += "?" + urllib.parse.urlencode(known)
+        url = self.url + path + _query_text(query or {})
         data = None
         if body is not None:
             data = json.dumps(body, allow_nan=False).encode()  # NaN is not JSON: ValueError here
@@ -1378,8 +1390,15 @@ class Client:
 
     def logs(self, job_id: str, after: int, wait_s: float | None = None) -> LogPart:
         path = f"/jobs/{_quoted(job_id)}/logs"
-        answer = self._call("GET", path, None, {"after": after, "wait": wait_s}, wait_s)
+        query = {"after": after, "wait": wait_s}
+        answer = self._call("GET", path, None, query, wait_s)
         return LogPart.from_json(answer)
+
+
+def _query_text(query: Mapping[str, Any]) -> str:
+    """Return the query of a URL, without the names that have no value."""
+    known = {name: value for name, value in query.items() if value is not None}
+    return "?" + urllib.parse.urlencode(known) if known else ""
 
 
 def _master_address(url: str) -> tuple[str, str, int]:
@@ -1425,7 +1444,8 @@ def exchange_text(url: str, text: bytes | None = None, timeout_s: float = CONNEC
     shown = urllib.parse.urlunsplit((parts.scheme, place, *parts[2:]))
     request = urllib.request.Request(shown, text, {"Content-Type": "text/plain; charset=utf-8"})
     if user:
-        credentials = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        plain = urllib.parse.unquote(user).encode()
+        credentials = base64.b64encode(plain).decode()
         request.add_header("Authorization", f"Basic {credentials}")
     opener = _plain_opener()
     status, reason, raw = _answer_to(request, opener, timeout_s, shown, REFUSAL_LIMIT_BYTES)
@@ -1471,9 +1491,10 @@ def web_address(text: str) -> str:
     """Argument type of an http or https address, with or without a path."""
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(text)
-        is_web = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        is_web = parts.scheme in HTTP_SCHEMES and bool(parts.hostname) and parts.port != 0
         is_plain = not parts.query and not parts.fragment
-        if is_web and is_plain and text.isprintable() and " " not in text:
+        is_word = text.isprintable() and " " not in text
+        if is_web and is_plain and is_word:
             return text.rstrip("/")
     raise argparse.ArgumentTypeError(f"invalid address '{text}': expected http://host:8428")
 
@@ -1497,7 +1518,8 @@ def _refusal(status: int, raw: bytes) -> ApiError:
     with contextlib.suppress(ValueError, RecursionError):
         body = Fields(json.loads(raw), lenient=True)
         if body.values:
-            return ApiError(status, body.words("error") or f"HTTP {status}", body.text("field"))
+            message = body.words("error") or f"HTTP {status}"
+            return ApiError(status, message, body.text("field"))
     words = raw[:200].decode(errors="replace").strip()
     return ApiError(status, f"HTTP {status}: {words or 'no reason'}")
 
@@ -1505,9 +1527,10 @@ def _refusal(status: int, raw: bytes) -> ApiError:
 def host_addresses(host: str) -> list[str]:
     """Return the addresses of a host name, none where it has none."""
     try:
-        return sorted({str(info[4][0]) for info in socket.getaddrinfo(host, None)})
+        found = socket.getaddrinfo(host, None)
     except (OSError, UnicodeError):
         return []
+    return sorted({str(address[0]) for *_, address in found})
 
 
 def is_this_machine(host: str) -> bool:
@@ -1577,7 +1600,6 @@ PARAMETERS: dict[str, Parameter] = {
 INPUT_SCHEMES = ("http", "https", "rtmp", "rtmps", "srt")
 OUTPUT_SCHEMES = ("rtmp", "rtmps", "srt", "http", "https")
 LIVE_SCHEMES = ("rtmp", "rtmps", "srt")  # they carry a stream at its own speed
-HTTP_SCHEMES = ("http", "https")
 
 CONTAINER_OF_SUFFIX = {
     ".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm", ".flv": "flv",
@@ -1835,7 +1857,7 @@ class Settings:
         fields["bitrate"] = None if self.bitrate is None else bitrate_text(self.bitrate)
         if self.baseline:
             kept = ("scenario", "duration", "settle", "cooldown", "timeout")
-            return {**dict.fromkeys(fields), **{name: fields[name] for name in kept}}
+            return {name: value if name in kept else None for name, value in fields.items()}
         return fields
 
 
@@ -2018,7 +2040,9 @@ def _without_aliases(parameters: Json) -> Json:
     resolution = values.pop("resolution", None)
     if resolution is not None:
         values = {**_resolution_values(resolution), **values}
-    mode, url, key = (values.pop(name, None) for name in ("output_mode", "rtmp_url", "stream_key"))
+    mode = values.pop("output_mode", None)
+    url = values.pop("rtmp_url", None)
+    key = values.pop("stream_key", None)
     output = _seed_output(mode, url, key)
     if mode == "rtmp" and output is None and not values.get("output"):
         raise _bad("rtmp_url", "is required where output_mode is rtmp")
@@ -2106,7 +2130,8 @@ def _bits(name: str, value: object, rule: Parameter) -> int:
         match = _BITRATE.fullmatch(value.strip())
         if not match or len(value) > RATE_MOST_CHARS:
             raise _bad(name, "must be bits per second, such as 15000k or 5M")
-        value = float(match[1]) * _BITRATE_UNITS[match[2].lower()]
+        unit = match[2].lower()
+        value = float(match[1]) * _BITRATE_UNITS[unit]
     return int(_number(name, value, rule) or 0)
 
 
@@ -2195,7 +2220,9 @@ def parameters_of(pairs: Iterable[str]) -> Json:
     return values
 
 
-_TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_TRUTHS = {
+    "true": True, "yes": True, "1": True,
+    "false": False, "no": False, "0": False}
 
 
 def _typed(kind: str, text: str) -> Any:
@@ -2462,8 +2489,9 @@ def plan(settings: Settings, machine: Machine, source: Source, target: str) -> P
     preset, why_preset = choose_preset(settings, name, width * height * fps, threads)
     rate = _rate_control(settings, name, height, fps)
     filters = _filters(settings, source, picture)
-    encode = _Encode(settings, machine, source, target, name=name, picture=picture, threads=threads,
-                     preset=preset, rate=rate, filters=filters)
+    encode = _Encode(
+        settings, machine, source, target,
+        name=name, picture=picture, threads=threads, preset=preset, rate=rate, filters=filters)
 
     why_size = "" if encoder.hardware else f"{width}x{height} at {fps:g} fps with {threads} threads"
     return Plan(
@@ -2613,13 +2641,21 @@ def _preset_for(load: float, live: bool) -> str:
     return PRESET_LOADS[-1].word
 
 
+SIDE_LEAST = 16  # pixels, as PARAMETERS has it
+
+
+def _even_side(pixels: float) -> int:
+    """Return the nearest even number of pixels."""
+    return max(SIDE_LEAST, 2 * round(pixels / 2))
+
+
 def _picture(settings: Settings, source: Source, encoder: Encoder) -> Picture:
     """Return the output's picture: as the job asks, the rest as the film is."""
     width, height = settings.width, settings.height
     if width and not height:
-        height = max(16, 2 * round(source.height * width / max(1, source.width) / 2))
+        height = _even_side(source.height * width / max(1, source.width))
     elif height and not width:
-        width = max(16, 2 * round(source.width * height / max(1, source.height) / 2))
+        width = _even_side(source.width * height / max(1, source.height))
     return Picture(
         width or source.width // 2 * 2,
         height or source.height // 2 * 2,
@@ -2643,7 +2679,8 @@ def _threads(machine: Machine, height: int, quota_percent: float | None) -> int:
     """Return the threads that a picture can feed, within the slot's share and the CPU limit."""
     worth = next(count for lines, count in THREADS_WORTH if height >= lines)
     quota = math.ceil(quota_percent / 100) if quota_percent else worth
-    return max(1, min(worth, quota, machine.threads // max(1, machine.slots)))
+    share = machine.threads // max(1, machine.slots)
+    return max(1, min(worth, quota, share))
 
 
 def _filters(settings: Settings, source: Source, picture: Picture) -> list[str]:
@@ -2719,7 +2756,8 @@ def _capped_crf(encoder: Encoder, crf: float, bitrate: int) -> list[str]:
     constant = _filled(encoder.crf_args, crf=f"{crf:g}")
     if encoder.crf_args == _CRF_ALONE:  # its -b:v is the ceiling, where it is not 0
         return [*constant[:-1], bitrate_text(bitrate)]
-    return [*constant, "-maxrate", bitrate_text(bitrate), "-bufsize", bitrate_text(2 * bitrate)]
+    ceiling, buffer = bitrate_text(bitrate), bitrate_text(2 * bitrate)
+    return [*constant, "-maxrate", ceiling, "-bufsize", buffer]
 
 
 def ladder_bitrate(codec: str, height: int, fps: float) -> int:
@@ -2773,7 +2811,8 @@ def _video_args(encode: _Encode, number: int = 0) -> list[str]:
     if encoder.upload:
         upload = [f"format={encoder.upload}", "hwupload"]
     # V is a moving picture: v would take a cover.
-    args = ["-map", "0:V:0", "-vf", ",".join([*encode.filters, *upload]), "-c:v", encode.name]
+    filters = ",".join([*encode.filters, *upload])
+    args = ["-map", "0:V:0", "-vf", filters, "-c:v", encode.name]
     if encode.preset is not None:
         deadline = "realtime" if settings.live else "good"
         args += _filled(encoder.preset_args, preset=encode.preset, deadline=deadline)
@@ -2819,7 +2858,8 @@ def _audio_args(encode: _Encode) -> list[str]:
         raise Failure("no_capability", f"audio encoder {sound.encoder} does not work on "
                       f"{machine.name}: {proof.why}; audio=false encodes the picture alone")
     track = "1:a:0" if source.loop else "0:a:0"
-    args = ["-map", track, "-c:a", sound.encoder, "-b:a", sound.bitrate, "-ac", "2"]
+    args = ["-map", track, "-c:a", sound.encoder, "-b:a", sound.bitrate]
+    args += ["-ac", "2"]  # what every player can play
     if sound.sample_rate:
         args += ["-ar", sound.sample_rate]
     return args
@@ -2840,9 +2880,10 @@ def _container_args(encode: _Encode) -> list[str]:
 def rate_mode_of(version: str | None) -> str:
     """Return the option that keeps the input's own frames, by FFmpeg's version text."""
     match = re.search(r"(\d+)\.(\d+)", version or "")
-    if match and (int(match[1]), int(match[2])) < (5, 1):
-        return "-vsync"
-    return "-fps_mode"
+    if match is None:  # built from a commit: as new as can be
+        return "-fps_mode"
+    number = int(match[1]), int(match[2])
+    return "-vsync" if number < (5, 1) else "-fps_mode"
 
 
 def open_args(url: str, demuxer: str, http_args: Sequence[str]) -> list[str]:
@@ -3009,14 +3050,19 @@ def progress_json(done: Progress, expected_s: float | None, step: int, steps: in
         if done.speed:
             left_s = expected_s * (steps - step) - done.out_time_s
             eta_s = max(0.0, round(left_s / done.speed, 1))
-    return {**phase_json(phase, percent), "frame": done.frame, "fps": done.fps, "speed": done.speed,
-            "out_time_s": done.out_time_s, "eta_s": eta_s}
+    return {
+        **phase_json(phase, percent),
+        "frame": done.frame,
+        "fps": done.fps,
+        "speed": done.speed,
+        "out_time_s": done.out_time_s,
+        "eta_s": eta_s}
 
 
 def phase_json(phase: str, percent: float | None) -> Json:
     """Return progress of a phase without frames and speed."""
-    return {"phase": phase, "percent": percent, "frame": None, "fps": None, "speed": None,
-            "out_time_s": None, "eta_s": None}
+    unknown = dict.fromkeys(("frame", "fps", "speed", "out_time_s", "eta_s"))
+    return {"phase": phase, "percent": percent, **unknown}
 
 
 STALL_FRAMES = 60  # a slow encoder may take the time of so many of its frames
@@ -3046,7 +3092,8 @@ def last_words(lines: Iterable[str], most: int = 3) -> str:
             errors.append(line)
     chosen = [_PREFIX.sub("", line).strip() for line in errors or candidates[-most:]]
     telling = [line for line in chosen if line and not line.startswith(_DULL)]
-    return "; ".join(list(dict.fromkeys(telling or chosen))[:most])
+    different = list(dict.fromkeys(telling or chosen))
+    return "; ".join(different[:most])
 
 
 SIGNALLED = "Exiting normally, received signal"  # FFmpeg's word, as info, when it is asked to end
@@ -3199,7 +3246,8 @@ def _length(video: Fields, container: Fields) -> float | None:
     end = _figure(container, "duration") or 0.0
     clock = _CLOCK.fullmatch(video.inside("tags").words("DURATION"))
     if clock:
-        end = int(clock[1]) * 3600 + int(clock[2]) * 60 + float(clock[3])
+        hours, minutes, seconds = clock.groups()
+        end = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     late = 0.0
     if container.words("format_name").startswith(("matroska", "flv")):
         late = max(0.0, _start(video))
@@ -3261,7 +3309,8 @@ def parse_scores(metric: str, words: Iterable[str],
             inverse += 1 / eased if eased > 0 else math.inf  # one frame of 0: their mean is 0
     found = {row.name: means[-1]} if means else {}
     if count:
-        found.update({row.lowest: lowest, row.harmonic: round(count / inverse - row.ease, 6)})
+        found[row.lowest] = lowest
+        found[row.harmonic] = round(count / inverse - row.ease, 6)
     return found, count
 
 
@@ -3344,8 +3393,12 @@ def batch_means(values: Sequence[float]) -> list[float]:
     """
     if len(values) < BATCH_SAMPLES_LEAST * BATCHES:
         return []
-    edges = [len(values) * at // BATCHES for at in range(BATCHES + 1)]
-    return [statistics.fmean(values[low:high]) for low, high in zip(edges, edges[1:])]
+    means = []
+    for batch in range(BATCHES):
+        first = len(values) * batch // BATCHES
+        end = len(values) * (batch + 1) // BATCHES
+        means.append(statistics.fmean(values[first:end]))
+    return means
 
 
 # ---- 11 Places ------------------------------------------------------------------------------------
@@ -5317,7 +5370,8 @@ SIGNIFICANT_MOST = 1e6  # from here on six digits would cut whole ones
 def evaluate(formula: str, facts: Mapping[str, Any]) -> float | None:
     """Return the value of a formula: differences of products over products; None of an unknown."""
     total: float | None = None
-    for term in formula.replace("(", "").replace(")", "").split(" - "):
+    flat = formula.replace("(", "").replace(")", "")  # of a denominator: it is one product
+    for term in flat.split(" - "):
         value = _quotient(term, facts)
         if value is None:
             return None
@@ -5355,7 +5409,8 @@ def metrics_of(outcome: Outcome) -> Json:
     for name, formula in FORMULAS.items():  # in their order: a later one may use an earlier one
         facts[name] = evaluate(formula, facts)
 
-    metrics = {name: _rounded(facts[name]) for name, row in METRICS.items() if not row.by_master}
+    own = [name for name, row in METRICS.items() if not row.by_master]
+    metrics = {name: _rounded(facts[name]) for name in own}
     known = dict(outcome.unknown)
     for run in runs:
         known.update(_energy_reasons(run.ledger))
@@ -5761,8 +5816,11 @@ def result_of(attempt: Attempt, outcome: Outcome, machine: Machine, ended_at: fl
 def _encode_json(settings: Settings, made: Plan, limits: Mapping[str, str]) -> Json:
     """Return what was done, in the settings' own terms."""
     # `rate` says how the size was ruled, whatever was asked for: it stands in for bitrate and crf.
-    done = {**settings.to_json(), "width": made.width, "height": made.height, "fps": made.fps,
-            "bitrate": None, "crf": None, "duration": made.duration_s}
+    done = {
+        **settings.to_json(),
+        "width": made.width, "height": made.height, "fps": made.fps,
+        "bitrate": None, "crf": None,
+        "duration": made.duration_s}
     encode: Json = {
         "encoder": made.encoder, "preset": made.preset, "threads": made.threads,
         "width": made.width, "height": made.height,
@@ -5783,7 +5841,8 @@ def _whole_analysis(analysis: Json, outcome: Outcome, result: Json) -> Json:
     strays = sum(row["outlier"] for row in result["repeats"])
     if strays:
         reasons.append(f"{count_text(strays, 'run')} far from the others")
-    return {**analysis, "reasons": reasons, "confidence": word, "runs": max(1, len(outcome.runs))}
+    runs = max(1, len(outcome.runs))
+    return {**analysis, "reasons": reasons, "confidence": word, "runs": runs}
 
 
 def _history(outcome: Outcome) -> Json:
@@ -5793,8 +5852,9 @@ def _history(outcome: Outcome) -> Json:
     series: Json = {"start": utc_text(ledger.started), "power_source": ledger.power_source}
     for name, column in zip(("seconds", "power_watts", "cpu_usage"), points):
         series[name] = [_rounded(value) for value in column]
-    figures = {name: {key: _rounded(value) for key, value in row.items()}
-               for name, row in intervals_of(measured_runs(outcome.runs)).items()}
+    figures = {}
+    for name, row in intervals_of(measured_runs(outcome.runs)).items():
+        figures[name] = {key: _rounded(value) for key, value in row.items()}
     return {"repeats": _repeats_json(outcome.runs), "statistics": figures, "series": series}
 
 
