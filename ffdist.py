@@ -95,7 +95,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import agent as wire
-from agent import ApiError, Flag, Json
+from agent import ApiError, Fields, Flag, Json
 
 # ---- 1 Vocabulary ---------------------------------------------------------------------------------
 
@@ -551,100 +551,24 @@ def job_detail_json(job: Job) -> Json:
 
 # ---- 3 Messages -----------------------------------------------------------------------------------
 
-def bad(field: str, what: str) -> ApiError:
-    """Return the refusal of one field."""
-    return ApiError(400, f"{field} {what}", field)
+# Every message is read once, field by field, by the reader of Wire; an error names the field. Unknown
+# fields are kept or ignored, for a later agent may send more. Inside there is no raw body but the one
+# of a result, which is stored as it was sent.
 
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-
-
-def text_of(
-    body: Mapping[str, Any], field: str, limit: int = 255, required: bool = False
-) -> str | None:
-    """Return a field that must be a printable text; ApiError 400 otherwise."""
-    value = body.get(field)
-    if value is None and not required:
-        return None
-    if not isinstance(value, str) or not value:
-        raise bad(
-            field, "is required: a text" if value is None or value == "" else "must be a text"
-        )
-    if len(value) > limit:
-        raise bad(field, f"must be no longer than {limit} characters")
-    if _CONTROL.search(value):
-        raise bad(field, "must not hold control characters")
-    return value
-
-
-def long_text_of(body: Mapping[str, Any], field: str, limit: int) -> str | None:
-    """Return a field that must be a text of any characters, cut to the limit."""
-    value = body.get(field)
-    if value is not None and not isinstance(value, str):
-        raise bad(field, "must be a text")
-    return value[:limit] if value else None
-
-
-def number_of(body: Mapping[str, Any], field: str, low: float, high: float) -> float | None:
-    """Return a field that must be a number within limits (a text of one in a query)."""
-    value = body.get(field)
-    if value is None:
-        return None
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise bad(field, "must be a number")
-    if not low <= value <= high:
-        raise bad(field, f"must be from {low:g} to {high:g}")
-    return value
-
-
-def whole_of(body: Mapping[str, Any], field: str, low: int, high: int) -> int | None:
-    """Return a field that must be a whole number within limits."""
-    value = number_of(body, field, low, high)
-    if value is not None and value != int(value):
-        raise bad(field, "must be a whole number")
-    return None if value is None else int(value)
-
-
-def flag_of(body: Mapping[str, Any], field: str) -> bool:
-    """Return a field that must be true or false; absent is false."""
-    return bool(typed_of(body, field, bool, "true or false"))
-
-
-def typed_of(body: Mapping[str, Any], field: str, kind: type, name: str) -> Any:
-    """Return a field that must be of a type, or absent."""
-    value = body.get(field)
-    if value is None:
-        return None
-    # bool is a subclass of int: true is not a number here.
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise bad(field, f"must be {name}")
-    return value
-
-
-def uuid_of(body: Mapping[str, Any], field: str) -> str | None:
-    """Return a field that must be a UUID, in its usual form."""
-    value = text_of(body, field, 45)
-    if value is None:
-        return None
-    try:
-        return str(uuid.UUID(value))
-    except ValueError:
-        raise bad(field, "must be a UUID") from None
+# Fields of a job that a submission does not set: the master's own, as a job shows them when it is read.
+_JOB_OWN = frozenset(("id", "status", "node_id", "attempt", "cancel_requested", "progress", "error",
+                      "failure_reason", "retry_count", "max_retries", "retry_reason", "not_before",
+                      "created_at", "started_at", "completed_at", "settings", "attempts",
+                      "transitions", "result", "published"))
+# Fields of a registration that are not facts about the machine.
+_NODE_OWN = frozenset(("id", "session", "secret", "secret_hash", "holding", "protocol", "status",
+                       "last_heartbeat", "registered_at", "running", "name", "max_concurrent_jobs"))
+_FIELD_CHARS = 64  # of a field that is kept though it is unknown
 
 
 def digest(word: str | None) -> str | None:
-    """Return the SHA-256 of a session or a secret: the only form in which the master keeps them."""
+    """Return the SHA-256 of a session or a secret: the master keeps them in no other form."""
     return None if word is None else hashlib.sha256(word.encode()).hexdigest()
-
-
-def object_of(value: Any, what: str = "the body") -> Json:
-    """Return a value that must be a JSON object."""
-    if not isinstance(value, dict):
-        raise ApiError(400, f"{what} must be a JSON object")
-    return value
 
 
 class Draft(NamedTuple):
@@ -660,58 +584,48 @@ class Draft(NamedTuple):
     after_ok: tuple[str, ...] = ()
 
 
-# Fields of a job that a submission does not set: the master's own, and those of a job that was read
-# before.
-_JOB_OWN = frozenset(
-    (
-        "id",
-        "status",
-        "node_id",
-        "attempt",
-        "cancel_requested",
-        "progress",
-        "error",
-        "failure_reason",
-        "retry_count",
-        "max_retries",
-        "retry_reason",
-        "not_before",
-        "created_at",
-        "started_at",
-        "completed_at",
-        "settings",
-        "attempts",
-        "transitions",
-        "result",
-        "published",
-    )
-)
-
-
-def draft_of(value: Any, max_retries: int) -> Draft:
+def draft_of(value: object, max_retries: int) -> Draft:
     """Check one submission; ApiError 400 names the field."""
-    body = object_of(value, "a job")
-    job_id = uuid_of(body, "id")
-    confidence = body.get("confidence", "auto")
+    fields = Fields(value, "a job")
+    job_id = fields.uuid("id")
+    confidence = fields.values.get("confidence", "auto")
     if confidence not in CONFIDENCES:
-        raise bad("confidence", f"must be one of {', '.join(CONFIDENCES)}")
-    settings = wire.resolve(body.get("scenario"), body.get("parameters"))
-    retries = whole_of(body, "max_retries", 0, 100)
-    after, after_ok = _ids_of(body, "after"), _ids_of(body, "after_ok")
-    kept = {name: body[name] for name in body if name not in _JOB_OWN and len(name) <= 64}
-    spec = {**kept, "scenario": settings.scenario, "confidence": confidence,
-            "parameters": body.get("parameters") or {}, "settings": settings.to_json()}
-    return Draft(job_id, settings.scenario, json.dumps(spec),
-                 max_retries if retries is None else retries, text_of(body, "node"),
-                 flag_of(body, "exclusive"), after, after_ok)
+        raise fields.error("confidence", f"must be one of {', '.join(CONFIDENCES)}")
+    parameters = fields.values.get("parameters")
+    settings = wire.resolve(fields.values.get("scenario"), parameters)
+    retries = fields.whole("max_retries", 0, 100)
+    spec = _kept(fields, _JOB_OWN)
+    spec.update(scenario=settings.scenario, confidence=confidence, parameters=parameters or {},
+                settings=settings.to_json())
+    return Draft(
+        id=job_id,
+        scenario=settings.scenario,
+        spec=json.dumps(spec),
+        max_retries=max_retries if retries is None else retries,
+        node=fields.text("node"),
+        exclusive=bool(fields.flag("exclusive")),
+        after=_ids_of(fields, "after"),
+        after_ok=_ids_of(fields, "after_ok"))
 
 
-def _ids_of(body: Json, field: str) -> tuple[str, ...]:
-    """Return a field that must be a list of jobs' whole ids."""
-    given = typed_of(body, field, list, "a list of job ids") or []
+def _kept(fields: Fields, own: Container[str]) -> Json:
+    """Return the fields that are passed on as they were sent."""
+    return {name: value for name, value in fields.values.items()
+            if name not in own and len(name) <= _FIELD_CHARS}
+
+
+def _ids_of(fields: Fields, field: str) -> tuple[str, ...]:
+    """Return a list of jobs' whole ids."""
+    given = fields.items(field, "a list of job ids")
     if len(given) > AFTER_MOST:
-        raise bad(field, f"must not have more than {AFTER_MOST} ids")
-    return tuple(uuid_of({field: value}, field) or "" for value in given)
+        raise fields.error(field, f"must not have more than {AFTER_MOST} ids")
+    ids = []
+    for value in given:
+        job_id = Fields({field: value}).uuid(field)
+        if job_id is None:
+            raise fields.error(field, "must be a list of job ids")
+        ids.append(job_id)
+    return tuple(ids)
 
 
 class Ask(NamedTuple):
@@ -741,62 +655,55 @@ class Registration(NamedTuple):
     holding: tuple[tuple[str, int], ...]
 
 
-# Fields of a registration that are not facts about the machine.
-_NODE_OWN = frozenset(("id", "session", "secret", "secret_hash", "holding", "protocol", "status",
-                       "last_heartbeat", "registered_at", "running", "name", "max_concurrent_jobs"))
-
-
-def registration_of(body: Json) -> Registration:
+def registration_of(value: object) -> Registration:
     """Check a registration; ApiError 400 names the field."""
-    address = text_of(body, "address", 255, required=True) or ""
-    node_id = uuid_of(body, "id")
-    slots = whole_of(body, "max_concurrent_jobs", 1, 10_000) or 1
-    proof = digest(text_of(body, "secret", 128))
+    fields = Fields(value)
+    address = fields.required_text("address")
+    node_id = fields.uuid("id")
+    slots = fields.whole("max_concurrent_jobs", 1, 10_000) or 1
+    proof = digest(fields.text("secret", 128))
     return Registration(
         id=node_id,
-        name=text_of(body, "name") or address,
+        name=fields.text("name") or address,
         address=address,
-        facts=_facts_of(body),
-        session_hash=digest(text_of(body, "session", 128)),
+        facts=_facts_of(fields),
+        session_hash=digest(fields.text("session", 128)),
         secret_hash=proof,
-        owner_hash=proof or text_of(body, "secret_hash", 64),
-        protocol=whole_of(body, "protocol", 1, 1000),
+        owner_hash=proof or fields.text("secret_hash", 64),
+        protocol=fields.whole("protocol", 1, 1000),
         slots=slots,
-        holding=_holding_of(body))
+        holding=_holding_of(fields))
 
 
-def _facts_of(body: Json) -> str:
+def _facts_of(fields: Fields) -> str:
     """Return the facts about the machine as JSON text; only the known ones are checked."""
     for field, limit in (("type", 64), ("cpu_model", 255), ("gpu_type", 255)):
-        if body.get(field) != "":
-            text_of(body, field, limit)
+        if fields.values.get(field) != "":
+            fields.text(field, limit)
     for field in ("cpu_threads", "ram_bytes", "ram_total_bytes"):
-        whole_of(body, field, 0, 1 << 60)
-        if isinstance(body.get(field), str):  # allowed in a query only
-            raise bad(field, "must be a number")
-    typed_of(body, "has_gpu", bool, "true or false")
-    typed_of(body, "labels", dict, "an object")
-    facts = {
-        name: value for name, value in body.items() if name not in _NODE_OWN and len(name) <= 64
-    }
-    ram_bytes = body.get("ram_bytes")
+        fields.whole(field, 0, 1 << 60)
+    fields.flag("has_gpu")
+    fields.mapping("labels")
+    facts = _kept(fields, _NODE_OWN)
+    ram_bytes = facts.get("ram_bytes")
     if ram_bytes is None:
-        ram_bytes = body.get("ram_total_bytes")  # its later name in the seed's code
+        ram_bytes = facts.get("ram_total_bytes")  # its later name in the seed's code
     facts.update(ram_bytes=ram_bytes, ram_total_bytes=ram_bytes)
     return json.dumps(facts, allow_nan=False)
 
 
-def _holding_of(body: Json) -> tuple[tuple[str, int], ...]:
+def _holding_of(fields: Fields) -> tuple[tuple[str, int], ...]:
     """Return (job id, attempt) of each attempt that an agent still runs or has in its spool."""
-    held = typed_of(body, "holding", list, "a list") or []
+    held = fields.items("holding")
     if len(held) > BULK_MOST:
-        raise bad("holding", f"must not have more than {BULK_MOST} entries")
+        raise fields.error("holding", f"must not have more than {BULK_MOST} entries")
     entries = []
-    for entry in held:
-        if not isinstance(entry, dict):
-            raise bad("holding", "must be a list of objects with job_id and attempt")
-        job_id = text_of(entry, "job_id", 64, required=True) or ""
-        entries.append((job_id.lower(), whole_of(entry, "attempt", 1, 1 << 31) or 1))
+    for value in held:
+        if not isinstance(value, dict):
+            raise fields.error("holding", "must be a list of objects with job_id and attempt")
+        entry = Fields(value)
+        job_id = entry.required_text("job_id", 64)
+        entries.append((job_id.lower(), entry.whole("attempt", 1, 1 << 31) or 1))
     return tuple(entries)
 
 
@@ -815,54 +722,54 @@ class AttemptReport(NamedTuple):
     published: Json | None
 
 
-def report_of(body: Json, progress: bool = False) -> AttemptReport:
+def report_of(value: object, progress: bool = False) -> AttemptReport:
     """Check progress, or the report that ends an attempt; ApiError 400 names the field."""
-    node_id = text_of(body, "node_id", 64, required=True) or ""
-    status = "running" if progress else body.get("status")
+    fields = Fields(value)
+    node_id = fields.required_text("node_id", 64)
+    status = "running" if progress else fields.values.get("status")
     if not progress and status not in wire.CLOSED_STATUSES:
-        raise bad("status", f"must be one of {', '.join(wire.CLOSED_STATUSES)}")
-    for field in ("metrics", "analyzer_output"):
-        typed_of(body, field, dict, "an object")
-    text_of(body, "completed_at", 64)
+        raise fields.error("status", f"must be one of {', '.join(wire.CLOSED_STATUSES)}")
+    fields.mapping("metrics")
+    fields.mapping("analyzer_output")
+    fields.text("completed_at", 64)
     return AttemptReport(
         node_id=node_id,
-        session=text_of(body, "session", 128),
-        attempt=whole_of(body, "attempt", 1, 1 << 31),
+        session=fields.text("session", 128),
+        attempt=fields.whole("attempt", 1, 1 << 31),
         status=str(status),
-        error=long_text_of(body, "error", 8000),
-        failure_reason=text_of(body, "failure_reason", 64),
-        progress=_progress_of(body),
-        lines=_lines_of(body),
-        lines_from=whole_of(body, "lines_from", 0, 1 << 40),
-        published=_fingerprint_of(body))
+        error=fields.words("error", 8000) or None,
+        failure_reason=fields.text("failure_reason", 64),
+        progress=_progress_of(fields),
+        lines=_lines_of(fields),
+        lines_from=fields.whole("lines_from", 0, 1 << 40),
+        published=_fingerprint_of(fields))
 
 
-def _lines_of(body: Json) -> list[str]:
-    lines = typed_of(body, "lines", list, "a list of texts") or []
+def _lines_of(fields: Fields) -> list[str]:
+    lines = fields.items("lines", "a list of texts")
     if not all(isinstance(line, str) for line in lines):
-        raise bad("lines", "must be a list of texts")
+        raise fields.error("lines", "must be a list of texts")
     return [line[:LOG_LINE_CHARS] for line in lines]
 
 
-def _progress_of(body: Json) -> Json:
+def _progress_of(fields: Fields) -> Json:
     """Return the fields of `progress`; a seed's agent sends a number of percent."""
-    value = body.get("progress")
-    if value is None:
-        return {}
+    value = fields.values.get("progress")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return {"percent": value}
-    if not isinstance(value, dict) or len(value) > PROGRESS_FIELDS_MOST:
-        raise bad("progress", "must be an object or a number of percent")
-    return value
+    progress = fields.mapping("progress", "an object or a number of percent")
+    if len(progress) > PROGRESS_FIELDS_MOST:
+        raise fields.error("progress", f"must not have more than {PROGRESS_FIELDS_MOST} fields")
+    return progress
 
 
-def _fingerprint_of(body: Json) -> Json | None:
+def _fingerprint_of(fields: Fields) -> Json | None:
     """Return size and hash of the film that is about to be published."""
-    published = typed_of(body, "published", dict, "an object with bytes and hash")
-    if published is None:
+    if fields.values.get("published") is None:
         return None
-    return {"bytes": whole_of(published, "bytes", 0, 1 << 62),
-            "hash": text_of(published, "hash", 64, required=True)}
+    fields.mapping("published", "an object with bytes and hash")
+    film = fields.inside("published")
+    return {"bytes": film.whole("bytes", 0, 1 << 62), "hash": film.required_text("hash", 64)}
 
 
 # ---- 4 Store --------------------------------------------------------------------------------------
@@ -3117,17 +3024,15 @@ class Intake:
         return draft._replace(node=find_node(self._state.nodes, draft.node, 400, "node").id)
 
     def _check_after(self, draft: Draft, numbers: Mapping[str, int], event: Submitted) -> None:
+        """Raise ApiError 400 where a draft names a job that does not stand before it."""
         own = numbers[draft.id or ""]
         for field, ids in (("after", draft.after), ("after_ok", draft.after_ok)):
             for job_id in ids:
                 is_earlier = numbers.get(job_id, own) < own
                 is_known = job_id in self._state.seq_of or event.statuses.get(job_id) is not None
                 if not is_earlier and not is_known:
-                    raise bad(
-                        field,
-                        f"names the unknown job {job_id}: expected the id of a job that was "
-                        "submitted before, or stands earlier in the array",
-                    )
+                    raise ApiError(400, f"{field} names the unknown job {job_id}: expected one that "
+                                   "was submitted before, or stands earlier in the array", field)
 
     def _accept(self, draft: Draft, numbers: Mapping[str, int], event: Submitted) -> Job:
         state = self._state
@@ -3830,7 +3735,7 @@ class Master:
         """
         given = [draft.id for draft in drafts if draft.id is not None]
         if len(set(given)) != len(given):
-            raise bad("id", "is the same for two jobs of one submission")
+            raise ApiError(400, "id is the same for two jobs of one submission", "id")
         named = [
             draft if draft.id is not None else draft._replace(id=str(uuid.uuid4()))
             for draft in drafts
@@ -3878,7 +3783,7 @@ class Master:
     def report(self, body: Json) -> Json:
         """Take the report that ends an attempt; a repeat is answered the same."""
         report = report_of(body)
-        job_id = text_of(body, "job_id", 64, required=True) or ""
+        job_id = Fields(body).required_text("job_id", 64)
         if self._transactions.apply(Finished(job_id, report, body)):
             self._take_samples(report.node_id, job_id, body.get("samples"))
             return {"status": "success"}
@@ -4898,10 +4803,10 @@ class Request(NamedTuple):
     wants_json: bool = False
 
     @property
-    def fields(self) -> Json:
+    def fields(self) -> Fields:
         """The names of the query and, above them, those of the body: agents may use either."""
         body = self.body if isinstance(self.body, dict) else {}
-        return {**self.query, **body}
+        return Fields({**self.query, **body}, texts=True)
 
 
 class Route(NamedTuple):
@@ -4957,7 +4862,7 @@ def _home(request: Request) -> Answer:
 
 
 def _register(request: Request) -> Answer:
-    is_new, node = request.master.register(object_of(request.body))
+    is_new, node = request.master.register(request.body)
     return _status(is_new), node
 
 
@@ -4980,7 +4885,7 @@ def _forget(request: Request) -> Answer:
 
 
 def _drain(request: Request) -> Answer:
-    deadline_s = number_of(request.fields, "deadline", 0, DRAIN_MOST_S)
+    deadline_s = request.fields.number("deadline", 0, DRAIN_MOST_S)
     return 200, request.master.drain(request.id, deadline_s)
 
 
@@ -4990,12 +4895,12 @@ def _resume_node(request: Request) -> Answer:
 
 def _heartbeat(request: Request) -> Answer:
     if request.body is not None:
-        object_of(request.body)
+        Fields(request.body)  # refuses all but an object
     return 200, request.master.heartbeat(_ask_of(request, request.id))
 
 
 def _next_job(request: Request) -> Answer:
-    node_id = text_of(request.query, "node_id", 64, required=True) or ""
+    node_id = request.fields.required_text("node_id", 64)
     answer = request.master.claim(_ask_of(request, node_id))
     job = answer.pop("job", None)
     text = "null" if job is None else claim_text(job)
@@ -5005,15 +4910,15 @@ def _next_job(request: Request) -> Answer:
 def _ask_of(request: Request, node_id: str) -> Ask:
     """Return what a node says with a heartbeat or a question for work."""
     fields = request.fields
-    leaving = fields.get("leaving", False)
+    leaving = fields.values.get("leaving", False)
     if leaving not in (True, False, "true", "false"):
-        raise bad("leaving", "must be true or false")
+        raise fields.error("leaving", "must be true or false")
     return Ask(
         node_id,
-        session=text_of(fields, "session", 128),
-        wait_s=number_of(fields, "wait", 0, wire.WAIT_MAX_S) or 0.0,
-        seen=whole_of(fields, "seen", 0, 1 << 53) or 0,
-        claim=text_of(fields, "claim", 128),
+        session=fields.text("session", 128),
+        wait_s=fields.number("wait", 0, wire.WAIT_MAX_S) or 0.0,
+        seen=fields.whole("seen", 0, 1 << 53) or 0,
+        claim=fields.text("claim", 128),
         leaving=leaving in (True, "true"),
         alive=request.alive)
 
@@ -5058,15 +4963,16 @@ def _results(request: Request) -> Answer:
 
 def _page_of(request: Request) -> tuple[dict[str, str], int | None, int]:
     """Return the filters, the cursor and the length of a page that a request asks for."""
+    fields = request.fields
     filters = {}
     for name in FILTERS:
-        value = text_of(request.query, name)
+        value = fields.text(name)
         if value is not None:
             filters[name] = value
     if filters.get("status") not in (None, *STATUSES):
-        raise bad("status", f"must be one of {', '.join(STATUSES)}")
-    limit = whole_of(request.query, "limit", 1, PAGE_MOST) or PAGE_USUAL
-    return filters, whole_of(request.query, "after", 1, 1 << 60), limit
+        raise fields.error("status", f"must be one of {', '.join(STATUSES)}")
+    limit = fields.whole("limit", 1, PAGE_MOST) or PAGE_USUAL
+    return filters, fields.whole("after", 1, 1 << 60), limit
 
 
 def _page_json(count: int, total: int, cursor: int | None) -> Json:
@@ -5083,16 +4989,16 @@ def _order(verb: str) -> Callable[[Request], Answer]:
 
 
 def _progress(request: Request) -> Answer:
-    return 200, request.master.progress(request.id, object_of(request.body))
+    return 200, request.master.progress(request.id, request.body)
 
 
 def _report(request: Request) -> Answer:
-    return 200, request.master.report(object_of(request.body))
+    return 200, request.master.report(request.body)
 
 
 def _logs(request: Request) -> Answer:
-    after = whole_of(request.query, "after", 0, 1 << 53) or 0
-    wait_s = number_of(request.query, "wait", 0, wire.WAIT_MAX_S) or 0.0
+    after = request.fields.whole("after", 0, 1 << 53) or 0
+    wait_s = request.fields.number("wait", 0, wire.WAIT_MAX_S) or 0.0
     return 200, request.master.queries.logs(request.id, after, wait_s, request.alive)
 
 
@@ -6308,7 +6214,7 @@ def _matrix_of(value: Any, stem: str) -> _Matrix:
         nodes=tuple(_list(value, "nodes", str, "names of nodes")) or (None,),
         repeats=_whole(value, "repeats", MAX_REPEATS),
         entries=_entries_of(value),
-        common=typed_of(value, "parameters", dict, "an object of parameters") or {},
+        common=Fields(value).mapping("parameters", "an object of parameters"),
         quality={"quality": value["quality"]} if "quality" in value else {},
         rests={name: _seconds(value[name], name) for name in _RESTS if value.get(name)},
         file=value)

@@ -257,6 +257,15 @@ class SectionMaps(unittest.TestCase):
                 self.assertEqual(downward, [])
 
 
+    def test_no_name_is_bound_twice(self) -> None:
+        """A second section that binds a name would silently change the first one's."""
+        for name, source in SOURCES.items():
+            bound = [word for statement in source.tree.body for word in stored([statement])
+                     if not isinstance(statement, (ast.Import, ast.For, ast.If, ast.Try))]
+            with self.subTest(name):
+                self.assertEqual(sorted({word for word in bound if bound.count(word) > 1}), [])
+
+
 class Seams(unittest.TestCase):
     """Each way out of the program has one place."""
 

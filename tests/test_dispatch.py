@@ -262,7 +262,8 @@ class TestWalk(Alone):
     EVENTS = 20_000
 
     def view(self, state: ffdist.State) -> dict[str, Any]:
-        return {"jobs": {seq: job.state_json() for seq, job in state.jobs.items()}, "totals": state.totals, "last": (state.last_job, state.last_result),
+        jobs = {seq: job.state_json() for seq, job in state.jobs.items()}
+        return {"jobs": jobs, "totals": state.totals, "last": (state.last_job, state.last_result),
                 "leases": {node.id: sorted(node.leases) for node in state.nodes.values()},
                 "claims": {node.id: list(node.claims) for node in state.nodes.values()},
                 "lines": sorted(state.jobs[seq].seq for seq in state.jobs
