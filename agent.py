@@ -13,23 +13,24 @@ Sections (each uses only those above it):
   1 Wire        protocol, ApiError, Failure, Fields: the one reader of JSON
   2 Metrics     every figure of a result: meaning, formula, how it is shown and exported
   3 Messages    the master's answers as types: Job, Answer, Registered, views for people
-  4 Words       what is written for people: figures, tables, log
+  4 Words       text for people: result rows, tables, the progress line, log lines
   5 Client      the only urllib and the only sockets: one connection per thread, typed methods
   6 Catalogue   only tables: parameters, codecs, containers, encoders, presets, ladder
   7 Scenario    scenario and parameters -> resolved Settings (pure; the master uses it too)
-  8 Command     settings + machine + source -> Plan of argv lists (pure)
-  9 Output      what FFmpeg and ffprobe say: progress, probe, damage, last words, scores (pure)
- 10 Statistics  intervals, outliers, confidence (pure)
- 11 Places      what a job may touch: paths, hosts, room on disk; kinds of input
- 12 Publishing  how an output gets its name; kinds of output
- 13 Run         one program at a time: the clock, the limits, stop verbs
- 14 Stages      the stages of an attempt: probe, encode, inspect, compare
- 15 Attempt     one attempt from its job to its outcome; what a killed one left
- 16 Analysis    metrics, verdict, suggestion (pure)
- 17 State       spool, identity, folder locks
- 18 Session     the talk with the master: registration, claims, progress, results
- 19 Agent       slots, threads, drain
- 20 CLI         flags, the single-node workflow, main
+  8 Choices     settings + machine + source -> encoder, preset, picture, rate (pure)
+  9 Command     those choices -> Plan: the commands of FFmpeg and ffprobe (pure)
+ 10 Output      what FFmpeg and ffprobe say: progress, probe, damage, last words, scores (pure)
+ 11 Statistics  intervals, outliers, confidence (pure)
+ 12 Places      what a job may touch: paths, hosts, room on disk; kinds of input
+ 13 Publishing  how an output gets its name; kinds of output
+ 14 Run         one program at a time: the clock, the limits, stop verbs
+ 15 Stages      the stages of an attempt: probe, encode, inspect, compare
+ 16 Attempt     one attempt from its job to its outcome; what a killed one left
+ 17 Analysis    metrics, verdict, suggestion (pure)
+ 18 State       spool, identity, folder locks
+ 19 Session     the talk with the master: registration, claims, progress, results
+ 20 Agent       slots, threads, drain
+ 21 CLI         flags, the single-node workflow, main
 
 Threads: the main thread waits for signals; the poller holds the parked request; the reporter sends
 progress and empties the spool; each slot runs one attempt. Two locks: Agent's guards which attempts
@@ -450,7 +451,7 @@ METRICS: Mapping[str, Metric] = {row.name: row for row in (
            "W", "power", table=POWER_TABLE,
            phrase="{:.1f} W", formula="energy_joules / duration",
            unknown="{energy}", of_machine=True, of_energy=True),
-    Metric("idle_watts", "What the idle machine draws.",
+    Metric("idle_watts", "Power of the idle machine.",
            "W", "idle", table=POWER_TABLE,
            phrase="{:.1f} W",
            repeats="mean", unknown="{idle}", of_machine=True, of_energy=True),
@@ -956,7 +957,7 @@ def _energy_text(view: ResultView) -> str:
     metrics = view.metrics
     if metrics.get("energy_joules") is None:
         return _figures_text(view, "energy_joules")
-    # Figures of a power model look like readings: each says that it is none.
+    # Figures of a power model look like readings: each is marked as an estimate.
     is_estimate = bool(metrics.get("energy_estimated"))
     about = "about " if is_estimate else ""
     gross = about + view.phrase("energy_joules")
@@ -1930,7 +1931,7 @@ def resolve(scenario: object, parameters: object = None, own_paths: bool = False
     caller's own shell: they may have hidden parts.
     """
     values: Json = {**_scenario_values(scenario), **_checked_parameters(parameters)}
-    # An encoder that is named says the codec too.
+    # The name of an encoder implies the codec.
     encoder = ENCODERS.get(values.get("encoder", ""))
     values.setdefault("codec", encoder.codec if encoder else "h264")
     if is_baseline(str(scenario)):
@@ -2326,19 +2327,9 @@ def _refuse_impossible(settings: Settings) -> None:
             raise _bad(refusal.field, refusal.reason(settings, encoder))
 
 
-# ---- 8 Command ------------------------------------------------------------------------------------
+# ---- 8 Choices ------------------------------------------------------------------------------------
 
-# Without -nostdin FFmpeg reads keys from a terminal, and stops when it is in the background.
-QUIET = ("-hide_banner", "-nostdin")
-PROGRESS_ARGS = ("-nostats", "-progress", "pipe:1")
-# Each line with its level in front, and repeated ones again: damage is counted by them.
-LOG_ARGS = ("-loglevel", "repeat+level+info")
-READ_TIMEOUT_ARGS = ("-rw_timeout", "30000000")  # µs without a byte from the network
-GENERATED_CLIP_S = 2  # it is looped: a longer one takes more time to make and room in the cache
-TONE = "sine=frequency=440:sample_rate=48000"
 FALLBACK_FPS = 25.0  # for a film without a rate of its own
-FINEST_FPS = 480  # the shortest frame that a film of changing rate may keep, as PARAMETERS allows
-LIVE_GOP_S = 2.0  # a viewer who joins a stream waits for the next key frame
 NOT_BUILT_IN = "not built into this FFmpeg"
 
 
@@ -2432,91 +2423,6 @@ class Rate(NamedTuple):
 
     words: str
     args: list[str]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The commands of one encode, in order, and what they will do, in numbers and in words."""
-
-    passes: tuple[tuple[str, ...], ...]
-    encoder: str
-    preset: str | None
-    threads: int | None
-    pixel_format: str
-    width: int
-    height: int
-    fps: float
-    duration_s: float | None
-    rate: str
-    reason: str
-    filters: str
-    target: str
-    container: str
-
-
-@dataclass(frozen=True)
-class _Encode:
-    """All decisions about one encode; its arguments follow from them."""
-
-    settings: Settings
-    machine: Machine
-    source: Source
-    target: str
-    name: str
-    picture: Picture
-    threads: int
-    preset: str | None
-    rate: Rate
-    filters: list[str]
-
-    @property
-    def encoder(self) -> Encoder:
-        return ENCODERS[self.name]
-
-
-def plan(settings: Settings, machine: Machine, source: Source, target: str) -> Plan:
-    """Return the commands that encode `source` to `target` on this machine; Failure says why not.
-
-    `target` is the path or URL that FFmpeg writes to. The decisions come first, each with its
-    reason, then the arguments, which hold no decision of their own.
-    """
-    name, why = choose_encoder(settings, machine)
-    encoder = ENCODERS[name]
-    picture = _picture(settings, source, encoder)
-    width, height, fps, pixel_format = picture
-    # Threads before the preset: a preset is chosen by the load on each of them.
-    threads = settings.threads or _threads(machine, height, settings.max_cpu_percent)
-    preset, why_preset = choose_preset(settings, name, width * height * fps, threads)
-    rate = _rate_control(settings, name, height, fps)
-    filters = _filters(settings, source, picture)
-    encode = _Encode(
-        settings, machine, source, target,
-        name=name, picture=picture, threads=threads, preset=preset, rate=rate, filters=filters)
-
-    why_size = "" if encoder.hardware else f"{width}x{height} at {fps:g} fps with {threads} threads"
-    return Plan(
-        passes=_passes(encode),
-        encoder=name,
-        preset=preset,
-        threads=None if encoder.hardware else threads,
-        pixel_format=pixel_format,
-        width=width,
-        height=height,
-        fps=fps,
-        duration_s=_expected_s(settings, source),
-        rate=rate.words,
-        reason="; ".join(part for part in (why, why_preset, why_size) if part),
-        filters=",".join(filters),
-        target=target,
-        container=settings.container)
-
-
-def _expected_s(settings: Settings, source: Source) -> float | None:
-    """Return how long the output's picture will be: of a film, at most as long as there is one."""
-    if source.duration_s is None or source.loop:
-        return settings.duration
-    asked_s = math.inf if settings.duration is None else settings.duration
-    return max(0.0, min(asked_s - source.start_s, source.duration_s))
 
 
 class Choice(NamedTuple):
@@ -2683,6 +2589,147 @@ def _threads(machine: Machine, height: int, quota_percent: float | None) -> int:
     return max(1, min(worth, quota, share))
 
 
+def _rate_control(settings: Settings, name: str, height: int, fps: float) -> Rate:
+    """Return the rule for the output's size: a crf, a bitrate, or a crf up to a bitrate."""
+    encoder, crf = ENCODERS[name], settings.crf
+    if crf is not None and encoder.crf is None:
+        raise Failure("parameters", f"parameters.crf is not possible with {name}: give a bitrate")
+    bitrate = settings.bitrate
+    # A stream must fit its line, and a first pass is of use only towards a size.
+    needs_bitrate = settings.live or settings.two_pass or encoder.crf is None
+    if bitrate is None and needs_bitrate:
+        bitrate = ladder_bitrate(settings.codec, height, fps)
+    if bitrate is None:
+        words = f"{encoder.crf if crf is None else crf:g}"
+        return Rate(f"crf {words}", _filled(encoder.crf_args, crf=words))
+    if crf is None:
+        # A stream has no room for peaks; a file may use half as much again where it needs it.
+        most = bitrate if settings.live else bitrate * 3 // 2
+        args = _filled(encoder.bitrate_args, bitrate=bitrate_text(bitrate),
+                       maxrate=bitrate_text(most), bufsize=bitrate_text(2 * bitrate))
+        return Rate(bitrate_text(bitrate), args)
+    return Rate(f"crf {crf:g} up to {bitrate_text(bitrate)}", _capped_crf(encoder, crf, bitrate))
+
+
+def _capped_crf(encoder: Encoder, crf: float, bitrate: int) -> list[str]:
+    """Return the arguments of a constant quality with a ceiling."""
+    constant = _filled(encoder.crf_args, crf=f"{crf:g}")
+    if encoder.crf_args == _CRF_ALONE:  # its -b:v is the ceiling, where it is not 0
+        return [*constant[:-1], bitrate_text(bitrate)]
+    ceiling, buffer = bitrate_text(bitrate), bitrate_text(2 * bitrate)
+    return [*constant, "-maxrate", ceiling, "-bufsize", buffer]
+
+
+def ladder_bitrate(codec: str, height: int, fps: float) -> int:
+    """Return bit/s that a picture of this size needs where the job names none."""
+    kbps = next(rate for lines, rate in LADDER_KBPS if height >= lines)
+    faster = 1.5 if fps > LADDER_FAST_FPS else 1
+    return round(kbps * faster * CODEC_SAVING[codec]) * 1000
+
+
+def _filled(template: Sequence[str], **values: object) -> list[str]:
+    return [part.format(**values) for part in template]
+
+
+# ---- 9 Command ------------------------------------------------------------------------------------
+
+# Without -nostdin FFmpeg reads keys from a terminal, and stops when it is in the background.
+QUIET = ("-hide_banner", "-nostdin")
+PROGRESS_ARGS = ("-nostats", "-progress", "pipe:1")
+# Each line with its level in front, and repeated ones again: damage is counted by them.
+LOG_ARGS = ("-loglevel", "repeat+level+info")
+READ_TIMEOUT_ARGS = ("-rw_timeout", "30000000")  # µs without a byte from the network
+GENERATED_CLIP_S = 2  # it is looped: a longer one takes more time to make and room in the cache
+TONE = "sine=frequency=440:sample_rate=48000"
+FINEST_FPS = 480  # the shortest frame that a film of changing rate may keep, as PARAMETERS allows
+LIVE_GOP_S = 2.0  # a viewer who joins a stream waits for the next key frame
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The commands of one encode, in order, and what they will do, in numbers and in words."""
+
+    passes: tuple[tuple[str, ...], ...]
+    encoder: str
+    preset: str | None
+    threads: int | None
+    pixel_format: str
+    width: int
+    height: int
+    fps: float
+    duration_s: float | None
+    rate: str
+    reason: str
+    filters: str
+    target: str
+    container: str
+
+
+@dataclass(frozen=True)
+class _Encode:
+    """All decisions about one encode; its arguments follow from them."""
+
+    settings: Settings
+    machine: Machine
+    source: Source
+    target: str
+    name: str
+    picture: Picture
+    threads: int
+    preset: str | None
+    rate: Rate
+    filters: list[str]
+
+    @property
+    def encoder(self) -> Encoder:
+        return ENCODERS[self.name]
+
+
+def plan(settings: Settings, machine: Machine, source: Source, target: str) -> Plan:
+    """Return the commands that encode `source` to `target` on this machine; Failure says why not.
+
+    `target` is the path or URL that FFmpeg writes to. The decisions come first, each with its
+    reason, then the arguments, which hold no decision of their own.
+    """
+    name, why = choose_encoder(settings, machine)
+    encoder = ENCODERS[name]
+    picture = _picture(settings, source, encoder)
+    width, height, fps, pixel_format = picture
+    # Threads before the preset: a preset is chosen by the load on each of them.
+    threads = settings.threads or _threads(machine, height, settings.max_cpu_percent)
+    preset, why_preset = choose_preset(settings, name, width * height * fps, threads)
+    rate = _rate_control(settings, name, height, fps)
+    filters = _filters(settings, source, picture)
+    encode = _Encode(
+        settings, machine, source, target,
+        name=name, picture=picture, threads=threads, preset=preset, rate=rate, filters=filters)
+
+    why_size = "" if encoder.hardware else f"{width}x{height} at {fps:g} fps with {threads} threads"
+    return Plan(
+        passes=_passes(encode),
+        encoder=name,
+        preset=preset,
+        threads=None if encoder.hardware else threads,
+        pixel_format=pixel_format,
+        width=width,
+        height=height,
+        fps=fps,
+        duration_s=_expected_s(settings, source),
+        rate=rate.words,
+        reason="; ".join(part for part in (why, why_preset, why_size) if part),
+        filters=",".join(filters),
+        target=target,
+        container=settings.container)
+
+
+def _expected_s(settings: Settings, source: Source) -> float | None:
+    """Return how long the output's picture will be: of a film, at most as long as there is one."""
+    if source.duration_s is None or source.loop:
+        return settings.duration
+    asked_s = math.inf if settings.duration is None else settings.duration
+    return max(0.0, min(asked_s - source.start_s, source.duration_s))
+
+
 def _filters(settings: Settings, source: Source, picture: Picture) -> list[str]:
     """Return the filters from the input's frames to the output's; the picture keeps its shape."""
     # Square pixels first, so that all sizes below are those that a viewer sees.
@@ -2727,48 +2774,6 @@ def rational(fps: float) -> str:
     if abs(thousands / 1001 - fps) < 5e-3:
         return f"{thousands}/1001"
     return f"{fps:.6g}"
-
-
-def _rate_control(settings: Settings, name: str, height: int, fps: float) -> Rate:
-    """Return the rule for the output's size: a crf, a bitrate, or a crf up to a bitrate."""
-    encoder, crf = ENCODERS[name], settings.crf
-    if crf is not None and encoder.crf is None:
-        raise Failure("parameters", f"parameters.crf is not possible with {name}: give a bitrate")
-    bitrate = settings.bitrate
-    # A stream must fit its line, and a first pass is of use only towards a size.
-    needs_bitrate = settings.live or settings.two_pass or encoder.crf is None
-    if bitrate is None and needs_bitrate:
-        bitrate = ladder_bitrate(settings.codec, height, fps)
-    if bitrate is None:
-        words = f"{encoder.crf if crf is None else crf:g}"
-        return Rate(f"crf {words}", _filled(encoder.crf_args, crf=words))
-    if crf is None:
-        # A stream has no room for peaks; a file may use half as much again where it needs it.
-        most = bitrate if settings.live else bitrate * 3 // 2
-        args = _filled(encoder.bitrate_args, bitrate=bitrate_text(bitrate),
-                       maxrate=bitrate_text(most), bufsize=bitrate_text(2 * bitrate))
-        return Rate(bitrate_text(bitrate), args)
-    return Rate(f"crf {crf:g} up to {bitrate_text(bitrate)}", _capped_crf(encoder, crf, bitrate))
-
-
-def _capped_crf(encoder: Encoder, crf: float, bitrate: int) -> list[str]:
-    """Return the arguments of a constant quality with a ceiling."""
-    constant = _filled(encoder.crf_args, crf=f"{crf:g}")
-    if encoder.crf_args == _CRF_ALONE:  # its -b:v is the ceiling, where it is not 0
-        return [*constant[:-1], bitrate_text(bitrate)]
-    ceiling, buffer = bitrate_text(bitrate), bitrate_text(2 * bitrate)
-    return [*constant, "-maxrate", ceiling, "-bufsize", buffer]
-
-
-def ladder_bitrate(codec: str, height: int, fps: float) -> int:
-    """Return bit/s that a picture of this size needs where the job names none."""
-    kbps = next(rate for lines, rate in LADDER_KBPS if height >= lines)
-    faster = 1.5 if fps > LADDER_FAST_FPS else 1
-    return round(kbps * faster * CODEC_SAVING[codec]) * 1000
-
-
-def _filled(template: Sequence[str], **values: object) -> list[str]:
-    return [part.format(**values) for part in template]
 
 
 def _passes(encode: _Encode) -> tuple[tuple[str, ...], ...]:
@@ -2969,7 +2974,7 @@ def probe_command(ffprobe: str, url: str, demuxer: str = "",
             "-show_streams", *open_args(url, demuxer, http_args)]
 
 
-# ---- 9 Output -------------------------------------------------------------------------------------
+# ---- 10 Output ------------------------------------------------------------------------------------
 
 # With `-loglevel repeat+level` FFmpeg writes `[h264 @ 0x55…] [error] …`; x264 and x265 write their
 # name.
@@ -2985,7 +2990,7 @@ BLOCK_KEYS_MOST = 200  # of one block of progress: FFmpeg writes about 12
 
 @dataclass(frozen=True)
 class Progress:
-    """One block of -progress; None where FFmpeg says N/A. out_time in s of film."""
+    """One block of -progress; None for an N/A of FFmpeg. out_time in s of film."""
 
     frame: int = 0
     fps: float | None = None
@@ -3314,7 +3319,7 @@ def parse_scores(metric: str, words: Iterable[str],
     return found, count
 
 
-# ---- 10 Statistics --------------------------------------------------------------------------------
+# ---- 11 Statistics --------------------------------------------------------------------------------
 
 # Student's t, 97.5 %, for 1 to 10 degrees of freedom.
 _STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
@@ -3401,7 +3406,7 @@ def batch_means(values: Sequence[float]) -> list[float]:
     return means
 
 
-# ---- 11 Places ------------------------------------------------------------------------------------
+# ---- 12 Places ------------------------------------------------------------------------------------
 
 # Where clouds tell a machine its secrets, beside the link-local addresses that most of them use.
 METADATA = frozenset(map(ipaddress.ip_address, (
@@ -3882,7 +3887,7 @@ def input_of(place: str | None, places: Places, folder: Path) -> Input:
     return FileInput(places, place)
 
 
-# ---- 12 Publishing --------------------------------------------------------------------------------
+# ---- 13 Publishing --------------------------------------------------------------------------------
 
 # How a finished film gets its final name. Several attempts of one job may run at once (a node was
 # out of reach and its job went elsewhere), and other people write to the same folder. So FFmpeg
@@ -4219,7 +4224,7 @@ def output_of(settings: Settings, places: Places, folder: Path, owner: Ownership
     return FileOutput(settings, places, folder, owner)
 
 
-# ---- 13 Run ---------------------------------------------------------------------------------------
+# ---- 14 Run ---------------------------------------------------------------------------------------
 
 # One attempt has one Runner, which runs one program at a time in the attempt's own thread. Other
 # threads (the poller and the reporter, into whose answers the master puts its orders) only ask:
@@ -4601,7 +4606,7 @@ class Runner:
         self.log.add(self.files.name_in(line))
 
 
-# ---- 14 Stages ------------------------------------------------------------------------------------
+# ---- 15 Stages ------------------------------------------------------------------------------------
 
 # An attempt goes through these stages in its own thread: find the source, plan, repeat (encode
 # and inspect, until the requested confidence is reached), compare, deliver. Each is a function of
@@ -5151,7 +5156,7 @@ def why_not_comparable(metric: str, place: Workplace, made: Plan) -> str:
     return ""
 
 
-# ---- 15 Attempt -----------------------------------------------------------------------------------
+# ---- 16 Attempt -----------------------------------------------------------------------------------
 
 # Asks whether an output may get its name: returns until when (boot_clock) it may, or None.
 Confirm = Callable[[OutputFile, Json], Optional[float]]
@@ -5343,7 +5348,7 @@ def _read_words(path: Path) -> list[str]:
         return []
 
 
-# ---- 16 Analysis ----------------------------------------------------------------------------------
+# ---- 17 Analysis ----------------------------------------------------------------------------------
 
 # The recommendations of an analysis: README lists them.
 RECOMMENDATIONS = {
@@ -5815,7 +5820,7 @@ def result_of(attempt: Attempt, outcome: Outcome, machine: Machine, ended_at: fl
 
 def _encode_json(settings: Settings, made: Plan, limits: Mapping[str, str]) -> Json:
     """Return what was done, in the settings' own terms."""
-    # `rate` says how the size was ruled, whatever was asked for: it stands in for bitrate and crf.
+    # `rate` is the rule that was used in the end: it takes the place of bitrate and crf.
     done = {
         **settings.to_json(),
         "width": made.width, "height": made.height, "fps": made.fps,
@@ -5875,7 +5880,7 @@ def _repeats_json(runs: Sequence[Outcome]) -> list[Json]:
             for at, (run, joules) in enumerate(zip(runs, energies))]
 
 
-# ---- 17 State -------------------------------------------------------------------------------------
+# ---- 18 State -------------------------------------------------------------------------------------
 
 # A report must survive a kill and a power cut between the end of an attempt and the master's
 # answer: without it the work is done again. So it goes to the spool first, synchronised to the
@@ -5993,7 +5998,7 @@ def locked_folder(folder: Path, what: str) -> int:
     return descriptor
 
 
-# ---- 18 Session -----------------------------------------------------------------------------------
+# ---- 19 Session -----------------------------------------------------------------------------------
 
 # The agent's talk with the master, in two threads: the poller steps a Session (registration, then
 # one parked request after another), the reporter steps a Reporter (results, then progress). Each
@@ -6484,7 +6489,7 @@ class Reporter:
         return None if link.protocol else math.inf
 
 
-# ---- 19 Agent -------------------------------------------------------------------------------------
+# ---- 20 Agent -------------------------------------------------------------------------------------
 
 LEAVE_S = 5.0  # for a master that answers slowly to hear that this node leaves
 # Between two looks of the main thread: Python handles a signal only when that thread wakes.
@@ -6737,7 +6742,7 @@ def http_args_of(host: hwdetect.Host, ffmpeg: str) -> tuple[str, ...]:
     return ()
 
 
-# ---- 20 CLI ---------------------------------------------------------------------------------------
+# ---- 21 CLI ---------------------------------------------------------------------------------------
 
 MAX_NAME_CHARS = 200
 

@@ -334,8 +334,8 @@ class Seams(unittest.TestCase):
                              r"(subprocess|threading|random)\..*)")
         pure = {"ffdist": {"Jobs", "Messages", "Dispatch", "Leases", "Fleet", "Metrics", "Tariff",
                            "Pages", "Experiments", "Reports"},
-                "agent": {"Wire", "Metrics", "Messages", "Catalogue", "Scenario", "Command", "Output",
-                          "Statistics", "Analysis"},
+                "agent": {"Wire", "Metrics", "Messages", "Catalogue", "Scenario", "Choices",
+                          "Command", "Output", "Statistics", "Analysis"},
                 "hwdetect": {"Facts", "Parsers"}}
         for name, sections in pure.items():
             with self.subTest(name):
