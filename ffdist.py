@@ -4122,7 +4122,9 @@ def sample_lines(message: Sampled) -> list[str]:
     """Return the lines of the samples of one message, each at its own time."""
     lines = []
     for sample in message.samples:
-        at = epoch_of(sample.get("time")) if isinstance(sample, dict) else None
+        if not isinstance(sample, dict):
+            continue
+        at = epoch_of(sample.get("time"))
         if at is None:
             continue
         labels = _labels_text({
@@ -4160,7 +4162,9 @@ def _line(name: str, labels: str, value: float, at: float | None = None) -> str:
     """Return one line of the text format; `at` is in s since 1970, the line has ms."""
     # No digit of a float after the 15th is certain; a count of bytes has fewer.
     line = f"{name}{labels} {value:.15g}"
-    return line if at is None else f"{line} {round(at * 1000)}"
+    if at is None:
+        return line
+    return f"{line} {round(at * 1000)}"
 
 
 def _labels_text(labels: Labels) -> str:
@@ -4171,7 +4175,9 @@ def _labels_text(labels: Labels) -> str:
             text = wire.printable(str(value)[:LABEL_CHARS])
             text = text.replace("\\", "\\\\").replace('"', '\\"')
             pairs.append(f'{name}="{text}"')
-    return f"{{{','.join(pairs)}}}" if pairs else ""
+    if not pairs:
+        return ""
+    return f"{{{','.join(pairs)}}}"
 
 
 def _part(value: Mapping[str, Any], name: str) -> Json:
@@ -4548,11 +4554,13 @@ def _range(values: Sequence[float], zero: bool, log: bool) -> tuple[float, float
     low, high = min(values), max(values)
     if zero:
         low = 0.0
-    if log:
+    if log:  # about the same room on a scale of powers
         return low / 1.12, high * 1.12
     # Equal values have no range: a tenth of the value, or 1 around zero.
     room = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-    return (0.0 if zero else low - room), high + room
+    if zero:
+        return 0.0, high + room
+    return low - room, high + room
 
 
 def _frame_of(plot: Plot) -> Frame:
@@ -4617,8 +4625,9 @@ def _y_labels(plot: Plot, frame: Frame) -> list[tuple[float, str]]:
         return [(tick, f"{tick:.6g}") for tick in frame.y.ticks()]
     labels = []
     for number, name in enumerate(plot.names):  # the range of the axis turns them: first is top
-        is_long = len(name) > _NAME_CHARS
-        labels.append((float(number), f"{name[:_NAME_CHARS - 1]}…" if is_long else name))
+        if len(name) > _NAME_CHARS:
+            name = f"{name[:_NAME_CHARS - 1]}…"
+        labels.append((float(number), name))
     return labels
 
 
@@ -4653,7 +4662,9 @@ def _marker_svg(curve: Curve, number: int, spot: int, at: tuple[float, float]) -
 def _figure_html(plot: Plot) -> str:
     """Return a plot with its title, and a legend where there is more than one curve."""
     keys = [_key_html(curve, number) for number, curve in enumerate(plot.curves)]
-    legend = f'<ul class="keys">{"".join(keys)}</ul>' if len(keys) > 1 else ""
+    legend = ""
+    if len(keys) > 1:
+        legend = f'<ul class="keys">{"".join(keys)}</ul>'
     title = f"<figcaption>{html_text(plot.title)}</figcaption>"
     return f"<figure>{title}{plot_svg(plot)}{legend}{_note(plot.note)}</figure>"
 
@@ -4673,7 +4684,9 @@ def _key_html(curve: Curve, number: int) -> str:
 
 def _note(text: str) -> str:
     """Return a remark below a plot or a table; nothing for an empty one."""
-    return f'<p class="note">{html_text(text)}</p>' if text else ""
+    if not text:
+        return ""
+    return f'<p class="note">{html_text(text)}</p>'
 
 
 def table_html(heads: Iterable[str], rows: Iterable[Sequence[str]], texts: int = 99) -> str:
@@ -4903,7 +4916,9 @@ def _next_job(request: Request) -> Answer:
     node_id = request.fields.required_text("node_id", 64)
     answer = request.master.claim(_ask_of(request, node_id))
     job = answer.pop("job", None)
-    text = "null" if job is None else claim_text(job)
+    text = "null"
+    if job is not None:
+        text = claim_text(job)
     return 200, _object_text({"job": text}, answer)
 
 
@@ -5757,7 +5772,9 @@ class Pusher:
         """Push the states of the nodes that changed; of all of them every NODES_AGAIN_S."""
         shot = self._master.queries.snapshot()
         is_due = now - self._all_nodes_at >= NODES_AGAIN_S
-        lines = node_lines(shot, now, {} if is_due else self._node_states)
+        if is_due:
+            self._node_states = {}
+        lines = node_lines(shot, now, self._node_states)
         for start in range(0, len(lines), PUSH_LINES_MOST):
             self._push(_body(lines[start:start + PUSH_LINES_MOST]))
         self._node_states = {node[1]: node for node in shot.nodes}
