@@ -6104,13 +6104,21 @@ MAX_STREAMS = 256
 MAX_REPEATS = 1000
 
 # field of a file, with every value an axis -> parameter of a job
-_AXES = {"inputs": "input", "codecs": "codec", "encoders": "encoder", "presets": "preset"}
+_AXES = {
+    "inputs": "input",
+    "codecs": "codec",
+    "encoders": "encoder",
+    "presets": "preset",
+}
 # bitrates and crfs are one axis: a job has a rate of one kind or the other
 _RATES = {"bitrates": "bitrate", "crfs": "crf"}
 _RESTS = ("settle", "cooldown")
 _SECONDS = ("duration", *_RESTS, "timeout")  # may be written 1m30s here
-EXPERIMENT_FIELDS = ("name", "id", "scenarios", *_AXES, *_RATES, "nodes", "streams", "repeats",
-                     "baseline", "quality", "confidence", *_RESTS, "parameters")
+EXPERIMENT_FIELDS = (
+    "name", "id",
+    "scenarios", *_AXES, *_RATES, "nodes", "streams", "repeats", "baseline",
+    "quality", "confidence", *_RESTS, "parameters",
+)
 
 _TYPES = ("single", "multi", "baseline")
 _BASELINE_PARAMETERS = ("duration", *_RESTS)
@@ -6207,11 +6215,13 @@ def experiment_of(value: Any, stem: str) -> Experiment:
 
 def _refuse_clashes(jobs: Sequence[Json]) -> None:
     """Refuse jobs that are the same, or that would write the same file."""
-    outputs = [job["parameters"]["output"] for job in jobs if job["parameters"].get("output")]
-    if len(set(outputs)) < len(outputs):
+    outputs = [job["parameters"].get("output") for job in jobs]
+    files = [output for output in outputs if output]
+    if len(set(files)) < len(files):
         raise ValueError("parameters.output would be written by several jobs: "
                          "leave it out to discard them")
-    if len({job["id"] for job in jobs}) < len(jobs):
+    ids = {job["id"] for job in jobs}
+    if len(ids) < len(jobs):
         raise ValueError("the same job is in the file more than once: "
                          "use repeats to run all of it more than once")
 
@@ -6224,36 +6234,43 @@ def _matrix_of(value: Any, stem: str) -> _Matrix:
         raise ValueError(f"confidence must be one of {', '.join(CONFIDENCES)}")
 
     name = _text(value, "name", stem[:64] or "experiment")
+    nodes = _list(value, "nodes", str, "names of nodes")
+    common = Fields(value).mapping("parameters", "an object of parameters")
+    rests = {rest: _seconds(value[rest], rest) for rest in _RESTS if value.get(rest)}
     return _Matrix(
         id=_slug(_text(value, "id", name)),
         name=name,
         confidence=value.get("confidence", "auto"),
-        nodes=tuple(_list(value, "nodes", str, "names of nodes")) or (None,),
+        nodes=tuple(nodes) or (None,),
         repeats=_whole(value, "repeats", MAX_REPEATS),
         entries=_entries_of(value),
-        common=Fields(value).mapping("parameters", "an object of parameters"),
+        common=common,
         quality={"quality": value["quality"]} if "quality" in value else {},
-        rests={name: _seconds(value[name], name) for name in _RESTS if value.get(name)},
+        rests=rests,
         file=value)
 
 
 def _slug(text: str) -> str:
     """Return a text with a dash for whatever does not belong into an id."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-")[:64] or "experiment"
+    words = re.sub(r"[^A-Za-z0-9._-]+", "-", text)
+    return words.strip("-")[:64] or "experiment"
 
 
 def _entries_of(file: Json) -> tuple[_Entry, ...]:
     """Return the scenarios of a file; the baseline of the whole comes first."""
     streams = _wholes(file, "streams", MAX_STREAMS)
     items = _list(file, "scenarios", (str, dict), "scenarios")
-    if not items and any(name in file for name in (*_AXES, *_RATES)):
+    has_axes = not {*_AXES, *_RATES}.isdisjoint(file)
+    if not items and has_axes:
         items = ["transcode"]
     entries = [_entry_of(item, f"scenarios[{number}]", streams)
                for number, item in enumerate(items)]
 
     length = file.get("baseline")
     if length not in (None, False, 0):
-        parameters = {} if length is True else {"duration": _seconds(length, "baseline")}
+        parameters = {}
+        if length is not True:  # true: as long as a baseline is by default
+            parameters["duration"] = _seconds(length, "baseline")
         baseline = _Entry("baseline", wire.BASELINE, None, (1,), parameters, is_baseline=True)
         return (baseline, *entries)
     if not entries:
@@ -6360,10 +6377,14 @@ def _points_of(matrix: _Matrix) -> list[_Point]:
 
     A node that gets slower in the course of a day slows all cells alike, not the last ones alone.
     """
-    cells = [(entry, cell) for entry in matrix.entries for cell in _cells_of(matrix, entry)]
-    each_time = sum(sum(entry.streams) for entry, _ in cells) * len(matrix.nodes)
-    if each_time * matrix.repeats > BULK_MOST:
-        raise ValueError(f"the file asks for more than {BULK_MOST} jobs")
+    cells = []
+    jobs = 0
+    for entry in matrix.entries:
+        for cell in _cells_of(matrix, entry):
+            cells.append((entry, cell))
+            jobs += sum(entry.streams) * len(matrix.nodes) * matrix.repeats
+        if jobs > BULK_MOST:
+            raise ValueError(f"the file asks for more than {BULK_MOST} jobs")
 
     repeats: Iterable[int | None] = (None,)
     if matrix.repeats > 1:
@@ -6378,9 +6399,13 @@ def _cells_of(matrix: _Matrix, entry: _Entry) -> list[_Cell]:
     if entry.is_baseline:
         return [_Cell({}, {})]
 
-    axes = [_axis_of_field(matrix.file, plural, name, (str, int, float), plural) or [_Cell({}, {})]
-            for plural, name in _AXES.items() if name not in entry.parameters]
-    cells = []
+    axes = []
+    for plural, name in _AXES.items():
+        if name not in entry.parameters:
+            values = _axis_of_field(matrix.file, plural, name, plural)
+            axes.append(values or [_Cell({}, {})])
+
+    cells: list[_Cell] = []
     for parts in itertools.product(*axes):
         cell = _joined(parts)
         cells += [_joined((cell, rate)) for rate in _rates_of(matrix.file, entry, cell)]
@@ -6389,10 +6414,11 @@ def _cells_of(matrix: _Matrix, entry: _Entry) -> list[_Cell]:
     return cells
 
 
-def _axis_of_field(file: Json, field: str, name: str, kinds: Any, what: str) -> list[_Cell]:
+def _axis_of_field(file: Json, field: str, name: str, what: str) -> list[_Cell]:
     """Return a cell of one parameter for each value of a field."""
-    return [_Cell({name: item}, {name: f"{field}[{number}]"})
-            for number, item in enumerate(_list(file, field, kinds, what))]
+    values = _list(file, field, (str, int, float), what)
+    return [_Cell({name: value}, {name: f"{field}[{number}]"})
+            for number, value in enumerate(values)]
 
 
 def _joined(cells: Iterable[_Cell]) -> _Cell:
@@ -6419,7 +6445,7 @@ def _rates_of(file: Json, entry: _Entry, cell: _Cell) -> list[_Cell]:
             codec = _settings_of(entry, parameters, cell.places).codec
             field = f"{plural}.{codec}"
             values = {field: by_codec.get(codec)}
-        rates += _axis_of_field(values, field, name, (str, int, float), "rates")
+        rates += _axis_of_field(values, field, name, "rates")
     return rates or [_Cell({}, {})]
 
 
@@ -6457,13 +6483,18 @@ def _group_of(matrix: _Matrix, point: _Point) -> Group:
     places = {name: name for name in shared if name not in entry.parameters}
     settings = _settings_of(entry, parameters, {**places, **point.cell.places})
 
-    job: Json = {"scenario": entry.scenario, "confidence": matrix.confidence,
-                 "parameters": parameters}
+    job: Json = {
+        "scenario": entry.scenario,
+        "confidence": matrix.confidence,
+        "parameters": parameters,
+    }
     if point.node:
         job["node"] = point.node
+
     jobs = [_submission(matrix, job, cell) for cell in _descriptions(point)]
-    if streams == 1 and (entry.is_baseline or settings.settle or settings.cooldown):
-        jobs = [{**job, "exclusive": True} for job in jobs]
+    rests = entry.is_baseline or settings.settle or settings.cooldown
+    if rests and streams == 1:
+        jobs[0]["exclusive"] = True
     return Group(point.node or "", tuple(jobs))
 
 
@@ -6471,7 +6502,13 @@ def _parameters_of(matrix: _Matrix, entry: _Entry, cell: _Cell) -> Json:
     """Return the parameters of a job: those of the scenario override all others."""
     if entry.is_baseline:
         return {**matrix.rests, **entry.parameters}
-    return {**matrix.common, **matrix.quality, **matrix.rests, **cell.values, **entry.parameters}
+    return {
+        **matrix.common,
+        **matrix.quality,
+        **matrix.rests,
+        **cell.values,
+        **entry.parameters,
+    }
 
 
 def _descriptions(point: _Point) -> list[Json]:
@@ -6493,8 +6530,11 @@ def _descriptions(point: _Point) -> list[Json]:
 def _submission(matrix: _Matrix, job: Json, cell: Json) -> Json:
     """Return a job with its id, and with its place in the experiment."""
     identity = json.dumps([matrix.id, cell, job], sort_keys=True)
-    return {"id": str(uuid.uuid5(uuid.NAMESPACE_OID, identity)), **job,
-            "experiment": {"id": matrix.id, "name": matrix.name, "cell": cell}}
+    return {
+        "id": str(uuid.uuid5(uuid.NAMESPACE_OID, identity)),
+        **job,
+        "experiment": {"id": matrix.id, "name": matrix.name, "cell": cell},
+    }
 
 
 def _in_order(groups: Iterable[Group]) -> Iterator[Group]:
@@ -6559,12 +6599,14 @@ def experiment_progress(jobs: Iterable[wire.JobView], total: int) -> Json:
     if times_s:
         mean_s = sum(times_s) / len(times_s)
         left_s = mean_s * (total - ended) / max(1, counts["running"])
-    return {"phase": ", ".join(parts), "percent": 100 * ended / max(1, total), "eta_s": left_s}
+    percent = 100 * ended / max(1, total)
+    return {"phase": ", ".join(parts), "percent": percent, "eta_s": left_s}
 
 
 def _run_time_s(job: wire.JobView) -> float:
-    started, completed = (epoch_of(job.json.get(name)) for name in ("started_at", "completed_at"))
-    return (completed or 0.0) - (started or 0.0)
+    started = epoch_of(job.json.get("started_at")) or 0.0
+    completed = epoch_of(job.json.get("completed_at")) or 0.0
+    return completed - started
 
 
 # ---- 18 Reports -----------------------------------------------------------------------------------
@@ -7605,8 +7647,8 @@ class Manager(NamedTuple):
     install: tuple[str, ...]
 
 
-# In the order of looking: the first that is on PATH is used. None may ask anything, for nobody may be
-# there to answer.
+# In the order of looking: the first that is on PATH is used. None may ask anything, for nobody
+# may be there to answer.
 MANAGERS = {
     "apt-get": Manager(
         refresh=("apt-get", "update", "-q"),
@@ -8728,6 +8770,7 @@ def show_plan(experiment: Experiment) -> None:
 # code; what goes wrong is raised and becomes one sentence in CLI.
 
 Args = argparse.Namespace
+Jobs = Mapping[str, wire.JobView]  # by their ids
 
 POLL_S = 0.4     # between two questions about a job that someone waits for
 FOLLOW_S = 20.0  # for which the master parks a request for new lines of a log
@@ -8768,8 +8811,12 @@ def _job_of(args: Args) -> Json:
     if args.output is not None:
         parameters["output"] = args.output
 
-    job: Json = {"id": str(uuid.uuid4()), "scenario": args.scenario, "confidence": args.confidence,
-                 "parameters": parameters}
+    job: Json = {
+        "id": str(uuid.uuid4()),
+        "scenario": args.scenario,
+        "confidence": args.confidence,
+        "parameters": parameters,
+    }
     if args.node:
         job["node"] = args.node
     return job
@@ -8875,8 +8922,12 @@ def _page_query(client: wire.Client, args: Args) -> Json:
 
 def _filters_of(args: Args) -> str:
     """Return the filters of a listing as they were typed."""
-    return " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}"
-                    for name in ("status", "scenario", "node_id", "after") if getattr(args, name))
+    words = []
+    for name in ("status", "scenario", "node_id", "after"):
+        value = getattr(args, name)
+        if value:
+            words.append(f"--{name.replace('_', '-')} {value}")
+    return " ".join(words)
 
 
 def node_id_of(word: str, nodes: Sequence[wire.NodeView]) -> str:
@@ -8908,9 +8959,9 @@ def cmd_jobs(args: Args) -> int:
 
     nodes = client.nodes().items if page.items else ()
     names = {node.id: node.name for node in nodes}
-    show_page(Page("jobs", "submit one with: python3 ffdist.py submit 720p30-h264",
-                   [JOB_HEADS, *(job_line(job, names) for job in page.items)], page.json,
-                   _filters_of(args)))
+    lines = [job_line(job, names) for job in page.items]
+    hint = "submit one with: python3 ffdist.py submit 720p30-h264"
+    show_page(Page("jobs", hint, [JOB_HEADS, *lines], page.json, _filters_of(args)))
     return 0
 
 
@@ -8922,8 +8973,9 @@ def cmd_results(args: Args) -> int:
         _print_json(page.json)
         return 0
 
-    show_page(Page("results", "they come when jobs have run",
-                   [RESULT_HEADS, *map(result_line, page.items)], page.json, _filters_of(args)))
+    lines = [result_line(result) for result in page.items]
+    hint = "they come when jobs have run"
+    show_page(Page("results", hint, [RESULT_HEADS, *lines], page.json, _filters_of(args)))
     return 0
 
 
@@ -8939,12 +8991,14 @@ def cmd_nodes(args: Args) -> int:
 
 def cmd_drain(args: Args) -> int:
     """Let a node finish what runs and take nothing more."""
-    return _show_node_answer(_client(args).order_node(args.id, "drain", args.deadline), args.json)
+    node = _client(args).order_node(args.id, "drain", args.deadline)
+    return _show_node_answer(node, args.json)
 
 
 def cmd_undrain(args: Args) -> int:
     """Let a node work again that was drained or in quarantine."""
-    return _show_node_answer(_client(args).order_node(args.id, "resume"), args.json)
+    node = _client(args).order_node(args.id, "resume")
+    return _show_node_answer(node, args.json)
 
 
 def _show_node_answer(node: wire.NodeView, as_json: bool) -> int:
@@ -9075,9 +9129,11 @@ def _warn_of_nodes(experiment: Experiment, nodes: Sequence[wire.NodeView]) -> No
     if away:
         _say(f"{', '.join(away)}: jobs wait for it; see: python3 ffdist.py nodes")
 
-    slots = {key: node.slots for node in nodes for key in (node.id, node.name)}
-    slots[""] = sum(node.slots for node in nodes)
-    for name, streams in sorted({(group.node, len(group.jobs)) for group in experiment.groups}):
+    slots = {"": sum(node.slots for node in nodes)}
+    for node in nodes:
+        slots[node.id] = slots[node.name] = node.slots
+    wishes = {(group.node, len(group.jobs)) for group in experiment.groups}
+    for name, streams in sorted(wishes):
         if streams > slots[name] > 0:
             room = wire.count_text(slots[name], "slot")
             _say(f"{name or 'the fleet'} has {room}, so {streams} streams cannot run side by side "
@@ -9096,15 +9152,18 @@ def _submit_experiment(client: wire.Client, experiment: Experiment) -> dict[str,
     return jobs
 
 
-def _retry_failed(client: wire.Client, experiment: Experiment, jobs: Mapping[str, wire.JobView],
+def _retry_failed(client: wire.Client, experiment: Experiment, jobs: Jobs,
                   leaving: bool) -> dict[str, wire.JobView]:
     """Run again the groups of which a job failed or was canceled, streams with all beside them.
 
     A job that is run again does not wait for others any more: its `after` was met. So streams are
     retried group by group, each when the one before has ended, and somebody has to stay for that.
     """
-    broken = [group for group in experiment.groups
-              if any(jobs[job["id"]].status in BROKEN for job in group.jobs)]
+    broken = []
+    for group in experiment.groups:
+        statuses = {jobs[job["id"]].status for job in group.jobs}
+        if not statuses.isdisjoint(BROKEN):
+            broken.append(group)
     streams = [group for group in broken if len(group.jobs) > 1]
     if leaving and len(streams) > 1:
         raise CommandError(f"{len(streams)} groups of streams have to run again one after the "
@@ -9131,7 +9190,7 @@ def _retry_group(client: wire.Client, jobs: Iterable[wire.JobView]) -> dict[str,
     return known
 
 
-def _watch(client: wire.Client, jobs: Mapping[str, wire.JobView]) -> list[wire.JobView]:
+def _watch(client: wire.Client, jobs: Jobs) -> list[wire.JobView]:
     """Show progress until all jobs have ended; return them with their results.
 
     A look asks about so many of the open jobs, and the next one about those behind them: its cost
@@ -9238,7 +9297,10 @@ def _reported_results(client: wire.Client, args: Args) -> list[str]:
     page = client.results(_page_query(client, args))
     if page.next:
         _say(f"these are {page.count} of {page.total} results; the next with --after {page.next}")
-    return list(dict.fromkeys(result.job_id for result in reversed(page.items)))
+
+    # A job that a person retried has several results, but is one row.
+    ids = [result.job_id for result in reversed(page.items)]
+    return list(dict.fromkeys(ids))
 
 
 def _jobs_of_experiment(client: wire.Client, name: str) -> list[str]:
