@@ -2,12 +2,12 @@
 """ffdist agent: the worker that runs on every server of the fleet.
 
 It finds out what the machine can really do (hwdetect), registers with a master, asks for jobs, runs
-FFmpeg with parameters fit to this machine, measures while it runs, judges the result and reports it.
+FFmpeg with parameters fit to this machine, measures while it runs, judges and reports the result.
 `agent.py run` does the same job on this machine without a master.
 
-What it does not promise: it never opens a port, never runs a shell, and reads and writes films only
-under its media root. An attempt may be run again elsewhere when this node was out of reach for long;
-the master accepts one report only.
+What it does not promise: it never opens a port, never runs a shell, and reads and writes films
+only under its media root. An attempt may be run again elsewhere when this node was out of reach
+for long; the master accepts one report only.
 
 Sections (each uses only those above it):
   1 Wire        protocol, ApiError, Failure, Fields: the one reader of JSON
@@ -4825,7 +4825,9 @@ def last_words_of(task: Task) -> str:
 
 def require_success(task: Task, ended: hwdetect.Exit) -> None:
     """Raise a Failure in FFmpeg's own words unless it ended well and wrote all that it had."""
-    unwritten = any(UNWRITTEN.search(line) for line in telling_lines(task.runner.tail))
+    # FFmpeg may exit with 0 although it could not write the end.
+    heard = telling_lines(task.runner.tail)
+    unwritten = any(map(UNWRITTEN.search, heard))
     if ended.returncode == 0 and not unwritten:
         return
 
@@ -4870,9 +4872,10 @@ def find_source(task: Task) -> Source:
         return make_clip(task, url)
     text = probe_input(task, url)
     try:
-        return dataclasses.replace(parse_probe(text, task.settings.input), url=url)
+        source = parse_probe(text, task.settings.input)
     except Failure as failure:
         raise Failure(failure.reason, f"{failure.message} (on {task.place.node})") from None
+    return dataclasses.replace(source, url=url)
 
 
 def probe_input(task: Task, url: str) -> str:
@@ -5006,9 +5009,12 @@ def encode_once(task: Task, made: Plan, run: int, most: int) -> Outcome:
     began_s = runner.watch.elapsed_s()
     follower = Follower(runner, made, most * passes)
     for step, argv in enumerate(made.passes):
-        follower.begin(run * passes + step, phase_name(step, passes, run, most))
-        runner.log.add("run: " + shlex.join(runner.files.name_in_command(argv)))
-        require_success(task, runner.execute_metered(argv, follower.read))
+        phase = phase_name(step, passes, run, most)
+        follower.begin(run * passes + step, phase)
+        command = runner.files.name_in_command(argv)
+        runner.log.add(f"run: {shlex.join(command)}")
+        ended = runner.execute_metered(argv, follower.read)
+        require_success(task, ended)
     runner.watchdog.expect_no_frames()
     wall_s = runner.watch.elapsed_s() - began_s
     return Outcome("completed", wall_s=wall_s, progress=follower.latest)
@@ -5087,12 +5093,14 @@ def repeat_encode(task: Task, made: Plan) -> Outcome:
         outcome = encode_once(task, made, len(runs), most)
         if not once:
             outcome = inspect_output(task, made, outcome)
-        runs.append(dataclasses.replace(outcome, ledger=runner.ledger, confidence=confidence))
+        outcome = dataclasses.replace(outcome, ledger=runner.ledger, confidence=confidence)
+        runs.append(outcome)
         runner.rest(settings.cooldown, "cooling down")
 
         elapsed_s = runner.watch.elapsed_s() - began_s
-        if once or not wants_another(confidence, runs, elapsed_s, runner.watchdog.left_s()):
-            return dataclasses.replace(runs[-1], runs=tuple(runs))
+        left_s = runner.watchdog.left_s()
+        if once or not wants_another(confidence, runs, elapsed_s, left_s):
+            return dataclasses.replace(outcome, runs=tuple(runs))
 
 
 def compare_quality(task: Task, made: Plan, source: Source, outcome: Outcome) -> Outcome:
@@ -6524,12 +6532,8 @@ class Agent:
 
     def run(self) -> int:
         """Serve until stop() is called or the node is taken over; return the exit code."""
-        threads = []
-        for loop in (self._poll, self._report):
-            thread = threading.Thread(target=self._guarded, args=(loop,), name=loop.__name__,
-                                      daemon=True)
-            thread.start()
-            threads.append(thread)
+        threads = [_start_thread("poller", self._guarded, self._poll),
+                   _start_thread("reporter", self._guarded, self._report)]
         while not self._signals and not self._events.stopping.wait(LOOK_S):
             pass
         if not self._over:
@@ -6587,8 +6591,7 @@ class Agent:
                            count_text(count, "job"), duration_text(limit_s),
                            "it" if count == 1 else "them")
             # In a thread: the master may be slow, and a second signal must be seen.
-            leave = threading.Thread(target=self._guarded, args=(self._session.leave,), daemon=True)
-            leave.start()
+            _start_thread("leaving", self._guarded, self._session.leave)
         until = time.monotonic() + limit_s
         while self.attempts() and self._signals < 2 and time.monotonic() < until:
             if self._events.stopping.wait(LOOK_S):
@@ -6609,7 +6612,8 @@ class Agent:
         self._events.freed.set()
         # The poller may just have been handed a job.
         for thread in threads:
-            thread.join(max(0.0, min(1.0, until - time.monotonic())))
+            left_s = until - time.monotonic()
+            thread.join(max(0.0, min(1.0, left_s)))
         while self.attempts() and time.monotonic() < until:
             self._events.freed.wait(LOOK_S)
             self._events.freed.clear()
@@ -6638,9 +6642,7 @@ class Agent:
             # The claim crossed with the word that this node takes nothing more.
             attempt.stop("returned")
         self._log.info("job %s attempt %d: %s begins", *attempt.key, job.scenario)
-        thread = threading.Thread(target=self._work, args=(attempt,), name=f"job-{job.id[:8]}",
-                                  daemon=True)
-        thread.start()
+        _start_thread(f"job-{job.id[:8]}", self._work, attempt)
         # The master wants to hear at once that the attempt has begun.
         self._events.news.set()
 
@@ -6684,9 +6686,16 @@ class Agent:
     def _refuse(self, order: Order) -> None:
         """Report an attempt that is not here as ended, unless its report is on its way."""
         status = ENDING_ORDERS.get(order.action)
-        if status and (order.job_id, order.attempt) not in self._link.state.spool.waiting():
-            self._reporter.keep({"job_id": order.job_id, "attempt": order.attempt, "status": status,
-                                 "error": "this node does not hold the job"})
+        if status is None:
+            return
+        waiting = self._link.state.spool.waiting()
+        if (order.job_id, order.attempt) not in waiting:
+            self._reporter.keep({
+                "job_id": order.job_id,
+                "attempt": order.attempt,
+                "status": status,
+                "error": "this node does not hold the job",
+            })
 
     def _pause_or_resume(self, attempt: Attempt, action: str) -> None:
         before = attempt.paused
@@ -6698,10 +6707,19 @@ class Agent:
             self._events.news.set()
 
 
+def _start_thread(name: str, target: Callable[..., object], *args: object) -> threading.Thread:
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
 def _with_leftovers(attempt: Attempt, result: Json) -> Json:
     """Return a report with the log lines and readings that no progress has sent."""
     first, lines = attempt.log.take(MAX_LOG_LINES)
-    report = {**result, "lines": lines, "lines_from": first, "samples": attempt.samples.take()}
+    report = dict(result)
+    report["lines"] = lines
+    report["lines_from"] = first
+    report["samples"] = attempt.samples.take()
     if attempt.published:
         report["published"] = attempt.published
     return report
@@ -6712,9 +6730,11 @@ def carry_out(attempt: Attempt, machine: Machine, log: logging.Logger) -> tuple[
     try:
         outcome = attempt.run()
         return outcome, result_of(attempt, outcome, machine, time.time())
-    except Exception as error:  # unreported, the attempt would hold its lease for ever
+    except Exception as error:
+        # Unreported, the attempt would hold its lease for ever.
         log.debug("job %s", attempt.job_id, exc_info=True)
-        return Outcome("failed"), own_failure(attempt.job_id, attempt.number, machine.name, error)
+        failure = own_failure(attempt.job_id, attempt.number, machine.name, error)
+        return Outcome("failed"), failure
 
 
 def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host,
@@ -6843,18 +6863,21 @@ def _options(args: argparse.Namespace) -> Options:
     """Return the flags, checked; the media root is not decided yet."""
     state = Path(args.state_dir or state_home() / "agent").absolute()
     work = Path(args.work_dir or state / "work").absolute()
-    name = args.name
-    if name is not None and not (0 < len(name) <= MAX_NAME_CHARS and name.isprintable()):
+    if args.name is not None and not _is_name(args.name):
         raise ValueError(f"invalid --name: expected 1 to {MAX_NAME_CHARS} printable characters")
     addresses = (entry.strip() for entry in args.allow_address.split(","))
     return Options(
         master=args.master, register=args.register,
         poll_interval_s=args.poll_interval, heartbeat_interval_s=args.heartbeat_interval,
         max_concurrent_jobs=args.max_concurrent_jobs,
-        state_dir=state, work_dir=work, media_root=None, name=name,
+        state_dir=state, work_dir=work, media_root=None, name=args.name,
         allow_address=tuple(filter(None, addresses)),
         min_free_bytes=args.min_free, stall_limit_s=args.stall_limit,
         drain_limit_s=args.drain_limit, power_model=args.power_model)
+
+
+def _is_name(name: str) -> bool:
+    return 0 < len(name) <= MAX_NAME_CHARS and name.isprintable()
 
 
 def _folder(path: str) -> str:
@@ -7004,7 +7027,8 @@ def _own_place(place: str, real: Callable[[str], str]) -> str:
 
 def _real_folder(path: str) -> str:
     """Return a path whose folder is without links; a link as the output itself is refused later."""
-    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), name)
 
 
 def _run_and_print(args: argparse.Namespace, job: Job, options: Options, signals: list[int]) -> int:
