@@ -656,12 +656,18 @@ class ResultView:
         analysis = fields.inside("analyzer_output")
         return cls(
             json=fields.values,
-            job_id=fields.words("job_id"), status=fields.words("status"), node=fields.words("node"),
-            scenario=fields.words("scenario"), error=fields.words("error"),
+            job_id=fields.words("job_id"),
+            status=fields.words("status"),
+            node=fields.words("node"),
+            scenario=fields.words("scenario"),
+            error=fields.words("error"),
             output=fields.words("output"),
-            encoder=encode.words("encoder"), preset=encode.words("preset"),
-            reason=encode.words("reason"), settings=encode.words("settings"),
-            metrics=metrics.values, unknown=metrics.mapping("unknown"),
+            encoder=encode.words("encoder"),
+            preset=encode.words("preset"),
+            reason=encode.words("reason"),
+            settings=encode.words("settings"),
+            metrics=metrics.values,
+            unknown=metrics.mapping("unknown"),
             recommendation=analysis.words("recommendation"),
             reasons=tuple(map(str, analysis.items("reasons"))),
             confidence=analysis.words("confidence"),
@@ -851,8 +857,8 @@ class LogPart:
     def from_json(cls, value: object) -> LogPart:
         """Return the part of a log."""
         fields = answer_fields(value)
-        return cls(tuple(map(str, fields.items("lines"))), fields.whole("next") or 0,
-                   fields.words("status"))
+        lines = [str(line) for line in fields.items("lines")]
+        return cls(tuple(lines), fields.whole("next") or 0, fields.words("status"))
 
 
 # ---- 4 Words --------------------------------------------------------------------------------------
@@ -1603,15 +1609,22 @@ OUTPUT_SCHEMES = ("rtmp", "rtmps", "srt", "http", "https")
 LIVE_SCHEMES = ("rtmp", "rtmps", "srt")  # they carry a stream at its own speed
 
 CONTAINER_OF_SUFFIX = {
-    ".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm", ".flv": "flv",
+    ".mp4": "mp4", ".m4v": "mp4",
+    ".mov": "mov",
+    ".mkv": "matroska",
+    ".webm": "webm",
+    ".flv": "flv",
     ".ts": "mpegts", ".m2ts": "mpegts",
 }
 CONTAINER_OF_SCHEME = {
-    "rtmp": "flv", "rtmps": "flv", "srt": "mpegts", "http": "mpegts", "https": "mpegts",
+    "rtmp": "flv", "rtmps": "flv",  # the protocol carries nothing else
+    "srt": "mpegts", "http": "mpegts", "https": "mpegts",
 }
 # The codecs that a container can hold, as FFmpeg writes it; one without a row holds all.
 CONTAINER_CODECS = {
-    "webm": ("vp9", "av1"), "flv": ("h264",), "mpegts": ("h264", "h265"),
+    "webm": ("vp9", "av1"),
+    "flv": ("h264",),
+    "mpegts": ("h264", "h265"),
     "mov": ("h264", "h265", "av1"),
 }
 
@@ -1742,10 +1755,24 @@ ENCODERS: dict[str, Encoder] = {
     "libopenh264": Encoder("h264", thread_args=_THREADS, ten_bit=None),
 }
 # Where a job names no rate: kbit/s of h264 for a picture of at least so many lines.
-LADDER_KBPS = ((2160, 12000), (1440, 8000), (1080, 5000), (720, 2500), (480, 1200), (0, 700))
+LADDER_KBPS = (
+    (2160, 12000),
+    (1440, 8000),
+    (1080, 5000),
+    (720, 2500),
+    (480, 1200),
+    (0, 700),
+)
 LADDER_FAST_FPS = 40  # above it the rate is half as much again
-CODEC_SAVING = {"h264": 1.0, "h265": 0.6, "vp9": 0.6, "av1": 0.5}
-THREADS_WORTH = ((2160, 32), (1080, 16), (720, 8), (0, 4))  # threads that so many lines can feed
+CODEC_SAVING = {"h264": 1.0, "h265": 0.6, "vp9": 0.6, "av1": 0.5}  # of the rate of h264
+
+# Threads that a picture of at least so many lines keeps busy.
+THREADS_WORTH = (
+    (2160, 32),
+    (1080, 16),
+    (720, 8),
+    (0, 4),
+)
 
 
 class PresetLoad(NamedTuple):
@@ -2437,6 +2464,8 @@ def choose_encoder(settings: Settings, machine: Machine) -> Choice:
 
     The first rule that has an answer decides.
     """
+    # An encoder that is listed may be of no use here: one counts only after it has encoded a frame on
+    # this machine, which the probe of hwdetect tries at the agent's start (DESIGN 7).
     if settings.encoder is not None:
         return _named_encoder(settings.encoder, machine)
     fitting = _fitting_encoders(settings)
@@ -2503,7 +2532,8 @@ def _why_proved(settings: Settings, machine: Machine, name: str) -> str:
         return f"{name}: the hardware encoder was proved on this machine"
     if settings.two_pass:
         return f"{name}: two passes need a software encoder"
-    failed = [other for other in machine.hardware(settings.codec) if not machine.is_proved(other)]
+    hardware = machine.hardware(settings.codec)
+    failed = [other for other in hardware if not machine.is_proved(other)]
     tried = f" ({', '.join(failed)} tried)" if failed else ""
     return f"{name}: no hardware encoder for {settings.codec} works here{tried}"
 
@@ -2532,6 +2562,7 @@ def _own_preset(encoder: Encoder, name: str, asked: str) -> str:
     """Return a common preset word in the encoder's own, or its own word as it is."""
     if asked in PRESET_WORDS:
         return encoder.presets[PRESET_WORDS.index(asked)]
+    # resolve() cannot refuse it: the encoder may be chosen only here.
     if not re.fullmatch(encoder.own, asked):
         known = ", ".join(dict.fromkeys(encoder.presets))
         raise Failure("parameters",
@@ -2592,7 +2623,7 @@ def _threads(machine: Machine, height: int, quota_percent: float | None) -> int:
 def _rate_control(settings: Settings, name: str, height: int, fps: float) -> Rate:
     """Return the rule for the output's size: a crf, a bitrate, or a crf up to a bitrate."""
     encoder, crf = ENCODERS[name], settings.crf
-    if crf is not None and encoder.crf is None:
+    if crf is not None and encoder.crf is None:  # known only now, as with a preset
         raise Failure("parameters", f"parameters.crf is not possible with {name}: give a bitrate")
     bitrate = settings.bitrate
     # A stream must fit its line, and a first pass is of use only towards a size.

@@ -6816,7 +6816,7 @@ def _work_of(job: wire.JobView, result: wire.ResultView) -> tuple[str, str, str,
     seconds = finite(job.settings, "duration")
     length = f"{seconds:g} s" if seconds else ""
     # A baseline has settings of an encode that never ran: they would tell baselines apart.
-    if wire.BASELINE in job.scenario.lower().split("-"):
+    if wire.is_baseline(job.scenario):
         return f"idle machine {length}".rstrip(), "", "idle", ""
 
     film = str(job.settings.get("input") or "generated source")
