@@ -1,11 +1,11 @@
 """Run the tests: `python3 -m tests`, a process for each module, two at a time.
 
-Names choose modules, classes or tests (`test_jobs`, `test_jobs.TestLife`); none means all.
-Each module prints a line with its seconds when it ends; `--slow` lists the slowest tests after that.
-A test that needs a program that is missing skips and names it; `--install` fetches such programs first,
+Names choose modules, classes or tests (`test_jobs`, `test_jobs.TestLife`); none means all. Each
+module prints a line with its seconds when it ends; `--slow` lists the slowest tests after that. A
+test that needs a missing program skips and names it; `--install` fetches such programs first,
 `--strict` (or FFDIST_TESTS_STRICT=1) makes every skip a failure. The last line is always
-`N passed, N failed, N skipped`; the exit code is 0 when nothing failed, 1 when something did, 2 for wrong
-usage.
+`N passed, N failed, N skipped`; the exit code is 0 when nothing failed, 1 when something did, 2 for
+wrong usage.
 """
 from __future__ import annotations
 
@@ -39,8 +39,18 @@ NEWER_FFMPEG = "imageio-ffmpeg==0.8.1"  # its wheel carries a static binary
 MODULE_S = 1500.0  # most of it is for slow and busy machines
 MAX_SLOW = 20  # tests that --slow lists
 # These begin first and in this order: the longest, beside one that waits much one that works much.
-SLOW = ("test_end_to_end", "test_run", "test_protocol", "test_safety", "test_command_line", "test_journal",
-        "test_reports", "test_chaos", "test_hwdetect", "test_metrics")
+SLOW = (
+    "test_end_to_end",
+    "test_run",
+    "test_protocol",
+    "test_safety",
+    "test_command_line",
+    "test_journal",
+    "test_reports",
+    "test_chaos",
+    "test_hwdetect",
+    "test_metrics",
+)
 
 # Programs that the tests drive -> the package that brings each, by package manager; "" is any other
 # manager, None means that its repositories have no such package.
@@ -59,8 +69,11 @@ PACKAGES: Mapping[str, Mapping[str, str | None]] = {
 # What a package may start or enable when it is installed, and the tests do not want to run.
 SERVICES = {"nginx": "nginx", "nginx-rtmp": "nginx", "promtool": "prometheus",
             "victoria-metrics": "victoria-metrics"}
-RTMP_MODULES = ("/usr/lib/nginx/modules/ngx_rtmp_module.so", "/usr/lib64/nginx/modules/ngx_rtmp_module.so",
-                "/usr/share/nginx/modules/ngx_rtmp_module.so")
+RTMP_MODULES = (
+    "/usr/lib/nginx/modules/ngx_rtmp_module.so",
+    "/usr/lib64/nginx/modules/ngx_rtmp_module.so",
+    "/usr/share/nginx/modules/ngx_rtmp_module.so",
+)
 
 
 # ---- programs
@@ -73,7 +86,7 @@ def present(program: str) -> bool:
 
 
 def install() -> None:
-    """Install what is missing with the host's package manager; say what cannot be had, and go on."""
+    """Install what is missing with the host's package manager; name what has no package."""
     manager = next((name for name in ffdist.MANAGERS if shutil.which(name)), "")
     missing = [program for program in PACKAGES if not present(program)]
     names = {program: PACKAGES[program].get(manager, PACKAGES[program].get("", program))
@@ -81,7 +94,9 @@ def install() -> None:
     for program in (program for program, package in names.items() if package is None):
         say(f"{program}: {manager or 'this host'} has no package of it; what needs it is skipped")
     wanted = [program for program, package in names.items() if package is not None]
-    plain = {program: {manager: package} for program, package in names.items() if package is not None}
+    plain = {
+        program: {manager: package} for program, package in names.items() if package is not None
+    }
     try:
         # The RTMP module is not a program on PATH, so provide() cannot look for it.
         ffdist.provide([program for program in wanted if program != "nginx-rtmp"], True, plain)
@@ -100,9 +115,22 @@ def install_newer_ffmpeg() -> None:
     if newer_ffmpeg() is not None:
         return
     with tempfile.TemporaryDirectory(prefix="ffdist-tests-") as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-                   "--no-deps", "--only-binary", ":all:", "--python-version", "3.13", "--dest", folder,
-                   NEWER_FFMPEG]  # its binary is the same for every Python
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--python-version",
+            "3.13",
+            "--dest",
+            folder,
+            NEWER_FFMPEG,
+        ]  # its binary is the same for every Python
         say(f"+ {' '.join(command)}")
         with contextlib.suppress(OSError):
             ffdist.start_program(command, sys.stderr).wait()
@@ -120,7 +148,7 @@ def install_newer_ffmpeg() -> None:
 
 
 def stop_services(names: set[str]) -> None:
-    """Stop, for now and for the next start of the machine, what came with a package just installed."""
+    """Stop and disable the services that came with packages just installed."""
     for name in sorted(names):
         if os.path.isdir("/run/systemd/system") and shutil.which("systemctl"):
             commands = [["systemctl", "disable", "--now", name]]
@@ -139,7 +167,10 @@ def say_missing() -> None:
     missing = [program for program in PACKAGES if not present(program)]
     missing += [] if newer_ffmpeg() else ["an ffmpeg with libvmaf and xpsnr"]
     if missing:
-        say(f"missing: {', '.join(missing)}; tests that need them are skipped (--install fetches them)")
+        say(
+            f"missing: {', '.join(missing)}; "
+            "tests that need them are skipped (--install fetches them)"
+        )
 
 
 # ---- one module, in a process of its own
@@ -195,7 +226,7 @@ class Recorder(unittest.TestResult):
 
     @contextlib.contextmanager
     def _noting(self, test: Any) -> Iterator[None]:
-        """Note something about a test; outside of one (setUpClass, an import) it is a line of its own."""
+        """Note something about a test; outside of one (setUpClass, an import) write a line."""
         if self._inside:
             yield
             return
@@ -222,7 +253,7 @@ class Recorder(unittest.TestResult):
 
 
 def run_module(names: Sequence[str], descriptor: int) -> int:
-    """Run tests in this process; their outcomes go to a file descriptor. SIGABRT prints where it stands."""
+    """Run tests here; their outcomes go to a file descriptor. SIGABRT prints the stacks."""
     faulthandler.enable()
     os.set_inheritable(descriptor, False)
     with os.fdopen(descriptor, "w") as output:
@@ -267,7 +298,11 @@ def note(tally: Tally, line: str, strict: bool) -> None:
         tally.finished = "done" in message
         return
 
-    test, outcome, words = message["test"].replace("tests.", "", 1), message["outcome"], message["words"]
+    test, outcome, words = (
+        message["test"].replace("tests.", "", 1),
+        message["outcome"],
+        message["words"],
+    )
     if outcome == "skipped" and strict:
         outcome, words = "failed", f"skipped, which strict mode forbids: {words}"
     tally.counts[outcome] += 1
@@ -295,8 +330,12 @@ class Modules:
             return tally
         reader, writer = os.pipe()
         words = Path(self._folder) / f"{module}.output"
-        # What is imported is compiled once for all programs of a run, and the working tree stays as it is.
-        env = {**os.environ, "TMPDIR": self._folder, "PYTHONPYCACHEPREFIX": f"{self._folder}/pycache"}
+        # Imports are compiled once for all programs of a run, and the working tree stays clean.
+        env = {
+            **os.environ,
+            "TMPDIR": self._folder,
+            "PYTHONPYCACHEPREFIX": f"{self._folder}/pycache",
+        }
         env.pop("PYTHONDONTWRITEBYTECODE", None)
         with open(words, "wb") as output:
             process = subprocess.Popen(
@@ -356,11 +395,14 @@ def end_group(pid: int, grace_s: float) -> bool:
 
 
 def chosen(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the names to run by module, the slowest modules first; ValueError for an unknown one."""
+    """Return the names to run by module, the slowest first; ValueError for an unknown one."""
     sizes = {path.stem: path.stat().st_size for path in (TOP / "tests").glob("test_*.py")}
     if not names:
         order = {name: number for number, name in enumerate(SLOW)}
-        return {name: [name] for name in sorted(sizes, key=lambda name: (order.get(name, 99), -sizes[name]))}
+        return {
+            name: [name]
+            for name in sorted(sizes, key=lambda name: (order.get(name, 99), -sizes[name]))
+        }
     found: dict[str, list[str]] = {}
     for name in names:
         plain = name[:-3].replace("/", ".") if name.endswith(".py") else name
@@ -382,7 +424,9 @@ def run_all(plan: Mapping[str, Sequence[str]], jobs: int, strict: bool) -> list[
         with ThreadPoolExecutor(jobs) as pool:
             waiting = {pool.submit(modules.run, module, names) for module, names in plan.items()}
             try:
-                while waiting:  # timed, or a signal that another thread takes would not be heard here
+                while (
+                    waiting
+                ):  # timed, or a signal that another thread takes would not be heard here
                     done, waiting = wait(waiting, 0.5, FIRST_COMPLETED)
                     tallies += [future.result() for future in done]
             except KeyboardInterrupt:
@@ -417,8 +461,12 @@ def build_parser() -> argparse.ArgumentParser:
     strict = os.environ.get("FFDIST_TESTS_STRICT", "").lower() in ("1", "true", "yes", "on")
     parser.add_argument("--strict", action="store_true", default=strict,
                         help="a skipped test is a failed one [FFDIST_TESTS_STRICT]")
-    parser.add_argument("--slow", action="store_true", help=f"list the {MAX_SLOW} slowest tests at the end")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="modules to run side by side (2)")
+    parser.add_argument(
+        "--slow", action="store_true", help=f"list the {MAX_SLOW} slowest tests at the end"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, metavar="N", help="modules to run side by side (2)"
+    )
     parser.add_argument("--outcomes-to", type=int, help=argparse.SUPPRESS)
     return parser
 
@@ -434,8 +482,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    servers = [folder for folder in ("/usr/local/sbin", "/usr/sbin", "/sbin") if folder not in folders]
-    os.environ["PATH"] = os.pathsep.join([*folders, *servers])  # where nginx stands, and few users look
+    servers = [
+        folder for folder in ("/usr/local/sbin", "/usr/sbin", "/sbin") if folder not in folders
+    ]
+    os.environ["PATH"] = os.pathsep.join(
+        [*folders, *servers]
+    )  # where nginx stands, and few users look
     if args.install:
         install()
     else:
@@ -450,9 +502,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_failures(tallies)
     if args.slow:
         print_slowest(tallies)
-    total = {word: sum(tally.counts[word] for tally in tallies) for word in ("passed", "failed", "skipped")}
+    total = {
+        word: sum(tally.counts[word] for tally in tallies)
+        for word in ("passed", "failed", "skipped")
+    }
     good = not total["failed"] and sum(total.values()) > 0
-    print(f"\n{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped", flush=True)
+    print(
+        f"\n{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped",
+        flush=True,
+    )
     return 0 if good else 1
 
 

@@ -1,4 +1,4 @@
-"""Real processes of a fleet under test: masters, agents, command lines, and a node that a test plays."""
+"""Real processes of a fleet under test: masters, agents, command lines; a node played by a test."""
 from __future__ import annotations
 
 import contextlib
@@ -25,7 +25,9 @@ NOBODY = "00000000-0000-4000-8000-000000000000"
 class Program:
     """A process of ours under test, its stderr in a file; end() leaves nothing behind."""
 
-    known: ClassVar[list[Program]] = []  # since the running test began, and those that all tests share
+    known: ClassVar[
+        list[Program]
+    ] = []  # since the running test began, and those that all tests share
 
     def __init__(self, argv: list[str], folder: Path, name: str, env: dict[str, str] | None = None,
                  cwd: Path | None = None) -> None:
@@ -33,8 +35,14 @@ class Program:
         self.log = folder / f"{name}.log"
         self._file = open(self.log, "ab")
         self._said = ""  # its last words, once it has ended
-        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=self._file, stderr=self._file,
-                                        cwd=cwd or folder, env={**clean, "HOME": str(folder), **(env or {})})
+        self.process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=self._file,
+            stderr=self._file,
+            cwd=cwd or folder,
+            env={**clean, "HOME": str(folder), **(env or {})},
+        )
         self.known.append(self)
 
     @property
@@ -71,7 +79,9 @@ class Program:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-                raise AssertionError(f"{self.log.stem} did not end on a signal: {self.words()}") from None
+                raise AssertionError(
+                    f"{self.log.stem} did not end on a signal: {self.words()}"
+                ) from None
             finally:
                 self._close()
         self._close()
@@ -89,12 +99,24 @@ def forget_programs() -> None:
 
 
 class Master(Program):
-    """A real `ffdist.py master`; a restart on the same folder and port is Master(folder, port=…)."""
+    """A real `ffdist.py master`; Master(folder, port=…) is a restart on the same folder."""
 
     def __init__(self, folder: Path, *flags: str, port: int = 0, python: str = sys.executable,
                  env: dict[str, str] | None = None) -> None:
-        argv = [python, "-W", "error", str(TOP / "ffdist.py"), "master", "--host", "127.0.0.1", "--port",
-                str(port), "--data-dir", str(folder / "master"), *flags]
+        argv = [
+            python,
+            "-W",
+            "error",
+            str(TOP / "ffdist.py"),
+            "master",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--data-dir",
+            str(folder / "master"),
+            *flags,
+        ]
         start = (folder / "master.log").stat().st_size if (folder / "master.log").exists() else 0
         super().__init__(argv, folder, "master", env)
         found = wait_for(lambda: self._address(start) or self.process.poll() is not None,
@@ -144,15 +166,39 @@ class Master(Program):
 class Agent(Program):
     """A real `agent.py --register` beside its master; state and films lie under `folder`."""
 
-    def __init__(self, folder: Path, master: str, *flags: str, name: str = "agent", probe: bool = False,
-                 python: str = sys.executable, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        master: str,
+        *flags: str,
+        name: str = "agent",
+        probe: bool = False,
+        python: str = sys.executable,
+        env: dict[str, str] | None = None,
+    ) -> None:
         self.state = folder / f"{name}-state"
         self.work = self.state / "work"
         media = folder / "media"
         media.mkdir(exist_ok=True)
-        argv = [python, "-W", "error", str(TOP / "agent.py"), "--register", "--master", master,
-                "--allow-master-as-worker", "--yes", "--state-dir", str(self.state),
-                "--media-root", str(media), "--name", name, *([] if probe else ["--no-probe"]), *flags]
+        argv = [
+            python,
+            "-W",
+            "error",
+            str(TOP / "agent.py"),
+            "--register",
+            "--master",
+            master,
+            "--allow-master-as-worker",
+            "--yes",
+            "--state-dir",
+            str(self.state),
+            "--media-root",
+            str(media),
+            "--name",
+            name,
+            *([] if probe else ["--no-probe"]),
+            *flags,
+        ]
         super().__init__(argv, folder, name, {"FFDIST_DRAIN_LIMIT": "0s", **(env or {})})
 
     def at_rest(self) -> bool:
@@ -164,8 +210,15 @@ def run(*argv: str, folder: Path, env: dict[str, str] | None = None, timeout: fl
         stdin: str = "") -> subprocess.CompletedProcess[str]:
     """Run a command line of ours to its end."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("FFDIST_")}
-    return subprocess.run([sys.executable, "-W", "error", *argv], input=stdin, capture_output=True, text=True,
-                          cwd=folder, env={**clean, "HOME": str(folder), **(env or {})}, timeout=timeout)
+    return subprocess.run(
+        [sys.executable, "-W", "error", *argv],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**clean, "HOME": str(folder), **(env or {})},
+        timeout=timeout,
+    )
 
 
 def interruptible() -> None:
@@ -178,7 +231,9 @@ def processes_under(folder: Path) -> set[int]:
     found = set()
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and os.readlink(entry / "cwd").startswith(str(folder.resolve())):
+            if entry.name.isdigit() and os.readlink(entry / "cwd").startswith(
+                str(folder.resolve())
+            ):
                 found.add(int(entry.name))
         except OSError:
             continue
@@ -239,7 +294,9 @@ class FleetCase(Case):
     def encoding(self, agent: Agent) -> set[int]:
         """Wait until the FFmpeg of a live encode runs, not of its source; return its processes."""
         try:
-            return wait_for(lambda: processes_under(agent.work) & processes_called("\0-re\0"), why="encode")
+            return wait_for(
+                lambda: processes_under(agent.work) & processes_called("\0-re\0"), why="encode"
+            )
         except AssertionError as error:
             raise AssertionError(f"{error}; the agent says: {agent.words()}") from None
 
@@ -263,8 +320,11 @@ class FleetCase(Case):
         """Make a small film in the media root."""
         film = self.folder / "media" / name
         picture = f"testsrc2=size=64x36:rate=25:duration={seconds}"
-        subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", picture, str(film)], check=True,
-                       stdin=subprocess.DEVNULL)
+        subprocess.run(
+            ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", picture, str(film)],
+            check=True,
+            stdin=subprocess.DEVNULL,
+        )
         return film
 
     def short(self, master: Master) -> str:
@@ -274,7 +334,9 @@ class FleetCase(Case):
     def nothing_left(self, agent: Agent) -> None:
         self.assertEqual(processes_under(agent.work), set(), "no FFmpeg may be left")
         self.assertTrue(agent.at_rest(), list(agent.work.rglob("*")))
-        self.assertEqual(list((self.folder / "media").rglob(".ffdist-*")), [], "no hidden output may be left")
+        self.assertEqual(
+            list((self.folder / "media").rglob(".ffdist-*")), [], "no hidden output may be left"
+        )
 
 
 class OneFleet(FleetCase):
@@ -343,7 +405,9 @@ class Later:
 class Node:
     """An agent's side of the wire, spoken by hand; without a session it is one of the seed's."""
 
-    def __init__(self, master: Master, name: str = "worker", session: bool = True, **more: Any) -> None:
+    def __init__(
+        self, master: Master, name: str = "worker", session: bool = True, **more: Any
+    ) -> None:
         self.master, self.name, self.more = master, name, more
         self.id = str(uuid.uuid4()) if session else ""
         self.session = uuid.uuid4().hex if session else None
@@ -355,7 +419,11 @@ class Node:
         return {name: value for name, value in {**own, **fields}.items() if value is not None}
 
     def register(self, **fields: Any) -> Answer:
-        own = {"id": self.id or None, "protocol": 1 if self.session else None, "secret": self.secret}
+        own = {
+            "id": self.id or None,
+            "protocol": 1 if self.session else None,
+            "secret": self.secret,
+        }
         return self.master.call("POST", "/nodes/register",
                                 self.told(**{"address": self.name, **own, **self.more, **fields}))
 
@@ -379,12 +447,16 @@ class Node:
         return self.master.call("POST", f"/nodes/{self.id}/heartbeat", self.told(**fields))
 
     def park_beat(self, **fields: Any) -> Later:
-        return self._parked("POST", f"/nodes/{self.id}/heartbeat?wait={PARK_S}", self.told(**fields))
+        return self._parked(
+            "POST", f"/nodes/{self.id}/heartbeat?wait={PARK_S}", self.told(**fields)
+        )
 
     def _parked(self, method: str, path: str, body: Any = None) -> Later:
         before = parked(self.master)
         later = Later(self.master, method, path, body)
-        wait_for(lambda: later.answered or parked(self.master) > before, why="the request is parked")
+        wait_for(
+            lambda: later.answered or parked(self.master) > before, why="the request is parked"
+        )
         return later
 
     def progress(self, job: Any, **fields: Any) -> Answer:

@@ -1,4 +1,4 @@
-"""Helpers that test modules share: deadlines instead of sleeps, raw requests, small disks, films."""
+"""Helpers that test modules share: deadlines for sleeps, raw requests, small disks, films."""
 from __future__ import annotations
 
 import contextlib
@@ -22,7 +22,7 @@ PATIENCE_S = 60.0
 
 
 def wait_for(what: Callable[[], Any], seconds: float = PATIENCE_S, why: str = "") -> Any:
-    """Return the first true value of `what`; AssertionError after the deadline, which is never a short one.
+    """Return the first true value of `what`; AssertionError after the deadline, never a short one.
 
     It looks ever more rarely: looking takes time from what is waited for.
     """
@@ -48,7 +48,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ffdi
 
 
 def newer_ffmpeg() -> str | None:
-    """Return an FFmpeg with libvmaf and xpsnr: FFDIST_TEST_FFMPEG, else the one that --install fetched."""
+    """Return an FFmpeg with libvmaf and xpsnr: FFDIST_TEST_FFMPEG, else that of --install."""
     found = [os.environ.get("FFDIST_TEST_FFMPEG", ""), *map(str, sorted(CACHE.glob("ffmpeg-*")))]
     return next((path for path in found if path and os.access(path, os.X_OK)), None)
 
@@ -78,7 +78,9 @@ def call(url: str, method: str, path: str, body: Any = None, raw: bytes | None =
          timeout: float = 90) -> Answer:
     """Send one request on a connection of its own."""
     data = raw if raw is not None else None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"}, method=method)
+    request = urllib.request.Request(
+        url + path, data, {"Content-Type": "application/json"}, method=method
+    )
     try:
         with _OPENER.open(request, timeout=timeout) as answer:
             return Answer(answer.status, answer.read())
@@ -121,7 +123,7 @@ def mounted_small(folder: Path, size: str) -> bool:
 
 
 def small_disk(case: unittest.TestCase, folder: Path, size: str = "1m") -> Path:
-    """Make a folder that is a small file system of its own for a test; skip where that cannot be had."""
+    """Make a folder that is a small file system of its own; skip the test where none can be had."""
     if not mounted_small(folder, size):
         case.skipTest("a small tmpfs cannot be mounted here (it takes root)")
     case.addCleanup(subprocess.run, ["umount", "-l", str(folder)], check=True)
@@ -160,7 +162,7 @@ class _Listener(logging.Handler):
 
 
 def listening_log(level: int = logging.DEBUG) -> tuple[logging.Logger, list[str]]:
-    """Return a logger of its own, and the list that its messages from a level on are appended to."""
+    """Return a logger of its own, and the list to which it appends messages from a level on."""
     log, listener = logging.Logger("test"), _Listener(level)
     log.addHandler(listener)
     return log, listener.messages
@@ -168,7 +170,12 @@ def listening_log(level: int = logging.DEBUG) -> tuple[logging.Logger, list[str]
 
 def control_groups() -> set[str]:
     """Return the names of the control groups of attempts that are there now."""
-    return {name for _, below, _ in os.walk("/sys/fs/cgroup") for name in below if name.startswith("ffdist-")}
+    return {
+        name
+        for _, below, _ in os.walk("/sys/fs/cgroup")
+        for name in below
+        if name.startswith("ffdist-")
+    }
 
 
 def free_port() -> int:

@@ -45,7 +45,9 @@ class TheCommandLine(unittest.TestCase):
     agent: ClassVar[Agent]
     done: ClassVar[str]
 
-    def cli(self, *words: str, code: int = 0, url: str | None = None) -> subprocess.CompletedProcess[str]:
+    def cli(
+        self, *words: str, code: int = 0, url: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
         done = run(str(TOP / "ffdist.py"), *words, folder=self.folder,
                    env={"FFDIST_MASTER": url or self.master.url, "NO_COLOR": "1"})
         self.assertEqual(done.returncode, code, f"{words}: {done.stdout}{done.stderr}")
@@ -59,7 +61,9 @@ class TheCommandLine(unittest.TestCase):
             self.assertIn(word, shown.stdout)
 
     def test_submit_and_wait_with_json_is_one_json_alone_on_stdout(self) -> None:
-        job = json.loads(self.cli("submit", "64p25-h264", "-p", "duration=0.2", "--wait", "--json").stdout)
+        job = json.loads(
+            self.cli("submit", "64p25-h264", "-p", "duration=0.2", "--wait", "--json").stdout
+        )
         self.assertEqual((job["status"], job["result"]["metrics"]["frames"]), ("completed", 5))
 
     def test_a_failed_job_is_exit_code_1_with_its_reason(self) -> None:
@@ -67,8 +71,12 @@ class TheCommandLine(unittest.TestCase):
         self.assertIn("none.mp4", shown.stdout)
         self.assertRegex(shown.stdout, r"(?m)^input +none\.mp4$")
         self.assertRegex(shown.stderr, r"its log: python3 ffdist.py logs [0-9a-f]{8}\n$")
-        self.assertRegex(self.cli("jobs", "--status", "failed").stdout, r"failed .* agent +none\.mp4 ")
-        job = json.loads(self.cli("submit", "--input", "none.mp4", "--wait", "--json", code=1).stdout)
+        self.assertRegex(
+            self.cli("jobs", "--status", "failed").stdout, r"failed .* agent +none\.mp4 "
+        )
+        job = json.loads(
+            self.cli("submit", "--input", "none.mp4", "--wait", "--json", code=1).stdout
+        )
         self.assertEqual(job["status"], "failed")
 
     def test_each_listing_as_a_table_and_as_json(self) -> None:
@@ -79,7 +87,9 @@ class TheCommandLine(unittest.TestCase):
                 page = json.loads(self.cli(command, "--json").stdout)
                 self.assertGreater(page["count"], 0)
                 self.assertEqual(len(page[key]), page["count"])
-        self.assertIn(self.done[:8], self.cli("jobs", "--status", "completed", "--limit", "1000").stdout)
+        self.assertIn(
+            self.done[:8], self.cli("jobs", "--status", "completed", "--limit", "1000").stdout
+        )
         self.assertEqual(json.loads(self.cli("jobs", "--limit", "1", "--json").stdout)["count"], 1)
 
     def test_listings_take_a_node_by_its_name_and_name_the_filter_that_nothing_meets(self) -> None:
@@ -89,7 +99,9 @@ class TheCommandLine(unittest.TestCase):
                 shown = self.cli(command, "--node-id", word, "--limit", "1000").stdout
                 self.assertIn(self.done[:8], shown)
         self.assertIn("no node nobody", self.cli("jobs", "--node-id", "nobody", code=1).stderr)
-        self.assertEqual(self.cli("jobs", "--status", "paused").stdout, "no jobs match --status paused\n")
+        self.assertEqual(
+            self.cli("jobs", "--status", "paused").stdout, "no jobs match --status paused\n"
+        )
         self.assertIn("1 of ", self.cli("report", "--limit", "1").stderr)
 
     def test_a_job_may_be_pinned_and_a_node_forgotten(self) -> None:
@@ -106,7 +118,9 @@ class TheCommandLine(unittest.TestCase):
 
     def test_show_by_a_prefix(self) -> None:
         self.assertIn("completed", self.cli("show", self.done[:8]).stdout)
-        self.assertEqual(json.loads(self.cli("show", self.done[:8], "--json").stdout)["id"], self.done)
+        self.assertEqual(
+            json.loads(self.cli("show", self.done[:8], "--json").stdout)["id"], self.done
+        )
 
     def test_logs_hold_the_command_and_ffmpegs_words(self) -> None:
         words = self.cli("logs", self.done).stdout
@@ -119,7 +133,9 @@ class TheCommandLine(unittest.TestCase):
         job = self.master.submit("64p25-h264", duration=2, realtime=True)["id"]
         words = self.cli("logs", job, "-f").stdout
         self.assertIn("run: ", words)
-        self.assertEqual(self.master.get(f"/jobs/{job}")["status"], "completed", "it followed to the end")
+        self.assertEqual(
+            self.master.get(f"/jobs/{job}")["status"], "completed", "it followed to the end"
+        )
 
     def test_cancel(self) -> None:
         job = self.master.submit("64p25-h264", duration=60, realtime=True)["id"]
@@ -130,21 +146,31 @@ class TheCommandLine(unittest.TestCase):
 
     def test_exit_codes_and_sentences(self) -> None:
         nobody = f"http://127.0.0.1:{free_port()}"
-        for words, code, said in ((("show", "ffff0000"), 1, "no job"), (("logs", "ffff0000"), 1, "no job"),
-                                  (("cancel", "ffff0000"), 1, "no job"),
-                                  (("submit", "64p25-h264", "-p", "crf=99"), 2, "crf"),
-                                  (("submit", "64p25-h264", "-p", "bitrat=5M"), 2, "bitrate"),
-                                  (("submit", "no spaces"), 2, "scenario"),
-                                  (("submit", "-p", "x"), 2, "name=value"),
-                                  (("jobs", "--limit", "0"), 2, "limit"),
-                                  (("jobs", "--master", "ftp://x"), 2, "master")):
+        for words, code, said in (
+            (("show", "ffff0000"), 1, "no job"),
+            (("logs", "ffff0000"), 1, "no job"),
+            (("cancel", "ffff0000"), 1, "no job"),
+            (("submit", "64p25-h264", "-p", "crf=99"), 2, "crf"),
+            (("submit", "64p25-h264", "-p", "bitrat=5M"), 2, "bitrate"),
+            (("submit", "no spaces"), 2, "scenario"),
+            (("submit", "-p", "x"), 2, "name=value"),
+            (("jobs", "--limit", "0"), 2, "limit"),
+            (("jobs", "--master", "ftp://x"), 2, "master"),
+        ):
             with self.subTest(words):
                 done = self.cli(*words, code=code)
                 self.assertIn(said, done.stderr)
                 self.assertEqual(done.stdout, "")
                 self.assertEqual(len(done.stderr.strip().splitlines()), 1, done.stderr)
-        for command in (("jobs",), ("nodes", "--json"), ("results",), ("show", "abcd"), ("cancel", "abcd"),
-                        ("logs", "abcd"), ("submit", "x", "--wait", "--json")):
+        for command in (
+            ("jobs",),
+            ("nodes", "--json"),
+            ("results",),
+            ("show", "abcd"),
+            ("cancel", "abcd"),
+            ("logs", "abcd"),
+            ("submit", "x", "--wait", "--json"),
+        ):
             with self.subTest(command):
                 done = self.cli(*command, code=3, url=nobody)
                 self.assertIn(nobody, done.stderr)
@@ -152,18 +178,38 @@ class TheCommandLine(unittest.TestCase):
                 self.assertEqual((done.stdout, len(done.stderr.strip().splitlines())), ("", 1))
 
     def test_a_reader_that_goes_and_a_terminal_of_few_letters_are_no_errors(self) -> None:
-        env = {**os.environ, "FFDIST_MASTER": self.master.url, "PYTHONUNBUFFERED": ""}  # or nothing is left
-        for program, *words in (("ffdist.py", "jobs"), ("ffdist.py", "--help"), ("agent.py", "--help")):
+        env = {
+            **os.environ,
+            "FFDIST_MASTER": self.master.url,
+            "PYTHONUNBUFFERED": "",
+        }  # or nothing is left
+        for program, *words in (
+            ("ffdist.py", "jobs"),
+            ("ffdist.py", "--help"),
+            ("agent.py", "--help"),
+        ):
             with self.subTest(words):
                 taker, giver = os.pipe()
                 os.close(taker)
-                done = subprocess.run([sys.executable, str(TOP / program), *words], env=env, stdout=giver,
-                                      stderr=subprocess.PIPE, timeout=60, check=False)
+                done = subprocess.run(
+                    [sys.executable, str(TOP / program), *words],
+                    env=env,
+                    stdout=giver,
+                    stderr=subprocess.PIPE,
+                    timeout=60,
+                    check=False,
+                )
                 os.close(giver)
                 self.assertEqual((done.returncode, done.stderr), (0, b""))
         with open("/dev/full", "w") as full:
-            done = subprocess.run([sys.executable, str(TOP / "ffdist.py"), "jobs"], env=env, stdout=full,
-                                  stderr=subprocess.PIPE, timeout=60, check=False)
+            done = subprocess.run(
+                [sys.executable, str(TOP / "ffdist.py"), "jobs"],
+                env=env,
+                stdout=full,
+                stderr=subprocess.PIPE,
+                timeout=60,
+                check=False,
+            )
         self.assertEqual((done.returncode, len(done.stderr.splitlines())), (1, 1), done.stderr)
         job = self.master.submit("64p25-h264", duration=0.2, input="stra\u00dfe.mp4")["id"]
         self.master.finished(job)
@@ -192,7 +238,9 @@ class TheCommandLine(unittest.TestCase):
             self.assertIn(said, self.cli(*words, code=2).stderr)
         for program, word in (("agent.py", "runn"), ("agent.py", "--registr")):
             done = run(str(TOP / program), word, folder=self.folder)
-            self.assertEqual((done.returncode, "did you mean" in done.stderr), (2, True), done.stderr)
+            self.assertEqual(
+                (done.returncode, "did you mean" in done.stderr), (2, True), done.stderr
+            )
         told = run(str(TOP / "hwdetect.py"), "--version", folder=self.folder)
         self.assertIn("ffdist hwdetect", told.stdout)
 
@@ -201,11 +249,21 @@ class Flags(unittest.TestCase):
     """One reader of flags and one of durations, whichever program is asked."""
 
     def parsers(self) -> dict[str, tuple[argparse.ArgumentParser, list[str]]]:
-        return {"ffdist": (ffdist.build_parser(), ["jobs"]), "agent": (agent.build_parser(True), []),
-                "hwdetect": (hwdetect.build_parser(), [])}
+        return {
+            "ffdist": (ffdist.build_parser(), ["jobs"]),
+            "agent": (agent.build_parser(True), []),
+            "hwdetect": (hwdetect.build_parser(), []),
+        }
 
     def test_a_switch_of_the_environment_means_the_same_in_all_three(self) -> None:
-        for word, on in (("y", True), ("1", True), ("On", True), ("no", False), ("0", False), ("", False)):
+        for word, on in (
+            ("y", True),
+            ("1", True),
+            ("On", True),
+            ("no", False),
+            ("0", False),
+            ("", False),
+        ):
             with mock.patch.dict(os.environ, FFDIST_JSON=word):
                 for name, (parser, words) in self.parsers().items():
                     self.assertIs(parser.parse_args(words).json, on, (name, word))
@@ -232,7 +290,13 @@ class TheDemo(FleetCase):
         need("ffmpeg", "ffprobe")
         scratch = self.folder / "tmp"
         scratch.mkdir()
-        done = run(str(TOP / "ffdist.py"), "demo", "--json", folder=self.folder, env={"TMPDIR": str(scratch)})
+        done = run(
+            str(TOP / "ffdist.py"),
+            "demo",
+            "--json",
+            folder=self.folder,
+            env={"TMPDIR": str(scratch)},
+        )
         self.assertEqual(done.returncode, 0, done.stderr)
         job = json.loads(done.stdout)
         metrics = job["result"]["metrics"]
@@ -249,7 +313,18 @@ class TheDemo(FleetCase):
         film = self.film("my film.mp4", 1)
         done = run(str(TOP / "ffdist.py"), "demo", "--input", str(film), folder=self.folder)
         self.assertEqual(done.returncode, 0, done.stderr)
-        for word in ("node", "encoder", "why", "speed", "CPU", "memory", "energy", "size", "PSNR", "verdict"):
+        for word in (
+            "node",
+            "encoder",
+            "why",
+            "speed",
+            "CPU",
+            "memory",
+            "energy",
+            "size",
+            "PSNR",
+            "verdict",
+        ):
             self.assertIn(word, done.stdout)
         self.assertEqual([path.name for path in film.parent.iterdir()], [film.name])
         missing = run(str(TOP / "ffdist.py"), "demo", "--input", "none.mp4", folder=self.folder)
@@ -259,9 +334,14 @@ class TheDemo(FleetCase):
         need("ffmpeg", "ffprobe")
         scratch = self.folder / "tmp"
         scratch.mkdir()
-        demo = subprocess.Popen([sys.executable, str(TOP / "ffdist.py"), "demo"], stderr=subprocess.PIPE,
-                                stdout=subprocess.PIPE, text=True, preexec_fn=interruptible,
-                                env={**os.environ, "TMPDIR": str(scratch), "HOME": str(self.folder)})
+        demo = subprocess.Popen(
+            [sys.executable, str(TOP / "ffdist.py"), "demo"],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=interruptible,
+            env={**os.environ, "TMPDIR": str(scratch), "HOME": str(self.folder)},
+        )
         self.addCleanup(demo.kill)
         assert demo.stderr is not None
         said = demo.stderr.readline()
@@ -269,7 +349,9 @@ class TheDemo(FleetCase):
         demo.send_signal(signal.SIGINT)
         shown, words = demo.communicate(timeout=60)
         self.assertEqual((demo.returncode, shown), (130, ""), words)
-        self.assertEqual(words.splitlines()[-1:], ["the demo was stopped; nothing is left of it"], words)
+        self.assertEqual(
+            words.splitlines()[-1:], ["the demo was stopped; nothing is left of it"], words
+        )
         self.assertEqual((list(scratch.iterdir()), processes_called(str(scratch))), ([], set()))
 
     def test_without_ffmpeg_it_names_the_command_that_installs_it(self) -> None:

@@ -57,14 +57,18 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
     """Return the long flags of a parser and of its subcommands."""
     found: set[str] = set()
     for action in parser._actions:
-        found |= {flag for flag in action.option_strings if flag.startswith("--") and flag != "--help"}
+        found |= {
+            flag for flag in action.option_strings if flag.startswith("--") and flag != "--help"
+        }
         if isinstance(action, argparse._SubParsersAction):
             for sub in action.choices.values():
                 found |= flags_of(sub)
     return found
 
 
-def all_or_none(test: unittest.TestCase, parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+def all_or_none(
+    test: unittest.TestCase, parser: argparse.ArgumentParser, words: Sequence[str]
+) -> None:
     """Let a real parser read a command."""
     heard = io.StringIO()
     try:
@@ -137,8 +141,16 @@ class Complete(unittest.TestCase):
         self.assertEqual(listed, agent.FORMULAS)
 
     def test_limits_of_measuring(self) -> None:
-        self.assertEqual((hwdetect.IDLE_FIRST_S, hwdetect.IDLE_S, hwdetect.IDLE_REST_S, hwdetect.IDLE_EVERY_S,
-                          hwdetect.IDLE_BUSY_PERCENT), (3, 10, 30, 600, 10))
+        self.assertEqual(
+            (
+                hwdetect.IDLE_FIRST_S,
+                hwdetect.IDLE_S,
+                hwdetect.IDLE_REST_S,
+                hwdetect.IDLE_EVERY_S,
+                hwdetect.IDLE_BUSY_PERCENT,
+            ),
+            (3, 10, 30, 600, 10),
+        )
         self.assertEqual((agent.RUNS_LEAST, agent.RUNS_MOST, agent.INTERVAL_MOST, agent.REPEATS_S),
                          (3, {"medium": 10, "high": 20}, {"medium": 0.05, "high": 0.02}, 3600))
         self.assertEqual((hwdetect.SERIES_MOST, agent.BASELINE_S), (240, 60))
@@ -160,7 +172,9 @@ class Complete(unittest.TestCase):
                                   for metric in ffdist.METRICS])
 
     def test_every_alert(self) -> None:
-        self.assertEqual([row[0] for row in rows("Alert")], [f"`Ffdist{rule.name}`" for rule in ffdist.RULES])
+        self.assertEqual(
+            [row[0] for row in rows("Alert")], [f"`Ffdist{rule.name}`" for rule in ffdist.RULES]
+        )
 
     def test_every_status_and_reason(self) -> None:
         for word in (*ffdist.STATUSES, *ffdist.TRANSIENT, *ffdist.CONFIDENCES):
@@ -215,8 +229,10 @@ class Exact(unittest.TestCase):
                 args = ffdist.build_parser().parse_args(words[2:])
                 parameters = agent.parameters_of(args.parameters)
                 places = {"input": args.input, "output": args.output}
-                agent.resolve(args.scenario, {**parameters, **{name: place for name, place in places.items()
-                                                               if place}})
+                agent.resolve(
+                    args.scenario,
+                    {**parameters, **{name: place for name, place in places.items() if place}},
+                )
 
     def test_curl_lines_name_routes_and_send_json(self) -> None:
         for words in commands():
@@ -236,10 +252,21 @@ class Exact(unittest.TestCase):
             agent.resolve(word)
 
     def test_limits_are_those_of_the_code(self) -> None:
-        self.assertEqual((ffdist.BODY_LIMIT_BYTES, ffdist.BULK_LIMIT_BYTES, ffdist.HEAD_LIMIT_BYTES),
-                         (1 << 20, 10 << 20, 32 << 10))
-        self.assertEqual((ffdist.HEADERS_MOST, ffdist.HEAD_S, ffdist.NESTING_MOST, ffdist.LOG_LINES_MOST,
-                          ffdist.BULK_MOST, ffdist.PAGE_MOST), (100, 10, 64, 20_000, 10_000, 1000))
+        self.assertEqual(
+            (ffdist.BODY_LIMIT_BYTES, ffdist.BULK_LIMIT_BYTES, ffdist.HEAD_LIMIT_BYTES),
+            (1 << 20, 10 << 20, 32 << 10),
+        )
+        self.assertEqual(
+            (
+                ffdist.HEADERS_MOST,
+                ffdist.HEAD_S,
+                ffdist.NESTING_MOST,
+                ffdist.LOG_LINES_MOST,
+                ffdist.BULK_MOST,
+                ffdist.PAGE_MOST,
+            ),
+            (100, 10, 64, 20_000, 10_000, 1000),
+        )
         settings = ffdist.Settings()
         self.assertEqual((settings.retry_delay_s, settings.retry_delay_most_s), (1, 300))
 
