@@ -3439,7 +3439,7 @@ def batch_means(values: Sequence[float]) -> list[float]:
 
 # ---- 12 Places ------------------------------------------------------------------------------------
 
-# Where clouds tell a machine its secrets, beside the link-local addresses that most of them use.
+# Where clouds hand out a machine's credentials, beside the link-local addresses most of them use.
 METADATA = frozenset(map(ipaddress.ip_address, (
     "fd00:ec2::254", "fd00:ec2::23",  # Amazon: EC2, EKS
     "100.100.100.200", "fd00:100::100:200",  # Alibaba
@@ -3857,7 +3857,7 @@ class Input(Protocol):
         """Return the path or URL that FFmpeg reads; Failure where it may not, or there is none."""
 
     def close(self) -> None:
-        """Let go of what open() took."""
+        """Close what open() opened."""
 
 
 class GeneratedInput:
@@ -4155,7 +4155,7 @@ class Output(Protocol):
         """Hand the film to the user, who then owns it; Failure where that is not possible."""
 
     def close(self) -> None:
-        """Remove what is not the user's, and let go of what open() took."""
+        """Remove an output that was not delivered, and close what open() opened."""
 
 
 class DiscardedOutput:
@@ -4500,7 +4500,7 @@ class Runner:
         self.watch.pause(lambda: self._signal(signal.SIGSTOP))
 
     def resume(self) -> None:
-        """Let both go on after a pause."""
+        """Start both again after a pause."""
         self.watch.resume(lambda: self._signal(signal.SIGCONT))
 
     def _signal(self, number: int) -> None:
@@ -4525,7 +4525,7 @@ class Runner:
             self.space.check(time.monotonic())
 
     def rest(self, seconds: float, phase: str) -> None:
-        """Let the machine rest; a pause makes it longer."""
+        """Wait without any work; a pause makes it longer."""
         self.watchdog.expect_no_frames()
         until_s = self.watch.elapsed_s() + seconds
         while (left_s := until_s - self.watch.elapsed_s()) > 0:
@@ -4535,7 +4535,7 @@ class Runner:
 
     @contextlib.contextmanager
     def metered(self) -> Iterator[None]:
-        """Have the meter book to the ledger meanwhile; its readings are not the encode's time."""
+        """Book to the ledger meanwhile; the meter's readings are not the encode's time."""
         self.ledger.paused = False
         with self.watch.reading():
             self.place.meter.join(self.ledger)
@@ -4759,7 +4759,7 @@ class Task:
         return self.settings.output or "the output"
 
     def close(self) -> None:
-        """Let go of input and output; an output that was not delivered is removed."""
+        """Close input and output; an output that was not delivered is removed."""
         self.output.close()
         self.input.close()
 
@@ -4897,7 +4897,7 @@ def probe_film(task: Task, url: str, trouble: str, reasons: ProbeReasons, demuxe
 
 
 def find_source(task: Task) -> Source:
-    """Open the input and return what it is."""
+    """Open the input and return its Source."""
     url = task.input.open(task.runner.files)
     if task.settings.input is None:
         return make_clip(task, url)
@@ -5151,7 +5151,7 @@ def compare_quality(task: Task, made: Plan, source: Source, outcome: Outcome) ->
         for name in SCORES[metric][:3]:
             scores[name] = found.get(name)
             if scores[name] is None:
-                unknown[name] = why or "FFmpeg did not tell"
+                unknown[name] = why or "FFmpeg gave no score"
     return dataclasses.replace(outcome, quality=scores, unknown=unknown)
 
 
@@ -5247,7 +5247,7 @@ class Attempt:
 
     @property
     def paused(self) -> bool:
-        """Whether it stands still."""
+        """Whether it is paused."""
         return self._runner.watch.paused
 
     def stop(self, word: str) -> None:
@@ -5255,11 +5255,11 @@ class Attempt:
         self._runner.stop(word)
 
     def pause(self) -> None:
-        """Let its processes and its clock stand still."""
+        """Stop its processes and its clock."""
         self._runner.pause()
 
     def resume(self) -> None:
-        """Let it go on after a pause."""
+        """Start both again after a pause."""
         self._runner.resume()
 
     def run(self) -> Outcome:
@@ -5286,7 +5286,7 @@ class Attempt:
             damaged=runner.damaged)
 
     def _work(self) -> Outcome:
-        """Go through the stages."""
+        """Carry out the stages in their order; Stopped and Failure end them."""
         runner = self._runner
         settings = resolve(self._job.scenario, self._job.parameters, self._place.places.own_paths)
         task = self._task = Task(self._job, self._place, runner, settings)
@@ -6010,7 +6010,7 @@ class State:
         return self.identity.id if self.identity else None
 
     def keep(self, identity: Identity) -> None:
-        """Take an identity and bring it to the disk, unless it is there already; OSError."""
+        """Adopt an identity and write it to the disk, unless it is there already; OSError."""
         self.identity = identity
         if read_identity(self.node_file) != identity:
             write_json(self.node_file, identity._asdict())
@@ -6063,7 +6063,7 @@ PUBLISH_S = 10.0  # how long the master's permission to name an output counts, f
 STRANGER = ("node_id", "session")
 MAX_HASTY = 5  # early, empty answers in a row: the master says that it parks and does not
 HASTY_REST_S = 1.0
-RETRY_S = 1.0  # of what an attempt's own thread waits for: a full disk, a master that is away
+RETRY_S = 1.0  # while an attempt's own thread waits for a full disk or a master that is away
 IDLE_PROGRESS_S = 60.0  # without attempts; an event wakes the reporter
 
 
@@ -6151,7 +6151,7 @@ class Slots(Protocol):
 class Link:
     """What an agent knows of its master; the poller writes it, reporter and attempts read it.
 
-    Each field is written whole, and nobody needs two of them to agree: so there is no lock.
+    There is no lock: each field is written whole, and no reader needs two of them to agree.
     """
 
     def __init__(self, client: Client, state: State, name: str, log: logging.Logger,
@@ -6258,10 +6258,11 @@ class Session:
         state.keep(identity)
         registered = self._introduce(self._registration(identity, holding), identity.secret)
 
-        link.note_answer()
         link.protocol = registered.protocol
         link.node_timeout_s = registered.node_timeout_s
         state.keep(identity._replace(id=registered.id or identity.id))
+        # Last, for the reporter begins with it: without the session its reports would be refused.
+        link.note_answer()
         self._idle = idle
         self._registered = True
         link.log.info("registered with %s as %s, node %s", link.client.url, link.name,
@@ -6797,8 +6798,8 @@ def http_args_of(host: hwdetect.Host, ffmpeg: str) -> tuple[str, ...]:
 
 MAX_NAME_CHARS = 200
 
-# Each flag has an environment variable, FFDIST_ and its name; README lists what each is for. The
-# default stands in brackets at the end of the help.
+# Each flag has an environment variable, FFDIST_ and its name. The default is in brackets at the end
+# of the help.
 COMMON_FLAGS = (
     Flag("--max-concurrent-jobs", "1", whole_number(1, 256), "jobs to run side by side (1)"),
     Flag("--state-dir", None, Path,
@@ -6844,7 +6845,7 @@ RUN_FLAGS = (
     Flag("--no-probe", False, None, "do not prove the encoders by encoding a frame each"),
 )
 ABOUT = """The ffdist agent: registers with a master, runs its jobs, measures and reports.
-`agent.py run --help` tells how to run one job without a master."""
+`agent.py run --help` explains how to run one job without a master."""
 ABOUT_RUN = "Run one job on this machine, without a master."
 EPILOG = """examples:
   python3 agent.py --register --master http://192.168.1.100:8080 --media-root /srv/films

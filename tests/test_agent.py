@@ -890,7 +890,7 @@ class Spooling(FolderCase):
         size = next((self.folder / "spool").glob("*.json")).stat().st_size
         self.assertEqual(done, [size, "name", "folder"])
 
-    def test_a_full_disk_is_told_and_leaves_nothing_behind(self) -> None:
+    def test_a_full_disk_is_an_error_and_leaves_nothing_behind(self) -> None:
         def full_disk_stand_in(descriptor: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with mock.patch("agent.os.fsync", full_disk_stand_in):
@@ -1171,7 +1171,14 @@ class Sessions(TalkCase):
         bodies = [body for _, body in self.master.calls]
         self.assertEqual(["secret" in body for body in bodies], [False, True])
 
-    def test_a_new_idle_baseline_is_told_until_the_master_has_it(self) -> None:
+    def test_the_reporter_begins_when_the_registration_is_complete(self) -> None:
+        seen: list[object] = []
+        with mock.patch.object(self.link, "note_answer", lambda: seen.append(
+                (self.link.protocol, self.link.node_id, self.link.node_timeout_s))):
+            self.steps(self.session, 1)
+        self.assertEqual(seen, [(1, "node-1", 90.0)])
+
+    def test_a_new_idle_baseline_is_sent_until_the_master_has_it(self) -> None:
         self.steps(self.session, 2)
         self.meter.idle = mock.sentinel.newer
         self.master.answers = {"register": [ApiError(0, "no answer"), agent.Registered("node-1", 1, 90.0)]}
