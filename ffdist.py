@@ -1085,6 +1085,10 @@ def _copy_database(path: Path, scratch: Path, show: Callable[[float], None]) -> 
 
 # ---- 5 Journal ------------------------------------------------------------------------------------
 
+# A write is (kind, values): a row of _WRITES, or a total. The Fleet makes them, one list a step, and
+# the list is committed whole or not at all. Readers have connections of their own: in WAL mode
+# (sqlite.org/wal.html) they see the last commit while the next one is written.
+
 READERS = 4  # connections for reading: pages are read beside each other, and beside the writer
 TRANSACTIONS_MOST = 1000  # in one commit: bounds the time that a single answer waits for the others
 
@@ -1579,6 +1583,10 @@ def _lock_folder(folder: Path) -> int:
 
 
 # ---- 6 Dispatch -----------------------------------------------------------------------------------
+
+# State is all that the master knows while it runs, and the primitives that change it. Its rules are
+# the classes below it and in the next two sections. None of them has a lock, a clock, a file or a
+# log: a step gets the moment from outside and leaves behind what has to be done, as Effects.
 
 CLAIMS_KEPT = 16  # claim words of a node: one a slot, and those of repeated requests
 SESSIONS_KEPT = 8  # earlier sessions of a node: a late packet of one is told that it is superseded
@@ -2167,6 +2175,14 @@ class Placement:
 
 # ---- 7 Leases -------------------------------------------------------------------------------------
 
+# A lease is the right of one attempt to report. It begins with a claim, and ends by the attempt's own
+# report, by the silence of its node, by a new session of the agent that does not hold it, or when
+# its node is removed. Nothing else gets the job while the lease lives, so at most one report of a
+# job is ever accepted.
+#
+# Three classes: Health judges what an attempt's end says of its node, Leases begins and ends the
+# leases, Registry knows who may speak for a node and whether it is heard.
+
 FAST_FAILURE_S = 120.0  # a failure after a longer run says little about the health of its node
 
 
@@ -2201,10 +2217,8 @@ class Health:
             self._acquit(job)
         if node.trial == job.seq:
             return self._trial_failed(node, job, report, node_is_at_fault)
-        if (
-            node_is_at_fault
-            and self._state.now.clock - self._state.leases[job.seq].began <= FAST_FAILURE_S
-        ):
+        ran_s = self._state.now.clock - self._state.leases[job.seq].began
+        if node_is_at_fault and ran_s <= FAST_FAILURE_S:
             self._blame(node, job, reason, report.error)
         return False
 
@@ -2241,19 +2255,21 @@ class Health:
     def _blame(self, node: Node, job: Job, reason: str, error: str | None) -> None:
         node.failures.append((job.seq, reason))
         limit = self._state.settings.quarantine_after
-        if not 0 < limit <= len(node.failures) or self._most_fail_alike(node, reason):
-            return
-        if node.quarantine is None:
+        has_too_many = 0 < limit <= len(node.failures)
+        if node.quarantine is None and has_too_many and not self._most_fail_alike(node, reason):
             self._open(node, f"{len(node.failures)} failures in a row, the last ({reason}): "
                              f"{error or 'without an error message'}")
 
     def _most_fail_alike(self, node: Node, reason: str) -> bool:
         """Return whether most other nodes fail alike: then the cause is not this node."""
-        others = [
-            other for other in self._state.nodes.values() if other is not node and not other.offline
-        ]
-        alike = sum(bool(other.failures) and other.failures[-1][1] == reason for other in others)
-        return alike > len(others) - alike
+        others = alike = 0
+        for other in self._state.nodes.values():
+            if other is node or other.offline:
+                continue
+            others += 1
+            if other.failures and other.failures[-1][1] == reason:
+                alike += 1
+        return alike > others - alike
 
     def _open(self, node: Node, reason: str) -> None:
         node.failures = []
@@ -2781,6 +2797,12 @@ class Registry:
 
 # ---- 8 Fleet --------------------------------------------------------------------------------------
 
+# One step of the fleet is Fleet.apply(event, now): the event is one of the tuples below, checked
+# before it came here. The step changes the State at once, or refuses the event with an ApiError, and
+# returns an Outcome. What it wrote is not yet on disk then: the Master answers after the commit.
+#
+# A new rule belongs in the class whose docstring names it, a new kind of event in Fleet's table.
+
 class Asked(NamedTuple):
     """The fields of a heartbeat, or of a claim where it is `for_work`."""
 
@@ -3244,6 +3266,13 @@ class Fleet:
 
 
 # ---- 9 Master -------------------------------------------------------------------------------------
+
+# Transactions is the only place with a lock: every change goes through its apply(), every look at
+# the state through reading() or glance(). Queries answers what changes nothing, Master what does.
+#
+# A parked request (a claim or heartbeat with `wait`) costs a thread, which sleeps on an event of its
+# own without the lock. The Fleet knows it by a serial number. Whatever concerns its node names the
+# node in the Effects of a step; then the event is set, and the request looks again.
 
 CLOCK_JUMP_S = 3600.0  # between the two clocks since the start; by more, no age is trusted
 
