@@ -1,8 +1,9 @@
-"""A bad network on loopback: a proxy between agents and a master that loses, cuts, delays and repeats.
+"""A bad network on loopback: a proxy between agents and a master that loses, cuts, delays, repeats.
 
-It understands requests and answers that have lengths, which all of ffdist's have, and keeps connections
-alive. For each request a rule is asked twice: before the master sees it (pass, delay, lose, twice) and
-when the master has answered (pass, mute, cut). split() is a network that is down; mend() ends it.
+It understands requests and answers that have lengths, which all of ffdist's have, and keeps
+connections alive. For each request a rule is asked twice: before the master sees it (pass, delay,
+lose, twice) and when the master has answered (pass, mute, cut). split() is a network that is
+down; mend() ends it.
 """
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ class Message(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """A request that came by, what was done to it, and what the master answered (None: it never saw it)."""
+    """A request, what was done to it, and the answer (None: the master never saw it)."""
 
     asked: Message
     faults: tuple[str, ...]
@@ -69,9 +70,11 @@ class Sometimes:
 
 
 class Once:
-    """A rule that does one thing to the first request (or answer) that it is meant for; `hit` tells when."""
+    """A rule that does one thing to the first message that it is meant for; `hit` is set then."""
 
-    def __init__(self, fault: str, line: str, meant: Callable[[Any], Any] = lambda answer: True) -> None:
+    def __init__(
+        self, fault: str, line: str, meant: Callable[[Any], Any] = lambda answer: True
+    ) -> None:
         self.fault = fault
         self.hit = threading.Event()
         self._line = re.compile(line)

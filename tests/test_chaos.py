@@ -1,14 +1,14 @@
 """A fleet under random faults, with a seed: whatever happens at whatever moment, the promises hold.
 
-One master and four agents, each behind a proxy that loses, cuts, delays and repeats messages. At random:
-kill -9 of agents, of FFmpeg, of the master; SIGSTOP and SIGCONT of all three; SIGTERM of agents and of the
-master; a split network; a full disk under one agent's work folder (as root); cancel, pause, resume and
-retry of jobs.
+One master and four agents, each behind a proxy that loses, cuts, delays and repeats messages. At
+random: kill -9 of agents, of FFmpeg, of the master; SIGSTOP and SIGCONT of all three; SIGTERM of
+agents and of the master; a split network; a full disk under one agent's work folder (as root);
+cancel, pause, resume and retry of jobs.
 
-Invariants, checked when the faults are over: every acknowledged job reaches its end, and none fails; each
-completed one has exactly one accepted result for each time it was asked for, with the right number of
-frames in the report and in the film; no job that was canceled left an output; no agent ended by itself; no
-process, no temporary file, no report in a spool is left.
+Invariants, checked when the faults are over: every acknowledged job reaches its end, and none
+fails; each completed one has exactly one accepted result for each time it was asked for, with the
+right number of frames in the report and in the film; no job that was canceled left an output; no
+agent ended by itself; no process, no temporary file, no report in a spool is left.
 
 `python3 -m tests.test_chaos --minutes 30 --seed 7 --slots 2` runs it for long.
 """
@@ -53,7 +53,7 @@ NO_ANSWER = (OSError, http.client.HTTPException, AssertionError)
 
 
 class Fleet:
-    """One master, some agents, and a hand that breaks them; a thread heals what is broken for a while."""
+    """One master, some agents, and a hand that breaks them; a thread heals what is broken."""
 
     def __init__(self, folder: Path, slots: int, seed: int, seconds: float) -> None:
         self.folder = folder
@@ -68,10 +68,14 @@ class Fleet:
         self.over = threading.Event()
         self.port = free_port()
         self.master = self.start_master()
-        self.proxies = [Proxy(self.port, Sometimes(0.08, seed + number)) for number in range(AGENTS)]
+        self.proxies = [
+            Proxy(self.port, Sometimes(0.08, seed + number)) for number in range(AGENTS)
+        ]
         self.disk = self.mount()
         self.agents = [self.start_agent(number) for number in range(AGENTS)]
-        self.weights = {fault: weight for fault, weight in FAULTS.items() if fault != "disk" or self.disk}
+        self.weights = {
+            fault: weight for fault, weight in FAULTS.items() if fault != "disk" or self.disk
+        }
         threading.Thread(target=self.heal, daemon=True).start()
 
     # -- starting
@@ -80,7 +84,10 @@ class Fleet:
         """Return the first agent's work folder on a disk of a few MB, where that can be had."""
         disk = self.folder / "small-disk"
         if not mounted_small(disk, str(DISK_BYTES)):
-            print("chaos: no full disk among the faults: mounting a small one takes root", file=sys.stderr)
+            print(
+                "chaos: no full disk among the faults: mounting a small one takes root",
+                file=sys.stderr,
+            )
             return None
         return disk
 
@@ -101,7 +108,10 @@ class Fleet:
     def submit(self, count: int) -> None:
         """Submit jobs through the bad network, each under an id of its own."""
         for _ in range(count):
-            job_id, number = str(uuid.UUID(int=self.chance.getrandbits(128), version=4)), len(self.jobs)
+            job_id, number = (
+                str(uuid.UUID(int=self.chance.getrandbits(128), version=4)),
+                len(self.jobs),
+            )
             parameters = {**PARAMETERS, "realtime": self.chance.random() < 0.4}
             if self.chance.random() < 0.8:
                 parameters["output"] = f"{number}.mkv"
@@ -109,7 +119,9 @@ class Fleet:
             self.jobs[job_id] = False
             for proxy in self.proxies[:3]:
                 with contextlib.suppress(*NO_ANSWER):
-                    self.jobs[job_id] = call(proxy.url, "POST", "/jobs", body, timeout=10).status < 300
+                    self.jobs[job_id] = (
+                        call(proxy.url, "POST", "/jobs", body, timeout=10).status < 300
+                    )
                     break
 
     def page(self, status: str) -> Any:
@@ -231,7 +243,10 @@ class Fleet:
                 job_id = self.chance.choice(jobs)["id"]
                 if verb == "retry":
                     self.retried.add(job_id)
-                return call(self.master.url, "POST", f"/jobs/{job_id}/{verb}", timeout=10).status == 200
+                return (
+                    call(self.master.url, "POST", f"/jobs/{job_id}/{verb}", timeout=10).status
+                    == 200
+                )
         return False
 
     # -- the end
@@ -258,8 +273,10 @@ class Fleet:
     def told(self) -> str:
         network: Counter[str] = sum((proxy.counts for proxy in self.proxies), Counter())
         network.pop("split", None)
-        return (f"{len(self.jobs)} jobs, {sum(self.faults.values()) + sum(network.values())} faults: "
-                f"{dict(sorted(self.faults.items()))}, messages {dict(sorted(network.items()))}")
+        return (
+            f"{len(self.jobs)} jobs, {sum(self.faults.values()) + sum(network.values())} faults: "
+            f"{dict(sorted(self.faults.items()))}, messages {dict(sorted(network.items()))}"
+        )
 
     def end(self) -> None:
         self.over.set()
@@ -297,8 +314,10 @@ class TestChaos(Case):
         except AssertionError as error:
             with contextlib.suppress(*NO_ANSWER):
                 self.keep(fleet)
-            raise AssertionError(f"seed {self.seed}, {fleet.told()}: {error}; left: {self.left(fleet)}; "
-                                 f"{fleet.problems}") from error
+            raise AssertionError(
+                f"seed {self.seed}, {fleet.told()}: {error}; left: {self.left(fleet)}; "
+                f"{fleet.problems}"
+            ) from error
         finally:
             print(f"chaos: seed {self.seed}, {self.slots} slots, {fleet.told()}", file=sys.stderr)
         self.assertEqual(fleet.problems, [], f"seed {self.seed}, {fleet.told()}")
@@ -321,10 +340,17 @@ class TestChaos(Case):
     def left(self, fleet: Fleet) -> list[str]:
         """Return what should not be there at rest."""
         found = [f"FFmpeg {pid}" for pid in fleet.ffmpegs()]
-        found += [str(path) for agent in fleet.agents if agent.work.exists() for path in agent.work.iterdir()
-                  if path.name != "cache"]
+        found += [
+            str(path)
+            for agent in fleet.agents
+            if agent.work.exists()
+            for path in agent.work.iterdir()
+            if path.name != "cache"
+        ]
         found += [str(path) for agent in fleet.agents for path in (agent.state / "spool").iterdir()]
-        return found + [path.name for path in (self.folder / "media").iterdir() if path.name[0] == "."]
+        return found + [
+            path.name for path in (self.folder / "media").iterdir() if path.name[0] == "."
+        ]
 
     def check_jobs(self, fleet: Fleet) -> None:
         accepted = self.accepted(fleet.master)
@@ -365,17 +391,26 @@ class TestChaos(Case):
         exists = (self.folder / "media" / job["parameters"].get("output", "none")).is_file()
         lost = any(record["status"] == "lost" for record in job["attempts"])
         last = job["status"]
-        return [wrong for wrong, broken in {
-            "is not at its end, or failed": last not in ("completed", "canceled"),
-            "has not one result for each completion": not results == completed == reached,
-            "was accepted more than once": completed > 1 and not retried,
-            "is completed without a result": last == "completed" and not (completed and job["result"]),
-            "has the wrong number of frames": last == "completed" and
-            (job["result"] or {}).get("metrics", {}).get("frames") != FRAMES,
-            "is completed without its film": last == "completed" and "output" in job["parameters"]
-            and not exists,
-            "was canceled and left a film": last == "canceled" and exists and not retried and not lost,
-        }.items() if broken]
+        return [
+            wrong
+            for wrong, broken in {
+                "is not at its end, or failed": last not in ("completed", "canceled"),
+                "has not one result for each completion": not results == completed == reached,
+                "was accepted more than once": completed > 1 and not retried,
+                "is completed without a result": last == "completed"
+                and not (completed and job["result"]),
+                "has the wrong number of frames": last == "completed"
+                and (job["result"] or {}).get("metrics", {}).get("frames") != FRAMES,
+                "is completed without its film": last == "completed"
+                and "output" in job["parameters"]
+                and not exists,
+                "was canceled and left a film": last == "canceled"
+                and exists
+                and not retried
+                and not lost,
+            }.items()
+            if broken
+        ]
 
 
 def frames_of(film: Path) -> str:

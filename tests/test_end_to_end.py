@@ -31,15 +31,37 @@ from tests.support import PATIENCE_S, TOP, control_groups, free_port, need, smal
 
 CANCEL_DEADLINE_S = 10.0
 GPU = {  # what the stand-in of nvidia-smi is asked for, and answers
-    "timestamp": "now", "index": "0", "name": "Tesla T4", "uuid": "GPU-0", "driver_version": "535.129.03",
-    "pci.bus_id": "00000000:FF:1E.0", "memory.total": "15360", "memory.used": "512", "power.draw": "70.00",
-    "power.limit": "70.00", "utilization.gpu": "42", "utilization.encoder": "30", "temperature.gpu": "55",
-    "clocks_throttle_reasons.active": "0x0000000000000001"}
-SEED_FIELDS = ("address", "type", "cpu_threads", "cpu_model", "has_gpu", "gpu_type", "ram_bytes", "labels")
+    "timestamp": "now",
+    "index": "0",
+    "name": "Tesla T4",
+    "uuid": "GPU-0",
+    "driver_version": "535.129.03",
+    "pci.bus_id": "00000000:FF:1E.0",
+    "memory.total": "15360",
+    "memory.used": "512",
+    "power.draw": "70.00",
+    "power.limit": "70.00",
+    "utilization.gpu": "42",
+    "utilization.encoder": "30",
+    "temperature.gpu": "55",
+    "clocks_throttle_reasons.active": "0x0000000000000001",
+}
+SEED_FIELDS = (
+    "address",
+    "type",
+    "cpu_threads",
+    "cpu_model",
+    "has_gpu",
+    "gpu_type",
+    "ram_bytes",
+    "labels",
+)
 
 
 class ARunningFleet(OneFleet):
-    def test_a_job_is_registered_dispatched_run_and_its_result_seen_in_the_masters_log(self) -> None:
+    def test_a_job_is_registered_dispatched_run_and_its_result_seen_in_the_masters_log(
+        self,
+    ) -> None:
         master, agent = self.fleet()
         job = master.finished(master.submit("64p25-h264", duration=0.4, output="o.mp4")["id"])
         self.assertEqual((job["status"], job["attempt"], job["error"]), ("completed", 1, None))
@@ -47,7 +69,12 @@ class ARunningFleet(OneFleet):
             self.assertIsNotNone(job["result"]["metrics"][name])
         self.assertEqual(job["result"]["analyzer_output"]["scenario"], "64p25-h264")
         self.assertTrue((self.folder / "media" / "o.mp4").exists())
-        for word in ("registered", f"job {job['id']} submitted", f"result of job {job['id']}", "completed"):
+        for word in (
+            "registered",
+            f"job {job['id']} submitted",
+            f"result of job {job['id']}",
+            "completed",
+        ):
             wait_for(lambda word=word: word in master.words(), why=word)
         self.assertIn("registered with", agent.words())
         self.nothing_left(agent)
@@ -55,7 +82,9 @@ class ARunningFleet(OneFleet):
     def test_a_failed_job_says_why_everywhere(self) -> None:
         master, agent = self.fleet()
         job = master.finished(master.submit("64p25-h264", input="none.mp4")["id"])
-        self.assertEqual((job["status"], job["failure_reason"], job["attempt"]), ("failed", "input", 1))
+        self.assertEqual(
+            (job["status"], job["failure_reason"], job["attempt"]), ("failed", "input", 1)
+        )
         for words in (job["error"], master.words(), agent.words()):
             self.assertIn("none.mp4", words)
         self.assertNotIn("Traceback", master.words() + agent.words())
@@ -116,7 +145,9 @@ class ARunningFleet(OneFleet):
     def test_progress_and_log_lines_arrive_while_it_runs(self) -> None:
         master, _ = self.fleet()
         job = self.live(master, 6)
-        shown = wait_for(lambda: (master.get(f"/jobs/{job}").get("progress") or {}).get("frame"), 30)
+        shown = wait_for(
+            lambda: (master.get(f"/jobs/{job}").get("progress") or {}).get("frame"), 30
+        )
         self.assertGreater(shown, 0)
         lines = wait_for(lambda: master.get(f"/jobs/{job}/logs")["lines"], 30)
         self.assertTrue(any("run: " in line for line in lines), lines)
@@ -126,7 +157,9 @@ class ARunningFleet(OneFleet):
 
 
 class MoreSlotsOrNodes(FleetCase):
-    def test_two_jobs_run_side_by_side_where_two_may_and_heartbeats_show_at_debug_level(self) -> None:
+    def test_two_jobs_run_side_by_side_where_two_may_and_heartbeats_show_at_debug_level(
+        self,
+    ) -> None:
         need("ffmpeg", "ffprobe")
         master = self.master("--log-level", "debug")
         agent = self.agent(master, "--max-concurrent-jobs", "2", "--heartbeat-interval", "0.2s",
@@ -135,9 +168,15 @@ class MoreSlotsOrNodes(FleetCase):
 
         def states() -> list[str]:
             return [job["status"] for job in reversed(master.get("/jobs")["jobs"])]
-        wait_for(lambda: states() == ["running", "running", "pending"], why="two run, and the third waits")
+
+        wait_for(
+            lambda: states() == ["running", "running", "pending"],
+            why="two run, and the third waits",
+        )
         self.assertEqual([master.finished(job)["status"] for job in jobs], ["completed"] * 3)
-        wait_for(lambda: master.words().count("heartbeat of agent") >= 3, why="the master tells of them")
+        wait_for(
+            lambda: master.words().count("heartbeat of agent") >= 3, why="the master tells of them"
+        )
         self.assertIn("heartbeat", agent.words())
         self.nothing_left(agent)
 
@@ -147,11 +186,15 @@ class MoreSlotsOrNodes(FleetCase):
         agents = {name: self.agent(master, name=name) for name in ("one", "other")}
         wait_for(lambda: master.get("/nodes")["count"] == 2, why="both register")
         job = self.live(master, 4)
-        first = wait_for(lambda: [name for name, agent in agents.items() if processes_under(agent.work)])[0]
+        first = wait_for(
+            lambda: [name for name, agent in agents.items() if processes_under(agent.work)]
+        )[0]
         for pid in self.encoding(agents.pop(first)):
             os.kill(pid, signal.SIGKILL)
         done = master.finished(job)
-        self.assertEqual((done["status"], done["attempt"], done["retry_count"]), ("completed", 2, 1))
+        self.assertEqual(
+            (done["status"], done["attempt"], done["retry_count"]), ("completed", 2, 1)
+        )
         self.assertEqual(done["attempts"][0]["failure_reason"], "killed")
         self.assertIn("SIGKILL", done["attempts"][0]["error"])
         self.assertEqual([done["result"]["node"]], list(agents))
@@ -167,9 +210,13 @@ class ASickNode(FleetCase):
         self.agent(master, "--work-dir", str(disk / "work"), "--min-free", "4M", name="sick")
 
         def node(name: str) -> Any:
-            return next((node for node in master.get("/nodes")["nodes"] if node["name"] == name), None)
+            return next(
+                (node for node in master.get("/nodes")["nodes"] if node["name"] == name), None
+            )
         jobs = [master.submit("64p25-h264", duration=0.2)["id"] for _ in range(5)]
-        wait_for(lambda: node("sick") and node("sick")["status"] == "quarantined", why="three failures")
+        wait_for(
+            lambda: node("sick") and node("sick")["status"] == "quarantined", why="three failures"
+        )
         self.agent(master, name="well")
         for job in jobs:
             done = master.finished(job)
@@ -177,7 +224,9 @@ class ASickNode(FleetCase):
         sick = node("sick")
         self.assertIn("out_of_disk", sick["quarantine"]["reason"])
         self.assertIn(str(disk), sick["quarantine"]["reason"])
-        shown = run(str(TOP / "ffdist.py"), "nodes", "--master", master.url, folder=self.folder).stdout
+        shown = run(
+            str(TOP / "ffdist.py"), "nodes", "--master", master.url, folder=self.folder
+        ).stdout
         self.assertRegex(shown, "sick is in quarantine: .*out_of_disk")
         ballast.unlink()
         for _ in range(60):  # real jobs try whether it is well again, one after each pause
@@ -204,7 +253,8 @@ class Kills(FleetCase):
         self.assertTrue(pids & processes_under(agent.work), "the encode goes on")
         self.go_on(pids)
         ended = master.finished(job)
-        self.assertEqual((ended["status"], ended["attempt"], ended["retry_count"]), ("completed", 1, 0))
+        end = ended["status"], ended["attempt"], ended["retry_count"]
+        self.assertEqual(end, ("completed", 1, 0))
         self.assertEqual(master.get("/results")["total"], 1)
         self.assertEqual(master.get("/nodes")["count"], 1)
         self.nothing_left(agent)
@@ -223,7 +273,9 @@ class Kills(FleetCase):
         self.assertEqual((ended["status"], ended["attempt"]), ("completed", 1))
         wait_for(lambda: not list(spool.glob("*.json")), 30, "the spool empties")
         self.assertEqual(master.get("/results")["total"], 1)
-        self.assertEqual(agent.words().count("work goes on"), 1, "an absent master is told once, not per try")
+        self.assertEqual(
+            agent.words().count("work goes on"), 1, "an absent master is told once, not per try"
+        )
         self.assertIn("answers again", agent.words())
 
     def test_a_spooled_result_survives_the_agents_own_death(self) -> None:
@@ -237,7 +289,9 @@ class Kills(FleetCase):
         master = self.restarted(master)
         self.agent(master)
         ended = master.finished(job)
-        self.assertEqual((ended["status"], ended["attempt"], ended["retry_count"]), ("completed", 1, 0))
+        self.assertEqual(
+            (ended["status"], ended["attempt"], ended["retry_count"]), ("completed", 1, 0)
+        )
 
     def taken_up_again(self, leaves_orphan: bool, **more: Any) -> None:
         """Kill an agent hard in mid-job, start it again: the job is done by the next attempt."""
@@ -253,7 +307,9 @@ class Kills(FleetCase):
         again = self.agent(master, **more)
         wait_for(lambda: not pids & processes_under(agent.work), 20, "the orphan is ended")
         ended = master.finished(job)
-        self.assertEqual((ended["status"], ended["attempt"], ended["retry_count"]), ("completed", 2, 1))
+        self.assertEqual(
+            (ended["status"], ended["attempt"], ended["retry_count"]), ("completed", 2, 1)
+        )
         self.assertEqual(master.get("/nodes")["count"], 1, "it is the same node")
         self.assertEqual({name for name in control_groups() if job in name}, set())
         self.nothing_left(again)
@@ -277,17 +333,24 @@ class Kills(FleetCase):
         self.assertEqual(agent.process.returncode, 0, agent.words())
         self.nothing_left(agent)
         state = master.get(f"/jobs/{job}")
-        self.assertEqual((state["status"], state["retry_count"], state["error"]), ("pending", 0, None))
+        found = state["status"], state["retry_count"], state["error"]
+        self.assertEqual(found, ("pending", 0, None))
         self.assertEqual(master.get("/nodes")["nodes"][0]["status"], "offline")
         self.assertEqual(list((self.folder / "media").iterdir()), [])
 
     def test_five_results_of_a_dead_master_survive_the_agent_and_arrive_once_in_order(self) -> None:
         master, agent = self.fleet("--max-concurrent-jobs", "5")
-        jobs = [self.live(master, seconds) for seconds in (6, 5.5, 5, 6.5, 4.5)]  # none ends before the kill
-        wait_for(lambda: master.get("/jobs?status=running")["total"] == 5, 30, "all five are claimed")
+        jobs = [
+            self.live(master, seconds) for seconds in (6, 5.5, 5, 6.5, 4.5)
+        ]  # none ends before the kill
+        wait_for(
+            lambda: master.get("/jobs?status=running")["total"] == 5, 30, "all five are claimed"
+        )
         master.kill()
         spool = agent.state / "spool"
-        wait_for(lambda: len(list(spool.glob("*.json"))) == 5, 60, f"five in the spool: {agent.words()}")
+        wait_for(
+            lambda: len(list(spool.glob("*.json"))) == 5, 60, f"five in the spool: {agent.words()}"
+        )
         agent.kill()
         order = [json.loads(path.read_text())["job_id"] for path in sorted(spool.glob("*.json"))]
         self.assertEqual(sorted(order), sorted(jobs))
@@ -298,9 +361,13 @@ class Kills(FleetCase):
         self.assertEqual([result["job_id"] for result in results["results"]], order[::-1])
         for job in jobs:
             told = master.get(f"/jobs/{job}")
-            self.assertEqual((told["status"], told["attempt"], told["retry_count"]), ("completed", 1, 0))
+            self.assertEqual(
+                (told["status"], told["attempt"], told["retry_count"]), ("completed", 1, 0)
+            )
             lines = master.get(f"/jobs/{job}/logs")["lines"]
-            self.assertEqual(len([line for line in lines if "kb/s:" in line]), 1, "its last lines, once")
+            self.assertEqual(
+                len([line for line in lines if "kb/s:" in line]), 1, "its last lines, once"
+            )
 
     def test_a_killed_ffmpeg_ends_only_its_attempt(self) -> None:
         master, agent = self.fleet()
@@ -319,8 +386,10 @@ class Kills(FleetCase):
 class Leaving(FleetCase):
     """SIGTERM of an agent: it finishes what runs, within a limit, and gives back the rest."""
 
-    def told(self, limit: str, *flags: str, seconds: float = 60) -> tuple[Master, Agent, str, set[int]]:
-        """Start a fleet with a live job that is held, tell its agent to end, and wait for its word."""
+    def told(
+        self, limit: str, *flags: str, seconds: float = 60
+    ) -> tuple[Master, Agent, str, set[int]]:
+        """Start a fleet with a live job that is held, end its agent, and wait for its word."""
         master, agent = self.fleet("--drain-limit", limit, *flags)
         job = self.live(master, seconds, output="o.mp4")
         pids = self.held(agent)
@@ -332,14 +401,22 @@ class Leaving(FleetCase):
     def given_back(self, master: Master, agent: Agent, job: str, pids: set[int]) -> None:
         self.assertEqual(agent.wait(20), 0, agent.words())
         state = master.get(f"/jobs/{job}")
-        self.assertEqual((state["status"], state["retry_count"], state["error"]), ("pending", 0, None))
+        self.assertEqual(
+            (state["status"], state["retry_count"], state["error"]), ("pending", 0, None)
+        )
         self.assertEqual(master.get("/nodes")["nodes"][0]["status"], "offline")
         self.nothing_left(agent)
 
     def test_what_runs_is_finished_and_nothing_more_is_taken(self) -> None:
         master, agent, job, pids = self.told("60s", seconds=2)
-        waiting = wait_for(lambda: master.get("/nodes")["nodes"][0]["status"] == "draining" and master.submit(
-            "64p25-h264", duration=0.2), 10, "the master knows at once")["id"]
+        waiting = wait_for(
+            lambda: (
+                master.get("/nodes")["nodes"][0]["status"] == "draining"
+                and master.submit("64p25-h264", duration=0.2)
+            ),
+            10,
+            "the master knows at once",
+        )["id"]
         self.go_on(pids)
         self.assertEqual(agent.wait(30), 0, agent.words())
         done = master.get(f"/jobs/{job}")
@@ -374,7 +451,7 @@ class Leaving(FleetCase):
         self.nothing_left(agent)
 
     def without_its_master(self, seconds: float, limit: str) -> tuple[Any, ...]:
-        """Kill the master while an agent leaves; return what becomes of the job when both are back."""
+        """Kill the master while an agent leaves; return the job's end when both are back."""
         master, agent, job, pids = self.told(limit, seconds=seconds)
         master.kill()
         if seconds < 60:
@@ -400,8 +477,17 @@ class Leaving(FleetCase):
 
 class Starting(FleetCase):
     def words(self, state: Path, master: str, *more: str) -> list[str]:
-        return [str(TOP / "agent.py"), "--master", master, "--state-dir", str(state), "--media-root",
-                str(self.folder / "media"), "--no-probe", *more]
+        return [
+            str(TOP / "agent.py"),
+            "--master",
+            master,
+            "--state-dir",
+            str(state),
+            "--media-root",
+            str(self.folder / "media"),
+            "--no-probe",
+            *more,
+        ]
 
     def refused(self, *words: str, code: int, said: str, **more: Any) -> None:
         done = run(*words, folder=self.folder, timeout=30, **more)
@@ -413,14 +499,18 @@ class Starting(FleetCase):
 
     def test_a_second_agent_on_the_same_state_folder_is_refused(self) -> None:
         master, agent = self.fleet()
-        words = self.words(agent.state, master.url, "--register", "--allow-master-as-worker", "--yes")
+        words = self.words(
+            agent.state, master.url, "--register", "--allow-master-as-worker", "--yes"
+        )
         self.refused(*words, code=1, said="in use by another agent")
         self.assertEqual(master.get("/nodes")["count"], 1)
         self.assertIsNone(agent.process.poll())
 
     def test_without_register_an_agent_goes_on_as_the_node_it_was(self) -> None:
         master = self.master()
-        words = self.words(self.folder / "agent-state", master.url, "--allow-master-as-worker", "--yes")
+        words = self.words(
+            self.folder / "agent-state", master.url, "--allow-master-as-worker", "--yes"
+        )
         self.refused(*words, code=1, said="--register")
         self.assertEqual(master.get("/nodes")["count"], 0)
         agent = self.agent(master)
@@ -458,9 +548,15 @@ class Starting(FleetCase):
         """Start on a terminal, wait for the question, answer it."""
         parent, child = pty.openpty()
         env = {name: value for name, value in os.environ.items() if not name.startswith("FFDIST_")}
-        process = subprocess.Popen([sys.executable, *words], stdin=child, stdout=child, stderr=child,
-                                   cwd=self.folder, env={**env, "HOME": str(self.folder)},
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            cwd=self.folder,
+            env={**env, "HOME": str(self.folder)},
+            start_new_session=True,
+        )
         os.close(child)
         self.addCleanup(os.close, parent)
         self.addCleanup(process.wait)
@@ -485,12 +581,23 @@ class Starting(FleetCase):
         wait_for(lambda: master.get("/nodes")["count"], 30)
 
     def test_wrong_flags_are_one_sentence_each(self) -> None:
-        cases = (("--master", "ftp://x"), ("--poll-interval", "soon"), ("--max-concurrent-jobs", "x"),
-                 ("--media-root", "/none"), ("--min-free", "lots"), ("--drain-limit", "soon"),
-                 ("--stall-limit", "0s"), ("--name", ""), ("--what", "--what"), ("--log-level", "loud"))
+        cases = (
+            ("--master", "ftp://x"),
+            ("--poll-interval", "soon"),
+            ("--max-concurrent-jobs", "x"),
+            ("--media-root", "/none"),
+            ("--min-free", "lots"),
+            ("--drain-limit", "soon"),
+            ("--stall-limit", "0s"),
+            ("--name", ""),
+            ("--what", "--what"),
+            ("--log-level", "loud"),
+        )
         for words in cases:
             with self.subTest(words):
-                done = run(str(TOP / "agent.py"), "--register", *words, folder=self.folder, timeout=30)
+                done = run(
+                    str(TOP / "agent.py"), "--register", *words, folder=self.folder, timeout=30
+                )
                 self.assertEqual(done.returncode, 2, done.stderr)
                 self.assertIn(words[0].lstrip("-"), done.stderr)
                 self.assertNotIn("Traceback", done.stderr)
@@ -519,7 +626,9 @@ class Starting(FleetCase):
             self.assertEqual(processes_called(called), set(), "it ends with the job")
             self.assertEqual((metrics["gpu_usage"], metrics["gpu_memory_usage"]), (42.0, 512.0))
             if metrics["gpu_energy_joules"] is None:  # a busy machine starts even a stand-in late
-                self.assertIn("readings of nvidia-smi cover", metrics["unknown"]["gpu_energy_joules"])
+                self.assertIn(
+                    "readings of nvidia-smi cover", metrics["unknown"]["gpu_energy_joules"]
+                )
             else:
                 self.assertGreater(metrics["gpu_energy_joules"], 0)
 
@@ -567,7 +676,7 @@ class SeedMaster(http.server.BaseHTTPRequestHandler):
 
 
 class OrderingMaster(SeedMaster):
-    """A stand-in of a master that orders what the agent runs, and one that it does not, to be given back."""
+    """A stand-in master that orders a running job, and one that the agent lacks, to be returned."""
 
     calls: ClassVar[list[tuple[str, str, Any]]] = []
     queue: ClassVar[list[dict[str, Any]]] = []
@@ -589,8 +698,14 @@ class AnOrderToReturn(FleetCase):
     def test_what_runs_and_what_is_not_held_is_reported_returned_once(self) -> None:
         need("ffmpeg", "ffprobe")
         ids = [f"550e8400-e29b-41d4-a716-44665544000{number}" for number in range(2)]
-        OrderingMaster.queue[:] = [{"id": ids[0], "attempt": 3, "scenario": "64p25-h264",
-                                    "parameters": {"duration": 60, "realtime": True, "output": "o.mp4"}}]
+        OrderingMaster.queue[:] = [
+            {
+                "id": ids[0],
+                "attempt": 3,
+                "scenario": "64p25-h264",
+                "parameters": {"duration": 60, "realtime": True, "output": "o.mp4"},
+            }
+        ]
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), OrderingMaster)
         server.handle_error = lambda *_: None  # type: ignore[method-assign]  # an agent that leaves
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -616,22 +731,37 @@ class TheSeedsMaster(FleetCase):
         need("ffmpeg", "ffprobe")
         SeedMaster.calls.clear()
         SeedMaster.queue[:] = [
-            {"id": f"550e8400-e29b-41d4-a716-44665544000{number}", "scenario": "64p25-h264",
-             "confidence": "auto", "parameters": {"duration": 0.2}, "status": "running", "engine": "auto"}
-            for number in range(2)]
+            {
+                "id": f"550e8400-e29b-41d4-a716-44665544000{number}",
+                "scenario": "64p25-h264",
+                "confidence": "auto",
+                "parameters": {"duration": 0.2},
+                "status": "running",
+                "engine": "auto",
+            }
+            for number in range(2)
+        ]
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), SeedMaster)
         server.handle_error = lambda *_: None  # type: ignore[method-assign]  # an agent that leaves
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         self.addCleanup(server.server_close)
         self.addCleanup(server.shutdown)
-        agent = Agent(self.folder, f"http://127.0.0.1:{server.server_address[1]}", "--poll-interval", "0.2s",
-                      "--heartbeat-interval", "0.3s")
+        agent = Agent(
+            self.folder,
+            f"http://127.0.0.1:{server.server_address[1]}",
+            "--poll-interval",
+            "0.2s",
+            "--heartbeat-interval",
+            "0.3s",
+        )
         self.addCleanup(agent.end)
 
         def results() -> list[Any]:
             return [body for _, path, body in SeedMaster.calls if path == "/results"]
         wait_for(lambda: len(results()) == 2, 60, f"two results: {agent.words()}")
-        wait_for(lambda: sum(path.endswith("/heartbeat") for _, path, _ in SeedMaster.calls) >= 2, 30)
+        wait_for(
+            lambda: sum(path.endswith("/heartbeat") for _, path, _ in SeedMaster.calls) >= 2, 30
+        )
         for result in results():
             self.assertEqual((result["status"], result["node_id"]), ("completed", SEED_NODE))
             self.assertLessEqual({"cpu_usage", "memory_usage", "duration"}, set(result["metrics"]))
