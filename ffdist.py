@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """ffdist: the master of an FFmpeg fleet, and the command line to it.
 
-One process keeps the node registry, the job queue and the results of 2 to 10,000 agents. Agents come
-to it; it connects to nobody. Every accepted job and result is on disk before it is acknowledged.
+One process keeps the node registry, the job queue and the results of 2 to 10,000 agents. Agents
+come to it; it connects to nobody. Every accepted job and result is on disk before it is
+acknowledged.
 
-What it does not promise: a job's attempts may overlap in time when a node was out of reach (one report
-is accepted, never two); a film is never read or sent by the master.
+What it does not promise: a job's attempts may overlap in time when a node was out of reach (one
+report is accepted, never two); a film is never read or sent by the master.
 
 Sections (each uses only those above it):
    1 Vocabulary   limits with units, the master's settings
@@ -44,9 +45,19 @@ A job's life (SHOWN tells how two inner states look from outside):
                  │ paused ◄─► stopped            │  canceled: from any state that is not final;
                  └───────────────────────────────┘  running goes there through canceling
 
-Threads and locks: each connection has a thread; the Master's lock guards all state and is never held
-over I/O; the journal's one writer commits what has gathered, and every answer waits for the commit of
-all that it was made from. The archive lock is taken before the Master's, never inside it.
+The way of a change: HTTP reads a request, API checks it by its row of ROUTES and makes a typed
+event of it. Master applies the event to the Fleet under the one lock, which takes microseconds, and
+lets go. Journal commits what has gathered, with one fsync for all of it; only then are the answers
+sent, the notes logged and the waiting agents served. A change that cannot be written is a 503, and
+memory is built again from what is on disk.
+
+Threads: each connection has one; the journal has one that writes; Service has one for each loop.
+The archive lock is taken before the Master's, never inside it. Nothing blocks while that one is
+held.
+
+Where things go: a role would be one more column of ROUTES (API), checked where a request is
+admitted; a rule of dispatch belongs in Dispatch, Leases or Fleet, a column of the journal in Store
+with a migration, a figure for Prometheus in the table of Metrics, a subcommand in the table of CLI.
 """
 from __future__ import annotations
 
@@ -551,11 +562,12 @@ def job_detail_json(job: Job) -> Json:
 
 # ---- 3 Messages -----------------------------------------------------------------------------------
 
-# Every message is read once, field by field, by the reader of Wire; an error names the field. Unknown
-# fields are kept or ignored, for a later agent may send more. Inside there is no raw body but the one
-# of a result, which is stored as it was sent.
+# Every message is read once, field by field, by the reader of Wire; an error names the field.
+# Unknown fields are kept or ignored, for a later agent may send more. Inside there is no raw body
+# but the one of a result, which is stored as it was sent.
 
-# Fields of a job that a submission does not set: the master's own, as a job shows them when it is read.
+# Fields of a job that a submission does not set: the master's own, as a job shows them when it is
+# read.
 _JOB_OWN = frozenset(("id", "status", "node_id", "attempt", "cancel_requested", "progress", "error",
                       "failure_reason", "retry_count", "max_retries", "retry_reason", "not_before",
                       "created_at", "started_at", "completed_at", "settings", "attempts",
@@ -897,9 +909,10 @@ _SALVAGE = {
 def recover_journal(folder: Path) -> tuple[str, str]:
     """Replace a damaged journal by what can be read of it.
 
-    Return the damaged one's new name, and what was kept. A kill between any two lines is made good by the
-    next call: the new journal is whole before the damaged one moves, the log of that one goes before
-    the new one could take it for its own, and from APPLYING on only the last two lines are left.
+    Return the damaged one's new name, and what was kept. A kill between any two lines is made good
+    by the next call: the new journal is whole before the damaged one moves, the log of that one
+    goes before the new one could take it for its own, and from APPLYING on only the last two lines
+    are left.
     """
     path, whole, applying = folder / JOURNAL, folder / RECOVERED, folder / APPLYING
     if not applying.exists():
@@ -1085,8 +1098,8 @@ def _copy_database(path: Path, scratch: Path, show: Callable[[float], None]) -> 
 
 # ---- 5 Journal ------------------------------------------------------------------------------------
 
-# A write is (kind, values): a row of _WRITES, or a total. The Fleet makes them, one list a step, and
-# the list is committed whole or not at all. Readers have connections of their own: in WAL mode
+# A write is (kind, values): a row of _WRITES, or a total. The Fleet makes them, one list a step,
+# and the list is committed whole or not at all. Readers have connections of their own: in WAL mode
 # (sqlite.org/wal.html) they see the last commit while the next one is written.
 
 READERS = 4  # connections for reading: pages are read beside each other, and beside the writer
@@ -2065,7 +2078,8 @@ class Placement:
         self._state = state
 
     def fits(self, node: Node, needs: Needs) -> bool:
-        """Return whether a node may take the jobs of a lane; where they failed, as a last resort."""
+        """Return whether a node may take the jobs of a lane; where they failed, as a last
+        resort."""
         if node.quarantine is not None:
             tried = node.trial is not None or self._state.now.clock < node.trial_due
             if tried:
@@ -2175,10 +2189,10 @@ class Placement:
 
 # ---- 7 Leases -------------------------------------------------------------------------------------
 
-# A lease is the right of one attempt to report. It begins with a claim, and ends by the attempt's own
-# report, by the silence of its node, by a new session of the agent that does not hold it, or when
-# its node is removed. Nothing else gets the job while the lease lives, so at most one report of a
-# job is ever accepted.
+# A lease is the right of one attempt to report. It begins with a claim, and ends by the attempt's
+# own report, by the silence of its node, by a new session of the agent that does not hold it, or
+# when its node is removed. Nothing else gets the job while the lease lives, so at most one report
+# of a job is ever accepted.
 #
 # Three classes: Health judges what an attempt's end says of its node, Leases begins and ends the
 # leases, Registry knows who may speak for a node and whether it is heard.
@@ -2798,8 +2812,9 @@ class Registry:
 # ---- 8 Fleet --------------------------------------------------------------------------------------
 
 # One step of the fleet is Fleet.apply(event, now): the event is one of the tuples below, checked
-# before it came here. The step changes the State at once, or refuses the event with an ApiError, and
-# returns an Outcome. What it wrote is not yet on disk then: the Master answers after the commit.
+# before it came here. The step changes the State at once, or refuses the event with an ApiError,
+# and returns an Outcome. What it wrote is not yet on disk then: the Master answers after the
+# commit.
 #
 # A new rule belongs in the class whose docstring names it, a new kind of event in Fleet's table.
 
@@ -3053,8 +3068,12 @@ class Intake:
                 is_earlier = numbers.get(job_id, own) < own
                 is_known = job_id in self._state.seq_of or event.statuses.get(job_id) is not None
                 if not is_earlier and not is_known:
-                    raise ApiError(400, f"{field} names the unknown job {job_id}: expected one that "
-                                   "was submitted before, or stands earlier in the array", field)
+                    raise ApiError(
+                        400,
+                        f"{field} names the unknown job {job_id}: expected one that "
+                        "was submitted before, or stands earlier in the array",
+                        field,
+                    )
 
     def _accept(self, draft: Draft, numbers: Mapping[str, int], event: Submitted) -> Job:
         state = self._state
@@ -3270,9 +3289,9 @@ class Fleet:
 # Transactions is the only place with a lock: every change goes through its apply(), every look at
 # the state through reading() or glance(). Queries answers what changes nothing, Master what does.
 #
-# A parked request (a claim or heartbeat with `wait`) costs a thread, which sleeps on an event of its
-# own without the lock. The Fleet knows it by a serial number. Whatever concerns its node names the
-# node in the Effects of a step; then the event is set, and the request looks again.
+# A parked request (a claim or heartbeat with `wait`) costs a thread, which sleeps on an event of
+# its own without the lock. The Fleet knows it by a serial number. Whatever concerns its node names
+# the node in the Effects of a step; then the event is set, and the request looks again.
 
 CLOCK_JUMP_S = 3600.0  # between the two clocks since the start; by more, no age is trusted
 
@@ -3503,8 +3522,17 @@ class Transactions:
         self.journal.close()
 
 
-COUNTS = ("submitted", "claims", "reports", "heartbeats", "lost_leases", "refused_reports", "push_lines",
-          "push_failures", "push_dropped")
+COUNTS = (
+    "submitted",
+    "claims",
+    "reports",
+    "heartbeats",
+    "lost_leases",
+    "refused_reports",
+    "push_lines",
+    "push_failures",
+    "push_dropped",
+)
 
 
 class Queries:
