@@ -4267,9 +4267,9 @@ KEPT_LINES = 60  # FFmpeg's last words, which hold the reason of a failure
 MAX_LOG_LINES = 10_000  # a film that is damaged throughout logs without end
 MAX_LINE_CHARS = 2000
 MAX_SAMPLES = 600  # ten minutes of readings, for a master that is away
-PROBE_S = 60.0  # ffprobe of a film on a slow share takes seconds; one that hangs must end
+PROBE_S = 60.0  # for ffprobe to read a film, also on a slow share; one that hangs must end
 SLICE_S = 0.25  # between two looks at orders and limits; short, for a cancel waits for it
-# How a program ends that gets no memory: encoders rarely check what malloc returns.
+# How an encoder may end that gets no memory under a plain limit.
 CRASHES = tuple(-number for number in (
     signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGTRAP))
 LIMIT_PARAMETERS = {"memory": "max_memory_mb", "cpu": "max_cpu_percent"}
@@ -4510,19 +4510,24 @@ class Runner:
 
     def show(self, phase: str, percent: float | None = None) -> None:
         """Show a phase without frames; the percentage stays unless one is given."""
-        self.progress = phase_json(phase, self.progress["percent"] if percent is None else percent)
+        if percent is None:
+            percent = self.progress["percent"]
+        self.progress = phase_json(phase, percent)
 
     def check(self) -> None:
         """Obey orders and hold the limits of time and room: called once in each slice of time."""
         if self.stop_word:
             raise Stopped(self.stop_word)
-        # Again in each slice: a program that was started since the order runs on.
-        paused = self.watch.repeat_pause(lambda: self._signal(signal.SIGSTOP))
+        paused = self._repeat_pause()
         if self._metering and self.ledger.paused != paused:
             self.place.meter.pause(self.ledger, paused)
         if not paused:
             self.watchdog.check(self.subject)
             self.space.check(time.monotonic())
+
+    def _repeat_pause(self) -> bool:
+        """Stop the processes again if paused, for children that were just made; return whether."""
+        return self.watch.repeat_pause(lambda: self._signal(signal.SIGSTOP))
 
     def rest(self, seconds: float, phase: str) -> None:
         """Wait without any work; a pause makes it longer."""
@@ -4585,6 +4590,7 @@ class Runner:
             raise Failure("no_capability",
                           f"{missing} is not there or not executable on this node") from None
         self._process = process
+        self._repeat_pause()  # one that was ordered just before had no process to stop
         if self._metering:
             self.ledger.pgid = process.pid
         self._limit(process.pid)
@@ -4649,14 +4655,14 @@ CONFIDENCES = ("auto", "low", "medium", "high")
 RUNS_MOST = {"high": 20, "medium": 10}
 REPEATS_S = 3600.0  # no run begins that would end after so long
 CACHE_LIMIT_BYTES = 1 << 30  # of generated clips, which are kept for each size and rate
-# An output may lack this much of the bytes that FFmpeg counted: it counts before the trailer is
-# written, which may rewrite what came before.
+# An output that holds a smaller part of the bytes that FFmpeg counted was cut off as it was
+# written: by a full disk, or over a quota.
 MIN_WRITTEN = 0.99
-# An output may be this much shorter than planned: containers round, and the last frame has no
-# length.
+# An output that is shorter than this part of the plan (less a frame and the slack) means a damaged
+# input: the lengths that containers state are not exact.
 MIN_LENGTH = 0.95
 LENGTH_SLACK_S = 0.1
-# A comparison must have seen this much of the frames: FFmpeg's filters may drop the last one.
+# A comparison of less than this part of the frames (less one) says nothing of the film.
 MIN_COMPARED = 0.98
 # All that FFmpeg says of a redirect that it may not follow, and of some other troubles.
 _UNSAID = re.compile(r"(?:https?://\S+|Error opening input): Input/output error"
