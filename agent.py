@@ -2036,14 +2036,15 @@ def _checked_parameters(parameters: object) -> Json:
         return {}
     if not isinstance(parameters, dict):
         raise ApiError(400, "parameters must be an object", "parameters")
+    fields = Fields(_without_aliases(parameters), prefix="parameters.")
     values: Json = {}
-    for name, value in _without_aliases(parameters).items():
+    for name, value in fields.values.items():
         if value is None:
             continue
         if name not in PARAMETERS:  # a typo there costs hours of encoding
             raise _bad(str(name)[:64], f"is unknown; {_nearest(str(name), PARAMETERS)}")
         rule = PARAMETERS[name]
-        values[name] = _CHECKS[rule.kind](name, value, rule)
+        values[name] = _CHECKS[rule.kind](fields, name, rule)
     if values.pop("extra_args", None):
         raise _bad("extra_args", "are not allowed on this fleet")
     return values
@@ -2109,32 +2110,36 @@ def _bad(name: str, message: str) -> ApiError:
     return ApiError(400, f"parameters.{name} {message}", f"parameters.{name}")
 
 
-def _field(name: str, value: object) -> Fields:
-    """Return the reader of one parameter."""
-    return Fields({name: value}, prefix="parameters.")
+# The checks of the kinds of parameters: each returns the value in its own type.
+
+def _number(fields: Fields, name: str, rule: Parameter) -> float | None:
+    return fields.number(name, rule.low, rule.high)
 
 
-def _number(name: str, value: object, rule: Parameter) -> float | None:
-    return _field(name, value).number(name, rule.low, rule.high)
+def _whole(fields: Fields, name: str, rule: Parameter) -> int | None:
+    return fields.whole(name, rule.low, rule.high)
 
 
-def _whole(name: str, value: object, rule: Parameter) -> int | None:
-    return _field(name, value).whole(name, rule.low, rule.high)
-
-
-def _even(name: str, value: object, rule: Parameter) -> int | None:
-    number = _whole(name, value, rule)
+def _even(fields: Fields, name: str, rule: Parameter) -> int | None:
+    number = _whole(fields, name, rule)
     if number is not None and number % 2:
         raise _bad(name, "must be even")
     return number
 
 
-def _rate(name: str, value: object, rule: Parameter) -> float | None:
+def _one_field(name: str, value: object) -> Fields:
+    """Return the reader of a value that was made from the one that was given."""
+    return Fields({name: value}, prefix="parameters.")
+
+
+def _rate(fields: Fields, name: str, rule: Parameter) -> float | None:
+    value = fields.values[name]
     if isinstance(value, str):
-        value = _fraction(value.strip())
-        if value is None:
+        number = _fraction(value.strip())
+        if number is None:
             raise _bad(name, "must be a number or a fraction such as 30000/1001")
-    return _number(name, value, rule)
+        fields = _one_field(name, number)
+    return _number(fields, name, rule)
 
 
 def _fraction(text: str) -> float | None:
@@ -2153,22 +2158,23 @@ def _exact(text: str) -> fractions.Fraction | None:
         return None
 
 
-def _bits(name: str, value: object, rule: Parameter) -> int:
+def _bits(fields: Fields, name: str, rule: Parameter) -> int:
+    value = fields.values[name]
     if isinstance(value, str):
         match = _BITRATE.fullmatch(value.strip())
         if not match or len(value) > RATE_MOST_CHARS:
             raise _bad(name, "must be bits per second, such as 15000k or 5M")
         unit = match[2].lower()
-        value = float(match[1]) * _BITRATE_UNITS[unit]
-    return int(_number(name, value, rule) or 0)
+        fields = _one_field(name, float(match[1]) * _BITRATE_UNITS[unit])
+    return int(_number(fields, name, rule) or 0)
 
 
-def _bool(name: str, value: object, rule: Parameter) -> bool | None:
-    return _field(name, value).flag(name)
+def _bool(fields: Fields, name: str, rule: Parameter) -> bool | None:
+    return fields.flag(name)
 
 
-def _word(name: str, value: object, rule: Parameter) -> str:
-    text = _field(name, value).required_text(name, 32).lower()
+def _word(fields: Fields, name: str, rule: Parameter) -> str:
+    text = fields.required_text(name, 32).lower()
     # One table of aliases for all words: no codec and container share one.
     text = CODEC_ALIASES.get(text, CONTAINER_ALIASES.get(text, text))
     if text not in rule.words:
@@ -2176,32 +2182,34 @@ def _word(name: str, value: object, rule: Parameter) -> str:
     return text
 
 
-def _words(name: str, value: object, rule: Parameter) -> tuple[str, ...]:
+def _words(fields: Fields, name: str, rule: Parameter) -> tuple[str, ...]:
     """Return the words of a list, or of a text with commas, each once."""
-    items = value
-    if isinstance(value, str):
-        items = [item.strip() for item in value.split(",")]
+    items = fields.values[name]
+    if isinstance(items, str):
+        items = [item.strip() for item in items.split(",")]
     if not isinstance(items, list):
         choice = f" of {', '.join(rule.words)}" if rule.words else ""
         raise _bad(name, f"must be a list{choice}")
-    if rule.words:
-        checked = [_word(name, item, rule) for item in items]
-    else:
-        checked = [_field(name, item).required_text(name, 4096) for item in items]
-    return tuple(dict.fromkeys(checked))
+    found: dict[str, None] = {}
+    for item in items:
+        entry = _one_field(name, item)
+        word = _word(entry, name, rule) if rule.words else entry.required_text(name, 4096)
+        found[word] = None
+    return tuple(found)
 
 
-def _plain_name(name: str, value: object, rule: Parameter) -> str:
-    text = _field(name, value).required_text(name, 64)
+def _plain_name(fields: Fields, name: str, rule: Parameter) -> str:
+    text = fields.required_text(name, 64)
     if not _NAME.fullmatch(text):
         raise _bad(name, "must be a name of letters, digits, dots, dashes and underscores")
     return text
 
 
-def _preset(name: str, value: object, rule: Parameter) -> str:
+def _preset(fields: Fields, name: str, rule: Parameter) -> str:
+    value = fields.values[name]
     if isinstance(value, int) and not isinstance(value, bool):  # True is an int
-        return str(_whole(name, value, rule))
-    text = _field(name, value).required_text(name, 16).lower()
+        return str(_whole(fields, name, rule))
+    text = fields.required_text(name, 16).lower()
     if text in PRESET_WORDS or _OWN_PRESET.fullmatch(text):
         return text
     raise _bad(name, f"must be one of {', '.join(PRESET_WORDS)}, or the encoder's own: 0 to 13, "
@@ -2211,9 +2219,9 @@ def _preset(name: str, value: object, rule: Parameter) -> str:
 _LISTENS = re.compile(r"[?&]mode=(?!caller(?:&|$))", re.IGNORECASE)  # it would open a port
 
 
-def _place(name: str, value: object, rule: Parameter) -> str:
+def _place(fields: Fields, name: str, rule: Parameter) -> str:
     """Return a path as given, or a URL rebuilt from its checked parts."""
-    text = _field(name, value).required_text(name, 4096)
+    text = fields.required_text(name, 4096)
     scheme = scheme_of(text)
     known = INPUT_SCHEMES if name == "input" else OUTPUT_SCHEMES
     if scheme is None:
@@ -2229,7 +2237,7 @@ def _place(name: str, value: object, rule: Parameter) -> str:
     return str(url)
 
 
-_CHECKS: dict[str, Callable[[str, object, Parameter], Any]] = {
+_CHECKS: dict[str, Callable[[Fields, str, Parameter], Any]] = {
     "number": _number, "whole": _whole, "size": _even, "rate": _rate, "bitrate": _bits,
     "bool": _bool, "word": _word, "words": _words, "name": _plain_name, "preset": _preset,
     "place": _place,
@@ -2322,8 +2330,9 @@ def _is_other_format(settings: Settings, encoder: Encoder) -> bool:
     return wanted is not None and bool(encoder.upload) and not encoder.takes(wanted)
 
 
-# The first that applies is the reason. A job that names no encoder is checked with ANY_ENCODER.
-ANY_ENCODER = Encoder("", presets=PRESET_WORDS, two_pass=True)
+# A row that can do everything, for a job of a codec that names no encoder.
+ANY_ENCODER = {codec: Encoder(codec, presets=PRESET_WORDS, two_pass=True) for codec in CODECS}
+# The first that applies is the reason.
 REFUSALS = (
     Refusal("container", lambda job, row: not _is_held(job) and not job.output, _why_not_held),
     Refusal("codec", lambda job, row: not _is_held(job), _why_not_held),
@@ -2347,8 +2356,7 @@ REFUSALS = (
 
 def _refuse_impossible(settings: Settings) -> None:
     """Raise the first refusal of the table that applies."""
-    named = ENCODERS.get(settings.encoder or "")
-    encoder = named or ANY_ENCODER._replace(codec=settings.codec)
+    encoder = ENCODERS.get(settings.encoder or "") or ANY_ENCODER[settings.codec]
     for refusal in REFUSALS:
         if refusal.applies(settings, encoder):
             raise _bad(refusal.field, refusal.reason(settings, encoder))
@@ -2464,8 +2472,8 @@ def choose_encoder(settings: Settings, machine: Machine) -> Choice:
 
     The first rule that has an answer decides.
     """
-    # An encoder that is listed may be of no use here: one counts only after it has encoded a frame on
-    # this machine, which the probe of hwdetect tries at the agent's start (DESIGN 7).
+    # An encoder that is listed may be of no use here: one counts only after it has encoded a frame
+    # on this machine, which the probe of hwdetect tries at the agent's start (DESIGN 7).
     if settings.encoder is not None:
         return _named_encoder(settings.encoder, machine)
     fitting = _fitting_encoders(settings)
