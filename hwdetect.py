@@ -5155,7 +5155,7 @@ def _wait_until(moment: float, sampler: Sampler) -> None:
             sampler.between(time.monotonic())
 
 
-# The fields that README promises come first; those of a reading follow in their own order.
+# The fields that most programs want come first; the others follow in their own order.
 WATCH_FIRST = ("time", "cpu_usage", "power_watts", "energy_joules", "zones", "unknown")
 
 
