@@ -3089,14 +3089,18 @@ def _with_findings(hw: Hardware, findings: Findings) -> Hardware:
 FIRST_SAMPLE = "the first sample: a rate needs two"
 # A counter that seems to have wrapped at more than this was reset instead: no zone draws as much.
 COUNTER_RESET_W = 5_000
-# Nor does one draw ten times what it drew before, and 500 W: suspending the machine resets
-# counters.
+# Nor does one draw more than 10 times its highest power so far plus 500 W. Suspending the machine
+# resets counters, which then seem to have wrapped.
 RESET_FACTOR = 10
 RESET_ALLOWANCE_W = 500
-STILL_S = 10.0  # counters that have not moved for so long since the start do not count
-ZONE_MOST_W = 1_000  # how fast a counter may go round: it is read before it can do so twice
-POLL_MIN_S = 0.1  # but not more often than this,
-POLL_MAX_S = 10.0  # nor, for the sake of resets, more seldom than this
+# Some kernels and virtual machines show counters that never move. They move every millisecond, so
+# after this time without any move since the start they do not count.
+STILL_S = 10.0
+# A counter must not wrap twice between two readings, so it is read before it could wrap once at
+# this power: not more often than POLL_MIN_S, nor, to notice resets, more seldom than POLL_MAX_S.
+ZONE_MOST_W = 1_000
+POLL_MIN_S = 0.1
+POLL_MAX_S = 10.0
 
 
 class Integral:
@@ -3151,8 +3155,10 @@ class PowerReading:
 class PowerSource:
     """One way to measure the machine's power. It owns its previous readings.
 
-    A source is sampled at each sample of the machine, until one before it in MACHINE_SOURCES
-    answers: from then on it is paused, so that it does not take the time in between for its own.
+    To write one, name it, look for its files in __init__(), and return from sample() either joules
+    since the start with the time that they are of, or the reason why there are none. A source is
+    sampled at each sample of the machine, until one before it in MACHINE_SOURCES answers. Then it
+    is paused, so that it does not take the time in between for its own.
     """
 
     name: ClassVar[str]
@@ -3196,10 +3202,7 @@ class ZoneCounter:
         self._most_w: float | None = None  # seen so far
 
     def gain(self, counter: int, now: float) -> float | Unknown | None:
-        """Return the joules since the previous reading.
-
-        None of the first one, Unknown where the counter cannot tell.
-        """
+        """Return the joules since the previous reading: None without one, Unknown if in doubt."""
         first = not self.was_read
         moved_uj = counter - self._counter
         elapsed = now - self._read_at
@@ -3239,7 +3242,7 @@ class ZoneCounter:
 
 
 class ZoneStep(NamedTuple):
-    """What the zones showed at one reading, without those that only mirror another."""
+    """One reading of the zones, without those that only mirror another."""
 
     counters: dict[str, int]  # µJ
     moved: dict[str, float]  # joules since the previous reading, where that is known
@@ -3250,10 +3253,10 @@ class ZoneStep(NamedTuple):
 class RaplSource(PowerSource):
     """The energy counters of the processor: Documentation/power/powercap/powercap.rst.
 
-    They are not simply added up. psys holds the packages, a package its cores; dram is apart. So
-    the total is psys where there is one, else packages and dram. Packages that are dies of one
-    processor may all show one counter, which counts once. A counter starts again at 0 when it has
-    reached its range, and after a suspend.
+    They are not simply added up. psys includes the packages, and a package its cores; dram is
+    apart. So the total is psys where there is one, else packages and dram. Packages that are dies
+    of one processor may all show one counter, which counts once. A counter starts again at 0 when
+    it has reached its range, and after a suspend.
 
     A power is only known between two samples in which every zone that counts was read. The joules
     of an interval with a gap count, but not its time: see `covered_s`.
