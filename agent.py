@@ -6163,9 +6163,10 @@ class Slots(Protocol):
 
 
 class Link:
-    """What an agent knows of its master; the poller writes it, reporter and attempts read it.
+    """What an agent knows of its master, shared by the poller, the reporter and the attempts.
 
-    There is no lock: each field is written whole, and no reader needs two of them to agree.
+    There is no lock: each field is a single value that is written whole, and no reader needs two
+    of them to agree.
     """
 
     def __init__(self, client: Client, state: State, name: str, log: logging.Logger,
@@ -6191,9 +6192,10 @@ class Link:
     def note_answer(self) -> None:
         """Note that the master answers."""
         self.reached = True
-        if self._away_since is not None:
-            away_s = time.monotonic() - self._away_since
-            self._away_since = None
+        # Taken in one step: poller and reporter may both have an answer.
+        since, self._away_since = self._away_since, None
+        if since is not None:
+            away_s = time.monotonic() - since
             self.log.info("the master answers again after %s", duration_text(away_s))
             self.events.news.set()
 
@@ -6248,8 +6250,8 @@ class Session:
         link = self._link
         if error.status in (404, 409) and self._registered:
             self._registered = False
-            link.log.warning("the master does not know this %s: registering again",
-                             "node" if error.status == 404 else "session")
+            unknown = "node" if error.status == 404 else "session"
+            link.log.warning("the master does not know this %s: registering again", unknown)
             if error.status == 404:
                 return Rest()
         elif error.status == 409 and error.field == "session":
