@@ -4129,8 +4129,9 @@ LABEL_CHARS = 255
 def metrics_view(shot: Snapshot) -> Text:
     """Return the Prometheus text format 0.0.4 of a snapshot."""
     lines = []
-    for metric in _OF_MASTER:
-        assert metric.samples is not None
+    for metric in METRICS:
+        if metric.samples is None:
+            continue
         lines.append(f"# HELP {metric.name} {metric.about}")
         lines.append(f"# TYPE {metric.name} {metric.kind}")
         for labels, value in metric.samples(shot):
@@ -4142,10 +4143,11 @@ def node_lines(shot: Snapshot, at: float, known: Mapping[str, tuple[Any, ...]]) 
     """Return the lines of the nodes that differ from `known`, which has the last state by id."""
     changed = [node for node in shot.nodes if known.get(node[1]) != node]
     lines = []
-    for metric in _OF_MASTER:
-        if metric.kept and metric.samples is not None:
-            for labels, value in metric.samples(shot._replace(nodes=changed)):
-                lines.append(_line(metric.name, _labels_text(labels), value, at))
+    for metric in METRICS:
+        if metric.samples is None or not metric.kept:
+            continue
+        for labels, value in metric.samples(shot._replace(nodes=changed)):
+            lines.append(_line(metric.name, _labels_text(labels), value, at))
     return lines
 
 
@@ -5769,7 +5771,7 @@ class Unsent:
 class Pusher:
     """Pushes to VictoriaMetrics what a master learns; one thread calls step()."""
 
-    def __init__(self, url: str, cursor: Path, master: Master, log: logging.Logger,
+    def __init__(self, url: str, cursor: Path, master: Master, log: logging.Logger, *,
                  limit_bytes: int = UNSENT_LIMIT_BYTES) -> None:
         self._url = url
         self._master = master
@@ -5816,9 +5818,13 @@ class Pusher:
             while True:
                 lines += sample_lines(self._samples.get_nowait())
         dropped = self._unsent.add(lines)
-        if dropped:
-            self._dropped += dropped
-            self._master.count("push_dropped", dropped)
+        if not dropped:
+            return
+        if not self._dropped:
+            self._log.warning("VictoriaMetrics has been away for long: from now on the oldest samples "
+                              "are dropped")
+        self._dropped += dropped
+        self._master.count("push_dropped", dropped)
 
     def _push_unsent(self) -> None:
         while (body := self._unsent.oldest()) is not None:

@@ -305,7 +305,8 @@ class Pushing(unittest.TestCase):
         for number in range(6):
             jobs.append(self.job(samples=3))
             self.pusher.step(1001.0 + number)
-        self.assertEqual(len(self.said), 1, "one line at the beginning of an outage")
+        self.assertEqual(len(self.said), 2, "a line when the outage begins, one when it costs values")
+        self.assertIn("from now on the oldest samples are dropped", self.said[1])
         dropped = self.count("dropped")
         self.store.status = 204
         self.pusher.step(1010.0)
@@ -319,7 +320,7 @@ class Pushing(unittest.TestCase):
         self.assertEqual([job for job in jobs if f'ffdist_job_info{{job_id="{job}"' in text], jobs)
         self.assertIn(f"{dropped} values of samples were dropped", "".join(self.said))
         self.pusher.step(1015.0)
-        self.assertEqual(len(self.said), 3, "and two when it has ended")
+        self.assertEqual(len(self.said), 4, "and two when it has ended")
 
     def test_a_restart_goes_on_with_the_results_that_were_not_taken(self) -> None:
         done = self.job(samples=1)
