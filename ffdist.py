@@ -7238,12 +7238,14 @@ def _rate_plots(rows: Sequence[Row]) -> list[Plot]:
     plots = []
     for quality in QUALITIES:
         curves = curves_of(rows, rate.name, quality.name)
-        if any(len(points) > 1 for points in curves.values()):
-            # Quality grows about with the logarithm of the rate: on that scale curves are nearly
-            # straight.
-            drawn = [Curve(label, points) for label, points in curves.items()]
-            plots.append(Plot(f"{quality.label} over {rate.label}", rate.axis, quality.axis, drawn,
-                              log=True))
+        if max(map(len, curves.values()), default=0) < 2:
+            continue
+        plots.append(Plot(
+            title=f"{quality.label} over {rate.label}",
+            x=rate.axis,
+            y=quality.axis,
+            curves=[Curve(label, points) for label, points in curves.items()],
+            log=True))  # quality grows about with the logarithm of the rate
     return plots
 
 
@@ -7262,16 +7264,23 @@ def _front_plots(rows: Sequence[Row]) -> list[Plot]:
     if len(cells) < 3:  # two points have no front worth a picture
         return []
 
-    front = front_of([_rank(cell, quality, axes) for cell in cells])
+    ranks = [_rank(cell, quality, axes) for cell in cells]
+    front = front_of(ranks)
     note = ""
     if len(axes) < 2:
         reason = rows[0].reason("energy_joules")
         note = f"energy is unknown, so the front is of quality and time: {reason}"
+
     plots = []
     for axis in axes:
         curves = _front_curves(cells, front, axis.name, quality.name)
-        plots.append(Plot(f"Pareto front: {quality.label} over {axis.label}", _axis_of(axis, cells),
-                          quality.axis, curves, zero="x", note=note))
+        plots.append(Plot(
+            title=f"Pareto front: {quality.label} over {axis.label}",
+            x=_axis_of(axis, cells),
+            y=quality.axis,
+            curves=curves,
+            zero="x",
+            note=note))
     return plots
 
 
@@ -7323,10 +7332,11 @@ def _node_plot(metric: wire.Metric, cells: Sequence[Row]) -> Plot:
 
     curves = []
     for node, group in grouped(shown, lambda cell: cell.node).items():
-        points, spans = [], []
+        points = []
         for cell in group:
-            points.append((cell.figure(metric.name) or 0.0, float(names.index(cell.label))))
-            spans.append(cell.interval(metric.name))
+            height = float(names.index(cell.label))
+            points.append((cell.figure(metric.name) or 0.0, height))
+        spans = [cell.interval(metric.name) for cell in group]
         curves.append(Curve(node, points, joined=False, spans=spans))
 
     # Bars that overlap say that the nodes may well be equal: without them a picture would lie.
@@ -7336,8 +7346,14 @@ def _node_plot(metric: wire.Metric, cells: Sequence[Row]) -> Plot:
     if len(labels) > MAX_LABELS:
         note += f"; the first {MAX_LABELS} of {len(labels)}"
     nodes = ", ".join(curve.label for curve in curves)
-    title = f"{metric.label.capitalize()} by node: {nodes}"
-    return Plot(title, _axis_of(metric, cells), "", curves, names, zero="x", note=note)
+    return Plot(
+        title=f"{metric.label.capitalize()} by node: {nodes}",
+        x=_axis_of(metric, cells),
+        y="",
+        curves=curves,
+        names=names,
+        zero="x",
+        note=note)
 
 
 # series of a result -> its title and its metric; the first that any job has chooses the job to show
@@ -7387,8 +7403,12 @@ def _series_plot(row: Row, name: str, title: str) -> Plot:
         curves.append(Curve("idle", level, marked=False))
 
     mark = "~ " if is_estimated(row.metrics, name) else ""
-    return Plot(f"{mark}{title} of job {row.job}: {row.label} on {row.node}", "time, s",
-                _axis_of(FIGURES[name], [row]), curves, zero="y")
+    return Plot(
+        title=f"{mark}{title} of job {row.job}: {row.label} on {row.node}",
+        x="time, s",
+        y=_axis_of(FIGURES[name], [row]),
+        curves=curves,
+        zero="y")
 
 
 # A reason can be a whole sentence and is often the same for a column: cells refer to it by a
@@ -7413,25 +7433,28 @@ def _wide_table(heads: Iterable[str], rows: Iterable[Sequence[str]], texts: int 
 
 
 def _metrics_table(lines: Sequence[tuple[Mapping[str, str], Row]],
-                   metrics: Iterable[wire.Metric]) -> str:
+                   metrics: Sequence[wire.Metric]) -> str:
     """Return a table of rows, each after the words that it begins with, by their heads.
 
     A metric has a column when it is known of a row, or is unknown though it was wanted.
     """
     rows = [row for _, row in lines]
-    shown = [metric for metric in metrics
-             if rows_with(rows, metric.name) or _is_wanted(metric.name, rows)]
-    if not any(rows_with(rows, metric.name) for metric in shown):
+    known = [metric for metric in metrics if rows_with(rows, metric.name)]
+    wanted = [metric for metric in metrics if _is_wanted(metric, rows)]
+    shown = [metric for metric in metrics if metric in known or metric in wanted]
+    if not known:
         return _reasons_note(rows, shown)
 
     notes = _Notes()
     cells = []
     for words, row in lines:
+        texts = [html_text(word) for word in words.values()]
         figures = [_figure_cell(row, metric, notes) for metric in shown]
-        cells.append([*map(html_text, words.values()), *figures])
-    first = lines[0][0]
-    heads = [*first, *(_column_head(metric, rows) for metric in shown)]
-    return _wide_table(heads, cells, len(first)) + notes.html()
+        cells.append([*texts, *figures])
+
+    first_words, _ = lines[0]
+    heads = [*first_words, *(_column_head(metric, rows) for metric in shown)]
+    return _wide_table(heads, cells, len(first_words)) + notes.html()
 
 
 def _reasons_note(rows: Iterable[Row], metrics: Sequence[wire.Metric]) -> str:
@@ -7442,10 +7465,17 @@ def _reasons_note(rows: Iterable[Row], metrics: Sequence[wire.Metric]) -> str:
     return _note(f"unknown: {'; '.join(reasons)}")
 
 
-def _is_wanted(name: str, rows: Iterable[Row]) -> bool:
-    """Return whether a metric is unknown for another reason than that nobody asked for it."""
-    reasons = [_part(row.metrics, "unknown").get(name) for row in rows]
-    return any(reason not in (None, "not asked for") for reason in reasons)
+def _is_wanted(metric: wire.Metric, rows: Iterable[Row]) -> bool:
+    """Return whether a metric is unknown in a row for another reason than that nobody wanted it.
+
+    Scores alone have to be asked for, and the table of metrics has the reason of one that was not.
+    """
+    not_asked = metric.unknown if metric.table == wire.QUALITY_TABLE else None
+    for row in rows:
+        reason = _part(row.metrics, "unknown").get(metric.name)
+        if reason is not None and reason != not_asked:
+            return True
+    return False
 
 
 def _column_head(metric: wire.Metric, rows: Iterable[Row]) -> str:
