@@ -6542,9 +6542,12 @@ def _group_of(matrix: _Matrix, point: _Point) -> Group:
     """Return the submissions of one point of the matrix: one, or a stream each."""
     entry, streams = point.entry, point.streams
     parameters = _parameters_of(matrix, entry, point.cell)
-    shared = (*matrix.rests, *(() if entry.is_baseline else matrix.quality))
-    places = {name: name for name in shared if name not in entry.parameters}
-    settings = _settings_of(entry, parameters, {**places, **point.cell.places})
+
+    places = dict(point.cell.places)
+    for name in (*matrix.rests, *matrix.quality):
+        if name not in entry.parameters:
+            places[name] = name  # a field of the file itself
+    settings = _settings_of(entry, parameters, places)
 
     job: Json = {
         "scenario": entry.scenario,
@@ -7483,9 +7486,11 @@ def _column_head(metric: wire.Metric, rows: Iterable[Row]) -> str:
     if metric.unit != wire.CURRENCY:
         return metric.axis
     # Prices in two currencies cannot stand in one column under one head; a master has one tariff.
-    currencies = [unit_of(metric, row.metrics) for row in rows]
-    known = [currency for currency in currencies if currency]
-    return metric._replace(unit=known[0] if known else "").axis
+    for row in rows:
+        currency = unit_of(metric, row.metrics)
+        if currency:
+            return metric._replace(unit=currency).axis
+    return metric._replace(unit="").axis
 
 
 def _figure_cell(row: Row, metric: wire.Metric, notes: _Notes) -> str:
@@ -7680,7 +7685,9 @@ def _plain(value: Any) -> str:
     if value is None:
         return ""
     word = wire.printable(value)
-    return f"'{word}" if word.startswith(_FORMULA_SIGNS) else word
+    if word.startswith(_FORMULA_SIGNS):
+        return f"'{word}"
+    return word
 
 
 _TERMINAL_HEADS = ("JOB", "STATUS", "NODE", "TIME", "SPEED", "RATE", "QUALITY", "ENERGY", "COST",
@@ -8614,8 +8621,7 @@ def _ago(text: str | None) -> str | None:
         return text
 
     age_s = max(0.0, time.time() - at)  # the clocks of two machines may differ a little
-    fitting = [size for size in _AGES if age_s >= size]
-    size = fitting[0] if fitting else 1
+    size = next((size for size in _AGES if age_s >= size), 1)
     return f"{age_s // size:.0f} {_AGES[size]} ago"
 
 
@@ -8816,8 +8822,10 @@ def show_ordered_node(node: wire.NodeView) -> None:
 def show_monitoring(site: Site, secret: Path) -> None:
     """Show where the parts of the monitoring answer, which are missing, and the next command."""
     parts = parts_of(site)
-    rows = [(part.name, part.url if part.program else f"is not installed: get it {part.source}")
-            for part in parts]
+    rows = []
+    for part in parts:
+        missing = f"is not installed: get it {part.source}"
+        rows.append((part.name, part.url if part.program else missing))
     if parts[-1].program:
         rows.append(("its user", f"admin, with the password in {secret}"))
     command = f"python3 ffdist.py master --victoriametrics {site.victoriametrics}"
@@ -9279,7 +9287,9 @@ def _retry_group(client: wire.Client, jobs: Iterable[wire.JobView]) -> dict[str,
     """
     known = {}
     for job in sorted(jobs, key=lambda job: job.status in BROKEN):
-        known[job.id] = client.order(job.id, "retry") if job.status in FINAL else job
+        known[job.id] = job
+        if job.status in FINAL:
+            known[job.id] = client.order(job.id, "retry")
     return known
 
 
