@@ -105,7 +105,7 @@ from hwdetect import state_home as state_home
 from hwdetect import utc_text as utc_text
 from hwdetect import whole_number as whole_number
 
-# ---- 1 Wire ---------------------------------------------------------------------------------------
+# ---- 1 Wire --------------------------------------------------------------------------------------
 
 VERSION = hwdetect.VERSION
 PROTOCOL = 1  # sessions, parked requests, orders; the seed's master and agents have none
@@ -314,7 +314,7 @@ def answer_fields(value: object) -> Fields:
     return Fields(value, "the master's answer", status=0)
 
 
-# ---- 2 Metrics ------------------------------------------------------------------------------------
+# ---- 2 Metrics -----------------------------------------------------------------------------------
 
 # The tables of a report, in their order.
 SPEED_TABLE = "Speed and size"
@@ -516,7 +516,7 @@ METRICS: Mapping[str, Metric] = {row.name: row for row in (
 FORMULAS = {row.name: row.formula for row in METRICS.values() if row.formula}
 
 
-# ---- 3 Messages -----------------------------------------------------------------------------------
+# ---- 3 Messages ----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Job:
@@ -861,7 +861,7 @@ class LogPart:
         return cls(tuple(lines), fields.whole("next") or 0, fields.words("status"))
 
 
-# ---- 4 Words --------------------------------------------------------------------------------------
+# ---- 4 Words -------------------------------------------------------------------------------------
 
 NOTHING_ENCODED = "nothing was encoded"  # the reason of a baseline for each figure of a film
 BAR_MOST_CHARS = 24
@@ -1217,7 +1217,7 @@ class _JsonLines(logging.Formatter):
             "message": record.getMessage()})
 
 
-# ---- 5 Client -------------------------------------------------------------------------------------
+# ---- 5 Client ------------------------------------------------------------------------------------
 
 MASTER_PORT = 8080
 CONNECT_S = 10.0
@@ -1551,7 +1551,7 @@ def is_this_machine(host: str) -> bool:
     return False
 
 
-# ---- 6 Catalogue ----------------------------------------------------------------------------------
+# ---- 6 Catalogue ---------------------------------------------------------------------------------
 
 class Parameter(NamedTuple):
     """One row of the parameter table: its kind, its meaning, its limits (inclusive) or words."""
@@ -1812,7 +1812,7 @@ FILM_FORMATS = ",".join((
     "wav,mp3,flac,aac"))
 
 
-# ---- 7 Scenario -----------------------------------------------------------------------------------
+# ---- 7 Scenario ----------------------------------------------------------------------------------
 
 BASELINE = "baseline"  # the word of a scenario that measures the idle machine and encodes nothing
 BASELINE_S = 60
@@ -2362,7 +2362,7 @@ def _refuse_impossible(settings: Settings) -> None:
             raise _bad(refusal.field, refusal.reason(settings, encoder))
 
 
-# ---- 8 Choices ------------------------------------------------------------------------------------
+# ---- 8 Choices -----------------------------------------------------------------------------------
 
 FALLBACK_FPS = 25.0  # for a film without a rate of its own
 NOT_BUILT_IN = "not built into this FFmpeg"
@@ -2670,7 +2670,7 @@ def _filled(template: Sequence[str], **values: object) -> list[str]:
     return [part.format(**values) for part in template]
 
 
-# ---- 9 Command ------------------------------------------------------------------------------------
+# ---- 9 Command -----------------------------------------------------------------------------------
 
 # Without -nostdin FFmpeg reads keys from a terminal, and stops when it is in the background.
 QUIET = ("-hide_banner", "-nostdin")
@@ -3013,7 +3013,7 @@ def probe_command(ffprobe: str, url: str, demuxer: str = "",
             "-show_streams", *open_args(url, demuxer, http_args)]
 
 
-# ---- 10 Output ------------------------------------------------------------------------------------
+# ---- 10 Output -----------------------------------------------------------------------------------
 
 # With `-loglevel repeat+level` FFmpeg writes `[h264 @ 0x55…] [error] …`; x264 and x265 write their
 # name.
@@ -3358,7 +3358,7 @@ def parse_scores(metric: str, words: Iterable[str],
     return found, count
 
 
-# ---- 11 Statistics --------------------------------------------------------------------------------
+# ---- 11 Statistics -------------------------------------------------------------------------------
 
 # Student's t, 97.5 %, for 1 to 10 degrees of freedom.
 _STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
@@ -3445,7 +3445,7 @@ def batch_means(values: Sequence[float]) -> list[float]:
     return means
 
 
-# ---- 12 Places ------------------------------------------------------------------------------------
+# ---- 12 Places -----------------------------------------------------------------------------------
 
 # Where clouds hand out a machine's credentials, beside the link-local addresses most of them use.
 METADATA = frozenset(map(ipaddress.ip_address, (
@@ -3926,7 +3926,7 @@ def input_of(place: str | None, places: Places, folder: Path) -> Input:
     return FileInput(places, place)
 
 
-# ---- 13 Publishing --------------------------------------------------------------------------------
+# ---- 13 Publishing -------------------------------------------------------------------------------
 
 # How a finished film gets its final name. Several attempts of one job may run at once (a node was
 # out of reach and its job went elsewhere), and other people write to the same folder. So FFmpeg
@@ -4263,7 +4263,7 @@ def output_of(settings: Settings, places: Places, folder: Path, owner: Ownership
     return FileOutput(settings, places, folder, owner)
 
 
-# ---- 14 Run ---------------------------------------------------------------------------------------
+# ---- 14 Run --------------------------------------------------------------------------------------
 
 # One attempt has one Runner, which runs one program at a time in the attempt's own thread. Other
 # threads (the poller and the reporter, into whose answers the master puts its orders) only ask:
@@ -4651,7 +4651,7 @@ class Runner:
         self.log.add(self.files.name_in(line))
 
 
-# ---- 15 Stages ------------------------------------------------------------------------------------
+# ---- 15 Stages -----------------------------------------------------------------------------------
 
 # An attempt goes through these stages in its own thread: find the source, plan, repeat (encode
 # and inspect, until the requested confidence is reached), compare, deliver. Each is a function of
@@ -5209,7 +5209,7 @@ def why_not_comparable(metric: str, place: Workplace, made: Plan) -> str:
     return ""
 
 
-# ---- 16 Attempt -----------------------------------------------------------------------------------
+# ---- 16 Attempt ----------------------------------------------------------------------------------
 
 # Asks whether an output may get its name: returns until when (boot_clock) it may, or None.
 Confirm = Callable[[OutputFile, Json], Optional[float]]
@@ -5401,7 +5401,7 @@ def _read_words(path: Path) -> list[str]:
         return []
 
 
-# ---- 17 Analysis ----------------------------------------------------------------------------------
+# ---- 17 Analysis ---------------------------------------------------------------------------------
 
 # The recommendations of an analysis: README lists them.
 RECOMMENDATIONS = {
@@ -5933,7 +5933,7 @@ def _repeats_json(runs: Sequence[Outcome]) -> list[Json]:
             for at, (run, joules) in enumerate(zip(runs, energies))]
 
 
-# ---- 18 State -------------------------------------------------------------------------------------
+# ---- 18 State ------------------------------------------------------------------------------------
 
 # A report must survive a kill and a power cut between the end of an attempt and the master's
 # answer: without it the work is done again. So it goes to the spool first, synchronised to the
@@ -6051,7 +6051,7 @@ def locked_folder(folder: Path, what: str) -> int:
     return descriptor
 
 
-# ---- 19 Session -----------------------------------------------------------------------------------
+# ---- 19 Session ----------------------------------------------------------------------------------
 
 # The agent's talk with the master, in two threads: the poller steps a Session (registration, then
 # one parked request after another), the reporter steps a Reporter (results, then progress). Each
@@ -6545,7 +6545,7 @@ class Reporter:
         return None if link.protocol else math.inf
 
 
-# ---- 20 Agent -------------------------------------------------------------------------------------
+# ---- 20 Agent ------------------------------------------------------------------------------------
 
 LEAVE_S = 5.0  # for a master that answers slowly to hear that this node leaves
 # Between two looks of the main thread: Python handles a signal only when that thread wakes.
@@ -6810,7 +6810,7 @@ def http_args_of(host: hwdetect.Host, ffmpeg: str) -> tuple[str, ...]:
     return ()
 
 
-# ---- 21 CLI ---------------------------------------------------------------------------------------
+# ---- 21 CLI --------------------------------------------------------------------------------------
 
 MAX_NAME_CHARS = 200
 

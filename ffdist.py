@@ -108,7 +108,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import agent as wire
 from agent import ApiError, Fields, Flag, Json
 
-# ---- 1 Vocabulary ---------------------------------------------------------------------------------
+# ---- 1 Vocabulary --------------------------------------------------------------------------------
 
 VERSION = wire.VERSION
 CONFIDENCES = ("auto", "low", "medium", "high")
@@ -179,7 +179,7 @@ class Text(NamedTuple):
     kind: str
 
 
-# ---- 2 Jobs ---------------------------------------------------------------------------------------
+# ---- 2 Jobs --------------------------------------------------------------------------------------
 
 FINAL = frozenset(("completed", "failed", "canceled"))
 LEASED = frozenset(("running", "stopped", "canceling"))
@@ -560,7 +560,7 @@ def job_detail_json(job: Job) -> Json:
     return {"attempts": attempts, "transitions": transitions}
 
 
-# ---- 3 Messages -----------------------------------------------------------------------------------
+# ---- 3 Messages ----------------------------------------------------------------------------------
 
 # Every message is read once, field by field, by the reader of Wire; an error names the field.
 # Unknown fields are kept or ignored, for a later agent may send more. Inside there is no raw body
@@ -784,7 +784,7 @@ def _fingerprint_of(fields: Fields) -> Json | None:
     return {"bytes": film.whole("bytes", 0, 1 << 62), "hash": film.required_text("hash", 64)}
 
 
-# ---- 4 Store --------------------------------------------------------------------------------------
+# ---- 4 Store -------------------------------------------------------------------------------------
 
 # Journals of formats 1 and 2 were made before the first release. From format 3 on each change of
 # the schema brings one migration, with a small stored journal of the format before as its test. A
@@ -1096,7 +1096,7 @@ def _copy_database(path: Path, scratch: Path, show: Callable[[float], None]) -> 
         return _counts_text(copy, ("jobs", "results", "nodes"))
 
 
-# ---- 5 Journal ------------------------------------------------------------------------------------
+# ---- 5 Journal -----------------------------------------------------------------------------------
 
 # A write is (kind, values): a row of _WRITES, or a total. The Fleet makes them, one list a step,
 # and the list is committed whole or not at all. Readers have connections of their own: in WAL mode
@@ -1595,7 +1595,7 @@ def _lock_folder(folder: Path) -> int:
     return descriptor
 
 
-# ---- 6 Dispatch -----------------------------------------------------------------------------------
+# ---- 6 Dispatch ----------------------------------------------------------------------------------
 
 # State is all that the master knows while it runs, and the primitives that change it. Its rules are
 # the classes below it and in the next two sections. None of them has a lock, a clock, a file or a
@@ -2187,7 +2187,7 @@ class Placement:
             self._state.wake(node)
 
 
-# ---- 7 Leases -------------------------------------------------------------------------------------
+# ---- 7 Leases ------------------------------------------------------------------------------------
 
 # A lease is the right of one attempt to report. It begins with a claim, and ends by the attempt's
 # own report, by the silence of its node, by a new session of the agent that does not hold it, or
@@ -2809,7 +2809,7 @@ class Registry:
         self._leases.lose_all(node, f"node {node.name} gave no sign of life for {silence}")
 
 
-# ---- 8 Fleet --------------------------------------------------------------------------------------
+# ---- 8 Fleet -------------------------------------------------------------------------------------
 
 # One step of the fleet is Fleet.apply(event, now): the event is one of the tuples below, checked
 # before it came here. The step changes the State at once, or refuses the event with an ApiError,
@@ -3284,7 +3284,7 @@ class Fleet:
             self.state.count(key, -1)
 
 
-# ---- 9 Master -------------------------------------------------------------------------------------
+# ---- 9 Master ------------------------------------------------------------------------------------
 
 # Transactions is the only place with a lock: every change goes through its apply(), every look at
 # the state through reading() or glance(). Queries answers what changes nothing, Master what does.
@@ -3921,7 +3921,7 @@ class Master:
         self._transactions.close()
 
 
-# ---- 10 Metrics -----------------------------------------------------------------------------------
+# ---- 10 Metrics ----------------------------------------------------------------------------------
 
 # METRICS is the one table of time series. A row whose values come from a Snapshot stands on
 # /metrics, for any scraper. A row whose values come from a field of a result or of a sample has
@@ -4253,7 +4253,7 @@ def epoch_of(text: Any) -> float | None:
     return None
 
 
-# ---- 11 Tariff ------------------------------------------------------------------------------------
+# ---- 11 Tariff -----------------------------------------------------------------------------------
 
 # The master prices the energy of each result when it is reported. A price and a carbon intensity
 # are rates per kWh: one figure, or one for each hour, and a node may have its own. The energy of a
@@ -4490,7 +4490,7 @@ def _amount_at(rates: Mapping[str, Rate], energy: Energy, flag: str) -> Amount:
     return Amount(energy.joules / JOULES_PER_WH / 1000 * mean)
 
 
-# ---- 12 Pages -------------------------------------------------------------------------------------
+# ---- 12 Pages ------------------------------------------------------------------------------------
 
 # Pages run no script and fetch nothing: tables are HTML, plots are SVG, the style is in the page.
 # All text of others passes html_text(). Plots and tables are shared with the reports.
@@ -4844,7 +4844,7 @@ def percent_text(job: Mapping[str, Any]) -> str:
     return f"{percent:.0f} %" if isinstance(percent, (int, float)) else ""
 
 
-# ---- 13 API ---------------------------------------------------------------------------------------
+# ---- 13 API --------------------------------------------------------------------------------------
 
 # ROUTES is the API: each row is a method, a path, the names of its query, the limit of its body
 # and what it is for. The same rows answer GET / (as JSON where that is asked for), and README
@@ -5200,7 +5200,7 @@ def printable_path(path: str) -> str:
     return wire.printable(path[:100])
 
 
-# ---- 14 HTTP --------------------------------------------------------------------------------------
+# ---- 14 HTTP -------------------------------------------------------------------------------------
 
 # A connection has a thread, which reads a head, finds its route, reads the body, answers, and goes
 # on with the next request on the same connection: keep-alive saves an agent a handshake each time.
@@ -5700,7 +5700,7 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-# ---- 15 Push --------------------------------------------------------------------------------------
+# ---- 15 Push -------------------------------------------------------------------------------------
 
 # Three kinds of values go to VictoriaMetrics, each with its own time:
 #
@@ -5911,7 +5911,7 @@ def _body(lines: Iterable[str]) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
 
 
-# ---- 16 Service -----------------------------------------------------------------------------------
+# ---- 16 Service ----------------------------------------------------------------------------------
 
 # A service starts from the inside out: first the port is bound (a second master on it must not
 # touch the journal), then the journal is opened and replayed, then the threads begin, the one that
@@ -6148,7 +6148,7 @@ class Service:
             pass
 
 
-# ---- 17 Experiments -------------------------------------------------------------------------------
+# ---- 17 Experiments ------------------------------------------------------------------------------
 
 # An experiment is a matrix of jobs, written as a JSON file. It becomes a list of submissions in
 # the order in which they are to run; the master keeps that order, so whoever has submitted them
@@ -6675,7 +6675,7 @@ def _run_time_s(job: wire.JobView) -> float:
     return completed - started
 
 
-# ---- 18 Reports -----------------------------------------------------------------------------------
+# ---- 18 Reports ----------------------------------------------------------------------------------
 
 # A report compares jobs. Each job is a row; rows with the same content are comparable, those with
 # the same curve and rate are repeats of each other, and a curve is a line of rates in a plot.
@@ -7206,7 +7206,7 @@ def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
     return one != other and all(a <= b for a, b in zip(one, other))
 
 
-# ---- 19 Documents ---------------------------------------------------------------------------------
+# ---- 19 Documents --------------------------------------------------------------------------------
 
 # A report as a page is one file that is mailed, archived and opened from a disk years later: it
 # runs no script and fetches nothing. Curves differ in dash and marker too, for print and for eyes
@@ -7734,7 +7734,7 @@ REPORT_KINDS: Mapping[str, Callable[[Document], str]] = {
 }
 
 
-# ---- 20 Programs ----------------------------------------------------------------------------------
+# ---- 20 Programs ---------------------------------------------------------------------------------
 
 Process = subprocess.Popen[bytes]
 Packages = Mapping[str, Mapping[str, str]]
@@ -7906,7 +7906,7 @@ def _install(command: Sequence[str], advice: str) -> None:
                            f"ask the administrator to run '{advice}'")
 
 
-# ---- 21 Dashboards --------------------------------------------------------------------------------
+# ---- 21 Dashboards -------------------------------------------------------------------------------
 
 # Expressions are MetricsQL, in which `@name` stands for the metric ffdist_name of the one table.
 # promql() refuses a name that is not in it, so a renamed metric cannot leave an empty picture
@@ -8291,7 +8291,7 @@ def rules_json(power_limit_w: float) -> Json:
     return {"groups": [{"name": "ffdist", "interval": "15s", "rules": rules}]}
 
 
-# ---- 22 Monitoring --------------------------------------------------------------------------------
+# ---- 22 Monitoring -------------------------------------------------------------------------------
 
 # `monitoring up` holds its programs: they live as long as it does. It starts them one after the
 # other, each when the one before answers, prints the addresses and stays in the foreground;
@@ -8541,7 +8541,7 @@ def await_end(running: Sequence[Running]) -> Running:
         time.sleep(0.2)
 
 
-# ---- 23 Views -------------------------------------------------------------------------------------
+# ---- 23 Views ------------------------------------------------------------------------------------
 
 # Words for the person at a terminal. Answers come as the Client's views; a job, a node and a
 # result have one line for lists and one block of rows for a single one, whichever command shows
@@ -8865,7 +8865,7 @@ def show_plan(experiment: Experiment) -> None:
          "nothing was submitted")
 
 
-# ---- 24 Fleet Commands ----------------------------------------------------------------------------
+# ---- 24 Fleet Commands ---------------------------------------------------------------------------
 
 # Commands that ask a master. Each takes the parsed words, prints its answer and returns an exit
 # code; what goes wrong is raised and becomes one sentence in CLI.
@@ -9418,7 +9418,7 @@ def _jobs_of_experiment(client: wire.Client, name: str) -> list[str]:
         query["after"] = page.next
 
 
-# ---- 25 Host Commands -----------------------------------------------------------------------------
+# ---- 25 Host Commands ----------------------------------------------------------------------------
 
 # Commands that run something on this host, or touch the files of a master here.
 
@@ -9648,7 +9648,7 @@ def _monitoring_up(site: Site, data: Path) -> int:
     return 0
 
 
-# ---- 26 CLI ---------------------------------------------------------------------------------------
+# ---- 26 CLI --------------------------------------------------------------------------------------
 
 # COMMANDS has a row for each subcommand: name, function, help, examples, words, flags. The
 # parser, --help, the environment variables and the tables of README (by a test) all derive from

@@ -76,7 +76,7 @@ from typing import IO, Any, Callable, ClassVar, NamedTuple, NoReturn, Optional, 
 if sys.hexversion < 0x3090000:  # the other two files import this one first
     sys.exit("ffdist needs Python 3.9 or newer; this is " + sys.version.split()[0])
 
-# ---- 1 Common -------------------------------------------------------------------------------------
+# ---- 1 Common ------------------------------------------------------------------------------------
 
 VERSION = "1.0.0"
 MINUTE_S = 60
@@ -363,7 +363,7 @@ def state_home() -> Path:
     return Path(home) / ".local" / "state" / "ffdist"
 
 
-# ---- 2 Facts --------------------------------------------------------------------------------------
+# ---- 2 Facts -------------------------------------------------------------------------------------
 
 GIB = 2**30
 
@@ -742,7 +742,7 @@ class ProcessUsage:
     gpu_seconds: float = 0.0
 
 
-# ---- 3 Host ---------------------------------------------------------------------------------------
+# ---- 3 Host --------------------------------------------------------------------------------------
 
 SMALL_READ_BYTES = 64 * 1024  # a file of sysfs is at most a page
 # /proc/cpuinfo of hundreds of threads and pci.ids are larger. Below /proc/sys a read of 4 MiB or
@@ -1303,7 +1303,7 @@ def _drain(pipe: IO[bytes], take: Callable[[str], None]) -> None:
             take(line)
 
 
-# ---- 4 Archive ------------------------------------------------------------------------------------
+# ---- 4 Archive -----------------------------------------------------------------------------------
 
 MAX_ARCHIVE_CHARACTERS = 64 * 2**20  # of a recording: that of a two-socket server has 38,000
 RECORDED_FOLDERS = ("/proc/", "/sys/", "/etc/", "/run/", "/usr/lib/")
@@ -1483,7 +1483,7 @@ def _unpack_entry(folder: str, path: str, kind: str, body: str) -> None:
     os.chmod(place, 0 if kind == "refused" else 0o644)
 
 
-# ---- 5 Parsers ------------------------------------------------------------------------------------
+# ---- 5 Parsers -----------------------------------------------------------------------------------
 
 MAX_CPUS = 65536  # a garbled list must not fill memory; x86 kernels have 8192 at most
 MAX_WORD = 200  # characters of a name
@@ -1760,7 +1760,7 @@ def parse_failure(result: Result) -> str:
     return f"ffmpeg ended with exit code {code} and no message"
 
 
-# ---- 6 Machine ------------------------------------------------------------------------------------
+# ---- 6 Machine -----------------------------------------------------------------------------------
 
 CPUS = "/sys/devices/system/cpu"
 KERNEL = "/proc/sys/kernel"
@@ -2165,7 +2165,7 @@ def detect_node_type(survey: Survey) -> Findings:
     return {"node_type": "desktop"}
 
 
-# ---- 7 Devices ------------------------------------------------------------------------------------
+# ---- 7 Devices -----------------------------------------------------------------------------------
 
 POWERCAP = "/sys/class/powercap"
 SUPPLY = "/sys/class/power_supply"
@@ -2662,7 +2662,7 @@ def _space(host: Host, mount: str, device: str) -> tuple[int | None, int | None]
     return sectors * SECTOR_BYTES, None
 
 
-# ---- 8 Probe --------------------------------------------------------------------------------------
+# ---- 8 Probe -------------------------------------------------------------------------------------
 
 # The agent registers only after the probe, so it must not take long. One encoder whose driver hangs
 # must leave the others time.
@@ -2983,7 +2983,7 @@ def probe_argv(ffmpeg: str, name: str, node: str = DEFAULT_NODE) -> list[str]:
     ]
 
 
-# ---- 9 Detectors ----------------------------------------------------------------------------------
+# ---- 9 Detectors ---------------------------------------------------------------------------------
 
 # The agent has no such flag, but its environment variable names the agent's ffmpeg too.
 FFMPEG_FLAG = Flag("--ffmpeg", None, str, "the ffmpeg to use (the one on PATH)")
@@ -3084,7 +3084,7 @@ def _with_findings(hw: Hardware, findings: Findings) -> Hardware:
     return replace(hw, **values, unknown=unknown, problems=problems)
 
 
-# ---- 10 Power -------------------------------------------------------------------------------------
+# ---- 10 Power ------------------------------------------------------------------------------------
 
 FIRST_SAMPLE = "the first sample: a rate needs two"
 # A counter that seems to have wrapped at more than this was reset instead: no zone draws as much.
@@ -3714,7 +3714,7 @@ class MachinePower:
         return replace(answer, zones=zones, notes=notes)
 
 
-# ---- 11 Graphics ----------------------------------------------------------------------------------
+# ---- 11 Graphics ---------------------------------------------------------------------------------
 
 # On A100 and H100 a reading covers 25 % of the time, so asking more often would show no more.
 SMI_INTERVAL_MS = 500
@@ -4022,7 +4022,7 @@ def smi_table(host: Host) -> str | None:
         fields.remove(refused)  # an older driver: ask again without it
 
 
-# ---- 12 Sampler -----------------------------------------------------------------------------------
+# ---- 12 Sampler ----------------------------------------------------------------------------------
 
 # Unit of the times in /proc/PID/stat. The kernel's ABI fixes it, whatever CONFIG_HZ is.
 USER_HZ = 100
@@ -4210,7 +4210,7 @@ def process_started(host: Host, pid: int) -> int | None:
     return parse_process(host.read(f"/proc/{pid}/stat")).get("start")
 
 
-# ---- 13 Ledger ------------------------------------------------------------------------------------
+# ---- 13 Ledger -----------------------------------------------------------------------------------
 
 SAMPLE_S = 1.0  # between two readings: energy counters integrate by themselves
 SERIES_MOST = 240  # points of a series; even, since neighbours are merged in pairs
@@ -4832,7 +4832,7 @@ def least_covered_s(ledger: Ledger) -> float:
     return min((covered_s for _, covered_s in ledger.gpus.values()), default=0.0)
 
 
-# ---- 14 Groups ------------------------------------------------------------------------------------
+# ---- 14 Groups -----------------------------------------------------------------------------------
 
 GROUP_PREFIX = "ffdist-"  # of the groups that are ours, and may be removed
 GROUP_GONE_S = 2.0  # a process that was just killed may still be in its group
@@ -5075,7 +5075,7 @@ class Limits:
         self._group.remove()
 
 
-# ---- 15 CLI ---------------------------------------------------------------------------------------
+# ---- 15 CLI --------------------------------------------------------------------------------------
 
 EXAMPLES = """examples:
   python3 hwdetect.py                        what this machine is and which encoders work on it

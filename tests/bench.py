@@ -1,12 +1,13 @@
 """Measure how fast this fleet is: `python3 -m tests.bench [--quick]` prints one table.
 
-A real master, a real agent and a bare `ThreadingHTTPServer` run as processes of their own on loopback; the
-load comes from one more process, a lean client over raw sockets that are kept open. Every figure stands
-beside its ratio to the bare server, which the same client has asked right before: figures of two machines,
-or of a busy one, cannot be compared, ratios can. Nothing here is asserted.
+A real master, a real agent and a bare `ThreadingHTTPServer` run as processes of their own on
+loopback; the load comes from one more process, a lean client over raw sockets that are kept open.
+Every figure stands beside its ratio to the bare server, which the same client has asked right
+before: figures of two machines, or of a busy one, cannot be compared, ratios can. Nothing here is
+asserted.
 
-`--soak JOBS` puts many jobs through one master instead and sets the last tenth of them beside the first;
-`--deep JOBS` sets dispatch with so many jobs queued beside that with 100.
+`--soak JOBS` puts many jobs through one master instead and sets the last tenth of them beside the
+first; `--deep JOBS` sets dispatch with so many jobs queued beside that with 100.
 """
 from __future__ import annotations
 
@@ -41,11 +42,22 @@ from tests.fleet import Agent, Master, Program
 from tests.support import TOP, call, free_port, need, wait_for
 
 FORK = multiprocessing.get_context("fork")
-JOB = json.dumps({"scenario": "720p30-h264", "parameters": {"duration": 10, "bitrate": "2500k"}}).encode()
-RESULT = {"status": "completed", "metrics": {"cpu_usage": 75.5, "memory_usage": 2048, "duration": 5.0,
-                                             "frames": 300, "fps": 60.0, "speed": 2.0},
-          "analyzer_output": {"scenario": "720p30-h264", "recommendation": "optimal"},
-          "completed_at": "2025-12-29T19:45:00Z"}
+JOB = json.dumps(
+    {"scenario": "720p30-h264", "parameters": {"duration": 10, "bitrate": "2500k"}}
+).encode()
+RESULT = {
+    "status": "completed",
+    "metrics": {
+        "cpu_usage": 75.5,
+        "memory_usage": 2048,
+        "duration": 5.0,
+        "frames": 300,
+        "fps": 60.0,
+        "speed": 2.0,
+    },
+    "analyzer_output": {"scenario": "720p30-h264", "recommendation": "optimal"},
+    "completed_at": "2025-12-29T19:45:00Z",
+}
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -143,7 +155,8 @@ def request(method: str, path: str, body: bytes = b"") -> bytes:
 
 
 def drive(links: Sequence[Link], think: Callable[[Link, bytes | None], bytes | None]) -> None:
-    """Keep all links busy: `think` turns an answer (None at first) into the next request; None ends one."""
+    """Keep all links busy: `think` turns an answer (None at first) into the next request; None ends
+    one."""
     poll, by_number, busy = select.epoll(), {link.socket.fileno(): link for link in links}, 0
     for number, link in by_number.items():
         raw = think(link, None)
@@ -216,16 +229,27 @@ def register(port: int, count: int) -> list[Link]:
     """Register nodes, a link each, as agents do."""
     links = [Link(port) for _ in range(count)]
     for number, link in enumerate(links):
-        body = {"address": f"bench-{os.getpid()}-{number}", "session": "s", "protocol": 1, "cpu_threads": 2,
-                "max_concurrent_jobs": 1000}
-        link.node = json.loads(link.ask(request("POST", "/nodes/register", json.dumps(body).encode())))["id"]
+        body = {
+            "address": f"bench-{os.getpid()}-{number}",
+            "session": "s",
+            "protocol": 1,
+            "cpu_threads": 2,
+            "max_concurrent_jobs": 1000,
+        }
+        link.node = json.loads(
+            link.ask(request("POST", "/nodes/register", json.dumps(body).encode()))
+        )["id"]
     return links
 
 
 def next_job(link: Link, wait_s: float = 0) -> bytes:
     """Return the request of a free node."""
-    words = {"node_id": link.node, "session": "s", "claim": os.urandom(8).hex(), **({"wait": wait_s} if wait_s
-                                                                                     else {})}
+    words = {
+        "node_id": link.node,
+        "session": "s",
+        "claim": os.urandom(8).hex(),
+        **({"wait": wait_s} if wait_s else {}),
+    }
     return request("GET", f"/jobs/next?{urllib.parse.urlencode(words)}")
 
 
@@ -240,7 +264,13 @@ def claimed(body: bytes) -> tuple[bytes, bytes] | None:
 
 def report(link: Link, job: tuple[bytes, bytes]) -> bytes:
     """Return the request that ends an attempt."""
-    told = {**RESULT, "job_id": job[0].decode(), "attempt": int(job[1]), "node_id": link.node, "session": "s"}
+    told = {
+        **RESULT,
+        "job_id": job[0].decode(),
+        "attempt": int(job[1]),
+        "node_id": link.node,
+        "session": "s",
+    }
     return request("POST", "/results", json.dumps(told).encode())
 
 
@@ -253,7 +283,8 @@ def submit_many(link: Link, count: int) -> None:
 
 
 def cycles(port: int, depth: int, clients: int, seconds: float) -> float:
-    """Return claim + result cycles/s while `depth` jobs or a few more are queued; filling is not counted."""
+    """Return claim + result cycles/s while `depth` jobs or a few more are queued; filling is not
+    counted."""
     links, filler = register(port, clients), Link(port)
     a_round, spent, done = 2000 if depth >= 2000 else 500, 0.0, 0
     queued = json.loads(filler.ask(request("GET", "/jobs?status=pending&limit=1")))["total"]
@@ -291,8 +322,8 @@ def work_off(links: Sequence[Link], count: int) -> float:
 
 
 class Tenth(NamedTuple):
-    """One tenth of a soak: jobs/s in all; claim + result cycles/s and the s of one alone, each also as a
-    ratio to the requests of the bare server right after it; bytes."""
+    """One tenth of a soak: jobs/s in all; claim + result cycles/s and the s of one alone, each also
+    as a ratio to the requests of the bare server right after it; bytes."""
 
     rate: float
     cycles: float
@@ -304,7 +335,8 @@ class Tenth(NamedTuple):
 
 
 def soak(port: int, bare_port: int, pid: int, folder: Path, jobs: int) -> list[Tenth]:
-    """Put jobs through a master by eight stand-in agents, 2,000 queued at a time; tell each tenth."""
+    """Put jobs through a master by eight stand-in agents, 2,000 queued at a time; tell each
+    tenth."""
     raw = request("POST", "/", json.dumps(RESULT).encode())
     links, filler, found = register(port, 8), Link(port), []
     for number in range(10):
@@ -319,10 +351,23 @@ def soak(port: int, bare_port: int, pid: int, folder: Path, jobs: int) -> list[T
         alone = statistics.median(work_off(links[:1], 1) for _ in range(200))
         size = sum(path.stat().st_size for path in folder.glob("journal.db*"))
         bare, single = rate(bare_port, 8, raw, 2), statistics.median(delays(bare_port, raw, 200))
-        found.append(Tenth(part / took, part / spent, 2 * part / spent / bare, alone, alone / (2 * single),
-                           memory_bytes(pid), size))
-        print(f"  {(number + 1) * part:,} jobs, {part / took:,.0f}/s, cycles {found[-1].cycles_ratio:.2f} of "
-              f"the bare server, {mib(found[-1].memory)}, journal {mib(size)}", file=sys.stderr, flush=True)
+        found.append(
+            Tenth(
+                part / took,
+                part / spent,
+                2 * part / spent / bare,
+                alone,
+                alone / (2 * single),
+                memory_bytes(pid),
+                size,
+            )
+        )
+        print(
+            f"  {(number + 1) * part:,} jobs, {part / took:,.0f}/s, cycles {found[-1].cycles_ratio:.2f} of "
+            f"the bare server, {mib(found[-1].memory)}, journal {mib(size)}",
+            file=sys.stderr,
+            flush=True,
+        )
     return found
 
 
@@ -361,7 +406,8 @@ def starts(port: int, nodes: int, count: int) -> list[float]:
 
 
 def crowd(port: int, count: int, path: str | None, ready: Any, stop: Any) -> None:
-    """Park a crowd until told to stop: nodes that ask for work, or plain requests of a bare server."""
+    """Park a crowd until told to stop: nodes that ask for work, or plain requests of a bare
+    server."""
     raise_file_limit()
     links = [Link(port) for _ in range(count)] if path else register(port, count)
 
@@ -406,14 +452,29 @@ class Row(NamedTuple):
 
 
 class BenchMaster(Master):
-    """A master with its default log, which goes to a file: it is part of the figures, a screen is not."""
+    """A master with its default log, which goes to a file: it is part of the figures, a screen is
+    not."""
 
     def __init__(self, folder: Path, *flags: str) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        Program.__init__(self, [sys.executable, str(TOP / "ffdist.py"), "master", "--host", "127.0.0.1",
-                                "--port", str(self.port), "--data-dir", str(folder / "master"), *flags],
-                         folder, "master")
+        Program.__init__(
+            self,
+            [
+                sys.executable,
+                str(TOP / "ffdist.py"),
+                "master",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(self.port),
+                "--data-dir",
+                str(folder / "master"),
+                *flags,
+            ],
+            folder,
+            "master",
+        )
         wait_for(lambda: answers(self.port) and self.get("/health"), 60, "the master answers")
 
 
@@ -450,7 +511,8 @@ class Bench:
 
     def paired(self, what: str, ours: Callable[[], float], bare: Callable[[], float],
                weight: float = 1) -> None:
-        """Measure a rate in turns with the bare server's; `weight` is its requests for each of ours."""
+        """Measure a rate in turns with the bare server's; `weight` is its requests for each of
+        ours."""
         pairs = [(bare(), ours()) for _ in range(self.rounds)]
         figure = statistics.median(own for _, own in pairs)
         beside = statistics.median(base for base, _ in pairs)
@@ -467,7 +529,8 @@ class Bench:
                         partial(apart, rate, self.bare_port, clients, bare, self.seconds))
 
     def dispatch(self) -> None:
-        """Claim + result cycles/s at several depths of the queue, in a ratio of two requests each."""
+        """Claim + result cycles/s at several depths of the queue, in a ratio of two requests
+        each."""
         raw = request("POST", "/", json.dumps(RESULT).encode())
         for depth in (100, 10_000, 100_000):
             self.restart()
@@ -544,7 +607,9 @@ class Bench:
     def soak(self, jobs: int, keep: str | None) -> None:
         """Many jobs through one master: the last tenth beside the first."""
         self.restart(*(["--keep", keep] if keep else []))
-        tenths = apart(soak, self.port, self.bare_port, self.master.pid, self.folder / "master", jobs)
+        tenths = apart(
+            soak, self.port, self.bare_port, self.master.pid, self.folder / "master", jobs
+        )
         first, last = tenths[0], tenths[-1]
         mean = statistics.harmonic_mean([tenth.rate for tenth in tenths])
         self.add(f"soak: {jobs:,} jobs submitted, claimed, reported", f"{mean:,.0f}/s", "-",
@@ -564,11 +629,20 @@ class Bench:
         other = BenchMaster(Path(tempfile.mkdtemp(dir=self.folder.parent)))
         try:
             apart(lambda: submit_many(Link(other.port), jobs))
-            pairs = [(apart(cycles, self.port, 100, 8, self.seconds),
-                      apart(cycles, other.port, jobs, 8, self.seconds)) for _ in range(max(3, self.rounds))]
+            pairs = [
+                (
+                    apart(cycles, self.port, 100, 8, self.seconds),
+                    apart(cycles, other.port, jobs, 8, self.seconds),
+                )
+                for _ in range(max(3, self.rounds))
+            ]
             few, many = (statistics.median(pair[n] for pair in pairs) for n in range(2))
-            self.add(f"claim + result cycles/s, {jobs:,} queued", f"{many:,.0f}",
-                     f"{statistics.median(b / a for a, b in pairs):.2f}", f"{few:,.0f} with 100 queued")
+            self.add(
+                f"claim + result cycles/s, {jobs:,} queued",
+                f"{many:,.0f}",
+                f"{statistics.median(b / a for a, b in pairs):.2f}",
+                f"{few:,.0f} with 100 queued",
+            )
             self.add(f"memory with {jobs:,} jobs queued", mib(memory_bytes(other.pid)), "-",
                      f"{mib(memory_bytes(self.master.pid))} with 100 queued")
         finally:
@@ -590,8 +664,13 @@ class Bench:
     def sampling(self) -> None:
         """CPU of the readings that an agent takes once a second while a job runs."""
         count = 50 if self.quick else 500
-        archive.unpack((TOP / "tests/hosts/xeon-t4.txt").read_text(encoding="utf-8"), self.folder / "xeon")
-        places = {"this machine": hwdetect.Host(), "two sockets": hwdetect.Host(f"{self.folder}/xeon")}
+        archive.unpack(
+            (TOP / "tests/hosts/xeon-t4.txt").read_text(encoding="utf-8"), self.folder / "xeon"
+        )
+        places = {
+            "this machine": hwdetect.Host(),
+            "two sockets": hwdetect.Host(f"{self.folder}/xeon"),
+        }
         for where, host in places.items():
             sampler = hwdetect.Sampler(host, hwdetect.detect(host, probe=False), gpu=False)
             sampler.throttles()
@@ -624,8 +703,12 @@ class Bench:
         length = 10 if self.quick else 40
         pairs = []
         for number in range(self.rounds + 1):
-            job = self.master.finished(self.master.submit("720p30-h264", duration=length, preset="veryfast",
-                                                          audio=False)["id"], 300)
+            job = self.master.finished(
+                self.master.submit("720p30-h264", duration=length, preset="veryfast", audio=False)[
+                    "id"
+                ],
+                300,
+            )
             result = job["result"]
             wall = seconds_between(job["started_at"], job["completed_at"])
             argv = [self.clip(agent) if word.endswith("source.mov") else
@@ -637,8 +720,12 @@ class Bench:
             if number:  # the first one made the generated source
                 pairs.append((wall, result["metrics"]["duration"], alone))
         wall, encode, alone = (statistics.median(pair[n] for pair in pairs) for n in range(3))
-        self.add("encode under the agent over FFmpeg alone", f"{encode:.2f} s", f"{encode / alone:.3f}",
-                 f"{alone:.2f} s FFmpeg alone")
+        self.add(
+            "encode under the agent over FFmpeg alone",
+            f"{encode:.2f} s",
+            f"{encode / alone:.3f}",
+            f"{alone:.2f} s FFmpeg alone",
+        )
         self.add("claim to report over FFmpeg alone", f"{wall:.2f} s", f"{wall / alone:.3f}",
                  f"{alone:.2f} s FFmpeg alone")
 
@@ -681,9 +768,16 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-PARTS = {"submissions": Bench.submissions, "dispatch": Bench.dispatch, "latency": Bench.latency,
-         "logging": Bench.logging, "memory": Bench.memory, "parked": Bench.parked, "agent": Bench.agent,
-         "sampling": Bench.sampling}
+PARTS = {
+    "submissions": Bench.submissions,
+    "dispatch": Bench.dispatch,
+    "latency": Bench.latency,
+    "logging": Bench.logging,
+    "memory": Bench.memory,
+    "parked": Bench.parked,
+    "agent": Bench.agent,
+    "sampling": Bench.sampling,
+}
 
 
 def wanted(args: argparse.Namespace) -> list[tuple[str, Callable[[Bench], None]]]:
@@ -698,11 +792,19 @@ def wanted(args: argparse.Namespace) -> list[tuple[str, Callable[[Bench], None]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and print the table."""
-    parser = argparse.ArgumentParser("python3 -m tests.bench", description="Measure how fast this fleet is.")
-    parser.add_argument("--quick", action="store_true", help="short rounds, a smaller crowd: about a minute")
-    parser.add_argument("--soak", type=int, metavar="JOBS", help="instead: so many jobs through one master")
+    parser = argparse.ArgumentParser(
+        "python3 -m tests.bench", description="Measure how fast this fleet is."
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="short rounds, a smaller crowd: about a minute"
+    )
+    parser.add_argument(
+        "--soak", type=int, metavar="JOBS", help="instead: so many jobs through one master"
+    )
     parser.add_argument("--keep", help="with --soak: the master's --keep")
-    parser.add_argument("--deep", type=int, metavar="JOBS", help="instead: dispatch with so many jobs queued")
+    parser.add_argument(
+        "--deep", type=int, metavar="JOBS", help="instead: dispatch with so many jobs queued"
+    )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (all)")
     args = parser.parse_args(argv)
     unknown = [part for part in args.parts if part not in PARTS]
@@ -719,8 +821,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 measure(bench)
         finally:
             bench.end()
-    print(f"Python {platform.python_version()}, {os.cpu_count()} cores, load average {load:.2f} at the start"
-          f"{', quick' if args.quick else ''}\n")
+    print(
+        f"Python {platform.python_version()}, {os.cpu_count()} cores, load average {load:.2f} at the start"
+        f"{', quick' if args.quick else ''}\n"
+    )
     print(table(bench.rows))
     return 0
 

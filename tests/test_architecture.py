@@ -1,4 +1,5 @@
-"""The rules of the house, read from the source: layers, seams, section maps, sizes, the oldest Python."""
+"""The rules of the house, read from the source: layers, seams, section maps, sizes, the oldest
+Python."""
 from __future__ import annotations
 
 import ast
@@ -19,7 +20,13 @@ BANNER = re.compile(r"# ---- (\d+) ([A-Z][A-Za-z]*(?: [A-Z][A-Za-z]*)*) -+")
 MAP_ROW = re.compile(r" +(\d+) ([A-Z]\S*(?: \S+)*)  +\S.*")
 TOP_LEVEL = {"ffdist.py", "agent.py", "hwdetect.py", "tests", "README.md", "LICENSE"}
 DOTFILES = {".ci", ".github", ".gitignore", ".ruff.toml", ".mypy.ini"}
-FUNCTION_LINES = 70
+SECTION_LINES = 650
+CLASS_LINES = 300
+CLASS_METHODS = 20
+FUNCTION_LINES = 40
+FUNCTION_BRANCHES = 12
+TEST_FUNCTION_LINES = 70
+COLUMNS = 100
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
@@ -85,7 +92,7 @@ def stored(nodes: Iterable[ast.AST]) -> set[str]:
 
 
 def reads(node: ast.AST, bound: frozenset[str] = frozenset()) -> Iterator[tuple[str, int]]:
-    """Yield (name, line) of what a statement reads of its module; annotations are not read at run time."""
+    """Yield (name, line) of what a statement reads of its module, in annotations too."""
     if isinstance(node, ast.Name):
         if isinstance(node.ctx, ast.Load) and node.id not in bound:
             yield node.id, node.lineno
@@ -93,16 +100,23 @@ def reads(node: ast.AST, bound: frozenset[str] = frozenset()) -> Iterator[tuple[
     parts, inner = list(ast.iter_child_nodes(node)), bound
     if isinstance(node, (*FUNCTIONS, ast.Lambda)):
         body: list[ast.AST] = [node.body] if isinstance(node, ast.Lambda) else [*node.body]
+        hints = [arg.annotation for arg in ast.walk(node.args)
+                 if isinstance(arg, ast.arg) and arg.annotation]
+        hints += [hint for hint in [getattr(node, "returns", None)] if hint]
         outside = [*node.args.defaults, *(value for value in node.args.kw_defaults if value),
-                   *getattr(node, "decorator_list", ())]
-        inner = bound | {arg.arg for arg in ast.walk(node.args) if isinstance(arg, ast.arg)} | stored(body)
+                   *getattr(node, "decorator_list", ()), *hints]
+        inner = (
+            bound
+            | {arg.arg for arg in ast.walk(node.args) if isinstance(arg, ast.arg)}
+            | stored(body)
+        )
         parts = body
         for part in outside:
             yield from reads(part, bound)
     elif isinstance(node, COMPREHENSIONS):
         inner = bound | stored(generator.target for generator in node.generators)
     elif isinstance(node, ast.AnnAssign):
-        parts = [node.value] if node.value else []
+        parts = [node.annotation, *([node.value] if node.value else [])]
     for part in parts:
         yield from reads(part, inner)
 
@@ -149,6 +163,24 @@ def calls(*patterns: str) -> Callable[[ast.AST], bool]:
     return lambda node: isinstance(node, ast.Call) and bool(pattern.fullmatch(dotted(node.func)))
 
 
+def branches(function: ast.AST) -> int:
+    """Return the branches of a function, counted honestly: also ternaries, and/or, comprehension
+    ifs."""
+    count = 1
+    for node in ast.walk(function):
+        count += isinstance(node, (ast.If, ast.For, ast.While, ast.ExceptHandler, ast.IfExp))
+        if isinstance(node, ast.BoolOp):
+            count += len(node.values) - 1
+        elif isinstance(node, ast.comprehension):
+            count += len(node.ifs)
+    return count
+
+
+def lines_of(node: ast.stmt) -> int:
+    """Return how many lines a statement takes."""
+    return (node.end_lineno or 0) - node.lineno + 1
+
+
 def docstrings(tree: ast.AST) -> set[int]:
     """Return the ids of the constants that are docstrings."""
     found = set()
@@ -179,18 +211,37 @@ class Layers(unittest.TestCase):
                 self.assertEqual([name for name in sorted(found) if not is_standard(name)], [])
 
     def test_ffdist_uses_only_what_is_shared_of_agent_and_no_private_name(self) -> None:
-        rooms = {"Wire", "Metrics", "Messages", "Words", "Client", "Catalogue", "Scenario", "Statistics"}
-        shared = {name for section, statement in SOURCES["agent"].statements() if section.title in rooms
-                  for name in stored([statement])}
+        rooms = {
+            "Wire",
+            "Metrics",
+            "Messages",
+            "Words",
+            "Client",
+            "Catalogue",
+            "Scenario",
+            "Statistics",
+        }
+        shared = {
+            name
+            for section, statement in SOURCES["agent"].statements()
+            if section.title in rooms
+            for name in stored([statement])
+        }
         shared |= {alias.name for node in SOURCES["agent"].tree.body
                    if isinstance(node, ast.ImportFrom) and node.module == "hwdetect"
                    for alias in node.names if alias.asname == alias.name}
         used = {node.attr for node in ast.walk(SOURCES["ffdist"].tree)
                 if isinstance(node, ast.Attribute) and dotted(node.value) == "wire"}
-        used |= {alias.name for node in ast.walk(SOURCES["ffdist"].tree)
-                 if isinstance(node, ast.ImportFrom) and node.module == "agent" for alias in node.names}
+        used |= {
+            alias.name
+            for node in ast.walk(SOURCES["ffdist"].tree)
+            if isinstance(node, ast.ImportFrom) and node.module == "agent"
+            for alias in node.names
+        }
         self.assertTrue(used)
-        self.assertEqual(sorted(name for name in used if name not in shared or name.startswith("_")), [])
+        self.assertEqual(
+            sorted(name for name in used if name not in shared or name.startswith("_")), []
+        )
 
     def test_agent_uses_no_private_name_of_hwdetect(self) -> None:
         used = {node.attr for node in ast.walk(SOURCES["agent"].tree)
@@ -204,7 +255,9 @@ class Layers(unittest.TestCase):
 
 class TopLevel(unittest.TestCase):
     def test_holds_exactly_what_it_should(self) -> None:
-        visible = {path.name for path in TOP.iterdir() if not path.name.startswith(".")} - {"__pycache__"}
+        visible = {path.name for path in TOP.iterdir() if not path.name.startswith(".")} - {
+            "__pycache__"
+        }
         self.assertEqual(visible, TOP_LEVEL)
 
     def test_tracked_dotfiles_are_known(self) -> None:
@@ -213,7 +266,9 @@ class TopLevel(unittest.TestCase):
             self.assertEqual(hidden - DOTFILES - {".mypy_cache", ".ruff_cache"}, set())
             return
         try:
-            listed = subprocess.run(["git", "ls-files"], cwd=TOP, capture_output=True, text=True, check=True)
+            listed = subprocess.run(
+                ["git", "ls-files"], cwd=TOP, capture_output=True, text=True, check=True
+            )
         except (OSError, subprocess.CalledProcessError) as error:
             self.skipTest(f"git cannot list the files: {error}")
         tracked = {line.split("/")[0] for line in listed.stdout.splitlines()}
@@ -225,18 +280,24 @@ class SectionMaps(unittest.TestCase):
         for name, source in SOURCES.items():
             with self.subTest(name):
                 words = (ast.get_docstring(source.tree, clean=False) or "").splitlines()
-                start = next(number for number, line in enumerate(words) if line.startswith("Sections"))
+                start = next(
+                    number for number, line in enumerate(words) if line.startswith("Sections")
+                )
                 rows = [match for line in words[start:] if (match := MAP_ROW.fullmatch(line))]
                 listed = [(int(match[1]), match[2]) for match in rows]
-                self.assertEqual(listed, [(section.number, section.title) for section in source.sections])
+                self.assertEqual(
+                    listed, [(section.number, section.title) for section in source.sections]
+                )
 
     def test_banners_have_one_exact_form(self) -> None:
         for name, source in SOURCES.items():
             with self.subTest(name):
                 like = [line for line in source.text.splitlines()
-                        if re.match(r"#\s*[-=]{2,}|# \d+ [A-Z]", line)]
+                        if re.match(r"\s*#\s*[-=]{3,}|\s*# -- |# \d+ [A-Z]", line)]
                 self.assertEqual([line for line in like if not BANNER.fullmatch(line)], [])
-                self.assertEqual(len({len(line) for line in like}), 1, "banners of different lengths")
+                self.assertEqual(
+                    len({len(line) for line in like}), 1, "banners of different lengths"
+                )
                 numbers = [section.number for section in source.sections]
                 self.assertEqual(numbers, sorted(set(numbers)))
 
@@ -250,9 +311,12 @@ class SectionMaps(unittest.TestCase):
             home: dict[str, Section] = {}
             for section, statement in source.statements():
                 home.update((word, section) for word in stored([statement]))
-            downward = [f"{name}.py:{line}: {section.title} uses {word} of {home[word].title}"
-                        for section, statement in source.statements() for word, line in reads(statement)
-                        if word in home and home[word].number > section.number]
+            downward = [
+                f"{name}.py:{line}: {section.title} uses {word} of {home[word].title}"
+                for section, statement in source.statements()
+                for word, line in reads(statement)
+                if word in home and home[word].number > section.number
+            ]
             with self.subTest(name):
                 self.assertEqual(downward, [])
 
@@ -279,7 +343,8 @@ class Seams(unittest.TestCase):
             self.assertNotIn("sqlite3", imported(SOURCES[name].tree))
 
     def test_state_is_locked_only_by_its_owner(self) -> None:
-        """A ticket's gate is a signal, let through once; a lock that guards state is held by `with`."""
+        """A ticket's gate is a signal, let through once; a lock that guards state is held by
+        `with`."""
         locks = calls(r"threading\.(R?Lock|Condition|(Bounded)?Semaphore)")
         for name, owners, signals in (("ffdist", {"Transactions"}, {"Ticket"}),
                                      ("agent", {"Agent", "Stopwatch"}, set())):
@@ -295,13 +360,20 @@ class Seams(unittest.TestCase):
                 self.assertEqual({who for _, who, _ in others}, owners)
 
     def test_programs_are_started_in_one_section_of_each_file(self) -> None:
-        starts = calls(r"subprocess\.(Popen|run|call|check_call|check_output|getoutput|getstatusoutput)",
-                       r"os\.(system|popen|fork|forkpty|exec\w*|spawn\w*|posix_spawn\w*)")
+        starts = calls(
+            r"subprocess\.(Popen|run|call|check_call|check_output|getoutput|getstatusoutput)",
+            r"os\.(system|popen|fork|forkpty|exec\w*|spawn\w*|posix_spawn\w*)",
+        )
         found = {name: sorted((section.title, who) for section, who, _ in source.uses(starts))
                  for name, source in SOURCES.items()}
-        self.assertEqual(found, {"ffdist": [("Programs", "start_again"), ("Programs", "start_program")],
-                                 "agent": [],
-                                 "hwdetect": [("Host", "Child"), ("Host", "Program")]})
+        self.assertEqual(
+            found,
+            {
+                "ffdist": [("Programs", "start_again"), ("Programs", "start_program")],
+                "agent": [],
+                "hwdetect": [("Host", "Child"), ("Host", "Program")],
+            },
+        )
 
     def test_no_shell_anywhere(self) -> None:
         for source in SOURCES.values():
@@ -318,20 +390,25 @@ class Seams(unittest.TestCase):
         self.assertLessEqual(SOURCES["hwdetect"].places(opens), {"Host", "Archive", "CLI"})
 
     def test_sockets_are_opened_by_the_client_and_the_server_alone(self) -> None:
-        reach = re.compile(r"(socket|socketserver|urllib\.(request|error)|http\.(client|server))\..*")
+        reach = re.compile(
+            r"(socket|socketserver|urllib\.(request|error)|http\.(client|server))\..*"
+        )
         uses = SOURCES["agent"].places(lambda node: isinstance(node, ast.Attribute)
                                        and bool(reach.fullmatch(dotted(node))))
         self.assertEqual(uses, {"Client"})
         uses = SOURCES["ffdist"].places(lambda node: isinstance(node, ast.Attribute)
                                         and bool(reach.fullmatch(dotted(node))))
         self.assertEqual(uses - {"Service"}, {"HTTP"}, "Service tells why a port cannot be opened")
-        self.assertEqual(imported(SOURCES["hwdetect"].tree) & {"socket", "socketserver", "urllib", "http"},
-                         set())
+        self.assertEqual(
+            imported(SOURCES["hwdetect"].tree) & {"socket", "socketserver", "urllib", "http"}, set()
+        )
 
     def test_what_is_pure_has_no_clock_and_no_files(self) -> None:
-        outside = re.compile(r"(time\.(time|monotonic|sleep|perf_counter|time_ns)|open|os\.(open|environ|"
-                             r"path\.(exists|isfile|isdir|getsize|realpath))|"
-                             r"(subprocess|threading|random)\..*)")
+        outside = re.compile(
+            r"(time\.(time|monotonic|sleep|perf_counter|time_ns)|open|os\.(open|environ|"
+            r"path\.(exists|isfile|isdir|getsize|realpath))|"
+            r"(subprocess|threading|random)\..*)"
+        )
         pure = {"ffdist": {"Jobs", "Messages", "Dispatch", "Leases", "Fleet", "Metrics", "Tariff",
                            "Pages", "Experiments", "Reports"},
                 "agent": {"Wire", "Metrics", "Messages", "Catalogue", "Scenario", "Choices",
@@ -339,23 +416,83 @@ class Seams(unittest.TestCase):
                 "hwdetect": {"Facts", "Parsers"}}
         for name, sections in pure.items():
             with self.subTest(name):
-                found = [(section.title, who, line) for section, who, line in SOURCES[name].uses(
-                    lambda node: isinstance(node, (ast.Call, ast.Attribute)) and bool(outside.fullmatch(
-                        dotted(node.func if isinstance(node, ast.Call) else node))))
-                    if section.title in sections]
+                found = [
+                    (section.title, who, line)
+                    for section, who, line in SOURCES[name].uses(
+                        lambda node: (
+                            isinstance(node, (ast.Call, ast.Attribute))
+                            and bool(
+                                outside.fullmatch(
+                                    dotted(node.func if isinstance(node, ast.Call) else node)
+                                )
+                            )
+                        )
+                    )
+                    if section.title in sections
+                ]
                 self.assertEqual(found, [])
 
 
-class Shape(unittest.TestCase):
-    def test_functions_fit_a_screen(self) -> None:
-        for path in sorted([*TOP.glob("*.py"), *(TOP / "tests").glob("*.py")]):
+class Room(unittest.TestCase):
+    """How large things may be: what is beautiful at this size is what can be found."""
+
+    def test_sections_have_room(self) -> None:
+        for name, source in SOURCES.items():
+            starts = [section.line for section in source.sections]
+            ends = [*starts[1:], len(source.text.splitlines()) + 1]
+            sizes = {
+                section.title: end - section.line for section, end in zip(source.sections, ends)
+            }
+            with self.subTest(name):
+                self.assertEqual(
+                    {title: size for title, size in sizes.items() if size > SECTION_LINES}, {}
+                )
+
+    def test_classes_have_room(self) -> None:
+        for name, source in SOURCES.items():
+            large = {}
+            for node in ast.walk(source.tree):
+                if isinstance(node, ast.ClassDef):
+                    methods = sum(isinstance(part, FUNCTIONS) for part in node.body)
+                    if lines_of(node) > CLASS_LINES or methods > CLASS_METHODS:
+                        large[node.name] = (lines_of(node), methods)
+            with self.subTest(name):
+                self.assertEqual(large, {})
+
+    def test_functions_fit_a_screen_and_branch_little(self) -> None:
+        for name, source in SOURCES.items():
+            large = {}
+            for node in ast.walk(source.tree):
+                if isinstance(node, FUNCTIONS):
+                    size = (lines_of(node), branches(node))
+                    if size[0] > FUNCTION_LINES or size[1] > FUNCTION_BRANCHES:
+                        large[f"{node.name}, line {node.lineno}"] = size
+            with self.subTest(name):
+                self.assertEqual(large, {}, "(lines, branches)")
+
+    def test_no_ternary_stands_in_another(self) -> None:
+        for name, source in SOURCES.items():
+            nested = [node.lineno for node in ast.walk(source.tree) if isinstance(node, ast.IfExp)
+                      and sum(isinstance(part, ast.IfExp) for part in ast.walk(node)) > 1]
+            with self.subTest(name):
+                self.assertEqual(nested, [])
+
+    def test_lines_fit_100_columns(self) -> None:
+        for path in sorted(TOP.glob("*.py")):
+            rows = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+            with self.subTest(path.name):
+                self.assertEqual([number for number, row in rows if len(row) > COLUMNS], [])
+
+    def test_tests_fit_a_screen_too(self) -> None:
+        for path in sorted((TOP / "tests").glob("*.py")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
-            sizes = {f"{node.name}, line {node.lineno}": (node.end_lineno or 0) - node.lineno + 1
-                     for node in ast.walk(tree) if isinstance(node, FUNCTIONS)}
-            long = {name: lines for name, lines in sizes.items() if lines > FUNCTION_LINES}
+            long = {f"{node.name}, line {node.lineno}": lines_of(node) for node in ast.walk(tree)
+                    if isinstance(node, FUNCTIONS) and lines_of(node) > TEST_FUNCTION_LINES}
             with self.subTest(path.name):
                 self.assertEqual(long, {})
 
+
+class Shape(unittest.TestCase):
     def test_everything_is_in_the_grammar_of_python_3_9(self) -> None:
         for path in sorted([*TOP.glob("*.py"), *(TOP / "tests").glob("*.py")]):
             with self.subTest(path.name):
@@ -366,9 +503,15 @@ class Shape(unittest.TestCase):
                     self.assertIn("from __future__ import annotations", text)
 
     def test_nothing_is_put_off(self) -> None:
-        for path in sorted(path for path in TOP.rglob("*") if path.suffix in (".py", ".md") and not any(
-                part.startswith(".") for part in path.relative_to(TOP).parts)):
-            words = re.findall(r"\b(?:TO" r"DO|FIX" r"ME|XX" r"X)\b", path.read_text(encoding="utf-8"))
+        for path in sorted(
+            path
+            for path in TOP.rglob("*")
+            if path.suffix in (".py", ".md")
+            and not any(part.startswith(".") for part in path.relative_to(TOP).parts)
+        ):
+            words = re.findall(
+                r"\b(?:TO" r"DO|FIX" r"ME|XX" r"X)\b", path.read_text(encoding="utf-8")
+            )
             self.assertEqual(words, [], path.name)
 
     def test_public_functions_and_classes_say_what_they_are(self) -> None:

@@ -1,4 +1,5 @@
-"""The rules of the fleet, without a master: lanes, exclusive jobs, jobs after jobs, thousands of events.
+"""The rules of the fleet, without a master: lanes, exclusive jobs, jobs after jobs, thousands of
+events.
 
 Fleet has no clock, lock or disk, so a test is a list of events and what must be true after each.
 The same over HTTP and on disk: TestOverHttp here, test_model, test_journal.
@@ -97,8 +98,10 @@ class Alone(unittest.TestCase):
         accepted = self.apply(event)
         if accepted.unresolved:  # the journal knows them, or not
             status_of = {row[0]: row[3] for row in self.rows.jobs.values()}
-            event = event._replace(archived=dict.fromkeys(accepted.unresolved),
-                                   statuses={one: status_of.get(one) for one in accepted.unresolved})
+            event = event._replace(
+                archived=dict.fromkeys(accepted.unresolved),
+                statuses={one: status_of.get(one) for one in accepted.unresolved},
+            )
             accepted = self.apply(event)
         return list(accepted.jobs)
 
@@ -125,7 +128,9 @@ class Alone(unittest.TestCase):
         return str(self.rows.jobs[job.seq][3])
 
     def last(self, job: Job) -> Job:
-        return ffdist.job_of_row((job.seq, job.id, job.scenario, job.spec, self.rows.jobs[job.seq][4]))
+        return ffdist.job_of_row(
+            (job.seq, job.id, job.scenario, job.spec, self.rows.jobs[job.seq][4])
+        )
 
 
 class TestAfter(Alone):
@@ -134,7 +139,9 @@ class TestAfter(Alone):
     def test_a_job_is_blocked_until_all_have_ended_however_they_did(self) -> None:
         node = self.node("n")
         ids = [str(uuid.uuid4()) for _ in range(3)]
-        good, bad, last = self.submit({"id": ids[0]}, {"id": ids[1]}, {"id": ids[2], "after": ids[:2]})
+        good, bad, last = self.submit(
+            {"id": ids[0]}, {"id": ids[1]}, {"id": ids[2], "after": ids[:2]}
+        )
         self.assertEqual(last.status, "blocked")
         first = self.claim(node)
         assert first is not None
@@ -202,7 +209,9 @@ class TestAfter(Alone):
         self.fleet = Fleet(ffdist.Settings(), self.fleet.state.counts, lambda: 0.0)
         self.fleet.load(self.rows.stored(), self.moment())
         self.apply(ffdist.Ticked(0.0))
-        self.assertEqual((self.status(blocked), list(self.last(blocked).after)), ("blocked", [first.seq]))
+        self.assertEqual(
+            (self.status(blocked), list(self.last(blocked).after)), ("blocked", [first.seq])
+        )
         self.apply(ffdist.Ordered(first, "cancel"))
         self.assertEqual(self.status(blocked), "pending")
 
@@ -257,7 +266,8 @@ class TestExclusive(Alone):
 
 
 class TestWalk(Alone):
-    """Random events, thousands a second: what must hold after each, and a rebuild that equals the state."""
+    """Random events, thousands a second: what must hold after each, and a rebuild that equals the
+    state."""
 
     EVENTS = 20_000
 
@@ -289,7 +299,9 @@ class TestWalk(Alone):
     def step(self, chance: random.Random, nodes: list[str]) -> None:
         state = self.fleet.state
         node = chance.choice(nodes)
-        kind = chance.choice(("submit", "submit", "claim", "claim", "claim", "end", "end", "order", "tick"))
+        kind = chance.choice(
+            ("submit", "submit", "claim", "claim", "claim", "end", "end", "order", "tick")
+        )
         if kind == "submit" and len(state.jobs) < 60:
             live = [job.id for job in state.jobs.values()]
             after = chance.sample(live, min(len(live), chance.choice((0, 0, 1, 3))))
@@ -301,7 +313,9 @@ class TestWalk(Alone):
         elif kind == "end" and state.nodes[node].leases:
             job = state.jobs[chance.choice(sorted(state.nodes[node].leases))]
             status = chance.choice(("completed", "completed", "failed", "returned", "canceled"))
-            reason = chance.choice(("input", "killed", "network", None)) if status == "failed" else None
+            reason = (
+                chance.choice(("input", "killed", "network", None)) if status == "failed" else None
+            )
             self.end(job, node, status, failure_reason=reason)
         elif kind == "order" and state.jobs:
             job = chance.choice(list(state.jobs.values()))
@@ -374,8 +388,14 @@ class TestOverHttp(Case):
         node.report(node.claim().body["job"])
         answer = master.call("POST", "/jobs", {"scenario": "a", "after_ok": [done["id"]]})
         self.assertEqual((answer.status, answer.body["status"]), (201, "pending"))
-        for field, value in (("after", [str(uuid.uuid4())]), ("after", ["abcd"]), ("after_ok", "x"),
-                             ("after", [done["id"]] * 1001), ("exclusive", 1), ("exclusive", "yes")):
+        for field, value in (
+            ("after", [str(uuid.uuid4())]),
+            ("after", ["abcd"]),
+            ("after_ok", "x"),
+            ("after", [done["id"]] * 1001),
+            ("exclusive", 1),
+            ("exclusive", "yes"),
+        ):
             answer = master.call("POST", "/jobs", {"scenario": "a", field: value})
             self.assertEqual((answer.status, answer.body["field"]), (400, field), value)
         self.assertEqual(master.get("/jobs")["total"], 2)

@@ -1,10 +1,11 @@
 """Bad input, seeded.
 
-The invariant: whatever bytes come, the master answers each request with exactly one well-formed HTTP
-answer whose body is JSON (or, to a peer that sent nothing, with nothing). What cannot be understood or
-done gets a 4xx with one sentence under `error` (505 for another HTTP); never a 5xx of its own making. It
-does not matter in what pieces the bytes come. After all of it nothing has changed: the same jobs, nodes
-and results as before, the next honest request is served, and the log holds no traceback.
+The invariant: whatever bytes come, the master answers each request with exactly one well-formed
+HTTP answer whose body is JSON (or, to a peer that sent nothing, with nothing). What cannot be
+understood or done gets a 4xx with one sentence under `error` (505 for another HTTP); never a 5xx of
+its own making. It does not matter in what pieces the bytes come. After all of it nothing has
+changed: the same jobs, nodes and results as before, the next honest request is served, and the log
+holds no traceback.
 """
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ HUGE = 10 ** 400
 
 
 def answers_of(raw: bytes) -> list[tuple[int, dict[str, str], bytes]]:
-    """Split what came back into answers: (status, headers, body); AssertionError when it is no HTTP."""
+    """Split what came back into answers: (status, headers, body); AssertionError when it is no
+    HTTP."""
     found = []
     while raw:
         head, gap, rest = raw.partition(b"\r\n\r\n")
@@ -49,7 +51,9 @@ def answers_of(raw: bytes) -> list[tuple[int, dict[str, str], bytes]]:
     return found
 
 
-def request(method: str, path: str, body: bytes = b"", *headers: str, version: str = "1.1") -> bytes:
+def request(
+    method: str, path: str, body: bytes = b"", *headers: str, version: str = "1.1"
+) -> bytes:
     length = [f"Content-Length: {len(body)}"] if body else []
     lines = [f"{method} {path} HTTP/{version}", "Host: x", *length, *headers]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
@@ -127,52 +131,123 @@ WHOLE = ("x", True, [], {}, -1, 1.5, 1e300, HUGE, -HUGE, "nan", 1 << 62)
 FLAG = (5, "yes", [], {}, 2.5)
 WRONG_FIELDS: dict[str, dict[str, tuple[Any, ...]]] = {
     "/nodes/register": {
-        "address": (*TEXT, None, ""), "type": TEXT, "cpu_model": TEXT, "gpu_type": TEXT, "name": TEXT,
-        "session": TEXT, "id": (*TEXT, "no-uuid"), "cpu_threads": WHOLE, "ram_bytes": WHOLE,
-        "ram_total_bytes": WHOLE, "has_gpu": FLAG, "labels": (5, "x", [], True),
-        "max_concurrent_jobs": (*WHOLE, 0), "protocol": (*WHOLE, 0),
-        "holding": (5, "x", {}, True, [5], [[]], [{}], [{"job_id": 5, "attempt": 1}],
-                    [{"job_id": NOBODY, "attempt": -1}], [{"job_id": NOBODY, "attempt": "x"}],
-                    [{"job_id": NOBODY, "attempt": HUGE}])},
+        "address": (*TEXT, None, ""),
+        "type": TEXT,
+        "cpu_model": TEXT,
+        "gpu_type": TEXT,
+        "name": TEXT,
+        "session": TEXT,
+        "id": (*TEXT, "no-uuid"),
+        "cpu_threads": WHOLE,
+        "ram_bytes": WHOLE,
+        "ram_total_bytes": WHOLE,
+        "has_gpu": FLAG,
+        "labels": (5, "x", [], True),
+        "max_concurrent_jobs": (*WHOLE, 0),
+        "protocol": (*WHOLE, 0),
+        "holding": (
+            5,
+            "x",
+            {},
+            True,
+            [5],
+            [[]],
+            [{}],
+            [{"job_id": 5, "attempt": 1}],
+            [{"job_id": NOBODY, "attempt": -1}],
+            [{"job_id": NOBODY, "attempt": "x"}],
+            [{"job_id": NOBODY, "attempt": HUGE}],
+        ),
+    },
     "/jobs": {
-        "scenario": (*TEXT, None, "", "a b", "../x", "ünï"), "confidence": (*TEXT, None, "sure"),
-        "id": (*TEXT, "no-uuid"), "max_retries": (*WHOLE, 101), "parameters": (5, "x", [], True)},
+        "scenario": (*TEXT, None, "", "a b", "../x", "ünï"),
+        "confidence": (*TEXT, None, "sure"),
+        "id": (*TEXT, "no-uuid"),
+        "max_retries": (*WHOLE, 101),
+        "parameters": (5, "x", [], True),
+    },
     "/nodes/{id}/heartbeat": {
-        "wait": ("x", True, [], {}, -1, 61, 1e300, HUGE), "seen": WHOLE, "claim": TEXT, "session": TEXT,
-        "leaving": FLAG},
+        "wait": ("x", True, [], {}, -1, 61, 1e300, HUGE),
+        "seen": WHOLE,
+        "claim": TEXT,
+        "session": TEXT,
+        "leaving": FLAG,
+    },
     "/jobs/{id}/progress": {
-        "node_id": (*TEXT, None, "", NOBODY), "session": TEXT, "attempt": (*WHOLE, 0, 2),
+        "node_id": (*TEXT, None, "", NOBODY),
+        "session": TEXT,
+        "attempt": (*WHOLE, 0, 2),
         "progress": ("x", [], True, {str(number): 1 for number in range(100)}, HUGE),
-        "lines": (5, "x", {}, True, [5], [None], [["x"]]), "lines_from": WHOLE},
+        "lines": (5, "x", {}, True, [5], [None], [["x"]]),
+        "lines_from": WHOLE,
+    },
     "/results": {
-        "job_id": (*TEXT, None, "", NOBODY), "node_id": (*TEXT, None, ""), "session": TEXT,
-        "attempt": (*WHOLE, 0, 2), "status": (*TEXT, None, "", "running", "done"),
-        "metrics": (5, "x", [], True), "analyzer_output": (5, "x", [], True), "error": (5, [], {}, True),
-        "failure_reason": TEXT, "completed_at": TEXT, "lines": (5, "x", {}, [5]), "lines_from": WHOLE}}
+        "job_id": (*TEXT, None, "", NOBODY),
+        "node_id": (*TEXT, None, ""),
+        "session": TEXT,
+        "attempt": (*WHOLE, 0, 2),
+        "status": (*TEXT, None, "", "running", "done"),
+        "metrics": (5, "x", [], True),
+        "analyzer_output": (5, "x", [], True),
+        "error": (5, [], {}, True),
+        "failure_reason": TEXT,
+        "completed_at": TEXT,
+        "lines": (5, "x", {}, [5]),
+        "lines_from": WHOLE,
+    },
+}
 
 
 class TestBodies(Fuzz):
     """JSON that is none, and JSON that says what cannot be."""
 
     def test_a_body_that_is_not_json_is_refused_on_every_route(self) -> None:
-        bodies = (b"{", b"}", b"nul", b"{'a': 1}", b"[1,]", b'{"a" 1}', b"\xff\xfe\x00", b"\x80", b"NaN",
-                  b"\0", b'{"scenario": NaN}', b'{"address": Infinity}', b'{"wait": -Infinity}',
-                  b'{"wait": 1e400}',
-                  b'{"attempt": -1e999}', b"[" * 100_000, b'{"a":' * 5000, b'["' * 70 + b"[" * 70,
-                  b'{"scenario": "\\ud800"}', b'{"address": "\\udfff x"}', b'{"a": "\xed\xa0\x80"}',
-                  '{"scenario": "x"}'.encode("utf-16"), b'{"a": 1}{"a": 1}', b'"' + b"\\" * 999,
-                  b'{"a":\x0b1}', b'{"attempt": ' + b"9" * 5000 + b"}")
+        bodies = (
+            b"{",
+            b"}",
+            b"nul",
+            b"{'a': 1}",
+            b"[1,]",
+            b'{"a" 1}',
+            b"\xff\xfe\x00",
+            b"\x80",
+            b"NaN",
+            b"\0",
+            b'{"scenario": NaN}',
+            b'{"address": Infinity}',
+            b'{"wait": -Infinity}',
+            b'{"wait": 1e400}',
+            b'{"attempt": -1e999}',
+            b"[" * 100_000,
+            b'{"a":' * 5000,
+            b'["' * 70 + b"[" * 70,
+            b'{"scenario": "\\ud800"}',
+            b'{"address": "\\udfff x"}',
+            b'{"a": "\xed\xa0\x80"}',
+            '{"scenario": "x"}'.encode("utf-16"),
+            b'{"a": 1}{"a": 1}',
+            b'"' + b"\\" * 999,
+            b'{"a":\x0b1}',
+            b'{"attempt": ' + b"9" * 5000 + b"}",
+        )
         for route in ffdist.ROUTES:
             if route.method != "POST":
                 continue
             for body in bodies:
                 with self.subTest(route=route.path, body=body[:30]):
-                    answer = self.refused(self.master.call("POST", self.path(route), raw=body), body)
+                    answer = self.refused(
+                        self.master.call("POST", self.path(route), raw=body), body
+                    )
                     self.assertEqual(answer.status, 400)
 
     def test_json_that_is_not_an_object_is_refused_where_one_is_needed(self) -> None:
-        for route in ("/nodes/register", "/jobs", "/results", f"/jobs/{self.running['id']}/progress",
-                      f"/nodes/{self.node.id}/heartbeat"):
+        for route in (
+            "/nodes/register",
+            "/jobs",
+            "/results",
+            f"/jobs/{self.running['id']}/progress",
+            f"/nodes/{self.node.id}/heartbeat",
+        ):
             for value in (5, "text", True, 1.5, [[]], [None], [5], ["x"]):
                 with self.subTest(route=route, value=value):
                     self.refused(call(self.master.url, "POST", route, value), value)
@@ -182,10 +257,13 @@ class TestBodies(Fuzz):
 
     def test_every_field_of_a_wrong_type_or_size_is_refused_by_name(self) -> None:
         own = {"node_id": self.node.id, "session": self.node.session, "attempt": 1}
-        good = {"/nodes/register": {"address": "x", "id": self.node.id, "session": self.node.session},
-                "/jobs": {"scenario": "x"}, "/nodes/{id}/heartbeat": {"session": self.node.session},
-                "/jobs/{id}/progress": own,
-                "/results": {**own, "job_id": self.running["id"], "status": "completed"}}
+        good = {
+            "/nodes/register": {"address": "x", "id": self.node.id, "session": self.node.session},
+            "/jobs": {"scenario": "x"},
+            "/nodes/{id}/heartbeat": {"session": self.node.session},
+            "/jobs/{id}/progress": own,
+            "/results": {**own, "job_id": self.running["id"], "status": "completed"},
+        }
         for route, fields in WRONG_FIELDS.items():
             path = route.replace("/nodes/{id}", f"/nodes/{self.node.id}")
             path = path.replace("/jobs/{id}", f"/jobs/{self.running['id']}")
@@ -200,11 +278,24 @@ class TestBodies(Fuzz):
 
     def test_every_parameter_of_a_wrong_type_or_size_is_refused_by_name(self) -> None:
         for name in PARAMETERS:
-            for value in ([[]], {}, {"a": 1}, "\0", "x" * 100_000, HUGE, -HUGE, -1e300, [5], [None]):
+            for value in (
+                [[]],
+                {},
+                {"a": 1},
+                "\0",
+                "x" * 100_000,
+                HUGE,
+                -HUGE,
+                -1e300,
+                [5],
+                [None],
+            ):
                 with self.subTest(parameter=name, value=str(value)[:40]):
                     answer = self.refused(self.master.call(
                         "POST", "/jobs", {"scenario": "x", "parameters": {name: value}}), value)
-                    self.assertEqual(answer.body.get("field", f"parameters.{name}"), f"parameters.{name}")
+                    self.assertEqual(
+                        answer.body.get("field", f"parameters.{name}"), f"parameters.{name}"
+                    )
 
     def test_random_json_is_never_more_than_refused(self) -> None:
         source = random.Random(SEED)
@@ -216,7 +307,12 @@ class TestBodies(Fuzz):
                 body.pop("address", None)
             elif isinstance(body, list):
                 body = [body]
-            for path in ("/jobs", "/nodes/register", "/results", f"/jobs/{self.running['id']}/progress"):
+            for path in (
+                "/jobs",
+                "/nodes/register",
+                "/results",
+                f"/jobs/{self.running['id']}/progress",
+            ):
                 with self.subTest(seed=SEED, number=number, path=path):
                     self.refused(self.master.call("POST", path, body), body)
 
@@ -267,8 +363,26 @@ class TestPaths(Fuzz):
     """Paths, methods and ids that do not exist."""
 
     def test_unknown_and_strange_ids_are_refused_on_every_route(self) -> None:
-        ids = (NOBODY, "abc", "none", "%00", "%ff%fe", "..", "%2e%2e%2f", "a" * 5000, "%F0%9F%8E%AC", "next",
-               "0" * 36, "'%20OR%201=1--", "-----", "%", "{id}", "*", str(HUGE), "%0d%0aX:%20y")
+        ids = (
+            NOBODY,
+            "abc",
+            "none",
+            "%00",
+            "%ff%fe",
+            "..",
+            "%2e%2e%2f",
+            "a" * 5000,
+            "%F0%9F%8E%AC",
+            "next",
+            "0" * 36,
+            "'%20OR%201=1--",
+            "-----",
+            "%",
+            "{id}",
+            "*",
+            str(HUGE),
+            "%0d%0aX:%20y",
+        )
         for route in ffdist.ROUTES:
             if "{id}" not in route.path:
                 continue
@@ -291,9 +405,22 @@ class TestPaths(Fuzz):
         self.refused_raw(request("GET", f"/jobs/{self.running['id']}/cancel"), 405)
 
     def test_wrong_paths_are_404_and_strange_targets_4xx(self) -> None:
-        for path in ("/x", "/jobs/", "/nodes//heartbeat", "//jobs", "/jobs/x/y/z", "/%6aobs", "/jobs%00",
-                     "/.", "/jobs;x", "/results/", "/metrics/1", "/" + "x/" * 2000, "/\xe9\xff",
-                     "/nodes/register/x"):
+        for path in (
+            "/x",
+            "/jobs/",
+            "/nodes//heartbeat",
+            "//jobs",
+            "/jobs/x/y/z",
+            "/%6aobs",
+            "/jobs%00",
+            "/.",
+            "/jobs;x",
+            "/results/",
+            "/metrics/1",
+            "/" + "x/" * 2000,
+            "/\xe9\xff",
+            "/nodes/register/x",
+        ):
             with self.subTest(path=path[:40]):
                 raw = request("GET", "@").replace(b"@", path.encode("latin-1"))
                 self.refused_raw(raw, 404)
@@ -303,16 +430,32 @@ class TestPaths(Fuzz):
 
     def test_queries_that_say_what_cannot_be_are_refused(self) -> None:
         node = f"node_id={self.idle.id}"
-        for path in ("/jobs?limit=0", "/jobs?limit=-5", "/jobs?limit=1e9", "/jobs?limit=NaN",
-                     "/jobs?after=%00", f"/jobs?after={HUGE}", f"/jobs?limit={HUGE}", "/jobs?status=%00",
-                     "/jobs?scenario=%ED%A0%80", "/jobs?scenario=%ff", "/jobs?status=x&" + "a=1&" * 60,
-                     "/results?limit=x", "/jobs/next",
-                     "/jobs/next?node_id=", "/jobs/next?node_id=%00", f"/jobs/next?{node}&wait=1e400",
-                     f"/jobs/next?{node}&wait=-0.1", f"/jobs/next?{node}&wait={HUGE}",
-                     f"/jobs/next?{node}&seen=-1", f"/jobs/next?{node}&claim={'x' * 200}",
-                     f"/jobs/next?{node}&leaving=perhaps", f"/jobs/next?{node}&session=other",
-                     f"/jobs/{self.running['id']}/logs?after=-1",
-                     f"/jobs/{self.running['id']}/logs?wait=nan"):
+        for path in (
+            "/jobs?limit=0",
+            "/jobs?limit=-5",
+            "/jobs?limit=1e9",
+            "/jobs?limit=NaN",
+            "/jobs?after=%00",
+            f"/jobs?after={HUGE}",
+            f"/jobs?limit={HUGE}",
+            "/jobs?status=%00",
+            "/jobs?scenario=%ED%A0%80",
+            "/jobs?scenario=%ff",
+            "/jobs?status=x&" + "a=1&" * 60,
+            "/results?limit=x",
+            "/jobs/next",
+            "/jobs/next?node_id=",
+            "/jobs/next?node_id=%00",
+            f"/jobs/next?{node}&wait=1e400",
+            f"/jobs/next?{node}&wait=-0.1",
+            f"/jobs/next?{node}&wait={HUGE}",
+            f"/jobs/next?{node}&seen=-1",
+            f"/jobs/next?{node}&claim={'x' * 200}",
+            f"/jobs/next?{node}&leaving=perhaps",
+            f"/jobs/next?{node}&session=other",
+            f"/jobs/{self.running['id']}/logs?after=-1",
+            f"/jobs/{self.running['id']}/logs?wait=nan",
+        ):
             with self.subTest(path=path[:60]):
                 self.refused_raw(request("GET", path))
 
@@ -322,7 +465,11 @@ class TestPaths(Fuzz):
             head, gap, rest = raw.partition(b"\r\n\r\n")
             self.assertEqual((head[:15], gap, rest), (b"HTTP/1.1 200 OK", b"\r\n\r\n", b""), path)
             self.assertIn(b"Content-Length: ", head)
-        for path in (f"/jobs/next?node_id={self.idle.id}", f"/jobs/{self.running['id']}/cancel", "/nothing"):
+        for path in (
+            f"/jobs/next?node_id={self.idle.id}",
+            f"/jobs/{self.running['id']}/cancel",
+            "/nothing",
+        ):
             raw = self.send(request("HEAD", path, b"", "Connection: close"))
             self.assertTrue(raw.endswith(b"\r\n\r\n"), raw)
             self.assertIn(b" " + (b"404" if path == "/nothing" else b"405"), raw[:13], path)
@@ -332,14 +479,32 @@ class TestHttp(Fuzz):
     """Bytes that are no request, or half of one, or more than one."""
 
     def test_bytes_that_are_not_http_are_refused_with_a_sentence(self) -> None:
-        for raw in (b"hello\r\n\r\n", b"\0\0\0\0", b"GET\r\n\r\n", b"GET /\r\n\r\n", b"GET / \r\n\r\n",
-                    b"\r\r\n\r\n", b"GET  / HTTP/1.1\r\n\r\n", b"GET / http/1.1\r\n\r\n", b" ",
-                    b"GET / HTTP/11\r\n\r\n", b"SSH-2.0-OpenSSH_9.2\r\n", b"EHLO x\r\n",
-                    b"\x80\x2e\x01\x03", b"{}\n\n", b"GET / HTTP/1.1 x\r\n"):
+        for raw in (
+            b"hello\r\n\r\n",
+            b"\0\0\0\0",
+            b"GET\r\n\r\n",
+            b"GET /\r\n\r\n",
+            b"GET / \r\n\r\n",
+            b"\r\r\n\r\n",
+            b"GET  / HTTP/1.1\r\n\r\n",
+            b"GET / http/1.1\r\n\r\n",
+            b" ",
+            b"GET / HTTP/11\r\n\r\n",
+            b"SSH-2.0-OpenSSH_9.2\r\n",
+            b"EHLO x\r\n",
+            b"\x80\x2e\x01\x03",
+            b"{}\n\n",
+            b"GET / HTTP/1.1 x\r\n",
+        ):
             with self.subTest(raw=raw):
                 self.assertIn("HTTP", self.refused_raw(raw, 400))
         hello = bytes.fromhex("16030100c8010000c40303")
-        for rest in (bytes(range(16, 206)), bytes(range(190)), b"\r\n\r\n" + bytes(186), b"\n" * 190):
+        for rest in (
+            bytes(range(16, 206)),
+            bytes(range(190)),
+            b"\r\n\r\n" + bytes(186),
+            b"\n" * 190,
+        ):
             self.assertIn("TLS", self.refused_raw(hello + rest, 400, close=False))
 
     def test_other_versions_of_http(self) -> None:
@@ -354,19 +519,30 @@ class TestHttp(Fuzz):
 
     def test_lengths_that_contradict_one_another_are_refused(self) -> None:
         for status, headers in (
-                (400, ("Content-Length: 2", "Content-Length: 2")),
-                (400, ("Content-Length: 2", "content-length: 3")),
-                (400, ("Content-Length: 2", "Transfer-Encoding: chunked")),
-                (400, ("Transfer-Encoding: chunked", "Content-Length: 2")),
-                (411, ("Transfer-Encoding: chunked",)), (411, ("Transfer-Encoding: identity",)),
-                (400, ("Content-Length: -1",)), (400, ("Content-Length: +2",)), (400, ("Content-Length:",)),
-                (400, ("Content-Length: 0x2",)), (400, ("Content-Length: 2, 2",)),
-                (400, ("Content-Length: 2.0",)), (400, ("Content-Length: " + "9" * 30,)),
-                (400, ("Content-Length : 2",)), (400, ("Host: y",)), (400, (" folded: x",)),
-                (400, ("no colon",)), (400, (": no name",))):
+            (400, ("Content-Length: 2", "Content-Length: 2")),
+            (400, ("Content-Length: 2", "content-length: 3")),
+            (400, ("Content-Length: 2", "Transfer-Encoding: chunked")),
+            (400, ("Transfer-Encoding: chunked", "Content-Length: 2")),
+            (411, ("Transfer-Encoding: chunked",)),
+            (411, ("Transfer-Encoding: identity",)),
+            (400, ("Content-Length: -1",)),
+            (400, ("Content-Length: +2",)),
+            (400, ("Content-Length:",)),
+            (400, ("Content-Length: 0x2",)),
+            (400, ("Content-Length: 2, 2",)),
+            (400, ("Content-Length: 2.0",)),
+            (400, ("Content-Length: " + "9" * 30,)),
+            (400, ("Content-Length : 2",)),
+            (400, ("Host: y",)),
+            (400, (" folded: x",)),
+            (400, ("no colon",)),
+            (400, (": no name",)),
+        ):
             with self.subTest(headers=headers):
                 raw = request("POST", "/jobs", b"", *headers) + b"{}"
-                self.refused_raw(raw + request("POST", "/jobs", b'{"scenario": "smuggled"}'), status)
+                self.refused_raw(
+                    raw + request("POST", "/jobs", b'{"scenario": "smuggled"}'), status
+                )
 
     def test_heads_that_are_too_large_are_refused_without_waiting_for_their_end(self) -> None:
         many = b"".join(b"h%d: x\r\n" % number for number in range(500))
@@ -386,12 +562,23 @@ class TestHttp(Fuzz):
 
     def test_requests_in_one_stream_get_the_same_answers_in_any_pieces(self) -> None:
         bad = request("POST", "/jobs", b'{"scenario": 5}')
-        stream = b"".join((
-            request("GET", "/health"), bad, b"\r\n", request("GET", f"/jobs/{NOBODY}"),
-            request("GET", "/nodes"), request("POST", "/results", b"{nonsense"), request("BREW", "/jobs"),
-            request("GET", "/jobs?limit=0"), b"GET /jobs HTTP/1.1\nHost: x\n\n",
-            request("GET", "/ready", b"", "X-Other: y"), bad,
-            request("GET", "/jobs", b"", "Connection: close"), request("GET", "/health")))
+        stream = b"".join(
+            (
+                request("GET", "/health"),
+                bad,
+                b"\r\n",
+                request("GET", f"/jobs/{NOBODY}"),
+                request("GET", "/nodes"),
+                request("POST", "/results", b"{nonsense"),
+                request("BREW", "/jobs"),
+                request("GET", "/jobs?limit=0"),
+                b"GET /jobs HTTP/1.1\nHost: x\n\n",
+                request("GET", "/ready", b"", "X-Other: y"),
+                bad,
+                request("GET", "/jobs", b"", "Connection: close"),
+                request("GET", "/health"),
+            )
+        )
         whole = self.send(stream, close=False)
         statuses = [status for status, _, _ in answers_of(whole)]
         self.assertEqual(statuses, [200, 400, 404, 200, 400, 405, 400, 200, 200, 400, 200])
@@ -476,16 +663,23 @@ class TestHttp(Fuzz):
     def test_many_broken_connections_at_once_leave_room_for_an_honest_one(self) -> None:
         with contextlib.ExitStack() as stack:
             for number in range(300):
-                connection = stack.enter_context(socket.create_connection(("127.0.0.1", self.master.port)))
+                connection = stack.enter_context(
+                    socket.create_connection(("127.0.0.1", self.master.port))
+                )
                 connection.sendall(request("POST", "/jobs", b'{"scenario": "x"}')[:number % 60])
             self.assertEqual(self.master.get("/health"), {"status": "healthy"})
 
     def test_an_honest_client_is_served_on_one_connection_between_refusals(self) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.master.port, timeout=30)
         self.addCleanup(connection.close)
-        for method, path, body, status in (("GET", "/health", None, 200), ("POST", "/jobs", "{", 400),
-                                           ("GET", "/nothing", None, 404), ("PUT", "/jobs", None, 405),
-                                           ("POST", "/jobs", "[]", 400), ("GET", "/health", None, 200)):
+        for method, path, body, status in (
+            ("GET", "/health", None, 200),
+            ("POST", "/jobs", "{", 400),
+            ("GET", "/nothing", None, 404),
+            ("PUT", "/jobs", None, 405),
+            ("POST", "/jobs", "[]", 400),
+            ("GET", "/health", None, 200),
+        ):
             connection.request(method, path, body, {"X-Id": uuid.uuid4().hex})
             answer = connection.getresponse()
             answer.read()

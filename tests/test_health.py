@@ -1,7 +1,8 @@
-"""Nodes that fail by themselves, and the way back: quarantine, trials, drains with a deadline, pinned jobs.
+"""Nodes that fail by themselves, and the way back: quarantine, trials, drains with a deadline,
+pinned jobs.
 
-The master's own state runs in this process with a clock that the test turns; the agents are stand-ins that
-say what a real one says. The same on real processes: test_end_to_end.
+The master's own state runs in this process with a clock that the test turns; the agents are
+stand-ins that say what a real one says. The same on real processes: test_end_to_end.
 """
 from __future__ import annotations
 
@@ -54,7 +55,15 @@ class Fleet(Case):
         return node_id
 
     def ask(self, node_id: str, seen: int = 0, **more: Any) -> dict[str, Any]:
-        ask = Ask(node_id, self.sessions[node_id], 0.0, seen, f"word {next(self.words)}", False, lambda: True)
+        ask = Ask(
+            node_id,
+            self.sessions[node_id],
+            0.0,
+            seen,
+            f"word {next(self.words)}",
+            False,
+            lambda: True,
+        )
         return self.master.claim(ask._replace(**more))
 
     def claim(self, node_id: str) -> Job | None:
@@ -128,7 +137,9 @@ class TestQuarantine(Fleet):
         self.assertIn("ffmpeg: out_of_disk", node["quarantine"]["reason"])
         self.assertTrue(node["quarantine"]["next_trial"].endswith("Z"))
         fresh = [self.submit().id for _ in range(2)]
-        self.assertIsNone(self.claim(self.sick), "it gets no work, though there is some that it never failed")
+        self.assertIsNone(
+            self.claim(self.sick), "it gets no work, though there is some that it never failed"
+        )
         self.assertIn(getattr(self.claim(self.well), "id", None), fresh)
 
     def test_a_success_between_failures_begins_the_count_anew(self) -> None:
@@ -174,7 +185,9 @@ class TestQuarantine(Fleet):
             self.turn(5)
             self.end_badly(self.well)
             self.turn(5)
-        self.assertEqual((self.status(self.sick), self.status(self.well)), ("available", "available"))
+        self.assertEqual(
+            (self.status(self.sick), self.status(self.well)), ("available", "available")
+        )
 
     def test_the_network_is_a_nodes_own_only_where_the_job_was_completed_elsewhere(self) -> None:
         for _ in range(4):  # their host is down, and nobody else has a slot to find that out
@@ -188,7 +201,9 @@ class TestQuarantine(Fleet):
             job = self.claim(self.well)
             assert job is not None
             self.report(job, self.well)
-        self.assertEqual((self.status(self.sick), self.status(self.well)), ("quarantined", "available"))
+        self.assertEqual(
+            (self.status(self.sick), self.status(self.well)), ("quarantined", "available")
+        )
         reason = self.master.queries.node(self.sick)["quarantine"]["reason"]
         self.assertIn("(network): ffmpeg: network", reason)
 
@@ -211,7 +226,8 @@ class TestQuarantine(Fleet):
         self.assertEqual({self.status(one) for one in (self.sick, self.well, third)}, {"available"})
 
     def trial(self, node_id: str) -> Job:
-        """Return the job that tries whether a node in quarantine is well again, as soon as there is one."""
+        """Return the job that tries whether a node in quarantine is well again, as soon as there is
+        one."""
         for _ in range(1300):
             job = self.claim(node_id)
             if job is not None:
@@ -219,7 +235,10 @@ class TestQuarantine(Fleet):
             self.turn(1)
         self.fail("no job tried the node")
 
-    def test_one_real_job_tries_a_node_after_a_pause_and_its_success_closes_the_circuit(self) -> None:
+
+    def test_one_real_job_tries_a_node_after_a_pause_and_its_success_closes_the_circuit(
+        self,
+    ) -> None:
         self.make_sick()
         for _ in range(3):
             self.submit()
@@ -230,8 +249,10 @@ class TestQuarantine(Fleet):
         self.assertIsNone(self.claim(self.sick), "one job tries it, not two")
         self.assertEqual(self.status(self.sick), "quarantined")
         self.report(trial, self.sick, metrics={"duration": 1})
-        self.assertEqual((self.status(self.sick), self.master.queries.node(self.sick)["quarantine"]),
-                         ("available", None))
+        self.assertEqual(
+            (self.status(self.sick), self.master.queries.node(self.sick)["quarantine"]),
+            ("available", None),
+        )
         self.assertEqual(self.master.queries.job(trial.id)["status"], "completed")
         self.assertIsNotNone(self.claim(self.sick))
 
@@ -248,7 +269,9 @@ class TestQuarantine(Fleet):
             while (trial := self.claim(self.sick)) is None:
                 self.turn(1)
             pauses.append(self.now - began)
-            self.report(trial, self.sick, "failed", failure_reason="out_of_disk", error="still full")
+            self.report(
+                trial, self.sick, "failed", failure_reason="out_of_disk", error="still full"
+            )
             shown = self.master.queries.job(job.id)
             self.assertEqual((shown["status"], shown["retry_count"]), ("pending", 0))
             while (taken := self.claim(self.well)) is not None:
@@ -333,8 +356,10 @@ class TestQuarantine(Fleet):
             self.report(job, self.well)
         self.master.drain(self.well, None)
         self.submit()
-        waiting = Asking(self.master, Ask(self.sick, self.sessions[self.sick], 60.0, 0, "parked", False,
-                                          lambda: True))
+        waiting = Asking(
+            self.master,
+            Ask(self.sick, self.sessions[self.sick], 60.0, 0, "parked", False, lambda: True),
+        )
         self.turn_without_beats(ffdist.TRIAL_FIRST_S + 2)
         self.assertIn("job", waiting.answer())
 
@@ -351,10 +376,18 @@ class TestBlame(unittest.TestCase):
     """The pure judgement: whose fault was it?"""
 
     def job(self, *ends: tuple[str, str], **settings: Any) -> Job:
-        job = Job(1, str(uuid.uuid4()), "a", draft_of({"scenario": "a", "parameters": settings}, 3).spec, 1.0)
+        job = Job(
+            1,
+            str(uuid.uuid4()),
+            "a",
+            draft_of({"scenario": "a", "parameters": settings}, 3).spec,
+            1.0,
+        )
         for node_id, reason in ends:
             job = ffdist.advance(job, "claim", 2.0, node_id)
-            job = ffdist.advance(job, "requeue", 3.0, reason=reason, error=reason, reported="failed")
+            job = ffdist.advance(
+                job, "requeue", 3.0, reason=reason, error=reason, reported="failed"
+            )
         return ffdist.advance(job, "claim", 4.0, "here")
 
     def test_a_failure_of_its_own_blames_the_node(self) -> None:
@@ -367,7 +400,9 @@ class TestBlame(unittest.TestCase):
         self.assertFalse(blames_node(self.job(("other", "killed")), "here", "killed"))
 
     def test_a_job_that_failed_on_many_nodes_blames_none(self) -> None:
-        self.assertFalse(blames_node(self.job(("a", "network"), ("b", "stalled")), "here", "killed"))
+        self.assertFalse(
+            blames_node(self.job(("a", "network"), ("b", "stalled")), "here", "killed")
+        )
 
     def test_an_encoder_or_a_limit_that_the_job_named_is_the_jobs_choice(self) -> None:
         self.assertTrue(blames_node(self.job(), "here", "no_capability"))
@@ -385,7 +420,9 @@ class TestBlame(unittest.TestCase):
 
     def test_backoff_doubles_up_to_its_limit(self) -> None:
         settings = Settings(retry_delay_s=2.0, retry_delay_most_s=60.0)
-        self.assertEqual([backoff_most_s(count, settings) for count in range(7)], [2, 4, 8, 16, 32, 60, 60])
+        self.assertEqual(
+            [backoff_most_s(count, settings) for count in range(7)], [2, 4, 8, 16, 32, 60, 60]
+        )
         self.assertEqual(backoff_most_s(10**6, settings), 60)
 
 
@@ -414,7 +451,9 @@ class TestDrainDeadline(Fleet):
         self.turn(2)
         answer = self.ask(self.sick)
         self.assertEqual(answer["actions"], [{"job_id": job.id, "attempt": 1, "action": "return"}])
-        self.assertIn("actions", self.ask(self.sick, seen=answer["orders"]), "it stands until it is obeyed")
+        self.assertIn(
+            "actions", self.ask(self.sick, seen=answer["orders"]), "it stands until it is obeyed"
+        )
         self.report(taken, self.sick, "returned")
         shown = self.master.queries.job(job.id)
         self.assertEqual((shown["status"], shown["retry_count"]), ("pending", 0))

@@ -1,7 +1,7 @@
 """The pure lifecycle of a job, and what a submission resolves to: no socket, no disk, no clock.
 
-The lifecycle is checked twice: every (state, event) pair by the table, and random walks by a model that
-knows only what DESIGN promises of a job, not how advance() does it.
+The lifecycle is checked twice: every (state, event) pair by the table, and random walks by a model
+that knows only what DESIGN promises of a job, not how advance() does it.
 """
 from __future__ import annotations
 
@@ -30,9 +30,17 @@ def new_job(**state: Any) -> Job:
 
 def job_in(state: str) -> Job:
     """Return a job that came to a state on a legal way."""
-    ways = {"blocked": (), "pending": (), "running": ("claim",), "stopped": ("claim", "pause"),
-            "canceling": ("claim", "cancel"), "paused": ("pause",), "completed": ("claim", "complete"),
-            "failed": ("claim", "fail"), "canceled": ("cancel",)}
+    ways = {
+        "blocked": (),
+        "pending": (),
+        "running": ("claim",),
+        "stopped": ("claim", "pause"),
+        "canceling": ("claim", "cancel"),
+        "paused": ("pause",),
+        "completed": ("claim", "complete"),
+        "failed": ("claim", "fail"),
+        "canceled": ("cancel",),
+    }
     job = new_job(state="blocked" if state == "blocked" else "pending")
     for at, event in enumerate(ways[state]):
         job = advance(job, event, 10.0 + at, node_id="n1", claim="word", error="broken")
@@ -43,9 +51,23 @@ class TestTable(unittest.TestCase):
     """Every pair of a state and an event."""
 
     def test_the_table_speaks_only_of_known_states_and_knows_every_event_of_an_agent(self) -> None:
-        self.assertLessEqual({state for state, _ in TRANSITIONS} | set(TRANSITIONS.values()), set(STATES))
-        self.assertLessEqual({*ffdist.EVENT_OF_REPORT.values(), "claim", "reclaim", "lose", "exhaust",
-                              "cancel", "retry", "pause", "resume"}, set(EVENTS))
+        self.assertLessEqual(
+            {state for state, _ in TRANSITIONS} | set(TRANSITIONS.values()), set(STATES)
+        )
+        self.assertLessEqual(
+            {
+                *ffdist.EVENT_OF_REPORT.values(),
+                "claim",
+                "reclaim",
+                "lose",
+                "exhaust",
+                "cancel",
+                "retry",
+                "pause",
+                "resume",
+            },
+            set(EVENTS),
+        )
 
     def test_every_state_is_shown_as_a_status_of_the_api(self) -> None:
         for state in STATES:
@@ -112,7 +134,9 @@ class TestLife(unittest.TestCase):
 
     def test_a_claim_numbers_the_attempt_and_names_the_node(self) -> None:
         job = advance(new_job(), "claim", 5.0, "n1", "word")
-        self.assertEqual((job.attempt, job.node_id, job.claim, job.started_at), (1, "n1", "word", 5.0))
+        self.assertEqual(
+            (job.attempt, job.node_id, job.claim, job.started_at), (1, "n1", "word", 5.0)
+        )
         self.assertEqual([(record["attempt"], record["node_id"], record["status"])
                           for record in job.attempts], [(1, "n1", "running")])
 
@@ -123,9 +147,13 @@ class TestLife(unittest.TestCase):
         job = advance(job, "return", 8.0, reported="returned")
         job = advance(job, "claim", 9.0, "n3")
         job = advance(job, "complete", 10.0, reported="completed")
-        self.assertEqual([(record["attempt"], record["node_id"], record["status"], record["ended_at"])
-                          for record in job.attempts],
-                         [(1, "n1", "lost", 6.0), (2, "n2", "returned", 8.0), (3, "n3", "completed", 10.0)])
+        self.assertEqual(
+            [
+                (record["attempt"], record["node_id"], record["status"], record["ended_at"])
+                for record in job.attempts
+            ],
+            [(1, "n1", "lost", 6.0), (2, "n2", "returned", 8.0), (3, "n3", "completed", 10.0)],
+        )
 
     def test_a_lost_node_counts_as_a_retry_and_is_remembered(self) -> None:
         job = advance(advance(new_job(), "claim", 5.0, "n1", "word"), "lose", 6.0, error="silent",
@@ -136,24 +164,37 @@ class TestLife(unittest.TestCase):
 
     def test_a_returned_job_is_pending_and_no_retry_is_counted(self) -> None:
         job = advance(advance(new_job(), "claim", 5.0, "n1"), "return", 6.0, reported="returned")
-        self.assertEqual((job.state, job.retry_count, job.given_up, job.node_id), ("pending", 0, None, None))
+        self.assertEqual(
+            (job.state, job.retry_count, job.given_up, job.node_id), ("pending", 0, None, None)
+        )
 
     def test_a_taken_back_job_is_the_same_attempt_and_the_retry_is_not_counted(self) -> None:
         claimed = advance(new_job(), "claim", 5.0, "n1", "word")
-        job = advance(advance(claimed, "lose", 6.0, error="silent", reason="node_lost", not_before=9.0),
-                      "reclaim", 7.0)
-        self.assertEqual((job.state, job.attempt, job.node_id, job.retry_count, job.given_up, job.not_before),
-                         ("running", 1, "n1", 0, None, None))
+        job = advance(
+            advance(claimed, "lose", 6.0, error="silent", reason="node_lost", not_before=9.0),
+            "reclaim",
+            7.0,
+        )
+        self.assertEqual(
+            (job.state, job.attempt, job.node_id, job.retry_count, job.given_up, job.not_before),
+            ("running", 1, "n1", 0, None, None),
+        )
         self.assertEqual((job.error, job.failure_reason, job.retry_reason), (None, None, None))
         self.assertEqual([record["status"] for record in job.attempts], ["running"])
 
     def test_a_taken_back_job_keeps_the_time_it_was_started(self) -> None:
         claimed = advance(new_job(), "claim", 5.0, "n1", "word")
-        job = advance(advance(claimed, "lose", 6.0, error="silent", reason="node_lost"), "reclaim", 7.0)
+        job = advance(
+            advance(claimed, "lose", 6.0, error="silent", reason="node_lost"), "reclaim", 7.0
+        )
         self.assertEqual(job.started_at, 5.0)
-        self.assertEqual({name: job.attempts[0].get(name) for name in ("started_at", "ended_at", "error",
-                                                                       "failure_reason")},
-                         {"started_at": 5.0, "ended_at": None, "error": None, "failure_reason": None})
+        self.assertEqual(
+            {
+                name: job.attempts[0].get(name)
+                for name in ("started_at", "ended_at", "error", "failure_reason")
+            },
+            {"started_at": 5.0, "ended_at": None, "error": None, "failure_reason": None},
+        )
 
     def test_any_event_after_a_loss_ends_the_right_to_take_back(self) -> None:
         lost = advance(advance(new_job(), "claim", 5.0, "n1"), "lose", 6.0, reason="node_lost")
@@ -170,11 +211,15 @@ class TestLife(unittest.TestCase):
     def test_a_paused_job_whose_node_is_lost_stays_paused_without_a_lease(self) -> None:
         for event in ("lose", "exhaust", "return"):
             job = advance(job_in("stopped"), event, 20.0)
-            self.assertEqual((job.state, job.node_id, job.started_at), ("paused", None, None), event)
+            self.assertEqual(
+                (job.state, job.node_id, job.started_at), ("paused", None, None), event
+            )
 
     def test_a_failed_job_keeps_error_and_reason_and_a_completed_one_has_none(self) -> None:
         running = advance(new_job(), "claim", 5.0, "n1")
-        failed = advance(running, "fail", 6.0, error="no such file", reason="bad_input", reported="failed")
+        failed = advance(
+            running, "fail", 6.0, error="no such file", reason="bad_input", reported="failed"
+        )
         self.assertEqual((failed.error, failed.failure_reason, failed.node_id),
                          ("no such file", "bad_input", "n1"))
         done = advance(running, "complete", 6.0, error="a word", reason="x", reported="completed")
@@ -193,14 +238,22 @@ class TestLife(unittest.TestCase):
         for at, (event, reason) in enumerate((("claim", None), ("cancel", "cancel was asked for"),
                                               ("cancel", None), ("end", None)), 5):
             job = advance(job, event, float(at), "n1", reason=reason)
-        self.assertEqual(list(job.history), [
-            (1.0, "pending", None), (5.0, "running", None), (6.0, "running", "cancel was asked for"),
-            (8.0, "canceled", None)])
+        self.assertEqual(
+            list(job.history),
+            [
+                (1.0, "pending", None),
+                (5.0, "running", None),
+                (6.0, "running", "cancel was asked for"),
+                (8.0, "canceled", None),
+            ],
+        )
 
     def test_history_and_attempts_are_bounded_however_long_a_job_lives(self) -> None:
         job = new_job()
         for at in range(300):
-            job = advance(advance(job, "claim", float(at), "n1"), "return", float(at), reported="returned")
+            job = advance(
+                advance(job, "claim", float(at), "n1"), "return", float(at), reported="returned"
+            )
         self.assertEqual(job.attempt, 300)
         self.assertLessEqual(len(job.history), ffdist.HISTORY_MOST + 1)
         self.assertLessEqual(len(job.attempts), 50)
@@ -222,8 +275,22 @@ class TestLife(unittest.TestCase):
 
     def test_the_api_shows_all_that_design_lists_and_times_in_utc(self) -> None:
         shown = job_json(advance(new_job(), "claim", 1735501500.25, "n1"))
-        for name in ("id", "scenario", "confidence", "parameters", "settings", "attempt", "status", "node_id",
-                     "error", "failure_reason", "retry_count", "created_at", "started_at", "completed_at"):
+        for name in (
+            "id",
+            "scenario",
+            "confidence",
+            "parameters",
+            "settings",
+            "attempt",
+            "status",
+            "node_id",
+            "error",
+            "failure_reason",
+            "retry_count",
+            "created_at",
+            "started_at",
+            "completed_at",
+        ):
             self.assertIn(name, shown)
         self.assertEqual(shown["started_at"], "2024-12-29T19:45:00.250Z")
 
@@ -324,14 +391,21 @@ class TestScenario(unittest.TestCase):
         self.check("transcode", "h264", 1280, 720, 30)
 
     def test_codec_words_have_their_usual_other_names_and_any_case(self) -> None:
-        for scenario, codec in (("1080p30-hevc", "h265"), ("1080p30-H264", "h264"), ("x265-1080p", "h265"),
-                                ("AV1-720p", "av1"), ("my_film.v2-vp9", "vp9")):
+        for scenario, codec in (
+            ("1080p30-hevc", "h265"),
+            ("1080p30-H264", "h264"),
+            ("x265-1080p", "h265"),
+            ("AV1-720p", "av1"),
+            ("my_film.v2-vp9", "vp9"),
+        ):
             self.assertEqual(resolve(scenario).codec, codec, scenario)
         self.check("4k60-h264", "h264", 3840, 2160, 60)
 
     def test_nothing_said_is_a_720p_clip_of_ten_seconds(self) -> None:
         found = resolve("transcode")
-        self.assertEqual((found.width, found.height, found.fps, found.duration), (1280, 720, 30, 10))
+        self.assertEqual(
+            (found.width, found.height, found.fps, found.duration), (1280, 720, 30, 10)
+        )
 
     def test_with_an_input_nothing_said_is_as_the_input_is(self) -> None:
         found = resolve("transcode", {"input": "film.mov"})
@@ -371,18 +445,26 @@ class TestParameters(unittest.TestCase):
     def refused(self, field: str, parameters: Any, scenario: str = "x") -> ApiError:
         with self.assertRaises(ApiError, msg=repr(parameters)) as caught:
             resolve(scenario, parameters)
-        self.assertEqual((caught.exception.status, caught.exception.field), (400, field), repr(parameters))
+        self.assertEqual(
+            (caught.exception.status, caught.exception.field), (400, field), repr(parameters)
+        )
         self.assertLess(len(caught.exception.message), 1000)
         return caught.exception
 
     def test_the_wrong_type_is_refused_for_every_parameter(self) -> None:
         wrong: dict[str, tuple[Any, ...]] = {
-            "number": ("fast", True, [], {}, "5 s"), "whole": ("x", True, [1], {}, 1.5),
-            "size": ("x", False, [], {}, 100.5, 101), "rate": ("x", True, [], {}, "30/0", "1/2/3"),
-            "bitrate": ("fast", True, [], {}, "-5M", "5MM", ""), "bool": ("yes", 1, 0, [], {}),
-            "word": (5, True, [], {}, "", "mp3"), "words": (5, True, {}, [5]),
+            "number": ("fast", True, [], {}, "5 s"),
+            "whole": ("x", True, [1], {}, 1.5),
+            "size": ("x", False, [], {}, 100.5, 101),
+            "rate": ("x", True, [], {}, "30/0", "1/2/3"),
+            "bitrate": ("fast", True, [], {}, "-5M", "5MM", ""),
+            "bool": ("yes", 1, 0, [], {}),
+            "word": (5, True, [], {}, "", "mp3"),
+            "words": (5, True, {}, [5]),
             "name": (5, True, [], {}, "", "a b", "$(reboot)", "x" * 65),
-            "preset": (True, 1.5, [], {}, "", "quick", "p8"), "place": (5, True, [], {}, "", "a\0b", "a\nb")}
+            "preset": (True, 1.5, [], {}, "", "quick", "p8"),
+            "place": (5, True, [], {}, "", "a\0b", "a\nb"),
+        }
         for name, rule in PARAMETERS.items():
             for value in wrong[rule.kind]:
                 if name == "extra_args" and not value:
@@ -394,7 +476,17 @@ class TestParameters(unittest.TestCase):
         for name, rule in PARAMETERS.items():
             if rule.kind not in ("number", "whole", "size", "rate", "bitrate"):
                 continue
-            for value in (-1, -0.5, math.nan, math.inf, -math.inf, 1e300, 10 ** 18, 10 ** 400, -10 ** 400):
+            for value in (
+                -1,
+                -0.5,
+                math.nan,
+                math.inf,
+                -math.inf,
+                1e300,
+                10**18,
+                10**400,
+                -(10**400),
+            ):
                 with self.subTest(parameter=name, value=str(value)[:20]):
                     self.refused(f"parameters.{name}", {name: value})
 
@@ -409,8 +501,14 @@ class TestParameters(unittest.TestCase):
         self.refused("parameters.crf", {"crf": 52})
 
     def test_an_unknown_name_is_refused_with_the_nearest_known_one(self) -> None:
-        for typo, meant in (("bitrat", "bitrate"), ("heigth", "height"), ("pixelformat", "pixel_format"),
-                            ("twopass", "two_pass"), ("codecs", "codec"), ("Duration", "duration")):
+        for typo, meant in (
+            ("bitrat", "bitrate"),
+            ("heigth", "height"),
+            ("pixelformat", "pixel_format"),
+            ("twopass", "two_pass"),
+            ("codecs", "codec"),
+            ("Duration", "duration"),
+        ):
             error = self.refused(f"parameters.{typo}", {typo: 1})
             self.assertRegex(error.message, rf"did you mean .*\b{meant}\b")
         self.assertIn("bitrate", self.refused("parameters.zzz", {"zzz": 1}).message)
@@ -426,8 +524,15 @@ class TestParameters(unittest.TestCase):
         self.assertEqual(resolve("x", dict.fromkeys(PARAMETERS)), resolve("x"))
 
     def test_bitrates_in_every_spelling(self) -> None:
-        for text, bits in (("15000k", 15_000_000), ("5M", 5_000_000), ("2.5M", 2_500_000), (800000, 800_000),
-                           ("1500 kbps", 1_500_000), ("1G", 1_000_000_000), ("64000", 64_000)):
+        for text, bits in (
+            ("15000k", 15_000_000),
+            ("5M", 5_000_000),
+            ("2.5M", 2_500_000),
+            (800000, 800_000),
+            ("1500 kbps", 1_500_000),
+            ("1G", 1_000_000_000),
+            ("64000", 64_000),
+        ):
             self.assertEqual(resolve("x", {"bitrate": text}).bitrate, bits, text)
 
     def test_frame_rates_as_numbers_and_fractions(self) -> None:
@@ -443,13 +548,19 @@ class TestParameters(unittest.TestCase):
         found = resolve("x", {"resolution": "1920x1080", "frame_rate": 60})
         self.assertEqual((found.width, found.height, found.fps), (1920, 1080, 60))
         self.assertEqual(resolve("x", {"resolution": "720p"}).width, 1280)
-        found = resolve("x", {"output_mode": "rtmp", "rtmp_url": "rtmp://host/live/", "stream_key": "key"})
+        found = resolve(
+            "x", {"output_mode": "rtmp", "rtmp_url": "rtmp://host/live/", "stream_key": "key"}
+        )
         self.assertEqual((found.output, found.container), ("rtmp://host/live/key", "flv"))
         self.assertEqual(resolve("x", {"rtmp_url": "rtmp://host/live"}).output, "rtmp://host/live")
         self.assertIsNone(resolve("x", {"output_mode": "file"}).output)
-        for field, given in (("resolution", {"resolution": "big"}), ("resolution", {"resolution": 5}),
-                             ("output_mode", {"output_mode": "carrier pigeon"}),
-                             ("rtmp_url", {"output_mode": "rtmp"}), ("rtmp_url", {"rtmp_url": 5})):
+        for field, given in (
+            ("resolution", {"resolution": "big"}),
+            ("resolution", {"resolution": 5}),
+            ("output_mode", {"output_mode": "carrier pigeon"}),
+            ("rtmp_url", {"output_mode": "rtmp"}),
+            ("rtmp_url", {"rtmp_url": 5}),
+        ):
             self.refused(f"parameters.{field}", given)
 
     def test_an_alias_never_beats_the_name_itself(self) -> None:
@@ -472,49 +583,97 @@ class TestParameters(unittest.TestCase):
         for output, container in (("a.mp4", "mkv"), ("a.mov", "mp4"), ("a.mkv", "webm")):
             self.refused("parameters.container", {"output": output, "container": container})
         for output, container in (("a.mp4", "mp4"), ("a.mkv", "matroska"), ("a.M4V", "mp4")):
-            self.assertEqual(resolve("x", {"output": output, "container": container}).container, container)
-        self.assertEqual(resolve("x", {"output": "rtmp://h/a", "container": "flv"}).container, "flv")
+            self.assertEqual(
+                resolve("x", {"output": output, "container": container}).container, container
+            )
+        self.assertEqual(
+            resolve("x", {"output": "rtmp://h/a", "container": "flv"}).container, "flv"
+        )
 
     def test_no_part_of_an_output_begins_with_a_dot(self) -> None:
-        for output in (".ssh/a.mkv", "a/.b/c.mp4", ".a.mp4", "/srv/.x/a.mp4", "../a.mp4", "a/../b.mp4",
-                       ".ffdist-1.part.mp4"):
+        for output in (
+            ".ssh/a.mkv",
+            "a/.b/c.mp4",
+            ".a.mp4",
+            "/srv/.x/a.mp4",
+            "../a.mp4",
+            "a/../b.mp4",
+            ".ffdist-1.part.mp4",
+        ):
             self.assertIn("dot", self.refused("parameters.output", {"output": output}).message)
             resolve("x", {"input": output})
         self.assertEqual(resolve("x", {"output": "./a/./b.mp4"}).container, "mp4")
-        self.assertEqual(resolve("x", {"output": "/home/me/.films/a.mp4"}, own_paths=True).container, "mp4")
+        self.assertEqual(
+            resolve("x", {"output": "/home/me/.films/a.mp4"}, own_paths=True).container, "mp4"
+        )
 
     def test_a_codec_that_its_container_cannot_hold_is_refused_at_once(self) -> None:
-        for codec, output in (("h264", "a.webm"), ("vp9", "a.mov"), ("h265", "rtmp://h/a"), ("av1", "a.ts")):
+        for codec, output in (
+            ("h264", "a.webm"),
+            ("vp9", "a.mov"),
+            ("h265", "rtmp://h/a"),
+            ("av1", "a.ts"),
+        ):
             error = self.refused("parameters.codec", {"codec": codec, "output": output})
             self.assertIn(codec, error.message)
         self.refused("parameters.container", {"codec": "h264", "container": "webm"})
 
     def test_an_encoder_must_be_known_and_of_the_codec(self) -> None:
         self.assertEqual(resolve("x", {"encoder": "libx265"}).codec, "h265")
-        self.assertIn("libx264", self.refused("parameters.encoder", {"encoder": "libx264x"}).message)
+        self.assertIn(
+            "libx264", self.refused("parameters.encoder", {"encoder": "libx264x"}).message
+        )
         self.refused("parameters.encoder", {"encoder": "libx265", "codec": "h264"})
-        self.refused("parameters.two_pass", {"two_pass": True, "encoder": "h264_nvenc", "bitrate": "1M"})
+        self.refused(
+            "parameters.two_pass", {"two_pass": True, "encoder": "h264_nvenc", "bitrate": "1M"}
+        )
         self.refused("parameters.two_pass", {"two_pass": True, "crf": 20})
 
     def test_places_are_paths_or_urls_of_known_schemes_with_a_host(self) -> None:
-        for value in ("file:///etc/passwd", "concat://a|b", "gopher://x/", "http://", "http://h:99999/x",
-                      "http://h:port/x", "http://[::1/x"):
+        for value in (
+            "file:///etc/passwd",
+            "concat://a|b",
+            "gopher://x/",
+            "http://",
+            "http://h:99999/x",
+            "http://h:port/x",
+            "http://[::1/x",
+        ):
             self.refused("parameters.input", {"input": value})
         self.assertEqual(resolve("x", {"input": "HTTP://host/a.mp4"}).input, "http://host/a.mp4")
 
     def test_a_url_is_the_same_host_to_every_parser(self) -> None:
-        for value in ("http://169.254.169.254:80[2001:db8::1]/a", "http://a[::1]/x", "http://[::1]x/a",
-                      "http://good@evil@host/x", "http://host\\@evil/x", "http://ho st/x", "http://h:1:2/x",
-                      "http://[::1%25eth0]/x", "http://[127.0.0.1]/x", "http://h%6fst/x", "http://:80/x",
-                      "http://user@/x", "http://h:0/x", "http://h:-1/x", "http://h;x/", "http://[/x"):
+        for value in (
+            "http://169.254.169.254:80[2001:db8::1]/a",
+            "http://a[::1]/x",
+            "http://[::1]x/a",
+            "http://good@evil@host/x",
+            "http://host\\@evil/x",
+            "http://ho st/x",
+            "http://h:1:2/x",
+            "http://[::1%25eth0]/x",
+            "http://[127.0.0.1]/x",
+            "http://h%6fst/x",
+            "http://:80/x",
+            "http://user@/x",
+            "http://h:0/x",
+            "http://h:-1/x",
+            "http://h;x/",
+            "http://[/x",
+        ):
             for name in ("input", "output"):
                 self.refused(f"parameters.{name}", {name: value})
-        for value, wanted in (("HTTPS://User:p%40ss@Host.Example:443/A?b=c#d",
-                               "https://User:p%40ss@host.example:443/A?b=c#d"),
-                              ("http://[2001:DB8:0::1]:8080/x", "http://[2001:db8::1]:8080/x"),
-                              ("http://host:/x", "http://host/x"), ("http://host?x=1", "http://host?x=1"),
-                              ("http://b\u00fccher.example/x", "http://xn--bcher-kva.example/x"),
-                              ("rtmp://h_1/app/key?a=[b]@c", "rtmp://h_1/app/key?a=[b]@c")):
+        for value, wanted in (
+            (
+                "HTTPS://User:p%40ss@Host.Example:443/A?b=c#d",
+                "https://User:p%40ss@host.example:443/A?b=c#d",
+            ),
+            ("http://[2001:DB8:0::1]:8080/x", "http://[2001:db8::1]:8080/x"),
+            ("http://host:/x", "http://host/x"),
+            ("http://host?x=1", "http://host?x=1"),
+            ("http://b\u00fccher.example/x", "http://xn--bcher-kva.example/x"),
+            ("rtmp://h_1/app/key?a=[b]@c", "rtmp://h_1/app/key?a=[b]@c"),
+        ):
             self.assertEqual(resolve("x", {"input": value}).input, wanted)
 
     def test_srt_calls_and_never_listens(self) -> None:
@@ -543,23 +702,38 @@ class TestDraft(unittest.TestCase):
     def refused(self, field: str | None, value: Any) -> None:
         with self.assertRaises(ApiError, msg=repr(value)) as caught:
             draft_of(value, 3)
-        self.assertEqual((caught.exception.status, caught.exception.field), (400, field), repr(value))
+        self.assertEqual(
+            (caught.exception.status, caught.exception.field), (400, field), repr(value)
+        )
 
     def test_what_was_given_and_what_was_resolved_are_both_kept(self) -> None:
-        draft = draft_of({"scenario": "4K60-h264", "confidence": "high", "parameters": {"bitrate": "15M"}}, 3)
+        draft = draft_of(
+            {"scenario": "4K60-h264", "confidence": "high", "parameters": {"bitrate": "15M"}}, 3
+        )
         spec = json.loads(draft.spec)
         self.assertEqual(spec["parameters"], {"bitrate": "15M"})
         self.assertEqual((spec["settings"]["bitrate"], spec["confidence"]), ("15000k", "high"))
         self.assertEqual((draft.id, draft.scenario, draft.max_retries), (None, "4K60-h264", 3))
 
     def test_unknown_fields_beside_the_known_ones_are_no_error_and_forge_nothing(self) -> None:
-        body = {"scenario": "x", "priority": "high", "queue": "live", "engine": "auto", "classification": {},
-                "status": "completed", "node_id": "me", "result": {}, "settings": {"codec": "mine"},
-                "attempt": 7}
+        body = {
+            "scenario": "x",
+            "priority": "high",
+            "queue": "live",
+            "engine": "auto",
+            "classification": {},
+            "status": "completed",
+            "node_id": "me",
+            "result": {},
+            "settings": {"codec": "mine"},
+            "attempt": 7,
+        }
         spec = json.loads(draft_of(body, 3).spec)
         self.assertEqual((spec["priority"], spec["settings"]["codec"]), ("high", "h264"))
         shown = job_json(Job(1, ID, "x", json.dumps(spec), 1.0))
-        self.assertEqual((shown["status"], shown["node_id"], shown["attempt"]), ("pending", None, 0))
+        self.assertEqual(
+            (shown["status"], shown["node_id"], shown["attempt"]), ("pending", None, 0)
+        )
 
     def test_each_field_is_checked_by_name(self) -> None:
         for value in (None, 5, "x", [], True):

@@ -40,12 +40,31 @@ def record_of(master: Master) -> dict[str, Any]:
         detail = master.get(f"/jobs/{job['id']}")
         detail["lines"] = master.get(f"/jobs/{job['id']}/logs")["lines"]
         details[job["id"]] = {**detail, "progress": None}
-    nodes = {node["id"]: {**node, "last_heartbeat": None, "jobs": master.get(f"/nodes/{node['id']}")["jobs"]}
-             for node in master.get("/nodes")["nodes"]}
-    counts = {path: master.get(path)["total"] for path in
-              ("/jobs", "/results", "/jobs?status=pending", "/jobs?status=completed", "/jobs?scenario=a")}
-    return {"order": [job["id"] for job in jobs["jobs"]], "jobs": details, "nodes": nodes, "counts": counts,
-            "results": master.get("/results?limit=1000")["results"]}
+    nodes = {
+        node["id"]: {
+            **node,
+            "last_heartbeat": None,
+            "jobs": master.get(f"/nodes/{node['id']}")["jobs"],
+        }
+        for node in master.get("/nodes")["nodes"]
+    }
+    counts = {
+        path: master.get(path)["total"]
+        for path in (
+            "/jobs",
+            "/results",
+            "/jobs?status=pending",
+            "/jobs?status=completed",
+            "/jobs?scenario=a",
+        )
+    }
+    return {
+        "order": [job["id"] for job in jobs["jobs"]],
+        "jobs": details,
+        "nodes": nodes,
+        "counts": counts,
+        "results": master.get("/results?limit=1000")["results"],
+    }
 
 
 class TestKill(Case):
@@ -53,14 +72,23 @@ class TestKill(Case):
 
     def test_jobs_results_nodes_leases_and_orders_are_as_acknowledged(self) -> None:
         master = self.master()
-        worker, other = Node(master, "worker", max_concurrent_jobs=4, cpu_threads=8), Node(master, "other")
+        worker, other = (
+            Node(master, "worker", max_concurrent_jobs=4, cpu_threads=8),
+            Node(master, "other"),
+        )
         gone = Node(master, "gone")
         first = [master.submit("a", bitrate="5M") for _ in range(8)]
-        done, failed, canceling, running = (worker.claim(claim=f"word-{n}").body["job"] for n in range(4))
+        done, failed, canceling, running = (
+            worker.claim(claim=f"word-{n}").body["job"] for n in range(4)
+        )
         returned = other.claim(claim="returned").body["job"]
         worker.progress(running, lines=["one", "two"], lines_from=0, progress=12)
-        worker.report(done, metrics={"duration": 1.5, "unknown": {"vmaf": "not asked for"}}, lines=["end"],
-                      lines_from=0)
+        worker.report(
+            done,
+            metrics={"duration": 1.5, "unknown": {"vmaf": "not asked for"}},
+            lines=["end"],
+            lines_from=0,
+        )
         worker.report(failed, "failed", error="no such file\nat all", failure_reason="bad_input")
         other.report(returned, "returned")
         master.call("POST", f"/jobs/{canceling['id']}/cancel")
@@ -81,11 +109,15 @@ class TestKill(Case):
                          ([{"job_id": canceling["id"], "attempt": 1, "action": "cancel"}], 1))
         self.assertEqual(worker.report(done).body, {"status": "success"})
         self.assertEqual(worker.progress(running, lines=["two", "three"], lines_from=1).status, 200)
-        self.assertEqual(master.get(f"/jobs/{running['id']}/logs")["lines"], ["one", "two", "three"])
+        self.assertEqual(
+            master.get(f"/jobs/{running['id']}/logs")["lines"], ["one", "two", "three"]
+        )
         self.assertEqual(worker.report(canceling, "canceled").status, 200)
         self.assertEqual(worker.report(running).status, 200)
         again = other.claim().body["job"]
-        self.assertEqual((again["id"], again["attempt"]), (returned["id"], 2), "the place in line is kept")
+        self.assertEqual(
+            (again["id"], again["attempt"]), (returned["id"], 2), "the place in line is kept"
+        )
         self.assertEqual(other.claim().body["job"]["id"], first[5]["id"])
 
     def test_a_stop_and_a_kill_leave_the_same(self) -> None:
@@ -112,7 +144,9 @@ class TestKill(Case):
         self.assertEqual(answer.body["holding"], [{"job_id": job["id"], "attempt": 1}])
         self.assertEqual(node.progress(job, lines=["after"], lines_from=1).status, 200)
         self.assertEqual(master.get(f"/jobs/{job['id']}/logs")["lines"], ["before", "after"])
-        self.assertEqual((node.report(job).status, master.get(f"/jobs/{job['id']}")["retry_count"]), (200, 0))
+        self.assertEqual(
+            (node.report(job).status, master.get(f"/jobs/{job['id']}")["retry_count"]), (200, 0)
+        )
 
     def test_silence_counts_only_while_the_master_listened(self) -> None:
         master = self.master("--node-timeout", "2s")
@@ -168,7 +202,9 @@ class TestKill(Case):
         numbers = [(result["job_id"], result["attempt"]) for result in results["results"]]
         self.assertEqual(len(numbers), len(set(numbers)), "one accepted report for an attempt")
         for job_id in canceled - set(ended):
-            self.assertTrue(found[job_id]["cancel_requested"] or found[job_id]["status"] == "canceled")
+            self.assertTrue(
+                found[job_id]["cancel_requested"] or found[job_id]["status"] == "canceled"
+            )
         master.kill()
 
     @staticmethod
@@ -241,8 +277,10 @@ class TestKill(Case):
         state = done.state_json()
         ids = [str(uuid.UUID(int=random.getrandbits(128), version=4)) for _ in range(many)]
         for start in range(0, many, 20_000):
-            writes = [("job", (seq, ids[seq - 1], "completed", draft.scenario, node, draft.spec, state))
-                      for seq in range(start + 1, start + 20_001)]
+            writes = [
+                ("job", (seq, ids[seq - 1], "completed", draft.scenario, node, draft.spec, state))
+                for seq in range(start + 1, start + 20_001)
+            ]
             total = ("jobs", "completed", draft.scenario, node)
             ticket = journal.write([*writes, ("total", (total, start + 20_000))])
             assert ticket is not None
@@ -250,8 +288,13 @@ class TestKill(Case):
         journal.close()
 
         master = self.master()
-        for path, total in (("/jobs", many), ("/jobs?status=completed", many), ("/jobs?status=pending", 0),
-                            (f"/jobs?node_id={node}", many), ("/jobs?scenario=720p30-h264&limit=1", many)):
+        for path, total in (
+            ("/jobs", many),
+            ("/jobs?status=completed", many),
+            ("/jobs?status=pending", 0),
+            (f"/jobs?node_id={node}", many),
+            ("/jobs?scenario=720p30-h264&limit=1", many),
+        ):
             self.assertEqual(master.get(path)["total"], total, path)
         self.assertEqual([job["id"] for job in master.get("/jobs?limit=3")["jobs"]], ids[:-4:-1])
         self.assertEqual(master.get(f"/jobs/{ids[50_000]}")["status"], "completed")
@@ -278,8 +321,11 @@ class TestRefusal(Case):
         return done.stderr
 
     def files(self) -> dict[str, bytes]:
-        return {str(path): path.read_bytes() if path.is_file() else b"" for path in self.folder.rglob("*")
-                if not path.name.endswith((".log", "-shm"))}
+        return {
+            str(path): path.read_bytes() if path.is_file() else b""
+            for path in self.folder.rglob("*")
+            if not path.name.endswith((".log", "-shm"))
+        }
 
     def stopped(self, jobs: int = 3) -> Path:
         """Return the journal of a master that ran and was stopped."""
@@ -305,7 +351,12 @@ class TestRefusal(Case):
                 journal.execute("PRAGMA journal_mode=DELETE")
                 journal.execute(f"PRAGMA user_version={number}")
             words = self.refused()
-            for word in (str(path), f"format {number}", "before the first release", "empty --data-dir"):
+            for word in (
+                str(path),
+                f"format {number}",
+                "before the first release",
+                "empty --data-dir",
+            ):
                 self.assertIn(word, words)
 
     def test_a_folder_that_another_master_holds(self) -> None:
@@ -313,9 +364,13 @@ class TestRefusal(Case):
         words = self.refused()
         for word in (str(self.folder / "master"), "held by another master", "--data-dir"):
             self.assertIn(word, words)
-        for file in {*(self.folder / "master").iterdir()} - {*(self.folder / "master").glob("journal*")}:
+        for file in {*(self.folder / "master").iterdir()} - {
+            *(self.folder / "master").glob("journal*")
+        }:
             file.unlink()
-        self.assertIn("held by another master", self.refused(), "no file that somebody may remove says so")
+        self.assertIn(
+            "held by another master", self.refused(), "no file that somebody may remove says so"
+        )
         self.assertEqual(master.submit()["status"], "pending")
 
     def test_a_folder_that_cannot_be_written(self) -> None:
@@ -377,7 +432,9 @@ class TestRecovery(Case):
         master.call("POST", "/jobs", [{"scenario": "a", "parameters": {"input": f"film-{n}.mov"}}
                                       for n in range(jobs)])
         for _ in range(jobs // 2):
-            worker.report(worker.claim().body["job"], metrics={"duration": 1.5}, lines=["end"], lines_from=0)
+            worker.report(
+                worker.claim().body["job"], metrics={"duration": 1.5}, lines=["end"], lines_from=0
+            )
         master.end()
         return self.folder / "master" / "journal.db", master
 
@@ -385,8 +442,10 @@ class TestRecovery(Case):
         """Start a master on what is left of a journal; check what it says and that it works."""
         before = path.read_bytes()
         master = self.master(port=0)
-        words = wait_for(lambda: "".join(line for line in master.words().splitlines() if "set aside" in line),
-                         why=master.words())
+        words = wait_for(
+            lambda: "".join(line for line in master.words().splitlines() if "set aside" in line),
+            why=master.words(),
+        )
         aside = Path(words.split("set aside as ")[1].split(",")[0])
         self.assertEqual(aside.read_bytes(), before)
         self.assertEqual(master.get("/ready"), {"status": "ready"})
@@ -448,7 +507,9 @@ class TestRecovery(Case):
             Path(f"{path}-wal").write_bytes(log)
             master = self.master()
             self.assertIn("its log is not", master.words())
-            self.assertEqual([file.read_bytes() for file in path.parent.glob("journal-damaged-*-wal")], [log])
+            self.assertEqual(
+                [file.read_bytes() for file in path.parent.glob("journal-damaged-*-wal")], [log]
+            )
             self.assertEqual(master.submit()["status"], "pending")
             master.kill()
 
@@ -468,7 +529,10 @@ class TestRecovery(Case):
         master.kill()
         self.assertEqual({job["id"] for job in self.master().get("/jobs")["jobs"]}, {before, after})
 
-    def test_nothing_is_acknowledged_while_another_file_is_in_the_place_of_the_journal(self) -> None:
+
+    def test_nothing_is_acknowledged_while_another_file_is_in_the_place_of_the_journal(
+        self,
+    ) -> None:
         master = self.master()
         master.submit()
         path = self.folder / "master" / "journal.db"
@@ -482,7 +546,9 @@ class TestRecovery(Case):
 
     def test_what_is_left_of_lost_jobs_is_no_new_ones(self) -> None:
         path, _ = self.filled(60)
-        with contextlib.closing(sqlite3.connect(path)) as journal:  # as if the newest rows could not be read
+        with contextlib.closing(
+            sqlite3.connect(path)
+        ) as journal:  # as if the newest rows could not be read
             journal.execute("DELETE FROM jobs WHERE seq > 20")
             journal.execute("DELETE FROM results WHERE job_seq BETWEEN 11 AND 20")
             journal.execute("UPDATE results SET seq = seq - 10 WHERE job_seq > 20")
@@ -518,8 +584,11 @@ class TestRecovery(Case):
     def test_damage_found_while_it_runs_is_recovered_by_a_new_start_in_place(self) -> None:
         path, _ = self.filled(400)
         whole = bytearray(path.read_bytes())
-        page = next(number for number in range(2, len(whole) // 4096) if b'"metrics": {"duration": 1.5}'
-                    in whole[number * 4096:number * 4096 + 4096])
+        page = next(
+            number
+            for number in range(2, len(whole) // 4096)
+            if b'"metrics": {"duration": 1.5}' in whole[number * 4096 : number * 4096 + 4096]
+        )
         whole[page * 4096:page * 4096 + 4096] = b"\xff" * 4096
         path.write_bytes(whole)
         master = self.master(port=free_port())  # its start reads no finished results
@@ -557,7 +626,13 @@ class TestRecovery(Case):
                         raise KeyboardInterrupt
                     return real(*args, **more)
                 return step
-            names = ("os.replace", "os.link", "ffdist.Path.unlink", "ffdist._salvage", "ffdist._count_anew")
+            names = (
+                "os.replace",
+                "os.link",
+                "ffdist.Path.unlink",
+                "ffdist._salvage",
+                "ffdist._count_anew",
+            )
             with contextlib.ExitStack() as stack:
                 for name in names:
                     module, _, attribute = name.rpartition(".")
@@ -572,15 +647,24 @@ class TestRecovery(Case):
                 outcomes.append(journal.execute(counts).fetchone())
             aside = list(folder.glob("journal-damaged-*.db"))
             self.assertEqual([file.read_bytes() for file in aside], [bytes(whole)], number)
-            self.assertEqual({file.name for file in folder.iterdir()} - {"journal.db", aside[0].name}, set())
+            self.assertEqual(
+                {file.name for file in folder.iterdir()} - {"journal.db", aside[0].name}, set()
+            )
         self.assertEqual(len(set(outcomes)), 1, outcomes)
         self.assertGreater(outcomes[0][0], 30)
 
 
 class TestBackup(Case):
     def backup(self, file: Path, *flags: str) -> Any:
-        return run(str(TOP / "ffdist.py"), "backup", str(file), "--data-dir", str(self.folder / "master"),
-                   *flags, folder=self.folder)
+        return run(
+            str(TOP / "ffdist.py"),
+            "backup",
+            str(file),
+            "--data-dir",
+            str(self.folder / "master"),
+            *flags,
+            folder=self.folder,
+        )
 
     def test_a_copy_of_a_master_at_work_is_whole_and_starts(self) -> None:
         master = self.master()
@@ -625,14 +709,20 @@ class TestBackup(Case):
         self.assertIn("--data-dir", done.stderr)
         (self.folder / "gone.db").rename(self.folder / "master" / "journal.db")
         done = self.backup(file)
-        self.assertEqual((done.returncode, file.read_text()), (1, "the earlier one"), "what is no copy stays")
+        self.assertEqual(
+            (done.returncode, file.read_text()), (1, "the earlier one"), "what is no copy stays"
+        )
         self.assertIn("not a copy of a journal", done.stderr)
         file.unlink()
         for _ in range(2):
-            self.assertEqual(self.backup(file).returncode, 0, "a copy takes the place of an earlier one")
+            self.assertEqual(
+                self.backup(file).returncode, 0, "a copy takes the place of an earlier one"
+            )
         done = self.backup(self.folder / "nowhere" / "copy.db")
         self.assertEqual((done.returncode, len(done.stderr.splitlines())), (1, 1), done.stderr)
-        self.assertEqual([path.name for path in self.folder.iterdir() if path.name.endswith(".part")], [])
+        self.assertEqual(
+            [path.name for path in self.folder.iterdir() if path.name.endswith(".part")], []
+        )
 
     def test_a_full_disk_is_told_and_nothing_is_left_on_it(self) -> None:
         small = small_disk(self, self.folder / "small", "64k")
@@ -657,7 +747,8 @@ class TestBackup(Case):
 
 
 class TestRetention(Case):
-    """What is past the limits goes, oldest first; memory, pages and totals agree, also after a restart."""
+    """What is past the limits goes, oldest first; memory, pages and totals agree, also after a
+    restart."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -671,7 +762,9 @@ class TestRetention(Case):
         ids = []
         for _ in range(count):
             self.now, self.wall = self.now + 10, self.wall + 10
-            job = self.master_of.submit([ffdist.draft_of({"scenario": "a", "max_retries": 0}, 0)])[1][0]
+            job = self.master_of.submit([ffdist.draft_of({"scenario": "a", "max_retries": 0}, 0)])[
+                1
+            ][0]
             ask = ffdist.Ask(self.node, None, 0, 0, None, False, lambda: True)
             self.assertEqual(self.master_of.claim(ask)["job"].id, job.id)
             self.master_of.report({"job_id": job.id, "node_id": self.node, "status": status,
@@ -701,7 +794,9 @@ class TestRetention(Case):
         return [job.id for job, _ in self.master_of.queries.jobs({}, None, 1000)[0]][::-1]
 
     def test_the_newest_so_many_stay_and_open_jobs_always(self) -> None:
-        waiting = self.master_of.submit([ffdist.draft_of({"scenario": "b", "node": self.node}, 0)])[1][0]
+        waiting = self.master_of.submit([ffdist.draft_of({"scenario": "b", "node": self.node}, 0)])[
+            1
+        ][0]
         self.master_of.order(waiting.id, "pause")
         ids = self.finish(10) + self.finish(2, "failed")
         self.keep(keep_jobs=5)
@@ -728,8 +823,9 @@ class TestRetention(Case):
 
     def test_a_master_keeps_house_by_itself(self) -> None:
         with mock.patch.object(ffdist, "HOUSEKEEPING_S", 0.05):
-            service = ffdist.Service("127.0.0.1", 0, self.folder / "s", ffdist.Settings(keep_jobs=2),
-                                     log=LOG)
+            service = ffdist.Service(
+                "127.0.0.1", 0, self.folder / "s", ffdist.Settings(keep_jobs=2), log=LOG
+            )
             service.start()
             self.addCleanup(service.stop)
             self.master_of.close()
@@ -741,8 +837,12 @@ class TestRetention(Case):
 
     def test_what_the_flag_means(self) -> None:
         inf = math.inf
-        for text, limits in (("1000", (1000, inf)), ("90d", (inf, 90 * 86400)), ("500, 12h", (500, 43200)),
-                             ("forever", (inf, inf))):
+        for text, limits in (
+            ("1000", (1000, inf)),
+            ("90d", (inf, 90 * 86400)),
+            ("500, 12h", (500, 43200)),
+            ("forever", (inf, inf)),
+        ):
             self.assertEqual(ffdist.keep_of(text), limits)
         for text in ("a while", "1.5", "1000.", "90d,", ""):
             with self.subTest(text), self.assertRaises(argparse.ArgumentTypeError):
@@ -758,11 +858,17 @@ class TestErrorsOfItsOwn(Case):
         node = master.register({"address": "worker"})[1]["id"]
         waiting = master.submit([ffdist.draft_of({"scenario": "a"}, 0)])[1][0]
         ask = ffdist.Ask(node, None, 0.0, 0, None, False, lambda: True)
-        with mock.patch.object(master.journal.reader, "live_jobs", side_effect=MemoryError("no room")):
+        with mock.patch.object(
+            master.journal.reader, "live_jobs", side_effect=MemoryError("no room")
+        ):
             broken = sqlite3.OperationalError("disk I/O error")
-            with mock.patch.object(ffdist, "_grouped", side_effect=broken), \
-                    mock.patch.object(os, "utime", side_effect=OSError(30, "Read-only file system")), \
-                    self.assertRaisesRegex(ffdist.ApiError, r"disk I/O error \(Read-only file system\)"):
+            with (
+                mock.patch.object(ffdist, "_grouped", side_effect=broken),
+                mock.patch.object(os, "utime", side_effect=OSError(30, "Read-only file system")),
+                self.assertRaisesRegex(
+                    ffdist.ApiError, r"disk I/O error \(Read-only file system\)"
+                ),
+            ):
                 master.submit([ffdist.draft_of({"scenario": "b"}, 0)])
             for work in (lambda: master.claim(ask), master.queries.nodes, master.reap):
                 with self.assertRaisesRegex(ffdist.ApiError, "cannot be read: no room") as refused:
@@ -781,11 +887,18 @@ class TestErrorsOfItsOwn(Case):
 
     def test_no_thread_of_the_service_ends_by_an_error(self) -> None:
         log, said = listening_log(logging.ERROR)
-        with mock.patch.object(ffdist, "REAP_S", 0.02), mock.patch.object(ffdist, "HOUSEKEEPING_S", 0.02):
+        with (
+            mock.patch.object(ffdist, "REAP_S", 0.02),
+            mock.patch.object(ffdist, "HOUSEKEEPING_S", 0.02),
+        ):
             service = ffdist.Service("127.0.0.1", 0, self.folder / "s", ffdist.Settings(), log=log,
                                      victoriametrics="http://127.0.0.1:9")
-            broken = {"reap": service.master, "expire": service.master, "snapshot": service.master.queries,
-                      "_handle_request_noblock": service._server}
+            broken = {
+                "reap": service.master,
+                "expire": service.master,
+                "snapshot": service.master.queries,
+                "_handle_request_noblock": service._server,
+            }
             whole = {name: getattr(thing, name) for name, thing in broken.items()}
             for name, thing in broken.items():
                 setattr(thing, name, mock.Mock(side_effect=KeyError(name)))
@@ -795,7 +908,11 @@ class TestErrorsOfItsOwn(Case):
             threading.Thread(target=lambda: answered.append(
                 call(service.url, "GET", "/health").status), daemon=True).start()
             for name in broken:
-                wait_for(lambda name=name: any(f"KeyError: '{name}'" in words for words in said), 20, name)
+                wait_for(
+                    lambda name=name: any(f"KeyError: '{name}'" in words for words in said),
+                    20,
+                    name,
+                )
             calls = {name: mock.Mock(wraps=work) for name, work in whole.items()}
             for name, thing in broken.items():
                 setattr(thing, name, calls[name])
@@ -813,7 +930,8 @@ class TestFullDisk(Case):
         self.ballast.write_bytes(b"\0" * 500_000)
 
     def fill(self, master: Master) -> tuple[set[str], set[str]]:
-        """Submit from four clients until each is refused; return the accepted and the refused ids."""
+        """Submit from four clients until each is refused; return the accepted and the refused
+        ids."""
         accepted: set[str] = set()
         refused: set[str] = set()
 

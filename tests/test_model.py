@@ -1,11 +1,14 @@
-"""A real master against a model of what is promised: random events, crashes after any commit, odd clocks.
+"""A real master against a model of what is promised: random events, crashes after any commit, odd
+clocks.
 
-The model (Promises) is written from the words of the contract, not from the code: it knows jobs as people
-see them, never an inner state. After each random event, legal or not, it must agree with the Master class
-(with a clock of the test's own, in this process), with a real master process over HTTP, and with the pure
-advance(). A list of events that breaks the agreement is made shorter before it is reported.
+The model (Promises) is written from the words of the contract, not from the code: it knows jobs as
+people see them, never an inner state. After each random event, legal or not, it must agree with the
+Master class (with a clock of the test's own, in this process), with a real master process over
+HTTP, and with the pure advance(). A list of events that breaks the agreement is made shorter before
+it is reported.
 
-`FFDIST_TEST_SEED=N` chooses the walks; `python3 -m tests.test_model --walks 500` takes many of them.
+`FFDIST_TEST_SEED=N` chooses the walks; `python3 -m tests.test_model --walks 500` takes many of
+them.
 """
 from __future__ import annotations
 
@@ -77,8 +80,9 @@ def agree(what: str, model: object, master: object) -> None:
 class Work:
     """A job as it is promised; `holder` is the node of its live attempt.
 
-    `due` is the end of its backoff of `length` s (0 for none); `uncertain` tells that the wall clock jumped
-    since: then it may be shorter, and after a restart or a pause begin again, but never be longer.
+    `due` is the end of its backoff of `length` s (0 for none); `uncertain` tells that the wall
+    clock jumped since: then it may be shorter, and after a restart or a pause begin again, but
+    never be longer.
     """
 
     number: int
@@ -121,7 +125,8 @@ class Machine:
 
 
 class Promises:
-    """The model: each event is judged by the master's answer, and followed; `slack_s` forgives real time."""
+    """The model: each event is judged by the master's answer, and followed; `slack_s` forgives real
+    time."""
 
     def __init__(self, slack_s: float = 0.002, wall_slack_s: float = 0.002) -> None:
         self.jobs: dict[int, Work] = {}
@@ -132,7 +137,8 @@ class Promises:
         self.slack_s = slack_s
         self.wall_slack_s = wall_slack_s
         self.results = 0
-        self.fresh: dict[int, tuple[bool, float, float]] = {}  # tried again: at once? and since when
+        # Tried again: at once? and since when.
+        self.fresh: dict[int, tuple[bool, float, float]] = {}
         self.pure = Pure()
 
     def judge(self, kind: str, told: Told, status: int, body: Any) -> None:
@@ -181,12 +187,16 @@ class Promises:
             for work in self.leases(node):
                 if (work.number, work.attempt) not in [tuple(entry) for entry in held]:
                     self._lose(work, at_once=True)
-        agree("what a registration may keep", [(uuid_of("job", job), attempt) for job, attempt in held],
-              [(entry["job_id"], entry["attempt"]) for entry in body.get("holding", ())])
+        agree(
+            "what a registration may keep",
+            [(uuid_of("job", job), attempt) for job, attempt in held],
+            [(entry["job_id"], entry["attempt"]) for entry in body.get("holding", ())],
+        )
         return code
 
     def _may_speak_for(self, node: Machine | None, told: Told) -> bool:
-        """Return whether a registration is of the node itself, and not of a stranger who knows its id."""
+        """Return whether a registration is of the node itself, and not of a stranger who knows its
+        id."""
         session, owner = told["session"], self.owners.get(told["node"])
         if node is not None and session and session in node.past:
             return False
@@ -204,7 +214,12 @@ class Promises:
         return work.holder == node.number
 
     def _take_back(self, work: Work, node: Machine) -> None:
-        work.status, work.holder, work.shown_node, work.gave_up = "running", node.number, node.number, None
+        work.status, work.holder, work.shown_node, work.gave_up = (
+            "running",
+            node.number,
+            node.number,
+            None,
+        )
         work.retries = max(0, work.retries - 1)
         work.failed_on.discard(node.number)
         work.due, work.uncertain = 0.0, False
@@ -242,9 +257,15 @@ class Promises:
 
     def _check_orders(self, node: Machine, body: Any) -> None:
         """Orders stand until obeyed; what a late word about a pause brings is left open."""
-        wanted = {(uuid_of("job", work.number), work.attempt, "cancel" if work.canceling else "pause")
-                  for work in self.leases(node) if work.canceling or work.status == "paused"}
-        given = {(entry["job_id"], entry["attempt"], entry["action"]) for entry in body.get("actions", ())}
+        wanted = {
+            (uuid_of("job", work.number), work.attempt, "cancel" if work.canceling else "pause")
+            for work in self.leases(node)
+            if work.canceling or work.status == "paused"
+        }
+        given = {
+            (entry["job_id"], entry["attempt"], entry["action"])
+            for entry in body.get("actions", ())
+        }
         agree("the orders", wanted, {entry for entry in given if entry[2] != "resume"})
 
     # -- work
@@ -256,7 +277,9 @@ class Promises:
         if len(set(numbers)) != len(numbers) or not pins <= set(self.nodes):
             return 400
         for number, most, timeout, *pin in new:
-            work = self.jobs[number] = Work(number, RETRIES if most is None else most, timeout, *pin)
+            work = self.jobs[number] = Work(
+                number, RETRIES if most is None else most, timeout, *pin
+            )
             self.pure.begin(work)
         found = body.get("jobs", []) if told["bulk"] else [body] if body else []
         agree("the jobs of the answer", [uuid_of("job", number) for number in numbers],
@@ -273,7 +296,11 @@ class Promises:
         if word in node.words:
             found = [(uuid_of("job", work.number), work.attempt) for work in self.leases(node)
                      if work.word == word]
-            agree("the job of a repeated claim", found, [(given["id"], given["attempt"])] if given else [])
+            agree(
+                "the job of a repeated claim",
+                found,
+                [(given["id"], given["attempt"])] if given else [],
+            )
             return code
         self._check_choice(node, given)
         if given:
@@ -288,8 +315,13 @@ class Promises:
         """Return what a node may get when it is that late, in the order of submission."""
         if node.leaving or node.draining:
             return []
-        return [work for work in self.jobs.values() if work.status == "pending" and self._fits(work, node)
-                and (work.due <= at or work.uncertain)]
+        return [
+            work
+            for work in self.jobs.values()
+            if work.status == "pending"
+            and self._fits(work, node)
+            and (work.due <= at or work.uncertain)
+        ]
 
     def _fits(self, work: Work, node: Machine) -> bool:
         if work.pin is not None:
@@ -306,13 +338,20 @@ class Promises:
         if given is None:
             agree("what must be handed out", must, [])
         elif given["id"] not in may:
-            raise Disagreement(f"job {given['id']} was handed out, which this node may not have now: {may}")
+            raise Disagreement(
+                f"job {given['id']} was handed out, which this node may not have now: {may}"
+            )
         else:
             agree("what was submitted before and left out", [], [
                 job for job in must if job in may[:may.index(given["id"])]])
 
     def _hand_out(self, work: Work, node: Machine, word: str | None) -> None:
-        work.status, work.holder, work.shown_node, work.gave_up = "running", node.number, node.number, None
+        work.status, work.holder, work.shown_node, work.gave_up = (
+            "running",
+            node.number,
+            node.number,
+            None,
+        )
         work.attempt += 1
         work.word, work.due, work.uncertain = word, 0.0, False
         work.records.append([work.attempt, node.number, "running"])
@@ -347,15 +386,23 @@ class Promises:
                 return 200
         if work is None:
             return 404
-        repeat = any(told["attempt"] in (None, attempt) and (holder, status) == (told["node"], told["status"])
-                     for attempt, holder, status in work.records)
+        repeat = any(
+            told["attempt"] in (None, attempt)
+            and (holder, status) == (told["node"], told["status"])
+            for attempt, holder, status in work.records
+        )
         return 200 if repeat else 404 if node is None else 409
 
     def _end(self, work: Work, status: str, reason: str | None) -> None:
         """An accepted report: the end of an attempt, of the job too unless it is tried again."""
         self.results += status != "returned"
         again = status == "failed" and reason in TRANSIENT and work.retries < work.most
-        event = {"completed": "complete", "failed": "fail", "canceled": "end", "returned": "return"}[status]
+        event = {
+            "completed": "complete",
+            "failed": "fail",
+            "canceled": "end",
+            "returned": "return",
+        }[status]
         if status == "returned" and not work.canceling:
             target = "paused" if work.status == "paused" else "pending"
         elif again and not work.canceling:
@@ -381,7 +428,8 @@ class Promises:
         work.status, work.holder, work.canceling = target, None, False
 
     def _lose(self, work: Work, at_once: bool = False) -> None:
-        """A lease ends without a report; only a restarted agent's job is tried again without a wait."""
+        """A lease ends without a report; only a restarted agent's job is tried again without a
+        wait."""
         node = work.holder
         left = work.retries < work.most
         if work.canceling:
@@ -437,7 +485,13 @@ class Promises:
     def _retry(self, work: Work) -> bool:
         if work.status not in FINAL:
             return False
-        work.status, work.retries, work.due, work.shown_node, work.reason = "pending", 0, 0.0, None, None
+        work.status, work.retries, work.due, work.shown_node, work.reason = (
+            "pending",
+            0,
+            0.0,
+            None,
+            None,
+        )
         work.reported = work.uncertain = False
         work.failed_on.clear()
         return True
@@ -448,7 +502,8 @@ class Promises:
     # -- time
 
     def tick(self, now: float, wall: float, late_s: float) -> None:
-        """Silence counts only while the master listened: a late timer forgives what it did not hear."""
+        """Silence counts only while the master listened: a late timer forgives what it did not
+        hear."""
         self.now, self.wall = now, wall
         for node in self.nodes.values():
             node.heard += late_s
@@ -478,22 +533,40 @@ class Promises:
 
     def compare(self, jobs: Sequence[Any], nodes: Sequence[Any], results: int) -> None:
         """Compare all that is shown of jobs and nodes."""
-        agree("the jobs, newest first", [uuid_of("job", number) for number in reversed(list(self.jobs))],
-              [job["id"] for job in jobs])
+        agree(
+            "the jobs, newest first",
+            [uuid_of("job", number) for number in reversed(list(self.jobs))],
+            [job["id"] for job in jobs],
+        )
         for job, work in zip(jobs, reversed(list(self.jobs.values()))):
             self._adopt_backoff(work, job)
             model = (work.status, work.attempt, None if work.shown_node is None else
                      uuid_of("node", work.shown_node), work.retries, work.canceling, work.reason)
-            agree(f"job {work.number} (status, attempt, node, retries, cancel requested, reason)", model,
-                  (job["status"], job["attempt"], job["node_id"], job["retry_count"],
-                   job["cancel_requested"], job["failure_reason"] if job["status"] == "failed" else None))
-        agree("the nodes", {uuid_of("node", node.number): (self.node_status(node), len(self.leases(node)))
-                            for node in self.nodes.values()},
-              {node["id"]: (node["status"], node["running"]) for node in nodes})
+            agree(
+                f"job {work.number} (status, attempt, node, retries, cancel requested, reason)",
+                model,
+                (
+                    job["status"],
+                    job["attempt"],
+                    job["node_id"],
+                    job["retry_count"],
+                    job["cancel_requested"],
+                    job["failure_reason"] if job["status"] == "failed" else None,
+                ),
+            )
+        agree(
+            "the nodes",
+            {
+                uuid_of("node", node.number): (self.node_status(node), len(self.leases(node)))
+                for node in self.nodes.values()
+            },
+            {node["id"]: (node["status"], node["running"]) for node in nodes},
+        )
         agree("the number of results", self.results, results)
 
     def _adopt_backoff(self, work: Work, job: Any) -> None:
-        """Take over a backoff's length, which is the master's to draw, after a look at its limits."""
+        """Take over a backoff's length, which is the master's to draw, after a look at its
+        limits."""
         if work.number not in self.fresh:
             return
         at_once, now, wall = self.fresh.pop(work.number)
@@ -504,14 +577,21 @@ class Promises:
             length = seconds_of(job["not_before"]) - wall
             most = min(300.0, 2.0 ** (work.retries - 1))
             if not -self.wall_slack_s <= length <= most + self.wall_slack_s:
-                raise Disagreement(f"retry {work.retries} of job {work.number} waits {length} s of {most}")
+                raise Disagreement(
+                    f"retry {work.retries} of job {work.number} waits {length} s of {most}"
+                )
             work.due, work.length = now + length, length
 
     def compare_detail(self, work: Work, job: Any) -> None:
         """Compare the attempts of a job, and what its last report was."""
-        agree(f"the attempts of job {work.number}",
-              [(attempt, uuid_of("node", node), status) for attempt, node, status in work.records],
-              [(record["attempt"], record["node_id"], record["status"]) for record in job["attempts"]])
+        agree(
+            f"the attempts of job {work.number}",
+            [(attempt, uuid_of("node", node), status) for attempt, node, status in work.records],
+            [
+                (record["attempt"], record["node_id"], record["status"])
+                for record in job["attempts"]
+            ],
+        )
         agree(f"whether job {work.number} has a result", work.reported, job["result"] is not None)
         changes = [entry["status"] for entry in job["transitions"]]
         agree(f"the last transition of job {work.number}", work.status, changes[-1])
@@ -532,13 +612,16 @@ class Pure:
         self.at = 0.0
 
     def begin(self, work: Work) -> None:
-        self.jobs[work.number] = ffdist.Job(work.number, uuid_of("job", work.number), "model", "{}", 0.0,
-                                            work.most)
+        self.jobs[work.number] = ffdist.Job(
+            work.number, uuid_of("job", work.number), "model", "{}", 0.0, work.most
+        )
 
     def follow(self, work: Work, event: str, **told: Any) -> None:
         """An event that is legal; afterwards both stand where the other does."""
         self.at += 1
-        job = self.jobs[work.number] = ffdist.advance(self.jobs[work.number], event, self.at, **told)
+        job = self.jobs[work.number] = ffdist.advance(
+            self.jobs[work.number], event, self.at, **told
+        )
         agree(f"advance() of job {work.number} by {event}",
               (work.status, work.attempt, None if work.shown_node is None else
                uuid_of("node", work.shown_node), work.retries, work.canceling),
@@ -554,11 +637,17 @@ class Pure:
 # ---- the events
 
 NONSENSE = (
-    ("POST", "/jobs", {"scenario": "../x"}, 400), ("POST", "/jobs", [], 400), ("POST", "/jobs", None, 400),
+    ("POST", "/jobs", {"scenario": "../x"}, 400),
+    ("POST", "/jobs", [], 400),
+    ("POST", "/jobs", None, 400),
     ("POST", "/jobs", [{"scenario": "model"}, {"scenario": "model", "id": "x"}], 400),
-    ("POST", "/results", {"job_id": uuid_of("job", 0)}, 400), ("GET", "/jobs/next", None, 400),
-    ("GET", "/jobs?status=odd", None, 400), ("DELETE", "/jobs", None, 405), ("GET", "/odd", None, 404),
-    ("POST", "/nodes/register", {"id": uuid_of("node", 0)}, 400), ("GET", "/jobs/xyz", None, 404),
+    ("POST", "/results", {"job_id": uuid_of("job", 0)}, 400),
+    ("GET", "/jobs/next", None, 400),
+    ("GET", "/jobs?status=odd", None, 400),
+    ("DELETE", "/jobs", None, 405),
+    ("GET", "/odd", None, 404),
+    ("POST", "/nodes/register", {"id": uuid_of("node", 0)}, 400),
+    ("GET", "/jobs/xyz", None, 404),
 )
 
 
@@ -577,8 +666,18 @@ def request_of(kind: str, told: Told) -> tuple[str, str, Any]:
     if kind == "register":
         holding = [{"job_id": uuid_of("job", number), "attempt": attempt} for number, attempt in
                    told["holding"]]
-        return "POST", "/nodes/register", {"address": f"worker{told['node']}", "id": node, "protocol": 1,
-                                           "max_concurrent_jobs": told["slots"], "holding": holding, **own}
+        return (
+            "POST",
+            "/nodes/register",
+            {
+                "address": f"worker{told['node']}",
+                "id": node,
+                "protocol": 1,
+                "max_concurrent_jobs": told["slots"],
+                "holding": holding,
+                **own,
+            },
+        )
     if kind == "claim":
         words = {"node_id": node, **own, **({"claim": told["word"]} if told["word"] else {}),
                  **({"leaving": "true"} if told["leaving"] else {})}
@@ -589,20 +688,43 @@ def request_of(kind: str, told: Told) -> tuple[str, str, Any]:
         return "POST", f"/jobs/{job}/progress", {**own, "node_id": node, "lines": told["lines"],
                                                  "progress": {"paused": told["paused"]}}
     if kind == "report":
-        return "POST", "/results", {**own, "job_id": job, "node_id": node, "failure_reason": told["reason"],
-                                    "metrics": {"duration": 1.0}}
+        return (
+            "POST",
+            "/results",
+            {
+                **own,
+                "job_id": job,
+                "node_id": node,
+                "failure_reason": told["reason"],
+                "metrics": {"duration": 1.0},
+            },
+        )
     if kind == "nonsense":
         return NONSENSE[told["row"]][:3]
-    return {"forget": ("DELETE", f"/nodes/{node}", None),
-            "order": ("POST", f"/jobs/{job}/{told.get('verb')}", None),
-            "drain": ("POST", f"/nodes/{node}/{'drain' if told.get('draining') else 'resume'}", None)}[kind]
+    return {
+        "forget": ("DELETE", f"/nodes/{node}", None),
+        "order": ("POST", f"/jobs/{job}/{told.get('verb')}", None),
+        "drain": ("POST", f"/nodes/{node}/{'drain' if told.get('draining') else 'resume'}", None),
+    }[kind]
 
 
 def event(kind: str, **told: Any) -> Event:
     """Return an event of node 0 and job 0 where nothing else is said."""
-    own: Told = {"node": 0, "job": 0, "session": "one", "secret": "mine", "attempt": 1, "leaving": False,
-                 "word": None, "paused": False, "lines": [], "reason": None, "bulk": False, "holding": [],
-                 "slots": 2}
+    own: Told = {
+        "node": 0,
+        "job": 0,
+        "session": "one",
+        "secret": "mine",
+        "attempt": 1,
+        "leaving": False,
+        "word": None,
+        "paused": False,
+        "lines": [],
+        "reason": None,
+        "bulk": False,
+        "holding": [],
+        "slots": 2,
+    }
     return kind, {**own, **told}
 
 
@@ -625,8 +747,11 @@ class Chooser:
     def next(self) -> Event:
         """Return an event that is likely to mean something now."""
         self.count += 1
-        kind = "register" if len(self.model.nodes) < self.source.choice((1, 2)) else self.source.choices(
-            self.kinds, [WEIGHTS[kind] for kind in self.kinds])[0]
+        kind = (
+            "register"
+            if len(self.model.nodes) < self.source.choice((1, 2))
+            else self.source.choices(self.kinds, [WEIGHTS[kind] for kind in self.kinds])[0]
+        )
         return kind, getattr(self, f"_{kind}")()
 
     def _one(self, *values: Any) -> Any:
@@ -650,8 +775,14 @@ class Chooser:
         for at in range(self._one(1, 2, 5) if bulk else 1):
             fresh = len(known) < JOBS_MOST and self._likely(0.85)
             number = len(known) + at if fresh or not known else self.source.choice(known)
-            entries.append([number, self._one(None, 0, 1, 5), self._one(None, None, JOB_TIMEOUT_S)
-                            if self.timed else None, *([self._node()] if self._likely(0.15) else [])])
+            entries.append(
+                [
+                    number,
+                    self._one(None, 0, 1, 5),
+                    self._one(None, None, JOB_TIMEOUT_S) if self.timed else None,
+                    *([self._node()] if self._likely(0.15) else []),
+                ]
+            )
         return {"jobs": entries, "bulk": bulk}
 
     def _claim(self) -> Told:
@@ -690,8 +821,17 @@ class Chooser:
 
     def _report(self) -> Told:
         job, node, attempt = self._attempt_of()
-        status = self._one("completed", "completed", "failed", "failed", "failed", "canceled", "returned",
-                           "returned", "done")
+        status = self._one(
+            "completed",
+            "completed",
+            "failed",
+            "failed",
+            "failed",
+            "canceled",
+            "returned",
+            "returned",
+            "done",
+        )
         reason = self._one(*TRANSIENT, *PERMANENT) if status == "failed" else None
         return {"job": job, "node": node, "attempt": attempt, "session": self._session(node),
                 "status": status, "reason": reason}
@@ -708,8 +848,11 @@ class Chooser:
         number = self._node()
         node = self.model.nodes.get(number)
         works = self.model.jobs.values()
-        holding = [[work.number, max(1, work.attempt + (self._likely(0.1)))] for work in works
-                   if (number in (work.holder, work.gave_up) and self._likely(0.6)) or self._likely(0.03)]
+        holding = [
+            [work.number, max(1, work.attempt + (self._likely(0.1)))]
+            for work in works
+            if (number in (work.holder, work.gave_up) and self._likely(0.6)) or self._likely(0.03)
+        ]
         session = f"session{self.count}" if self._likely(0.6) else None
         if node is not None and node.session and self._likely(0.4):
             session = self.source.choice([node.session, *node.past[-3:]])
@@ -868,7 +1011,8 @@ class Served:
 # ---- the walk
 
 def play(system: System, model: Promises, events: Iterable[Event], done: list[Event]) -> None:
-    """Give events to the master and to the model; Disagreement where they part. `done` is what was given."""
+    """Give events to the master and to the model; Disagreement where they part. `done` is what was
+    given."""
     for event in events:
         done.append(event)
         step(system, model, *event)
@@ -943,7 +1087,9 @@ def outcome(make: Callable[[Path], System], events: Callable[[Promises, System],
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def shrink(events: list[Event], fails: Callable[[list[Event]], bool], seconds: float) -> list[Event]:
+def shrink(
+    events: list[Event], fails: Callable[[list[Event]], bool], seconds: float
+) -> list[Event]:
     """Drop events, many at once at first, as long as it still fails."""
     deadline, size = time.monotonic() + seconds, len(events) // 2
     while size:
@@ -966,7 +1112,9 @@ def walk(make: Callable[[Path], System], seed: int, count: int) -> int:
     done, error = outcome(make, drawn, seed)
     if error is None:
         return len(done)
-    fewer = shrink(done, lambda events: outcome(make, lambda *_: events, seed)[1] is not None, SHRINK_S)
+    fewer = shrink(
+        done, lambda events: outcome(make, lambda *_: events, seed)[1] is not None, SHRINK_S
+    )
     last = outcome(make, lambda *_: fewer, seed)[1] or error
     shown = "\n".join(f"    {event!r}," for event in fewer)
     raise AssertionError(f"seed {seed}, event {len(done)}: {type(error).__name__}: {error}\n"
@@ -978,36 +1126,82 @@ LOST = (event("register"), event("submit", jobs=[[0, 5, None]]), event("claim", 
         event("pass", seconds=11))
 BACK = event("progress")
 FOUND: dict[str, Sequence[Event]] = {
-    "a claim that is repeated after its attempt was taken back finds it": (*LOST, BACK,
-        event("claim", word="w")),
+    "a claim that is repeated after its attempt was taken back finds it": (
+        *LOST,
+        BACK,
+        event("claim", word="w"),
+    ),
     "a job that was taken back and fails then waits for its backoff": (
-        *LOST, event("register", node=1, session="two"), BACK,
-        event("report", status="failed", reason="network"), event("claim", node=1, session="two")),
+        *LOST,
+        event("register", node=1, session="two"),
+        BACK,
+        event("report", status="failed", reason="network"),
+        event("claim", node=1, session="two"),
+    ),
     "a job that was paused and resumed and fails then waits too, and avoids the node where it failed": (
-        event("register"), event("register", node=1, session="two"), event("submit", jobs=[[0, 5, None]]),
-        event("order", verb="pause"), event("order", verb="resume"), event("claim"),
-        event("report", status="failed", reason="network"), event("claim", node=1, session="two"),
-        event("pass", seconds=2), event("claim"), event("claim", node=1, session="two")),
+        event("register"),
+        event("register", node=1, session="two"),
+        event("submit", jobs=[[0, 5, None]]),
+        event("order", verb="pause"),
+        event("order", verb="resume"),
+        event("claim"),
+        event("report", status="failed", reason="network"),
+        event("claim", node=1, session="two"),
+        event("pass", seconds=2),
+        event("claim"),
+        event("claim", node=1, session="two"),
+    ),
     "a job that was given up waits for its backoff, and one of a restarted agent does not": (
-        *LOST, event("register", node=1, session="two"), event("claim", node=1, session="two"),
-        event("pass", seconds=1), event("claim", node=1, session="two"),
-        event("register", node=1, session="three"), event("claim", node=1, session="three")),
+        *LOST,
+        event("register", node=1, session="two"),
+        event("claim", node=1, session="two"),
+        event("pass", seconds=1),
+        event("claim", node=1, session="two"),
+        event("register", node=1, session="three"),
+        event("claim", node=1, session="three"),
+    ),
     "a node that leaves and takes a job back is not offline, and lost when it falls silent": (
-        *LOST, event("heartbeat", leaving=True), BACK, event("pass", seconds=11)),
+        *LOST,
+        event("heartbeat", leaving=True),
+        BACK,
+        event("pass", seconds=11),
+    ),
     "a node that was removed and comes back has claimed nothing, after a restart either": (
-        *LOST[:3], event("forget"), event("register"), event("restart"), event("submit", jobs=[[1, 0, None]]),
-        event("claim", word="w")),
+        *LOST[:3],
+        event("forget"),
+        event("register"),
+        event("restart"),
+        event("submit", jobs=[[1, 0, None]]),
+        event("claim", word="w"),
+    ),
     "a job that was pinned to a node is submitted again, after the node was removed": (
-        event("register"), event("submit", jobs=[[0, 5, None, 0]]), event("forget"),
-        event("submit", jobs=[[0, 5, None, 0]]), event("submit", jobs=[[1, 5, None, 0]])),
+        event("register"),
+        event("submit", jobs=[[0, 5, None, 0]]),
+        event("forget"),
+        event("submit", jobs=[[0, 5, None, 0]]),
+        event("submit", jobs=[[1, 5, None, 0]]),
+    ),
     "a paused attempt that is killed leaves its job paused, to be tried again": (
-        event("register"), event("submit", jobs=[[0, 5, None]]), event("claim"), event("order", verb="pause"),
-        event("report", status="failed", reason="killed"), event("order", verb="resume"), event("claim"),
-        event("pass", seconds=2), event("claim")),
+        event("register"),
+        event("submit", jobs=[[0, 5, None]]),
+        event("claim"),
+        event("order", verb="pause"),
+        event("report", status="failed", reason="killed"),
+        event("order", verb="resume"),
+        event("claim"),
+        event("pass", seconds=2),
+        event("claim"),
+    ),
     "a backoff does not grow by a restart after the wall clock was set back": (
-        event("register"), event("submit", jobs=[[0, 5, None]]), event("claim"),
-        event("report", status="failed", reason="network"), event("wall", seconds=-86400), event("restart"),
-        event("pass", seconds=2), event("claim")),
+        event("register"),
+        event("submit", jobs=[[0, 5, None]]),
+        event("claim"),
+        event("report", status="failed", reason="network"),
+        event("wall", seconds=-86400),
+        event("restart"),
+        event("pass", seconds=2),
+        event("claim"),
+    ),
 }
 
 
@@ -1052,14 +1246,17 @@ class TestWalk(unittest.TestCase):
 
     def test_a_failing_list_is_made_fewer(self) -> None:
         events: list[Event] = [("submit", {"number": number}) for number in range(60)]
-        fewer = shrink(events, lambda some: sum(told["number"] in (7, 41) for _, told in some) == 2, 60)
+        fewer = shrink(
+            events, lambda some: sum(told["number"] in (7, 41) for _, told in some) == 2, 60
+        )
         self.assertEqual([told["number"] for _, told in fewer], [7, 41])
 
 
 # ---- killed after any commit
 
 def state_of(master: ffdist.Master) -> dict[str, Any]:
-    """Return all that a master tells and all that it must know again after a kill, progress aside."""
+    """Return all that a master tells and all that it must know again after a kill, progress
+    aside."""
     def send(method: str, path: str) -> tuple[int, Any]:
         return send_to(master, method, path)
     jobs = {job["id"]: {**send("GET", f"/jobs/{job['id']}")[1], "progress": None,
@@ -1072,14 +1269,20 @@ def state_of(master: ffdist.Master) -> dict[str, Any]:
                             *(f"&node_id={node['id']}" for node in nodes))}
     with master._transactions.glance() as state:
         words = {node.id: list(node.claims) for node in state.nodes.values()}
-        sessions = {node.id: (node.session_hash, node.past, node.orders) for node in state.nodes.values()}
-    return {"jobs": jobs, "order": list(jobs), "totals": totals,
-            "nodes": [{**node, "last_heartbeat": None} for node in nodes],
-            "leases": {node["id"]: send("GET", f"/nodes/{node['id']}")[1]["jobs"] for node in nodes},
-            "words": words,
-            "sessions": sessions,
-            "results": [entry for page in pages(send, "/results?limit=7") for entry in page["results"]],
-            "metrics": master.queries.snapshot().totals}
+        sessions = {
+            node.id: (node.session_hash, node.past, node.orders) for node in state.nodes.values()
+        }
+    return {
+        "jobs": jobs,
+        "order": list(jobs),
+        "totals": totals,
+        "nodes": [{**node, "last_heartbeat": None} for node in nodes],
+        "leases": {node["id"]: send("GET", f"/nodes/{node['id']}")[1]["jobs"] for node in nodes},
+        "words": words,
+        "sessions": sessions,
+        "results": [entry for page in pages(send, "/results?limit=7") for entry in page["results"]],
+        "metrics": master.queries.snapshot().totals,
+    }
 
 
 class TestCrash(unittest.TestCase):
@@ -1117,12 +1320,20 @@ class TestCrash(unittest.TestCase):
             again.close()
 
     def _check_lanes(self, master: ffdist.Master, model: Promises, why: str) -> None:
-        """A new node gets all that waits, in the order of submission, and nothing that it may not have."""
+        """A new node gets all that waits, in the order of submission, and nothing that it may not
+        have."""
         send_to(master, *request_of(*event("register", node=99, session="new")))
-        sure = [work for work in model.jobs.values() if work.status == "pending" and not work.uncertain
-                and work.pin is None]
-        wanted = [uuid_of("job", work.number) for work in sure if work.due <= model.now - model.slack_s]
-        later = [uuid_of("job", work.number) for work in sure if work.due > model.now + model.slack_s]
+        sure = [
+            work
+            for work in model.jobs.values()
+            if work.status == "pending" and not work.uncertain and work.pin is None
+        ]
+        wanted = [
+            uuid_of("job", work.number) for work in sure if work.due <= model.now - model.slack_s
+        ]
+        later = [
+            uuid_of("job", work.number) for work in sure if work.due > model.now + model.slack_s
+        ]
         got = []
         while True:
             job = send_to(master, *request_of(*event("claim", node=99, session="new")))[1]["job"]
@@ -1147,7 +1358,8 @@ class Load:
         self.lock = threading.Lock()
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
-        """Ask until there is an answer: what was sent before a kill is sent again, as an agent does."""
+        """Ask until there is an answer: what was sent before a kill is sent again, as an agent
+        does."""
         while True:
             try:
                 return call(self.url, method, path, body, timeout=10)
@@ -1157,14 +1369,24 @@ class Load:
 
     def register(self) -> None:
         for number, node in enumerate(self.nodes):
-            self.ask("POST", "/nodes/register", {"address": f"worker{number}", "id": node, "session": "one",
-                                                 "max_concurrent_jobs": 4})
+            self.ask(
+                "POST",
+                "/nodes/register",
+                {
+                    "address": f"worker{number}",
+                    "id": node,
+                    "session": "one",
+                    "max_concurrent_jobs": 4,
+                },
+            )
 
     def submit(self) -> None:
         """Submit, one or many at a time, with ids of its own."""
         while not self.over.is_set():
             ids = [str(uuid.uuid4()) for _ in range(random.choice((1, 1, 10)))]
-            answer = self.ask("POST", "/jobs", [{"scenario": "load", "id": job_id} for job_id in ids])
+            answer = self.ask(
+                "POST", "/jobs", [{"scenario": "load", "id": job_id} for job_id in ids]
+            )
             if answer is not None:
                 self._check(answer.status in (200, 201), answer)
                 self.submitted |= set(ids)
@@ -1178,10 +1400,20 @@ class Load:
             if not job:
                 continue
             with self.lock:
-                self._check((job["id"], job["attempt"]) not in self.claimed.values(), "handed out twice", job)
+                self._check(
+                    (job["id"], job["attempt"]) not in self.claimed.values(),
+                    "handed out twice",
+                    job,
+                )
                 self.claimed[word] = job["id"], job["attempt"]
-            told = {"job_id": job["id"], "attempt": job["attempt"], "node_id": node, "session": "one",
-                    "status": "completed", "metrics": {"duration": 1.0}}
+            told = {
+                "job_id": job["id"],
+                "attempt": job["attempt"],
+                "node_id": node,
+                "session": "one",
+                "status": "completed",
+                "metrics": {"duration": 1.0},
+            }
             for _ in range(random.choice((1, 1, 2))):
                 answer = self.ask("POST", "/results", told)
                 if answer is not None:
@@ -1201,7 +1433,10 @@ class TestKillUnderLoad(Case):
         load, source = Load(master.url), random.Random(SEED)
         load.register()
         threads = [threading.Thread(target=load.submit)] + [
-            threading.Thread(target=load.work, args=(node,)) for node in load.nodes for _ in range(2)]
+            threading.Thread(target=load.work, args=(node,))
+            for node in load.nodes
+            for _ in range(2)
+        ]
         for thread in threads:
             thread.start()
         try:
@@ -1220,19 +1455,27 @@ class TestKillUnderLoad(Case):
         def send(method: str, path: str) -> tuple[int, Any]:
             return 200, master.get(path)
         jobs = [job for page in pages(send, "/jobs?limit=1000") for job in page["jobs"]]
-        results = [entry for page in pages(send, "/results?limit=1000") for entry in page["results"]]
+        results = [
+            entry for page in pages(send, "/results?limit=1000") for entry in page["results"]
+        ]
         known = {job["id"]: job for job in jobs}
         self.assertEqual(len(known), len(jobs))
         self.assertLessEqual(load.submitted, set(known), "what was acknowledged is there")
         accepted = Counter((entry["job_id"], entry["attempt"]) for entry in results)
-        self.assertEqual([key for key, count in accepted.items() if count > 1], [], "nothing is there twice")
+        self.assertEqual(
+            [key for key, count in accepted.items() if count > 1], [], "nothing is there twice"
+        )
         self.assertLessEqual(load.reported, set(accepted))
         self.assertEqual({job_id for job_id, _ in accepted},
                          {job["id"] for job in jobs if job["status"] == "completed"})
-        self.assertEqual([job for job in jobs if job["attempt"] > 1], [], "no attempt was lost by a kill")
+        self.assertEqual(
+            [job for job in jobs if job["attempt"] > 1], [], "no attempt was lost by a kill"
+        )
         totals = Counter(job["status"] for job in jobs)
         for status in ffdist.STATUSES:
-            self.assertEqual(master.get(f"/jobs?status={status}&limit=1")["total"], totals[status], status)
+            self.assertEqual(
+                master.get(f"/jobs?status={status}&limit=1")["total"], totals[status], status
+            )
         self.assertGreater(len(load.reported), 50)
 
 
@@ -1242,7 +1485,8 @@ DAY_S = 86400.0
 
 
 class TestClock(unittest.TestCase):
-    """Leases and backoff go by the monotonic clock; a wall clock that jumps a day changes nothing."""
+    """Leases and backoff go by the monotonic clock; a wall clock that jumps a day changes
+    nothing."""
 
     def setUp(self) -> None:
         folder = tempfile.mkdtemp(prefix="ffdist-model-", dir=MEMORY)
@@ -1269,11 +1513,15 @@ class TestClock(unittest.TestCase):
             self.system.wall += jump
             self.system.pass_(1)
             self.assertEqual(self.shown(0)["status"], "running", jump)
-            self.assertEqual(self.system.send("GET", "/nodes")[1]["nodes"][0]["status"], "available", jump)
+            self.assertEqual(
+                self.system.send("GET", "/nodes")[1]["nodes"][0]["status"], "available", jump
+            )
         for _ in range(int(TIMEOUT_S)):
             self.system.wall -= DAY_S
             self.system.pass_(1)
-        self.assertEqual(self.shown(0)["status"], "pending", "silence is silence, whatever the wall says")
+        self.assertEqual(
+            self.shown(0)["status"], "pending", "silence is silence, whatever the wall says"
+        )
 
     def test_a_lease_without_session_ends_after_the_jobs_timeout_of_real_time(self) -> None:
         self.ask("register", node=1, session=None)
