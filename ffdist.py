@@ -24,7 +24,7 @@ Sections (each uses only those above it):
   13 API          ROUTES, the API document (a role would be a column of it); admit(), its gate
   14 HTTP         parser, connections, the server
   15 Push         VictoriaMetrics
-  16 Service      background loops, start and stop
+  16 Service      the log, background loops, start and stop
   17 Experiments  a matrix of jobs (pure)
   18 Reports      rows over many results, their statistics, BD figures (pure)
   19 Documents    a report as a page, JSON, CSV and a table (pure)
@@ -51,8 +51,8 @@ lets go. Journal commits what has gathered, with one fsync for all of it; only t
 sent, the notes logged and the waiting agents served. A change that cannot be written is a 503, and
 memory is built again from what is on disk.
 
-Threads: each connection has one; the journal has one that writes; Service has one for each loop.
-The archive lock is taken before the Master's, never inside it. Nothing blocks while that one is
+Threads: each connection has one; the journal has one that writes; Service has one for each loop,
+and one for the log. The archive lock is taken before the Master's, never inside it. Nothing blocks while that one is
 held.
 
 Where things go: a role would be one more column of ROUTES (API), checked where a request is
@@ -5821,8 +5821,8 @@ class Pusher:
         if not dropped:
             return
         if not self._dropped:
-            self._log.warning("VictoriaMetrics has been away for long: from now on the oldest samples "
-                              "are dropped")
+            self._log.warning("VictoriaMetrics has been away for long: from now on the oldest "
+                              "samples are dropped")
         self._dropped += dropped
         self._master.count("push_dropped", dropped)
 
