@@ -921,6 +921,42 @@ class TestErrorsOfItsOwn(Case):
         self.assertEqual(len(said), len(broken), "each is told once")
 
 
+class TestFormats(Case):
+    """A journal of each format since the first release goes on; tests/journals has one of each."""
+
+    def test_the_stored_journals_are_of_this_format_and_of_those_before(self) -> None:
+        names = {path.name for path in (TOP / "tests" / "journals").iterdir()}
+        self.assertEqual(names, {f"format-{number}.sql" for number in range(3, ffdist.FORMAT + 1)})
+
+    def test_a_stored_journal_goes_on(self) -> None:
+        for path in sorted((TOP / "tests" / "journals").iterdir()):
+            with self.subTest(path.name):
+                self.goes_on(path)
+
+    def goes_on(self, path: Path) -> None:
+        """Two jobs were completed or running, one was pending, one paused."""
+        folder = self.folder / path.stem / "master"
+        ffdist.wire.make_private_folder(folder)
+        with contextlib.closing(sqlite3.connect(folder / "journal.db")) as journal:
+            journal.executescript(path.read_text(encoding="utf-8"))
+        master = Master(folder.parent)
+        self.addCleanup(master.end)
+        self.assertNotIn("damaged", master.words())
+        jobs = master.get("/jobs")["jobs"][::-1]
+        self.assertEqual([job["status"] for job in jobs],
+                         ["completed", "running", "pending", "paused"])
+        self.assertEqual(master.get(f"/jobs/{jobs[0]['id']}")["result"]["metrics"], {"duration": 9.0})
+        self.assertEqual(master.get(f"/jobs/{jobs[0]['id']}/logs")["lines"], ["one", "two"])
+        node = master.get("/nodes")["nodes"][0]
+        own = {"node_id": node["id"], "session": "a session"}
+        query = f"node_id={node['id']}&session=a%20session"
+        again = master.get(f"/jobs/next?{query}&claim=word-2")["job"]
+        self.assertEqual(again["id"], jobs[1]["id"], "its claim is known")
+        report = {"job_id": again["id"], "attempt": 1, "status": "completed", **own}
+        self.assertEqual(master.call("POST", "/results", report).status, 200)
+        self.assertEqual(master.get(f"/jobs/next?{query}&claim=new")["job"]["id"], jobs[2]["id"])
+
+
 class TestFullDisk(Case):
     """A disk of 1 MB that fills up, and is freed again."""
 
