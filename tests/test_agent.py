@@ -1825,6 +1825,15 @@ class Resting(unittest.TestCase):
             self.assertIn(words, baseline.why)
             self.assertEqual(baseline.idle, None if words else hwdetect.Idle(29.0, 0.0, 7.0, "rapl", 1))
 
+    def test_readings_before_a_gpu_answers_are_left_out_of_idle_power(self) -> None:
+        """nvidia-smi takes a while to start: until then a reading lacks the card."""
+        baseline = hwdetect.Baseline(0.0)
+        for at in range(4):
+            gpu = hwdetect.GpuReading("L4", 0, 20.0 if at > 1 else None, 0.0, 1.0)
+            baseline.take(hwdetect.Reading(float(at), 1.0, None, 9.0, 9.0, gpus=(gpu,),
+                                           power_source="rapl"), 7.0)
+        self.assertEqual(baseline.idle, hwdetect.Idle(29.0, 0.0, 7.0, "rapl", 1))
+
     def test_a_machine_that_tells_nothing_is_asked_once(self) -> None:
         baseline = hwdetect.Baseline(0.0)
         self.assertTrue(baseline.take(hwdetect.Reading(0.0, unknown={"energy_joules": "no RAPL"}), 7.0))

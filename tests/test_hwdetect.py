@@ -507,6 +507,13 @@ class Energy(TreeCase):
         self.assertIsNone(last.energy_joules)
         self.assertIn("intel-rapl:1", last.unknown["energy_joules"])
 
+    def test_psys_alone_that_cannot_be_read_is_not_a_total(self) -> None:
+        self.zone("intel-rapl:0", "psys", 7)
+        (self.tree / "sys/class/powercap/intel-rapl:0/energy_uj").chmod(0)
+        reading = self.sampler().sample(0.0)
+        self.assertIsNone(reading.energy_joules)
+        self.assertIn("permission denied", reading.unknown["energy_joules"])
+
     def test_a_figure_of_the_whole_machine_includes_its_gpus(self) -> None:
         for psys, total in ((False, 41.0), (True, 12.0)):
             self.setUp()
@@ -902,6 +909,16 @@ class Graphics(TreeCase):
             table = table or [",".join(row)]
             table.append(", ".join(row.values()))
         self.put("/recorded/nvidia-smi", "\n".join(table))
+
+    def test_a_driver_without_power_is_asked_no_more(self) -> None:
+        """Without a field that is needed there is nothing to ask for."""
+        self.smi_prints(stamp="14:23:11.000", watts="30.00", without="power.draw")
+        sampler = self.sampler()
+        ended = "nvidia-smi ended: Field"
+        wait_for(lambda: ended in sampler.sample(0.0).unknown["gpus.0"], why="its end is noticed")
+        self.expect(self.gpu(sampler, 1.0), power_watts=None, source=None)
+        with self.assertRaises(AssertionError):
+            stream_of(sampler)
 
     def test_nvidia_rows_out_of_order_are_left_out(self) -> None:
         self.smi_prints(stamp="14:23:10.000", watts="30.00")
