@@ -52,8 +52,8 @@ sent, the notes logged and the waiting agents served. A change that cannot be wr
 memory is built again from what is on disk.
 
 Threads: each connection has one; the journal has one that writes; Service has one for each loop,
-and one for the log. The archive lock is taken before the Master's, never inside it. Nothing blocks while that one is
-held.
+and one for the log. The archive lock is taken before the Master's, never inside it. Nothing blocks
+while that one is held.
 
 Where things go: a role would be one more column of ROUTES (API), checked where a request is
 admitted; a rule of dispatch belongs in Dispatch, Leases or Fleet, a column of the journal in Store
