@@ -147,9 +147,9 @@ class TheCommandLine(unittest.TestCase):
     def test_exit_codes_and_sentences(self) -> None:
         nobody = f"http://127.0.0.1:{free_port()}"
         for words, code, said in (
-            (("show", "ffff0000"), 1, "no job"),
-            (("logs", "ffff0000"), 1, "no job"),
-            (("cancel", "ffff0000"), 1, "no job"),
+            (("show", "ffff0000"), 1, "unknown job"),
+            (("logs", "ffff0000"), 1, "unknown job"),
+            (("cancel", "ffff0000"), 1, "unknown job"),
             (("submit", "64p25-h264", "-p", "crf=99"), 2, "crf"),
             (("submit", "64p25-h264", "-p", "bitrat=5M"), 2, "bitrate"),
             (("submit", "no spaces"), 2, "scenario"),
