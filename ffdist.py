@@ -5091,7 +5091,8 @@ def _object_text(texts: Mapping[str, str], values: Json) -> Text:
 FILTERS = ("status", "scenario", "node_id")
 PAGE_USUAL = 100
 HOME_JOBS = 50  # on the page for people
-DRAIN_MOST_S = 30 * 86400.0
+DRAIN_MOST_S = 30 * 86400.0  # longer than any job: more is a mistake of units
+# The names of a list's query, and of a node's question for work or orders.
 _LIST = (*FILTERS, "limit", "after")
 _ASK = ("session", "wait", "seen", "claim", "leaving")
 
@@ -5154,6 +5155,7 @@ ROUTES = (
     Route("GET", "/", _home,
           "this table as JSON (Accept: application/json), else a page of nodes and jobs"),
 )
+# Rows by path and method: a request finds its row by one look-up, not by trying patterns.
 _BY_PATH: dict[str, dict[str, Route]] = {}
 for _route in ROUTES:
     _BY_PATH.setdefault(_route.path, {})[_route.method] = _route
@@ -5161,6 +5163,7 @@ for _route in ROUTES:
 
 def route_of(method: str, path: str) -> tuple[Route, str]:
     """Return the route of a request and its `{id}`; ApiError 404 or 405."""
+    # A path that is a row's own comes first: "next" in /jobs/next is not an id.
     methods, part = _BY_PATH.get(path), ""
     pieces = path.split("/")
     if methods is None and len(pieces) in (3, 4) and pieces[2]:
