@@ -1932,7 +1932,6 @@ class State:
     that runs.
     """
 
-
     def __init__(
         self, settings: Settings, counts: dict[str, int], jitter: Callable[[], float]
     ) -> None:
@@ -2872,6 +2871,11 @@ class Submitted(NamedTuple):
     archived: Mapping[str, Job | None]
     statuses: Mapping[str, str | None]
 
+    def status_of(self, job_id: str) -> str | None:
+        """Return the status of a job that has ended; None for one that is unknown."""
+        archived = self.archived.get(job_id)
+        return self.statuses.get(job_id) if archived is None else archived.status
+
 
 class Ordered(NamedTuple):
     """Event: a person asks for `cancel`, `pause`, `resume` or `retry` of a job."""
@@ -2929,7 +2933,6 @@ class Requests:
     A node has at most one parked request; a newer one answers it. A parked request has a serial
     number: when it looks again and its node has another, it was superseded and is answered empty.
     """
-
 
     def __init__(
         self, state: State, placement: Placement, leases: Leases, registry: Registry
@@ -3043,12 +3046,9 @@ class Intake:
         own = {draft.id for draft in event.drafts}
         wanted: dict[str, None] = {}
         for draft in event.drafts:
-            if (
-                draft.id is not None
-                and draft.id not in event.fresh
-                and draft.id not in event.archived
-            ):
-                wanted[draft.id] = None
+            given = draft.id or ""
+            if given not in event.fresh and given not in event.archived:
+                wanted[given] = None
             for job_id in (*draft.after, *draft.after_ok):
                 if job_id not in own and job_id not in event.statuses:
                     wanted[job_id] = None
@@ -3066,14 +3066,10 @@ class Intake:
         for field, ids in (("after", draft.after), ("after_ok", draft.after_ok)):
             for job_id in ids:
                 is_earlier = numbers.get(job_id, own) < own
-                is_known = job_id in self._state.seq_of or event.statuses.get(job_id) is not None
+                is_known = job_id in self._state.seq_of or event.status_of(job_id) is not None
                 if not is_earlier and not is_known:
-                    raise ApiError(
-                        400,
-                        f"{field} names the unknown job {job_id}: expected one that "
-                        "was submitted before, or stands earlier in the array",
-                        field,
-                    )
+                    raise ApiError(400, f"{field} names the unknown job {job_id}: expected one that "
+                                   "was submitted before, or stands earlier in the array", field)
 
     def _accept(self, draft: Draft, numbers: Mapping[str, int], event: Submitted) -> Job:
         state = self._state
@@ -3099,18 +3095,25 @@ class Intake:
         state.save(None, job)
         state.counts["submitted"] += 1
         state.note("job %s submitted: %s", job.id, job.scenario)
-        failed = [
-            job_id
-            for job_id in draft.after_ok
-            if event.statuses.get(job_id) not in (None, "completed") and job_id not in state.seq_of
-        ]
-        if failed:
-            return self._cancel_dependent(job, failed[0], event.statuses[failed[0]] or "")
+        for job_id in draft.after_ok:
+            status = self._final_status(job_id, numbers, event)
+            if status not in (None, "completed"):
+                return self._cancel_dependent(job, job_id, str(status))
         if first == "blocked":
             state.block(job)
         else:
             self._placement.pend(job)
         return job
+
+    def _final_status(
+        self, job_id: str, numbers: Mapping[str, int], event: Submitted
+    ) -> str | None:
+        """Return how a job has ended; None for one that has not."""
+        if job_id in self._state.seq_of:
+            return None
+        if job_id in numbers:  # of this array: nothing of it has run, so it can only be canceled
+            return "canceled"
+        return event.status_of(job_id)
 
     def _blockers(self, ids: Iterable[str], numbers: Mapping[str, int]) -> tuple[int, ...]:
         """Return the numbers of those jobs that have not ended."""
@@ -3162,9 +3165,7 @@ class Intake:
         self._placement.pend(free)
 
     def _cancel_dependent(self, job: Job, blocker: str, status: str) -> Job:
-        error = (
-            f"job {blocker} is {status}, and this one was to run only after it completed (after_ok)"
-        )
+        error = f"job {blocker} is {status}, and this one was to run after it completed (after_ok)"
         canceled = advance(job, "cancel", self._state.now.wall, error=error, reason="after_ok")
         self._state.save(job, canceled)
         self._state.note("job %s canceled: %s", job.id, error)
@@ -3186,7 +3187,6 @@ class Fleet:
     state, so that it can be tested by thousands of events a second, and rebuilt from the journal's
     rows at any time: at the start, after a failed commit, or in a standby that takes over.
     """
-
 
     def __init__(
         self, settings: Settings, counts: dict[str, int], jitter: Callable[[], float]
@@ -3706,7 +3706,6 @@ class Master:
     `clock` is monotonic and rules leases; `wall` gives the times that people read.
     """
 
-
     def __init__(
         self,
         folder: Path,
@@ -3889,9 +3888,8 @@ class Master:
         late_s = now - self._reaped - REAP_S
         self._reaped = now
         writes: list[Write] = []
-        if (
-            self.journal.trouble is not None
-        ):  # a small write tries whether the journal is well again
+        if self.journal.trouble is not None:
+            # A small write tries whether the journal can be written again.
             writes.append(("alive", (self.wall(),)))
         self._transactions.apply(Ticked(late_s if late_s > REAP_S else 0.0), writes)
         self._transactions.note_recovery()

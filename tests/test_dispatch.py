@@ -176,6 +176,14 @@ class TestAfter(Alone):
         self.assertEqual(late.status, "canceled")
         self.assertIn(failed.id, late.error or "")
 
+    def test_what_is_canceled_as_it_comes_cancels_what_stands_behind_it(self) -> None:
+        failed = self.submit()[0]
+        self.apply(ffdist.Ordered(failed, "cancel"))
+        ids = [str(uuid.uuid4()) for _ in range(3)]
+        jobs = self.submit({"id": ids[0], "after_ok": [failed.id]},
+                           {"id": ids[1], "after_ok": [ids[0]]}, {"id": ids[2], "after": [ids[1]]})
+        self.assertEqual([self.status(job) for job in jobs], ["canceled", "canceled", "pending"])
+
     def test_unknown_ids_and_later_ones_are_refused_and_nothing_is_accepted(self) -> None:
         ids = [str(uuid.uuid4()) for _ in range(2)]
         for field in ("after", "after_ok"):
@@ -399,6 +407,17 @@ class TestOverHttp(Case):
             answer = master.call("POST", "/jobs", {"scenario": "a", field: value})
             self.assertEqual((answer.status, answer.body["field"]), (400, field), value)
         self.assertEqual(master.get("/jobs")["total"], 2)
+
+    def test_an_array_may_repeat_a_job_that_has_ended_and_build_on_it(self) -> None:
+        master = self.master()
+        node = Node(master)
+        first = {"scenario": "a", "id": str(uuid.uuid4())}
+        master.call("POST", "/jobs", [first])
+        node.report(node.claim().body["job"])
+        array = [first, {"scenario": "a", "after_ok": [first["id"]]}]
+        answer = master.call("POST", "/jobs", array)
+        self.assertEqual(answer.status, 201, answer.body)
+        self.assertEqual([job["status"] for job in answer.body["jobs"]], ["completed", "pending"])
 
 
 if __name__ == "__main__":
