@@ -518,6 +518,12 @@ FORMULAS = {row.name: row.formula for row in METRICS.values() if row.formula}
 
 # ---- 3 Messages ----------------------------------------------------------------------------------
 
+# Answers of the master become values here, once: inside there is no raw JSON. Answers that the agent
+# acts on are read strictly, and one that makes no sense counts as none: the agent asks again, and
+# does not work on half an order. Views for people are lenient, for they also show what programs of
+# others have stored; only a job or a node without an id is refused. The seed's master sends fewer
+# fields than this one: what may be missing has a default.
+
 @dataclass(frozen=True)
 class Job:
     """A job that this node has claimed: the attempt, and what is asked for.
@@ -581,6 +587,7 @@ class Answer:
         job = fields.mapping("job")
         if "job" not in fields.values and "scenario" in fields.values:
             job = fields.values  # the bare job
+        # The field is called `actions`; `orders` is the number of the newest.
         orders = [
             Order(entry.required_text("action"), entry.required_text("job_id"),
                   entry.whole("attempt", 1) or 1)
@@ -610,6 +617,7 @@ class Registered:
     def from_json(cls, value: object) -> Registered:
         """Return the answer; the seed's master sends only the node."""
         fields = answer_fields(value)
+        # Attempts that are not among these were given to another node, or ended.
         holding = [(entry.required_text("job_id"), entry.whole("attempt", 1) or 1)
                    for entry in fields.entries("holding")]
         return cls(
@@ -645,7 +653,7 @@ class ResultView:
     confidence: str
     statistics: Json
     series: Json
-    repeats: tuple[Json, ...]
+    repeats: tuple[Json, ...]  # the runs of a job that was repeated
 
     @classmethod
     def from_json(cls, value: object) -> ResultView:
@@ -3014,6 +3022,9 @@ def probe_command(ffprobe: str, url: str, demuxer: str = "",
 
 
 # ---- 10 Output -----------------------------------------------------------------------------------
+
+# FFmpeg has no other interface than its words. They are matched in this section alone: everything
+# below it sees a Progress, a Source, a failure class or a score.
 
 # With `-loglevel repeat+level` FFmpeg writes `[h264 @ 0x55…] [error] …`; x264 and x265 write their
 # name.
@@ -5402,6 +5413,10 @@ def _read_words(path: Path) -> list[str]:
 
 
 # ---- 17 Analysis ---------------------------------------------------------------------------------
+
+# From the figures of a run to its report. Unknown is null, with a reason, never 0 and never a guess
+# passed off as a reading (DESIGN 5); a figure that follows from others does so by its formula in
+# METRICS, so that README, report and result cannot disagree.
 
 # The recommendations of an analysis: README lists them.
 RECOMMENDATIONS = {
