@@ -3068,8 +3068,8 @@ class Intake:
                 is_earlier = numbers.get(job_id, own) < own
                 is_known = job_id in self._state.seq_of or event.status_of(job_id) is not None
                 if not is_earlier and not is_known:
-                    raise ApiError(400, f"{field} names the unknown job {job_id}: expected one that "
-                                   "was submitted before, or stands earlier in the array", field)
+                    raise ApiError(400, f"{field} names the unknown job {job_id}: expected one "
+                                   "submitted before, or earlier in the array", field)
 
     def _accept(self, draft: Draft, numbers: Mapping[str, int], event: Submitted) -> Job:
         state = self._state
@@ -3165,7 +3165,7 @@ class Intake:
         self._placement.pend(free)
 
     def _cancel_dependent(self, job: Job, blocker: str, status: str) -> Job:
-        error = f"job {blocker} is {status}, and this one was to run after it completed (after_ok)"
+        error = f"job {blocker} is {status}, and this one needs it to be completed (after_ok)"
         canceled = advance(job, "cancel", self._state.now.wall, error=error, reason="after_ok")
         self._state.save(job, canceled)
         self._state.note("job %s canceled: %s", job.id, error)
