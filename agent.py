@@ -519,7 +519,7 @@ FORMULAS = {row.name: row.formula for row in METRICS.values() if row.formula}
 # ---- 3 Messages ----------------------------------------------------------------------------------
 
 # Answers of the master become values here, once: inside there is no raw JSON. Answers that the agent
-# acts on are read strictly, and one that makes no sense counts as none: the agent asks again, and
+# acts on are read strictly, and one that makes no sense counts as none: the agent asks again and
 # does not work on half an order. Views for people are lenient, for they also show what programs of
 # others have stored; only a job or a node without an id is refused. The seed's master sends fewer
 # fields than this one: what may be missing has a default.
@@ -541,7 +541,7 @@ class Job:
 
     @classmethod
     def from_json(cls, value: object) -> Job:
-        """Return the job of a claim; the seed's master numbers no attempts, and may send less."""
+        """Return a claimed job; the seed's master numbers no attempts, and may send less."""
         fields = Fields(value, "the claimed job", prefix="job.", status=0)
         return cls(
             id=fields.required_text("id", 64),
@@ -3023,8 +3023,8 @@ def probe_command(ffprobe: str, url: str, demuxer: str = "",
 
 # ---- 10 Output -----------------------------------------------------------------------------------
 
-# FFmpeg has no other interface than its words. They are matched in this section alone: everything
-# below it sees a Progress, a Source, a failure class or a score.
+# FFmpeg has no other interface than its words. All patterns for them are here; the sections below
+# see a Progress, a Source, a failure class or a score.
 
 # With `-loglevel repeat+level` FFmpeg writes `[h264 @ 0x55…] [error] …`; x264 and x265 write their
 # name.
