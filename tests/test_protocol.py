@@ -7,13 +7,16 @@ module stand here; A is test_api, J test_journal, E test_end_to_end, C test_chao
   one state folder  E.Starting.test_a_second_agent_on_the_same_state_folder_is_refused
   judging           A.TestSessions.test_the_first_registration…, …a_repeated_registration…;
                     OneSession.test_a_registration_whose_answer_was_lost…
-  same node         E.Kills.test_a_killed_agent_leaves_no_orphan…; A.TestSessions.test_a_restarted_agent…
+  same node         E.Kills.test_a_killed_agent_leaves_no_orphan…;
+                    A.TestSessions.test_a_restarted_agent…
   parked request    A.TestClaims, A.TestOrders
-  claim repeated    LostMessages, Repeated; A.TestClaims.test_the_same_claim_word…; J.TestKill (restart)
+  claim repeated    LostMessages, Repeated; A.TestClaims.test_the_same_claim_word…;
+                    J.TestKill (restart)
   orders            Orders; `seen`: A.TestOrders.test_an_order_persists_until_obeyed…
   reports           LostMessages; A.TestReports (returned, repeats, another status, late ones)
   submissions       Repeated.test_a_submission…; A.TestSubmissions, J.TestKill
-  leaving, drain    Leaving; A.TestOrders.test_a_leaving_node…; E.Kills.test_an_agent_that_is_told_to_stop…
+  leaving, drain    Leaving; A.TestOrders.test_a_leaving_node…;
+                    E.Kills.test_an_agent_that_is_told_to_stop…
   silence           Silence; A.TestSilence; J.TestKill.test_silence_counts_only…
   backoff           Silence.test_a_backoff_goes_on_after_a_restart
   before the commit J.TestFullDisk; FullDisk
@@ -45,7 +48,11 @@ from tests.proxy import BEFORE, Message, Once, Proxy, passing
 from tests.support import call, need, small_disk, wait_for
 
 CLAIM, BEAT = r"GET /jobs/next\?", r"POST /nodes/[^/]+/heartbeat"
-PROGRESS, RESULT, REGISTER = r"POST /jobs/[^/]+/progress", r"POST /results ", r"POST /nodes/register "
+PROGRESS, RESULT, REGISTER = (
+    r"POST /jobs/[^/]+/progress",
+    r"POST /results ",
+    r"POST /nodes/register ",
+)
 SHORT = {"width": 64, "height": 36, "fps": 25, "duration": 0.4, "preset": "ultrafast"}
 
 
@@ -73,7 +80,9 @@ class BadNetwork(FleetCase):
         self.addCleanup(agent.end)
         return agent
 
-    def network(self, *flags: str, rule: Any = None, timeout: str = "90s") -> tuple[Master, Proxy, Agent]:
+    def network(
+        self, *flags: str, rule: Any = None, timeout: str = "90s"
+    ) -> tuple[Master, Proxy, Agent]:
         """Start a master, a proxy and an agent that has registered."""
         master = self.master("--node-timeout", timeout)
         proxy = self.proxied(master, rule)
@@ -91,8 +100,11 @@ class BadNetwork(FleetCase):
         self.assertEqual((done["status"], done["attempt"]), ("completed", attempts), done)
         accepted = [record for record in done["attempts"] if record["status"] == "completed"]
         self.assertEqual(len(accepted), 1, done)
-        results = [result for result in master.get("/results?limit=1000&status=completed")["results"]
-                   if result["job_id"] == done["id"]]
+        results = [
+            result
+            for result in master.get("/results?limit=1000&status=completed")["results"]
+            if result["job_id"] == done["id"]
+        ]
         self.assertEqual(len(results), 1, results)
         return done
 
@@ -118,18 +130,26 @@ class OneSession(BadNetwork):
         self.encoding(newer)
         self.assertEqual(len(list((self.folder / "media").glob(".ffdist-*"))), 1, "the newer one's")
         shown = master.get(f"/jobs/{job}")
-        self.assertEqual((shown["attempt"], shown["retry_count"]), (2, 1), "the older one's lease was judged")
+        self.assertEqual(
+            (shown["attempt"], shown["retry_count"]), (2, 1), "the older one's lease was judged"
+        )
         master.call("POST", f"/jobs/{job}/cancel")
         self.assertEqual(master.finished(job)["status"], "canceled")
 
     def test_a_registration_whose_answer_was_lost_is_repeated_and_is_one_node(self) -> None:
         master = self.master()
         rules = {fault: Once(fault, REGISTER) for fault in ("mute", "cut", "lose", "twice")}
-        agents = [self.worker(self.proxied(master, rule), name=fault) for fault, rule in rules.items()]
+        agents = [
+            self.worker(self.proxied(master, rule), name=fault) for fault, rule in rules.items()
+        ]
         for (fault, rule), agent in zip(rules.items(), agents):
             wait_for(rule.hit.is_set, why=f"the fault {fault}")
-            wait_for(lambda agent=agent: "registered with" in agent.words(), why="it registers after all")
-        self.assertEqual(sorted(node["name"] for node in master.get("/nodes")["nodes"]), sorted(rules))
+            wait_for(
+                lambda agent=agent: "registered with" in agent.words(), why="it registers after all"
+            )
+        self.assertEqual(
+            sorted(node["name"] for node in master.get("/nodes")["nodes"]), sorted(rules)
+        )
 
     def test_an_agent_killed_before_it_heard_that_it_is_registered_is_the_same_node(self) -> None:
         lost = Once("mute", REGISTER)
@@ -178,7 +198,7 @@ class StateFolder(BadNetwork):
 
 
 class LostMessages(OneFleet, BadNetwork):
-    """Whatever is lost, cut or sent twice: the job is done once, by one attempt, with one result."""
+    """Whatever is lost, cut or sent twice: one attempt does the job once, with one result."""
 
     flags: ClassVar[tuple[str, ...]] = ("--heartbeat-interval", "1s")
     proxy: ClassVar[Proxy]
@@ -200,11 +220,17 @@ class LostMessages(OneFleet, BadNetwork):
         for line, fault in itertools.product(lines, faults):
             with self.subTest(f"{fault} {line}"):
                 proxy.rule = rule = Once(fault, line, meant)
-                if line == CLAIM and fault in BEFORE:  # the one that is parked now has passed already
+                if (
+                    line == CLAIM and fault in BEFORE
+                ):  # the one that is parked now has passed already
                     wait_for(rule.hit.is_set, why=f"{fault} is met")
                 more = {**SHORT, "duration": seconds, "realtime": True} if seconds else SHORT
-                done = self.once_done(master, master.submit("short", **more, output=f"{uuid.uuid4()}.mp4"))
-                wait_for(rule.hit.is_set, why=f"{fault} is met")  # the proxy learns last that a job is done
+                done = self.once_done(
+                    master, master.submit("short", **more, output=f"{uuid.uuid4()}.mp4")
+                )
+                wait_for(
+                    rule.hit.is_set, why=f"{fault} is met"
+                )  # the proxy learns last that a job is done
                 self.assertEqual((done["retry_count"], done["max_retries"]), (0, 3))
         self.assertEqual(self.counted(master, "ffdist_lost_leases"), 0)
         wait_for(lambda: not list((agent.state / "spool").iterdir()), why="the spool empties")
@@ -237,14 +263,20 @@ class LostMessages(OneFleet, BadNetwork):
         wait_for(lambda: len(lost) > 2, why="some readings are lost")
         master.call("POST", f"/jobs/{job}/cancel")
         self.assertEqual(master.finished(job)["result"].get("samples"), None, "the store has them")
-        came = [sample["time"] for seen in proxy.seen[before:] if seen.answer and seen.answer.status == 200
-                for sample in (seen.asked.body or {}).get("samples", ())]
+        came = [
+            sample["time"]
+            for seen in proxy.seen[before:]
+            if seen.answer and seen.answer.status == 200
+            for sample in (seen.asked.body or {}).get("samples", ())
+        ]
         self.assertEqual((came[:len(set(lost))], len(set(came))), (sorted(set(lost)), len(came)))
 
     def test_messages_that_arrive_twice_count_once(self) -> None:
         self.survives(CLAIM, RESULT, PROGRESS, faults=("twice",), seconds=0.8)
 
-    def test_a_claim_that_arrives_again_after_it_was_answered_empty_leases_nothing_for_nobody(self) -> None:
+    def test_a_claim_that_arrives_again_after_it_was_answered_empty_leases_nothing_for_nobody(
+        self,
+    ) -> None:
         """The late copy is given a job; the agent, which has long asked again, must find it."""
         (master, _), proxy = self.fleet(), self.proxy
         stray: list[Any] = []
@@ -278,7 +310,9 @@ class Repeated(BadNetwork):
         self.assertEqual((answer["job"], answer["claim"]), (None, "spent"))
         self.assertEqual(node.claim(claim="v").body["job"]["id"], waiting["id"])
 
-    def test_a_submission_whose_answer_was_lost_is_repeated_with_its_own_id_and_is_one_job(self) -> None:
+    def test_a_submission_whose_answer_was_lost_is_repeated_with_its_own_id_and_is_one_job(
+        self,
+    ) -> None:
         master = self.master()
         proxy = self.proxied(master)
         body = {"id": str(uuid.uuid4()), "scenario": "720p30-h264"}
@@ -301,7 +335,9 @@ class Orders(BadNetwork):
         master, proxy, agent = self.network("--heartbeat-interval", "60s")
         job = self.live(master, 60)
         self.encoding(agent)
-        wait_for(lambda: self.counted(master, "ffdist_parked_requests") == 1, why="the agent is parked")
+        wait_for(
+            lambda: self.counted(master, "ffdist_parked_requests") == 1, why="the agent is parked"
+        )
         before = len([seen for seen in proxy.seen if "/heartbeat" in seen.asked.line])
         master.call("POST", f"/jobs/{job}/cancel")
         self.assertEqual(master.finished(job)["status"], "canceled")
@@ -325,7 +361,9 @@ class Orders(BadNetwork):
     def test_an_agent_told_to_cancel_what_it_does_not_hold_reports_it_canceled(self) -> None:
         master, proxy, _ = self.network("--heartbeat-interval", "1s", "--max-concurrent-jobs", "2")
         claims = wait_for(lambda: [seen for seen in proxy.seen if "/jobs/next" in seen.asked.line])
-        query = dict(part.split("=") for part in claims[0].asked.line.split(" ")[1].split("?")[1].split("&"))
+        query = dict(
+            part.split("=") for part in claims[0].asked.line.split(" ")[1].split("?")[1].split("&")
+        )
         proxy.split()  # a claim in this agent's name that it never hears of
         job = master.submit("720p30-h264")
         path = f"/jobs/next?node_id={query['node_id']}&session={query['session']}&claim=unheard"
@@ -336,7 +374,7 @@ class Orders(BadNetwork):
         self.assertEqual(master.finished(job["id"])["status"], "canceled")
 
     def ordered_before_it_began(self, verb: str) -> tuple[Master, Agent, str]:
-        """Give an order for a job whose claim was answered into the void, before the agent asks again."""
+        """Give an order for a job whose claim was answered into the void, before the next claim."""
         placed = threading.Event()
 
         class Void(Once):
@@ -411,24 +449,31 @@ class Orders(BadNetwork):
         master = self.again(master)
         shown = master.get(f"/jobs/{job}")
         self.assertEqual((shown["status"], shown["attempt"]), ("paused", 1))
-        wait_for(lambda: (master.get(f"/jobs/{job}")["progress"] or {}).get("paused"), why="it says so")
+        wait_for(
+            lambda: (master.get(f"/jobs/{job}")["progress"] or {}).get("paused"), why="it says so"
+        )
         self.assertEqual(states(), {"T"})
         self.assertEqual(master.call("POST", f"/jobs/{job}/resume").body["status"], "running")
         master.kill()
         master = self.again(master)
         self.once_done(master, job)
 
-
-    def test_a_paused_job_whose_attempt_failed_for_the_moment_stays_paused_and_may_go_on(self) -> None:
+    def test_a_paused_job_whose_attempt_failed_for_the_moment_stays_paused_and_may_go_on(
+        self,
+    ) -> None:
         master = self.master()
         node = Node(master)
         master.submit()
         job = node.claim().body["job"]
         master.call("POST", f"/jobs/{job['id']}/pause")
-        self.assertEqual(node.report(job, "failed", failure_reason="killed", error="signal 9").status, 200)
+        self.assertEqual(
+            node.report(job, "failed", failure_reason="killed", error="signal 9").status, 200
+        )
         shown = master.get(f"/jobs/{job['id']}")
-        self.assertEqual((shown["status"], shown["retry_count"], shown["error"], shown["completed_at"]),
-                         ("paused", 1, "signal 9", None))
+        self.assertEqual(
+            (shown["status"], shown["retry_count"], shown["error"], shown["completed_at"]),
+            ("paused", 1, "signal 9", None),
+        )
         self.assertEqual(node.shown()["running"], 0)
         self.assertIsNone(node.claim().body["job"])
         self.assertEqual(master.call("POST", f"/jobs/{job['id']}/resume").body["status"], "pending")
@@ -440,13 +485,17 @@ class Orders(BadNetwork):
 class NodesGivenUp(BadNetwork):
     """A node that was out of reach for longer than the master waits, and comes back."""
 
-    def given_up(self, seconds: float, output: str | None = "o.mp4") -> tuple[Master, Proxy, Agent, str]:
+    def given_up(
+        self, seconds: float, output: str | None = "o.mp4"
+    ) -> tuple[Master, Proxy, Agent, str]:
         """Let a node be given up with an encode that is held; self.pids are its processes."""
         master, proxy, agent = self.network(timeout="2s")
         job = self.live(master, seconds, output=output)
         self.pids = self.held(agent)
         proxy.split()
-        wait_for(lambda: master.get(f"/jobs/{job}")["status"] == "pending", why="the node is given up")
+        wait_for(
+            lambda: master.get(f"/jobs/{job}")["status"] == "pending", why="the node is given up"
+        )
         self.assertEqual(master.get(f"/jobs/{job}")["retry_count"], 1)
         return master, proxy, agent, job
 
@@ -456,7 +505,9 @@ class NodesGivenUp(BadNetwork):
         self.assertEqual((self.folder / "media" / "o.mp4").exists(), kept)
 
     def spooled(self, agent: Agent) -> None:
-        wait_for(lambda: list((agent.state / "spool").glob("*.json")), why="the result is in the spool")
+        wait_for(
+            lambda: list((agent.state / "spool").glob("*.json")), why="the result is in the spool"
+        )
 
     def test_before_another_claims_its_progress_takes_the_attempt_back(self) -> None:
         master, proxy, agent, job = self.given_up(1)
@@ -471,7 +522,9 @@ class NodesGivenUp(BadNetwork):
         master, proxy, agent, job = self.given_up(1, output=None)
         self.go_on(self.pids)
         self.spooled(agent)
-        proxy.rule = lambda asked, answer: "pass" if asked.line.startswith("POST /results") else "lose"
+        proxy.rule = lambda asked, answer: (
+            "pass" if asked.line.startswith("POST /results") else "lose"
+        )
         proxy.mend()
         self.taken_back(master, job, kept=False)
 
@@ -480,13 +533,20 @@ class NodesGivenUp(BadNetwork):
         proxy = self.proxied(master)
         agent = self.worker(proxy)
         wait_for(lambda: master.get("/nodes")["count"])
-        proxy.rule = lambda asked, answer: "lose" if asked.line.startswith("POST /results") else "pass"
+        proxy.rule = lambda asked, answer: (
+            "lose" if asked.line.startswith("POST /results") else "pass"
+        )
         job = self.live(master, 0.5, output="o.mp4")
         self.spooled(agent)
         agent.kill()
-        wait_for(lambda: master.get(f"/jobs/{job}")["status"] == "pending", why="the node is given up")
+        wait_for(
+            lambda: master.get(f"/jobs/{job}")["status"] == "pending", why="the node is given up"
+        )
         again = self.worker(proxy)
-        wait_for(lambda: master.get(f"/jobs/{job}")["status"] == "running", why="its holding takes it back")
+        wait_for(
+            lambda: master.get(f"/jobs/{job}")["status"] == "running",
+            why="its holding takes it back",
+        )
         proxy.rule = lambda asked, answer: "pass"
         self.taken_back(master, job)
         wait_for(lambda: not list((again.state / "spool").iterdir()), why="the spool empties")
@@ -512,7 +572,7 @@ class NodesGivenUp(BadNetwork):
         self.assertEqual(list((agent.state / "spool").iterdir()), [])
 
     def test_an_answer_that_was_long_on_its_way_confirms_no_lease(self) -> None:
-        """Its request was heard before the node was given up: the output must not get its name by it."""
+        """Its request was heard before the node was given up: it must not name the output."""
         late, over = threading.Event(), threading.Event()
 
         def slow(asked: Message, answer: Message | None) -> str:
@@ -525,7 +585,9 @@ class NodesGivenUp(BadNetwork):
         job = self.live(master, 1, output="o.mp4")
         pids = self.held(agent)
         proxy.rule = slow
-        wait_for(lambda: master.get(f"/jobs/{job}")["status"] == "pending", why="the node is given up")
+        wait_for(
+            lambda: master.get(f"/jobs/{job}")["status"] == "pending", why="the node is given up"
+        )
         other = Node(master, "other")
         taken = wait_for(lambda: other.claim().body["job"], why="another claims it")
         self.go_on(pids)
@@ -533,8 +595,13 @@ class NodesGivenUp(BadNetwork):
         sent = len(proxy.seen)
         late.set()
         later = lambda: [seen.asked.line for seen in proxy.seen[sent:]]  # noqa: E731
-        wait_for(lambda: any("/results" in line for line in later())
-                 or sum("/progress" in line for line in later()) > 4, why="it asks on whether it is its own")
+        wait_for(
+            lambda: (
+                any("/results" in line for line in later())
+                or sum("/progress" in line for line in later()) > 4
+            ),
+            why="it asks on whether it is its own",
+        )
         self.assertEqual([line for line in later() if "/results" in line], [])
         self.assertFalse((self.folder / "media" / "o.mp4").exists())
         over.set()
@@ -545,17 +612,23 @@ class NodesGivenUp(BadNetwork):
 
     def test_after_another_claimed_a_spooled_result_is_refused_and_leaves_the_spool(self) -> None:
         master, proxy, agent = self.network(timeout="2s")
-        proxy.rule = lambda asked, answer: "lose" if asked.line.startswith("POST /results") else "pass"
+        proxy.rule = lambda asked, answer: (
+            "lose" if asked.line.startswith("POST /results") else "pass"
+        )
         job = self.live(master, 0.5)
         self.spooled(agent)
         proxy.split()
-        wait_for(lambda: master.get(f"/jobs/{job}")["status"] == "pending", why="the node is given up")
+        wait_for(
+            lambda: master.get(f"/jobs/{job}")["status"] == "pending", why="the node is given up"
+        )
         node = Node(master, "other")
         taken = wait_for(lambda: node.claim().body["job"], why="its backoff is over")
         self.assertEqual((taken["id"], taken["attempt"]), (job, 2))
         proxy.rule = lambda asked, answer: "pass"
         proxy.mend()
-        wait_for(lambda: node.beat() and not list((agent.state / "spool").iterdir()), why="it is refused")
+        wait_for(
+            lambda: node.beat() and not list((agent.state / "spool").iterdir()), why="it is refused"
+        )
         self.assertIn("result not taken", agent.words())
         self.assertEqual(master.get(f"/jobs/{job}")["status"], "running")
         self.assertEqual(node.report(taken).status, 200)
@@ -576,7 +649,9 @@ class Leaving(BadNetwork):
         wait_for(lambda: any("/jobs/next" in seen.asked.line for seen in proxy.seen[registered:])
                  or self.counted(master, "ffdist_parked_requests"), why="the agent asks again")
         shown = master.get(f"/nodes/{node}")
-        self.assertEqual((shown["status"], master.get(f"/jobs/{job}")["status"]), ("draining", "pending"))
+        self.assertEqual(
+            (shown["status"], master.get(f"/jobs/{job}")["status"]), ("draining", "pending")
+        )
         master.call("POST", f"/nodes/{node}/resume")
         self.once_done(master, job)
 
@@ -598,7 +673,9 @@ class Leaving(BadNetwork):
 
 
 class Silence(BadNetwork):
-    def test_a_master_that_slept_or_was_dead_for_longer_than_the_nodes_time_loses_no_lease(self) -> None:
+    def test_a_master_that_slept_or_was_dead_for_longer_than_the_nodes_time_loses_no_lease(
+        self,
+    ) -> None:
         master, _, agent = self.network(timeout="3s")
         job = self.live(master, 9)
         self.encoding(agent)
@@ -648,12 +725,22 @@ class FullDisk(BadNetwork):
             while master.call("POST", "/jobs", [{"scenario": "x"}] * count).status == 201:
                 pass
         full.set()
-        wait_for(lambda: any(seen.asked.line.startswith("POST /results") and seen.answer is not None
-                             and seen.answer.status == 503 for seen in proxy.seen), why="the report gets 503")
+        wait_for(
+            lambda: any(
+                seen.asked.line.startswith("POST /results")
+                and seen.answer is not None
+                and seen.answer.status == 503
+                for seen in proxy.seen
+            ),
+            why="the report gets 503",
+        )
         self.assertEqual(len(list((agent.state / "spool").glob("*.json"))), 1)
         status = wait_for(lambda: (master.call("GET", f"/jobs/{job}").body or {}).get("status"))
         self.assertEqual(status, "running")
-        wait_for(lambda: "full" in str(master.call("GET", "/ready").body.get("error")), why="/ready says so")
+        wait_for(
+            lambda: "full" in str(master.call("GET", "/ready").body.get("error")),
+            why="/ready says so",
+        )
         ballast.unlink()
         self.once_done(master, job)
         self.assertEqual(self.counted(master, "ffdist_lost_leases"), 0)

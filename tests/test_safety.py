@@ -1,8 +1,8 @@
-"""What a stranger can't do: whoever reaches the master's port, a web page, another user of the machine.
+"""What a stranger can't do: whoever reaches the master's port, a web page, another local user.
 
-Each test here was an attack that worked. They run against real masters, agents, FFmpeg and a browser; the
-rules behind them have tests of their own in test_jobs (outputs, URLs), test_agent (addresses) and test_model
-(who speaks for a node).
+Each test here was an attack that worked. They run against real masters, agents, FFmpeg and a
+browser; the rules behind them have tests of their own in test_jobs (outputs, URLs), test_agent
+(addresses) and test_model (who speaks for a node).
 """
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ class OpenedNotNamed(Settling):
             film.symlink_to(secret)
         result = self.meanwhile(swap, input="swapped.mp4", output="read.mp4", quality="psnr")
         self.assertEqual(result["status"], "completed", result["error"])
-        self.assertEqual(streams(self.media / "read.mp4")[0]["width"], 320, "not the stranger's film")
+        self.assertEqual(
+            streams(self.media / "read.mp4")[0]["width"], 320, "not the stranger's film"
+        )
         self.assertGreater(result["metrics"]["psnr_db"], 28)
 
     def test_a_folder_that_is_swapped_for_a_link_after_the_check_is_not_written_to(self) -> None:
@@ -95,7 +97,9 @@ class OpenedNotNamed(Settling):
         result = self.meanwhile(swap, input=self.film("plain.mp4"), output="films/o.mp4")
         self.assertEqual(result["status"], "completed", result["error"])
         self.assertEqual(list(target.iterdir()), [])
-        self.assertTrue((self.media / "films-moved" / "o.mp4").exists(), "it is where it was opened")
+        self.assertTrue(
+            (self.media / "films-moved" / "o.mp4").exists(), "it is where it was opened"
+        )
 
     def test_a_name_that_is_taken_meanwhile_is_left_alone(self) -> None:
         victim = self.outside("victim") / "keys"
@@ -115,8 +119,12 @@ class OpenedNotNamed(Settling):
     def test_overwrite_replaces_only_the_film_that_was_there(self) -> None:
         path = self.media / "old.mp4"
         path.write_text("the old one")
-        result = self.meanwhile(lambda: path.write_text("a newer one"), input=self.film("plain.mp4"),
-                                output="old.mp4", overwrite=True)
+        result = self.meanwhile(
+            lambda: path.write_text("a newer one"),
+            input=self.film("plain.mp4"),
+            output="old.mp4",
+            overwrite=True,
+        )
         self.assertEqual((result["status"], result["failure_reason"]), ("failed", "output"))
         self.assertEqual(path.read_text(), "a newer one")
         result = self.meanwhile(path.unlink, input="plain.mp4", output="old.mp4", overwrite=True)
@@ -140,8 +148,10 @@ class OpenedNotNamed(Settling):
         before = os.umask(0o027)
         self.addCleanup(os.umask, before)
         for name in ("first.mp4", "second.mp4"):
-            self.assertEqual(self.meanwhile(look, input=self.film("plain.mp4"), output=name)["status"],
-                             "completed")
+            self.assertEqual(
+                self.meanwhile(look, input=self.film("plain.mp4"), output=name)["status"],
+                "completed",
+            )
             self.assertEqual(stat.S_IMODE((self.media / name).stat().st_mode), 0o640)
         self.assertEqual(len(set(names)), 2)
         for name in names:
@@ -155,8 +165,9 @@ class OpenedNotNamed(Settling):
             name = self.film("plain.mp4")
             self.completes(input=name, output="soft.mp4")
             self.assertEqual(len(streams(self.media / "soft.mp4")), 1)
-            result = self.meanwhile(lambda: (self.media / "held.mp4").write_text("held"), input=name,
-                                    output="held.mp4")
+            result = self.meanwhile(
+                lambda: (self.media / "held.mp4").write_text("held"), input=name, output="held.mp4"
+            )
             self.assertEqual(result["failure_reason"], "output")
         self.assertEqual((self.media / "held.mp4").read_text(), "held")
 
@@ -196,11 +207,12 @@ class OpenedNotNamed(Settling):
             worker.start()
         for worker in workers:
             worker.join(60)
-        self.assertEqual([streams(self.media / f"{height}.mp4")[0]["height"] for height in (90, 180)],
-                         [90, 180])
+        self.assertEqual(
+            [streams(self.media / f"{height}.mp4")[0]["height"] for height in (90, 180)], [90, 180]
+        )
 
     def test_the_word_of_the_master_counts_for_a_moment_only(self) -> None:
-        """A machine that slept after it was given must ask again: the job may be another's by now."""
+        """A machine that slept with the right must ask again: the job may be another's by now."""
         asked: list[float] = []
 
         def confirm(output: wire.OutputFile, made: wire.Json) -> float:
@@ -215,8 +227,13 @@ class OpenedNotNamed(Settling):
         stale = self.media / self.film("stale.mp4")
         with open(stale, "rb") as film:
             published = [wire.fingerprint(film.fileno())]
-        for number, mark, status in ((2, "", "completed"), (2, "{} 1", "completed"), (1, "{} 2", "failed"),
-                                     (2, "another 1", "failed"), (2, "{} x", "failed")):
+        for number, mark, status in (
+            (2, "", "completed"),
+            (2, "{} 1", "completed"),
+            (1, "{} 2", "failed"),
+            (2, "another 1", "failed"),
+            (2, "{} x", "failed"),
+        ):
             with self.subTest(mark=mark, number=number):
                 parameters = {"input": name, "output": "both.mp4", "settle": 0.5}
                 job = wire.Job(str(uuid.uuid4()), number, "x", parameters,
@@ -224,14 +241,20 @@ class OpenedNotNamed(Settling):
                 attempt = wire.Attempt(job, self.place)
                 outcomes: list[wire.Outcome] = []
 
-                def work(attempt: wire.Attempt = attempt, outcomes: list[wire.Outcome] = outcomes) -> None:
+                def work(
+                    attempt: wire.Attempt = attempt, outcomes: list[wire.Outcome] = outcomes
+                ) -> None:
                     outcomes.append(attempt.run())
                 worker = threading.Thread(target=work)
                 worker.start()
-                wait_for(lambda attempt=attempt: attempt.progress["phase"] == "settling", why="it rests")
+                wait_for(
+                    lambda attempt=attempt: attempt.progress["phase"] == "settling", why="it rests"
+                )
                 shutil.copy(stale, self.media / "both.mp4")
                 if mark:
-                    os.setxattr(self.media / "both.mp4", wire.MARK, mark.format(attempt.job_id).encode())
+                    os.setxattr(
+                        self.media / "both.mp4", wire.MARK, mark.format(attempt.job_id).encode()
+                    )
                 worker.join(60)
                 self.assertEqual(outcomes[0].status, status, outcomes[0].error)
                 (self.media / "both.mp4").unlink()
@@ -247,7 +270,11 @@ class OpenedNotNamed(Settling):
         first = wire.Attempt(wire.Job(str(uuid.uuid4()), 1, "x", parameters), self.place, confirm)
         self.assertEqual(first.run().status, "completed")
         other = {"bytes": 1, "hash": told[0]["hash"]}
-        for published, status in (((), "failed"), ((other,), "failed"), ((other, told[0]), "completed")):
+        for published, status in (
+            ((), "failed"),
+            ((other,), "failed"),
+            ((other, told[0]), "completed"),
+        ):
             with self.subTest(published):
                 job = wire.Job(str(uuid.uuid4()), 2, "x", parameters, published=published)
                 again = wire.Attempt(job, self.place)
@@ -279,7 +306,7 @@ class Urls(RunCase):
         self.assertIn("-max_redirects", self.place.machine.http_args)
 
     def test_a_redirect_of_an_upload_is_not_followed(self) -> None:
-        """With a user in the URL FFmpeg asks first, and would send the film wherever the answer says."""
+        """With a user in the URL FFmpeg asks first, and would send the film where it is told to."""
         asked: list[str] = []
 
         class Sending(http.server.BaseHTTPRequestHandler):
@@ -305,14 +332,24 @@ class Urls(RunCase):
         self.assertEqual(set(asked), {"/film.ts"})
 
     def test_metadata_addresses_stay_closed(self) -> None:
-        for host in ("169.254.169.254", "[fd00:ec2::254]", "168.63.129.16", "100.100.100.200", "192.0.0.192",
-                     "2130706433", "0x7f.1", "[64:ff9b::a9fe:a9fe]"):
+        for host in (
+            "169.254.169.254",
+            "[fd00:ec2::254]",
+            "168.63.129.16",
+            "100.100.100.200",
+            "192.0.0.192",
+            "2130706433",
+            "0x7f.1",
+            "[64:ff9b::a9fe:a9fe]",
+        ):
             with self.subTest(host):
                 self.fails("parameters", "does not open", input=f"http://{host}/latest/film.mp4",
                            output="o.mp4")
 
     def test_no_port_is_opened_for_srt(self) -> None:
-        self.fails("parameters", "caller", input="srt://10.0.0.1:9000?mode=listener", output="o.mp4")
+        self.fails(
+            "parameters", "caller", input="srt://10.0.0.1:9000?mode=listener", output="o.mp4"
+        )
 
 
 class Paths(OneFleet):
@@ -324,12 +361,35 @@ class Paths(OneFleet):
 
     def test_a_key_in_a_films_title_never_becomes_a_key_file(self) -> None:
         film = self.film("title.mkv", 0.2)
-        subprocess.run(["ffmpeg", "-v", "error", "-y", "-i", film, "-metadata", f"title={KEY}", "-c", "copy",
-                        film.with_name("keyed.mkv")], check=True, stdin=subprocess.DEVNULL)
-        for output in (".ssh/authorized_keys", "authorized_keys", ".bashrc", "hwdetect.py", "node.json"):
+        subprocess.run(
+            [
+                "ffmpeg",
+                "-v",
+                "error",
+                "-y",
+                "-i",
+                film,
+                "-metadata",
+                f"title={KEY}",
+                "-c",
+                "copy",
+                film.with_name("keyed.mkv"),
+            ],
+            check=True,
+            stdin=subprocess.DEVNULL,
+        )
+        for output in (
+            ".ssh/authorized_keys",
+            "authorized_keys",
+            ".bashrc",
+            "hwdetect.py",
+            "node.json",
+        ):
             with self.subTest(output):
-                self.assertEqual(self.refused(input="keyed.mkv", output=output, container="matroska"),
-                                 "parameters.output")
+                self.assertEqual(
+                    self.refused(input="keyed.mkv", output=output, container="matroska"),
+                    "parameters.output",
+                )
         self.assertEqual(self.refused(input="keyed.mkv", output=".ssh/authorized_keys.mkv"),
                          "parameters.output")
         self.assertEqual(self.refused(input="keyed.mkv", output="a.mp4", container="matroska"),
@@ -340,11 +400,25 @@ class Paths(OneFleet):
         mine = self.film("mine.mp4", 0.2)
         before = mine.read_bytes()
         job = master.finished(master.submit("64p25-h264", duration=0.2, output="mine.mp4")["id"])
-        self.assertEqual((job["status"], job["failure_reason"], job["attempt"]), ("failed", "output", 1))
+        self.assertEqual(
+            (job["status"], job["failure_reason"], job["attempt"]), ("failed", "output", 1)
+        )
         self.assertIn("mine.mp4 exists on agent", job["error"])
         self.assertEqual(mine.read_bytes(), before)
-        done = run(str(TOP / "ffdist.py"), "submit", "64p25-h264", "-p", "duration=0.2", "-o", "mine.mp4",
-                   "--overwrite", "--wait", "--master", master.url, folder=self.folder)
+        done = run(
+            str(TOP / "ffdist.py"),
+            "submit",
+            "64p25-h264",
+            "-p",
+            "duration=0.2",
+            "-o",
+            "mine.mp4",
+            "--overwrite",
+            "--wait",
+            "--master",
+            master.url,
+            folder=self.folder,
+        )
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertNotEqual(mine.read_bytes(), before)
         self.nothing_left(agent)
@@ -360,11 +434,20 @@ class Paths(OneFleet):
 
     def test_a_submission_cannot_say_what_was_published(self) -> None:
         master, _ = self.fleet()
-        first = master.finished(master.submit("64p25-h264", duration=0.2, output="victim.mp4")["id"])
+        first = master.finished(
+            master.submit("64p25-h264", duration=0.2, output="victim.mp4")["id"]
+        )
         published = [record["published"] for record in first["attempts"]]
         before = (self.folder / "media" / "victim.mp4").read_bytes()
-        job = master.call("POST", "/jobs", {"scenario": "64p25-h264", "published": published,
-                                            "parameters": {"duration": 0.4, "output": "victim.mp4"}}).body
+        job = master.call(
+            "POST",
+            "/jobs",
+            {
+                "scenario": "64p25-h264",
+                "published": published,
+                "parameters": {"duration": 0.4, "output": "victim.mp4"},
+            },
+        ).body
         self.assertEqual(master.finished(job["id"])["failure_reason"], "output")
         self.assertEqual((self.folder / "media" / "victim.mp4").read_bytes(), before)
 
@@ -373,21 +456,34 @@ class Paths(OneFleet):
         node = master.get("/nodes")["nodes"][0]
         job = self.live(master, 30)
         pids = self.encoding(agent)
-        forged = {"job_id": job, "node_id": node["id"], "status": "completed", "metrics": {"duration": 1.0}}
+        forged = {
+            "job_id": job,
+            "node_id": node["id"],
+            "status": "completed",
+            "metrics": {"duration": 1.0},
+        }
         register = {"address": "evil", "id": node["id"], "cpu_threads": 1}
         for method, path, body in (
-                ("POST", "/nodes/register", register),
-                ("POST", "/nodes/register", {**register, "session": "evil"}),
-                ("POST", "/nodes/register", {**register, "session": "evil", "secret": "guessed"}),
-                ("POST", "/results", forged), ("POST", "/results", {**forged, "attempt": 1}),
-                ("POST", "/results", {**forged, "attempt": 1, "session": "evil"}),
-                ("POST", f"/jobs/{job}/progress", {"node_id": node["id"], "attempt": 1, "progress": 99}),
-                ("POST", f"/nodes/{node['id']}/heartbeat", {"leaving": True}),
-                ("GET", f"/jobs/next?node_id={node['id']}", None),
-                ("GET", f"/jobs/next?node_id={node['id']}&session=evil&leaving=true", None)):
+            ("POST", "/nodes/register", register),
+            ("POST", "/nodes/register", {**register, "session": "evil"}),
+            ("POST", "/nodes/register", {**register, "session": "evil", "secret": "guessed"}),
+            ("POST", "/results", forged),
+            ("POST", "/results", {**forged, "attempt": 1}),
+            ("POST", "/results", {**forged, "attempt": 1, "session": "evil"}),
+            (
+                "POST",
+                f"/jobs/{job}/progress",
+                {"node_id": node["id"], "attempt": 1, "progress": 99},
+            ),
+            ("POST", f"/nodes/{node['id']}/heartbeat", {"leaving": True}),
+            ("GET", f"/jobs/next?node_id={node['id']}", None),
+            ("GET", f"/jobs/next?node_id={node['id']}&session=evil&leaving=true", None),
+        ):
             with self.subTest(path, body=body):
                 answer = master.call(method, path, body)
-                self.assertEqual((answer.status, "session" in answer.body["error"]), (409, True), answer)
+                self.assertEqual(
+                    (answer.status, "session" in answer.body["error"]), (409, True), answer
+                )
         now = master.get(f"/nodes/{node['id']}")
         for name in ("address", "cpu_threads", "status", "jobs"):
             self.assertEqual(now[name], {**node, "status": "busy", "jobs": [job]}[name])
@@ -411,7 +507,9 @@ class Identity(Case):
         nodes = master.get("/nodes")["nodes"]
         self.assertEqual([node["id"] for node in nodes], [kept["id"]])
         self.assertNotIn(kept["secret"], master.words() + json.dumps(nodes))
-        database = b"".join(path.read_bytes() for path in (self.folder / "master").glob("journal.db*"))
+        database = b"".join(
+            path.read_bytes() for path in (self.folder / "master").glob("journal.db*")
+        )
         self.assertNotIn(kept["secret"].encode(), database, "only its hash is stored")
 
     def test_an_older_state_folder_without_a_secret_waits_until_its_node_is_offline(self) -> None:
@@ -441,8 +539,14 @@ class Identity(Case):
     def test_an_agent_whose_session_a_restored_master_does_not_know_registers_again(self) -> None:
         master, agent = self.fleet()
         copy = self.folder / "copy.db"
-        done = run(str(TOP / "ffdist.py"), "backup", str(copy), "--data-dir", str(self.folder / "master"),
-                   folder=self.folder)
+        done = run(
+            str(TOP / "ffdist.py"),
+            "backup",
+            str(copy),
+            "--data-dir",
+            str(self.folder / "master"),
+            folder=self.folder,
+        )
         self.assertEqual(done.returncode, 0, done.stderr)
         agent.end()
         agent = self.agent(master)
@@ -455,9 +559,13 @@ class Identity(Case):
         copy.rename(self.folder / "master" / "journal.db")
         restored = self.master(port=master.port)
         wait_for(lambda: agent.words().count("registered with") == 3, why="it registers again")
-        self.assertEqual([node["status"] for node in restored.get("/nodes")["nodes"]], ["available"])
-        self.assertEqual(restored.finished(restored.submit("64p25-h264", duration=0.2)["id"])["status"],
-                         "completed")
+        self.assertEqual(
+            [node["status"] for node in restored.get("/nodes")["nodes"]], ["available"]
+        )
+        self.assertEqual(
+            restored.finished(restored.submit("64p25-h264", duration=0.2)["id"])["status"],
+            "completed",
+        )
 
     def test_a_refusal_whose_body_is_cut_off_ends_no_agent(self) -> None:
         for length, raw in ((40, b""), (40, b'{"error": "a newer'), (0, b"")):
@@ -473,19 +581,27 @@ class Identity(Case):
             client = wire.Client(f"http://127.0.0.1:{serve(self, Cut)}")
             with self.assertRaises(wire.ApiError) as caught:
                 client.register({"address": "a"})
-            self.assertEqual((caught.exception.retryable, caught.exception.field), (length > 0, None))
+            self.assertEqual(
+                (caught.exception.retryable, caught.exception.field), (length > 0, None)
+            )
             link = wire.Link(client, wire.State(self.folder / "state"), "worker", mock.Mock())
             hardware = mock.Mock(to_json=dict, address="a")
             slots = mock.Mock(attempts=list)
-            session = wire.Session(link, mock.Mock(max_concurrent_jobs=1), hardware, mock.Mock(facts=dict),
-                                   slots)
+            session = wire.Session(
+                link, mock.Mock(max_concurrent_jobs=1), hardware, mock.Mock(facts=dict), slots
+            )
             self.assertGreater(session.step(0.0).seconds, 0, "it tries again")
             self.assertFalse(link.reached)
 
     def test_a_result_of_the_node_that_a_folder_was_once_stops_no_other(self) -> None:
         master, agent = self.fleet()
         agent.end()
-        result = {"job_id": str(uuid.uuid4()), "attempt": 1, "node_id": str(uuid.uuid4()), "status": "failed"}
+        result = {
+            "job_id": str(uuid.uuid4()),
+            "attempt": 1,
+            "node_id": str(uuid.uuid4()),
+            "status": "failed",
+        }
         (agent.state / "spool" / f"{0:020d}-00000000.json").write_text(json.dumps(result))
         agent = self.agent(master)
         wait_for(lambda: "is of another node" in agent.words(), why="it is set aside")
@@ -508,18 +624,31 @@ class Identity(Case):
         job = master.submit()
         claimed = node.claim().body["job"]
         self.assertEqual(master.call("DELETE", f"/nodes/{node.id}").status, 200)
-        evil = {"address": "worker", "id": node.id, "session": "evil", "secret": "evil", "protocol": 1,
-                "holding": [{"job_id": job["id"], "attempt": 1}]}
+        evil = {
+            "address": "worker",
+            "id": node.id,
+            "session": "evil",
+            "secret": "evil",
+            "protocol": 1,
+            "holding": [{"job_id": job["id"], "attempt": 1}],
+        }
         self.assertEqual(master.call("POST", "/nodes/register", evil).status, 409)
         master.end()
         master = self.master(port=master.port)
-        self.assertEqual(master.call("POST", "/nodes/register", evil).status, 409, "nor after a restart")
+        self.assertEqual(
+            master.call("POST", "/nodes/register", evil).status, 409, "nor after a restart"
+        )
         self.assertEqual(node.register(holding=evil["holding"]).body["holding"], evil["holding"])
         self.assertEqual(node.report(claimed).status, 200, "its work goes on where it was")
 
     def test_an_odd_hash_of_a_secret_fails_no_request(self) -> None:
         master = self.master()
-        odd = {"address": "odd", "id": str(uuid.uuid4()), "session": "one", "secret_hash": "\u00e9" * 64}
+        odd = {
+            "address": "odd",
+            "id": str(uuid.uuid4()),
+            "session": "one",
+            "secret_hash": "\u00e9" * 64,
+        }
         self.assertEqual(master.call("POST", "/nodes/register", odd).status, 201)
         again = {**odd, "session": "two", "secret": "\u00e9"}
         self.assertEqual(master.call("POST", "/nodes/register", again).status, 409)
@@ -535,12 +664,14 @@ class Identity(Case):
             self.assertNotIn(word.encode(), data)
 
     def test_a_secret_is_told_only_to_a_master_that_asks_for_it(self) -> None:
-        """An earlier version keeps what it does not know with the node, and shows it to everybody."""
+        """An earlier version keeps unknown fields with the node, and shows them to everybody."""
         for answers, wanted in (([{"id": "id"}], [None]),
                                 ([wire.ApiError(409, "known", "secret"), {}], [None, "secret"])):
             told: list[str | None] = []
 
-            def register(body: wire.Json, told: list[Any] = told, answers: list[Any] = answers) -> wire.Json:
+            def register(
+                body: wire.Json, told: list[Any] = told, answers: list[Any] = answers
+            ) -> wire.Json:
                 told.append(body.get("secret"))
                 answer = answers[len(told) - 1]
                 if isinstance(answer, Exception):
@@ -583,18 +714,22 @@ class Identity(Case):
         self.assertEqual(master.call("POST", "/nodes/register", stolen).status, 409)
         locked = {"address": "seed", "id": node.id, "secret": "evil"}
         self.assertEqual(master.call("POST", "/nodes/register", locked).status, 200)
-        self.assertEqual((node.register().status, node.beat().status, node.claim().status), (200, 200, 200))
+        self.assertEqual(
+            (node.register().status, node.beat().status, node.claim().status), (200, 200, 200)
+        )
         named = {"address": "seed", "session": "evil"}
         self.assertNotEqual(master.call("POST", "/nodes/register", named).body["id"], node.id)
         self.assertEqual(node.report({"id": job["id"], "attempt": None}).status, 200)
 
     def test_the_film_of_an_attempt_whose_node_died_is_the_jobs_own(self) -> None:
-        """It was named, the result was never sent: the next attempt must not stumble over its own film."""
+        """It was named, the result never sent: the next attempt must not stumble over its film."""
         need("ffmpeg", "ffprobe")
         master = self.master("--retry-delay", "0.1s")
         proxy = Proxy(master.port)
         self.addCleanup(proxy.end)
-        proxy.rule = lambda asked, answer: "lose" if asked.line.startswith("POST /results") else "pass"
+        proxy.rule = lambda asked, answer: (
+            "lose" if asked.line.startswith("POST /results") else "pass"
+        )
         agent = Agent(self.folder, proxy.url)
         self.addCleanup(agent.end)
         job = master.submit("64p25-h264", duration=0.3, output="named.mp4")
@@ -615,10 +750,10 @@ class Identity(Case):
 
 
 class CutOff(Case):
-    """A node that is out of reach when its film is ready: nobody's film is lost, no job fails by it."""
+    """A node that is out of reach when its film is ready: no film is lost, no job fails by it."""
 
     def cut_off(self, timeout: str) -> tuple[Master, Proxy, Agent, Any, Path]:
-        """Start a fleet of one, cut it off while it encodes, and wait until its encode has ended."""
+        """Start a fleet of one, cut it off while it encodes, and wait for the encode's end."""
         need("ffmpeg", "ffprobe")
         master = self.master("--node-timeout", timeout, "--retry-delay", "0.1s")
         proxy = Proxy(master.port)
@@ -654,8 +789,11 @@ class CutOff(Case):
         self.assertEqual((done["status"], done["attempt"], film.exists()), ("completed", 1, True))
 
     def test_a_film_without_a_mark_waits_for_the_masters_word(self) -> None:
-        """A film that was named in silence, and bears no mark, would stand in the next attempt's way."""
-        attempt, away = mock.Mock(stopping=False, leased_at=wire.boot_clock()), wire.ApiError(0, "no answer")
+        """A film that was named in silence, without a mark, would be in the next attempt's way."""
+        attempt, away = (
+            mock.Mock(stopping=False, leased_at=wire.boot_clock()),
+            wire.ApiError(0, "no answer"),
+        )
         answers = [away, away, None]
 
         def send(attempt: Any, now: float) -> None:
@@ -682,17 +820,38 @@ class CutOff(Case):
 
 
 class MediaRoots(Case):
-    def served(self, *flags: str, cwd: Path | None = None, home: Path | None = None) -> tuple[Master, Agent]:
+    def served(
+        self, *flags: str, cwd: Path | None = None, home: Path | None = None
+    ) -> tuple[Master, Agent]:
         need("ffmpeg", "ffprobe")
         master = self.master()
         program = Agent.__new__(Agent)
         program.state = self.folder / "agent-state"
         program.work = program.state / "work"
-        argv = [sys.executable, "-W", "error", str(TOP / "agent.py"), "--register", "--master", master.url,
-                "--allow-master-as-worker", "--yes", "--state-dir", str(program.state), "--name", "agent",
-                "--no-probe", *flags]
-        super(Agent, program).__init__(argv, self.folder, "agent", {"FFDIST_DRAIN_LIMIT": "0s",
-                                                                    "HOME": str(home or self.folder)}, cwd)
+        argv = [
+            sys.executable,
+            "-W",
+            "error",
+            str(TOP / "agent.py"),
+            "--register",
+            "--master",
+            master.url,
+            "--allow-master-as-worker",
+            "--yes",
+            "--state-dir",
+            str(program.state),
+            "--name",
+            "agent",
+            "--no-probe",
+            *flags,
+        ]
+        super(Agent, program).__init__(
+            argv,
+            self.folder,
+            "agent",
+            {"FFDIST_DRAIN_LIMIT": "0s", "HOME": str(home or self.folder)},
+            cwd,
+        )
         self.addCleanup(program.end)
         return master, program
 
@@ -702,7 +861,9 @@ class MediaRoots(Case):
         (home / "film.mp4").write_bytes(b"film")
         master, agent = self.served(cwd=home, home=home)
         wait_for(lambda: "registered with" in agent.words(), why="it registers")
-        self.assertRegex(agent.words(), r"opens no paths until it gets --media-root DIR, for \S+ is a home")
+        self.assertRegex(
+            agent.words(), r"opens no paths until it gets --media-root DIR, for \S+ is a home"
+        )
         for parameters in ({"input": "film.mp4"}, {"output": "film2.mp4"}):
             job = master.finished(master.submit("64p25-h264", duration=0.2, **parameters)["id"])
             self.assertEqual((job["status"], job["failure_reason"]), ("failed", "no_capability"))
@@ -717,11 +878,17 @@ class MediaRoots(Case):
         (self.folder / "way").symlink_to(home)
         env = {"HOME": str(home)}
         agent = str(TOP / "agent.py")
-        for root, why in ((home, "is a home folder"), (self.folder / "way", "is a home folder"),
-                          (self.folder, f"holds the home folder {home}"), (Path("/"), "is the whole machine"),
-                          (TOP, "holds the agent's own")):
+        for root, why in (
+            (home, "is a home folder"),
+            (self.folder / "way", "is a home folder"),
+            (self.folder, f"holds the home folder {home}"),
+            (Path("/"), "is the whole machine"),
+            (TOP, "holds the agent's own"),
+        ):
             with self.subTest(root):
-                done = run(agent, "--register", "--media-root", str(root), folder=self.folder, env=env)
+                done = run(
+                    agent, "--register", "--media-root", str(root), folder=self.folder, env=env
+                )
                 self.assertEqual(done.returncode, 2, done.stderr)
                 self.assertIn(f"--media-root {root} {why}", done.stderr)
                 self.assertIn("--yes-home", done.stderr)
@@ -731,11 +898,20 @@ class MediaRoots(Case):
         self.assertTrue((home / "film.mp4").exists())
 
     def test_what_is_unsafe_and_what_is_not(self) -> None:
-        homes, own = ["/home/me", "/var/lib/postgresql"], ["/opt/ffdist/agent.py", "/var/lib/ffdist/state"]
+        homes, own = (
+            ["/home/me", "/var/lib/postgresql"],
+            ["/opt/ffdist/agent.py", "/var/lib/ffdist/state"],
+        )
         for root in ("/", "/home", "/home/me", "/var", "/opt/ffdist", "/opt", "/var/lib/ffdist",
                      "/var/lib/ffdist/state", "/var/lib/ffdist/state/spool"):
             self.assertTrue(wire.why_unsafe(root, homes, own), root)
-        for root in ("/home/me/films", "/home/metoo", "/srv/films", "/var/lib/ffdist/films", "/opt/films"):
+        for root in (
+            "/home/me/films",
+            "/home/metoo",
+            "/srv/films",
+            "/var/lib/ffdist/films",
+            "/opt/films",
+        ):
             self.assertEqual(wire.why_unsafe(root, homes, own), "", root)
 
 
@@ -763,18 +939,30 @@ class Browsers(unittest.TestCase):
     def test_a_foreign_origin_is_refused_and_the_masters_own_is_not(self) -> None:
         own = f"http://127.0.0.1:{self.master.port}"
         kind, job = "Content-Type: application/json", '{"scenario": "x"}'
-        for origin, wanted in ((own, 201), ("null", 403), ("http://evil.example", 403),
-                               (f"http://127.0.0.1:{self.master.port + 1}", 403), ("", 403),
-                               (f"http://localhost:{self.master.port}", 403), (f"{own}.evil.example", 403)):
+        for origin, wanted in (
+            (own, 201),
+            ("null", 403),
+            ("http://evil.example", 403),
+            (f"http://127.0.0.1:{self.master.port + 1}", 403),
+            ("", 403),
+            (f"http://localhost:{self.master.port}", 403),
+            (f"{own}.evil.example", 403),
+        ):
             with self.subTest(origin):
-                self.assertEqual(self.status("POST", "/jobs", f"Origin: {origin}", kind, body=job), wanted)
+                self.assertEqual(
+                    self.status("POST", "/jobs", f"Origin: {origin}", kind, body=job), wanted
+                )
         self.assertEqual(self.status("GET", "/nodes", "Origin: http://evil.example"), 403)
         self.assertEqual(self.status("POST", "/jobs", "Origin: http://farm.example", kind, body=job,
                                      host="farm.example:80"), 201)
 
     def test_other_sites_may_link_to_the_page_and_to_nothing_else(self) -> None:
-        for site, page, rest in (("cross-site", 200, 403), ("same-site", 200, 403), ("same-origin", 200, 200),
-                                 ("none", 200, 200)):
+        for site, page, rest in (
+            ("cross-site", 200, 403),
+            ("same-site", 200, 403),
+            ("same-origin", 200, 200),
+            ("none", 200, 200),
+        ):
             with self.subTest(site):
                 self.assertEqual(self.status("GET", "/", f"Sec-Fetch-Site: {site}"), page)
                 self.assertEqual(self.status("GET", "/nodes", f"Sec-Fetch-Site: {site}"), rest)
@@ -782,11 +970,17 @@ class Browsers(unittest.TestCase):
 
     def test_a_browser_never_claims_a_job(self) -> None:
         """An image over plain HTTP has no Origin and no Sec-Fetch-Site, but always these."""
-        for sign in ("Accept-Language: de", "User-Agent: Mozilla/5.0 (X11)", "Sec-Fetch-Site: same-origin",
-                     "Sec-Fetch-Dest: image"):
+        for sign in (
+            "Accept-Language: de",
+            "User-Agent: Mozilla/5.0 (X11)",
+            "Sec-Fetch-Site: same-origin",
+            "Sec-Fetch-Dest: image",
+        ):
             self.assertEqual(self.status("GET", "/jobs/next?node_id=x", sign), 403, sign)
         program = ("Accept-Language: *", "Sec-Fetch-Mode: cors", "User-Agent: node")
-        self.assertEqual(self.status("GET", "/jobs/next?node_id=x", *program), 404, "Node.js is none")
+        self.assertEqual(
+            self.status("GET", "/jobs/next?node_id=x", *program), 404, "Node.js is none"
+        )
         self.assertEqual(self.status("GET", "/jobs/next?node_id=x"), 404)
 
     def test_a_body_is_json_or_it_is_refused(self) -> None:
@@ -805,18 +999,34 @@ class Browsers(unittest.TestCase):
 
     def test_a_browser_uses_an_address_or_a_name_that_is_known(self) -> None:
         machine = os.uname().nodename.lower()
-        for host, wanted in ((f"127.0.0.1:{self.master.port}", 200), ("localhost", 200), ("[::1]:8080", 200),
-                             ("192.168.1.100:8080", 200), ("farm.example:8080", 200), ("OTHER.example", 200),
-                             (machine, 200), (f"{machine}.local", 200), ("evil.example", 403),
-                             ("evil.example.:8080", 403), ("127.0.0.1.evil.example", 403), ("1.2.3", 403)):
+        for host, wanted in (
+            (f"127.0.0.1:{self.master.port}", 200),
+            ("localhost", 200),
+            ("[::1]:8080", 200),
+            ("192.168.1.100:8080", 200),
+            ("farm.example:8080", 200),
+            ("OTHER.example", 200),
+            (machine, 200),
+            (f"{machine}.local", 200),
+            ("evil.example", 403),
+            ("evil.example.:8080", 403),
+            ("127.0.0.1.evil.example", 403),
+            ("1.2.3", 403),
+        ):
             with self.subTest(host):
-                self.assertEqual(self.status("GET", "/nodes", "Accept-Language: en", host=host), wanted)
+                self.assertEqual(
+                    self.status("GET", "/nodes", "Accept-Language: en", host=host), wanted
+                )
                 self.assertEqual(self.status("GET", "/nodes", host=host), 200, "no browser")
 
     def test_every_answer_forbids_frames_sniffing_and_keeping(self) -> None:
         for path in ("/", "/nodes", "/metrics", "/nowhere", "/health"):
-            with socket.create_connection(("127.0.0.1", self.master.port), timeout=20) as connection:
-                connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            with socket.create_connection(
+                ("127.0.0.1", self.master.port), timeout=20
+            ) as connection:
+                connection.sendall(
+                    f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+                )
                 head = connection.recv(65536).decode().partition("\r\n\r\n")[0]
             self.assertIn("frame-ancestors 'none'", head)
             self.assertIn("X-Content-Type-Options: nosniff", head)
@@ -825,13 +1035,31 @@ class Browsers(unittest.TestCase):
     def browse(self, url: str, name: str) -> str:
         """Return what a page has become in a real browser, where evil.example is this machine."""
         need("chromium")
-        argv = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                "--disable-dev-shm-usage", f"--user-data-dir={self.folder / name}",
-                "--host-resolver-rules=MAP *.example 127.0.0.1", "--virtual-time-budget=6000",
-                "--dump-dom", url]
-        done = subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120,
-                              env={**os.environ, "HOME": str(self.folder)})
+        argv = [
+            "chromium",
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--disable-dev-shm-usage",
+            f"--user-data-dir={self.folder / name}",
+            "--host-resolver-rules=MAP *.example 127.0.0.1",
+            "--virtual-time-budget=6000",
+            "--dump-dom",
+            url,
+        ]
+        done = subprocess.run(
+            argv,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=120,
+            env={**os.environ, "HOME": str(self.folder)},
+        )
         return done.stdout
 
     def test_a_page_of_a_stranger_changes_nothing_and_reads_nothing(self) -> None:
@@ -846,7 +1074,9 @@ class Browsers(unittest.TestCase):
                 self.assertNotIn("seeds-node", seen, "nothing was read")
                 self.assertEqual(self.master.get("/jobs")["total"], before, "nothing was submitted")
                 self.assertEqual(self.master.get(f"/jobs/{job['id']}")["status"], "pending")
-                self.assertEqual(node.shown()["status"], "available", "nothing was drained or claimed")
+                self.assertEqual(
+                    node.shown()["status"], "available", "nothing was drained or claimed"
+                )
 
     def test_a_name_that_was_pointed_to_the_master_opens_nothing(self) -> None:
         self.master.register("rebound-node")
@@ -858,22 +1088,19 @@ class Browsers(unittest.TestCase):
 
 
 ATTACK = """<!doctype html><title>a stranger's page</title><p id=out></p><iframe name=sink></iframe>
-<img src="MASTER/jobs/next?node_id=NODE"><img src="MASTER/jobs/next?node_id=NODE" referrerpolicy=no-referrer>
-<script src="MASTER/nodes"></script><iframe src="MASTER/"></iframe>
-<form id=form method=post enctype=text/plain action="MASTER/jobs" target=sink>
-<input name='{"scenario":"form","x":"' value='"}'></form>
-<script>
-const job = JSON.stringify({scenario: "stolen"});
-const plain = {method: "POST", mode: "no-cors", headers: {"Content-Type": "text/plain"}, body: job};
-const tries = {
-  plain: () => fetch("MASTER/jobs", plain),
-  json: () => fetch("MASTER/jobs", {...plain, mode: "cors", headers: {"Content-Type": "application/json"}}),
-  bare: () => fetch("MASTER/jobs", {method: "POST", mode: "no-cors", body: new Blob([job])}),
-  beacon: async () => navigator.sendBeacon("MASTER/jobs", job),
-  cancel: () => fetch("MASTER/jobs/JOB/cancel", {method: "POST", mode: "no-cors"}),
-  drain: () => fetch("MASTER/nodes/NODE/drain", {method: "POST", mode: "no-cors"}),
-  claim: () => fetch("MASTER/jobs/next?node_id=NODE", {mode: "no-cors"}),
-  read: async () => (await fetch("MASTER/nodes")).text(),
+<img src="MASTER/jobs/next?node_id=NODE"><img src="MASTER/jobs/next?node_id=NODE"
+referrerpolicy=no-referrer> <script src="MASTER/nodes"></script><iframe src="MASTER/"></iframe>
+<form id=form method=post enctype=text/plain action="MASTER/jobs" target=sink> <input
+name='{"scenario":"form","x":"' value='"}'></form> <script> const job = JSON.stringify({scenario:
+"stolen"}); const plain = {method: "POST", mode: "no-cors", headers: {"Content-Type":
+"text/plain"}, body: job}; const tries = {
+  plain: () => fetch("MASTER/jobs", plain), json: () => fetch("MASTER/jobs", {...plain, mode:
+  "cors", headers: {"Content-Type": "application/json"}}), bare: () => fetch("MASTER/jobs",
+  {method: "POST", mode: "no-cors", body: new Blob([job])}), beacon: async () =>
+  navigator.sendBeacon("MASTER/jobs", job), cancel: () => fetch("MASTER/jobs/JOB/cancel", {method:
+  "POST", mode: "no-cors"}), drain: () => fetch("MASTER/nodes/NODE/drain", {method: "POST", mode:
+  "no-cors"}), claim: () => fetch("MASTER/jobs/next?node_id=NODE", {mode: "no-cors"}), read: async
+  () => (await fetch("MASTER/nodes")).text(),
 };
 (async () => {
   document.getElementById("form").submit();
@@ -911,8 +1138,17 @@ class OtherUsers(Case):
         done = run(str(TOP / "hwdetect.py"), "--state-dir", str(self.folder / "c" / "d" / "state"),
                    folder=self.folder)
         self.assertEqual(done.returncode, 0, done.stderr)
-        argv = [sys.executable, str(TOP / "ffdist.py"), "master", "--host", "127.0.0.1", "--port", "0",
-                "--data-dir", str(data)]
+        argv = [
+            sys.executable,
+            str(TOP / "ffdist.py"),
+            "master",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "0",
+            "--data-dir",
+            str(data),
+        ]
         with subprocess.Popen(argv, stderr=subprocess.DEVNULL) as master:
             wait_for((data / "journal.db").exists, why="its journal")
             master.send_signal(signal.SIGTERM)
@@ -922,8 +1158,16 @@ class OtherUsers(Case):
     def refusal(self, folder: Path) -> list[str]:
         """Return what a master and an agent say of a folder that they do not take."""
         words = []
-        agent = (str(TOP / "agent.py"), "--register", "--master", "http://127.0.0.1:9", "--media-root",
-                 str(self.folder / "media"), "--allow-master-as-worker", "--yes")
+        agent = (
+            str(TOP / "agent.py"),
+            "--register",
+            "--master",
+            "http://127.0.0.1:9",
+            "--media-root",
+            str(self.folder / "media"),
+            "--allow-master-as-worker",
+            "--yes",
+        )
         for argv in ((str(TOP / "ffdist.py"), "master", "--port", "0", "--data-dir", str(folder)),
                      (*agent, "--state-dir", str(folder)), (*agent, "--work-dir", str(folder))):
             done = run(*argv, folder=self.folder, timeout=60)
@@ -992,7 +1236,9 @@ class OtherUsers(Case):
         argv = [sys.executable, str(TOP / "agent.py"), "run", "64p25-h264", "-p", "duration=0.3",
                 "--no-probe", "-o", "run.mp4"]
         env = {**os.environ, "TMPDIR": str(place), "HOME": str(self.folder)}
-        with subprocess.Popen(argv, cwd=self.folder, env=env, stderr=subprocess.PIPE, text=True) as program:
+        with subprocess.Popen(
+            argv, cwd=self.folder, env=env, stderr=subprocess.PIPE, text=True
+        ) as program:
             found = wait_for(lambda: list(place.glob("ffdist-run-*")), why="its folder")
             self.assertNotIn(str(program.pid), found[0].name)
             self.assertEqual(stat.S_IMODE(found[0].stat().st_mode), 0o700)
@@ -1014,11 +1260,27 @@ class OtherUsers(Case):
         hidden.mkdir()
         (self.folder / "way").symlink_to(hidden)
         words = ("--no-probe", "-p", "duration=0.2")
-        first = run(str(TOP / "agent.py"), "run", "64p25-h264", *words, "-o", "way/a.mkv", folder=self.folder)
+        first = run(
+            str(TOP / "agent.py"),
+            "run",
+            "64p25-h264",
+            *words,
+            "-o",
+            "way/a.mkv",
+            folder=self.folder,
+        )
         self.assertEqual(first.returncode, 0, first.stderr)
         (hidden / "link.mkv").symlink_to("a.mkv")
-        again = run(str(TOP / "agent.py"), "run", *words, "--input", "../way/link.mkv", "-o", "b.mp4",
-                    folder=hidden)
+        again = run(
+            str(TOP / "agent.py"),
+            "run",
+            *words,
+            "--input",
+            "../way/link.mkv",
+            "-o",
+            "b.mp4",
+            folder=hidden,
+        )
         self.assertEqual(again.returncode, 0, again.stderr)
         self.assertTrue((hidden / "b.mp4").exists())
 
@@ -1036,7 +1298,7 @@ class OtherUsers(Case):
 
 
 class Terminals(Case):
-    """Text of others never steers a terminal: controls of both kinds, and what turns the line around."""
+    """Text of others never steers a terminal: controls of both kinds, and marks that turn a line."""
 
     EVIL = "a\x1b]0;owned\x07\x9b31m\u202eb\u2066c\r\nd\x85"
 
@@ -1053,13 +1315,25 @@ class Terminals(Case):
         node.progress(claimed, progress={"phase": self.EVIL, "percent": 5}, lines=[self.EVIL])
         cli = str(TOP / "ffdist.py")
         env = {"FFDIST_MASTER": master.url, "COLUMNS": "200"}
-        waiting = subprocess.Popen([sys.executable, cli, "submit", "x", "--wait"], cwd=self.folder,
-                                   env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   text=True)
+        waiting = subprocess.Popen(
+            [sys.executable, cli, "submit", "x", "--wait"],
+            cwd=self.folder,
+            env={**os.environ, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         second = wait_for(lambda: node.claim().body["job"], why="the second job")
         node.progress(second, progress={"phase": self.EVIL, "percent": 5})
-        for words in (("nodes",), ("jobs",), ("show", job["id"]), ("logs", job["id"]), ("drain", node.id),
-                      ("undrain", node.id), ("jobs", "--scenario", "none")):
+        for words in (
+            ("nodes",),
+            ("jobs",),
+            ("show", job["id"]),
+            ("logs", job["id"]),
+            ("drain", node.id),
+            ("undrain", node.id),
+            ("jobs", "--scenario", "none"),
+        ):
             with self.subTest(words):
                 done = run(cli, *words, folder=self.folder, env=env)
                 self.assertEqual(done.returncode, 0, done.stderr)

@@ -89,7 +89,9 @@ class TestLogWriter(unittest.TestCase):
     def test_threads_lose_no_line(self) -> None:
         def work(name: int) -> None:
             for number in range(300):
-                self.log.log(logging.WARNING if number % 50 == 0 else logging.INFO, "%d %d", name, number)
+                self.log.log(
+                    logging.WARNING if number % 50 == 0 else logging.INFO, "%d %d", name, number
+                )
         threads = [threading.Thread(target=work, args=(name,)) for name in range(8)]
         for thread in threads:
             thread.start()
@@ -97,12 +99,16 @@ class TestLogWriter(unittest.TestCase):
             thread.join()
         self.writer.close()
         found = [tuple(map(int, line.split()[1:])) for line in self.lines()]
-        self.assertEqual(sorted(found), [(name, number) for name in range(8) for number in range(300)])
+        self.assertEqual(
+            sorted(found), [(name, number) for name in range(8) for number in range(300)]
+        )
         for name in range(8):
             own = [number for who, number in found if who == name]
             self.assertEqual(own, sorted(own), "each thread's lines are in its order")
 
-    def test_a_stream_that_has_gone_and_a_line_that_cannot_be_made_cost_only_themselves(self) -> None:
+    def test_a_stream_that_has_gone_and_a_line_that_cannot_be_made_cost_only_themselves(
+        self,
+    ) -> None:
         raising, logging.raiseExceptions = logging.raiseExceptions, False
         self.addCleanup(setattr, logging, "raiseExceptions", raising)
         self.log.warning("%d", "not a number")
