@@ -518,11 +518,11 @@ FORMULAS = {row.name: row.formula for row in METRICS.values() if row.formula}
 
 # ---- 3 Messages ----------------------------------------------------------------------------------
 
-# Answers of the master become values here, once: inside there is no raw JSON. Answers that the agent
-# acts on are read strictly, and one that makes no sense counts as none: the agent asks again and
-# does not work on half an order. Views for people are lenient, for they also show what programs of
-# others have stored; only a job or a node without an id is refused. The seed's master sends fewer
-# fields than this one: what may be missing has a default.
+# Answers of the master become values here, once: inside there is no raw JSON. Answers that the
+# agent acts on are read strictly, and one that makes no sense counts as none: the agent asks again
+# and does not work on half an order. Views for people are lenient, for they also show what programs
+# of others have stored; only a job or a node without an id is refused. The seed's master sends
+# fewer fields than this one: what may be missing has a default.
 
 @dataclass(frozen=True)
 class Job:
