@@ -363,7 +363,8 @@ def soak(port: int, bare_port: int, pid: int, folder: Path, jobs: int) -> list[T
             )
         )
         print(
-            f"  {(number + 1) * part:,} jobs, {part / took:,.0f}/s, cycles {found[-1].cycles_ratio:.2f} of "
+            f"  {(number + 1) * part:,} jobs, {part / took:,.0f}/s, "
+            f"cycles {found[-1].cycles_ratio:.2f} of "
             f"the bare server, {mib(found[-1].memory)}, journal {mib(size)}",
             file=sys.stderr,
             flush=True,
@@ -822,7 +823,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             bench.end()
     print(
-        f"Python {platform.python_version()}, {os.cpu_count()} cores, load average {load:.2f} at the start"
+        f"Python {platform.python_version()}, {os.cpu_count()} cores, "
+        f"load average {load:.2f} at the start"
         f"{', quick' if args.quick else ''}\n"
     )
     print(table(bench.rows))

@@ -1,6 +1,6 @@
 """Transcripts of the wire: what is sent, what comes back, against real masters.
 
-Each class has one master; a test makes its own nodes and jobs. Only the last class looks inside one.
+Each class has one master; a test makes its own nodes and jobs. Only the last class looks inside.
 """
 from __future__ import annotations
 
@@ -170,7 +170,9 @@ class TestSeed(Served):
         self.assertRegex(job["created_at"], f"^{TIME}$")
         given = self.raw("GET", f"/jobs/next?node_id={node['id']}")
         self.assertEqual((given.status, given.body["job"]["id"]), (200, job["id"]))
-        self.assertEqual((given.body["job"]["status"], given.body["job"]["node_id"]), ("running", node["id"]))
+        self.assertEqual(
+            (given.body["job"]["status"], given.body["job"]["node_id"]), ("running", node["id"])
+        )
 
         result = RESULT_OF_SEED % (job["id"], node["id"])
         for _ in range(2):
@@ -193,12 +195,16 @@ class TestSeed(Served):
         self.addCleanup(fresh.end)
         self.assertEqual(fresh.get("/nodes"), {"nodes": [], "count": 0})
         self.assertEqual(fresh.get("/jobs"), {"jobs": [], "count": 0, "total": 0, "next": None})
-        self.assertEqual(fresh.get("/results"), {"results": [], "count": 0, "total": 0, "next": None})
+        self.assertEqual(
+            fresh.get("/results"), {"results": [], "count": 0, "total": 0, "next": None}
+        )
 
     def test_every_curl_line_of_the_document(self) -> None:
         self.assertEqual(self.curl(CURL_OF_SEED)["scenario"], "4K60-h264")
         self.assertEqual(self.curl(CURL_TEST_OF_SEED)["status"], "pending")
-        self.assertEqual(self.curl("curl http://master-ip:8080/jobs")["jobs"][0]["scenario"], "test-1080p")
+        self.assertEqual(
+            self.curl("curl http://master-ip:8080/jobs")["jobs"][0]["scenario"], "test-1080p"
+        )
         self.assertIsInstance(self.curl("curl http://localhost:8080/nodes")["nodes"], list)
         self.assertEqual(self.curl("curl http://master-ip:8080/health"), {"status": "healthy"})
 
@@ -214,7 +220,9 @@ class TestSeed(Served):
         self.refused(self.master.call("GET", "/jobs/next"), 400, "node_id")
 
     def test_address_and_scenario_are_required(self) -> None:
-        self.refused(self.master.call("POST", "/nodes/register", {"type": "server"}), 400, "address")
+        self.refused(
+            self.master.call("POST", "/nodes/register", {"type": "server"}), 400, "address"
+        )
         self.refused(self.master.call("POST", "/jobs", {"confidence": "auto"}), 400, "scenario")
 
 
@@ -227,26 +235,39 @@ class TestRoutes(Served):
         path = f"/jobs/{done['id']}"
         own = {"node_id": node.id, "session": node.session, "attempt": 1}
         transcript = {
-            ("POST", "/nodes/register"): ({"address": "row"}, 201), ("GET", "/nodes"): (None, 200),
-            ("GET", "/nodes/{id}"): (None, 200), ("POST", "/nodes/{id}/heartbeat"): (own, 200),
-            ("POST", "/jobs"): ({"scenario": "x"}, 201), ("GET", "/jobs"): (None, 200),
-            ("GET", "/jobs/next"): (None, 200), ("GET", "/jobs/{id}"): (None, 200),
+            ("POST", "/nodes/register"): ({"address": "row"}, 201),
+            ("GET", "/nodes"): (None, 200),
+            ("GET", "/nodes/{id}"): (None, 200),
+            ("POST", "/nodes/{id}/heartbeat"): (own, 200),
+            ("POST", "/jobs"): ({"scenario": "x"}, 201),
+            ("GET", "/jobs"): (None, 200),
+            ("GET", "/jobs/next"): (None, 200),
+            ("GET", "/jobs/{id}"): (None, 200),
             ("POST", "/jobs/{id}/progress"): ({**own, "progress": 50}, 200),
-            ("GET", "/jobs/{id}/logs"): (None, 200), ("POST", "/jobs/{id}/pause"): (None, 200),
-            ("POST", "/jobs/{id}/resume"): (None, 200), ("POST", "/nodes/{id}/drain"): (None, 200),
+            ("GET", "/jobs/{id}/logs"): (None, 200),
+            ("POST", "/jobs/{id}/pause"): (None, 200),
+            ("POST", "/jobs/{id}/resume"): (None, 200),
+            ("POST", "/nodes/{id}/drain"): (None, 200),
             ("POST", "/nodes/{id}/resume"): (None, 200),
             ("POST", "/results"): ({**own, "job_id": done["id"], "status": "failed"}, 200),
-            ("GET", "/results"): (None, 200), ("POST", "/jobs/{id}/retry"): (None, 200),
-            ("POST", "/jobs/{id}/cancel"): (None, 200), ("GET", "/health"): (None, 200),
-            ("GET", "/ready"): (None, 200), ("GET", "/metrics"): (None, 200), ("GET", "/"): (None, 200),
-            ("DELETE", "/nodes/{id}"): (None, 200)}
+            ("GET", "/results"): (None, 200),
+            ("POST", "/jobs/{id}/retry"): (None, 200),
+            ("POST", "/jobs/{id}/cancel"): (None, 200),
+            ("GET", "/health"): (None, 200),
+            ("GET", "/ready"): (None, 200),
+            ("GET", "/metrics"): (None, 200),
+            ("GET", "/"): (None, 200),
+            ("DELETE", "/nodes/{id}"): (None, 200),
+        }
         routes = {(route.method, route.path) for route in ffdist.ROUTES}
         self.assertLessEqual(routes, set(transcript), "a route without a row here")
         for (method, route), (body, status) in transcript.items():
             if (method, route) not in routes:
                 continue
             with self.subTest(method=method, route=route):
-                where = route.replace("/jobs/{id}", path).replace("/nodes/{id}", f"/nodes/{node.id}")
+                where = route.replace("/jobs/{id}", path).replace(
+                    "/nodes/{id}", f"/nodes/{node.id}"
+                )
                 if route == "/jobs/next":
                     where += f"?node_id={node.id}&session={node.session}"
                 answer = self.master.call(method, where, body)
@@ -263,19 +284,34 @@ class TestRoutes(Served):
                     self.assertEqual(answer.status, 405, answer)
                     for word in known:
                         self.assertIn(word, answer.body["error"])
-        for path in ("/nothing", "/jobs/", f"/jobs/{NOBODY}/explode", f"/jobs/{NOBODY}/cancel/now", "//",
-                     "/JOBS", f"/nodes/{NOBODY}/drums", "/results/1", "/jobs/../nodes"):
+        for path in (
+            "/nothing",
+            "/jobs/",
+            f"/jobs/{NOBODY}/explode",
+            f"/jobs/{NOBODY}/cancel/now",
+            "//",
+            "/JOBS",
+            f"/nodes/{NOBODY}/drums",
+            "/results/1",
+            "/jobs/../nodes",
+        ):
             with self.subTest(path=path):
                 self.assertEqual(self.master.call("GET", path).status, 404)
 
     def test_the_root_answers_the_table_of_routes_to_a_program(self) -> None:
         listed = self.accepting("application/json")
-        self.assertEqual([(row["method"], row["path"], row["about"], tuple(row["query"]))
-                          for row in listed["routes"]],
-                         [(route.method, route.path, route.about, route.query) for route in ffdist.ROUTES])
+        self.assertEqual(
+            [
+                (row["method"], row["path"], row["about"], tuple(row["query"]))
+                for row in listed["routes"]
+            ],
+            [(route.method, route.path, route.about, route.query) for route in ffdist.ROUTES],
+        )
         self.assertEqual(listed["version"], ffdist.VERSION)
         listed = self.accepting("text/csv;q=0.5", "Application/JSON; q=0.9, */*")
-        self.assertEqual(len(listed["routes"]), len(ffdist.ROUTES), "headers of a list are one list")
+        self.assertEqual(
+            len(listed["routes"]), len(ffdist.ROUTES), "headers of a list are one list"
+        )
 
     def accepting(self, *kinds: str) -> Any:
         """Return what GET / answers to a request with these Accept headers."""
@@ -284,7 +320,11 @@ class TestRoutes(Served):
         return json.loads(raw.partition(b"\r\n\r\n")[2])
 
     def test_the_root_is_a_page_for_a_browser_which_lists_the_routes_as_well(self) -> None:
-        for accept in ("text/html,application/xhtml+xml,*/*;q=0.8", "*/*", "text/html, application/json"):
+        for accept in (
+            "text/html,application/xhtml+xml,*/*;q=0.8",
+            "*/*",
+            "text/html, application/json",
+        ):
             raw = exchange(self.master.port, f"GET / HTTP/1.0\r\nAccept: {accept}\r\n\r\n".encode())
             self.assertIn(b"Content-Type: text/html", raw, accept)
             for route in ffdist.ROUTES:
@@ -339,8 +379,9 @@ class TestRoutes(Served):
         need("promtool")
         self.node('quote " backslash \\ Ünïcode {x="y"}')
         text = self.master.call("GET", "/metrics").text
-        done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True,
-                              timeout=60)
+        done = subprocess.run(
+            ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=60
+        )
         self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""), text)
 
     def test_metrics_hold_no_job_ids_and_count_what_happened(self) -> None:
@@ -369,13 +410,17 @@ class TestSessions(Served):
     def test_a_restarted_agent_is_the_same_node_with_its_new_hardware(self) -> None:
         node = self.node("changing", cpu_threads=4, max_concurrent_jobs=2)
         answer = node.start_again(cpu_threads=8, name="renamed")
-        self.assertEqual((answer.status, answer.body["id"], answer.body["cpu_threads"], answer.body["name"]),
-                         (200, node.id, 8, "renamed"))
+        self.assertEqual(
+            (answer.status, answer.body["id"], answer.body["cpu_threads"], answer.body["name"]),
+            (200, node.id, 8, "renamed"),
+        )
         self.assertEqual(node.shown()["cpu_threads"], 8)
 
     def test_registration_answers_protocol_node_timeout_and_what_is_held(self) -> None:
         answer = self.node().register().body
-        self.assertEqual((answer["protocol"], answer["node_timeout_s"], answer["holding"]), (1, 90, []))
+        self.assertEqual(
+            (answer["protocol"], answer["node_timeout_s"], answer["holding"]), (1, 90, [])
+        )
 
     def test_every_request_of_an_older_session_is_refused_and_changes_nothing(self) -> None:
         node = self.node()
@@ -407,7 +452,9 @@ class TestSessions(Served):
                                            {"job_id": other["id"], "attempt": 2},
                                            {"job_id": NOBODY, "attempt": 1}])
         self.assertEqual(answer.body["holding"], [{"job_id": kept["id"], "attempt": 1}])
-        self.assertEqual([self.status(job) for job in (kept, lost, other)], ["running", "pending", "pending"])
+        self.assertEqual(
+            [self.status(job) for job in (kept, lost, other)], ["running", "pending", "pending"]
+        )
         self.assertEqual([self.job(job)["retry_count"] for job in (kept, lost, other)], [0, 1, 1])
         self.assertEqual(node.report(kept).status, 200)
         self.refused(node.report(lost, attempt=5), 409, "attempt")
@@ -431,9 +478,18 @@ class TestSessions(Served):
         node = self.node("steady", cpu_threads=4)
         job = self.running(node)
         before = node.shown()
-        for field, value in (("cpu_threads", -1), ("cpu_threads", "8"), ("has_gpu", "yes"), ("labels", []),
-                             ("max_concurrent_jobs", 0), ("holding", {}), ("holding", [5]), ("protocol", "x"),
-                             ("holding", [{"job_id": job["id"]}, {"attempt": 1}]), ("address", "")):
+        for field, value in (
+            ("cpu_threads", -1),
+            ("cpu_threads", "8"),
+            ("has_gpu", "yes"),
+            ("labels", []),
+            ("max_concurrent_jobs", 0),
+            ("holding", {}),
+            ("holding", [5]),
+            ("protocol", "x"),
+            ("holding", [{"job_id": job["id"]}, {"attempt": 1}]),
+            ("address", ""),
+        ):
             session, node.session = node.session, "refused-session"
             answer = node.register(**{field: value})
             node.session = session
@@ -480,7 +536,9 @@ class TestClaims(Served):
         waiting = [node.park() for node in nodes]
         job = self.master.submit()
         wait_for(lambda: any(request.answered for request in waiting))
-        self.assertEqual(waiting[0].answer().body["job"]["id"], job["id"], "the one that waited longest")
+        self.assertEqual(
+            waiting[0].answer().body["job"]["id"], job["id"], "the one that waited longest"
+        )
         self.assertEqual([request.answered for request in waiting], [True, False, False])
         jobs = [self.master.submit()["id"] for _ in range(2)]
         self.assertEqual({request.answer().body["job"]["id"] for request in waiting[1:]}, set(jobs))
@@ -529,19 +587,25 @@ class TestClaims(Served):
         dead, alive = self.node("dead"), self.node("alive")
         connection = socket.create_connection(("127.0.0.1", self.master.port))
         before = parked(self.master)
-        connection.sendall(f"GET {dead.claim_path(wait=PARK_S)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        connection.sendall(
+            f"GET {dead.claim_path(wait=PARK_S)} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        )
         wait_for(lambda: parked(self.master) > before)
         waiting = alive.park()
         connection.close()
         job = self.master.submit()
         given = waiting.answer().body["job"]
-        self.assertEqual((given["id"], given["node_id"], given["attempt"]), (job["id"], alive.id, 1))
+        self.assertEqual(
+            (given["id"], given["node_id"], given["attempt"]), (job["id"], alive.id, 1)
+        )
 
     def test_a_job_that_only_a_dead_client_waited_for_stays_pending(self) -> None:
         dead = self.node("dead")
         before = parked(self.master)
         with socket.create_connection(("127.0.0.1", self.master.port)) as connection:
-            connection.sendall(f"GET {dead.claim_path(wait=PARK_S)} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            connection.sendall(
+                f"GET {dead.claim_path(wait=PARK_S)} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+            )
             wait_for(lambda: parked(self.master) > before)
         job = self.master.submit()
         wait_for(lambda: parked(self.master) == before, why="the dead request is let go")
@@ -568,8 +632,10 @@ class TestOrders(Served):
         job = self.running(node)
         for _ in range(2):
             answer = self.order(job, "cancel")
-            self.assertEqual((answer.status, answer.body["status"], answer.body["cancel_requested"]),
-                             (200, "running", True))
+            self.assertEqual(
+                (answer.status, answer.body["status"], answer.body["cancel_requested"]),
+                (200, "running", True),
+            )
         self.assertEqual(node.report(job, "canceled").status, 200)
         self.assertEqual((self.status(job), self.job(job)["cancel_requested"]), ("canceled", False))
 
@@ -608,7 +674,9 @@ class TestOrders(Served):
         waiting = node.park_beat()
         self.order(job, "cancel")
         answer = waiting.answer().body
-        self.assertEqual(answer["actions"], [{"job_id": job["id"], "attempt": 1, "action": "cancel"}])
+        self.assertEqual(
+            answer["actions"], [{"job_id": job["id"], "attempt": 1, "action": "cancel"}]
+        )
         self.assertEqual((answer["status"], answer["orders"]), ("ok", 1))
 
     def test_a_cancel_reaches_a_parked_claim(self) -> None:
@@ -630,7 +698,9 @@ class TestOrders(Served):
         self.assertFalse(waiting.answered, "an order that was seen answers nothing early")
         self.order(second, "cancel")
         answer = waiting.answer().body
-        self.assertEqual({action["job_id"] for action in answer["actions"]}, {first["id"], second["id"]})
+        self.assertEqual(
+            {action["job_id"] for action in answer["actions"]}, {first["id"], second["id"]}
+        )
         self.assertGreater(answer["orders"], seen)
         for job in (first, second):
             self.assertEqual(node.progress(job, progress=1).body["actions"][0]["action"], "cancel")
@@ -682,7 +752,9 @@ class TestReports(Served):
             self.master.call("DELETE", f"/nodes/{node['id']}")
         first, second = self.node("first"), self.node("second")
         job = self.running(first)
-        self.assertEqual(first.report(job, "failed", error="ended", failure_reason="killed").status, 200)
+        self.assertEqual(
+            first.report(job, "failed", error="ended", failure_reason="killed").status, 200
+        )
         again = self.job(job)
         self.assertEqual((again["status"], again["retry_count"], again["retry_reason"]),
                          ("pending", 1, "killed"))
@@ -701,7 +773,9 @@ class TestReports(Served):
         for reason in ("input", "parameters", "encoder", "timeout"):
             job = self.running(node)
             node.report(job, "failed", error="no", failure_reason=reason)
-            self.assertEqual((self.status(job), self.job(job)["failure_reason"]), ("failed", reason))
+            self.assertEqual(
+                (self.status(job), self.job(job)["failure_reason"]), ("failed", reason)
+            )
 
     def test_a_repeated_result_is_answered_the_same_and_counted_once(self) -> None:
         node = self.node()
@@ -726,12 +800,16 @@ class TestReports(Served):
         node.report(first, "returned")
         second = other.claim().body["job"]
         self.assertEqual((second["id"], second["attempt"]), (first["id"], 2))
-        self.assertEqual(node.report(first, "returned").status, 200, "the repeat of an accepted report")
+        self.assertEqual(
+            node.report(first, "returned").status, 200, "the repeat of an accepted report"
+        )
         self.refused(node.report(first, "completed"), 409, "attempt")
         self.refused(node.progress(first, progress=50), 409, "attempt")
         self.refused(node.report(second, "completed"), 409, "attempt")
         shown = self.job(second)
-        self.assertEqual((shown["status"], shown["node_id"], shown["progress"]), ("running", other.id, None))
+        self.assertEqual(
+            (shown["status"], shown["node_id"], shown["progress"]), ("running", other.id, None)
+        )
         self.assertEqual(other.report(second).status, 200)
 
     def test_unknown_jobs_are_404_and_unknown_statuses_400(self) -> None:
@@ -750,18 +828,25 @@ class TestReports(Served):
         job = self.running(node, max_retries=0)
         self.assertEqual(node.report(job, "returned").status, 200)
         shown = self.job(job)
-        self.assertEqual((shown["status"], shown["retry_count"], shown["node_id"]), ("pending", 0, None))
+        self.assertEqual(
+            (shown["status"], shown["retry_count"], shown["node_id"]), ("pending", 0, None)
+        )
         self.assertEqual(self.master.get(f"/results?node_id={node.id}")["total"], 0)
 
     def test_the_seeds_agents_report_without_session_and_attempt(self) -> None:
         node = self.node("seed", session=False)
         job = self.running(node)
-        answer = self.master.call("POST", "/results", json.loads(RESULT_OF_SEED % (job["id"], node.id)))
+        answer = self.master.call(
+            "POST", "/results", json.loads(RESULT_OF_SEED % (job["id"], node.id))
+        )
         self.assertEqual((answer.status, self.status(job)), (200, "completed"))
         other = self.node("seed-2", session=False)
         job = self.running(other)
-        self.refused(self.master.call("POST", "/results", json.loads(RESULT_OF_SEED % (job["id"], node.id))),
-                     409, "attempt")
+        self.refused(
+            self.master.call("POST", "/results", json.loads(RESULT_OF_SEED % (job["id"], node.id))),
+            409,
+            "attempt",
+        )
         self.assertEqual(self.status(job), "running")
 
     def test_progress_is_shown_and_its_answer_names_the_time_of_the_next(self) -> None:
@@ -771,14 +856,22 @@ class TestReports(Served):
         self.assertEqual((answer.status, answer.body["status"]), (200, "ok"))
         self.assertGreaterEqual(answer.body["next_s"], 1)
         node.progress(job, progress={"percent": 41})
-        self.assertEqual(self.job(job)["progress"], {"percent": 41, "fps": 30.5, "phase": "encoding"})
+        self.assertEqual(
+            self.job(job)["progress"], {"percent": 41, "fps": 30.5, "phase": "encoding"}
+        )
         node.report(job)
         self.refused(node.progress(job, progress=99), 409, "attempt")
 
     def test_log_lines_are_kept_once_however_often_they_are_sent(self) -> None:
         node = self.node()
         job = self.running(node)
-        for lines, first in ((["a", "b"], 0), (["a", "b"], 0), (["b", "c"], 1), (["d"], 3), (["c", "d"], 2)):
+        for lines, first in (
+            (["a", "b"], 0),
+            (["a", "b"], 0),
+            (["b", "c"], 1),
+            (["d"], 3),
+            (["c", "d"], 2),
+        ):
             self.assertEqual(node.progress(job, lines=lines, lines_from=first).status, 200)
         node.report(job, lines=["d", "e"], lines_from=3)
         answer = self.master.get(f"/jobs/{job['id']}/logs")
@@ -802,7 +895,9 @@ class TestReports(Served):
         path = f"/jobs/{job['id']}/logs"
         waiting = Later(self.master, "GET", f"{path}?after=0&wait={PARK_S}")
         node.progress(job, lines=["first"], lines_from=0)
-        self.assertEqual(waiting.answer().body, {"lines": ["first"], "next": 1, "status": "running"})
+        self.assertEqual(
+            waiting.answer().body, {"lines": ["first"], "next": 1, "status": "running"}
+        )
         waiting = Later(self.master, "GET", f"{path}?after=1&wait={PARK_S}")
         node.report(job)
         self.assertEqual(waiting.answer().body, {"lines": [], "next": 1, "status": "completed"})
@@ -821,7 +916,9 @@ class TestReports(Served):
         ended = []
         for status in ("completed", "failed", "canceled"):
             job = self.running(node)
-            node.report(job, status, error=None if status == "completed" else "why", session_is="kept out")
+            node.report(
+                job, status, error=None if status == "completed" else "why", session_is="kept out"
+            )
             ended.append(job["id"])
         page = self.master.get(f"/results?node_id={node.id}")
         self.assertEqual([result["job_id"] for result in page["results"]], ended[::-1])
@@ -844,15 +941,21 @@ class TestSubmissions(Served):
         self.assertEqual(first.body, second.body)
         node = self.node()
         node.report(node.claim().body["job"])
-        third = self.master.call("POST", "/jobs", {**body, "id": body["id"].upper(), "scenario": "other"})
+        third = self.master.call(
+            "POST", "/jobs", {**body, "id": body["id"].upper(), "scenario": "other"}
+        )
         self.assertEqual((third.status, third.body["status"], third.body["scenario"]),
                          (200, "completed", "720p30-h264"))
         self.assertIsNone(node.claim().body["job"])
 
     def test_an_array_makes_many_at_once_in_its_order(self) -> None:
-        answer = self.master.call("POST", "/jobs", [{"scenario": f"bulk-{number}"} for number in range(20)])
+        answer = self.master.call(
+            "POST", "/jobs", [{"scenario": f"bulk-{number}"} for number in range(20)]
+        )
         self.assertEqual((answer.status, answer.body["count"]), (201, 20))
-        self.assertEqual([job["scenario"] for job in answer.body["jobs"]], [f"bulk-{n}" for n in range(20)])
+        self.assertEqual(
+            [job["scenario"] for job in answer.body["jobs"]], [f"bulk-{n}" for n in range(20)]
+        )
         node = self.node()
         self.assertEqual(node.claim().body["job"]["scenario"], "bulk-0")
 
@@ -863,7 +966,9 @@ class TestSubmissions(Served):
         self.refused(answer, 400, "parameters.bitrate")
         self.assertIn("2", answer.body["error"])
         own = str(uuid.uuid4())
-        self.refused(self.master.call("POST", "/jobs", [{"id": own, "scenario": "x"}] * 2), 400, "id")
+        self.refused(
+            self.master.call("POST", "/jobs", [{"id": own, "scenario": "x"}] * 2), 400, "id"
+        )
         self.refused(self.master.call("POST", "/jobs", [{"scenario": "x"}, 5]), 400)
         self.assertEqual(self.master.get("/jobs")["total"], total)
 
@@ -882,7 +987,9 @@ class TestSubmissions(Served):
         self.assertEqual(self.master.get("/jobs")["total"], total)
 
     def test_a_typo_in_parameters_is_refused_with_the_nearest_name(self) -> None:
-        answer = self.master.call("POST", "/jobs", {"scenario": "x", "parameters": {"bitrat": "5M"}})
+        answer = self.master.call(
+            "POST", "/jobs", {"scenario": "x", "parameters": {"bitrat": "5M"}}
+        )
         self.refused(answer, 400, "parameters.bitrat")
         self.assertRegex(answer.body["error"], r"did you mean .*\bbitrate\b")
 
@@ -906,11 +1013,18 @@ class TestSubmissions(Served):
         for status in ("completed", "failed"):
             node.report(self.running(node, scenario="filtered"), status)
         pending = self.master.submit("filtered")
-        for query, total in ((f"node_id={node.id}", 2), ("scenario=filtered", 3),
-                             ("scenario=filtered&status=pending", 1), (f"node_id={node.id}&status=failed", 1),
-                             (f"node_id={NOBODY}", 0), ("scenario=nothing", 0)):
+        for query, total in (
+            (f"node_id={node.id}", 2),
+            ("scenario=filtered", 3),
+            ("scenario=filtered&status=pending", 1),
+            (f"node_id={node.id}&status=failed", 1),
+            (f"node_id={NOBODY}", 0),
+            ("scenario=nothing", 0),
+        ):
             page = self.master.get(f"/jobs?{query}")
-            self.assertEqual((page["total"], page["count"], page["next"]), (total, total, None), query)
+            self.assertEqual(
+                (page["total"], page["count"], page["next"]), (total, total, None), query
+            )
         self.assertEqual(self.master.get("/jobs?scenario=filtered&status=pending")["jobs"][0]["id"],
                          pending["id"])
 
@@ -924,8 +1038,12 @@ class TestSubmissions(Served):
 
     def test_a_parameter_that_a_list_does_not_have_is_refused_with_those_that_it_has(self) -> None:
         job = self.master.submit()
-        for path, name, known in (("/jobs", "state", "status"), ("/results", "Status", "node_id"),
-                                  ("/nodes", "status", "none"), (f"/jobs/{job['id']}/logs", "afer", "after")):
+        for path, name, known in (
+            ("/jobs", "state", "status"),
+            ("/results", "Status", "node_id"),
+            ("/nodes", "status", "none"),
+            (f"/jobs/{job['id']}/logs", "afer", "after"),
+        ):
             answer = self.master.call("GET", f"{path}?{name}=failed")
             self.refused(answer, 400, name)
             self.assertIn(known, answer.body["error"])
@@ -933,7 +1051,9 @@ class TestSubmissions(Served):
     def test_a_job_is_found_by_a_prefix_of_four_or_more_characters(self) -> None:
         one, two = "abcd1111-0000-4000-8000-000000000001", "abcd2222-0000-4000-8000-000000000002"
         for job_id in (one, two):
-            self.assertEqual(self.master.call("POST", "/jobs", {"id": job_id, "scenario": "x"}).status, 201)
+            self.assertEqual(
+                self.master.call("POST", "/jobs", {"id": job_id, "scenario": "x"}).status, 201
+            )
         for given, found in ((one, one), ("abcd1", one), ("ABCD2", two), (two[:20], two)):
             self.assertEqual(self.master.get(f"/jobs/{given}")["id"], found)
         answer = self.master.call("GET", "/jobs/abcd")
@@ -965,11 +1085,13 @@ class TestSilence(Served):
     flags = ("--node-timeout", "2s")
 
     def lost(self, nodes: list[Node], **more: Any) -> list[Any]:
-        """Let each node claim a job and fall silent; return the jobs when they are no longer running."""
+        """Let each node claim a job and fall silent; return the jobs when none is running."""
         jobs = [self.running(node, **more) for node in nodes]
         for node, job in zip(nodes, jobs):
             node.progress(job, lines=["before"], lines_from=0, progress=10)
-        wait_for(lambda: all(self.status(job) != "running" for job in jobs), 30, "the nodes are lost")
+        wait_for(
+            lambda: all(self.status(job) != "running" for job in jobs), 30, "the nodes are lost"
+        )
         return jobs
 
     def test_a_lost_nodes_holding_progress_or_result_takes_its_job_back(self) -> None:
@@ -981,18 +1103,27 @@ class TestSilence(Served):
         by_holding, by_progress, by_result = zip(nodes, jobs)
         answer = by_holding[0].register(holding=[{"job_id": by_holding[1]["id"], "attempt": 1}])
         self.assertEqual(answer.body["holding"], [{"job_id": by_holding[1]["id"], "attempt": 1}])
-        self.assertEqual(by_progress[0].progress(by_progress[1], lines=["after"], lines_from=1).status, 200)
+        self.assertEqual(
+            by_progress[0].progress(by_progress[1], lines=["after"], lines_from=1).status, 200
+        )
         self.assertEqual(by_result[0].report(by_result[1]).status, 200)
         self.assertEqual([self.status(job) for job in jobs], ["running", "running", "completed"])
         for job, node in zip(jobs, nodes):
             shown = self.job(job)
-            self.assertEqual((shown["retry_count"], shown["attempt"], shown["node_id"]), (0, 1, node.id))
+            self.assertEqual(
+                (shown["retry_count"], shown["attempt"], shown["node_id"]), (0, 1, node.id)
+            )
             self.assertEqual(len(shown["attempts"]), 1)
             self.assertRegex(shown["started_at"] or "", TIME)
             self.assertNotEqual(node.shown()["status"], "offline")
-        self.assertEqual(self.master.get(f"/jobs/{by_progress[1]['id']}/logs")["lines"], ["before", "after"],
-                         "no line that was acknowledged is lost")
-        self.assertIsNone(self.node("hungry").claim().body["job"], "what was taken back is in no queue")
+        self.assertEqual(
+            self.master.get(f"/jobs/{by_progress[1]['id']}/logs")["lines"],
+            ["before", "after"],
+            "no line that was acknowledged is lost",
+        )
+        self.assertIsNone(
+            self.node("hungry").claim().body["job"], "what was taken back is in no queue"
+        )
         for node, job in (by_holding, by_progress):
             self.assertEqual(node.report(job).status, 200)
 
@@ -1000,8 +1131,12 @@ class TestSilence(Served):
         nodes = [self.node(f"late-{number}") for number in range(3)]
         jobs = self.lost(nodes)
         other = self.node("other", max_concurrent_jobs=3)
-        taken = [wait_for(lambda: other.claim().body["job"], why="its backoff is over") for _ in jobs]
-        self.assertEqual({(job["id"], job["attempt"]) for job in taken}, {(job["id"], 2) for job in jobs})
+        taken = [
+            wait_for(lambda: other.claim().body["job"], why="its backoff is over") for _ in jobs
+        ]
+        self.assertEqual(
+            {(job["id"], job["attempt"]) for job in taken}, {(job["id"], 2) for job in jobs}
+        )
         answer = nodes[0].start_again(holding=[{"job_id": jobs[0]["id"], "attempt": 1}])
         self.assertEqual((answer.status, answer.body["holding"]), (200, []))
         self.refused(nodes[1].progress(jobs[1], progress=50), 409, "attempt")
@@ -1011,14 +1146,19 @@ class TestSilence(Served):
             shown = self.job(job)
             self.assertEqual((shown["status"], shown["node_id"], shown["retry_count"]),
                              ("completed", other.id, 1))
-            self.assertEqual([record["status"] for record in shown["attempts"]], ["lost", "completed"])
+            self.assertEqual(
+                [record["status"] for record in shown["attempts"]], ["lost", "completed"]
+            )
 
     def test_a_lost_node_ends_what_had_no_retries_left_or_was_being_canceled(self) -> None:
         spent, stopped, waiting = self.node("spent"), self.node("stopped"), self.node("waiting")
         exhausted = self.running(spent, max_retries=0)
         canceling, pending = self.running(stopped), self.running(waiting)
         self.order(canceling, "cancel")
-        wait_for(lambda: all(self.status(job) != "running" for job in (exhausted, canceling, pending)), 30)
+        wait_for(
+            lambda: all(self.status(job) != "running" for job in (exhausted, canceling, pending)),
+            30,
+        )
         shown = self.job(exhausted)
         self.assertEqual((shown["status"], shown["failure_reason"]), ("failed", "node_lost"))
         self.assertIn("spent", shown["error"])
@@ -1031,7 +1171,9 @@ class TestSilence(Served):
         self.refused(waiting.report(pending), 409, "attempt")
         self.assertEqual(self.order(exhausted, "retry").body["status"], "pending")
 
-    def test_a_seeds_agent_that_beats_but_never_reports_loses_its_job_after_the_jobs_timeout(self) -> None:
+    def test_a_seeds_agent_that_beats_but_never_reports_loses_its_job_after_the_jobs_timeout(
+        self,
+    ) -> None:
         node = self.node("seed", session=False)
         job = self.running(node, parameters={"timeout": 1})
         wait_for(lambda: node.beat().status == 200 and self.status(job) == "pending", 30)
@@ -1063,7 +1205,9 @@ class TestWorkOfAnswers(Case):
         ask = ffdist.Ask(self.node, None, 0.0, 0, None, False, lambda: True)
         for _ in range(3):
             job = self.state.claim(ask)["job"]
-            self.state.progress(job.id, {"node_id": self.node, "attempt": 1, "progress": {"percent": 5}})
+            self.state.progress(
+                job.id, {"node_id": self.node, "attempt": 1, "progress": {"percent": 5}}
+            )
 
     def calls(self, path: str) -> list[str]:
         """Return the calls of json that an answer takes; none of them may come under the lock."""
@@ -1093,7 +1237,9 @@ class TestWorkOfAnswers(Case):
     def test_a_list_of_jobs_decodes_and_encodes_each_once(self) -> None:
         found = self.calls("/jobs")
         self.assertEqual(found.count("loads"), 20, "the rows of the journal")
-        self.assertLessEqual(found.count("dumps"), 20 + 3, "their texts, and the fields beside them")
+        self.assertLessEqual(
+            found.count("dumps"), 20 + 3, "their texts, and the fields beside them"
+        )
 
     def test_a_list_of_jobs_is_what_one_job_says(self) -> None:
         route, _ = ffdist.route_of("GET", "/jobs")

@@ -336,7 +336,10 @@ class Seams(unittest.TestCase):
     def test_sql_lives_in_the_journal(self) -> None:
         used = SOURCES["ffdist"].places(lambda node: dotted(node).startswith("sqlite3."))
         self.assertEqual(used, {"Store", "Journal"})
-        words = r"\b(SELECT .* FROM|INSERT (OR \w+ )?INTO|UPDATE \w+ SET|DELETE FROM|CREATE TABLE|PRAGMA)\b"
+        words = (
+            r"\b(SELECT .* FROM|INSERT (OR \w+ )?INTO|UPDATE \w+ SET|DELETE FROM|CREATE TABLE"
+            r"|PRAGMA)\b"
+        )
         self.assertEqual(texts(SOURCES["ffdist"], words), {"Store", "Journal"})
         for name in ("agent", "hwdetect"):
             self.assertEqual(texts(SOURCES[name], words), set())

@@ -945,7 +945,9 @@ class TestFormats(Case):
         jobs = master.get("/jobs")["jobs"][::-1]
         self.assertEqual([job["status"] for job in jobs],
                          ["completed", "running", "pending", "paused"])
-        self.assertEqual(master.get(f"/jobs/{jobs[0]['id']}")["result"]["metrics"], {"duration": 9.0})
+        self.assertEqual(
+            master.get(f"/jobs/{jobs[0]['id']}")["result"]["metrics"], {"duration": 9.0}
+        )
         self.assertEqual(master.get(f"/jobs/{jobs[0]['id']}/logs")["lines"], ["one", "two"])
         node = master.get("/nodes")["nodes"][0]
         own = {"node_id": node["id"], "session": "a session"}

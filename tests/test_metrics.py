@@ -1,4 +1,4 @@
-"""What is pushed is there and right: one table of metrics, a real VictoriaMetrics, vmalert and promtool."""
+"""What is pushed is there and right: the table of metrics, real VictoriaMetrics and vmalert."""
 from __future__ import annotations
 
 import argparse
@@ -73,7 +73,9 @@ class Table(unittest.TestCase):
         self.assertGreater(len(seen), 40)
 
     def test_an_expression_cannot_name_what_is_not_there(self) -> None:
-        self.assertEqual(ffdist.promql("max(@node_up) + @jobs"), "max(ffdist_node_up) + ffdist_jobs")
+        self.assertEqual(
+            ffdist.promql("max(@node_up) + @jobs"), "max(ffdist_node_up) + ffdist_jobs"
+        )
         with self.assertRaises(KeyError):
             ffdist.promql("max(@node_upp)")
 
@@ -89,12 +91,16 @@ class Table(unittest.TestCase):
     def test_every_figure_of_quality_has_a_metric(self) -> None:
         known = {metric.field for metric in ffdist.METRICS if metric.name.startswith("ffdist_job_")}
         self.assertEqual(set(wire.SCORE_NAMES) - known, set())
-        self.assertEqual(set(wire.SCORE_NAMES), {figure.name for figure in ffdist.TABLES["Quality"]})
+        self.assertEqual(
+            set(wire.SCORE_NAMES), {figure.name for figure in ffdist.TABLES["Quality"]}
+        )
 
     def test_what_is_pushed_alone_is_not_on_the_page_of_metrics(self) -> None:
         text = ffdist.metrics_view(SHOT).text
         shown = set(re.findall(r"^# TYPE (\w+)", text, re.M))
-        self.assertEqual(shown, {metric.name for metric in ffdist.METRICS if metric.place != "pushed"})
+        self.assertEqual(
+            shown, {metric.name for metric in ffdist.METRICS if metric.place != "pushed"}
+        )
         self.assertNotIn("job_id", text)
         self.assertIn('ffdist_node_up{node="b \\"quoted\\" \\\\ back",node_id="id-b"} 0', text)
 
@@ -107,7 +113,9 @@ class Table(unittest.TestCase):
                          for x in range(place["w"]) for y in range(place["h"])}
                 self.assertLess(max(x for x, _ in cells), 24, title)
                 self.assertEqual(cells & taken, set(), panel["title"])
-                self.assertEqual(len(panel["targets"]), len({target["refId"] for target in panel["targets"]}))
+                self.assertEqual(
+                    len(panel["targets"]), len({target["refId"] for target in panel["targets"]})
+                )
                 taken |= cells
 
 
@@ -115,19 +123,39 @@ class Lines(unittest.TestCase):
     """Import answers 204 whatever it is sent, so each line must be right by itself."""
 
     RESULT: Mapping[str, Any] = {
-        "job_id": "j1", "node": 'n "1"\\', "node_id": "i1", "scenario": "720p", "status": "completed",
-        "received_at": RECEIVED, "completed_at": COMPLETED, "encode": {"encoder": "libx264", "preset": 0},
-        "metrics": {"duration": 2.5, "fps": None, "speed": True, "vmaf": "93", "ssim": float("nan"),
-                    "energy_joules": 10 ** 400, "frames": 75, "power_source": "model",
-                    "unknown": {"fps": "no"}}}
-    SPEC: Mapping[str, Any] = {"settings": {"codec": "h264"}, "experiment": {"id": "e1", "name": "presets"}}
+        "job_id": "j1",
+        "node": 'n "1"\\',
+        "node_id": "i1",
+        "scenario": "720p",
+        "status": "completed",
+        "received_at": RECEIVED,
+        "completed_at": COMPLETED,
+        "encode": {"encoder": "libx264", "preset": 0},
+        "metrics": {
+            "duration": 2.5,
+            "fps": None,
+            "speed": True,
+            "vmaf": "93",
+            "ssim": float("nan"),
+            "energy_joules": 10**400,
+            "frames": 75,
+            "power_source": "model",
+            "unknown": {"fps": "no"},
+        },
+    }
+    SPEC: Mapping[str, Any] = {
+        "settings": {"codec": "h264"},
+        "experiment": {"id": "e1", "name": "presets"},
+    }
 
     def lines(self, **more: Any) -> list[str]:
         return ffdist.result_lines({**self.RESULT, **more}, dict(self.SPEC))
 
     def test_a_result_has_a_line_for_each_finite_number(self) -> None:
-        labels = ('{job_id="j1",node="n \\"1\\"\\\\",node_id="i1",scenario="720p",status="completed",'
-                  'codec="h264",encoder="libx264",preset="0",power_source="model",experiment="presets"}')
+        labels = (
+            '{job_id="j1",node="n \\"1\\"\\\\",node_id="i1",scenario="720p",status="completed",'
+            'codec="h264",encoder="libx264",preset="0",power_source="model",experiment="presets"}'
+        )
         at = epoch_ms(COMPLETED)
         self.assertEqual(at % 1000, 125)
         self.assertEqual(self.lines(), [f"ffdist_job_info{labels} 1 {at}",
@@ -140,9 +168,15 @@ class Lines(unittest.TestCase):
             self.assertIn(word, ffdist.summary_of("completed", {"metrics": metrics}))
 
     def test_a_clock_that_is_off_gives_way_to_the_masters(self) -> None:
-        for word, want in (("2026-05-04T10:00:31.000Z", RECEIVED), ("2026-05-01T10:00:00Z", RECEIVED),
-                           ("yesterday", RECEIVED), (None, RECEIVED), (7, RECEIVED), (COMPLETED, COMPLETED),
-                           ("2026-05-03T11:00:00Z", "2026-05-03T11:00:00Z")):
+        for word, want in (
+            ("2026-05-04T10:00:31.000Z", RECEIVED),
+            ("2026-05-01T10:00:00Z", RECEIVED),
+            ("yesterday", RECEIVED),
+            (None, RECEIVED),
+            (7, RECEIVED),
+            (COMPLETED, COMPLETED),
+            ("2026-05-03T11:00:00Z", "2026-05-03T11:00:00Z"),
+        ):
             with self.subTest(word):
                 self.assertEqual({line.split()[-1] for line in self.lines(completed_at=word)},
                                  {str(epoch_ms(want))})
@@ -154,15 +188,30 @@ class Lines(unittest.TestCase):
         self.assertIn('experiment="plain"', plain[0])
 
     def test_samples_have_their_own_times(self) -> None:
-        samples = [{"time": COMPLETED, "cpu_usage": 50.5, "power_watts": None, "memory_used_bytes": 1 << 40},
-                   {"time": COMPLETED, "power_watts": 9, "power_source": "model"},
-                   {"time": RECEIVED, "temperature_c": -3}, {"time": "never", "cpu_usage": 1}, "x", {}]
+        samples = [
+            {
+                "time": COMPLETED,
+                "cpu_usage": 50.5,
+                "power_watts": None,
+                "memory_used_bytes": 1 << 40,
+            },
+            {"time": COMPLETED, "power_watts": 9, "power_source": "model"},
+            {"time": RECEIVED, "temperature_c": -3},
+            {"time": "never", "cpu_usage": 1},
+            "x",
+            {},
+        ]
         labels = '{node="n",node_id="i",job_id="j"}'
-        self.assertEqual(ffdist.sample_lines(ffdist.Sampled("n", "i", "j", samples)), [
-            f"ffdist_sample_cpu_usage_percent{labels} 50.5 {epoch_ms(COMPLETED)}",
-            f"ffdist_sample_memory_bytes{labels} {1 << 40} {epoch_ms(COMPLETED)}",
-            f'ffdist_sample_power_watts{labels[:-1]},power_source="model"}} 9 {epoch_ms(COMPLETED)}',
-            f"ffdist_sample_temperature_celsius{labels} -3 {epoch_ms(RECEIVED)}"])
+        self.assertEqual(
+            ffdist.sample_lines(ffdist.Sampled("n", "i", "j", samples)),
+            [
+                f"ffdist_sample_cpu_usage_percent{labels} 50.5 {epoch_ms(COMPLETED)}",
+                f"ffdist_sample_memory_bytes{labels} {1 << 40} {epoch_ms(COMPLETED)}",
+                f'ffdist_sample_power_watts{labels[:-1]},power_source="model"}} 9 '
+                f"{epoch_ms(COMPLETED)}",
+                f"ffdist_sample_temperature_celsius{labels} -3 {epoch_ms(RECEIVED)}",
+            ],
+        )
 
     def test_only_nodes_that_changed_have_lines(self) -> None:
         self.assertEqual(len(ffdist.node_lines(SHOT, 5.0, {})), 8)
@@ -173,7 +222,7 @@ class Lines(unittest.TestCase):
 
 
 class Store:
-    """Stands in for VictoriaMetrics where it must misbehave: answers `status`, keeps what it was sent."""
+    """A stand-in of VictoriaMetrics that misbehaves: answers `status`, keeps what it was sent."""
 
     def __init__(self, certificate: Path | None = None) -> None:
         self.status = 204
@@ -234,8 +283,9 @@ class Pushing(unittest.TestCase):
         self.pusher = self.made(**more)
 
     def made(self, **more: Any) -> ffdist.Pusher:
-        return ffdist.Pusher(f"http://{self.store.place}", self.folder / "pushed", self.master, self.log,
-                             **more)
+        return ffdist.Pusher(
+            f"http://{self.store.place}", self.folder / "pushed", self.master, self.log, **more
+        )
 
     def again(self) -> None:
         """Restart the master: memory is gone, the folder stays."""
@@ -248,8 +298,16 @@ class Pushing(unittest.TestCase):
         ask = ffdist.Ask(self.node["id"], "s", 0, 0, uuid.uuid4().hex, False, lambda: True)
         job = self.master.claim(ask)["job"]
         told = {"node_id": self.node["id"], "session": "s", "attempt": job.attempt}
-        self.master.progress(job.id, {**told, "samples": [
-            {"time": f"2026-05-04T10:00:{number:02d}Z", "cpu_usage": number} for number in range(samples)]})
+        self.master.progress(
+            job.id,
+            {
+                **told,
+                "samples": [
+                    {"time": f"2026-05-04T10:00:{number:02d}Z", "cpu_usage": number}
+                    for number in range(samples)
+                ],
+            },
+        )
         self.master.report({**told, "job_id": job.id, "status": "completed", "metrics": metrics,
                             "samples": last})
         return str(job.id)
@@ -262,9 +320,18 @@ class Pushing(unittest.TestCase):
         self.pusher.step(1000.0)
         lines = self.store.lines()
         names = [re.split(r"[ {]", line)[0] for line in lines]
-        self.assertEqual(names, ["ffdist_sample_cpu_usage_percent"] * 2 + [
-            "ffdist_node_up", "ffdist_node_running_jobs", "ffdist_node_status", "ffdist_node_quarantined",
-            "ffdist_job_info", "ffdist_job_duration_seconds"])
+        self.assertEqual(
+            names,
+            ["ffdist_sample_cpu_usage_percent"] * 2
+            + [
+                "ffdist_node_up",
+                "ffdist_node_running_jobs",
+                "ffdist_node_status",
+                "ffdist_node_quarantined",
+                "ffdist_job_info",
+                "ffdist_job_duration_seconds",
+            ],
+        )
         self.assertEqual(sum(first in line for line in lines), 4)
         self.assertEqual(self.count("lines"), len(lines))
         self.pusher.step(1005.0)
@@ -276,7 +343,9 @@ class Pushing(unittest.TestCase):
     def test_the_last_samples_come_with_the_result_and_are_not_kept_in_it(self) -> None:
         job = self.job(last=[{"time": "2026-05-04T10:00:59Z", "cpu_usage": 9}])
         self.pusher.step(1000.0)
-        self.assertEqual(sum("sample_cpu" in line and job in line for line in self.store.lines()), 1)
+        self.assertEqual(
+            sum("sample_cpu" in line and job in line for line in self.store.lines()), 1
+        )
         self.assertNotIn("samples", self.master.queries.job(job)["result"])
 
     def test_an_outage_is_logged_once_and_loses_nothing(self) -> None:
@@ -290,12 +359,18 @@ class Pushing(unittest.TestCase):
         self.store.status = 204
         self.pusher.step(1010.0)
         text = "".join(self.store.bodies)
-        order = [text.index(f'cpu_usage_percent{{node="w",node_id="{self.node["id"]}",job_id="{job}"')
-                 for job in (first, second)]
+        order = [
+            text.index(f'cpu_usage_percent{{node="w",node_id="{self.node["id"]}",job_id="{job}"')
+            for job in (first, second)
+        ]
         self.assertEqual(order, sorted(order))
-        self.assertEqual([text.count(f'ffdist_job_info{{job_id="{job}"') for job in (first, second)], [1, 1])
+        self.assertEqual(
+            [text.count(f'ffdist_job_info{{job_id="{job}"') for job in (first, second)], [1, 1]
+        )
         states = [line for line in self.store.lines() if line.startswith("ffdist_node_up")]
-        self.assertEqual([line.split()[-1] for line in states], ["1010000"], "states of now, none of then")
+        self.assertEqual(
+            [line.split()[-1] for line in states], ["1010000"], "states of now, none of then"
+        )
         self.assertEqual((self.count("dropped"), len(self.said)), (0, 2))
 
     def test_samples_of_a_long_outage_are_dropped_and_counted_and_results_are_not(self) -> None:
@@ -305,7 +380,9 @@ class Pushing(unittest.TestCase):
         for number in range(6):
             jobs.append(self.job(samples=3))
             self.pusher.step(1001.0 + number)
-        self.assertEqual(len(self.said), 2, "a line when the outage begins, one when it costs values")
+        self.assertEqual(
+            len(self.said), 2, "a line when the outage begins, one when it costs values"
+        )
         self.assertIn("from now on the oldest samples are dropped", self.said[1])
         dropped = self.count("dropped")
         self.store.status = 204
@@ -335,7 +412,9 @@ class Pushing(unittest.TestCase):
         self.pusher.step(1010.0)
         text = "".join(self.store.bodies)
         self.assertNotIn(done, text)
-        self.assertEqual([text.count(f'ffdist_job_info{{job_id="{job}"') for job in (waiting, last)], [1, 1])
+        self.assertEqual(
+            [text.count(f'ffdist_job_info{{job_id="{job}"') for job in (waiting, last)], [1, 1]
+        )
 
     def test_a_stop_pushes_the_last_seconds_unless_it_would_wait(self) -> None:
         self.pusher.step(1000.0)
@@ -404,7 +483,14 @@ class Addresses(unittest.TestCase):
     def test_what_an_address_may_be(self) -> None:
         for text in ("http://a:8428", "https://u:p@a/vm/", "http://[::1]:1/x"):
             self.assertEqual(wire.web_address(text), text.rstrip("/"))
-        for text in ("a:8428", "ftp://a", "http://", "http://a:99999", "http://a?x=1", "http://a b"):
+        for text in (
+            "a:8428",
+            "ftp://a",
+            "http://",
+            "http://a:99999",
+            "http://a?x=1",
+            "http://a b",
+        ):
             with self.assertRaises(argparse.ArgumentTypeError, msg=text):
                 wire.web_address(text)
 
@@ -426,9 +512,28 @@ class Addresses(unittest.TestCase):
         folder = Path(tempfile.mkdtemp(prefix="ffdist-test-"))
         self.addCleanup(shutil.rmtree, folder)
         made = folder / "both.pem"
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
-                        "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(made),
-                        "-out", str(folder / "cert.pem")], check=True, capture_output=True)
+        subprocess.run(
+            [
+                "openssl",
+                "req",
+                "-x509",
+                "-newkey",
+                "rsa:2048",
+                "-nodes",
+                "-days",
+                "2",
+                "-subj",
+                "/CN=127.0.0.1",
+                "-addext",
+                "subjectAltName=IP:127.0.0.1",
+                "-keyout",
+                str(made),
+                "-out",
+                str(folder / "cert.pem"),
+            ],
+            check=True,
+            capture_output=True,
+        )
         made.write_text(made.read_text() + (folder / "cert.pem").read_text())
         store = Store(made)
         self.addCleanup(store.close)
@@ -450,13 +555,16 @@ class Victoria(Program):
                           f"-storageDataPath={folder}/victoria", "-dedup.minScrapeInterval=1ms",
                           "-search.latencyOffset=1ms", *flags], folder, "victoria")
         self.url = f"http://127.0.0.1:{port}"
-        wait_for(lambda: ffdist.answers(f"{self.url}/health"), why=f"VictoriaMetrics: {self.words()}")
+        wait_for(
+            lambda: ffdist.answers(f"{self.url}/health"), why=f"VictoriaMetrics: {self.words()}"
+        )
 
     def query(self, expression: str, at: float | None = None) -> list[Any]:
-        """Return the vector of an expression, at a moment (now); series just made are seen at once."""
+        """Return the vector of an expression at a moment (now); new series are seen at once."""
         call(self.url, "GET", "/internal/force_flush")
-        told = urllib.parse.urlencode({"query": expression, "time": time.time() if at is None else at,
-                                       "nocache": 1})
+        told = urllib.parse.urlencode(
+            {"query": expression, "time": time.time() if at is None else at, "nocache": 1}
+        )
         answer = call(self.url, "GET", f"/api/v1/query?{told}")
         assert answer.status == 200, f"{expression}: {answer}"
         return answer.body["data"]["result"]
@@ -466,8 +574,13 @@ class Victoria(Program):
         told = urllib.parse.urlencode({"match[]": match})
         call(self.url, "GET", "/internal/force_flush")
         series = map(json.loads, call(self.url, "GET", f"/api/v1/export?{told}").text.splitlines())
-        return {one["metric"].pop("__name__"): (one["metric"], dict(zip(one["timestamps"], one["values"])))
-                for one in series}
+        return {
+            one["metric"].pop("__name__"): (
+                one["metric"],
+                dict(zip(one["timestamps"], one["values"])),
+            )
+            for one in series
+        }
 
 
 def metric(master: Master, name: str) -> float:
@@ -495,9 +608,19 @@ class Real(Case):
         claimed = node.claim().body["job"]
         now = time.time()
         times = [wire.utc_text(now - 20 + number) or "" for number in range(3)]
-        node.progress(claimed, samples=[
-            {"time": text, "cpu_usage": 10.5 + number, "power_watts": 100 + number, "temperature_c": 40,
-             "memory_used_bytes": 1 << 30} for number, text in enumerate(times)])
+        node.progress(
+            claimed,
+            samples=[
+                {
+                    "time": text,
+                    "cpu_usage": 10.5 + number,
+                    "power_watts": 100 + number,
+                    "temperature_c": 40,
+                    "memory_used_bytes": 1 << 30,
+                }
+                for number, text in enumerate(times)
+            ],
+        )
         completed = wire.utc_text(now - 5) or ""
         answer = node.report(claimed, metrics=EVERY_FIELD, completed_at=completed,
                              encode={"encoder": "libx264", "preset": "fast"})
@@ -511,8 +634,16 @@ class Real(Case):
         wait_for(lambda: len(victoria.stored(f'{{job_id="{job["id"]}"}}')) == count)
         found = victoria.stored(f'{{job_id="{job["id"]}"}}')
         results = {name: values for name, values in found.items() if name.startswith("ffdist_job_")}
-        labels = {"job_id": job["id"], "node": node.name, "node_id": node.id, "scenario": "720p30-h264",
-                  "status": "completed", "codec": "h264", "encoder": "libx264", "preset": "fast"}
+        labels = {
+            "job_id": job["id"],
+            "node": node.name,
+            "node_id": node.id,
+            "scenario": "720p30-h264",
+            "status": "completed",
+            "codec": "h264",
+            "encoder": "libx264",
+            "preset": "fast",
+        }
         self.assertEqual(results, {
             metric.name: (labels, {epoch_ms(completed): {**kept, "info": 1}[metric.field]})
             for metric in ffdist.METRICS if metric.name.startswith("ffdist_job_")})
@@ -528,13 +659,18 @@ class Real(Case):
         master.submit("720p30-h264", codec="h264")
         late = node.claim().body["job"]
         self.assertEqual(node.report(late, metrics=EVERY_FIELD).status, 200)
-        wait_for(lambda: metric(master, "ffdist_push_failures_total") > taken, why="the second outage")
+        wait_for(
+            lambda: metric(master, "ffdist_push_failures_total") > taken, why="the second outage"
+        )
         master.kill()
         cursor = self.folder / "master" / "pushed"
         self.assertEqual(oct(cursor.stat().st_mode)[-3:], "600")
         victoria = self.victoria(port)
         self.master(*flags, port=master.port)
-        wait_for(lambda: victoria.query(f'ffdist_job_vmaf{{job_id="{late["id"]}"}}'), why=victoria.words())
+        wait_for(
+            lambda: victoria.query(f'ffdist_job_vmaf{{job_id="{late["id"]}"}}'),
+            why=victoria.words(),
+        )
 
     def test_a_value_that_is_pushed_twice_counts_once(self) -> None:
         victoria = self.victoria(free_port())
@@ -543,7 +679,9 @@ class Real(Case):
             wire.exchange_text(f"{victoria.url}/api/v1/import/prometheus",
                                f'ffdist_job_info{{job_id="x"}} 1 {at}\n'.encode())
         wait_for(lambda: victoria.query("ffdist_job_info"))
-        self.assertEqual(victoria.query("sum(count_over_time(ffdist_job_info[1m]))")[0]["value"][1], "1")
+        self.assertEqual(
+            victoria.query("sum(count_over_time(ffdist_job_info[1m]))")[0]["value"][1], "1"
+        )
 
 
 class Fleet(Case):
@@ -566,40 +704,80 @@ class Fleet(Case):
         self.addCleanup(self.victoria.end)
         alerts = free_port()
         self.alerts = f"http://127.0.0.1:{alerts}"
-        vmalert = Program(["vmalert", f"-rule={self.folder}/alerts.yml",
-                           f"-datasource.url={self.victoria.url}", f"-httpListenAddr=127.0.0.1:{alerts}",
-                           f"-notifier.config={self.folder}/notifier.yml"], self.folder, "vmalert")
+        vmalert = Program(
+            [
+                "vmalert",
+                f"-rule={self.folder}/alerts.yml",
+                f"-datasource.url={self.victoria.url}",
+                f"-httpListenAddr=127.0.0.1:{alerts}",
+                f"-notifier.config={self.folder}/notifier.yml",
+            ],
+            self.folder,
+            "vmalert",
+        )
         self.addCleanup(vmalert.end)
-        self.fed = self.master("--victoriametrics", self.victoria.url, *TARIFF, "--node-timeout", "2s",
-                               "--quarantine-after", "6", port=port)
+        self.fed = self.master(
+            "--victoriametrics",
+            self.victoria.url,
+            *TARIFF,
+            "--node-timeout",
+            "2s",
+            "--quarantine-after",
+            "6",
+            port=port,
+        )
 
     def feed(self) -> None:
-        """Let five nodes do their work: good results, then one that fails all and one that falls silent."""
+        """Let nodes do their work: good results, one that fails all, one that falls silent."""
         now = time.time()
         for number, name in enumerate(("fast", "slow", "sick")):
             node = Node(self.fed, name)
             for turn in range(6):
                 self.fed.submit("720p30-h264" if turn % 2 else "1080p30-av1")
                 job = node.claim().body["job"]
-                node.progress(job, samples=[
-                    {"time": wire.utc_text(now - 30 + second), "cpu_usage": 50 + second, "temperature_c": 60,
-                     "power_watts": 90 + 1000 * number, "memory_used_bytes": 1 << 30}
-                    for second in range(30)])
+                node.progress(
+                    job,
+                    samples=[
+                        {
+                            "time": wire.utc_text(now - 30 + second),
+                            "cpu_usage": 50 + second,
+                            "temperature_c": 60,
+                            "power_watts": 90 + 1000 * number,
+                            "memory_used_bytes": 1 << 30,
+                        }
+                        for second in range(30)
+                    ],
+                )
                 status = "failed" if name == "sick" else "completed"
-                answer = node.report(job, status, metrics=EVERY_FIELD, completed_at=wire.utc_text(now - turn),
-                                     encode={"encoder": f"lib{turn % 2}", "preset": "fast"}, error="why",
-                                     failure_reason="encoder")
+                answer = node.report(
+                    job,
+                    status,
+                    metrics=EVERY_FIELD,
+                    completed_at=wire.utc_text(now - turn),
+                    encode={"encoder": f"lib{turn % 2}", "preset": "fast"},
+                    error="why",
+                    failure_reason="encoder",
+                )
                 self.assertEqual(answer.status, 200)
 
     def firing(self) -> set[str]:
         answer = call(self.alerts, "GET", "/api/v1/alerts")
-        return {alert["name"] for alert in answer.body["data"]["alerts"] or () if alert["state"] == "firing"}
+        return {
+            alert["name"]
+            for alert in answer.body["data"]["alerts"] or ()
+            if alert["state"] == "firing"
+        }
 
     def test_every_expression_returns_data_and_alerts_fire(self) -> None:
         wait_for(lambda: self.victoria.query("ffdist_ready"), why="the first scrape")
         self.feed()
         self.fed.call("POST", "/jobs", [{"scenario": "720p30"}] * 150)
-        real = {"FfdistNodeOffline", "FfdistQueueGrowing", "FfdistFailuresInARow", "FfdistPowerOverLimit"}
+        real = {
+            "FfdistNodeOffline",
+            "FfdistQueueGrowing",
+            "FfdistFailuresInARow",
+            "FfdistPowerOverLimit",
+        }
         wait_for(lambda: self.firing() >= real, why=f"alerts that fire: {self.firing()}")
         panels = {where: text for where, text in expressions() if not where.startswith("Ffdist")}
         self.assertGreater(len(panels), 50)
@@ -620,10 +798,15 @@ class Fleet(Case):
         """Check the alerts whose cause cannot be had here, on values that a master would send."""
         url = f"{self.victoria.url}/api/v1/import/prometheus"
         now = round(time.time() * 1000)
-        wire.exchange_text(url, (
-            f"ffdist_ready 0 {now}\nffdist_disk_free_bytes 5 {now}\nffdist_disk_size_bytes 500 {now}\n"
-            f'ffdist_push_dropped_total 0 {now - 5000}\nffdist_push_dropped_total 9 {now}\n'
-            f'ffdist_node_quarantined{{node="x",node_id="y"}} 1 {now}\n').encode())
+        wire.exchange_text(
+            url,
+            (
+                f"ffdist_ready 0 {now}\n"
+                f"ffdist_disk_free_bytes 5 {now}\nffdist_disk_size_bytes 500 {now}\n"
+                f"ffdist_push_dropped_total 0 {now - 5000}\nffdist_push_dropped_total 9 {now}\n"
+                f'ffdist_node_quarantined{{node="x",node_id="y"}} 1 {now}\n'
+            ).encode(),
+        )
         rest = {"FfdistMasterCannotWrite", "FfdistMasterDiskFilling", "FfdistNodeQuarantined",
                 "FfdistPushDropping"}
         wait_for(lambda: self.firing() >= rest, why=f"alerts that fire: {self.firing()}")
@@ -633,18 +816,50 @@ class Fleet(Case):
 
 NODE = {"node": "a", "node_id": "1"}
 _OF_A = '{node="a",node_id="1"}'
-# Of each alert: series every 15 s, when it is still quiet, when it fires, its labels, its {{ $value }}.
+# Of each alert: series every 15 s, when it is still quiet, when it fires, its labels, its $value.
 CASES: tuple[tuple[str, dict[str, str], str, str, dict[str, str], str], ...] = (
     ("NodeOffline", {f"ffdist_node_up{_OF_A}": "1x3 0x40"}, "1m45s", "2m15s", NODE, ""),
-    ("NodeQuarantined", {f"ffdist_node_quarantined{_OF_A}": "0x3 1x40"}, "1m45s", "2m15s", NODE, ""),
+    (
+        "NodeQuarantined",
+        {f"ffdist_node_quarantined{_OF_A}": "0x3 1x40"},
+        "1m45s",
+        "2m15s",
+        NODE,
+        "",
+    ),
     ("QueueGrowing", {'ffdist_jobs{status="pending"}': "0+10x200"}, "15m", "20m", {}, "800"),
-    ("FailuresInARow", {'ffdist_job_info{node="a",node_id="1",status="failed"}': "1x4"}, "45s", "2m", NODE,
-     "5"),
-    ("PowerOverLimit", {f"ffdist_sample_power_watts{_OF_A}": "1200x40"}, "2m30s", "4m", NODE, "1200"),
-    ("MasterDiskFilling", {"ffdist_disk_free_bytes": "2e9x40", "ffdist_disk_size_bytes": "1e11x40"}, "4m",
-     "6m", {}, ""),
-    ("MasterDiskFilling", {"ffdist_disk_free_bytes": "9e8x40", "ffdist_disk_size_bytes": "1e9x40"}, "4m",
-     "6m", {}, ""),
+    (
+        "FailuresInARow",
+        {'ffdist_job_info{node="a",node_id="1",status="failed"}': "1x4"},
+        "45s",
+        "2m",
+        NODE,
+        "5",
+    ),
+    (
+        "PowerOverLimit",
+        {f"ffdist_sample_power_watts{_OF_A}": "1200x40"},
+        "2m30s",
+        "4m",
+        NODE,
+        "1200",
+    ),
+    (
+        "MasterDiskFilling",
+        {"ffdist_disk_free_bytes": "2e9x40", "ffdist_disk_size_bytes": "1e11x40"},
+        "4m",
+        "6m",
+        {},
+        "",
+    ),
+    (
+        "MasterDiskFilling",
+        {"ffdist_disk_free_bytes": "9e8x40", "ffdist_disk_size_bytes": "1e9x40"},
+        "4m",
+        "6m",
+        {},
+        "",
+    ),
     ("MasterCannotWrite", {"ffdist_ready": "1x3 0x40"}, "1m15s", "1m45s", {}, ""),
     ("MasterAway", {"ffdist_ready": "1x4 stale"}, "2m", "4m", {}, ""),
     ("PushDropping", {"ffdist_push_dropped_total": "0x8 50x20"}, "1m", "3m", {}, ""),
@@ -683,19 +898,32 @@ class Rules(Case):
         self.promtool("check", "rules", "alerts.yml")
         self.promtool("test", "rules", "tests.yml")
 
-    def case(self, series: Mapping[str, str], name: str, moments: Mapping[str, list[Any]]) -> dict[str, Any]:
-        return {"interval": "15s",
-                "input_series": [{"series": key, "values": values} for key, values in series.items()],
-                "alert_rule_test": [{"eval_time": at, "alertname": f"Ffdist{name}", "exp_alerts": alerts}
-                                    for at, alerts in moments.items()]}
+    def case(
+        self, series: Mapping[str, str], name: str, moments: Mapping[str, list[Any]]
+    ) -> dict[str, Any]:
+        return {
+            "interval": "15s",
+            "input_series": [{"series": key, "values": values} for key, values in series.items()],
+            "alert_rule_test": [
+                {"eval_time": at, "alertname": f"Ffdist{name}", "exp_alerts": alerts}
+                for at, alerts in moments.items()
+            ],
+        }
 
 
 class Monitoring(Case):
     """`monitoring up|files` on real programs."""
 
     def monitoring(self, *words: str, **more: Any) -> subprocess.CompletedProcess[str]:
-        return run(str(TOP / "ffdist.py"), "monitoring", *words, "--data-dir", str(self.folder / "master"),
-                   folder=self.folder, **more)
+        return run(
+            str(TOP / "ffdist.py"),
+            "monitoring",
+            *words,
+            "--data-dir",
+            str(self.folder / "master"),
+            folder=self.folder,
+            **more,
+        )
 
     def ports(self) -> list[str]:
         self.url = f"http://127.0.0.1:{free_port()}"
@@ -732,14 +960,18 @@ class Monitoring(Case):
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[1]
         self.assertEqual(process.returncode, 0)
-        self.assertTrue(said.endswith(f"\nthe monitoring has ended; its data stays in {home}\n"), said)
+        self.assertTrue(
+            said.endswith(f"\nthe monitoring has ended; its data stays in {home}\n"), said
+        )
         self.assertTrue(all(map(ended, self.parts)))
         self.assertTrue((home / "victoria-metrics").is_dir())
 
     def test_a_part_that_ends_by_itself_ends_the_others(self) -> None:
         need("victoria-metrics", "vmalert")
         process = self.up(*self.ports())
-        alert, = (pid for pid in self.parts if b"vmalert" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        (alert,) = (
+            pid for pid in self.parts if b"vmalert" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
         os.kill(alert, signal.SIGKILL)
         said = process.communicate(timeout=60)[1]
         self.assertEqual(process.returncode, 1)
@@ -786,7 +1018,9 @@ class Monitoring(Case):
                        "-promscrape.config.dryRun"],
                       ["vmalert", f"-rule={made}/alerts.yml", "-dryRun",
                        "-datasource.url=http://127.0.0.1:1"]):
-            self.assertEqual(subprocess.run(words, capture_output=True, timeout=60).returncode, 0, words)
+            self.assertEqual(
+                subprocess.run(words, capture_output=True, timeout=60).returncode, 0, words
+            )
 
 
 def ended(pid: int) -> bool:

@@ -1138,7 +1138,7 @@ FOUND: dict[str, Sequence[Event]] = {
         event("report", status="failed", reason="network"),
         event("claim", node=1, session="two"),
     ),
-    "a job that was paused and resumed and fails then waits too, and avoids the node where it failed": (
+    "a job that was paused, resumed and fails then waits too, and avoids the node of its failure": (
         event("register"),
         event("register", node=1, session="two"),
         event("submit", jobs=[[0, 5, None]]),

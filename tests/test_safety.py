@@ -1298,7 +1298,7 @@ class OtherUsers(Case):
 
 
 class Terminals(Case):
-    """Text of others never steers a terminal: controls of both kinds, and marks that turn a line."""
+    """Text of others never steers a terminal: control characters, and marks that turn a line."""
 
     EVIL = "a\x1b]0;owned\x07\x9b31m\u202eb\u2066c\r\nd\x85"
 

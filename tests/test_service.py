@@ -1,4 +1,4 @@
-"""The threads behind a master: the log that is written beside the answers, loops that no error ends."""
+"""The threads behind a master: the log beside the answers, loops that no error ends."""
 from __future__ import annotations
 
 import io
