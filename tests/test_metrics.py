@@ -58,6 +58,17 @@ def expressions() -> Iterator[tuple[str, str]]:
         yield rule["alert"], rule["expr"]
 
 
+def sample_at(text: str, number: int) -> dict[str, Any]:
+    """Return a sample as an agent sends it; each is a little different."""
+    return {
+        "time": text,
+        "cpu_usage": 10.5 + number,
+        "power_watts": 100 + number,
+        "temperature_c": 40,
+        "memory_used_bytes": 1 << 30,
+    }
+
+
 def epoch_ms(text: str) -> int:
     return round((ffdist.epoch_of(text) or 0) * 1000)
 
@@ -608,19 +619,7 @@ class Real(Case):
         claimed = node.claim().body["job"]
         now = time.time()
         times = [wire.utc_text(now - 20 + number) or "" for number in range(3)]
-        node.progress(
-            claimed,
-            samples=[
-                {
-                    "time": text,
-                    "cpu_usage": 10.5 + number,
-                    "power_watts": 100 + number,
-                    "temperature_c": 40,
-                    "memory_used_bytes": 1 << 30,
-                }
-                for number, text in enumerate(times)
-            ],
-        )
+        node.progress(claimed, samples=[sample_at(text, at) for at, text in enumerate(times)])
         completed = wire.utc_text(now - 5) or ""
         answer = node.report(claimed, metrics=EVERY_FIELD, completed_at=completed,
                              encode={"encoder": "libx264", "preset": "fast"})
