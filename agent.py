@@ -6924,6 +6924,7 @@ def _parser(program: str, about: str) -> Parser:
 
 def _options(args: argparse.Namespace) -> Options:
     """Return the flags, checked; the media root is not decided yet."""
+    # Absolute, for FFmpeg runs in another folder.
     state = Path(args.state_dir or state_home() / "agent").absolute()
     work = Path(args.work_dir or state / "work").absolute()
     if args.name is not None and not _is_name(args.name):
@@ -6959,6 +6960,7 @@ def _media_root(args: argparse.Namespace, options: Options) -> tuple[str | None,
     """
     root = _folder(args.media_root or os.getcwd())
     beside = os.path.join(os.path.dirname(__file__), "hwdetect.py")
+    # A job that could write there could replace the agent's program, or read its secret.
     own = [__file__, beside, str(options.state_dir), str(options.work_dir)]
     # A home folder may be reached by a bind mount, under another path.
     homes = [root if _is_same_folder(home, root) else home for home in home_folders()]
@@ -6981,6 +6983,7 @@ def _is_same_folder(one: str, other: str) -> bool:
 
 def _may_work_here(args: argparse.Namespace, client: Client) -> str | None:
     """Return why this machine may not be a worker of its own master, or None when it may."""
+    # By its addresses, not by its name: a machine has several names.
     if not is_this_machine(client.host):
         return None
     if not args.allow_master_as_worker:
@@ -7019,16 +7022,18 @@ def serve(args: argparse.Namespace) -> int:
     if root is None:
         log.warning("this agent opens no paths until it gets --media-root DIR, for %s; URLs and "
                     "generated sources work", why)
-    agent = _start_agent(args, options, log)
+    agent = _prepare_agent(args, options, log)
+    # Only from here on: until now a signal may end this process as it is.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
     code = agent.run()
+    # Not before everything is over: another agent would clear the work of this one.
     for descriptor in held:
         os.close(descriptor)
     return code
 
 
-def _start_agent(args: argparse.Namespace, options: Options, log: logging.Logger) -> Agent:
+def _prepare_agent(args: argparse.Namespace, options: Options, log: logging.Logger) -> Agent:
     """Clear what an earlier start left, look at the machine, and return its agent."""
     host = hwdetect.Host()
     cleared = clear_work(options.work_dir, host)
@@ -7058,6 +7063,7 @@ def run_here(args: argparse.Namespace) -> int:
     if args.work_dir is not None:
         # Another owner of the folder could exchange what is made in it.
         make_private_folder(args.work_dir)
+    # A folder of this run alone: it may run beside an agent, or another run.
     args.work_dir = tempfile.mkdtemp(prefix="ffdist-run-", dir=args.work_dir)
     try:
         # This shell may open anything already, so nothing is refused to its job.
@@ -7109,6 +7115,7 @@ def _run_and_print(args: argparse.Namespace, job: Job, options: Options, signals
 
     def work() -> None:
         results.append(carry_out(attempt, place.machine, log)[1])
+    # In a thread, for Python handles signals in the main one.
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     bar = ProgressLine()
