@@ -9037,7 +9037,7 @@ def node_id_of(word: str, nodes: Sequence[wire.NodeView]) -> str:
     exact = [node.id for node in nodes if word in (node.id, node.name)]
     beginning = [node.id for node in nodes
                  if node.id.startswith(word.lower()) or node.name.startswith(word)]
-    found = exact or beginning
+    found = exact or beginning  # "rack" is that node, also where there is a "rack-2"
     if len(found) == 1:
         return found[0]
     if found:
@@ -9059,6 +9059,7 @@ def cmd_jobs(args: Args) -> int:
         _print_json(page.json)
         return 0
 
+    # Jobs have the ids of their nodes; people know the names.
     nodes = client.nodes().items if page.items else ()
     names = {node.id: node.name for node in nodes}
     lines = [job_line(job, names) for job in page.items]
@@ -9134,7 +9135,7 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> Json:
 def load_experiment(path: str) -> Experiment:
     """Return the experiment of a file; ValueError says what is wrong with it, and where."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-8-sig")  # editors on Windows write a mark first
         value = json.loads(text, object_pairs_hook=_unique_names)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}: name an experiment file") from None
@@ -9242,6 +9243,7 @@ def _warn_of_nodes(experiment: Experiment, nodes: Sequence[wire.NodeView]) -> No
                  "there: start its agent with --max-concurrent-jobs")
 
 
+# Jobs that are pinned to such a node wait: a warning, for it may come back before they are done.
 AWAY = tuple(status for status in NODE_STATUSES if status not in ("available", "busy"))
 BROKEN = ("failed", "canceled")
 
@@ -9317,7 +9319,7 @@ def _watch(client: wire.Client, jobs: Jobs) -> list[wire.JobView]:
     return list(known.values())
 
 
-LOOK_JOBS = 200
+LOOK_JOBS = 200  # requests of one look: the command line must not be a load of its own
 
 
 def _look(client: wire.Client, known: dict[str, wire.JobView], waiting: deque[str]) -> None:
@@ -9352,7 +9354,7 @@ def cmd_report(args: Args) -> int:
 
     make = REPORT_KINDS[".json" if args.json else ending]
     text = make(Document(title, rows, wire.utc_text(time.time()) or ""))
-    if not args.output:
+    if not args.output:  # --json without a file
         sys.stdout.write(text)
         return 0
     Path(args.output).write_text(text, encoding="utf-8", errors="replace")
