@@ -5089,7 +5089,7 @@ def _object_text(texts: Mapping[str, str], values: Json) -> Text:
 FILTERS = ("status", "scenario", "node_id")
 PAGE_USUAL = 100
 HOME_JOBS = 50  # on the page for people
-DRAIN_MOST_S = 30 * 86400.0  # longer than any job: more is a mistake of units
+DRAIN_MOST_S = 30 * 86400.0  # a month: more is likely a mistake of units
 # The names of a list's query, and of a node's question for work or orders.
 _LIST = (*FILTERS, "limit", "after")
 _ASK = ("session", "wait", "seen", "claim", "leaving")
