@@ -6655,7 +6655,7 @@ def experiment_progress(jobs: Iterable[wire.JobView], total: int) -> Json:
     jobs = list(jobs)
     counts = dict.fromkeys(STATUSES, 0)
     for job in jobs:
-        counts[job.status] += 1
+        counts[job.status] = counts.get(job.status, 0) + 1
     ended = sum(counts[status] for status in FINAL)
     parts = [f"{ended} of {wire.count_text(total, 'job')} ended"]
     parts += [f"{counts[status]} {status}" for status in ("running", "paused", "failed", "canceled")
@@ -9319,7 +9319,7 @@ def _watch(client: wire.Client, jobs: Jobs) -> list[wire.JobView]:
     return list(known.values())
 
 
-LOOK_JOBS = 200  # requests of one look: the command line must not be a load of its own
+LOOK_JOBS = 100  # requests of one look, each POLL_S: watching must not be a load of its own
 
 
 def _look(client: wire.Client, known: dict[str, wire.JobView], waiting: deque[str]) -> None:
