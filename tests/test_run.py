@@ -1,4 +1,4 @@
-"""One attempt with the real FFmpeg: what comes out, what each failure says, and that nothing is left."""
+"""One attempt with the real FFmpeg: its output, the words of each failure, and nothing left."""
 from __future__ import annotations
 
 import contextlib
@@ -52,7 +52,9 @@ def ffmpeg(*words: str) -> None:
         raise AssertionError(f"ffmpeg {' '.join(words)}: {done.stderr}")
 
 
-def picture(size: str = "320x180", rate: str = "25", seconds: float = 1.0, more: str = "") -> list[str]:
+def picture(
+    size: str = "320x180", rate: str = "25", seconds: float = 1.0, more: str = ""
+) -> list[str]:
     """Arguments of a moving test picture as an input."""
     return ["-f", "lavfi", "-i", f"testsrc2=size={size}:rate={rate}:duration={seconds}{more}"]
 
@@ -84,7 +86,7 @@ def this_machine() -> tuple[hwdetect.Host, hwdetect.Hardware]:
 
 
 class RunCase(unittest.TestCase):
-    """Attempts in one work folder and one media root; every test ends with both checked for leavings."""
+    """Attempts in one work folder and one media root; after each test both are checked."""
 
     root: ClassVar[Path]
     media: ClassVar[Path]
@@ -111,7 +113,9 @@ class RunCase(unittest.TestCase):
     def nothing_left(self) -> None:
         left = [path for path in self.work.iterdir() if path.name != "cache"]
         self.assertEqual(left, [], "the work folder must be empty at rest")
-        self.assertEqual([path for path in self.root.rglob(".ffdist-*")], [], "no hidden output may stay")
+        self.assertEqual(
+            [path for path in self.root.rglob(".ffdist-*")], [], "no hidden output may stay"
+        )
         self.assertEqual(processes_under(self.work), set(), "no process may stay")
         mine = {f"ffdist-{folder}" for folder in self.folders}
         self.assertEqual(control_groups() & mine, set(), "no control group may stay")
@@ -119,7 +123,10 @@ class RunCase(unittest.TestCase):
     def film(self, name: str, *words: str) -> str:
         """Make a film in the media root unless it is there; return its name."""
         if not (self.media / name).exists():
-            ffmpeg(*(words or (*picture(), *TONE, "-shortest", "-c:a", "aac")), f"file:{self.media / name}")
+            ffmpeg(
+                *(words or (*picture(), *TONE, "-shortest", "-c:a", "aac")),
+                f"file:{self.media / name}",
+            )
         return name
 
     def attempt(self, scenario: str = "transcode-h264", place: agent.Workplace | None = None,
@@ -137,12 +144,14 @@ class RunCase(unittest.TestCase):
                   **parameters: object) -> agent.Json:
         attempt = self.attempt(scenario, place, **parameters)
         result = self.result(attempt)
-        self.assertEqual(result["status"], "completed", f"{scenario} {parameters}: {result['error']}")
+        self.assertEqual(
+            result["status"], "completed", f"{scenario} {parameters}: {result['error']}"
+        )
         return result
 
     def fails(self, reason: str, *words: str, scenario: str = "transcode-h264",
               place: agent.Workplace | None = None, **parameters: object) -> agent.Json:
-        """The job fails in this class, in one sentence with these words; its output is not there."""
+        """The job fails in this class, in one sentence with these words; it has no output."""
         output = parameters.get("output")
         kept = output is None or "://" in str(output) or os.path.exists(self.media / str(output))
         result = self.result(self.attempt(scenario, place, **parameters))
@@ -153,20 +162,28 @@ class RunCase(unittest.TestCase):
         self.assertNotRegex(error, r"Traceback|Errno|\n|\[error\]|0x[0-9a-f]{6}|\.part\b")
         self.assertLess(len(error), 900)
         if not kept:
-            self.assertFalse(os.path.exists(self.media / str(output)), "a failed job leaves no output")
+            self.assertFalse(
+                os.path.exists(self.media / str(output)), "a failed job leaves no output"
+            )
         return result
 
 
 class EveryScenario(RunCase):
-    def test_each_scenario_of_the_seed_encodes_the_size_rate_and_codec_that_its_name_says(self) -> None:
+    def test_each_scenario_of_the_seed_encodes_the_size_rate_and_codec_that_its_name_says(
+        self,
+    ) -> None:
         names = {"h264": "h264", "h265": "hevc", "vp9": "vp9", "av1": "av1"}
         with mock.patch("agent.GENERATED_CLIP_S", 0.05):
             for scenario in SCENARIOS:
                 with self.subTest(scenario):
                     wanted = agent.resolve(scenario)
                     output = f"{scenario}.mkv"
-                    length = 0.05 if scenario.startswith("4K60") else 0.1 if "4K" in scenario else 0.2
-                    result = self.completes(scenario, output=output, duration=length, preset="ultrafast")
+                    length = (
+                        0.05 if scenario.startswith("4K60") else 0.1 if "4K" in scenario else 0.2
+                    )
+                    result = self.completes(
+                        scenario, output=output, duration=length, preset="ultrafast"
+                    )
                     video = streams(self.media / output)[0]
                     self.assertEqual((video["codec_name"], video["width"], video["height"]),
                                      (names[wanted.codec], wanted.width, wanted.height))
@@ -190,20 +207,45 @@ class EveryScenario(RunCase):
         self.assertGreater(metrics["memory_usage"], 5)
         self.assertGreaterEqual(metrics["cpu_usage"], 0)
         self.assertLessEqual(metrics["cpu_usage"], 100)
-        self.assertAlmostEqual(metrics["speed"], metrics["output_seconds"] / metrics["duration"], delta=0.1)
-        self.assertAlmostEqual(metrics["bitrate_kbps"],
-                               metrics["output_bytes"] * 8 / 1000 / metrics["output_seconds"], delta=1)
+        self.assertAlmostEqual(
+            metrics["speed"], metrics["output_seconds"] / metrics["duration"], delta=0.1
+        )
+        self.assertAlmostEqual(
+            metrics["bitrate_kbps"],
+            metrics["output_bytes"] * 8 / 1000 / metrics["output_seconds"],
+            delta=1,
+        )
 
 
 class GeneratedSources(RunCase):
     def worst_frame_db(self, film: Path, fps: str, clip_frames: int, frames: int) -> float:
         """PSNR of the worst frame against frame number k mod clip of the picture, made afresh."""
-        graph = (f"[0:v]settb=1/1000,setpts=N,format=yuv420p[a];[1:v]trim=end_frame={clip_frames},"
-                 f"loop=-1:{clip_frames}:0,trim=end_frame={frames},settb=1/1000,setpts=N,format=yuv420p[b];"
-                 "[a][b]psnr=shortest=1")
-        done = subprocess.run(["ffmpeg", "-hide_banner", "-nostdin", "-i", str(film), "-f", "lavfi", "-i",
-                               f"testsrc2=size=320x180:rate={fps}", "-lavfi", graph, "-f", "null", "-"],
-                              capture_output=True, text=True)
+        graph = (
+            f"[0:v]settb=1/1000,setpts=N,format=yuv420p[a];[1:v]trim=end_frame={clip_frames},"
+            f"loop=-1:{clip_frames}:0,trim=end_frame={frames},settb=1/1000,setpts=N,"
+            "format=yuv420p[b];"
+            "[a][b]psnr=shortest=1"
+        )
+        done = subprocess.run(
+            [
+                "ffmpeg",
+                "-hide_banner",
+                "-nostdin",
+                "-i",
+                str(film),
+                "-f",
+                "lavfi",
+                "-i",
+                f"testsrc2=size=320x180:rate={fps}",
+                "-lavfi",
+                graph,
+                "-f",
+                "null",
+                "-",
+            ],
+            capture_output=True,
+            text=True,
+        )
         found = re.search(r"PSNR .* min:([\d.]+|inf)", done.stderr)
         self.assertIsNotNone(found, done.stderr[-600:])
         return float(found[1]) if found else 0.0
@@ -214,10 +256,20 @@ class GeneratedSources(RunCase):
                 rate = agent.resolve("x", {"fps": fps}).fps or 0
                 frames, clip = round(5 * rate), round(agent.GENERATED_CLIP_S * rate)
                 name = f"loop-{fps.replace('/', '_')}.mkv"
-                metrics = self.completes(width=320, height=180, fps=fps, duration=5, crf=8, preset="veryfast",
-                                         output=name, quality=["psnr", "ssim"])["metrics"]
+                metrics = self.completes(
+                    width=320,
+                    height=180,
+                    fps=fps,
+                    duration=5,
+                    crf=8,
+                    preset="veryfast",
+                    output=name,
+                    quality=["psnr", "ssim"],
+                )["metrics"]
                 video = streams(self.media / name)[0]
-                self.assertEqual((metrics["frames"], int(video["nb_read_packets"])), (frames, frames))
+                self.assertEqual(
+                    (metrics["frames"], int(video["nb_read_packets"])), (frames, frames)
+                )
                 self.assertEqual((metrics["dropped_frames"], metrics["duplicated_frames"]), (0, 0))
                 self.assertGreater(metrics["psnr_db"], 40)
                 self.assertGreater(metrics["ssim"], 0.97)
@@ -228,7 +280,9 @@ class GeneratedSources(RunCase):
 
     def test_the_sound_of_a_generated_source_lasts_as_long_as_its_picture(self) -> None:
         self.completes("180p25-h264", duration=5, output="tone.mp4")
-        self.assertAlmostEqual(float(streams(self.media / "tone.mp4", "a")[0]["duration"]), 5, delta=0.1)
+        self.assertAlmostEqual(
+            float(streams(self.media / "tone.mp4", "a")[0]["duration"]), 5, delta=0.1
+        )
 
     def test_the_clip_is_made_once_and_kept_bounded(self) -> None:
         self.completes("64p25-h264", duration=0.2)
@@ -245,11 +299,23 @@ class GeneratedSources(RunCase):
 class RealFilms(RunCase):
     def test_a_film_keeps_every_frame_its_length_and_its_sound(self) -> None:
         name = self.film("plain.mp4")
-        for codec, output in (("h264", "o.mp4"), ("h265", "o.mov"), ("vp9", "o.webm"), ("av1", "o.mkv"),
-                              ("h264", "o.flv"), ("h264", "o.ts"), ("h264", "o.m4v")):
+        for codec, output in (
+            ("h264", "o.mp4"),
+            ("h265", "o.mov"),
+            ("vp9", "o.webm"),
+            ("av1", "o.mkv"),
+            ("h264", "o.flv"),
+            ("h264", "o.ts"),
+            ("h264", "o.m4v"),
+        ):
             with self.subTest(output):
-                metrics = self.completes(f"transcode-{codec}", input=name, output=output, preset="ultrafast",
-                                         quality=["psnr"])["metrics"]
+                metrics = self.completes(
+                    f"transcode-{codec}",
+                    input=name,
+                    output=output,
+                    preset="ultrafast",
+                    quality=["psnr"],
+                )["metrics"]
                 self.assertEqual(metrics["frames"], 25)
                 self.assertEqual(int(streams(self.media / output)[0]["nb_read_packets"]), 25)
                 self.assertEqual(len(streams(self.media / output, "a")), 1)
@@ -262,11 +328,25 @@ class RealFilms(RunCase):
 
     def test_two_passes_work_with_each_codec(self) -> None:
         name = self.film("plain.mp4")
-        for codec, output in (("h264", "2.mp4"), ("h265", "2.mp4"), ("vp9", "2.webm"), ("av1", "2.mkv")):
+        for codec, output in (
+            ("h264", "2.mp4"),
+            ("h265", "2.mp4"),
+            ("vp9", "2.webm"),
+            ("av1", "2.mkv"),
+        ):
             with self.subTest(codec):
-                result = self.completes(f"transcode-{codec}", input=name, output=output, two_pass=True,
-                                        width=160, height=90, bitrate="200k", duration=0.4,
-                                        preset="ultrafast", overwrite=True)
+                result = self.completes(
+                    f"transcode-{codec}",
+                    input=name,
+                    output=output,
+                    two_pass=True,
+                    width=160,
+                    height=90,
+                    bitrate="200k",
+                    duration=0.4,
+                    preset="ultrafast",
+                    overwrite=True,
+                )
                 self.assertEqual(len(result["encode"]["commands"]), 2)
                 self.assertEqual(int(streams(self.media / output)[0]["nb_read_packets"]), 10)
 
@@ -275,7 +355,9 @@ class RealFilms(RunCase):
         self.assertEqual(metrics["frames"], 10)
 
     def test_a_film_in_another_shape_keeps_its_shape(self) -> None:
-        name = self.film("square.mp4", *picture("240x240", more=",drawbox=t=fill:c=red"), "-c:v", "libx264")
+        name = self.film(
+            "square.mp4", *picture("240x240", more=",drawbox=t=fill:c=red"), "-c:v", "libx264"
+        )
         self.completes(input=name, output="wide.mkv", width=320, height=180, crf=1)
         video = streams(self.media / "wide.mkv")[0]
         self.assertEqual((video["width"], video["height"]), (320, 180))
@@ -284,7 +366,9 @@ class RealFilms(RunCase):
                 "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
         raw = subprocess.run(argv, capture_output=True, check=True).stdout
         red = [raw[3 * (90 * 320 + x)] > 128 for x in range(320)]
-        self.assertEqual((red[10], red[75], red[160], red[245], red[310]), (False, True, True, True, False))
+        self.assertEqual(
+            (red[10], red[75], red[160], red[245], red[310]), (False, True, True, True, False)
+        )
 
     def test_names_that_look_like_something_else(self) -> None:
         source = self.film("plain.mp4")
@@ -294,8 +378,12 @@ class RealFilms(RunCase):
         for name in names:
             with self.subTest(name):
                 shutil.copy(self.media / source, self.media / name)
-                self.completes(input=name, output=f"{name}.out.mp4", duration=0.2, preset="ultrafast")
-                self.assertEqual(int(streams(self.media / f"{name}.out.mp4")[0]["nb_read_packets"]), 5)
+                self.completes(
+                    input=name, output=f"{name}.out.mp4", duration=0.2, preset="ultrafast"
+                )
+                self.assertEqual(
+                    int(streams(self.media / f"{name}.out.mp4")[0]["nb_read_packets"]), 5
+                )
 
     def test_a_folder_with_a_strange_name(self) -> None:
         folder = self.media / "-d %d 'x': y"
@@ -311,7 +399,9 @@ class RealFilms(RunCase):
         self.fails("input", "noise.mp4", input="noise.mp4", output="old.mp4")
         self.assertEqual(old.read_bytes(), b"the older film")
         name = self.film("plain.mp4")
-        self.fails("output", "old.mp4", "exists", "overwrite", input=name, output="old.mp4", duration=0.2)
+        self.fails(
+            "output", "old.mp4", "exists", "overwrite", input=name, output="old.mp4", duration=0.2
+        )
         self.assertEqual(old.read_bytes(), b"the older film")
         self.completes(input=name, output="old.mp4", duration=0.2, overwrite=True)
         self.assertEqual(len(streams(old)), 1)
@@ -332,7 +422,9 @@ class RealFilms(RunCase):
         name = self.film("dv.mkv", *picture("360x288"), "-vf", "setsar=64/45", "-c:v", "libx264")
         metrics = self.completes(input=name, output="dv.mp4", quality=["psnr"])["metrics"]
         video = streams(self.media / "dv.mp4")[0]
-        self.assertEqual((video["width"], video["height"], video["sample_aspect_ratio"]), (512, 288, "1:1"))
+        self.assertEqual(
+            (video["width"], video["height"], video["sample_aspect_ratio"]), (512, 288, "1:1")
+        )
         self.assertGreater(metrics["psnr_db"], 28)
 
     def test_a_ten_bit_film_stays_ten_bit(self) -> None:
@@ -343,11 +435,15 @@ class RealFilms(RunCase):
 
     def test_a_film_of_changing_rate_loses_no_frame(self) -> None:
         pace = "settb=1/1000,setpts=if(lt(N\\,10)\\,N*40\\,400+(N-10)*100)"
-        name = self.film("vfr.mkv", *picture(), "-vf", pace, "-vsync", "vfr", "-c:v", "libx264", "-crf", "5")
+        name = self.film(
+            "vfr.mkv", *picture(), "-vf", pace, "-vsync", "vfr", "-c:v", "libx264", "-crf", "5"
+        )
         self.assertEqual(int(streams(self.media / name)[0]["nb_read_packets"]), 25)
         for output in ("vfr.mp4", "vfr-o.mkv"):
             with self.subTest(output):
-                metrics = self.completes(input=name, output=output, crf=5, quality=["psnr"])["metrics"]
+                metrics = self.completes(input=name, output=output, crf=5, quality=["psnr"])[
+                    "metrics"
+                ]
                 self.assertEqual(int(streams(self.media / output)[0]["nb_read_packets"]), 25)
                 self.assertAlmostEqual(metrics["output_seconds"], 1.9, delta=0.2)
                 self.assertGreater(metrics["psnr_db"], 35)
@@ -369,7 +465,7 @@ class RealFilms(RunCase):
             self.assertAlmostEqual(metrics["output_seconds"], 1.0, delta=0.01)
 
     def changing(self, name: str, *more: str) -> str:
-        """A film of 100 frames at 10 per second and then 40 at 50, lossless; its rate seems to be 10."""
+        """A film of 100 frames at 10 per second, then 40 at 50, lossless; its rate seems to be 10."""
         pace = "settb=1/1000,setpts=if(lt(N\\,100)\\,N*100\\,9900+(N-99)*20)"
         return self.film(name, *picture("64x64", seconds=5.6), "-vf", pace, "-vsync", "vfr",
                          "-enc_time_base", "1/1000", "-c:v", "libx264", "-crf", "0", *more)
@@ -378,19 +474,35 @@ class RealFilms(RunCase):
         name = self.changing("faster.mp4")
         self.assertEqual(streams(self.media / name)[0]["r_frame_rate"], "10/1")
         for codec, output in (("h264", "faster-o.mp4"), ("h265", "faster-o.mkv")):
-            metrics = self.completes(f"x-{codec}", input=name, output=output, preset="ultrafast",
-                                     quality=["psnr"], **({"crf": 0} if codec == "h264" else {}))["metrics"]
+            metrics = self.completes(
+                f"x-{codec}",
+                input=name,
+                output=output,
+                preset="ultrafast",
+                quality=["psnr"],
+                **({"crf": 0} if codec == "h264" else {}),
+            )["metrics"]
             self.assertEqual((metrics["frames"], metrics["dropped_frames"]), (140, 0))
             self.assertAlmostEqual(metrics["output_seconds"], 10.72, delta=0.11)
             self.assertGreater(metrics["psnr_db"], 99 if codec == "h264" else 25)
 
     def test_a_film_of_changing_rate_gets_the_rate_that_it_only_claims(self) -> None:
         """37 frames over 2.92 s that Matroska calls 25 per second."""
-        name = self.film("claims.mkv", *picture("64x64", seconds=3), "-vf", "select='lt(t,1)+not(mod(n,4))'",
-                         "-vsync", "vfr", "-c:v", "libx264")
+        name = self.film(
+            "claims.mkv",
+            *picture("64x64", seconds=3),
+            "-vf",
+            "select='lt(t,1)+not(mod(n,4))'",
+            "-vsync",
+            "vfr",
+            "-c:v",
+            "libx264",
+        )
         self.assertEqual(streams(self.media / name)[0]["avg_frame_rate"], "25/1")
         self.assertEqual(int(streams(self.media / name)[0]["nb_read_packets"]), 37)
-        metrics = self.completes(input=name, fps=25, crf=0, preset="ultrafast", quality=["psnr"])["metrics"]
+        metrics = self.completes(input=name, fps=25, crf=0, preset="ultrafast", quality=["psnr"])[
+            "metrics"
+        ]
         self.assertEqual((metrics["frames"], metrics["psnr_min_db"]), (73, 100.0))
 
     def test_frames_that_were_dropped_leave_none_to_compare(self) -> None:
@@ -403,7 +515,9 @@ class RealFilms(RunCase):
         self.assertIn("dropped or doubled", metrics["unknown"]["psnr_db"])
 
     def test_a_picture_smaller_than_ssim_needs_has_none(self) -> None:
-        name = self.film("tiny.mkv", *picture("16x16"), "-vf", "scale=2:90,setsar=1", "-c:v", "ffv1")
+        name = self.film(
+            "tiny.mkv", *picture("16x16"), "-vf", "scale=2:90,setsar=1", "-c:v", "ffv1"
+        )
         metrics = self.completes(input=name, quality=["psnr", "ssim"])["metrics"]
         self.assertIsNotNone(metrics["psnr_db"])
         self.assertIsNone(metrics["ssim"], "it would be far below -1")
@@ -425,10 +539,36 @@ class RealFilms(RunCase):
         plain, subs = str(self.media / self.film("plain.mp4")), str(self.media / "s.srt")
         sub = self.film("sub.mkv", "-i", plain, "-i", subs, "-map", "0", "-map", "1", "-c", "copy")
         cover = str(self.media / self.film("cover.png", *picture("64x64"), "-frames:v", "1"))
-        after = self.film("after.mp4", "-i", plain, "-i", cover, "-map", "0", "-map", "1", "-c", "copy",
-                          "-disposition:v:1", "attached_pic")
-        before = self.film("before.mp4", "-i", cover, "-i", plain, "-map", "0", "-map", "1", "-c", "copy",
-                           "-disposition:v:0", "attached_pic")
+        after = self.film(
+            "after.mp4",
+            "-i",
+            plain,
+            "-i",
+            cover,
+            "-map",
+            "0",
+            "-map",
+            "1",
+            "-c",
+            "copy",
+            "-disposition:v:1",
+            "attached_pic",
+        )
+        before = self.film(
+            "before.mp4",
+            "-i",
+            cover,
+            "-i",
+            plain,
+            "-map",
+            "0",
+            "-map",
+            "1",
+            "-c",
+            "copy",
+            "-disposition:v:0",
+            "attached_pic",
+        )
         for name in (sub, after, before):
             with self.subTest(name):
                 self.completes(input=name, output="clean.mp4", overwrite=True)
@@ -437,15 +577,23 @@ class RealFilms(RunCase):
                 self.assertEqual(int(kept[0]["nb_read_packets"]), 25)
 
     def test_a_fps_of_its_own_is_reached_by_whole_frames(self) -> None:
-        metrics = self.completes(input=self.film("plain.mp4"), output="ntsc.mkv", fps="30000/1001")["metrics"]
+        metrics = self.completes(input=self.film("plain.mp4"), output="ntsc.mkv", fps="30000/1001")[
+            "metrics"
+        ]
         self.assertIn(metrics["frames"], (29, 30, 31))
         self.assertEqual(streams(self.media / "ntsc.mkv")[0]["avg_frame_rate"], "30000/1001")
 
     def test_crf_with_a_ceiling_works_with_each_software_encoder(self) -> None:
         for codec in agent.CODECS:
             with self.subTest(codec):
-                self.completes(f"transcode-{codec}", input=self.film("plain.mp4"), crf=30, bitrate="300k",
-                               duration=0.2, preset="ultrafast")
+                self.completes(
+                    f"transcode-{codec}",
+                    input=self.film("plain.mp4"),
+                    crf=30,
+                    bitrate="300k",
+                    duration=0.2,
+                    preset="ultrafast",
+                )
 
     def test_a_film_with_sound_and_few_key_frames(self) -> None:
         film = FILM if FILM.exists() else self.media / self.film(
@@ -461,7 +609,9 @@ class RealFilms(RunCase):
 class BadInput(RunCase):
     def test_random_bytes(self) -> None:
         (self.media / "noise.mp4").write_bytes(os.urandom(20_000))
-        self.fails("input", "noise.mp4", "worker-01", "Invalid data", input="noise.mp4", output="o.mp4")
+        self.fails(
+            "input", "noise.mp4", "worker-01", "Invalid data", input="noise.mp4", output="o.mp4"
+        )
 
     def test_text_that_says_it_is_a_film(self) -> None:
         (self.media / "text.mp4").write_text("I am a film\n" * 100)
@@ -501,17 +651,27 @@ class BadInput(RunCase):
         self.fails("input", "pipe.mp4", "not a regular file", input="pipe.mp4", output="o.mp4")
 
     def test_sound_without_picture(self) -> None:
-        self.fails("input", "sound.m4a", "no video", input=self.film("sound.m4a", *TONE), output="o.mp4")
+        self.fails(
+            "input", "sound.m4a", "no video", input=self.film("sound.m4a", *TONE), output="o.mp4"
+        )
 
     def cut(self, name: str, part: float, *flags: str) -> str:
-        whole = self.film("whole.mp4", *picture("640x360", seconds=4), "-c:v", "libx264", "-g", "25")
+        whole = self.film(
+            "whole.mp4", *picture("640x360", seconds=4), "-c:v", "libx264", "-g", "25"
+        )
         ffmpeg("-i", str(self.media / whole), "-c", "copy", *flags, str(self.media / name))
         size = (self.media / name).stat().st_size
         os.truncate(self.media / name, int(size * part))
         return name
 
     def test_a_film_cut_before_its_index(self) -> None:
-        self.fails("input", "cut.mp4", "moov atom not found", input=self.cut("cut.mp4", 0.7), output="o.mp4")
+        self.fails(
+            "input",
+            "cut.mp4",
+            "moov atom not found",
+            input=self.cut("cut.mp4", 0.7),
+            output="o.mp4",
+        )
 
     def test_a_film_cut_in_the_middle_is_no_success(self) -> None:
         name = self.cut("half.mp4", 0.5, "-movflags", "+faststart")
@@ -560,20 +720,30 @@ class BadInput(RunCase):
         for name, link in (("link.mp4", "link.mp4"), ("linked/outside.mp4", "linked"),
                            ("inner.mp4", "inner.mp4")):
             with self.subTest(name):
-                self.fails("input", f"through the link {link}", "worker-01", input=name, output="o.mp4")
+                self.fails(
+                    "input", f"through the link {link}", "worker-01", input=name, output="o.mp4"
+                )
         before = outside.read_bytes()
-        self.fails("output", "link.mp4 is a link", input="plain.mp4", output="link.mp4", overwrite=True)
-        self.fails("output", "output linked/new.mp4 leads through the link linked on", input="plain.mp4",
-                   output="linked/new.mp4")
+        self.fails(
+            "output", "link.mp4 is a link", input="plain.mp4", output="link.mp4", overwrite=True
+        )
+        self.fails(
+            "output",
+            "output linked/new.mp4 leads through the link linked on",
+            input="plain.mp4",
+            output="linked/new.mp4",
+        )
         self.assertEqual(outside.read_bytes(), before)
         self.assertFalse((self.root / "new.mp4").exists())
 
     def test_a_playlist_does_not_lead_out_of_the_media_root(self) -> None:
         ffmpeg(*picture(), "-c:v", "libx264", "-f", "mpegts", str(self.root / "secret.ts"))
         head = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:1\n#EXTINF:1.0,\n"
-        for name, text in (("list.m3u8", f"{head}{self.root / 'secret.ts'}\n#EXT-X-ENDLIST\n"),
-                           ("up.m3u8", f"{head}../secret.ts\n#EXT-X-ENDLIST\n"),
-                           ("list.ffconcat", f"ffconcat version 1.0\nfile '{self.root / 'secret.ts'}'\n")):
+        for name, text in (
+            ("list.m3u8", f"{head}{self.root / 'secret.ts'}\n#EXT-X-ENDLIST\n"),
+            ("up.m3u8", f"{head}../secret.ts\n#EXT-X-ENDLIST\n"),
+            ("list.ffconcat", f"ffconcat version 1.0\nfile '{self.root / 'secret.ts'}'\n"),
+        ):
             with self.subTest(name):
                 (self.media / name).write_text(text)
                 self.fails("input", name, "not a film", input=name, output="stolen.mp4")
@@ -610,14 +780,27 @@ class BadOutput(RunCase):
         disk = small_disk(self, self.media / "disk")
         for output in ("disk/o.mp4", "disk/o.mkv", "disk/o.ts"):
             with self.subTest(output):
-                self.fails("out_of_disk", output, "No space left on device", input=name, output=output, crf=1,
-                           preset="ultrafast")
+                self.fails(
+                    "out_of_disk",
+                    output,
+                    "No space left on device",
+                    input=name,
+                    output=output,
+                    crf=1,
+                    preset="ultrafast",
+                )
                 self.assertEqual(list(disk.iterdir()), [])
 
     def test_a_work_folder_that_fills_up(self) -> None:
         disk = small_disk(self, self.root / "work-disk")
         place = dataclasses.replace(self.place, work_dir=disk)
-        self.fails("out_of_disk", "No space left on device", scenario="720p30-h264", place=place, duration=1)
+        self.fails(
+            "out_of_disk",
+            "No space left on device",
+            scenario="720p30-h264",
+            place=place,
+            duration=1,
+        )
         name = self.film("big.mkv", *picture("1280x720", seconds=2), "-c:v", "libx264", "-crf", "1")
         self.fails("out_of_disk", "No space left on device", place=place, input=name, crf=1,
                    preset="ultrafast")
@@ -629,19 +812,32 @@ class BadOutput(RunCase):
         disk = small_disk(self, self.media / "low")
         (disk / "fill").write_bytes(b"x" * (600 << 10))
         name = self.film("plain.mp4")
-        result = self.fails("out_of_disk", str(disk), "worker-01", "424.0 KiB free", "512.0 KiB are wanted",
-                            "--min-free", place=place, input=name, output="low/o.mp4")
+        result = self.fails(
+            "out_of_disk",
+            str(disk),
+            "worker-01",
+            "424.0 KiB free",
+            "512.0 KiB are wanted",
+            "--min-free",
+            place=place,
+            input=name,
+            output="low/o.mp4",
+        )
         self.assertNotIn("frames", [key for key, value in result["metrics"].items() if value])
         (disk / "fill").unlink()
         self.completes(place=place, input=name, output="low/o.mp4")
-        self.fails("out_of_disk", "are wanted", place=place, input=name, output="low/p.mp4", bitrate="8M")
+        self.fails(
+            "out_of_disk", "are wanted", place=place, input=name, output="low/p.mp4", bitrate="8M"
+        )
         self.fails("out_of_disk", str(disk), scenario="64p25-h264", duration=0.2,
                    place=dataclasses.replace(place, work_dir=disk, min_free_bytes=2 << 20))
 
     def test_a_disk_that_is_filled_by_others_ends_the_encode_before_it_is_full(self) -> None:
         disk = small_disk(self, self.media / "shared")
         place = dataclasses.replace(self.place, min_free_bytes=512 << 10)
-        attempt = self.attempt("64p25-h264", place, duration=60, realtime=True, output="shared/o.mkv")
+        attempt = self.attempt(
+            "64p25-h264", place, duration=60, realtime=True, output="shared/o.mkv"
+        )
         results: list[agent.Json] = []
         worker = threading.Thread(target=lambda: results.append(self.result(attempt)))
         worker.start()
@@ -652,7 +848,9 @@ class BadOutput(RunCase):
         finally:
             attempt.stop("canceled")
             worker.join(PATIENCE_S)
-        self.assertEqual((results[0]["status"], results[0]["failure_reason"]), ("failed", "out_of_disk"))
+        self.assertEqual(
+            (results[0]["status"], results[0]["failure_reason"]), ("failed", "out_of_disk")
+        )
         self.assertIn(f"{disk} on worker-01 has", str(results[0]["error"]))
         self.assertEqual([path.name for path in disk.iterdir()], ["fill"])
 
@@ -671,9 +869,18 @@ class BadOutput(RunCase):
             raise PermissionError(errno.EACCES, "Permission denied", str(place))
         name = self.film("plain.mp4")
         with mock.patch("agent.os.link", closed_stand_in):
-            self.fails("output", "o.mp4", "worker-01", "Permission denied", input=name, output="o.mp4")
+            self.fails(
+                "output", "o.mp4", "worker-01", "Permission denied", input=name, output="o.mp4"
+            )
         with mock.patch("agent.make_folder", closed_stand_in):
-            self.fails("agent", str(self.work), "worker-01", "Permission denied", input=name, output="o.mp4")
+            self.fails(
+                "agent",
+                str(self.work),
+                "worker-01",
+                "Permission denied",
+                input=name,
+                output="o.mp4",
+            )
 
     def test_a_folder_without_permission(self) -> None:
         (self.media / "closed").mkdir(mode=0o500)
@@ -715,28 +922,45 @@ class JobLimits(RunCase):
                                preset="slow")
         result = self.result(attempt)
         self.assertEqual(result["encode"]["limits"], {"memory": how, "cpu": how}, result["error"])
-        self.assertIn(f"limits: memory by {how}, cpu by {how}", [line for _, line in attempt.log.lines])
+        self.assertIn(
+            f"limits: memory by {how}, cpu by {how}", [line for _, line in attempt.log.lines]
+        )
         metrics = result["metrics"]
         self.assertEqual((metrics["frames"], result["encode"]["threads"]), (50, 1))
         self.assertGreater(metrics["cpu_seconds"], 0)
-        self.assertLess(metrics["cpu_seconds"], 0.5 * metrics["duration"] + 0.3, "half a core, and a period")
+        self.assertLess(
+            metrics["cpu_seconds"], 0.5 * metrics["duration"] + 0.3, "half a core, and a period"
+        )
 
     def test_where_no_group_may_be_made_plain_limits_hold(self) -> None:
         place = self.plain()
-        result = self.completes("180p25-h264", place, duration=0.2, max_memory_mb=4000, max_cpu_percent=50)
+        result = self.completes(
+            "180p25-h264", place, duration=0.2, max_memory_mb=4000, max_cpu_percent=50
+        )
         self.assertEqual(result["encode"]["limits"], {"memory": "rlimit", "cpu": "affinity"})
         name = self.film("hd.mkv", *picture("1920x1080"), "-c:v", "libx264", "-preset", "ultrafast")
         for most in (16, 300, 400, 500):
             with self.subTest(most):
-                self.fails("out_of_memory", f"max_memory_mb of {most} (rlimit, which counts addresses",
-                           place=place, input=name, max_memory_mb=most, preset="medium", output="o.mp4")
+                self.fails(
+                    "out_of_memory",
+                    f"max_memory_mb of {most} (rlimit, which counts addresses",
+                    place=place,
+                    input=name,
+                    max_memory_mb=most,
+                    preset="medium",
+                    output="o.mp4",
+                )
 
     def test_affinity_is_of_as_many_cpus_as_the_quota_rounded_up(self) -> None:
-        attempt = self.attempt("64p25-h264", self.plain(), duration=60, realtime=True, max_cpu_percent=50)
+        attempt = self.attempt(
+            "64p25-h264", self.plain(), duration=60, realtime=True, max_cpu_percent=50
+        )
         worker = threading.Thread(target=attempt.run)
         worker.start()
         try:
-            pid = wait_for(lambda: attempt.progress.get("frame") and processes_under(self.work), 20).pop()
+            pid = wait_for(
+                lambda: attempt.progress.get("frame") and processes_under(self.work), 20
+            ).pop()
             self.assertEqual(len(os.sched_getaffinity(pid)), 1)
         finally:
             attempt.stop("canceled")
@@ -745,9 +969,19 @@ class JobLimits(RunCase):
     def test_a_limit_that_nothing_enforces_fails_the_job_rather_than_run_it_without(self) -> None:
         for call, parameter in (("hwdetect.resource.prlimit", {"max_memory_mb": 500}),
                                 ("hwdetect.os.sched_setaffinity", {"max_cpu_percent": 50})):
-            with self.subTest(call), mock.patch(call, side_effect=PermissionError(1, "not permitted")):
-                self.fails("no_capability", next(iter(parameter)), "worker-01", scenario="64p25-h264",
-                           place=self.plain(), duration=0.2, **parameter)
+            with (
+                self.subTest(call),
+                mock.patch(call, side_effect=PermissionError(1, "not permitted")),
+            ):
+                self.fails(
+                    "no_capability",
+                    next(iter(parameter)),
+                    "worker-01",
+                    scenario="64p25-h264",
+                    place=self.plain(),
+                    duration=0.2,
+                    **parameter,
+                )
 
     def test_a_process_that_ended_before_it_could_be_limited_is_no_failure(self) -> None:
         folder = self.work / f"over-{os.getpid()}"
@@ -775,9 +1009,15 @@ class JobLimits(RunCase):
 
 
 class Watchdogs(RunCase):
-    def disturbed(self, number: int, stall_limit_s: float = 300.0, frames: int = 1, remove: bool = False,
-                  **parameters: object) -> agent.Json:
-        """Send a signal to the FFmpeg of a live encode, its folder removed or not; return the result."""
+    def disturbed(
+        self,
+        number: int,
+        stall_limit_s: float = 300.0,
+        frames: int = 1,
+        remove: bool = False,
+        **parameters: object,
+    ) -> agent.Json:
+        """Signal the FFmpeg of a live encode, its folder removed or not; return the result."""
         place = dataclasses.replace(self.place, stall_limit_s=stall_limit_s)
         attempt = self.attempt("64p25-h264", place, duration=60, realtime=True, **parameters)
         results: list[agent.Json] = []
@@ -798,12 +1038,16 @@ class Watchdogs(RunCase):
 
     def test_a_work_folder_that_was_removed_is_no_fault_of_the_film(self) -> None:
         result = self.disturbed(signal.SIGKILL, remove=True)
-        self.assertEqual((result["status"], result["failure_reason"]), ("failed", "agent"), result["error"])
+        self.assertEqual(
+            (result["status"], result["failure_reason"]), ("failed", "agent"), result["error"]
+        )
         self.assertIn(f"{self.folders[-1]} on worker-01 was removed", str(result["error"]))
 
     def test_an_ffmpeg_that_stands_still_is_ended_as_stalled(self) -> None:
         result = self.disturbed(signal.SIGSTOP, 3.0, 30, output="o.mkv")
-        self.assertEqual((result["status"], result["failure_reason"]), ("failed", "stalled"), result["error"])
+        self.assertEqual(
+            (result["status"], result["failure_reason"]), ("failed", "stalled"), result["error"]
+        )
         self.assertRegex(str(result["error"]), r"no new frame for \d+\.\d s on worker-01")
         self.nothing_left()
 
@@ -833,7 +1077,7 @@ class Pausing(RunCase):
     """A pause stops the attempt's clock with its processes, whoever orders it and how often."""
 
     def in_parts(self) -> list[str]:
-        """A command that works for about 2 s and notices a pause: one long sleep would sleep through it."""
+        """A command that works for about 2 s and notices a pause, which one long sleep would not."""
         return ["sh", "-c", "for part in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do "
                 "sleep 0.1; done"]
 
@@ -868,7 +1112,9 @@ class Pausing(RunCase):
         self.assertFalse(processes_under(self.work))
 
     def test_the_timeout_of_a_job_stands_still_in_a_pause(self) -> None:
-        attempt = self.attempt("64p25-h264", duration=2, realtime=True, timeout=6, preset="ultrafast")
+        attempt = self.attempt(
+            "64p25-h264", duration=2, realtime=True, timeout=6, preset="ultrafast"
+        )
         results: list[agent.Json] = []
         worker = threading.Thread(target=lambda: results.append(self.result(attempt)))
         worker.start()
@@ -888,7 +1134,9 @@ class Pausing(RunCase):
 
 class Encoders(RunCase):
     def test_an_unknown_encoder_is_refused_with_the_nearest_name(self) -> None:
-        self.fails("parameters", "libx266", "did you mean libx26", encoder="libx266", output="o.mp4")
+        self.fails(
+            "parameters", "libx266", "did you mean libx26", encoder="libx266", output="o.mp4"
+        )
 
     def test_hardware_that_is_not_there_is_named_with_its_own_words(self) -> None:
         broken = {name: proof.why for name, proof in self.place.machine.encoders.items()
@@ -897,23 +1145,36 @@ class Encoders(RunCase):
             self.skipTest("every hardware encoder works here")
         name, why = next(iter(broken.items()))
         codec = agent.ENCODERS[name].codec
-        self.fails("no_capability", name, str(why)[:20], "worker-01", scenario=f"64p25-{codec}", encoder=name,
-                   duration=0.2)
+        self.fails(
+            "no_capability",
+            name,
+            str(why)[:20],
+            "worker-01",
+            scenario=f"64p25-{codec}",
+            encoder=name,
+            duration=0.2,
+        )
 
     def test_ffmpeg_that_is_not_there(self) -> None:
         machine = dataclasses.replace(self.place.machine, ffmpeg="ffmpeg-that-is-not-there")
         self.fails("no_capability", "ffmpeg-that-is-not-there", scenario="66p25-h264", duration=0.2,
                    place=dataclasses.replace(self.place, machine=machine))
-        place = dataclasses.replace(self.place, machine=dataclasses.replace(machine, ffmpeg="/vanished"))
+        place = dataclasses.replace(
+            self.place, machine=dataclasses.replace(machine, ffmpeg="/vanished")
+        )
         with mock.patch("hwdetect.shutil.which", lambda name: name):
-            self.fails("no_capability", "/vanished", scenario="66p25-h264", duration=0.2, place=place)
+            self.fails(
+                "no_capability", "/vanished", scenario="66p25-h264", duration=0.2, place=place
+            )
         self.fails("no_capability", "ffprobe-not-there", input=self.film("plain.mp4"),
                    place=dataclasses.replace(self.place, ffprobe="ffprobe-not-there"))
 
     def test_a_metric_that_this_ffmpeg_lacks_is_unknown_with_the_reason(self) -> None:
         place = dataclasses.replace(self.place, filters=tuple(name for name in self.place.filters
                                                               if name != "libvmaf"))
-        metrics = self.completes("64p25-h264", place, duration=0.2, quality=["vmaf", "psnr"])["metrics"]
+        metrics = self.completes("64p25-h264", place, duration=0.2, quality=["vmaf", "psnr"])[
+            "metrics"
+        ]
         self.assertIsNone(metrics["vmaf"])
         self.assertIn("vmaf", metrics["unknown"]["vmaf"])
         self.assertGreater(metrics["psnr_db"], 20)
@@ -933,10 +1194,14 @@ class Quality(RunCase):
         """Scores of one film against another, by the agent's own command."""
         film = agent.Source(str(self.media / source), 64, 64, 25.0, 0.4, pixel_format)
         machine = agent.Machine("m", ffmpeg, 2)
-        made = agent.plan(agent.resolve("h264", {"input": source}), machine, film, str(self.media / encoded))
+        made = agent.plan(
+            agent.resolve("h264", {"input": source}), machine, film, str(self.media / encoded)
+        )
         folder = Path(tempfile.mkdtemp(dir=self.root))
         argv = agent.quality_command(machine, metric, film, made)
-        done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            argv, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
         self.assertEqual(done.returncode, 0, done.stderr)
         with open(folder / agent.FRAME_LOG) as frames:
             return agent.parse_scores(metric, done.stderr.splitlines(), frames)[0]
@@ -950,7 +1215,9 @@ class Quality(RunCase):
     def test_ten_bits_are_compared_as_ten(self) -> None:
         """One step of 1023 in the luma would be lost in eight bits: 61.96 dB."""
         source = self.flat("grey10.mkv", 400, "yuv420p10le")
-        found = self.compared("psnr", self.flat("off10.mkv", 401, "yuv420p10le"), source, "yuv420p10le")
+        found = self.compared(
+            "psnr", self.flat("off10.mkv", 401, "yuv420p10le"), source, "yuv420p10le"
+        )
         self.assertAlmostEqual(found["psnr_db"], 61.96, 2)
 
     def test_a_film_that_is_encoded_without_loss_is_perfect_whatever_was_changed(self) -> None:
@@ -962,21 +1229,30 @@ class Quality(RunCase):
                        {"fps": 29.97, "height": 180}, {"input": late}, {"input": late, "fps": 10},
                        {"input": stream, "fps": 10, "audio": True}):
             with self.subTest(**change):
-                metrics = self.completes(**{"input": "moves.mp4", "crf": 0, "audio": False,
-                                            "preset": "ultrafast", "quality": ["psnr"], **change})["metrics"]
+                metrics = self.completes(
+                    **{
+                        "input": "moves.mp4",
+                        "crf": 0,
+                        "audio": False,
+                        "preset": "ultrafast",
+                        "quality": ["psnr"],
+                        **change,
+                    }
+                )["metrics"]
                 found = [metrics[name] for name in ("psnr_db", "psnr_min_db", "psnr_harmonic_db")]
                 self.assertEqual(found, [100.0, 100.0, 100.0], metrics["unknown"])
 
     def test_one_frame_shifted_is_noticed(self) -> None:
         source = self.film("walk.mkv", *picture("64x64", seconds=1), "-c:v", "ffv1")
-        shifted = self.film("shifted.mkv", *picture("64x64", seconds=1), "-vf", "trim=start_frame=1",
-                            "-c:v", "ffv1")
+        shifted = self.film(
+            "shifted.mkv", *picture("64x64", seconds=1), "-vf", "trim=start_frame=1", "-c:v", "ffv1"
+        )
         same, other = (self.compared("psnr", film, source) for film in (source, shifted))
         self.assertEqual(same["psnr_min_db"], 100.0)
         self.assertLess(other["psnr_db"], 40)
 
     def test_a_comparison_is_booked_to_nobody(self) -> None:
-        """Neither to its own job, nor to one beside it, which it would be if the meter did not know of it."""
+        """Neither to its own job nor to one beside it, for the meter knows of it."""
         joined: list[hwdetect.Ledger] = []
         join = hwdetect.Meter.join
 
@@ -992,8 +1268,12 @@ class Quality(RunCase):
 
     def test_a_source_with_fewer_frames_is_no_comparison(self) -> None:
         attempt = self.attempt(input=self.film("plain.mp4"), quality="psnr")
-        with mock.patch("agent.quality_command", side_effect=lambda *words: [
-                word.replace("settb", "trim=end_frame=9,settb") for word in QUALITY_COMMAND(*words)]):
+        with mock.patch(
+            "agent.quality_command",
+            side_effect=lambda *words: [
+                word.replace("settb", "trim=end_frame=9,settb") for word in QUALITY_COMMAND(*words)
+            ],
+        ):
             metrics = self.result(attempt)["metrics"]
         self.assertIsNone(metrics["psnr_db"])
         self.assertIn("9 frames to compare with the output's 25", metrics["unknown"]["psnr_db"])
@@ -1001,14 +1281,24 @@ class Quality(RunCase):
     def test_vmaf_and_xpsnr_where_this_ffmpeg_has_them(self) -> None:
         program = newer_ffmpeg()
         if program is None:
-            self.skipTest("no ffmpeg with libvmaf and xpsnr here (python3 -m tests --install fetches one)")
+            self.skipTest(
+                "no ffmpeg with libvmaf and xpsnr here (python3 -m tests --install fetches one)"
+            )
         place = dataclasses.replace(self.place, filters=("psnr", "libvmaf", "xpsnr"),
                                     machine=dataclasses.replace(self.place.machine, ffmpeg=program))
         self.film("moving.mp4", *picture("640x360", seconds=2))
         worse = {}
         for crf in (0, 45):
-            metrics = self.completes("h264", place, input="moving.mp4", crf=crf, width=320, duration=0.6,
-                                     quality=["vmaf", "xpsnr"], preset="ultrafast")["metrics"]
+            metrics = self.completes(
+                "h264",
+                place,
+                input="moving.mp4",
+                crf=crf,
+                width=320,
+                duration=0.6,
+                quality=["vmaf", "xpsnr"],
+                preset="ultrafast",
+            )["metrics"]
             worse[crf] = metrics
             self.assertLessEqual(metrics["vmaf_min"], metrics["vmaf_harmonic"])
             self.assertLessEqual(metrics["vmaf_harmonic"], metrics["vmaf"] + 1e-6)
@@ -1017,7 +1307,9 @@ class Quality(RunCase):
         self.assertLess(worse[45]["vmaf"], worse[0]["vmaf"] - 10)
         self.assertLess(worse[45]["xpsnr_db"], 40)
         source = self.film("walk.mkv", *picture("64x64", seconds=1), "-c:v", "ffv1")
-        self.assertEqual(set(self.compared("xpsnr", source, source, ffmpeg=program).values()), {100.0})
+        self.assertEqual(
+            set(self.compared("xpsnr", source, source, ffmpeg=program).values()), {100.0}
+        )
 
 
 QUALITY_COMMAND = agent.quality_command
@@ -1063,7 +1355,9 @@ class Repeats(RunCase):
         self.assertGreaterEqual(len(result["series"]["seconds"]), 1)
         self.assertEqual(len(result["series"]["seconds"]), len(result["series"]["power_watts"]))
         self.assertEqual(agent.resolve("idle-baseline").duration, 60)
-        self.assertLessEqual({name for name, _ in agent.result_rows(result)}, {"time", "CPU", "energy"})
+        self.assertLessEqual(
+            {name for name, _ in agent.result_rows(result)}, {"time", "CPU", "energy"}
+        )
 
     def test_rest_is_not_measured(self) -> None:
         began = time.monotonic()
@@ -1092,14 +1386,18 @@ class StandIns(RunCase):
         self.fails("encoder", "o.mp4", place=rubbish, input="plain.mp4", output="o.mp4")
         status = self.stand_in("status", f"{self.LAST}; echo x >\"$target\"; {self.END}; "
                                "echo '[error] broken heart' >&2; exit 1")
-        self.fails("encoder", "plain.mp4", "broken heart", place=status, input="plain.mp4", output="o.mp4")
+        self.fails(
+            "encoder", "plain.mp4", "broken heart", place=status, input="plain.mp4", output="o.mp4"
+        )
 
     def test_an_output_that_is_shorter_than_what_was_written_is_a_full_disk(self) -> None:
-        """As over a quota, or on a share that was full: each write succeeds, the file lacks its end."""
+        """As over a quota, or on a full share: each write succeeds, the file lacks its end."""
         film = self.media / self.film("plain.mp4")
         for size, short in ((film.stat().st_size, False), (2 * film.stat().st_size, True)):
             said = f"printf 'frame=25\\nout_time_us=1000000\\ntotal_size={size}\\nprogress=end\\n'"
-            place = self.stand_in(f"short-{short}", f"{self.LAST}; cat '{film}' >\"$target\"; {said}")
+            place = self.stand_in(
+                f"short-{short}", f"{self.LAST}; cat '{film}' >\"$target\"; {said}"
+            )
             with self.subTest(short=short):
                 if short:
                     self.fails("out_of_disk", "o.mp4", f"of the {size} bytes", place=place,
@@ -1109,14 +1407,27 @@ class StandIns(RunCase):
                     (self.media / "o.mp4").unlink()
 
     def test_a_killed_encode_may_be_tried_again(self) -> None:
-        self.fails("killed", "plain.mp4", "SIGKILL", "worker-01", place=self.stand_in(
-            "killed", "echo '[h264 @ 0x5] [error] Invalid data found when processing input' >&2; kill -9 $$"),
-            input="plain.mp4", output="o.mp4")
+        self.fails(
+            "killed",
+            "plain.mp4",
+            "SIGKILL",
+            "worker-01",
+            place=self.stand_in(
+                "killed",
+                "echo '[h264 @ 0x5] [error] Invalid data found when processing input' >&2; "
+                "kill -9 $$",
+            ),
+            input="plain.mp4",
+            output="o.mp4",
+        )
 
     def test_a_flood_of_words_does_not_hang_it(self) -> None:
-        place = self.stand_in("flood", "i=0; while [ $i -lt 3000 ]; do i=$((i+1)); echo \"[info] $i "
-                              f"{'x' * 500}\" >&2; echo \"frame=$i\"; done; "
-                              "echo '[error] flooded' >&2; exit 1")
+        place = self.stand_in(
+            "flood",
+            'i=0; while [ $i -lt 3000 ]; do i=$((i+1)); echo "[info] $i '
+            f'{"x" * 500}" >&2; echo "frame=$i"; done; '
+            "echo '[error] flooded' >&2; exit 1",
+        )
         attempt = self.attempt(place=place, input="plain.mp4")
         self.assertIn("flooded", str(self.result(attempt)["error"]))
         self.assertLessEqual(len(attempt.log.lines), agent.MAX_LOG_LINES)
@@ -1142,8 +1453,9 @@ class StandIns(RunCase):
         self.stopped(place, "canceled")
 
     def test_a_job_is_given_back_with_nothing_left(self) -> None:
-        place = self.stand_in("half", f"{self.LAST}; echo half >\"$target\"; echo '[info] ready' >&2; "
-                              "sleep 600")
+        place = self.stand_in(
+            "half", f"{self.LAST}; echo half >\"$target\"; echo '[info] ready' >&2; sleep 600"
+        )
         self.stopped(place, "returned")
 
     def test_a_paused_process_group_is_ended_too(self) -> None:
@@ -1151,8 +1463,15 @@ class StandIns(RunCase):
         self.stopped(place, "canceled")
 
     def test_a_timeout_ends_it_and_says_so(self) -> None:
-        self.fails("timeout", "timeout of 1.0 s", "worker-01", place=self.stand_in("slow", "sleep 600"),
-                   input="plain.mp4", output="o.mp4", timeout=1)
+        self.fails(
+            "timeout",
+            "timeout of 1.0 s",
+            "worker-01",
+            place=self.stand_in("slow", "sleep 600"),
+            input="plain.mp4",
+            output="o.mp4",
+            timeout=1,
+        )
 
     def test_a_lease_that_is_lost_at_the_end_gives_no_output_its_name(self) -> None:
         parameters = {"input": self.film("plain.mp4"), "output": "lost.mp4", "duration": 0.2}
@@ -1170,7 +1489,9 @@ class Network(RunCase):
     def test_a_film_over_http(self) -> None:
         name = self.film("plain.mp4")
         with served(self.media) as url:
-            metrics = self.completes(place=self.local(), input=f"{url}/{name}", quality=["psnr"])["metrics"]
+            metrics = self.completes(place=self.local(), input=f"{url}/{name}", quality=["psnr"])[
+                "metrics"
+            ]
             self.assertEqual(metrics["frames"], 25)
             self.assertGreater(metrics["psnr_db"], 28)
             self.fails("input", "none.mp4", "404", place=self.local(), input=f"{url}/none.mp4",
@@ -1191,11 +1512,18 @@ class Network(RunCase):
                    input=f"http://127.0.0.1:{port}/x.mp4")
         self.fails("network", "refused", f"rtmp://127.0.0.1:{port}", place=self.local(),
                    input=self.film("plain.mp4"), output=f"rtmp://127.0.0.1:{port}/live/x")
-        self.fails("network", "nohost.invalid", place=self.local(), input="http://nohost.invalid/x.mp4",
-                   output="o.mp4")
+        self.fails(
+            "network",
+            "nohost.invalid",
+            place=self.local(),
+            input="http://nohost.invalid/x.mp4",
+            output="o.mp4",
+        )
 
     def test_a_film_whose_server_breaks_off_may_be_tried_again(self) -> None:
-        cut = self.film("index-first.mp4", *picture("640x360", seconds=4), "-movflags", "+faststart")
+        cut = self.film(
+            "index-first.mp4", *picture("640x360", seconds=4), "-movflags", "+faststart"
+        )
         raw = (self.media / cut).read_bytes()
         listener = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(listener.close)
@@ -1226,8 +1554,10 @@ class Network(RunCase):
             "worker_processes 1;\nevents {}\n"
             f"rtmp {{ server {{ listen 127.0.0.1:{port}; application live {{ live on; record all; "
             f"record_path {folder}; record_suffix .flv; }} }} }}\n")
-        server = subprocess.Popen(["nginx", "-e", f"{folder}/log", "-c", f"{folder}/conf", "-p", str(folder)],
-                                  stdin=subprocess.DEVNULL)
+        server = subprocess.Popen(
+            ["nginx", "-e", f"{folder}/log", "-c", f"{folder}/conf", "-p", str(folder)],
+            stdin=subprocess.DEVNULL,
+        )
 
         def stop() -> None:
             server.send_signal(signal.SIGTERM)
@@ -1271,8 +1601,11 @@ class Network(RunCase):
         finally:
             attempt.stop("canceled")
             worker.join(PATIENCE_S)
-        self.assertEqual((results[0]["status"], results[0]["failure_reason"]), ("failed", "network"),
-                         results[0]["error"])
+        self.assertEqual(
+            (results[0]["status"], results[0]["failure_reason"]),
+            ("failed", "network"),
+            results[0]["error"],
+        )
         self.assertIn(url, str(results[0]["error"]))
 
     def test_a_stream_over_srt(self) -> None:
@@ -1280,8 +1613,17 @@ class Network(RunCase):
         if b" srt\n" not in known:
             self.skipTest("this ffmpeg has no srt")
         port, film = free_port(), self.root / "srt.ts"
-        argv = ["ffmpeg", "-v", "quiet", "-y", "-i", f"srt://127.0.0.1:{port}?mode=listener", "-c", "copy",
-                str(film)]
+        argv = [
+            "ffmpeg",
+            "-v",
+            "quiet",
+            "-y",
+            "-i",
+            f"srt://127.0.0.1:{port}?mode=listener",
+            "-c",
+            "copy",
+            str(film),
+        ]
         listener = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
         self.addCleanup(listener.wait)
         self.addCleanup(listener.kill)
@@ -1315,7 +1657,16 @@ class ByHand(unittest.TestCase):
         done = self.run_agent("--input", "in.mp4", "--output", "out.mp4", "-p", "crf=25")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertEqual(int(streams(self.folder / "out.mp4")[0]["nb_read_packets"]), 25)
-        for word in ("encoder", "libx264", "speed", "CPU", "memory", "energy", "quality", "verdict"):
+        for word in (
+            "encoder",
+            "libx264",
+            "speed",
+            "CPU",
+            "memory",
+            "energy",
+            "quality",
+            "verdict",
+        ):
             self.assertIn(word, done.stdout)
 
     def test_the_result_as_json_is_alone_on_stdout(self) -> None:
@@ -1323,9 +1674,14 @@ class ByHand(unittest.TestCase):
         self.assertEqual(json.loads(done.stdout)["metrics"]["frames"], 5)
 
     def test_exit_codes_and_one_sentence_each(self) -> None:
-        cases = ((("--input", "none.mp4"), 1, "none.mp4"), (("64p25-h264", "-p", "crf=99"), 2, "crf"),
-                 (("64p25-h264", "-p", "nonsense"), 2, "name=value"), (("a b",), 2, "scenario"),
-                 (("-p", "codec=h263"), 2, "codec"), (("--max-concurrent-jobs", "0"), 2, "--max-concurrent"))
+        cases = (
+            (("--input", "none.mp4"), 1, "none.mp4"),
+            (("64p25-h264", "-p", "crf=99"), 2, "crf"),
+            (("64p25-h264", "-p", "nonsense"), 2, "name=value"),
+            (("a b",), 2, "scenario"),
+            (("-p", "codec=h263"), 2, "codec"),
+            (("--max-concurrent-jobs", "0"), 2, "--max-concurrent"),
+        )
         for words, code, said in cases:
             with self.subTest(words):
                 done = self.run_agent(*words)
@@ -1356,14 +1712,26 @@ class ByHand(unittest.TestCase):
     def test_an_interrupt_ends_it_with_130_and_nothing_left(self) -> None:
         for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 1)):
             with self.subTest(number):
-                env = {name: value for name, value in os.environ.items() if not name.startswith("FFDIST_")}
+                env = {
+                    name: value
+                    for name, value in os.environ.items()
+                    if not name.startswith("FFDIST_")
+                }
                 argv = [sys.executable, str(TOP / "agent.py"), "run", "64p25-h264", "--no-probe",
                         "-p", "duration=60", "-p", "realtime=true", "-o", "long.mkv"]
-                process = subprocess.Popen(argv, cwd=self.folder, env={**env, "HOME": str(self.folder)},
-                                           stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                                           stdout=subprocess.PIPE, preexec_fn=interruptible)
+                process = subprocess.Popen(
+                    argv,
+                    cwd=self.folder,
+                    env={**env, "HOME": str(self.folder)},
+                    stdin=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    preexec_fn=interruptible,
+                )
                 try:
-                    wait_for(lambda: list(self.folder.glob(".ffdist-*.part")), 30, "the encode has begun")
+                    wait_for(
+                        lambda: list(self.folder.glob(".ffdist-*.part")), 30, "the encode has begun"
+                    )
                     process.send_signal(number)
                     _, words = process.communicate(timeout=30)
                 finally:
