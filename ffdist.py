@@ -1282,12 +1282,12 @@ class Reader:
         with self._reading() as connection:
             return [job_of_row(row) for row in connection.execute(query, values)]
 
-    def result_page(self, filters: Mapping[str, str], before: int | None,
-                    limit: int) -> list[tuple[int, Json]]:
-        """Return (number, result), newest first."""
+    def result_page(
+        self, filters: Mapping[str, str], before: int | None, limit: int
+    ) -> list[tuple[int, str]]:
+        """Return (number, result as JSON text), newest first."""
         query, values = _newest_query("SELECT seq, body FROM results", filters, before, limit)
-        with self._reading() as connection:
-            return [(row[0], json.loads(row[1])) for row in connection.execute(query, values)]
+        return [(row[0], row[1]) for row in self._rows(query, values)]
 
     def ended(self, most: int) -> list[tuple[int, float, TotalKey]]:
         """Return the jobs that ended first, as (number, when, key of their total)."""
@@ -3616,13 +3616,14 @@ class Queries:
         cursor = page[limit - 1].seq if len(page) > limit else None
         return self._with_progress(page[:limit]), total, cursor
 
-    def results(self, filters: Mapping[str, str], before: int | None,
-                limit: int) -> tuple[list[Json], int, int | None]:
-        """Return accepted reports, newest first, the total, and the next page's cursor."""
+    def results(
+        self, filters: Mapping[str, str], before: int | None, limit: int
+    ) -> tuple[list[str], int, int | None]:
+        """Return accepted reports as JSON texts, newest first, the total, and the next cursor."""
         total = self._total("results", filters)
         page = self._reader.result_page(filters, before, limit + 1)
         cursor = page[limit - 1][0] if len(page) > limit else None
-        return [body for _, body in page[:limit]], total, cursor
+        return [text for _, text in page[:limit]], total, cursor
 
     def _total(self, kind: str, filters: Mapping[str, str]) -> int:
         fields = ("kind", "status", "scenario", "node_id")
@@ -5030,7 +5031,9 @@ def _jobs(request: Request) -> Answer:
 
 def _results(request: Request) -> Answer:
     results, total, cursor = request.master.queries.results(*_page_of(request))
-    return 200, {"results": results, **_page_json(len(results), total, cursor)}
+    return 200, _object_text(
+        {"results": _array_text(results)}, _page_json(len(results), total, cursor)
+    )
 
 
 def _page_of(request: Request) -> tuple[dict[str, str], int | None, int]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import math
 import os
@@ -787,7 +788,8 @@ class TestRetention(Case):
             page, total, _ = find({}, None, 1000)
             self.assertEqual(len(page), total)
         jobs = {job.id for job, _ in self.master_of.queries.jobs({}, None, 1000)[0]}
-        results = {result["job_id"] for result in self.master_of.queries.results({}, None, 1000)[0]}
+        results = {json.loads(text)["job_id"]
+                   for text in self.master_of.queries.results({}, None, 1000)[0]}
         self.assertLessEqual(results, jobs)
 
     def ids(self) -> list[str]:
