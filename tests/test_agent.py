@@ -29,7 +29,13 @@ from agent import ENCODERS, ApiError, Failure, Machine, Settings, Source
 from tests.fleet import run
 from tests.support import free_port, need, wait_for
 
-SOFTWARE = {"libx264": None, "libx265": None, "libsvtav1": None, "libaom-av1": None, "libvpx-vp9": None}
+SOFTWARE = {
+    "libx264": None,
+    "libx265": None,
+    "libsvtav1": None,
+    "libaom-av1": None,
+    "libvpx-vp9": None,
+}
 NO_CUDA = "Cannot load libcuda.so.1"
 FILM = Source("/films/in.mp4", 1920, 1080, 25.0, 60.0, has_audio=True, codec="h264")
 # What FFmpeg 5.1 really says on a machine without the hardware.
@@ -62,7 +68,9 @@ def frames(made: agent.Plan) -> int:
 
 
 class ChoosingAnEncoder(unittest.TestCase):
-    def choose(self, on: Machine, scenario: str = "1080p30-h264", **parameters: object) -> tuple[str, str]:
+    def choose(
+        self, on: Machine, scenario: str = "1080p30-h264", **parameters: object
+    ) -> tuple[str, str]:
         return agent.choose_encoder(agent.resolve(scenario, parameters), on)
 
     def test_a_proved_hardware_encoder_is_taken(self) -> None:
@@ -83,19 +91,29 @@ class ChoosingAnEncoder(unittest.TestCase):
             self.assertEqual(self.choose(machine(), f"720p30-{codec}")[0], name)
 
     def test_two_passes_go_to_software_even_beside_proved_hardware(self) -> None:
-        for codec, hardware, name in (("h264", "h264_nvenc", "libx264"), ("h265", "hevc_qsv", "libx265"),
-                                      ("av1", "av1_nvenc", "libaom-av1"), ("vp9", "vp9_vaapi", "libvpx-vp9")):
+        for codec, hardware, name in (
+            ("h264", "h264_nvenc", "libx264"),
+            ("h265", "hevc_qsv", "libx265"),
+            ("av1", "av1_nvenc", "libaom-av1"),
+            ("vp9", "vp9_vaapi", "libvpx-vp9"),
+        ):
             on = machine(**{hardware: None})
             chosen, why = self.choose(on, f"720p30-{codec}", two_pass=True, bitrate="1M")
             self.assertEqual(chosen, name)
             self.assertIn("two passes", why)
 
     def test_ten_bit_passes_by_hardware_that_has_none(self) -> None:
-        self.assertEqual(self.choose(machine(h264_nvenc=None), pixel_format="yuv420p10le")[0], "libx264")
-        self.assertEqual(self.choose(machine(hevc_nvenc=None), "1080p30-h265", pixel_format="p010le")[0],
-                         "hevc_nvenc")
+        self.assertEqual(
+            self.choose(machine(h264_nvenc=None), pixel_format="yuv420p10le")[0], "libx264"
+        )
+        self.assertEqual(
+            self.choose(machine(hevc_nvenc=None), "1080p30-h265", pixel_format="p010le")[0],
+            "hevc_nvenc",
+        )
 
-    def test_an_encoder_that_failed_its_trial_is_refused_with_the_node_and_its_own_words(self) -> None:
+    def test_an_encoder_that_failed_its_trial_is_refused_with_the_node_and_its_own_words(
+        self,
+    ) -> None:
         with self.assertRaises(Failure) as caught:
             self.choose(machine(**REFUSED), encoder="h264_nvenc")
         self.assertEqual(caught.exception.reason, "no_capability")
@@ -127,7 +145,9 @@ class ChoosingAnEncoder(unittest.TestCase):
 
 
 class ChoosingAPreset(unittest.TestCase):
-    def choose(self, name: str, pixels_per_s: float, threads: int, **parameters: object) -> str | None:
+    def choose(
+        self, name: str, pixels_per_s: float, threads: int, **parameters: object
+    ) -> str | None:
         settings = agent.resolve("transcode", {"codec": ENCODERS[name].codec, **parameters})
         return agent.choose_preset(settings, name, pixels_per_s, threads)[0]
 
@@ -171,7 +191,9 @@ class ChoosingAPreset(unittest.TestCase):
         for name, row in ENCODERS.items():
             if not row.presets:
                 with self.assertRaises(agent.ApiError, msg=name) as caught:
-                    agent.resolve("transcode", {"codec": row.codec, "encoder": name, "preset": "fast"})
+                    agent.resolve(
+                        "transcode", {"codec": row.codec, "encoder": name, "preset": "fast"}
+                    )
                 self.assertEqual(caught.exception.field, "parameters.preset")
                 self.assertIn(f"{name}: it has no presets", caught.exception.message)
         made = planned(on=machine(h264_vaapi=None), preset="fast")
@@ -229,13 +251,24 @@ class Planning(unittest.TestCase):
     def test_a_ten_bit_film_stays_ten_bit_where_the_encoder_can(self) -> None:
         deep = dataclasses.replace(FILM, pixel_format="yuv420p10le")
         self.assertEqual(planned("transcode-h265", deep).pixel_format, "yuv420p10le")
-        self.assertEqual(planned("transcode-h265", deep, machine(hevc_nvenc=None)).pixel_format, "p010le")
+        self.assertEqual(
+            planned("transcode-h265", deep, machine(hevc_nvenc=None)).pixel_format, "p010le"
+        )
         self.assertEqual(planned(source=deep, on=machine(h264_nvenc=None)).pixel_format, "yuv420p")
-        self.assertEqual(planned("transcode-h265", deep, pixel_format="yuv420p").pixel_format, "yuv420p")
+        self.assertEqual(
+            planned("transcode-h265", deep, pixel_format="yuv420p").pixel_format, "yuv420p"
+        )
 
     def test_ntsc_rates_are_exact_fractions_everywhere(self) -> None:
-        for fps, word in ((29.97, "30000/1001"), (59.94, "60000/1001"), (23.976, "24000/1001"),
-                          (30000 / 1001, "30000/1001"), (24, "24"), (12.5, "12.5"), (119.88, "120000/1001")):
+        for fps, word in (
+            (29.97, "30000/1001"),
+            (59.94, "60000/1001"),
+            (23.976, "24000/1001"),
+            (30000 / 1001, "30000/1001"),
+            (24, "24"),
+            (12.5, "12.5"),
+            (119.88, "120000/1001"),
+        ):
             self.assertEqual(agent.rational(fps), word)
             self.assertIn(f"fps={word}", planned(fps=fps).filters)
             clip = agent.clip_command("ffmpeg", agent.Picture(64, 64, fps), "libx264", "c.mov")
@@ -257,18 +290,24 @@ class Planning(unittest.TestCase):
 
     def test_a_baseline_has_none_of_a_films_settings(self) -> None:
         told = agent.resolve("idle-baseline", {"settle": 1}).to_json()
-        self.assertEqual({name: value for name, value in told.items() if value is not None},
-                         {"scenario": "idle-baseline", "duration": 60, "settle": 1, "cooldown": 0.0})
+        self.assertEqual(
+            {name: value for name, value in told.items() if value is not None},
+            {"scenario": "idle-baseline", "duration": 60, "settle": 1, "cooldown": 0.0},
+        )
         self.assertEqual(agent.settings_text(told), "1 min 00 s")
 
-    def test_the_first_seconds_are_of_the_film_and_so_are_less_of_a_picture_that_begins_late(self) -> None:
+    def test_the_first_seconds_are_of_the_film_and_so_are_less_of_a_picture_that_begins_late(
+        self,
+    ) -> None:
         late = dataclasses.replace(FILM, start_s=2.0)
         for asked, length in ((None, 60), (10, 8), (61, 59), (1000, 60)):
             made = planned(source=late, **({"duration": asked} if asked else {}))
             self.assertEqual(made.duration_s, length)
             self.assertEqual(value_of(made.passes[0], "-t"), str(asked) if asked else None)
 
-    def test_a_live_output_reads_at_the_inputs_speed_with_a_bounded_rate_and_regular_key_frames(self) -> None:
+    def test_a_live_output_reads_at_the_inputs_speed_with_a_bounded_rate_and_regular_key_frames(
+        self,
+    ) -> None:
         made = planned("1080p30-h264", output="rtmp://10.0.0.1/live/x")
         argv = made.passes[0]
         self.assertIn("-re", argv)
@@ -279,8 +318,10 @@ class Planning(unittest.TestCase):
         self.assertEqual(value_of(argv, "-ar"), "44100")
 
     def test_a_live_source_is_not_slowed_down_a_second_time(self) -> None:
-        made = planned(source=dataclasses.replace(FILM, url="rtmp://10.0.0.1/live/a", duration_s=None),
-                       output="rtmp://10.0.0.1/live/b")
+        made = planned(
+            source=dataclasses.replace(FILM, url="rtmp://10.0.0.1/live/a", duration_s=None),
+            output="rtmp://10.0.0.1/live/b",
+        )
         self.assertNotIn("-re", made.passes[0])
         self.assertIsNone(made.duration_s)
 
@@ -291,7 +332,9 @@ class Planning(unittest.TestCase):
         self.assertEqual(value_of(batch, "-deadline"), "good")
 
     def test_webm_gets_opus_and_the_others_aac(self) -> None:
-        self.assertEqual(value_of(planned("transcode-vp9", output="o.webm").passes[0], "-c:a"), "libopus")
+        self.assertEqual(
+            value_of(planned("transcode-vp9", output="o.webm").passes[0], "-c:a"), "libopus"
+        )
         self.assertEqual(value_of(planned().passes[0], "-c:a"), "aac")
         self.assertIn("-an", planned(audio=False).passes[0])
         self.assertIn("-an", planned(source=dataclasses.replace(FILM, has_audio=False)).passes[0])
@@ -302,8 +345,15 @@ class Planning(unittest.TestCase):
             self.assertNotIn("-movflags", planned(output=output).passes[0])
 
     def test_two_passes_share_one_log_and_only_the_second_writes_the_film(self) -> None:
-        for codec, output in (("h264", "o.mp4"), ("h265", "o.mp4"), ("vp9", "o.webm"), ("av1", "o.mkv")):
-            first, second = planned(f"transcode-{codec}", two_pass=True, bitrate="1M", output=output).passes
+        for codec, output in (
+            ("h264", "o.mp4"),
+            ("h265", "o.mp4"),
+            ("vp9", "o.webm"),
+            ("av1", "o.mkv"),
+        ):
+            first, second = planned(
+                f"transcode-{codec}", two_pass=True, bitrate="1M", output=output
+            ).passes
             self.assertEqual((first[-1], value_of(first, "-f")), ("-", "null"))
             self.assertIn("-an", first)
             self.assertEqual(second[-1], f"file:{output}")
@@ -325,16 +375,22 @@ class Planning(unittest.TestCase):
     def test_every_encoder_gets_a_rate_and_no_empty_template(self) -> None:
         for name, row in ENCODERS.items():
             output = "o.mkv"
-            made = planned(f"transcode-{row.codec}", on=machine(**{name: None}), encoder=name, output=output)
+            made = planned(
+                f"transcode-{row.codec}", on=machine(**{name: None}), encoder=name, output=output
+            )
             self.assertEqual(value_of(made.passes[0], "-c:v"), name)
-            self.assertFalse([word for word in made.passes[0] if "{" in word or word == "None"], made.passes)
+            self.assertFalse(
+                [word for word in made.passes[0] if "{" in word or word == "None"], made.passes
+            )
 
     def test_a_bitrate_is_a_bitrate_and_with_crf_it_is_the_ceiling(self) -> None:
         argv = planned(bitrate="5M").passes[0]
         self.assertEqual((value_of(argv, "-b:v"), value_of(argv, "-crf")), ("5000k", None))
         argv = planned(bitrate="5M", crf=20).passes[0]
-        self.assertEqual((value_of(argv, "-crf"), value_of(argv, "-maxrate"), value_of(argv, "-b:v")),
-                         ("20", "5000k", None))
+        self.assertEqual(
+            (value_of(argv, "-crf"), value_of(argv, "-maxrate"), value_of(argv, "-b:v")),
+            ("20", "5000k", None),
+        )
 
     def test_paths_are_never_taken_for_options_or_protocols(self) -> None:
         made = planned(source=dataclasses.replace(FILM, url="-rf"), output="-o:x.mp4")
@@ -362,7 +418,9 @@ class Planning(unittest.TestCase):
 
     def test_threads_follow_a_quota_rounded_up_unless_the_job_names_them(self) -> None:
         for percent, count in ((1, 1), (100, 1), (101, 2), (350, 4), (100000, 8)):
-            self.assertEqual(planned("1080p30-h264", max_cpu_percent=percent).threads, count, percent)
+            self.assertEqual(
+                planned("1080p30-h264", max_cpu_percent=percent).threads, count, percent
+            )
         self.assertEqual(planned("1080p30-h264", max_cpu_percent=50, threads=3).threads, 3)
 
     def test_the_plan_says_why_in_words(self) -> None:
@@ -391,8 +449,10 @@ class ReadingProgress(unittest.TestCase):
         self.assertTrue(self.fed(self.BLOCK.replace("continue", "end"))[0].ended)
 
     def test_unknown_figures_are_none_never_zero(self) -> None:
-        first = self.fed("frame=0\nfps=0.00\nbitrate=N/A\ntotal_size=N/A\nout_time_us=N/A\nspeed=N/A\n"
-                         "progress=continue")[0]
+        first = self.fed(
+            "frame=0\nfps=0.00\nbitrate=N/A\ntotal_size=N/A\nout_time_us=N/A\nspeed=N/A\n"
+            "progress=continue"
+        )[0]
         self.assertEqual((first.out_time_s, first.total_bytes, first.speed), (None, None, None))
 
     def test_huge_negatives_of_the_first_blocks_are_unknown(self) -> None:
@@ -425,64 +485,189 @@ class ReadingProgress(unittest.TestCase):
 
 # Lines as FFmpeg 5.1 printed them here -> words that a user must see, and the class of the failure.
 REAL_WORDS = (
-    (("[mov,mp4,m4a,3gp,3g2,mj2 @ 0x55e063aaf8c0] [error] moov atom not found",
-      "[error] cut.mp4: Invalid data found when processing input"), "moov atom not found", "input"),
+    (
+        (
+            "[mov,mp4,m4a,3gp,3g2,mj2 @ 0x55e063aaf8c0] [error] moov atom not found",
+            "[error] cut.mp4: Invalid data found when processing input",
+        ),
+        "moov atom not found",
+        "input",
+    ),
     (("[error] nofile.mp4: No such file or directory",), "nofile.mp4: No such file", "input"),
     (("[error] /tmp: Is a directory",), "/tmp: Is a directory", "input"),
-    (("[h264_nvenc @ 0x56146161ffc0] [error] Cannot load libcuda.so.1",
-      "[error] Error initializing output stream 0:0 -- Error while opening encoder for output stream #0:0 - "
-      "maybe incorrect parameters such as bit_rate, rate, width or height", "[info] Conversion failed!"),
-     "Cannot load libcuda.so.1", "no_capability"),
-    (("[h264_qsv @ 0x55dafcae7fc0] [error] Error initializing an internal MFX session: unsupported (-3)",
-      "[error] Error initializing output stream 0:0 -- Error while opening encoder for output stream #0:0 - "
-      "maybe incorrect parameters such as bit_rate, rate, width or height"),
-     "unsupported (-3)", "no_capability"),
-    (("[AVHWDeviceContext @ 0x55616ff7da40] [error] No VA display found for device /dev/dri/renderD128.",
-      "[error] Device creation failed: -22.",
-      "[error] Failed to set value '/dev/dri/renderD128' for option 'vaapi_device': Invalid argument",
-      "[fatal] Error parsing global options: Invalid argument"), "No VA display found", "no_capability"),
-    (("[info]       encoder         : Lavc59.37.100 libx264", "[fatal] Unknown encoder 'libnope'"),
-     "Unknown encoder 'libnope'", "no_capability"),
-    (("[tcp @ 0x557fa3fe2c40] [error] Connection to tcp://127.0.0.1:1 failed: Connection refused",
-      "[rtmp @ 0x557fa3fe3600] [error] Cannot open connection tcp://127.0.0.1:1?tcp_nodelay=0",
-      "[error] rtmp://127.0.0.1:1/live/x: Connection refused"), "Connection refused", "network"),
-    (("[tcp @ 0x55f4a17efc40] [error] Failed to resolve hostname nohost.invalid: Name or service not known",
-      "[error] rtmp://nohost.invalid/live/x: Input/output error"), "nohost.invalid", "network"),
-    (("[http @ 0x564b888c30c0] [warning] HTTP error 404 File not found",
-      "[error] http://127.0.0.1:18999/none.mp4: Server returned 404 Not Found"), "404 Not Found", "input"),
-    (("[fatal] Stream map '0:V:0' matches no streams.", "To ignore this, add a trailing '?' to the map."),
-     "matches no streams", "input"),
-    (("[error] av_interleaved_write_frame(): No space left on device",
-      "[error] Error writing trailer of /films/.ffdist-1.part: No space left on device",
-      "[libx264 @ 0x55d159f6be00] [info] kb/s:871.10", "[info] Conversion failed!"),
-     "No space left on device", "out_of_disk"),
+    (
+        (
+            "[h264_nvenc @ 0x56146161ffc0] [error] Cannot load libcuda.so.1",
+            "[error] Error initializing output stream 0:0 -- Error while opening encoder for "
+            "output stream #0:0 - "
+            "maybe incorrect parameters such as bit_rate, rate, width or height",
+            "[info] Conversion failed!",
+        ),
+        "Cannot load libcuda.so.1",
+        "no_capability",
+    ),
+    (
+        (
+            "[h264_qsv @ 0x55dafcae7fc0] [error] Error initializing an internal MFX session: "
+            "unsupported (-3)",
+            "[error] Error initializing output stream 0:0 -- Error while opening encoder for "
+            "output stream #0:0 - "
+            "maybe incorrect parameters such as bit_rate, rate, width or height",
+        ),
+        "unsupported (-3)",
+        "no_capability",
+    ),
+    (
+        (
+            "[AVHWDeviceContext @ 0x55616ff7da40] [error] No VA display found for device "
+            "/dev/dri/renderD128.",
+            "[error] Device creation failed: -22.",
+            "[error] Failed to set value '/dev/dri/renderD128' for option 'vaapi_device': "
+            "Invalid argument",
+            "[fatal] Error parsing global options: Invalid argument",
+        ),
+        "No VA display found",
+        "no_capability",
+    ),
+    (
+        (
+            "[info]       encoder         : Lavc59.37.100 libx264",
+            "[fatal] Unknown encoder 'libnope'",
+        ),
+        "Unknown encoder 'libnope'",
+        "no_capability",
+    ),
+    (
+        (
+            "[tcp @ 0x557fa3fe2c40] [error] Connection to tcp://127.0.0.1:1 failed: Connection "
+            "refused",
+            "[rtmp @ 0x557fa3fe3600] [error] Cannot open connection "
+            "tcp://127.0.0.1:1?tcp_nodelay=0",
+            "[error] rtmp://127.0.0.1:1/live/x: Connection refused",
+        ),
+        "Connection refused",
+        "network",
+    ),
+    (
+        (
+            "[tcp @ 0x55f4a17efc40] [error] Failed to resolve hostname nohost.invalid: Name or "
+            "service not known",
+            "[error] rtmp://nohost.invalid/live/x: Input/output error",
+        ),
+        "nohost.invalid",
+        "network",
+    ),
+    (
+        (
+            "[http @ 0x564b888c30c0] [warning] HTTP error 404 File not found",
+            "[error] http://127.0.0.1:18999/none.mp4: Server returned 404 Not Found",
+        ),
+        "404 Not Found",
+        "input",
+    ),
+    (
+        (
+            "[fatal] Stream map '0:V:0' matches no streams.",
+            "To ignore this, add a trailing '?' to the map.",
+        ),
+        "matches no streams",
+        "input",
+    ),
+    (
+        (
+            "[error] av_interleaved_write_frame(): No space left on device",
+            "[error] Error writing trailer of /films/.ffdist-1.part: No space left on device",
+            "[libx264 @ 0x55d159f6be00] [info] kb/s:871.10",
+            "[info] Conversion failed!",
+        ),
+        "No space left on device",
+        "out_of_disk",
+    ),
     (("[error] /films/o.mp4: Permission denied",), "Permission denied", "output"),
-    (("[error] Could not write header for output file #0 (incorrect codec parameters ?): Invalid argument",),
-     "Could not write header", "output"),
-    (("[srt @ 0x55d8c6f3af00] [error] Connection to srt://127.0.0.1:1 failed: Input/output error",
-      "[error] srt://127.0.0.1:1: Input/output error"), "srt://127.0.0.1:1", "network"),
-    (("[http @ 0x557669b698c0] [error] Stream ends prematurely at 52224, should be 104418",
-      "[error] http://127.0.0.1:56417/x.mp4: Input/output error"), "Input/output error", "network"),
-    (("[http @ 0x560b83c0e0c0] [warning] HTTP error 503 Service Unavailable",
-      "[error] http://127.0.0.1:1/x.mp4: Server returned 5XX Server Error reply"), "5XX", "network"),
-    (("http://127.0.0.1:1/x.mp4: Server returned 4XX Client Error, but not one of 40{0,1,3,4}",), "4XX",
-     "network"),
-    (("[error] http://127.0.0.1:1/x.mp4: Server returned 403 Forbidden (access denied)",), "403", "input"),
-    (("x264 [error]: invalid preset 'nope'",
-      "[libx264 @ 0x5576e3a50840] [error] Error setting preset/tune nope/(null).",
-      "[error] Error initializing output stream 0:0 -- Error while opening encoder for output stream #0:0 - "
-      "maybe incorrect parameters such as bit_rate, rate, width or height"), "nope", "parameters"),
+    (
+        (
+            "[error] Could not write header for output file #0 (incorrect codec parameters ?): "
+            "Invalid argument",
+        ),
+        "Could not write header",
+        "output",
+    ),
+    (
+        (
+            "[srt @ 0x55d8c6f3af00] [error] Connection to srt://127.0.0.1:1 failed: Input/output "
+            "error",
+            "[error] srt://127.0.0.1:1: Input/output error",
+        ),
+        "srt://127.0.0.1:1",
+        "network",
+    ),
+    (
+        (
+            "[http @ 0x557669b698c0] [error] Stream ends prematurely at 52224, should be 104418",
+            "[error] http://127.0.0.1:56417/x.mp4: Input/output error",
+        ),
+        "Input/output error",
+        "network",
+    ),
+    (
+        (
+            "[http @ 0x560b83c0e0c0] [warning] HTTP error 503 Service Unavailable",
+            "[error] http://127.0.0.1:1/x.mp4: Server returned 5XX Server Error reply",
+        ),
+        "5XX",
+        "network",
+    ),
+    (
+        ("http://127.0.0.1:1/x.mp4: Server returned 4XX Client Error, but not one of 40{0,1,3,4}",),
+        "4XX",
+        "network",
+    ),
+    (
+        ("[error] http://127.0.0.1:1/x.mp4: Server returned 403 Forbidden (access denied)",),
+        "403",
+        "input",
+    ),
+    (
+        (
+            "x264 [error]: invalid preset 'nope'",
+            "[libx264 @ 0x5576e3a50840] [error] Error setting preset/tune nope/(null).",
+            "[error] Error initializing output stream 0:0 -- Error while opening encoder for "
+            "output stream #0:0 - "
+            "maybe incorrect parameters such as bit_rate, rate, width or height",
+        ),
+        "nope",
+        "parameters",
+    ),
     (("[fatal] Unknown pixel format requested: nope.",), "nope", "parameters"),
     (("[fatal] Unrecognized hwaccel: nope.",), "nope", "parameters"),
-    (("[AVHWDeviceContext @ 0x55e492d1c580] [error] Could not dynamically load CUDA",
-      "[error] Device creation failed: -1.",
-      "[h264 @ 0x55e492d1d180] [error] No device available for decoder: device type cuda needed for codec"),
-     "CUDA", "no_capability"),
-    (("x264 [error]: malloc of size 16386 failed",
-      "[error] Error initializing output stream 0:0 -- Error while opening encoder for output stream #0:0 - "
-      "maybe incorrect parameters such as bit_rate, rate, width or height"), "malloc", "out_of_memory"),
-    (("[error] Error while opening decoder for input stream #0:0 : Resource temporarily unavailable",),
-     "Resource temporarily unavailable", "out_of_memory"),
+    (
+        (
+            "[AVHWDeviceContext @ 0x55e492d1c580] [error] Could not dynamically load CUDA",
+            "[error] Device creation failed: -1.",
+            "[h264 @ 0x55e492d1d180] [error] No device available for decoder: device type cuda "
+            "needed for codec",
+        ),
+        "CUDA",
+        "no_capability",
+    ),
+    (
+        (
+            "x264 [error]: malloc of size 16386 failed",
+            "[error] Error initializing output stream 0:0 -- Error while opening encoder for "
+            "output stream #0:0 - "
+            "maybe incorrect parameters such as bit_rate, rate, width or height",
+        ),
+        "malloc",
+        "out_of_memory",
+    ),
+    (
+        (
+            "[error] Error while opening decoder for input stream #0:0 : Resource temporarily "
+            "unavailable",
+        ),
+        "Resource temporarily unavailable",
+        "out_of_memory",
+    ),
 )
 
 
@@ -491,7 +676,9 @@ class Patience(unittest.TestCase):
         self.assertEqual(agent.stall_limit_s(0, 0), 1800)
         self.assertEqual(agent.stall_limit_s(1000, 40), 300)
         self.assertEqual(agent.stall_limit_s(10, 100), 600)
-        self.assertEqual([agent.stall_limit_s(frames, 10, 4.0) for frames in (0, 1000, 100)], [24, 4, 6])
+        self.assertEqual(
+            [agent.stall_limit_s(frames, 10, 4.0) for frames in (0, 1000, 100)], [24, 4, 6]
+        )
 
 
 class ReadingFfmpegsWords(unittest.TestCase):
@@ -508,8 +695,11 @@ class ReadingFfmpegsWords(unittest.TestCase):
     def test_a_process_that_was_killed_is_killed_whatever_it_had_said_before(self) -> None:
         self.assertEqual(agent.failure_reason(-signal.SIGKILL, ""), "killed")
         damaged = "[h264 @ 0x55] [error] Invalid data found when processing input"
-        self.assertEqual(agent.failure_reason(-signal.SIGKILL, damaged), "killed",
-                         "the kernel's OOM killer is no fault of the film: it must be tried elsewhere")
+        self.assertEqual(
+            agent.failure_reason(-signal.SIGKILL, damaged),
+            "killed",
+            "the kernel's OOM killer is no fault of the film: it must be tried elsewhere",
+        )
 
     def test_an_ffmpeg_that_others_told_to_end_was_killed(self) -> None:
         told = ["[swscaler @ 0x55] [warning] deprecated pixel format used",
@@ -521,8 +711,14 @@ class ReadingFfmpegsWords(unittest.TestCase):
         missing = "nice: 'ffmpeg': No such file or directory"
         self.assertEqual(agent.failure_reason(127, missing), "no_capability")
         self.assertEqual(agent.failure_reason(1, ""), "no_capability", "no FFmpeg that works")
-        self.assertEqual(agent.failure_reason(127, "ffmpeg: error while loading shared libraries: libx.so: "
-                                              "failed to map segment from shared object"), "out_of_memory")
+        self.assertEqual(
+            agent.failure_reason(
+                127,
+                "ffmpeg: error while loading shared libraries: libx.so: "
+                "failed to map segment from shared object",
+            ),
+            "out_of_memory",
+        )
 
     def test_a_crash_is_no_network_trouble(self) -> None:
         self.assertEqual(agent.failure_reason(-signal.SIGSEGV, "[info] Stream mapping:"), "killed")
@@ -534,28 +730,51 @@ class ReadingFfmpegsWords(unittest.TestCase):
         self.assertEqual(agent.last_words(["[info] Conversion failed!"]), "Conversion failed!")
 
     def test_a_repeated_error_is_told_once(self) -> None:
-        self.assertEqual(agent.last_words(["[error] broken"] * 40 + ["[error] gone"]), "broken; gone")
+        self.assertEqual(
+            agent.last_words(["[error] broken"] * 40 + ["[error] gone"]), "broken; gone"
+        )
 
     def test_scores_in_ffmpegs_words(self) -> None:
-        frames = ["n:1 mse_avg:0.00 psnr_avg:inf psnr_y:inf ", "n:2 mse_avg:1.00 psnr_avg:25.00 psnr_y:9 "]
-        words = ["[Parsed_psnr_2 @ 0x5] [info] PSNR y:40.1 u:44 v:44 average:41.25 min:39.0 max:45.1"]
+        frames = [
+            "n:1 mse_avg:0.00 psnr_avg:inf psnr_y:inf ",
+            "n:2 mse_avg:1.00 psnr_avg:25.00 psnr_y:9 ",
+        ]
+        words = [
+            "[Parsed_psnr_2 @ 0x5] [info] PSNR y:40.1 u:44 v:44 average:41.25 min:39.0 max:45.1"
+        ]
         self.assertEqual(agent.parse_scores("psnr", words, frames),
                          ({"psnr_db": 41.25, "psnr_min_db": 25.0, "psnr_harmonic_db": 40.0}, 2))
-        same = agent.parse_scores("psnr", ["[info] PSNR y:inf u:inf v:inf average:inf min:inf max:inf"],
-                                  ["psnr_avg:inf"])
+        same = agent.parse_scores(
+            "psnr", ["[info] PSNR y:inf u:inf v:inf average:inf min:inf max:inf"], ["psnr_avg:inf"]
+        )
         self.assertEqual(set(same[0].values()), {agent.PERFECT_PSNR_DB})
         near, _ = agent.parse_scores("psnr", ["[info] PSNR y:122.09 u:inf average:123.85 max:inf"],
                                      ["psnr_avg:inf", "psnr_avg:119.08", "psnr_avg:99.00"])
-        self.assertEqual((near["psnr_db"], near["psnr_min_db"]), (100.0, 99.0), "no better than identical")
+        self.assertEqual(
+            (near["psnr_db"], near["psnr_min_db"]), (100.0, 99.0), "no better than identical"
+        )
         found, _ = agent.parse_scores(
-            "ssim", ["[Parsed_ssim_2 @ 0x5] [info] SSIM Y:0.98 (18.1) U:0.99 (20) All:0.985417 (18.4)"],
-            ["n:1 Y:0.911767 U:0.953611 All:0.500000 (3.0)", "n:2 Y:1.0 U:1.0 V:1.0 All:1.000000 (inf)"])
+            "ssim",
+            ["[Parsed_ssim_2 @ 0x5] [info] SSIM Y:0.98 (18.1) U:0.99 (20) All:0.985417 (18.4)"],
+            [
+                "n:1 Y:0.911767 U:0.953611 All:0.500000 (3.0)",
+                "n:2 Y:1.0 U:1.0 V:1.0 All:1.000000 (inf)",
+            ],
+        )
         self.assertEqual(found, {"ssim": 0.985417, "ssim_min": 0.5, "ssim_harmonic": 0.666667})
-        found, count = agent.parse_scores("vmaf", ["[Parsed_libvmaf_0 @ 0x5] [info] VMAF score: 93.125"],
-                                          ["Frame,integer_adm2,vmaf,", "0,0.9,0.000000,", "1,0.9,99.000000,"])
-        self.assertEqual((found, count), ({"vmaf": 93.125, "vmaf_min": 0.0, "vmaf_harmonic": 0.980198}, 2))
-        found, _ = agent.parse_scores("xpsnr", ["[info] XPSNR  y: 38.2  u: 41  v: 41  (minimum: 38.2)"],
-                                      ["n:    1  XPSNR y: 31.8241  XPSNR u: 35.8520  XPSNR v: 34.8800"])
+        found, count = agent.parse_scores(
+            "vmaf",
+            ["[Parsed_libvmaf_0 @ 0x5] [info] VMAF score: 93.125"],
+            ["Frame,integer_adm2,vmaf,", "0,0.9,0.000000,", "1,0.9,99.000000,"],
+        )
+        self.assertEqual(
+            (found, count), ({"vmaf": 93.125, "vmaf_min": 0.0, "vmaf_harmonic": 0.980198}, 2)
+        )
+        found, _ = agent.parse_scores(
+            "xpsnr",
+            ["[info] XPSNR  y: 38.2  u: 41  v: 41  (minimum: 38.2)"],
+            ["n:    1  XPSNR y: 31.8241  XPSNR u: 35.8520  XPSNR v: 34.8800"],
+        )
         self.assertEqual((found["xpsnr_db"], found["xpsnr_min_db"]), (38.2, 31.8241))
         for metric in agent.SCORES:
             found = agent.parse_scores(metric, ["[error] no such filter", "PSNR", ""], ["", "n:1"])
@@ -570,11 +789,20 @@ class ReadingFfmpegsWords(unittest.TestCase):
 
 
 class ReadingProbes(unittest.TestCase):
-    VIDEO: ClassVar[agent.Json] = {"codec_type": "video", "codec_name": "h264", "width": 1280, "height": 720,
-                   "pix_fmt": "yuv420p", "avg_frame_rate": "25/1", "duration": "5.28"}
+    VIDEO: ClassVar[agent.Json] = {
+        "codec_type": "video",
+        "codec_name": "h264",
+        "width": 1280,
+        "height": 720,
+        "pix_fmt": "yuv420p",
+        "avg_frame_rate": "25/1",
+        "duration": "5.28",
+    }
 
     def probe(self, *streams: object, **format_: object) -> Source:
-        return agent.parse_probe(json.dumps({"streams": list(streams), "format": format_}), "in.mp4")
+        return agent.parse_probe(
+            json.dumps({"streams": list(streams), "format": format_}), "in.mp4"
+        )
 
     def test_a_common_film(self) -> None:
         film = self.probe(self.VIDEO, {"codec_type": "audio"})
@@ -594,15 +822,28 @@ class ReadingProbes(unittest.TestCase):
             film = self.probe({**self.VIDEO, "side_data_list": [{"rotation": turn}]})
             self.assertEqual((film.width, film.height), (720, 1280))
         self.assertEqual(self.probe({**self.VIDEO, "tags": {"rotate": "90"}}).width, 720)
-        self.assertEqual(self.probe({**self.VIDEO, "side_data_list": [{"rotation": 180}]}).width, 1280)
+        self.assertEqual(
+            self.probe({**self.VIDEO, "side_data_list": [{"rotation": 180}]}).width, 1280
+        )
 
     def test_pixels_that_are_not_square_count_in_the_width(self) -> None:
-        film = self.probe({**self.VIDEO, "width": 720, "height": 576, "sample_aspect_ratio": "64:45"})
+        film = self.probe(
+            {**self.VIDEO, "width": 720, "height": 576, "sample_aspect_ratio": "64:45"}
+        )
         self.assertEqual((film.width, film.height, film.square_pixels), (1024, 576, False))
         self.assertTrue(self.probe({**self.VIDEO, "sample_aspect_ratio": "0:1"}).square_pixels)
-        turned = self.probe({**self.VIDEO, "width": 320, "height": 180, "sample_aspect_ratio": "4:3",
-                             "side_data_list": [{"rotation": 90}]})
-        self.assertEqual((turned.width, turned.height), (134, 320), "FFmpeg turns the shape of pixels too")
+        turned = self.probe(
+            {
+                **self.VIDEO,
+                "width": 320,
+                "height": 180,
+                "sample_aspect_ratio": "4:3",
+                "side_data_list": [{"rotation": 90}],
+            }
+        )
+        self.assertEqual(
+            (turned.width, turned.height), (134, 320), "FFmpeg turns the shape of pixels too"
+        )
 
     def test_a_picture_that_no_encoder_takes_is_said_to_be_too_small(self) -> None:
         for width, height in ((1, 1), (17, 1), (1, 100)):
@@ -611,10 +852,13 @@ class ReadingProbes(unittest.TestCase):
 
     def test_a_rate_is_steady_only_where_the_frames_were_counted(self) -> None:
         film = {**self.VIDEO, "r_frame_rate": "25/1", "nb_frames": "132"}
-        for change, steady, beat in (({}, True, ""), ({"nb_frames": "N/A"}, False, ""),
-                                     ({"avg_frame_rate": "125/7", "r_frame_rate": "25/2"}, False, "25/2"),
-                                     ({"avg_frame_rate": "0/0"}, True, ""),
-                                     ({"r_frame_rate": "0/0"}, True, "")):
+        for change, steady, beat in (
+            ({}, True, ""),
+            ({"nb_frames": "N/A"}, False, ""),
+            ({"avg_frame_rate": "125/7", "r_frame_rate": "25/2"}, False, "25/2"),
+            ({"avg_frame_rate": "0/0"}, True, ""),
+            ({"r_frame_rate": "0/0"}, True, ""),
+        ):
             found = self.probe({**film, **change})
             self.assertEqual((found.steady, found.base_fps), (steady, beat), change)
 
@@ -624,27 +868,70 @@ class ReadingProbes(unittest.TestCase):
         late = {**bare, "start_time": "3.000000", "tags": {"DURATION": "00:00:05.000000000"}}
         film = self.probe(late, format_name="matroska,webm", start_time="2.977", duration="5.0")
         self.assertEqual((film.duration_s, round(film.start_s, 6)), (2.0, 0.023))
-        film = self.probe({**bare, "start_time": "3.0"}, format_name="matroska,webm", duration="5.0")
+        film = self.probe(
+            {**bare, "start_time": "3.0"}, format_name="matroska,webm", duration="5.0"
+        )
         self.assertEqual(film.duration_s, 2.0)
-        film = self.probe({**self.VIDEO, "start_time": "0.5"}, format_name="mov", start_time="-0.25")
+        film = self.probe(
+            {**self.VIDEO, "start_time": "0.5"}, format_name="mov", start_time="-0.25"
+        )
         self.assertEqual((film.duration_s, film.start_s), (5.28, 0.75))
-        film = self.probe({**self.VIDEO, "start_time": "1.4"}, format_name="mpegts", start_time="N/A")
+        film = self.probe(
+            {**self.VIDEO, "start_time": "1.4"}, format_name="mpegts", start_time="N/A"
+        )
         self.assertEqual(film.start_s, 1.4)
 
     def test_an_unknown_length_is_none_never_zero(self) -> None:
         bare = {name: value for name, value in self.VIDEO.items() if name != "duration"}
         self.assertIsNone(self.probe(bare).duration_s)
         self.assertIsNone(self.probe({**bare, "duration": "N/A"}).duration_s)
-        self.assertEqual(self.probe({**bare, "tags": {"DURATION": "00:01:02.500000000"}}).duration_s, 62.5)
+        self.assertEqual(
+            self.probe({**bare, "tags": {"DURATION": "00:01:02.500000000"}}).duration_s, 62.5
+        )
         self.assertEqual(self.probe(bare, duration="7.5").duration_s, 7.5)
 
     def test_hostile_answers_are_a_failure_or_a_film_and_never_an_error_of_ours(self) -> None:
-        strange = (None, [], {}, "x", -1, 0, 1e400, "1e999", "nan", "0/0", True, [[]], {"a": {}}, "9" * 400)
-        texts = ["", "{", "null", "[]", "5", '"x"', "[" * 100_000, '{"streams": 5}', '{"streams": "abc"}',
-                 '{"streams": [null, 5, "x", []]}', '{"format": []}']
-        texts += [json.dumps({"streams": [{**self.VIDEO, name: value}], "format": {}})
-                  for name in (*self.VIDEO, "sample_aspect_ratio", "disposition", "tags", "side_data_list",
-                               "r_frame_rate") for value in strange]
+        strange = (
+            None,
+            [],
+            {},
+            "x",
+            -1,
+            0,
+            1e400,
+            "1e999",
+            "nan",
+            "0/0",
+            True,
+            [[]],
+            {"a": {}},
+            "9" * 400,
+        )
+        texts = [
+            "",
+            "{",
+            "null",
+            "[]",
+            "5",
+            '"x"',
+            "[" * 100_000,
+            '{"streams": 5}',
+            '{"streams": "abc"}',
+            '{"streams": [null, 5, "x", []]}',
+            '{"format": []}',
+        ]
+        texts += [
+            json.dumps({"streams": [{**self.VIDEO, name: value}], "format": {}})
+            for name in (
+                *self.VIDEO,
+                "sample_aspect_ratio",
+                "disposition",
+                "tags",
+                "side_data_list",
+                "r_frame_rate",
+            )
+            for value in strange
+        ]
         texts += [json.dumps({"streams": [self.VIDEO], "format": value}) for value in strange]
         texts += [json.dumps({"streams": [{**self.VIDEO, "side_data_list": [{"rotation": value}]}]})
                   for value in strange]
@@ -662,16 +949,30 @@ class ReadingProbes(unittest.TestCase):
 
 class ReadingWords(unittest.TestCase):
     def test_durations(self) -> None:
-        for text, value in (("10s", 10), ("0.5s", 0.5), ("1m30s", 90), ("2h", 7200), ("7", 7), (" 3s ", 3),
-                            ("1h1m1s", 3661)):
+        for text, value in (
+            ("10s", 10),
+            ("0.5s", 0.5),
+            ("1m30s", 90),
+            ("2h", 7200),
+            ("7", 7),
+            (" 3s ", 3),
+            ("1h1m1s", 3661),
+        ):
             self.assertEqual(agent.parse_duration(text), value)
         for text in ("", "s", "-1", "10x", "1e3", "nan", "inf", "10 s s", "m", "1s1h"):
             with self.assertRaises(ValueError, msg=text):
                 agent.parse_duration(text)
 
     def test_sizes(self) -> None:
-        for text, size in (("0", 0), ("1000", 1000), ("64M", 64 << 20), ("1.5g", 3 << 29), ("2GiB", 2 << 30),
-                           ("4kB", 4096), ("1T", 1 << 40)):
+        for text, size in (
+            ("0", 0),
+            ("1000", 1000),
+            ("64M", 64 << 20),
+            ("1.5g", 3 << 29),
+            ("2GiB", 2 << 30),
+            ("4kB", 4096),
+            ("1T", 1 << 40),
+        ):
             self.assertEqual(agent.size_bytes(text), size, text)
         for text in ("", "M", "-1", "lots", "1 000", "1e9", "64MM", "∞", "1.2345M"):
             with self.assertRaises(argparse.ArgumentTypeError, msg=text):
@@ -688,12 +989,32 @@ class ReadingWords(unittest.TestCase):
             agent.seconds("9" * 400)
 
     def test_parameters_of_a_command_line(self) -> None:
-        self.assertEqual(agent.parameters_of(["duration=1m30s", "bitrate=5M", "two_pass=yes", "crf=21",
-                                              "quality=psnr,ssim", "codec=h265", "fps=30000/1001",
-                                              "input=a=b.mp4", "name_unknown=1"]),
-                         {"duration": 90.0, "bitrate": "5M", "two_pass": True, "crf": 21,
-                          "quality": ["psnr", "ssim"], "codec": "h265", "fps": "30000/1001",
-                          "input": "a=b.mp4", "name_unknown": "1"})
+        self.assertEqual(
+            agent.parameters_of(
+                [
+                    "duration=1m30s",
+                    "bitrate=5M",
+                    "two_pass=yes",
+                    "crf=21",
+                    "quality=psnr,ssim",
+                    "codec=h265",
+                    "fps=30000/1001",
+                    "input=a=b.mp4",
+                    "name_unknown=1",
+                ]
+            ),
+            {
+                "duration": 90.0,
+                "bitrate": "5M",
+                "two_pass": True,
+                "crf": 21,
+                "quality": ["psnr", "ssim"],
+                "codec": "h265",
+                "fps": "30000/1001",
+                "input": "a=b.mp4",
+                "name_unknown": "1",
+            },
+        )
         for word in ("duration", "=5", ""):
             with self.assertRaises(ValueError):
                 agent.parameters_of([word])
@@ -716,13 +1037,35 @@ class ReadingWords(unittest.TestCase):
             self.assertEqual(caught.exception.field, f"parameters.{name}")
 
     def test_loopback_and_link_local_are_opened_only_where_listed(self) -> None:
-        closed = ("127.0.0.1", "127.8.8.8", "::1", "169.254.169.254", "fe80::1", "fe80::1%eth0", "0.0.0.0",
-                  "::", "::ffff:127.0.0.1", "::ffff:169.254.169.254", "2002:7f00:1::1", "64:ff9b::7f00:1",
-                  "64:ff9b::a9fe:a9fe", "fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192",
-                  "::ffff:168.63.129.16", "fd20:ce::254", "fd00:42::42", "fd00:c1::a9fe:a9fe", "fd00:ec2::23")
+        closed = (
+            "127.0.0.1",
+            "127.8.8.8",
+            "::1",
+            "169.254.169.254",
+            "fe80::1",
+            "fe80::1%eth0",
+            "0.0.0.0",
+            "::",
+            "::ffff:127.0.0.1",
+            "::ffff:169.254.169.254",
+            "2002:7f00:1::1",
+            "64:ff9b::7f00:1",
+            "64:ff9b::a9fe:a9fe",
+            "fd00:ec2::254",
+            "100.100.100.200",
+            "168.63.129.16",
+            "192.0.0.192",
+            "::ffff:168.63.129.16",
+            "fd20:ce::254",
+            "fd00:42::42",
+            "fd00:c1::a9fe:a9fe",
+            "fd00:ec2::23",
+        )
         for address in closed:
             self.assertFalse(agent.address_allowed(address, "host", ()), address)
-            self.assertFalse(agent.address_allowed(address, "host", ("10.0.0.0/8", "other", "")), address)
+            self.assertFalse(
+                agent.address_allowed(address, "host", ("10.0.0.0/8", "other", "")), address
+            )
             self.assertTrue(agent.address_allowed(address, "Media", ("media",)), address)
         for address in ("8.8.8.8", "10.0.0.1", "2001:db8::1", "192.168.1.1", "fd00:ec2::253",
                         "64:ff9b::a00:1"):
@@ -747,7 +1090,9 @@ class ShowingPeople(unittest.TestCase):
                 ("0a1b2c3d", "completed", "-", "node-1", "one two three four five six"),
                 ("4e5f6a7b", "failed", "-", "n", "-")]
         wide = agent.table_text(rows, 80, heads=True).split("\n")
-        self.assertEqual(wide[0], "JOB       STATUS     NODE    WHAT", "the column of which nothing is known")
+        self.assertEqual(
+            wide[0], "JOB       STATUS     NODE    WHAT", "the column of which nothing is known"
+        )
         self.assertEqual(len(wide), 3)
         wrapped = agent.table_text(rows, 49, heads=True).split("\n")
         self.assertEqual(wrapped[1:3], ["0a1b2c3d  completed  node-1  one two three four",
@@ -777,28 +1122,52 @@ class ShowingPeople(unittest.TestCase):
         self.assertNotIn("None", " ".join(rows.values()))
 
     def test_results_of_strangers_can_be_shown(self) -> None:
-        for result in ({}, {"metrics": None}, {"metrics": {}}, {"metrics": {"unknown": None}, "encode": None},
-                       {"metrics": {"cpu_usage": 75.5, "memory_usage": 2048, "duration": 5.0},
-                        "analyzer_output": {"scenario": "4K60-h264", "recommendation": "optimal"}}):
+        for result in (
+            {},
+            {"metrics": None},
+            {"metrics": {}},
+            {"metrics": {"unknown": None}, "encode": None},
+            {
+                "metrics": {"cpu_usage": 75.5, "memory_usage": 2048, "duration": 5.0},
+                "analyzer_output": {"scenario": "4K60-h264", "recommendation": "optimal"},
+            },
+        ):
             rows = agent.result_rows(result)
             self.assertTrue(all(isinstance(cell, str) for row in rows for cell in row))
 
     def test_quality_that_was_asked_for_and_could_not_be_taken_says_why(self) -> None:
-        rows = dict(agent.result_rows({"metrics": {
-            "psnr_db": None, "ssim": None, "vmaf": None, "xpsnr_db": None,
-            "unknown": {"psnr_db": "not asked for", "ssim": "not asked for", "xpsnr_db": "not asked for",
-                        "vmaf": "this FFmpeg has no vmaf filter"}}}))
+        rows = dict(
+            agent.result_rows(
+                {
+                    "metrics": {
+                        "psnr_db": None,
+                        "ssim": None,
+                        "vmaf": None,
+                        "xpsnr_db": None,
+                        "unknown": {
+                            "psnr_db": "not asked for",
+                            "ssim": "not asked for",
+                            "xpsnr_db": "not asked for",
+                            "vmaf": "this FFmpeg has no vmaf filter",
+                        },
+                    }
+                }
+            )
+        )
         self.assertIn("no vmaf filter", rows["quality"])
 
     def test_progress_for_people(self) -> None:
         self.assertEqual(agent.progress_text({}), "encoding")
-        line = agent.progress_text({"phase": "pass 1 of 2", "percent": 50.0, "fps": 61.7, "speed": 2.0,
-                                    "eta_s": 75})
+        line = agent.progress_text(
+            {"phase": "pass 1 of 2", "percent": 50.0, "fps": 61.7, "speed": 2.0, "eta_s": 75}
+        )
         bar = "#" * 12 + "." * 12
         self.assertEqual(line, f"pass 1 of 2  [{bar}]  50 %  62 fps  2.00x  1 min 15 s left")
         for value in (None, "x", -5, 1e9):
             agent.progress_text({"percent": value, "fps": None, "speed": None, "eta_s": None})
-        self.assertEqual(agent.progress_text({"percent": 0, "fps": 0.0, "speed": 1.2}).count(" %"), 1)
+        self.assertEqual(
+            agent.progress_text({"percent": 0, "fps": 0.0, "speed": 1.2}).count(" %"), 1
+        )
         for early in ({"fps": 0.0, "speed": 1.2}, {"fps": 3.0, "speed": 0.0}, {"fps": 3.0}):
             self.assertEqual(agent.progress_text({"phase": "starting", **early}), "starting")
 
@@ -885,7 +1254,11 @@ class Spooling(FolderCase):
         def noted_replace(old: Path, new: Path) -> None:
             done.append("name")
             replace(old, new)
-        with mock.patch("agent.os.fsync", noted_fsync), mock.patch("agent.os.replace", noted_replace):
+
+        with (
+            mock.patch("agent.os.fsync", noted_fsync),
+            mock.patch("agent.os.replace", noted_replace),
+        ):
             self.put("a")
         size = next((self.folder / "spool").glob("*.json")).stat().st_size
         self.assertEqual(done, [size, "name", "folder"])
@@ -897,7 +1270,9 @@ class Spooling(FolderCase):
             for _ in range(3):
                 with self.assertRaises(OSError):
                     self.put("a")
-        self.assertEqual(list((self.folder / "spool").iterdir()), [], "each try would fill the disk further")
+        self.assertEqual(
+            list((self.folder / "spool").iterdir()), [], "each try would fill the disk further"
+        )
         self.put("a")
         self.assertEqual(self.waiting(), ["a"])
 
@@ -980,9 +1355,19 @@ class Timekeeping(unittest.TestCase):
 
 class Registering(FolderCase):
     def test_an_attempt_that_ends_meanwhile_is_held_all_the_same(self) -> None:
-        """It leaves what runs for the spool: a look at the spool first, then at what runs, would miss it."""
-        options = agent.Options("127.0.0.1:9", True, 10, 30, 1, self.folder, self.folder, str(self.folder),
-                                "worker-01", ())
+        """It leaves the runs for the spool: a look at the spool first, then at the runs, misses it."""
+        options = agent.Options(
+            "127.0.0.1:9",
+            True,
+            10,
+            30,
+            1,
+            self.folder,
+            self.folder,
+            str(self.folder),
+            "worker-01",
+            (),
+        )
         node = agent.Agent(options, hwdetect.Hardware(), hwdetect.Host(str(self.folder)),
                            logging.getLogger("ffdist.agent"))
         attempt = agent.Attempt(agent.Job("job-1", 3, None, None), node._place)
@@ -1027,7 +1412,9 @@ class StandInMaster:
     def register(self, body: agent.Json) -> agent.Registered:
         return self._answer("register", body, agent.Registered("node-1", 1, 90.0))
 
-    def heartbeat(self, node_id: str, body: agent.Json, wait_s: float | None = None) -> agent.Answer:
+    def heartbeat(
+        self, node_id: str, body: agent.Json, wait_s: float | None = None
+    ) -> agent.Answer:
         return self._answer("heartbeat", body, agent.Answer())
 
     def claim(self, query: agent.Json, wait_s: float | None = None) -> agent.Answer:
@@ -1047,7 +1434,7 @@ class StandInMaster:
 
 
 class TalkCase(FolderCase):
-    """A node that talks with a stand-in of a master: no threads, no processes, a clock of the test's own."""
+    """A node that talks with a stand-in master: no threads, no processes, a clock of the test."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -1092,18 +1479,27 @@ class Sessions(TalkCase):
         self.master.answers = {"register": [away]}
         self.assertEqual(self.steps(self.session, 8), [0.5, 1, 2, 4, 8, 15, 15, 15])
         self.master.answers = {"claim": [away]}
-        self.assertEqual(self.steps(self.session, 3), [0, 15, 15], "a registration alone is no recovery")
+        self.assertEqual(
+            self.steps(self.session, 3), [0, 15, 15], "a registration alone is no recovery"
+        )
         self.master.answers = {}
         self.steps(self.session, 1)
         self.master.answers = {"claim": [away]}
         self.assertEqual(self.steps(self.session, 3), [0.5, 1, 2], "an answer begins anew")
 
     def test_a_master_with_little_patience_is_tried_more_often(self) -> None:
-        self.master.answers = {"register": [agent.Registered("node-1", 1, 9.0)], "claim": [ApiError(503, "")]}
+        self.master.answers = {
+            "register": [agent.Registered("node-1", 1, 9.0)],
+            "claim": [ApiError(503, "")],
+        }
         self.assertEqual(self.steps(self.session, 6), [0, 0.5, 1, 2, 3, 3])
 
     def test_an_attempt_that_the_master_does_not_confirm_by_its_number_is_stopped(self) -> None:
-        first, second, other = self.running("job-1", 1), self.running("job-2", 2), self.running("job-3", 1)
+        first, second, other = (
+            self.running("job-1", 1),
+            self.running("job-2", 2),
+            self.running("job-3", 1),
+        )
         holding = frozenset({("job-1", 2), ("job-2", 2)})
         self.master.answers = {"register": [agent.Registered("node-1", 1, 90.0, holding)]}
         self.steps(self.session, 1)
@@ -1119,19 +1515,25 @@ class Sessions(TalkCase):
         self.assertEqual(self.steps(self.session, 1), [0])
         self.master.answers = {"register": [ApiError(404, "no such path")]}
         self.assertEqual(self.steps(self.session, 2), [15, 15])
-        self.assertEqual(self.master.names(), ["register", "claim", "claim", "register", "register"])
+        self.assertEqual(
+            self.master.names(), ["register", "claim", "claim", "register", "register"]
+        )
 
     def test_another_start_of_this_node_ends_this_one(self) -> None:
         refusal = ApiError(409, "another start", "session")
         self.steps(self.session, 1)
         self.master.answers = {"claim": [refusal], "register": [refusal]}
-        self.assertEqual(self.steps(self.session, 1), [0.5], "it may only have forgotten the session")
+        self.assertEqual(
+            self.steps(self.session, 1), [0.5], "it may only have forgotten the session"
+        )
         with self.assertRaises(agent.Superseded):
             self.session.step(self.now)
 
     def test_a_claim_keeps_its_word_until_an_answer_used_it_up(self) -> None:
         away = ApiError(0, "no answer")
-        self.master.answers = {"claim": [away, agent.Answer(), agent.Answer(claim=True), agent.Answer()]}
+        self.master.answers = {
+            "claim": [away, agent.Answer(), agent.Answer(claim=True), agent.Answer()]
+        }
         self.steps(self.session, 5)
         words = [body["claim"] for name, body in self.master.calls if name == "claim"]
         self.assertEqual(len(words), 4)
@@ -1181,9 +1583,13 @@ class Sessions(TalkCase):
     def test_a_new_idle_baseline_is_sent_until_the_master_has_it(self) -> None:
         self.steps(self.session, 2)
         self.meter.idle = mock.sentinel.newer
-        self.master.answers = {"register": [ApiError(0, "no answer"), agent.Registered("node-1", 1, 90.0)]}
+        self.master.answers = {
+            "register": [ApiError(0, "no answer"), agent.Registered("node-1", 1, 90.0)]
+        }
         self.steps(self.session, 3)
-        self.assertEqual(self.master.names(), ["register", "claim", "register", "register", "claim"])
+        self.assertEqual(
+            self.master.names(), ["register", "claim", "register", "register", "claim"]
+        )
 
 
 class Reports(TalkCase):
@@ -1210,10 +1616,15 @@ class Reports(TalkCase):
         self.assertEqual(self.kept(), [])
 
     def test_what_the_master_has_judged_leaves_the_spool_and_nothing_else(self) -> None:
-        for error, left in ((None, []), (ApiError(404, "unknown job"), []), (ApiError(409, "lost"), []),
-                            (ApiError(400, "bad"), ["a", "b"]), (ApiError(503, "busy"), ["a", "b"]),
-                            (ApiError(409, "who?", "session"), ["a", "b"]),
-                            (ApiError(404, "who?", "node_id"), ["a", "b"])):
+        for error, left in (
+            (None, []),
+            (ApiError(404, "unknown job"), []),
+            (ApiError(409, "lost"), []),
+            (ApiError(400, "bad"), ["a", "b"]),
+            (ApiError(503, "busy"), ["a", "b"]),
+            (ApiError(409, "who?", "session"), ["a", "b"]),
+            (ApiError(404, "who?", "node_id"), ["a", "b"]),
+        ):
             with self.subTest(error=str(error)):
                 for path, _ in self.link.state.spool.entries():
                     path.unlink()
@@ -1256,11 +1667,15 @@ class Reports(TalkCase):
         for number in range(agent.LINES_A_REPORT + 1):
             attempt.log.add(str(number))
         self.assertEqual(self.steps(self.reporter, 2), [0, agent.PROGRESS_S])
-        self.assertEqual([body["lines_from"] for _, body in self.master.calls], [0, agent.LINES_A_REPORT])
+        self.assertEqual(
+            [body["lines_from"] for _, body in self.master.calls], [0, agent.LINES_A_REPORT]
+        )
 
     def test_an_order_for_an_attempt_that_is_not_here_is_answered_once(self) -> None:
         running = self.running("job-1", 2)
-        answer = agent.Answer(orders=(agent.Order("cancel", "job-1", 1), agent.Order("pause", "job-9", 1)))
+        answer = agent.Answer(
+            orders=(agent.Order("cancel", "job-1", 1), agent.Order("pause", "job-9", 1))
+        )
         for _ in range(2):
             self.node.obey(answer)
         self.assertEqual(self.link.state.spool.waiting(), [("job-1", 1)])
@@ -1278,8 +1693,9 @@ class Reports(TalkCase):
         self.assertEqual(until, 1000.0 + agent.PUBLISH_S)
         self.assertEqual(self.master.calls[-1][1]["published"], {"bytes": 1})
 
-    def test_while_the_master_is_away_only_a_marked_film_gets_its_name_and_only_while_the_lease_lasts(
-            self) -> None:
+    def test_while_the_master_is_away_only_a_marked_film_gets_its_name_while_the_lease_lasts(
+        self,
+    ) -> None:
         attempt = self.running()
         attempt.leased_at = self.now - 20
         self.master.answers = {"progress": [ApiError(0, "no answer")]}
@@ -1330,8 +1746,13 @@ class ClearingUp(FolderCase):
         for name, content in (("mine.mp4", b""), ("theirs.mp4", b"")):
             (films / name).write_bytes(content)
             found = (films / "mine.mp4").stat()
-            note = {"root": str(self.folder), "parts": ["films"], "hidden": f".ffdist-{'0' * 32}.part",
-                    "taken": name, "identity": [found.st_dev, found.st_ino, found.st_mtime_ns]}
+            note = {
+                "root": str(self.folder),
+                "parts": ["films"],
+                "hidden": f".ffdist-{'0' * 32}.part",
+                "taken": name,
+                "identity": [found.st_dev, found.st_ino, found.st_mtime_ns],
+            }
             folder = self.left_behind(1, 1, f"job-{name[:4]}")
             (folder / agent.HIDDEN_NOTE).write_text(json.dumps(note))
         agent.clear_work(self.folder / "work", hwdetect.Host())
@@ -1348,7 +1769,9 @@ class ClearingUp(FolderCase):
     def test_torn_notes_harm_nobody(self) -> None:
         precious = self.folder / "precious.mp4"
         precious.write_bytes(b"film")
-        for number, text in enumerate(("", "1 0", "0 0", "-1 5", "x y", "99999999 1", "\x00\x01", "1 2 3")):
+        for number, text in enumerate(
+            ("", "1 0", "0 0", "-1 5", "x y", "99999999 1", "\x00\x01", "1 2 3")
+        ):
             folder = self.left_behind(1, 1, f"job-{number}")
             (folder / "process").write_text(text)
             note = {"root": str(self.folder), "parts": [[], ["none"], 5][number % 3],
@@ -1372,20 +1795,33 @@ class ClearingUp(FolderCase):
         agent.bound_cache(self.folder, 2500)
         self.assertEqual({path.stem for path in self.folder.iterdir()}, {"newest", "middle"})
         agent.bound_cache(self.folder, 10)
-        self.assertEqual({path.stem for path in self.folder.iterdir()}, {"newest"}, "the one in use stays")
+        self.assertEqual(
+            {path.stem for path in self.folder.iterdir()}, {"newest"}, "the one in use stays"
+        )
 
     def test_a_run_by_hand_leaves_the_folder_that_it_was_given(self) -> None:
         mine = self.folder / "mine"
         mine.mkdir()
         (mine / "precious.mp4").write_bytes(b"film")
-        done = run(agent.__file__, "run", "64p25-h264", "--no-probe", "--work-dir", str(mine), "--state-dir",
-                   str(self.folder / "state"), "--input", "nowhere.mp4", folder=self.folder)
+        done = run(
+            agent.__file__,
+            "run",
+            "64p25-h264",
+            "--no-probe",
+            "--work-dir",
+            str(mine),
+            "--state-dir",
+            str(self.folder / "state"),
+            "--input",
+            "nowhere.mp4",
+            folder=self.folder,
+        )
         self.assertEqual(done.returncode, 1, done.stderr)
         self.assertTrue((mine / "precious.mp4").exists())
 
 
 class Metering(FolderCase):
-    """Energy and CPU of attempts, from a fed tree of /proc and /sys: a stand-in for a machine with RAPL."""
+    """Energy and CPU of attempts, from a fed tree of /proc and /sys: a machine with RAPL."""
 
     RANGE_UJ = 10_000_000_000
 
@@ -1486,8 +1922,10 @@ class Metering(FolderCase):
         self.assertEqual([row["idle_joules"] for row in rows], [150.0, 50.0])
         self.assertEqual([row["net_energy_joules"] for row in rows], [225.0, 75.0])
         self.assertEqual([row["idle_watts"] for row in rows], [10.0, 10.0])
-        self.assertEqual((rows[0]["power_watts"], rows[0]["power_source"], rows[0]["energy_estimated"]),
-                         (18.75, "rapl", False))
+        self.assertEqual(
+            (rows[0]["power_watts"], rows[0]["power_source"], rows[0]["energy_estimated"]),
+            (18.75, "rapl", False),
+        )
         self.assertTrue(rows[0]["power_resolution"])
 
     def test_without_a_baseline_net_is_unknown_and_gross_is_not(self) -> None:
@@ -1500,11 +1938,17 @@ class Metering(FolderCase):
 
     def test_an_idle_baseline_of_something_else_is_none_of_this_run(self) -> None:
         gpu = hwdetect.GpuReading("T4", 0, 30.0, 5.0, source="nvidia-smi", covered_s=1.0)
-        rows = [hwdetect.Reading(float(at), 5.0, None, 9.0, 9.0 * at, float(at), power_source="rapl",
-                                 gpus=(gpu,)) for at in (0, 1)]
-        for idle, words in ((hwdetect.Idle(10.0, 0.5, 0.0, "model", 1), "of model, this run of rapl"),
-                            (hwdetect.Idle(10.0, 0.5, 0.0, "rapl"), "lacks a GPU"),
-                            (hwdetect.Idle(10.0, 0.5, 0.0, "rapl", 1), "")):
+        rows = [
+            hwdetect.Reading(
+                float(at), 5.0, None, 9.0, 9.0 * at, float(at), power_source="rapl", gpus=(gpu,)
+            )
+            for at in (0, 1)
+        ]
+        for idle, words in (
+            (hwdetect.Idle(10.0, 0.5, 0.0, "model", 1), "of model, this run of rapl"),
+            (hwdetect.Idle(10.0, 0.5, 0.0, "rapl"), "lacks a GPU"),
+            (hwdetect.Idle(10.0, 0.5, 0.0, "rapl", 1), ""),
+        ):
             baseline, ledger = hwdetect.Baseline(0.0), hwdetect.Ledger()
             baseline.idle = idle
             ledger.book(hwdetect.Interval(*rows), 1.0, baseline)
@@ -1516,7 +1960,11 @@ class Metering(FolderCase):
         with mock.patch.object(hwdetect.Baseline, "wait_s", return_value=3600):  # its thread sleeps
             meter = hwdetect.Meter(self.host, self.hardware, clock=lambda: self.now)
         self.load, attempt, found = 1, mock.Mock(), []
-        for works, rest_s in ((True, hwdetect.IDLE_REST_S), (False, 0.0), (None, hwdetect.IDLE_REST_S)):
+        for works, rest_s in (
+            (True, hwdetect.IDLE_REST_S),
+            (False, 0.0),
+            (None, hwdetect.IDLE_REST_S),
+        ):
             if works is not None:
                 meter.work(attempt, works)
             self.now += rest_s
@@ -1551,9 +1999,21 @@ class Metering(FolderCase):
 
     def test_each_gpu_s_energy_is_of_the_time_that_it_told(self) -> None:
         def reading(at: float, *told: tuple[float, float]) -> hwdetect.Reading:
-            return hwdetect.Reading(at, 50.0, None, 9.0, 9.0 * at, at, power_source="rapl", gpus=tuple(
-                hwdetect.GpuReading("L4", number, 30.0, joules, source="nvidia-smi", covered_s=covered_s)
-                for number, (joules, covered_s) in enumerate(told)))
+            return hwdetect.Reading(
+                at,
+                50.0,
+                None,
+                9.0,
+                9.0 * at,
+                at,
+                power_source="rapl",
+                gpus=tuple(
+                    hwdetect.GpuReading(
+                        "L4", number, 30.0, joules, source="nvidia-smi", covered_s=covered_s
+                    )
+                    for number, (joules, covered_s) in enumerate(told)
+                ),
+            )
         for second, joules in (((200.0, 5.0), 90.0 + 300 + 400), ((80.0, 2.0), None)):
             ledger = hwdetect.Ledger(power_source="rapl")
             rows = reading(0.0, (0.0, 0.0), (0.0, 0.0)), reading(10.0, (300.0, 10.0), second)
@@ -1571,7 +2031,9 @@ class Metering(FolderCase):
         self.meter.leave(second)
         self.energy(7)
         self.meter.leave(first)
-        self.assertEqual((first.energy_joules, second.energy_joules), (5.0 + 10.0 + 7.0, 5.0 + 40.0 + 10.0))
+        self.assertEqual(
+            (first.energy_joules, second.energy_joules), (5.0 + 10.0 + 7.0, 5.0 + 40.0 + 10.0)
+        )
         self.assertEqual((first.measured_s, second.measured_s), (3.0, 3.0))
 
     def test_the_meter_measures_a_resting_machine_by_itself(self) -> None:
@@ -1594,19 +2056,30 @@ class Metering(FolderCase):
 
     def test_a_gpu_s_joules_go_to_those_who_use_it(self) -> None:
         def reading(now: float, gpu_joules: float, covered_s: float) -> hwdetect.Reading:
-            gpu = hwdetect.GpuReading("T4", 0, 30.0, gpu_joules, source="nvidia-smi", covered_s=covered_s)
+            gpu = hwdetect.GpuReading(
+                "T4", 0, 30.0, gpu_joules, source="nvidia-smi", covered_s=covered_s
+            )
             return hwdetect.Reading(now, 50.0, None, 100.0, now * 100.0, now, power_source="rapl",
                                     gpus=(gpu,))
-        coder, other, late = hwdetect.Ledger(uses_gpu=True), hwdetect.Ledger(), hwdetect.Ledger(uses_gpu=True)
+
+        coder, other, late = (
+            hwdetect.Ledger(uses_gpu=True),
+            hwdetect.Ledger(),
+            hwdetect.Ledger(uses_gpu=True),
+        )
         coder.power_source = other.power_source = "rapl"
         shares = [gpu for _, gpu in hwdetect.take_shares(self.host, [coder, other])]
-        self.assertEqual((shares, hwdetect.take_shares(self.host, [other])), ([1.0, 0.0], [(1.0, 1.0)]))
+        self.assertEqual(
+            (shares, hwdetect.take_shares(self.host, [other])), ([1.0, 0.0], [(1.0, 1.0)])
+        )
         last, now = reading(0.0, 0.0, 0.0), reading(10.0, 240.0, 8.0)
         for ledger, share in zip((coder, other), shares):
             ledger.book(hwdetect.Interval(last, now), 0.5, hwdetect.Baseline(0.0))
             ledger.book_gpus(hwdetect.Interval(last, now), share)
         found = [hwdetect.energy_of(ledger) for ledger in (coder, other)]
-        self.assertEqual([row.joules for row in found], [500 + 300, 500], "8 s of 10 s stand for all")
+        self.assertEqual(
+            [row.joules for row in found], [500 + 300, 500], "8 s of 10 s stand for all"
+        )
         self.assertEqual(found[0].source, "rapl+nvidia-smi")
         late.book(hwdetect.Interval(last, reading(10.0, 240.0, 2.0)), 1.0, hwdetect.Baseline(0.0))
         late.book_gpus(hwdetect.Interval(last, reading(10.0, 240.0, 2.0)), 1.0)
@@ -1616,29 +2089,44 @@ class Metering(FolderCase):
         self.assertIn("GPU", metrics["unknown"]["energy_joules"])
 
     def test_a_gpu_that_does_not_tell_says_why(self) -> None:
-        told = hwdetect.GpuReading("T4", 0, 30.0, 5.0, source="nvidia-smi", in_package=True, covered_s=1.0)
+        told = hwdetect.GpuReading(
+            "T4", 0, 30.0, 5.0, source="nvidia-smi", in_package=True, covered_s=1.0
+        )
         none = hwdetect.GpuReading("T4")
         small = hwdetect.GpuReading("UHD", in_package=True)
         for gpu, why, reasons in (
-                (told, {}, ["energy_joules includes it", "no GPU with readings"]),
-                (none, {"gpus.0": "nvidia-smi is not installed"}, ["nvidia-smi is not installed"] * 2),
-                (small, {"gpus.0.power_watts": "no power sensor"},
-                 ["no power sensor", "no GPU with readings"])):
+            (told, {}, ["energy_joules includes it", "no GPU with readings"]),
+            (none, {"gpus.0": "nvidia-smi is not installed"}, ["nvidia-smi is not installed"] * 2),
+            (
+                small,
+                {"gpus.0.power_watts": "no power sensor"},
+                ["no power sensor", "no GPU with readings"],
+            ),
+        ):
             ledger = hwdetect.Ledger()
             now = hwdetect.Reading(1.0, gpus=(gpu,), unknown=why)
             ledger.unknown.update(now.unknown)
             ledger.book_gpus(hwdetect.Interval(now, now), 1.0)
-            unknown = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=1.0))["unknown"]
-            self.assertEqual([unknown[name] for name in ("gpu_energy_joules", "gpu_usage")], reasons)
+            unknown = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=1.0))[
+                "unknown"
+            ]
+            self.assertEqual(
+                [unknown[name] for name in ("gpu_energy_joules", "gpu_usage")], reasons
+            )
 
     def test_a_gpu_is_shared_by_the_time_that_its_driver_counts(self) -> None:
-        for words in ("drm-engine-enc:\t{} ns\ndrm-engine-capacity-enc:\t2",
-                      "drm-cycles-vcs:\t{}\ndrm-total-cycles-vcs:\t9000000000"):  # of amdgpu and i915, of xe
+        for words in (
+            "drm-engine-enc:\t{} ns\ndrm-engine-capacity-enc:\t2",
+            "drm-cycles-vcs:\t{}\ndrm-total-cycles-vcs:\t9000000000",
+        ):  # of amdgpu and i915, of xe
             for pid, busy in ((10, 3_000_000_000), (20, 1_000_000_000)):
                 self.process(pid, 1.0)
                 for descriptor in (4, 5):  # two descriptors of one client
-                    self.put(f"proc/{pid}/fdinfo/{descriptor}", f"pos:\t0\ndrm-pdev:\t0000:03:00.0\n"
-                             f"drm-client-id:\t{pid}\n{words.format(busy)}")
+                    self.put(
+                        f"proc/{pid}/fdinfo/{descriptor}",
+                        f"pos:\t0\ndrm-pdev:\t0000:03:00.0\n"
+                        f"drm-client-id:\t{pid}\n{words.format(busy)}",
+                    )
             ledgers = [hwdetect.Ledger(uses_gpu=True), hwdetect.Ledger(uses_gpu=True)]
             ledgers[0].pgid, ledgers[1].pgid = 10, 20
             self.assertEqual(hwdetect.take_shares(self.host, ledgers), [(0.5, 0.75), (0.5, 0.25)])
@@ -1695,14 +2183,20 @@ class Metering(FolderCase):
         meter.leave(ledger)
         metrics = agent.metrics_of(agent.Outcome("completed", ledger=ledger, wall_s=10.0,
                                                  progress=agent.Progress(100, out_time_s=4.0)))
-        self.assertEqual((metrics["energy_joules"], metrics["power_source"], metrics["energy_estimated"]),
-                         (1000.0, "model", True))
+        self.assertEqual(
+            (metrics["energy_joules"], metrics["power_source"], metrics["energy_estimated"]),
+            (1000.0, "model", True),
+        )
         shown = dict(agent.result_rows({"metrics": metrics}))["energy"]
         self.assertEqual({row["power_source"] for row in ledger.samples}, {"model"})
-        self.assertEqual(agent._history(agent.Outcome("completed", ledger=ledger))["series"]["power_source"],
-                         "model")
+        self.assertEqual(
+            agent._history(agent.Outcome("completed", ledger=ledger))["series"]["power_source"],
+            "model",
+        )
         meter._baseline.idle = hwdetect.Idle(20.0, 0.0, 0.0, "model")
-        self.assertEqual((meter.facts()["idle_source"], meter.facts()["idle_estimated"]), ("model", True))
+        self.assertEqual(
+            (meter.facts()["idle_source"], meter.facts()["idle_estimated"]), ("model", True)
+        )
         self.assertIn("about 1000 J", shown)
         self.assertIn("estimated", shown)
 
@@ -1744,23 +2238,36 @@ class Metering(FolderCase):
 
     def test_a_sampler_that_breaks_does_not_hold_up_the_encode(self) -> None:
         ledger = self.ledger(10)
-        with mock.patch.object(hwdetect.Sampler, "sample", side_effect=RuntimeError("a stand-in's fault")):
+        with mock.patch.object(
+            hwdetect.Sampler, "sample", side_effect=RuntimeError("a stand-in's fault")
+        ):
             self.meter.leave(ledger)
         second = self.ledger(20)
         self.energy(4)
         self.meter.leave(second)
-        self.assertAlmostEqual(second.energy_joules or 0, 4, msg="an attempt that left is not booked again")
+        self.assertAlmostEqual(
+            second.energy_joules or 0, 4, msg="an attempt that left is not booked again"
+        )
 
     def test_metrics_are_json_with_a_reason_for_each_unknown(self) -> None:
-        for outcome in (agent.Outcome("completed"),
-                        agent.Outcome("completed", wall_s=0.0, progress=agent.Progress(5, out_time_s=0.0)),
-                        agent.Outcome("completed", wall_s=2.0, progress=agent.Progress(50, out_time_s=2.0),
-                                      output_bytes=1000, output_s=2.0)):
+        for outcome in (
+            agent.Outcome("completed"),
+            agent.Outcome("completed", wall_s=0.0, progress=agent.Progress(5, out_time_s=0.0)),
+            agent.Outcome(
+                "completed",
+                wall_s=2.0,
+                progress=agent.Progress(50, out_time_s=2.0),
+                output_bytes=1000,
+                output_s=2.0,
+            ),
+        ):
             metrics = agent.metrics_of(outcome)
             json.dumps(metrics, allow_nan=False)
             for name, value in metrics.items():
                 if value is None:
-                    self.assertTrue(metrics["unknown"].get(name), f"{name} is unknown without a reason")
+                    self.assertTrue(
+                        metrics["unknown"].get(name), f"{name} is unknown without a reason"
+                    )
             self.assertFalse([name for name in metrics["unknown"] if metrics[name] is not None])
             for name in ("cpu_usage", "memory_usage", "duration"):
                 self.assertIn(name, metrics)
@@ -1778,13 +2285,17 @@ class Metering(FolderCase):
             self.assertEqual(agent._merged([4, 2], how), merged)
         self.assertEqual(agent._merged([None, 2], "last"), 2)
         self.assertIsNone(agent._merged([None, 2], "mean"))
-        self.assertLessEqual({row.repeats for row in agent.METRICS.values()}, {"mean", "most", "last"})
+        self.assertLessEqual(
+            {row.repeats for row in agent.METRICS.values()}, {"mean", "most", "last"}
+        )
 
 
 class Resting(unittest.TestCase):
     """When idle power is measured, from readings with times of their own."""
 
-    def feed(self, baseline: hwdetect.Baseline, start: float, watts: list[float], busy: float = 1.0) -> bool:
+    def feed(
+        self, baseline: hwdetect.Baseline, start: float, watts: list[float], busy: float = 1.0
+    ) -> bool:
         done, joules = False, 0.0
         for at, drawn in enumerate([0.0, *watts]):
             joules += drawn
@@ -1802,7 +2313,9 @@ class Resting(unittest.TestCase):
         self.assertEqual(baseline.wait_s(690.0), hwdetect.IDLE_REST_S)
         self.assertFalse(self.feed(baseline, 720.0, [1.0] * 3), "later ones take longer")
         baseline.disturb(724.0)
-        self.assertEqual(baseline.wait_s(724.0), hwdetect.IDLE_REST_S, "what was taken in part is void")
+        self.assertEqual(
+            baseline.wait_s(724.0), hwdetect.IDLE_REST_S, "what was taken in part is void"
+        )
         self.assertTrue(self.feed(baseline, 760.0, [20.0] * 10))
         self.assertEqual(baseline.idle, hwdetect.Idle(20.0, 0.0, 7.0, "rapl"))
 
@@ -1823,7 +2336,9 @@ class Resting(unittest.TestCase):
                 baseline.take(hwdetect.Reading(float(at), busy, None, 9.0, 9.0, gpus=(gpu,),
                                                power_source=source if at == 2 else "rapl"), 7.0)
             self.assertIn(words, baseline.why)
-            self.assertEqual(baseline.idle, None if words else hwdetect.Idle(29.0, 0.0, 7.0, "rapl", 1))
+            self.assertEqual(
+                baseline.idle, None if words else hwdetect.Idle(29.0, 0.0, 7.0, "rapl", 1)
+            )
 
     def test_readings_before_a_gpu_answers_are_left_out_of_idle_power(self) -> None:
         """nvidia-smi takes a while to start: until then a reading lacks the card."""
@@ -1836,7 +2351,9 @@ class Resting(unittest.TestCase):
 
     def test_a_machine_that_tells_nothing_is_asked_once(self) -> None:
         baseline = hwdetect.Baseline(0.0)
-        self.assertTrue(baseline.take(hwdetect.Reading(0.0, unknown={"energy_joules": "no RAPL"}), 7.0))
+        self.assertTrue(
+            baseline.take(hwdetect.Reading(0.0, unknown={"energy_joules": "no RAPL"}), 7.0)
+        )
         self.assertEqual((baseline.why, baseline.wait_s(0.0)), ("no RAPL", hwdetect.IDLE_EVERY_S))
 
 
@@ -1874,12 +2391,24 @@ class Counting(unittest.TestCase):
     def test_repeats_end_when_the_interval_is_narrow_or_the_cap_is_reached(self) -> None:
         steady, wild = self.runs(30.0, 10.0, 10.1, 9.9), self.runs(30.0, 10.0, 15.0, 9.0)
         for confidence, runs, more in (
-                ("auto", steady[:1], False), ("low", steady[:1], False), ("medium", steady[:1], True),
-                ("medium", steady[:3], True), ("medium", steady, False), ("high", steady, True),
-                ("medium", wild, True), ("medium", wild + wild * 2, False)):
-            self.assertEqual(agent.wants_another(confidence, runs, 60.0, 1e9), more, (confidence, len(runs)))
-        self.assertFalse(agent.wants_another("high", steady, 3500.0, 1e9), "none ends after an hour")
-        self.assertFalse(agent.wants_another("high", steady, 60.0, 12.0), "nor after the job's timeout")
+            ("auto", steady[:1], False),
+            ("low", steady[:1], False),
+            ("medium", steady[:1], True),
+            ("medium", steady[:3], True),
+            ("medium", steady, False),
+            ("high", steady, True),
+            ("medium", wild, True),
+            ("medium", wild + wild * 2, False),
+        ):
+            self.assertEqual(
+                agent.wants_another(confidence, runs, 60.0, 1e9), more, (confidence, len(runs))
+            )
+        self.assertFalse(
+            agent.wants_another("high", steady, 3500.0, 1e9), "none ends after an hour"
+        )
+        self.assertFalse(
+            agent.wants_another("high", steady, 60.0, 12.0), "nor after the job's timeout"
+        )
 
     def test_energy_counts_where_it_is_known(self) -> None:
         runs = self.runs(10.0, 10.0, 10.0, 10.0, joules=5.0)
@@ -1896,9 +2425,13 @@ class Counting(unittest.TestCase):
         metrics, told = agent.metrics_of(outcome), agent._history(outcome)
         self.assertAlmostEqual(metrics["duration"], 12.2)
         self.assertAlmostEqual(metrics["energy_joules"], 61.0)
-        self.assertEqual((metrics["fps"], metrics["speed"], metrics["power_watts"]), (10.0, 5.0, 5.0))
+        self.assertEqual(
+            (metrics["fps"], metrics["speed"], metrics["power_watts"]), (10.0, 5.0, 5.0)
+        )
         self.assertEqual([row["warm_up"] for row in told["repeats"]], [True] + [False] * 5)
-        self.assertEqual([row["outlier"] for row in told["repeats"]], [False] * 3 + [True, False, True])
+        self.assertEqual(
+            [row["outlier"] for row in told["repeats"]], [False] * 3 + [True, False, True]
+        )
         self.assertEqual(told["statistics"]["duration"]["n"], 5)
         word, reasons = agent.confidence_reached(outcome)
         self.assertEqual(word, "low")
@@ -1948,21 +2481,37 @@ class Judging(unittest.TestCase):
         ledger.energy_joules, ledger.idle_joules, ledger.idle_watts = 3000.0, 800.0, 20.0
         ledger.power_source = "rapl"
         made = agent.plan(settings, machine(), FILM, "out.mp4")
-        metrics = agent.metrics_of(agent.Outcome(
-            "completed", settings, made, ledger, agent.Progress(1500, out_time_s=60.0), 40.0, 9_000_000, 60.0,
-            quality={"vmaf": 93.0}))
+        metrics = agent.metrics_of(
+            agent.Outcome(
+                "completed",
+                settings,
+                made,
+                ledger,
+                agent.Progress(1500, out_time_s=60.0),
+                40.0,
+                9_000_000,
+                60.0,
+                quality={"vmaf": 93.0},
+            )
+        )
         facts = {**metrics, "width": made.width, "height": made.height, "quality": 93.0}
         for name, formula in agent.FORMULAS.items():
             self.assertAlmostEqual(metrics[name], eval(formula, {}, facts), 3, name)
-        self.assertEqual((metrics["speed"], metrics["net_energy_joules"], metrics["joules_per_frame"]),
-                         (1.5, 2200.0, 2.0))
+        self.assertEqual(
+            (metrics["speed"], metrics["net_energy_joules"], metrics["joules_per_frame"]),
+            (1.5, 2200.0, 2.0),
+        )
         self.assertIsNone(agent.evaluate("frames / duration", {"frames": 3, "duration": 0.0}))
         self.assertIsNone(agent.evaluate("frames - duration", {"frames": 3}))
 
     def test_too_little_evidence_is_said_to_be(self) -> None:
         good = {"speed": 0.5, "cpu_usage": 90.0, "duration": 30.0}
-        for doubt, said in (({"duration": 0.3}, "0.3 s"), ({"background_cpu_percent": 45.0}, "45 %"),
-                            ({"throttled": True}, "heat"), ({"speed": None}, "unknown")):
+        for doubt, said in (
+            ({"duration": 0.3}, "0.3 s"),
+            ({"background_cpu_percent": 45.0}, "45 %"),
+            ({"throttled": True}, "heat"),
+            ({"speed": None}, "unknown"),
+        ):
             told = self.judge({**good, **doubt}, preset="slow")
             self.assertEqual(told["recommendation"], "not_enough_evidence", doubt)
             self.assertIn(said, told["reasons"][0])
@@ -1973,37 +2522,55 @@ class Judging(unittest.TestCase):
         told = self.judge({"speed": 0.5}, preset="slow", crf=20)
         self.assertEqual(told["suggestion"]["parameters"],
                          {"input": "in.mp4", "output": "out.mp4", "preset": "medium", "crf": 20})
-        told = self.judge({"speed": 3.0}, machine(h264_nvenc=None), encoder="libx264", preset="placebo",
-                          threads=4)
+        told = self.judge(
+            {"speed": 3.0}, machine(h264_nvenc=None), encoder="libx264", preset="placebo", threads=4
+        )
         self.assertEqual(told["suggestion"]["parameters"],
                          {"input": "in.mp4", "output": "out.mp4", "encoder": "h264_nvenc"})
 
     def test_a_suggested_encoder_without_presets_takes_none_along(self) -> None:
-        told = self.judge({"speed": 3.0}, machine(h264_vaapi=None), encoder="libx264", preset="fast")
+        told = self.judge(
+            {"speed": 3.0}, machine(h264_vaapi=None), encoder="libx264", preset="fast"
+        )
         self.assertEqual(told["suggestion"]["parameters"]["encoder"], "h264_vaapi")
         self.assertNotIn("preset", told["suggestion"]["parameters"])
         agent.resolve(**told["suggestion"])
 
     def test_a_suggestion_can_be_done_and_changes_nothing_else(self) -> None:
         """Threads decide the preset that nobody names; not every format is one for hardware."""
-        told = self.judge({"speed": 2.0, "cpu_seconds": 22.0, "duration": 10.0}, machine(threads=16))
+        told = self.judge(
+            {"speed": 2.0, "cpu_seconds": 22.0, "duration": 10.0}, machine(threads=16)
+        )
         self.assertEqual(told["recommendation"], "fewer_threads")
         self.assertEqual(told["suggestion"]["parameters"]["preset"], "medium")
         for form, word in (("yuv420p", "hardware_encoder"), ("yuv444p", "optimal")):
-            told = self.judge({"speed": 3.0}, machine(h264_nvenc=None), encoder="libx264", pixel_format=form)
+            told = self.judge(
+                {"speed": 3.0}, machine(h264_nvenc=None), encoder="libx264", pixel_format=form
+            )
             self.assertEqual(told["recommendation"], word, form)
 
     def test_a_live_encode_is_late_by_ffmpegs_start_alone(self) -> None:
         for took, word in ((10.4, "optimal"), (11.2, "faster_preset")):
-            found = {"speed": 10 / took, "duration": took, "output_seconds": 10.0, "cpu_usage": 10.0}
+            found = {
+                "speed": 10 / took,
+                "duration": took,
+                "output_seconds": 10.0,
+                "cpu_usage": 10.0,
+            }
             told = self.judge(found, realtime=True, preset="slow", threads=1)
             self.assertEqual(told["recommendation"], word)
 
-    def judge(self, metrics: agent.Json, on: Machine | None = None, **parameters: object) -> agent.Json:
-        settings = agent.resolve("1080p30-h264", {"input": "in.mp4", "output": "out.mp4", **parameters})
+    def judge(
+        self, metrics: agent.Json, on: Machine | None = None, **parameters: object
+    ) -> agent.Json:
+        settings = agent.resolve(
+            "1080p30-h264", {"input": "in.mp4", "output": "out.mp4", **parameters}
+        )
         on = on or machine()
         given = {"input": "in.mp4", "output": "out.mp4", **parameters}
-        return agent.analyze(settings, agent.plan(settings, on, FILM, "out.mp4"), metrics, on, given)
+        return agent.analyze(
+            settings, agent.plan(settings, on, FILM, "out.mp4"), metrics, on, given
+        )
 
     def test_presets_that_are_numbers_are_compared_as_numbers(self) -> None:
         on = machine(libsvtav1=None, librav1e=None)
@@ -2012,17 +2579,23 @@ class Judging(unittest.TestCase):
                                      ("libsvtav1", "13", None), ("librav1e", "10", None)):
             with self.subTest(encoder, own=own):
                 told = self.judge({"speed": 0.5}, on, codec="av1", encoder=encoder, preset=own)
-                self.assertEqual(told["recommendation"], "faster_preset" if faster else "other_node")
+                self.assertEqual(
+                    told["recommendation"], "faster_preset" if faster else "other_node"
+                )
                 suggestion = told["suggestion"] or {"parameters": {"preset": None}}
                 self.assertEqual(suggestion["parameters"]["preset"], faster)
 
     def test_every_word_is_a_documented_one_and_every_suggestion_can_be_submitted(self) -> None:
-        cases = (({"speed": 2.0, "cpu_usage": 90.0}, {}, None), ({"speed": 0.5}, {"preset": "slow"}, None),
-                 ({"damaged_packets": 3}, {}, None),
-                 ({"speed": 1.0}, {"encoder": "libx264"}, machine(h264_nvenc=None)),
-                 ({"speed": 2.0, "cpu_usage": 10.0}, {"threads": 1}, None), ({}, {}, None),
-                 ({"speed": 0.5}, {"preset": "ultrafast"}, None),
-                 ({"speed": 2.0, "cpu_seconds": 22.0, "duration": 10.0}, {"threads": 8}, None))
+        cases = (
+            ({"speed": 2.0, "cpu_usage": 90.0}, {}, None),
+            ({"speed": 0.5}, {"preset": "slow"}, None),
+            ({"damaged_packets": 3}, {}, None),
+            ({"speed": 1.0}, {"encoder": "libx264"}, machine(h264_nvenc=None)),
+            ({"speed": 2.0, "cpu_usage": 10.0}, {"threads": 1}, None),
+            ({}, {}, None),
+            ({"speed": 0.5}, {"preset": "ultrafast"}, None),
+            ({"speed": 2.0, "cpu_seconds": 22.0, "duration": 10.0}, {"threads": 8}, None),
+        )
         seen = set()
         for metrics, parameters, on in cases:
             told = self.judge(metrics, on, **parameters)
@@ -2093,16 +2666,26 @@ class Decoding(unittest.TestCase):
     def test_each_kind_of_field_takes_its_own_and_refuses_others_by_name(self) -> None:
         kinds: dict[Callable[[agent.Fields], object], tuple[object, Sequence[object], str]] = {
             lambda fields: fields.text("x", 5): (
-                "word", ("", "longer", 5, ["a"], "a\nb", "\ud800"), "text|control"),
+                "word",
+                ("", "longer", 5, ["a"], "a\nb", "\ud800"),
+                "text|control",
+            ),
             lambda fields: fields.words("x"): ("two\nlines", (5, {}), "text"),
             lambda fields: fields.number("x", 1, 9): (
-                2.5, ("2", True, math.nan, math.inf, 10**400, 0, 10), "number|from 1 to 9"),
+                2.5,
+                ("2", True, math.nan, math.inf, 10**400, 0, 10),
+                "number|from 1 to 9",
+            ),
             lambda fields: fields.whole("x"): (3.0, (2.5, "3", [3]), "number"),
             lambda fields: fields.flag("x"): (False, (0, "true"), "true or false"),
             lambda fields: fields.uuid("x"): (SOME_ID, ("abc", 4), "UUID|text"),
             lambda fields: fields.items("x"): ([1], ({}, "ab"), "list"),
             lambda fields: fields.mapping("x"): ({"y": 1}, ([], "ab"), "object"),
-            lambda fields: [entry.values for entry in fields.entries("x")]: ([{"y": 1}], ([1], {}), "list"),
+            lambda fields: [entry.values for entry in fields.entries("x")]: (
+                [{"y": 1}],
+                ([1], {}),
+                "list",
+            ),
         }
         for read, (good, wrong, words) in kinds.items():
             self.assertEqual(read(agent.Fields({"x": good})), good)
@@ -2126,7 +2709,12 @@ class Decoding(unittest.TestCase):
         self.assertEqual(caught.exception.field, "holding[1].job_id")
 
     def test_the_seeds_master_may_answer_with_the_bare_job(self) -> None:
-        bare = {"id": "job-1", "scenario": "720p30-h264", "parameters": {"crf": 23}, "engine": "auto"}
+        bare = {
+            "id": "job-1",
+            "scenario": "720p30-h264",
+            "parameters": {"crf": 23},
+            "engine": "auto",
+        }
         for answer in (bare, {"job": bare}):
             made = agent.Answer.from_json(answer)
             assert made.job is not None
@@ -2148,12 +2736,16 @@ class Decoding(unittest.TestCase):
         self.assertEqual((job.short_id, job.progress, job.attempts, job.result),
                          ("01234567", {"percent": 40}, (), None))
         node = agent.NodeView.from_json({"id": "n", "address": "worker-1", "ram_bytes": None})
-        self.assertEqual((node.name, node.slots, node.running, node.quarantine), ("worker-1", 1, 0, ""))
+        self.assertEqual(
+            (node.name, node.slots, node.running, node.quarantine), ("worker-1", 1, 0, "")
+        )
         strange = agent.ResultView.from_json({
             "job_id": "a", "metrics": {"fps": 5, "unknown": "x"}, "encode": [], "analyzer_output": {
                 "recommendation": 5, "reasons": "x"}, "repeats": [1, {"duration": 2.0}]})
-        self.assertEqual((strange.metrics["fps"], strange.unknown, strange.encoder, strange.recommendation),
-                         (5, {}, "", ""))
+        self.assertEqual(
+            (strange.metrics["fps"], strange.unknown, strange.encoder, strange.recommendation),
+            (5, {}, "", ""),
+        )
         self.assertEqual((strange.reasons, strange.repeats), ((), ({"duration": 2.0},)))
         for view in (agent.JobView, agent.NodeView):
             with self.assertRaises(agent.ApiError):
@@ -2201,7 +2793,7 @@ class Calling(unittest.TestCase):
             self.assertEqual(server.connections, 1)
 
     def test_an_answer_takes_no_more_memory_than_it_has(self) -> None:
-        """Python 3.9 fills a buffer of as many bytes as it may read: the limit of an answer is 256 MB."""
+        """Python 3.9 fills a buffer of all that it may read: the limit of an answer is 256 MB."""
         with self.server(*[http_answer(b"{}")] * 2) as (_, client):
             client.nodes()
             tracemalloc.start()
@@ -2218,9 +2810,14 @@ class Calling(unittest.TestCase):
     def test_nothing_that_may_have_been_done_is_sent_twice(self) -> None:
         """A connection that breaks after the request was sent: the master may have acted on it."""
         good = http_answer(b'{"id": "x"}')
-        for ask in (lambda client: client.report({}), lambda client: client.submit({}),
-                    lambda client: client.heartbeat("n", {}), lambda client: client.order("j", "retry"),
-                    lambda client: client.forget_node("n"), lambda client: client.claim({"node_id": "n"})):
+        for ask in (
+            lambda client: client.report({}),
+            lambda client: client.submit({}),
+            lambda client: client.heartbeat("n", {}),
+            lambda client: client.order("j", "retry"),
+            lambda client: client.forget_node("n"),
+            lambda client: client.claim({"node_id": "n"}),
+        ):
             with self.server(good, b"", good) as (server, client):
                 client.nodes()
                 with self.assertRaises(agent.ApiError) as caught:
@@ -2262,7 +2859,16 @@ class Calling(unittest.TestCase):
             self.assertFalse(other.is_alive())
 
     def test_answers_that_are_no_json_object_are_told_in_a_sentence(self) -> None:
-        for body in (b"<html>hello</html>", b"[]", b"5", b"null", b'"x"', b"{", b"\xff\xfe", b"[" * 100_000):
+        for body in (
+            b"<html>hello</html>",
+            b"[]",
+            b"5",
+            b"null",
+            b'"x"',
+            b"{",
+            b"\xff\xfe",
+            b"[" * 100_000,
+        ):
             with self.server(http_answer(body)) as (_, client):
                 with self.assertRaises(agent.ApiError) as caught:
                     client.nodes()
@@ -2285,7 +2891,10 @@ class Calling(unittest.TestCase):
 
     def test_half_an_answer_is_no_answer_and_the_next_call_gets_its_own(self) -> None:
         cut = b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"nodes": ['
-        with self.server(cut, http_answer(b'{"nodes": [{"id": "n"}]}'), close_after=True) as (_, client):
+        with self.server(cut, http_answer(b'{"nodes": [{"id": "n"}]}'), close_after=True) as (
+            _,
+            client,
+        ):
             with self.assertRaises(agent.ApiError) as caught:
                 client.nodes()
             self.assertTrue(caught.exception.retryable)
@@ -2311,14 +2920,21 @@ class Calling(unittest.TestCase):
             self.assertEqual(server.connections, 2)
 
     def test_bytes_that_are_no_http_are_told_in_a_sentence(self) -> None:
-        for raw in (b"SSH-2.0-OpenSSH_9.2\r\n", b"\r\n\r\n", b"HTTP/1.1 abc\r\n\r\n", b"\x00" * 100 + b"\r\n",
-                    b"\x1b[2J\x07\r\n"):
+        for raw in (
+            b"SSH-2.0-OpenSSH_9.2\r\n",
+            b"\r\n\r\n",
+            b"HTTP/1.1 abc\r\n\r\n",
+            b"\x00" * 100 + b"\r\n",
+            b"\x1b[2J\x07\r\n",
+        ):
             with self.subTest(raw[:20]), self.server(raw, raw, close_after=True) as (_, client):
                 with self.assertRaises(agent.ApiError) as caught:
                     client.nodes()
                 self.assertEqual((caught.exception.status, caught.exception.retryable), (0, True))
-                self.assertEqual(caught.exception.message,
-                                 f"no answer from the master at {client.url}: it does not speak HTTP")
+                self.assertEqual(
+                    caught.exception.message,
+                    f"no answer from the master at {client.url}: it does not speak HTTP",
+                )
 
     def test_a_length_that_is_no_number_is_that_of_the_connection(self) -> None:
         raw = b'HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n{"nodes": []}'
@@ -2346,7 +2962,9 @@ class Calling(unittest.TestCase):
         with self.server(http_answer(b'{"id": "x"}')) as (server, client):
             client.job("../../x?y#z")
             wait_for(lambda: server.requests, 5)
-            self.assertTrue(server.requests[0].startswith(b"GET /jobs/..%2F..%2Fx%3Fy%23z HTTP/1.1\r\n"))
+            self.assertTrue(
+                server.requests[0].startswith(b"GET /jobs/..%2F..%2Fx%3Fy%23z HTTP/1.1\r\n")
+            )
 
 
 if __name__ == "__main__":

@@ -465,7 +465,7 @@ class RealFilms(RunCase):
             self.assertAlmostEqual(metrics["output_seconds"], 1.0, delta=0.01)
 
     def changing(self, name: str, *more: str) -> str:
-        """A film of 100 frames at 10 per second, then 40 at 50, lossless; its rate seems to be 10."""
+        """A lossless film of 100 frames at 10 per second, then 40 at 50; it seems to have 10."""
         pace = "settb=1/1000,setpts=if(lt(N\\,100)\\,N*100\\,9900+(N-99)*20)"
         return self.film(name, *picture("64x64", seconds=5.6), "-vf", pace, "-vsync", "vfr",
                          "-enc_time_base", "1/1000", "-c:v", "libx264", "-crf", "0", *more)
@@ -1077,7 +1077,7 @@ class Pausing(RunCase):
     """A pause stops the attempt's clock with its processes, whoever orders it and how often."""
 
     def in_parts(self) -> list[str]:
-        """A command that works for about 2 s and notices a pause, which one long sleep would not."""
+        """A command that works for about 2 s and notices a pause, unlike one long sleep."""
         return ["sh", "-c", "for part in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do "
                 "sleep 0.1; done"]
 
