@@ -1355,7 +1355,7 @@ class Timekeeping(unittest.TestCase):
 
 class Registering(FolderCase):
     def test_an_attempt_that_ends_meanwhile_is_held_all_the_same(self) -> None:
-        """It leaves the runs for the spool: a look at the spool first, then at the runs, misses it."""
+        """It leaves the runs for the spool: looking at the spool first would miss it."""
         options = agent.Options(
             "127.0.0.1:9",
             True,
