@@ -6,7 +6,6 @@ browser; the rules behind them have tests of their own in test_jobs (outputs, UR
 """
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import http.server
 import json
@@ -15,7 +14,6 @@ import os
 import shutil
 import signal
 import socket
-import sqlite3
 import stat
 import subprocess
 import sys
@@ -681,29 +679,6 @@ class Identity(Case):
             session._link.client.register = register
             wire.Session._introduce(session, {"address": "a"}, "secret")
             self.assertEqual(told, wanted)
-
-    def test_a_journal_of_the_format_before_goes_on_with_hashed_sessions(self) -> None:
-        master = self.master()
-        node = Node(master, "worker")
-        job = master.submit()
-        node.claim()
-        master.end()
-        path = self.folder / "master" / "journal.db"
-        with contextlib.closing(sqlite3.connect(path)) as journal:
-            record = json.loads(journal.execute("SELECT record FROM nodes").fetchone()[0])
-            del record["session_hash"]
-            record["session"], record["past"] = node.session, ["an older one"]
-            record["facts"] = json.dumps({**json.loads(record["facts"]), "secret": "shown to all"})
-            journal.execute("UPDATE nodes SET record=?", (json.dumps(record),))
-            journal.execute("DROP TABLE owners")
-            journal.execute("PRAGMA user_version=2")
-            journal.commit()
-        master = self.master(port=master.port)
-        self.assertNotIn("shown to all", json.dumps(master.get("/nodes")))
-        self.assertEqual(node.report({"id": job["id"], "attempt": 1}).status, 200)
-        node.register()
-        stolen = {"address": "x", "id": node.id, "session": "evil"}
-        self.assertEqual(master.call("POST", "/nodes/register", stolen).body["field"], "secret")
 
     def test_a_stranger_can_neither_lock_out_a_seeds_node_nor_take_it(self) -> None:
         master = self.master()
