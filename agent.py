@@ -1308,7 +1308,7 @@ class Client:
     """Talks to one master: a typed method for each route. Every method raises ApiError.
 
     No request that changes something is ever sent twice by the client itself. The caller knows
-    whether it may be repeated (DESIGN 4), as a claim may by its word and a report by its attempt;
+    whether it may be repeated, as a claim may by its word and a report by its attempt number;
     `ApiError.retryable` says whether that may help. A request that only reads is sent once more
     when the idle connection that it went out on turns out to be closed.
     """
@@ -2481,7 +2481,7 @@ def choose_encoder(settings: Settings, machine: Machine) -> Choice:
     The first rule that has an answer decides.
     """
     # An encoder that is listed may be of no use here: one counts only after it has encoded a frame
-    # on this machine, which the probe of hwdetect tries at the agent's start (DESIGN 7).
+    # on this machine, which the probe of hwdetect tries at the agent's start.
     if settings.encoder is not None:
         return _named_encoder(settings.encoder, machine)
     fitting = _fitting_encoders(settings)
@@ -3376,7 +3376,7 @@ _STUDENT = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2
 _NORMAL = 1.959964  # the same of a normal distribution, to which it tends
 _MAD_SCALE = 1.4826  # makes a median absolute deviation comparable with a standard deviation
 
-# Half the 95 % interval over the mean, at most: DESIGN 9. The best comes first.
+# Half the 95 % interval over the mean, at most, as README promises. The best comes first.
 INTERVAL_MOST = {"high": 0.02, "medium": 0.05}
 RUNS_LEAST = 3  # without the warm-up: an interval of two is several times too wide
 OUTLIER_DEVIATIONS = 3
@@ -5415,8 +5415,8 @@ def _read_words(path: Path) -> list[str]:
 # ---- 17 Analysis ---------------------------------------------------------------------------------
 
 # From the figures of a run to its report. Unknown is null, with a reason, never 0 and never a guess
-# passed off as a reading (DESIGN 5); a figure that follows from others does so by its formula in
-# METRICS, so that README, report and result cannot disagree.
+# passed off as a reading; a figure that follows from others does so by its formula in METRICS,
+# so that README, report and result cannot disagree.
 
 # The recommendations of an analysis: README lists them.
 RECOMMENDATIONS = {

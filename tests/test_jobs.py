@@ -1,7 +1,7 @@
 """The pure lifecycle of a job, and what a submission resolves to: no socket, no disk, no clock.
 
 The lifecycle is checked twice: every (state, event) pair by the table, and random walks by a model
-that knows only what DESIGN promises of a job, not how advance() does it.
+that knows only what README promises of a job, not how advance() does it.
 """
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ class TestLife(unittest.TestCase):
 
 
 class TestModel(unittest.TestCase):
-    """Random walks, legal and illegal, against the promises of DESIGN §5 alone."""
+    """Random walks, legal and illegal, against what README promises alone."""
 
     def test_random_events_never_break_a_promise(self) -> None:
         for walk in range(400):

@@ -1,6 +1,6 @@
 """What master and agent promise each other, one rule a test, on real processes and a bad network.
 
-Rule (DESIGN "Between agent and master" and the invariants) and where it is proved. Names without a
+Each rule between agent and master, and where it is proved. Names without a
 module stand here; A is test_api, J test_journal, E test_end_to_end, C test_chaos.
 
   one session       OneSession; every request of an older one: A.TestSessions
