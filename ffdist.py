@@ -5130,7 +5130,7 @@ ROUTES = (
     Route("POST", "/jobs/{id}/cancel", _order("cancel"),
           "cancel a job"),
     Route("POST", "/jobs/{id}/pause", _order("pause"),
-          "hold a job; a running one stands still"),
+          "hold a job; a running one is stopped"),
     Route("POST", "/jobs/{id}/resume", _order("resume"),
           "let a paused job go on"),
     Route("POST", "/jobs/{id}/retry", _order("retry"),
@@ -6155,8 +6155,8 @@ class Service:
 # ---- 17 Experiments ------------------------------------------------------------------------------
 
 # An experiment is a matrix of jobs, written as a JSON file. It becomes a list of submissions in
-# the order in which they are to run; the master keeps that order, so whoever has submitted them
-# may leave. Two fields of a submission say what may run beside what:
+# the order in which they are to run; the master keeps that order, so nobody has to stay for it.
+# Two fields of a submission say what may run beside what:
 #
 #   exclusive  a job that rests before or after its encode, or measures the idle machine, has its
 #              node to itself
@@ -6582,7 +6582,7 @@ def _parameters_of(matrix: _Matrix, entry: _Entry, cell: _Cell) -> Json:
 
 
 def _descriptions(point: _Point) -> list[Json]:
-    """Return what tells a job from the others, for each stream: reports group jobs by it."""
+    """Return the coordinates of each stream in the matrix: reports group jobs by them."""
     coordinates = {
         "name": point.entry.name,
         "scenario": point.entry.scenario,
@@ -6885,7 +6885,7 @@ def _work_of(job: wire.JobView, result: wire.ResultView) -> tuple[str, str, str,
     """Return content, rendition, curve and rate of a job; a baseline has neither film nor rate."""
     seconds = finite(job.settings, "duration")
     length = f"{seconds:g} s" if seconds else ""
-    # A baseline has settings of an encode that never ran: they would tell baselines apart.
+    # A baseline has settings of an encode that never ran: two baselines would look different.
     if wire.is_baseline(job.scenario):
         return f"idle machine {length}".rstrip(), "", "idle", ""
 
@@ -9050,8 +9050,8 @@ def node_id_of(word: str, nodes: Sequence[wire.NodeView]) -> str:
     try:
         return str(uuid.UUID(word))  # results outlive a node that was forgotten
     except ValueError:
-        raise CommandError(f"there is no node {wire.printable(word)}; "
-                           "see them with: python3 ffdist.py nodes") from None
+        raise CommandError(f"unknown node {wire.printable(word)}: "
+                           "see them with 'python3 ffdist.py nodes'") from None
 
 
 def cmd_jobs(args: Args) -> int:
@@ -9178,7 +9178,7 @@ def cmd_experiment(args: Args) -> int:
 
 def _run_experiment(client: wire.Client, experiment: Experiment,
                     args: Args) -> list[wire.JobView]:
-    """Submit an experiment and, unless told to leave, watch it to its end."""
+    """Submit an experiment and, unless with --no-wait, watch it to its end."""
     count = wire.count_text(len(experiment.jobs), "job")
     _say(f"experiment {experiment.id}: {count}")
     jobs = _submit_experiment(client, experiment)
@@ -9526,7 +9526,7 @@ def _start_and_log(service: Service, folder: Path, log: logging.Logger) -> None:
     service.start()
     log.info("ffdist %s master at %s, data in %s: %s, %s", VERSION, service.url, folder,
              wire.count_text(len(shot.nodes), "node"), wire.count_text(open_jobs, "open job"))
-    log.warning("plain HTTP without tokens: whoever reaches this port may submit jobs")
+    log.warning("plain HTTP without tokens: anybody who reaches this port may submit jobs")
 
 
 DEMO_S = 5         # of the generated source
@@ -9539,7 +9539,7 @@ def cmd_demo(args: Args) -> int:
     provide(("ffmpeg", "ffprobe"), args.install)
     film = Path(args.input).resolve() if args.input else None
     if film is not None and not film.is_file():
-        raise CommandError(f"there is no file {film}: name an input that is on this machine")
+        raise CommandError(f"unknown input {film}: expected a file on this machine")
 
     # SIGTERM unwinds like Ctrl-C, so that agent, master and folder are gone in every case.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -9882,7 +9882,7 @@ COMMANDS: Mapping[str, Command] = {command.name: command for command in (
     _about_job("show", cmd_show, "show one job"),
     _LOGS,
     _about_job("cancel", cmd_order, "cancel a job"),
-    _about_job("pause", cmd_order, "hold a job; a running one stands still"),
+    _about_job("pause", cmd_order, "hold a job; a running one is stopped"),
     _about_job("resume", cmd_order, "let a paused job go on"),
     _about_job("retry", cmd_order, "run a finished job again"),
     _EXPERIMENT,

@@ -202,7 +202,7 @@ class Agent(Program):
         super().__init__(argv, folder, name, {"FFDIST_DRAIN_LIMIT": "0s", **(env or {})})
 
     def at_rest(self) -> bool:
-        """Tell whether its work folder holds nothing but the cache."""
+        """Return whether its work folder holds nothing but the cache."""
         return not self.work.exists() or {path.name for path in self.work.iterdir()} <= {"cache"}
 
 
@@ -414,7 +414,7 @@ class Node:
         self.secret = uuid.uuid4().hex if session else None
         self.id = self.register().body["id"]
 
-    def told(self, **fields: Any) -> dict[str, Any]:
+    def with_session(self, **fields: Any) -> dict[str, Any]:
         own = {"session": self.session} if self.session else {}
         return {name: value for name, value in {**own, **fields}.items() if value is not None}
 
@@ -424,8 +424,11 @@ class Node:
             "protocol": 1 if self.session else None,
             "secret": self.secret,
         }
-        return self.master.call("POST", "/nodes/register",
-                                self.told(**{"address": self.name, **own, **self.more, **fields}))
+        return self.master.call(
+            "POST",
+            "/nodes/register",
+            self.with_session(**{"address": self.name, **own, **self.more, **fields}),
+        )
 
     def start_again(self, **fields: Any) -> Answer:
         """Register as a new session of the same node."""
@@ -433,7 +436,7 @@ class Node:
         return self.register(**fields)
 
     def claim_path(self, **fields: Any) -> str:
-        query = "&".join(f"{name}={value}" for name, value in self.told(**fields).items())
+        query = "&".join(f"{name}={value}" for name, value in self.with_session(**fields).items())
         return f"/jobs/next?node_id={self.id}" + (f"&{query}" if query else "")
 
     def claim(self, **fields: Any) -> Answer:
@@ -444,11 +447,11 @@ class Node:
         return self._parked("GET", self.claim_path(**{"wait": PARK_S, **fields}))
 
     def beat(self, **fields: Any) -> Answer:
-        return self.master.call("POST", f"/nodes/{self.id}/heartbeat", self.told(**fields))
+        return self.master.call("POST", f"/nodes/{self.id}/heartbeat", self.with_session(**fields))
 
     def park_beat(self, **fields: Any) -> Later:
         return self._parked(
-            "POST", f"/nodes/{self.id}/heartbeat?wait={PARK_S}", self.told(**fields)
+            "POST", f"/nodes/{self.id}/heartbeat?wait={PARK_S}", self.with_session(**fields)
         )
 
     def _parked(self, method: str, path: str, body: Any = None) -> Later:
@@ -460,12 +463,15 @@ class Node:
         return later
 
     def progress(self, job: Any, **fields: Any) -> Answer:
-        return self.master.call("POST", f"/jobs/{job['id']}/progress",
-                                self.told(node_id=self.id, attempt=job["attempt"], **fields))
+        return self.master.call(
+            "POST",
+            f"/jobs/{job['id']}/progress",
+            self.with_session(node_id=self.id, attempt=job["attempt"], **fields),
+        )
 
     def report(self, job: Any, status: str = "completed", **fields: Any) -> Answer:
         own = {"job_id": job["id"], "node_id": self.id, "attempt": job["attempt"], "status": status}
-        return self.master.call("POST", "/results", self.told(**{**own, **fields}))
+        return self.master.call("POST", "/results", self.with_session(**{**own, **fields}))
 
     def shown(self) -> Any:
         return self.master.get(f"/nodes/{self.id}")

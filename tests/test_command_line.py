@@ -98,7 +98,7 @@ class TheCommandLine(unittest.TestCase):
             for command in ("jobs", "results", "report"):
                 shown = self.cli(command, "--node-id", word, "--limit", "1000").stdout
                 self.assertIn(self.done[:8], shown)
-        self.assertIn("no node nobody", self.cli("jobs", "--node-id", "nobody", code=1).stderr)
+        self.assertIn("unknown node nobody", self.cli("jobs", "--node-id", "nobody", code=1).stderr)
         self.assertEqual(
             self.cli("jobs", "--status", "paused").stdout, "no jobs match --status paused\n"
         )

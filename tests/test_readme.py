@@ -1,4 +1,4 @@
-"""The README tells all there is, and what it shows can be typed as it stands."""
+"""The README has all there is, and its commands can be typed as they are."""
 from __future__ import annotations
 
 import argparse
@@ -87,16 +87,16 @@ class Complete(unittest.TestCase):
         self.assertEqual(listed, flags_of(ffdist.build_parser()))
 
     def test_every_flag_stands_beside_its_commands(self) -> None:
-        told: dict[str, set[str]] = {}
+        listed: dict[str, set[str]] = {}
         for row in rows("Flag of ffdist.py"):
             words = set(row[1].replace("all but ", "").replace(" and ", ", ").split(", "))
             named = set(ffdist.COMMANDS) - words if row[1].startswith("all but") else words
             for flag in names_of([row]):
-                told[flag] = told.get(flag, set()) | named
+                listed[flag] = listed.get(flag, set()) | named
         for flag in {known.name for command in ffdist.COMMANDS.values() for known in command.flags}:
             having = {name for name, command in ffdist.COMMANDS.items()
                       if flag in {known.name for known in command.flags}}
-            self.assertEqual(told[flag], having, flag)
+            self.assertEqual(listed[flag], having, flag)
 
     def test_every_flag_of_the_agent(self) -> None:
         listed = {flag for flag in names_of(rows("Flag of agent.py")) if flag.startswith("--")}
