@@ -107,6 +107,7 @@ def text_of(data: bytes) -> str:
 
 def utc_text(epoch_s: float | None) -> str | None:
     """Return an RFC 3339 time in UTC with milliseconds, ending in Z (None for None)."""
+    # Cut, not rounded, so that a time never lies ahead of its event.
     if epoch_s is None:
         return None
     whole, milli = divmod(int(epoch_s * 1000), 1000)
@@ -2281,6 +2282,7 @@ def _board_gpus(host: Host) -> Iterator[Gpu]:
             continue
         path = f"{DRM}/{card}/device"
         driver = host.link(f"{path}/driver")
+        # Cards of the PCI bus are here too, and were found there.
         if driver in BOARD_GPUS:
             vendor, name = BOARD_GPUS[driver]
             yield Gpu(
@@ -2299,6 +2301,7 @@ def smi_argv(program: str, fields: Iterable[str]) -> list[str]:
 
 def _ask_smi(host: Host) -> tuple[list[dict[str, str]], str]:
     """Ask nvidia-smi what the GPUs are; return its rows, or why there are none."""
+    # A tree may bring a program of its own, as those of the tests do; a recording has its text.
     program = host.which("nvidia-smi")
     if program is None:
         if host.foreign:
@@ -2372,6 +2375,7 @@ def detect_rapl(survey: Survey) -> Findings:
 
     found: Findings = {}
     rows = []
+    # A closed core counter is no loss where its package is open, so each has its own reason.
     for zone in zones:
         rows.append(replace(zone, mirror_of=mirrors.get(zone.name)))
         if not zone.readable:
@@ -2522,6 +2526,7 @@ def _hwmon_sensors(host: Host) -> Iterator[Sensor]:
         base = f"{HWMON}/{entry}"
         chip = _word(host, f"{base}/name") or entry
         names = host.list(base)
+        # Files such as temp1_max and temp1_crit are limits, not readings.
         for name in names:
             match = _SENSOR_FILE.fullmatch(name)
             if match is None:
@@ -2565,6 +2570,7 @@ def _thermal_sensors(host: Host) -> Iterator[Sensor]:
 
 def whole_machine(sensors: Sequence[Sensor]) -> list[Sensor]:
     """Choose the power sensors that together are the whole machine's; none if that is not known."""
+    # All labels of a row must be there: two inputs of three are not the whole.
     for chip, labels in MACHINE_POWER:
         found = [one for one in sensors if one.unit == "watts" and one.chip == chip]
         if labels:
@@ -2636,6 +2642,7 @@ def _local_mounts(host: Host) -> list[tuple[str, str, str]]:
 
     Those without a device in /dev, such as overlay, are each one of their own.
     """
+    # Bind mounts and containers show one device at many places.
     best: dict[str, tuple[str, str, str]] = {}
     for device, mount, kind in parse_mounts(host.read("/proc/self/mounts")):
         if kind not in LOCAL_FILESYSTEMS:
@@ -5229,7 +5236,7 @@ def _reason_line(hw: Hardware, field: str) -> str:
 
 
 def _join(*parts: str | None, by: str = ", ") -> str:
-    """Join the parts that there are."""
+    """Join the parts that are known."""
     return by.join(part for part in parts if part)
 
 
@@ -5240,6 +5247,7 @@ def _machine(hw: Hardware) -> list[str]:
 
 
 def _threads(hw: Hardware) -> list[str]:
+    # The machine's, and of those what this process may use.
     counts = _join(
         count_text(hw.cpu_sockets, "socket"),
         count_text(hw.cpu_cores, "core"),
@@ -5347,7 +5355,9 @@ def _record(host: Host, file: str) -> int:
     """Detect and sample once, and write down every file that this took."""
     recorder = Recorder(host)
     hardware = detect(recorder, probe=False)
+    # A sampler reads files that detection does not: CPU times, counters, batteries.
     Sampler(recorder, hardware, gpu=False).sample(0.0)
+    # Programs cannot be recorded, but the text of nvidia-smi can.
     table = smi_table(recorder)
     if table is not None:
         recorder.entries[SMI_RECORDED] = ("file", scrub("", table))
@@ -5370,6 +5380,7 @@ def _run(options: argparse.Namespace) -> int:
     root = options.root or "/"
     if os.path.isdir(root):
         return _run_on(Host(root), options)
+    # Not a folder, so it must be an archive.
     with tempfile.TemporaryDirectory(prefix="ffdist-root-") as folder:
         try:
             with open(root, encoding="utf-8", newline="") as file:
