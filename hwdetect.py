@@ -82,7 +82,7 @@ VERSION = "1.0.0"
 MINUTE_S = 60
 HOUR_S = 3600
 DAY_S = 86400
-MAX_FLAG_S = 30 * DAY_S  # of a duration on the command line: what is longer is a slip
+MAX_FLAG_S = 30 * DAY_S  # of a duration on the command line: a longer one is a slip
 
 Json = dict[str, Any]
 
@@ -201,7 +201,7 @@ def error_words(error: Exception) -> str:
 class Flag(NamedTuple):
     """One command-line flag; `kind` reads its value, and None means that it takes none.
 
-    Its environment variable is FFDIST_ and its name in capitals: what it says is the default, and a
+    Its environment variable is FFDIST_ and its name in capitals. Its value is the default, and a
     flag on the line beats it. An empty variable counts as one that is not set.
     """
 
@@ -368,7 +368,7 @@ def state_home() -> Path:
 
 GIB = 2**30
 
-# The seed's rule of what is a server: more of both. A laptop is what has a battery.
+# The seed's rule: a laptop has a battery, a server has more than both of these.
 SERVER_THREADS = 16
 SERVER_RAM_BYTES = 32 * GIB
 
@@ -464,7 +464,7 @@ VIRTUAL_DMI = (
     ("virtual machine", "hyper-v"),
 )
 
-# What container engines leave behind: a file, or a word in the path of the control group.
+# The traces of container engines: a file, or a word in the path of the control group.
 CONTAINER_FILES = (("/.dockerenv", "docker"), ("/run/.containerenv", "podman"))
 CONTAINER_PATHS = (
     ("kubepods", "kubernetes"),
@@ -795,7 +795,7 @@ class Child:
         except subprocess.TimeoutExpired:
             return Result(None, "", f"{NO_ANSWER} {timeout_s:.1f} s", timed_out=True)
         finally:
-            # After its end too, for what it started may hold the pipes.
+            # After its end too, for programs that it started may hold the pipes.
             self.kill()
             self.close_pipes()
         return Result(self._popen.returncode, text_of(out), text_of(err))
@@ -1245,7 +1245,7 @@ class Program:
     def __init__(self, argv: Sequence[str], folder: Path, on_stdout: Callable[[str], None],
                  on_stderr: Callable[[str], None], descriptors: Iterable[int] = ()) -> None:
         """Start it in a folder; ProgramMissing, OSError or ValueError if that is not possible."""
-        # The launcher always starts, so what it is to start is checked here.
+        # The launcher itself always starts, so the program after it is checked here.
         if shutil.which(argv[0]) is None:
             raise ProgramMissing(argv[0])
         self._popen = subprocess.Popen(
@@ -1267,7 +1267,7 @@ class Program:
         threading.Thread(target=self._reap, args=(drains,), daemon=True).start()
 
     def _reap(self, drains: list[threading.Thread]) -> None:
-        # The zombie keeps the group's number from a stranger while what is left of it is killed.
+        # The zombie keeps the group's number from a stranger while the rest of it is killed.
         os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         self.signal(signal.SIGKILL)
         for drain in drains:
@@ -1326,7 +1326,7 @@ class Recorder(Host):
         final, links = self.tree.resolve(path)
         for link, target in links.items():
             self.entries[link] = ("link", target)
-        # What is known of a file by its name alone gives way to its content.
+        # An entry made from the name alone gives way to one with the content.
         known, _ = self.entries.get(final, ("there", ""))
         if known in ("there", "dir"):
             self.entries[final] = (kind, text)
@@ -1424,7 +1424,7 @@ def parse_archive(text: str) -> Entries:
         raise ValueError(f"not an archive of --record: it begins with {before[:40]!r}")
 
     entries: Entries = {}
-    # What split() returns repeats kind, path and body.
+    # The rest is kind, path and body, again and again.
     for kind, path, body in zip(parts[0::3], parts[1::3], parts[2::3]):
         plain = re.sub(r"\\x([0-9a-f]{2})", _unescape_character, body)
         if kind != "file":
@@ -3278,7 +3278,7 @@ class RaplSource(PowerSource):
         self._listed: list[str] = []
         self._may_mirror = False
         self._alike: dict[str, str] = {}  # zones that showed another's counter at the last reading
-        self._absence = ""  # why there is no counter at all, once that was asked
+        self._absence = ""  # why there is no counter at all, once it is known
         self._joules = 0.0
         self._covered_s = 0.0
         self._zones: dict[str, float] = {}  # joules

@@ -654,7 +654,7 @@ class OtherSources(TreeCase):
         ):
             self.put(f"/sys/class/power_supply/{supply}/{name}", value)
         sampler = self.sampler()
-        told = [sampler.sample(0.0).power_watts]
+        found = [sampler.sample(0.0).power_watts]
         for at, (path, value) in enumerate(
             (
                 ("AC/online", 1),
@@ -668,8 +668,8 @@ class OtherSources(TreeCase):
             1,
         ):
             self.put(f"/sys/class/power_supply/{path}", value)
-            told.append(sampler.sample(float(at)).power_watts)
-        self.assertEqual(told, [9.0, None, 9.0, None, None, 22.0, None, 25.0])
+            found.append(sampler.sample(float(at)).power_watts)
+        self.assertEqual(found, [9.0, None, 9.0, None, None, 22.0, None, 25.0])
 
     def test_a_battery_that_shows_only_its_charge(self) -> None:
         """Steps of 10 mWh, which are 36 J, every 3 s: 12 W."""
@@ -684,12 +684,12 @@ class OtherSources(TreeCase):
         first = sampler.sample(0.0)
         self.expect(first, power_watts=None, energy_joules=0.0, power_source="battery")
         self.assertIn("what is left", first.unknown["power_watts"])
-        told = []
+        found = []
         for at in range(1, 13):
             self.put(f"{base}/energy_now", 40_000_000 - 10_000 * ((at + 1) // 3))
             last = sampler.sample(float(at))
-            told.append(last.power_watts and round(last.power_watts, 6))
-        self.assertEqual(told, [None] * 4 + [12.0] * 8)
+            found.append(last.power_watts and round(last.power_watts, 6))
+        self.assertEqual(found, [None] * 4 + [12.0] * 8)
         self.expect(last, energy_joules=144.0, covered_s=12.0)
         self.put(f"{base}/status", "Charging")
         self.assertIsNone(sampler.sample(13.0).energy_joules)
@@ -1124,12 +1124,12 @@ class ControlGroups(TreeCase):
 
     def test_version_2_has_one_group_beside_the_agents_own(self) -> None:
         group = hwdetect.ControlGroup(self.version_2("cpu memory"), "job-1")
-        told = [group.limit("memory", 64 << 20), group.limit("cpu", 50_000)]
-        self.assertEqual(["cgroup v2", "cgroup v2"], told)
-        told = [self.words("system.slice/ffdist-job-1", name) for name in KernelStandIn.FILES[1:4]]
-        self.assertEqual([str(64 << 20), "0", "50000 100000"], told)
+        found = [group.limit("memory", 64 << 20), group.limit("cpu", 50_000)]
+        self.assertEqual(found, ["cgroup v2", "cgroup v2"])
+        found = [self.words("system.slice/ffdist-job-1", name) for name in KernelStandIn.FILES[1:4]]
+        self.assertEqual(found, [str(64 << 20), "0", "50000 100000"])
         self.assertTrue(group.take("memory", 4711))
-        self.assertEqual("4711", self.words("system.slice/ffdist-job-1", "cgroup.procs"))
+        self.assertEqual(self.words("system.slice/ffdist-job-1", "cgroup.procs"), "4711")
         self.assertIn("/sys/fs/cgroup/system.slice/ffdist-job-1", group.folders)
         self.assertFalse(group.killed())
         self.put(
@@ -1142,8 +1142,8 @@ class ControlGroups(TreeCase):
     def test_version_2_enables_a_controller_and_keeps_the_agents_own_limit(self) -> None:
         group = hwdetect.ControlGroup(self.version_2("cpu"), "job-1")
         self.assertEqual(group.limit("memory", 2000 << 20), "cgroup v2")
-        self.assertEqual("+memory", self.words("system.slice", "cgroup.subtree_control")[:7])
-        self.assertEqual(str(900 << 20), self.words("system.slice/ffdist-job-1", "memory.max"))
+        self.assertEqual(self.words("system.slice", "cgroup.subtree_control")[:7], "+memory")
+        self.assertEqual(self.words("system.slice/ffdist-job-1", "memory.max"), str(900 << 20))
 
     def test_a_limit_that_cannot_be_set_leaves_no_group(self) -> None:
         host = self.version_2("cpu memory")
@@ -1168,7 +1168,7 @@ class ControlGroups(TreeCase):
             self.host(), ["/sys/fs/cgroup/ffdist-job-1", "/sys/fs/cgroup/system.slice"]
         )
         self.assertEqual(
-            ["system.slice"], [path.name for path in (self.tree / "sys/fs/cgroup").iterdir()]
+            [path.name for path in (self.tree / "sys/fs/cgroup").iterdir()], ["system.slice"]
         )
 
     def test_a_real_group_holds_a_process_and_is_removed_with_it(self) -> None:
@@ -1181,8 +1181,8 @@ class ControlGroups(TreeCase):
         self.assertTrue(group.take("memory", process.pid))
         threading.Thread(target=process.wait, daemon=True).start()  # reaped at once, as init does
         hwdetect.remove_groups(Host(), group.folders)
-        self.assertEqual(-signal.SIGKILL, process.wait(10))
-        self.assertEqual([], [folder for folder in group.folders if os.path.exists(folder)])
+        self.assertEqual(process.wait(10), -signal.SIGKILL)
+        self.assertEqual([folder for folder in group.folders if os.path.exists(folder)], [])
 
 
 @unittest.skipUnless(shutil.which("ffmpeg"), "ffmpeg is not installed")
