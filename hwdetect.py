@@ -4222,7 +4222,7 @@ def process_started(host: Host, pid: int) -> int | None:
 SAMPLE_S = 1.0  # between two readings: energy counters integrate by themselves
 SERIES_MOST = 240  # points of a series; even, since neighbours are merged in pairs
 SAMPLES_MOST = 600  # of a ledger: ten minutes of them
-TELL_S = 10.0  # that a caller waits for the meter's thread, which a sensor may hold up
+ORDER_WAIT_S = 10.0  # that a caller waits for the meter's thread, which a sensor may hold up
 
 IDLE_FIRST_S = 3.0  # how long the first idle baseline takes: the first job waits for it
 IDLE_S = 10.0  # how long a later one takes
@@ -4231,8 +4231,8 @@ IDLE_EVERY_S = 600.0  # from one to the next
 IDLE_RETRY_S = 60.0  # after one that failed, since the machine was busy
 IDLE_BUSY_PERCENT = 10.0  # of the machine's CPUs or of a GPU: up to this it is called idle
 
-# Gaps are extrapolated up to these shares of a run. A GPU's power is sampled (of A100 and H100 the
-# reading itself covers 25 % of the time), so it is only an estimate anyway.
+# Gaps are extrapolated where the readings cover at least these shares of a run. A GPU's power is
+# sampled (of A100 and H100 a reading covers 25 % of the time), so it is only an estimate anyway.
 MIN_COVERAGE = 0.9
 MIN_GPU_COVERAGE = 0.5
 
@@ -4591,8 +4591,8 @@ class Meter:
 
     One thread does it all: it owns the sampler, the ledgers that take part and the baseline, so
     there is no lock. Callers put an order into its queue and wait until it is done. A run joins and
-    leaves with a reading, so that its joules begin and end with it; what it used between two
-    readings is the difference of the counters, whatever the time between them.
+    leaves with a reading, so that its joules begin and end with it. Between two readings they are
+    the difference of the counters, whatever the time between them.
     """
 
     def __init__(self, host: Host, hardware: Hardware, model: tuple[float, float] | None = None,
@@ -4665,7 +4665,7 @@ class Meter:
     def _order(self, verb: str, ledger: Ledger) -> None:
         order = Order(verb, ledger, threading.Event())
         self._orders.put(order)
-        order.done.wait(TELL_S)
+        order.done.wait(ORDER_WAIT_S)
 
     def _loop(self) -> None:
         while True:
