@@ -872,9 +872,9 @@ class LogPart:
 # ---- 4 Words -------------------------------------------------------------------------------------
 
 NOTHING_ENCODED = "nothing was encoded"  # the reason of a baseline for each figure of a film
-BAR_MOST_CHARS = 24
-BAR_LEAST_CHARS = 4
-LAST_COLUMN_LEAST = 20  # characters; a last column with less room stands below its row
+MAX_BAR_CHARS = 24
+MIN_BAR_CHARS = 4
+MIN_LAST_COLUMN = 20  # characters; a last column with less room stands below its row
 QUIET_LINE_S = 10  # between two lines of progress where stderr is not a terminal
 
 
@@ -903,8 +903,8 @@ def progress_text(progress: Mapping[str, Any], room: int = 79) -> str:
 
 def _bar(percent: float | None, room: int) -> str:
     """Return a bar that fits, "" where there is no room or nothing to show."""
-    width = min(BAR_MOST_CHARS, room - 1)
-    if percent is None or width < BAR_LEAST_CHARS:
+    width = min(MAX_BAR_CHARS, room - 1)
+    if percent is None or width < MIN_BAR_CHARS:
         return ""
     full = round(width * min(100.0, max(0.0, percent)) / 100)
     return f"[{'#' * full}{'.' * (width - full)}]"
@@ -1103,8 +1103,8 @@ def _layout_of(rows: Sequence[Sequence[str]], width: int, heads: bool) -> _Layou
     beside = len(widths) - 1
     room = width - sum(widths[:-1]) - len(GAP) * beside
     if not heads:
-        return _Layout(widths, beside, max(LAST_COLUMN_LEAST, room), width)
-    if room >= min(LAST_COLUMN_LEAST, widths[-1]):
+        return _Layout(widths, beside, max(MIN_LAST_COLUMN, room), width)
+    if room >= min(MIN_LAST_COLUMN, widths[-1]):
         return _Layout(widths, beside, room, width)
     ends = itertools.accumulate(size + len(GAP) for size in widths[:-1])
     fitting = sum(end <= width + len(GAP) for end in ends)
@@ -1125,7 +1125,7 @@ def _row_lines(row: Sequence[str], layout: _Layout, colours: Mapping[str, str]) 
     longest = max(map(len, rest.split()), default=0)
     fits_below_only = layout.room < longest < layout.width - len(GAP)
     if fits_below_only or not layout.room:
-        room = max(LAST_COLUMN_LEAST, layout.width - len(GAP))
+        room = max(MIN_LAST_COLUMN, layout.width - len(GAP))
         lines = [head, *(GAP + line for line in _wrapped(rest, room))]
     else:
         first, *others = _wrapped(rest, layout.room)
@@ -1825,8 +1825,8 @@ FILM_FORMATS = ",".join((
 BASELINE = "baseline"  # the word of a scenario that measures the idle machine and encodes nothing
 BASELINE_S = 60
 GENERATED = {"width": 1280, "height": 720, "fps": 30, "duration": 10}  # a job without an input
-CRF_MOST = {"h264": 51, "h265": 51}  # their scale ends there; that of av1 and vp9 at 63
-RATE_MOST_CHARS = 24  # of a bitrate as a text: more digits are not a rate
+MAX_CRF = {"h264": 51, "h265": 51}  # their scale ends there; that of av1 and vp9 at 63
+MAX_RATE_CHARS = 24  # of a bitrate as a text: more digits are not a rate
 HEIGHTS = (16, 8640)  # of a scenario: 8640 lines are 16K
 
 # Each pattern bounds the digits that it takes: int() and Fraction() of a million of them take long.
@@ -2170,7 +2170,7 @@ def _bits(fields: Fields, name: str, rule: Parameter) -> int:
     value = fields.values[name]
     if isinstance(value, str):
         match = _BITRATE.fullmatch(value.strip())
-        if not match or len(value) > RATE_MOST_CHARS:
+        if not match or len(value) > MAX_RATE_CHARS:
             raise _bad(name, "must be bits per second, such as 15000k or 5M")
         unit = match[2].lower()
         fields = _one_field(name, float(match[1]) * _BITRATE_UNITS[unit])
@@ -2348,8 +2348,8 @@ REFUSALS = (
             lambda job, row: f"{job.encoder} is unknown; {_nearest(str(job.encoder), ENCODERS)}"),
     Refusal("encoder", lambda job, row: row.codec != job.codec,
             lambda job, row: f"{job.encoder} makes {row.codec}, the job asks for {job.codec}"),
-    Refusal("crf", lambda job, row: (job.crf or 0) > CRF_MOST.get(job.codec, math.inf),
-            lambda job, row: f"of {job.codec} is from 0 to {CRF_MOST[job.codec]}"),
+    Refusal("crf", lambda job, row: (job.crf or 0) > MAX_CRF.get(job.codec, math.inf),
+            lambda job, row: f"of {job.codec} is from 0 to {MAX_CRF[job.codec]}"),
     Refusal("two_pass", lambda job, row: job.two_pass and job.crf is not None,
             lambda job, row: "needs a bitrate, and goes without crf"),
     Refusal("two_pass", lambda job, row: job.two_pass and not row.two_pass,
@@ -2594,12 +2594,12 @@ def _preset_for(load: float, live: bool) -> str:
     return PRESET_LOADS[-1].word
 
 
-SIDE_LEAST = 16  # pixels, as PARAMETERS has it
+MIN_SIDE = 16  # pixels, as PARAMETERS has it
 
 
 def _even_side(pixels: float) -> int:
     """Return the nearest even number of pixels."""
-    return max(SIDE_LEAST, 2 * round(pixels / 2))
+    return max(MIN_SIDE, 2 * round(pixels / 2))
 
 
 def _picture(settings: Settings, source: Source, encoder: Encoder) -> Picture:
@@ -3035,7 +3035,7 @@ UNWRITTEN = re.compile(r"No space left on device|Disk quota exceeded|Error closi
 DAMAGE = re.compile(r"error while decoding|Invalid data found|corrupt|Invalid NAL|partial file|"
                     r"concealing|missing picture|truncat|Error submitting packet to decoder|"
                     r"non-existing PPS|no frame!|invalid as first byte|bytestream", re.IGNORECASE)
-BLOCK_KEYS_MOST = 200  # of one block of progress: FFmpeg writes about 12
+MAX_BLOCK_KEYS = 200  # of one block of progress: FFmpeg writes about 12
 
 
 @dataclass(frozen=True)
@@ -3060,7 +3060,7 @@ class ProgressParser:
 
     def feed(self, line: str) -> Progress | None:
         key, found, value = line.strip().partition("=")
-        if not found or len(self._block) > BLOCK_KEYS_MOST:
+        if not found or len(self._block) > MAX_BLOCK_KEYS:
             return None
         if key != "progress":
             self._block[key] = value.strip()
@@ -3377,12 +3377,12 @@ _NORMAL = 1.959964  # the same of a normal distribution, to which it tends
 _MAD_SCALE = 1.4826  # makes a median absolute deviation comparable with a standard deviation
 
 # Half the 95 % interval over the mean, at most, as README promises. The best comes first.
-INTERVAL_MOST = {"high": 0.02, "medium": 0.05}
-RUNS_LEAST = 3  # without the warm-up: an interval of two is several times too wide
+MAX_INTERVAL = {"high": 0.02, "medium": 0.05}
+MIN_RUNS = 3  # without the warm-up: an interval of two is several times too wide
 OUTLIER_DEVIATIONS = 3
 EQUAL_PART = 0.001  # a hair's difference among equal values does not make an outlier
 BATCHES = 10
-BATCH_SAMPLES_LEAST = 3
+MIN_BATCH_SAMPLES = 3
 
 
 def interval(values: Sequence[float]) -> Json:
@@ -3423,7 +3423,7 @@ def confidence_of(intervals: Iterable[Mapping[str, Any]]) -> str:
         widest = max(widest, math.inf if relative is None else relative)
     if widest < 0:
         return "low"
-    return next((word for word, most in INTERVAL_MOST.items() if widest <= most), "low")
+    return next((word for word, most in MAX_INTERVAL.items() if widest <= most), "low")
 
 
 def outliers(values: Sequence[float]) -> list[bool]:
@@ -3431,7 +3431,7 @@ def outliers(values: Sequence[float]) -> list[bool]:
 
     Among few values none is.
     """
-    if len(values) <= RUNS_LEAST:
+    if len(values) <= MIN_RUNS:
         return [False] * len(values)
     # Medians, for a mean and a standard deviation would be moved by the outlier itself.
     middle = statistics.median(values)
@@ -3446,7 +3446,7 @@ def batch_means(values: Sequence[float]) -> list[float]:
 
     Neighbouring samples are alike: an interval of the samples themselves would be too narrow.
     """
-    if len(values) < BATCH_SAMPLES_LEAST * BATCHES:
+    if len(values) < MIN_BATCH_SAMPLES * BATCHES:
         return []
     means = []
     for batch in range(BATCHES):
@@ -4671,7 +4671,7 @@ class Runner:
 
 CONFIDENCES = ("auto", "low", "medium", "high")
 # With a machine that is too restless for its interval a job must still end.
-RUNS_MOST = {"high": 20, "medium": 10}
+MAX_RUNS = {"high": 20, "medium": 10}
 REPEATS_S = 3600.0  # no run begins that would end after so long
 CACHE_LIMIT_BYTES = 1 << 30  # of generated clips, which are kept for each size and rate
 # An output that holds a smaller part of the bytes that FFmpeg counted was cut off as it was
@@ -4724,7 +4724,7 @@ OUTPUT_REASONS = ProbeReasons(("killed",), "encoder")
 
 def runs_most(confidence: str) -> int:
     """Return how often a job of this confidence is encoded at most, with the warm-up."""
-    return RUNS_MOST[confidence] + 1 if confidence in RUNS_MOST else 1
+    return MAX_RUNS[confidence] + 1 if confidence in MAX_RUNS else 1
 
 
 def measured_runs(runs: Sequence[Outcome]) -> list[Outcome]:
@@ -4759,7 +4759,7 @@ def wants_another(confidence: str, runs: Sequence[Outcome], elapsed_s: float,
 
     counted = measured_runs(runs) if len(runs) > 1 else []
     reached = "low"
-    if len(counted) >= RUNS_LEAST:
+    if len(counted) >= MIN_RUNS:
         reached = confidence_of(intervals_of(counted).values())
     return CONFIDENCES.index(reached) < CONFIDENCES.index(confidence)
 
@@ -5436,8 +5436,8 @@ LIVE_LATE_S = 1.0  # a live encode ends later than its film by FFmpeg's start al
 REAL_TIME = 0.98  # a lower speed does not keep up; the rest is the start again
 BACKGROUND_PERCENT = 20.0  # more than this of the machine used by others disturbs a run
 MOSTLY_IDLE_PERCENT = 40.0
-COVERED_LEAST = 0.9  # of a run: gaps up to the rest of it are extrapolated
-SIGNIFICANT_MOST = 1e6  # from here on six digits would cut whole ones
+MIN_COVERED = 0.9  # of a run: gaps up to the rest of it are extrapolated
+MAX_SIGNIFICANT = 1e6  # from here on six digits would cut whole ones
 
 
 def evaluate(formula: str, facts: Mapping[str, Any]) -> float | None:
@@ -5524,7 +5524,7 @@ def _rounded(value: Any) -> Any:
     """Return a figure with 6 significant digits, but none of its whole ones lost."""
     if not isinstance(value, float):
         return value
-    if abs(value) < SIGNIFICANT_MOST:
+    if abs(value) < MAX_SIGNIFICANT:
         return float(f"{value:.6g}")
     return round(value, 1)
 
@@ -5556,7 +5556,7 @@ def _measured(run: Outcome) -> Json:
         figures["power_resolution"] = "; ".join(
             hwdetect.POWER_SOURCES.get(name, name) for name in sources)
         figures["energy_estimated"] = "model" in energy.source
-    has_idle = 0 < ledger.idle_s >= COVERED_LEAST * ledger.measured_s
+    has_idle = 0 < ledger.idle_s >= MIN_COVERED * ledger.measured_s
     # Without the whole run's idle share, net energy would be too high.
     if energy.joules is not None and has_idle:
         figures.update(idle_watts=ledger.idle_watts, idle_joules=ledger.idle_joules)
@@ -5651,7 +5651,7 @@ def confidence_reached(outcome: Outcome) -> tuple[str, list[str]]:
 
 def _confidence_of_runs(runs: Sequence[Outcome], asked: str) -> tuple[str, list[str]]:
     found = intervals_of(runs)
-    word = confidence_of(found.values()) if len(runs) >= RUNS_LEAST else "low"
+    word = confidence_of(found.values()) if len(runs) >= MIN_RUNS else "low"
     reasons = [_interval_words(f"{len(runs)} runs and a warm-up", found)]
     if asked not in ("auto", word) and word != "high":
         reasons.append(f"{asked} confidence was not reached")
@@ -6083,7 +6083,7 @@ def locked_folder(folder: Path, what: str) -> int:
 # stopped here.
 
 BACKOFF_FIRST_S = 0.5
-BACKOFF_MOST_S = 15.0  # a master that comes back has all of its nodes again within this
+MAX_BACKOFF_S = 15.0  # a master that comes back has all of its nodes again within this
 PROGRESS_S = 2.0  # unless the master says when it wants the next
 PROGRESS_RANGE_S = (0.2, 60.0)  # whatever it says
 LINES_A_REPORT = 500  # with MAX_LINE_CHARS at most 1 MB
@@ -6140,10 +6140,10 @@ class Backoff:
     def __init__(self) -> None:
         self._next_s = BACKOFF_FIRST_S
 
-    def rest_s(self, most_s: float = BACKOFF_MOST_S) -> float:
+    def rest_s(self, most_s: float = MAX_BACKOFF_S) -> float:
         """Return how long to rest before the next try; the one after that rests longer."""
         rest_s = random.uniform(self._next_s / 2, self._next_s)
-        self._next_s = min(BACKOFF_MOST_S, most_s, self._next_s * 2)
+        self._next_s = min(MAX_BACKOFF_S, most_s, self._next_s * 2)
         return rest_s
 
     def reset(self) -> None:
@@ -6274,7 +6274,7 @@ class Session:
         else:
             link.note_silence(error)
             if error.status == 404:
-                return Rest(BACKOFF_MOST_S)
+                return Rest(MAX_BACKOFF_S)
         return Rest(self._backoff.rest_s(link.node_timeout_s / 3))
 
     def _register(self) -> None:

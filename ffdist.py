@@ -115,22 +115,22 @@ CONFIDENCES = ("auto", "low", "medium", "high")
 JSON_KIND = "application/json"
 
 # Limits of a request. A draft takes about 1 KiB, so a bulk submission fits in its body limit.
-BULK_MOST = 10_000
-PAGE_MOST = 1000
+MAX_BULK = 10_000
+MAX_PAGE = 1000
 BODY_LIMIT_BYTES = 1 << 20
 BULK_LIMIT_BYTES = 10 << 20
-NESTING_MOST = 64  # the recursion of Python's JSON parser ends at about 1,000
-AFTER_MOST = 1000
+MAX_NESTING = 64  # the recursion of Python's JSON parser ends at about 1,000
+MAX_AFTER = 1000
 
 # Limits of an attempt's own words: a runaway FFmpeg must not fill the journal.
-LOG_LINES_MOST = 20_000
+MAX_LOG_LINES = 20_000
 LOG_LINE_CHARS = 4000
-SAMPLES_MOST = 50_000
-PROGRESS_FIELDS_MOST = 32
+MAX_SAMPLES = 50_000
+MAX_PROGRESS_FIELDS = 32
 
 LEASE_WITHOUT_SESSION_S = 24 * 3600.0  # of agents that neither heartbeat nor say a timeout
 REAP_S = 1.0
-FIGURE_MOST = 1e18  # above it no quantity of an encode is a measurement
+MAX_FIGURE = 1e18  # above it no quantity of an encode is a measurement
 
 
 def finite(values: Mapping[str, Any], name: str) -> float | None:
@@ -138,7 +138,7 @@ def finite(values: Mapping[str, Any], name: str) -> float | None:
     value = values.get(name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    if not 0 <= value < FIGURE_MOST:  # false for NaN too
+    if not 0 <= value < MAX_FIGURE:  # false for NaN too
         return None
     return float(value)
 
@@ -185,8 +185,8 @@ FINAL = frozenset(("completed", "failed", "canceled"))
 LEASED = frozenset(("running", "stopped", "canceling"))
 SHOWN = {"stopped": "paused", "canceling": "running"}
 STATUSES = ("blocked", "pending", "running", "paused", "completed", "failed", "canceled")
-HISTORY_MOST = 100
-ATTEMPTS_MOST = 50  # records kept of one job
+MAX_HISTORY = 100
+MAX_ATTEMPTS = 50  # records kept of one job
 
 TRANSITIONS: dict[tuple[str, str], str] = {
     ("blocked", "unblock"): "pending",
@@ -364,7 +364,7 @@ def advance(
         changes.update(completed_at=now, not_before=None, error=error, after=(), after_ok=())
     if target != job.state:
         note = reason or (event if event in _NAMED_EVENTS else None)
-        changes["history"] = (*job.history[-HISTORY_MOST:], (now, SHOWN.get(target, target), note))
+        changes["history"] = (*job.history[-MAX_HISTORY:], (now, SHOWN.get(target, target), note))
     return job._replace(**changes)
 
 
@@ -378,7 +378,7 @@ def _claimed(job: Job, now: float, node_id: str | None, claim: str | None) -> Js
             "claim": claim,
             "started_at": now,
             "not_before": None,
-            "attempts": (*job.attempts[1 - ATTEMPTS_MOST:], record)}
+            "attempts": (*job.attempts[1 - MAX_ATTEMPTS:], record)}
 
 
 def _taken_back(job: Job) -> Json:
@@ -629,8 +629,8 @@ def _kept(fields: Fields, own: Container[str]) -> Json:
 def _ids_of(fields: Fields, field: str) -> tuple[str, ...]:
     """Return a list of jobs' whole ids."""
     given = fields.items(field, "a list of job ids")
-    if len(given) > AFTER_MOST:
-        raise fields.error(field, f"must not have more than {AFTER_MOST} ids")
+    if len(given) > MAX_AFTER:
+        raise fields.error(field, f"must not have more than {MAX_AFTER} ids")
     ids = []
     for value in given:
         job_id = Fields({field: value}).uuid(field)
@@ -707,8 +707,8 @@ def _facts_of(fields: Fields) -> str:
 def _holding_of(fields: Fields) -> tuple[tuple[str, int], ...]:
     """Return (job id, attempt) of each attempt that an agent still runs or has in its spool."""
     held = fields.items("holding")
-    if len(held) > BULK_MOST:
-        raise fields.error("holding", f"must not have more than {BULK_MOST} entries")
+    if len(held) > MAX_BULK:
+        raise fields.error("holding", f"must not have more than {MAX_BULK} entries")
     entries = []
     for value in held:
         if not isinstance(value, dict):
@@ -770,8 +770,8 @@ def _progress_of(fields: Fields) -> Json:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return {"percent": value}
     progress = fields.mapping("progress", "an object or a number of percent")
-    if len(progress) > PROGRESS_FIELDS_MOST:
-        raise fields.error("progress", f"must not have more than {PROGRESS_FIELDS_MOST} fields")
+    if len(progress) > MAX_PROGRESS_FIELDS:
+        raise fields.error("progress", f"must not have more than {MAX_PROGRESS_FIELDS} fields")
     return progress
 
 
@@ -1103,7 +1103,7 @@ def _copy_database(path: Path, scratch: Path, show: Callable[[float], None]) -> 
 # (sqlite.org/wal.html) they see the last commit while the next one is written.
 
 READERS = 4  # connections for reading: pages are read beside each other, and beside the writer
-TRANSACTIONS_MOST = 1000  # in one commit: bounds the time that a single answer waits for the others
+MAX_TRANSACTIONS = 1000  # in one commit: bounds the time that a single answer waits for the others
 
 _WRITES = {
     "job": "INSERT INTO jobs(seq, id, status, scenario, node_id, spec, state) "
@@ -1476,7 +1476,7 @@ class Journal:
         """Wait for a transaction, and return it with all that are queued behind it."""
         items = [self._queue.get()]
         with contextlib.suppress(queue.Empty):
-            while len(items) < TRANSACTIONS_MOST:
+            while len(items) < MAX_TRANSACTIONS:
                 items.append(self._queue.get_nowait())
         self._closing = None in items
         return [item for item in items if item is not None]
@@ -1604,7 +1604,7 @@ def _lock_folder(folder: Path) -> int:
 CLAIMS_KEPT = 16  # claim words of a node: one a slot, and those of repeated requests
 SESSIONS_KEPT = 8  # earlier sessions of a node: a late packet of one is told that it is superseded
 TRIAL_FIRST_S = 10.0
-TRIAL_MOST_S = 600.0
+MAX_TRIAL_S = 600.0
 NODE_STATUSES = ("available", "busy", "draining", "quarantined", "offline")
 
 
@@ -1867,7 +1867,7 @@ class Node:
         if self.quarantine is not None:
             self.quarantine = Quarantine(*self.quarantine)
             pause = max(0.0, self.quarantine.next_trial - now.wall)
-            self.trial_due = now.clock + min(pause, TRIAL_MOST_S)
+            self.trial_due = now.clock + min(pause, MAX_TRIAL_S)
         if self.drain_until is not None:
             self.drain_due = now.clock + max(0.0, self.drain_until - now.wall)
 
@@ -2309,7 +2309,7 @@ class Health:
     def _set_pause(self, node: Node, reason: str, failed: int, since: float) -> float:
         """Set when the next job may try a node; return the pause in s."""
         now = self._state.now
-        pause_s = min(TRIAL_FIRST_S * 2.0 ** min(failed, 30), TRIAL_MOST_S)
+        pause_s = min(TRIAL_FIRST_S * 2.0 ** min(failed, 30), MAX_TRIAL_S)
         node.quarantine = Quarantine(reason[:1000], since, now.wall + pause_s, failed)
         node.trial_due = now.clock + pause_s
         self._state.write_node(node)
@@ -2440,7 +2440,7 @@ class Leases:
         state = self._state
         lease = state.leases[job.seq]
         merged = {**(lease.progress or {}), **report.progress}
-        lease.progress = merged if len(merged) <= PROGRESS_FIELDS_MOST else report.progress
+        lease.progress = merged if len(merged) <= MAX_PROGRESS_FIELDS else report.progress
         self._take_lines(job, report)
         if report.published and report.published != job.attempts[-1].get("published"):
             state.save(job, with_published(job, report.published))
@@ -2450,12 +2450,12 @@ class Leases:
         lease = self._state.leases[job.seq]
         start = lease.lines if report.lines_from is None else report.lines_from
         lines = report.lines[max(0, lease.lines - start):]
-        room = LOG_LINES_MOST - lease.lines
+        room = MAX_LOG_LINES - lease.lines
         if not lines or room <= 0:
             return
         kept = lines[:room]
         if len(kept) == room:
-            kept[-1] = f"[ffdist keeps {LOG_LINES_MOST} lines of an attempt; the rest is dropped]"
+            kept[-1] = f"[ffdist keeps {MAX_LOG_LINES} lines of an attempt; the rest is dropped]"
         self._state.write("log", job.seq, job.attempt, lease.lines, len(kept), json.dumps(kept))
         lease.lines += len(lines)
         self._state.effects.changed.append(job.seq)
@@ -4211,7 +4211,7 @@ def _field_lines(metrics: Iterable[Metric], values: Mapping[str, Any], labels: s
         value = values.get(metric.field)
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             continue  # a bool is an int to Python
-        if abs(value) < FIGURE_MOST:  # false for NaN, and for an int that no float can hold
+        if abs(value) < MAX_FIGURE:  # false for NaN, and for an int that no float can hold
             lines.append(_line(metric.name, labels, value, at))
     return lines
 
@@ -4260,7 +4260,7 @@ def epoch_of(text: Any) -> float | None:
 # both.
 
 JOULES_PER_WH = 3600.0
-PRICE_LOWEST = -1e6  # at some hours a kWh is paid for
+MIN_PRICE = -1e6  # at some hours a kWh is paid for
 # A longer run is priced by its first month: the walk over hours stays short whatever an agent
 # reports.
 LONGEST_RUN_S = 31 * 86400.0
@@ -4956,7 +4956,7 @@ def _forget(request: Request) -> Answer:
 
 
 def _drain(request: Request) -> Answer:
-    deadline_s = request.fields.number("deadline", 0, DRAIN_MOST_S)
+    deadline_s = request.fields.number("deadline", 0, MAX_DRAIN_S)
     return 200, request.master.drain(request.id, deadline_s)
 
 
@@ -5011,8 +5011,8 @@ def _submit(request: Request) -> Answer:
 
 def _drafts_of(values: Sequence[Any], max_retries: int) -> list[Draft]:
     """Return the drafts of an array; the error of one names its place, and none is submitted."""
-    if not 1 <= len(values) <= BULK_MOST:
-        raise ApiError(400, f"invalid array of {len(values)} jobs: expected 1 to {BULK_MOST}")
+    if not 1 <= len(values) <= MAX_BULK:
+        raise ApiError(400, f"invalid array of {len(values)} jobs: expected 1 to {MAX_BULK}")
     drafts = []
     for number, value in enumerate(values):
         try:
@@ -5046,7 +5046,7 @@ def _page_of(request: Request) -> tuple[dict[str, str], int | None, int]:
             filters[name] = value
     if filters.get("status") not in (None, *STATUSES):
         raise fields.error("status", f"must be one of {', '.join(STATUSES)}")
-    limit = fields.whole("limit", 1, PAGE_MOST) or PAGE_USUAL
+    limit = fields.whole("limit", 1, MAX_PAGE) or PAGE_USUAL
     return filters, fields.whole("after", 1, 1 << 60), limit
 
 
@@ -5092,7 +5092,7 @@ def _object_text(texts: Mapping[str, str], values: Json) -> Text:
 FILTERS = ("status", "scenario", "node_id")
 PAGE_USUAL = 100
 HOME_JOBS = 50  # on the page for people
-DRAIN_MOST_S = 30 * 86400.0  # a month: more is likely a mistake of units
+MAX_DRAIN_S = 30 * 86400.0  # a month: more is likely a mistake of units
 # The names of a list's query, and of a node's question for work or orders.
 _LIST = (*FILTERS, "limit", "after")
 _ASK = ("session", "wait", "seen", "claim", "leaving")
@@ -5217,7 +5217,7 @@ def printable_path(path: str) -> str:
 # Origin and Sec-Fetch-Site, and the name in Host. Programs send none of these and pass.
 
 HEAD_LIMIT_BYTES = 32 << 10
-HEADERS_MOST = 100
+MAX_HEADERS = 100
 # From the first byte of a head to its last, and for a whole body: a peer that drips is given up.
 HEAD_S = 10.0
 BODY_S = 60.0
@@ -5233,7 +5233,7 @@ BACKLOG = 4096
 FILES_WANTED = 65_536
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (\S{1,8000}) HTTP/(\d)\.(\d)")
-_REQUEST_LINE_MOST = 9000
+_MAX_REQUEST_LINE = 9000
 _HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*\r?(?:\n|\Z))+")
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
@@ -5278,8 +5278,8 @@ def decode_json(raw: bytes) -> Any:
     if not raw.strip():
         return None
     # 10 MiB of brackets take the decoder 3 s; counting them takes 22 ms.
-    if raw.count(b"[") + raw.count(b"{") > NESTING_MOST and _depth(raw) > NESTING_MOST:
-        raise ApiError(400, f"the body is nested deeper than {NESTING_MOST} levels")
+    if raw.count(b"[") + raw.count(b"{") > MAX_NESTING and _depth(raw) > MAX_NESTING:
+        raise ApiError(400, f"the body is nested deeper than {MAX_NESTING} levels")
     try:
         text = raw.decode().lstrip("\ufeff")
         value = _DECODER.decode(text)
@@ -5343,8 +5343,8 @@ def _headers_of(block: bytes) -> tuple[dict[bytes, bytes], bool]:
     """Return the headers that matter, and whether one of all is a browser's."""
     if block and not _HEADERS.fullmatch(block):
         raise ApiError(400, "invalid header: expected a name, a colon and a value on each line")
-    if block.count(b"\n") >= HEADERS_MOST:
-        raise ApiError(431, f"too many headers: expected {HEADERS_MOST} at most")
+    if block.count(b"\n") >= MAX_HEADERS:
+        raise ApiError(431, f"too many headers: expected {MAX_HEADERS} at most")
 
     headers: dict[bytes, bytes] = {}
     is_browser = False
@@ -5591,7 +5591,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ApiError(431, f"the request's head is larger than {limit}")
         if buffer.startswith(_TLS_HELLO):
             raise ApiError(400, f"{_NO_HTTP}; this port does not speak TLS")
-        line, is_whole, _ = bytes(buffer[:_REQUEST_LINE_MOST]).partition(b"\n")
+        line, is_whole, _ = bytes(buffer[:_MAX_REQUEST_LINE]).partition(b"\n")
         if is_whole and not _REQUEST_LINE.fullmatch(line.rstrip(b"\r")):
             raise ApiError(400, _NO_HTTP)
         if not _HEADER_NAME.fullmatch(line[:1]):
@@ -5722,10 +5722,10 @@ PUSH_S = 5.0
 # So that a panel over a few minutes has points of nodes that did not change.
 NODES_AGAIN_S = 30.0
 # About 3 MB a request.
-PUSH_LINES_MOST = 20_000
-PUSH_RESULTS_MOST = 500
+MAX_PUSH_LINES = 20_000
+MAX_PUSH_RESULTS = 500
 # Results from before pushing was switched on; the journal may hold a million.
-BACKFILL_MOST = 10_000
+MAX_BACKFILL = 10_000
 # About 400,000 values: 17 minutes of an outage with 100 busy nodes.
 UNSENT_LIMIT_BYTES = 64 << 20
 # Answers that the same body would get again; every other failure may pass.
@@ -5752,8 +5752,8 @@ class Unsent:
 
     def add(self, lines: Sequence[str]) -> int:
         """Append lines; return how many values were dropped to make room for them."""
-        for start in range(0, len(lines), PUSH_LINES_MOST):
-            body = _body(lines[start:start + PUSH_LINES_MOST])
+        for start in range(0, len(lines), MAX_PUSH_LINES):
+            body = _body(lines[start:start + MAX_PUSH_LINES])
             self._bodies.append(body)
             self._size += len(body)
         dropped = 0
@@ -5782,7 +5782,7 @@ class Pusher:
         self._log = log
         self._stopping = threading.Event()
 
-        self._samples: queue.Queue[Sampled] = queue.Queue(SAMPLES_MOST)
+        self._samples: queue.Queue[Sampled] = queue.Queue(MAX_SAMPLES)
         self._unsent = Unsent(limit_bytes)
         self._node_states: dict[str, tuple[Any, ...]] = {}
         self._all_nodes_at = 0.0
@@ -5842,8 +5842,8 @@ class Pusher:
         if is_due:
             self._node_states = {}
         lines = node_lines(shot, now, self._node_states)
-        for start in range(0, len(lines), PUSH_LINES_MOST):
-            self._push(_body(lines[start:start + PUSH_LINES_MOST]))
+        for start in range(0, len(lines), MAX_PUSH_LINES):
+            self._push(_body(lines[start:start + MAX_PUSH_LINES]))
         self._node_states = {node[1]: node for node in shot.nodes}
         if is_due:
             self._all_nodes_at = now
@@ -5852,8 +5852,8 @@ class Pusher:
         """Push the results of the journal after the cursor, a page at a time."""
         before, is_full = self._cursor, True
         while is_full and not self._stopping.is_set():
-            page = self._master.queries.ended_after(self._cursor, PUSH_RESULTS_MOST)
-            is_full = len(page) == PUSH_RESULTS_MOST
+            page = self._master.queries.ended_after(self._cursor, MAX_PUSH_RESULTS)
+            is_full = len(page) == MAX_PUSH_RESULTS
             if page:
                 self._push(_body([
                     line for _, result, spec in page for line in result_lines(result, spec)]))
@@ -5904,7 +5904,7 @@ class Pusher:
         try:
             kept = int(self._cursor_path.read_text())
         except (OSError, ValueError):
-            return max(0, last - BACKFILL_MOST)
+            return max(0, last - MAX_BACKFILL)
         return min(last, kept)  # a recovered journal may be shorter
 
     def _write_cursor(self) -> None:
@@ -5934,7 +5934,7 @@ EXPIRY_PAUSE_S = 0.05
 # How long a line of the log may wait for others to be written with it, and how many may wait: when
 # the terminal or the pipe is stuck, requests wait for it rather than fill the memory.
 LOG_DELAY_S = 0.05
-LOG_WAITING_MOST = 20_000
+MAX_LOG_WAITING = 20_000
 
 
 class LogWriter(logging.Handler):
@@ -5958,7 +5958,7 @@ class LogWriter(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._records.append(record)
-        if record.levelno >= logging.WARNING or len(self._records) > LOG_WAITING_MOST:
+        if record.levelno >= logging.WARNING or len(self._records) > MAX_LOG_WAITING:
             self.flush()
         elif not self._waiting.is_set():
             self._waiting.set()
@@ -6450,8 +6450,8 @@ def _points_of(matrix: _Matrix) -> list[_Point]:
         for cell in _cells_of(matrix, entry):
             cells.append((entry, cell))
             jobs += sum(entry.streams) * len(matrix.nodes) * matrix.repeats
-        if jobs > BULK_MOST:
-            raise ValueError(f"the file asks for more than {BULK_MOST} jobs")
+        if jobs > MAX_BULK:
+            raise ValueError(f"the file asks for more than {MAX_BULK} jobs")
 
     repeats: Iterable[int | None] = (None,)
     if matrix.repeats > 1:
@@ -6476,7 +6476,7 @@ def _cells_of(matrix: _Matrix, entry: _Entry) -> list[_Cell]:
     for parts in itertools.product(*axes):
         cell = _joined(parts)
         cells += [_joined((cell, rate)) for rate in _rates_of(matrix.file, entry, cell)]
-        if len(cells) > BULK_MOST:
+        if len(cells) > MAX_BULK:
             break  # enough to be refused, and a product of long axes never ends
     return cells
 
@@ -6626,7 +6626,7 @@ def _in_order(groups: Iterable[Group]) -> Iterator[Group]:
             since.setdefault(node, []).extend(ids)
 
         if after:
-            jobs = [{**job, "after": after[-AFTER_MOST:]} for job in group.jobs]
+            jobs = [{**job, "after": after[-MAX_AFTER:]} for job in group.jobs]
             group = group._replace(jobs=tuple(jobs))
         yield group
 
@@ -6722,7 +6722,7 @@ def figure_of(metrics: Mapping[str, Any], name: str) -> float | None:
         return finite(metrics, name)
 
     value = metrics.get(name)
-    if isinstance(value, (int, float)) and abs(value) < FIGURE_MOST:
+    if isinstance(value, (int, float)) and abs(value) < MAX_FIGURE:
         return float(value)
     return None
 
@@ -9415,7 +9415,7 @@ def _reported_results(client: wire.Client, args: Args) -> list[str]:
 def _jobs_of_experiment(client: wire.Client, name: str) -> list[str]:
     """Return the ids of an experiment's jobs, oldest first, from all that the master keeps."""
     ids: list[str] = []
-    query: Json = {"limit": PAGE_MOST}
+    query: Json = {"limit": MAX_PAGE}
     while True:
         page = client.jobs(query)
         ids += [job.id for job in page.items if job.experiment.get("id") == name]
@@ -9493,7 +9493,7 @@ def settings_of(args: Args) -> Settings:
     """Return the master's settings out of its flags; ValueError for a bad file of prices."""
     max_jobs, max_age_s = args.keep
     tariff = Tariff(
-        prices=_rates("--energy-price", args.energy_price, PRICE_LOWEST),
+        prices=_rates("--energy-price", args.energy_price, MIN_PRICE),
         carbon=_rates("--carbon-intensity", args.carbon_intensity, 0),
         currency=args.currency)
     names = (name.strip().lower() for name in args.allow_host.split(","))
@@ -9821,7 +9821,7 @@ _REPORT = Command(
         Flag("--experiment", None, str, "an experiment's file or id (all results)"),
         Flag("--output", None, str,
              "a file to write: .html, .csv or .json (a table on the terminal)"),
-        *_page_flags(PAGE_MOST),
+        *_page_flags(MAX_PAGE),
         *_ASK_FLAGS,
     ),
 )

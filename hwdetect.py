@@ -3105,7 +3105,7 @@ RESET_ALLOWANCE_W = 500
 STILL_S = 10.0
 # A counter must not wrap twice between two readings, so it is read before it could wrap once at
 # this power: not more often than POLL_MIN_S, nor, to notice resets, more seldom than POLL_MAX_S.
-ZONE_MOST_W = 1_000
+MAX_ZONE_W = 1_000
 POLL_MIN_S = 0.1
 POLL_MAX_S = 10.0
 
@@ -3299,7 +3299,7 @@ class RaplSource(PowerSource):
         patience_s = POLL_MAX_S
         for zone in self._all_zones():
             if zone.range_uj:
-                wrap_s = zone.range_uj / 1e6 / ZONE_MOST_W
+                wrap_s = zone.range_uj / 1e6 / MAX_ZONE_W
                 patience_s = min(patience_s, wrap_s)
         return max(POLL_MIN_S, patience_s)
 
@@ -3732,7 +3732,7 @@ SMI_READING = (
 SMI_NEEDED = SMI_READING[:3]  # the others may be missing: older drivers do not know them all
 SMI_TOO_HOT = 0x8 | 0x20 | 0x40  # nvml.h: HwSlowdown, SwThermalSlowdown, HwThermalSlowdown
 # Between answers that are further apart the clock was set, or nvidia-smi stood still.
-SMI_STEP_MOST_S = 10.0
+MAX_SMI_STEP_S = 10.0
 SMI_AGAIN_S = 60.0  # until it is started anew after its end, as when the driver is renewed
 SMI_LAST_LINES = 5  # that are kept: they say why it ended
 
@@ -3802,7 +3802,7 @@ class SmiStream:
 
         # A driver that hangs prints nothing more. Its last figures must not go on for ever.
         silent_s = now - self._answered_at
-        if self._rows and silent_s > SMI_STEP_MOST_S:
+        if self._rows and silent_s > MAX_SMI_STEP_S:
             self._rows.clear()
             self.reason = f"nvidia-smi has printed nothing for {silent_s:.0f} s"
 
@@ -3816,7 +3816,7 @@ class SmiStream:
         self._rows[index] = row
         address = parse_pci_address(row.get("pci.bus_id"))
         self._indexes[address] = index
-        energy = self._energy.setdefault(index, Integral(SMI_STEP_MOST_S))
+        energy = self._energy.setdefault(index, Integral(MAX_SMI_STEP_S))
         energy.add(when, parse_float(row["power.draw"]))
 
     def _note_end(self, now: float) -> None:
@@ -4220,8 +4220,8 @@ def process_started(host: Host, pid: int) -> int | None:
 # ---- 13 Ledger -----------------------------------------------------------------------------------
 
 SAMPLE_S = 1.0  # between two readings: energy counters integrate by themselves
-SERIES_MOST = 240  # points of a series; even, since neighbours are merged in pairs
-SAMPLES_MOST = 600  # of a ledger: ten minutes of them
+MAX_SERIES = 240  # points of a series; even, since neighbours are merged in pairs
+MAX_SAMPLES = 600  # of a ledger: ten minutes of them
 ORDER_WAIT_S = 10.0  # that a caller waits for the meter's thread, which a sensor may hold up
 
 IDLE_FIRST_S = 3.0  # how long the first idle baseline takes: the first job waits for it
@@ -4244,7 +4244,7 @@ class Series:
     time.
     """
 
-    def __init__(self, most: int = SERIES_MOST) -> None:
+    def __init__(self, most: int = MAX_SERIES) -> None:
         self.points: list[tuple[float | None, ...]] = []
         self._most = most
         self._stride = 1  # how many added points make one
@@ -4418,7 +4418,7 @@ class Ledger:
     run's.
     """
 
-    samples: deque[Json] = field(default_factory=lambda: deque(maxlen=SAMPLES_MOST))
+    samples: deque[Json] = field(default_factory=lambda: deque(maxlen=MAX_SAMPLES))
     uses_gpu: bool = False
     pgid: int | None = None  # of the process that runs now
     paused: bool = False

@@ -280,7 +280,7 @@ class TestQuarantine(Fleet):
         self.assertEqual(pauses, sorted(pauses))
         self.assertAlmostEqual(pauses[0], 10, delta=1)
         self.assertAlmostEqual(pauses[3], 80, delta=1)
-        self.assertAlmostEqual(pauses[-1], ffdist.TRIAL_MOST_S, delta=1)
+        self.assertAlmostEqual(pauses[-1], ffdist.MAX_TRIAL_S, delta=1)
         self.assertRegex(self.master.queries.node(self.sick)["quarantine"]["reason"],
                          r"job .* failed \(out_of_disk\): still full")
 

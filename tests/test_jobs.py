@@ -255,7 +255,7 @@ class TestLife(unittest.TestCase):
                 advance(job, "claim", float(at), "n1"), "return", float(at), reported="returned"
             )
         self.assertEqual(job.attempt, 300)
-        self.assertLessEqual(len(job.history), ffdist.HISTORY_MOST + 1)
+        self.assertLessEqual(len(job.history), ffdist.MAX_HISTORY + 1)
         self.assertLessEqual(len(job.attempts), 50)
         self.assertEqual(job.attempts[-1]["attempt"], 300)
 

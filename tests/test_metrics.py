@@ -484,8 +484,8 @@ class Pushing(unittest.TestCase):
     def test_the_newest_results_are_pushed_when_it_is_switched_on(self) -> None:
         jobs = [self.job() for _ in range(5)]
         (self.folder / "pushed").unlink()
-        most, ffdist.BACKFILL_MOST = ffdist.BACKFILL_MOST, 3
-        self.addCleanup(setattr, ffdist, "BACKFILL_MOST", most)
+        most, ffdist.MAX_BACKFILL = ffdist.MAX_BACKFILL, 3
+        self.addCleanup(setattr, ffdist, "MAX_BACKFILL", most)
         self.made().step(1000.0)
         self.assertEqual([job for job in jobs if job in "".join(self.store.bodies)], jobs[2:])
 

@@ -151,9 +151,9 @@ class Complete(unittest.TestCase):
             ),
             (3, 10, 30, 600, 10),
         )
-        self.assertEqual((agent.RUNS_LEAST, agent.RUNS_MOST, agent.INTERVAL_MOST, agent.REPEATS_S),
+        self.assertEqual((agent.MIN_RUNS, agent.MAX_RUNS, agent.MAX_INTERVAL, agent.REPEATS_S),
                          (3, {"medium": 10, "high": 20}, {"medium": 0.05, "high": 0.02}, 3600))
-        self.assertEqual((hwdetect.SERIES_MOST, agent.BASELINE_S), (240, 60))
+        self.assertEqual((hwdetect.MAX_SERIES, agent.BASELINE_S), (240, 60))
 
     def test_every_metric_that_the_master_adds(self) -> None:
         self.assertEqual(names_of(rows("Added by the master")), set(ffdist.PRICED))
@@ -258,12 +258,12 @@ class Exact(unittest.TestCase):
         )
         self.assertEqual(
             (
-                ffdist.HEADERS_MOST,
+                ffdist.MAX_HEADERS,
                 ffdist.HEAD_S,
-                ffdist.NESTING_MOST,
-                ffdist.LOG_LINES_MOST,
-                ffdist.BULK_MOST,
-                ffdist.PAGE_MOST,
+                ffdist.MAX_NESTING,
+                ffdist.MAX_LOG_LINES,
+                ffdist.MAX_BULK,
+                ffdist.MAX_PAGE,
             ),
             (100, 10, 64, 20_000, 10_000, 1000),
         )

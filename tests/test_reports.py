@@ -76,7 +76,7 @@ class TestRates(unittest.TestCase):
                 ffdist.hourly_rate_of(text, 0)
 
     def test_a_price_may_be_below_nothing(self) -> None:
-        rate = ffdist.hourly_rate_of("hour,price\n1,-0.02", ffdist.PRICE_LOWEST)
+        rate = ffdist.hourly_rate_of("hour,price\n1,-0.02", ffdist.MIN_PRICE)
         self.assertEqual(rate.by_hour, {1: -0.02})
 
     def test_rates_by_node(self) -> None:

@@ -61,7 +61,7 @@ class TestLogWriter(unittest.TestCase):
             for number in range(200):
                 self.log.info("job %d", number)
                 sent.append(number)
-        with mock.patch.object(ffdist, "LOG_WAITING_MOST", 50):
+        with mock.patch.object(ffdist, "MAX_LOG_WAITING", 50):
             threading.Thread(target=work, daemon=True).start()
             wait_for(lambda: len(sent) >= 50)
             time.sleep(0.3)
