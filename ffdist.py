@@ -1924,8 +1924,7 @@ class Ended(NamedTuple):
 
 
 class State:
-    """What the master knows: nodes, live jobs, lanes, leases, totals. It has no lock, clock, I/O or
-    log.
+    """What the master knows: nodes, live jobs, lanes, leases, totals; no lock, clock, I/O or log.
 
     Finished jobs are not here: they are in the journal, so memory does not grow with history. Every
     change that must outlive the process goes through write(), and `now` is the moment of the step
@@ -1964,10 +1963,11 @@ class State:
             node = self.nodes[node_id] = Node(node_id, self.now.wall)
             node.restore(record, self.now)
             node.claims.extend(claims)
-            node.heard = self.now.clock
+            node.heard = self.now.clock  # its silence before this start does not count
         for job in stored.live_jobs:
             self.jobs[job.seq] = job
             self.seq_of[job.id] = job.seq
+        # Once all are known: a blocked job may wait for any of them.
         for job in stored.live_jobs:
             if job.state == "blocked":
                 self.block(job)
@@ -1995,6 +1995,7 @@ class State:
             self.count_job(old, -1)
         self.count_job(job, 1)
         if job.state in FINAL:
+            # From its commit on it is read from the journal; find() waits for that.
             self.jobs.pop(job.seq, None)
             self.seq_of.pop(job.id, None)
             self.ended.append(Ended(job.seq, job.id, job.status))
@@ -2077,12 +2078,11 @@ class Placement:
         self._state = state
 
     def fits(self, node: Node, needs: Needs) -> bool:
-        """Return whether a node may take the jobs of a lane; where they failed, as a last
-        resort."""
-        if node.quarantine is not None:
-            tried = node.trial is not None or self._state.now.clock < node.trial_due
-            if tried:
-                return False
+        """Return whether a node may take the jobs of a lane; as a last resort where they failed."""
+        # One job at a time tries a node in quarantine, after its pause.
+        may_try = node.trial is None and self._state.now.clock >= node.trial_due
+        if node.quarantine is not None and not may_try:
+            return False
         if node.id not in needs.avoid or needs.only is not None:
             return True
         return not self.elsewhere(needs)
@@ -2159,15 +2159,26 @@ class Placement:
         """
         state = self._state
         for needs in state.lanes.needs() if lanes is None else lanes:
-            for node_id in list(state.idle) if needs.only is None else (needs.only,):
-                node = state.nodes.get(node_id)
-                if node is None or node_id not in state.idle:
-                    continue
-                if self.fits(node, needs) and self.has_room(node, needs):
-                    del state.idle[node_id]
-                    state.woken.add(node_id)
-                    state.wake(node)
-                    return
+            node = self._idle_node(needs)
+            if node is not None:
+                del state.idle[node.id]
+                state.woken.add(node.id)
+                state.wake(node)
+                return
+
+    def _idle_node(self, needs: Needs) -> Node | None:
+        """Return the node that has waited longest of those that may take the jobs of a lane.
+
+        Usually it is the first of them all: with thousands of idle nodes a copy would cost more.
+        """
+        state = self._state
+        for node_id in state.idle if needs.only is None else (needs.only,):
+            node = state.nodes.get(node_id)
+            if node is None or node_id not in state.idle:
+                continue
+            if self.fits(node, needs) and self.has_room(node, needs):
+                return node
+        return None
 
     def release(self, node: Node) -> None:
         """Answer a node's parked request: something newer is there for it."""
