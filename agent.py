@@ -35,6 +35,11 @@ Sections (each uses only those above it):
 Threads: the main thread waits for signals; the poller holds the parked request; the reporter sends
 progress and empties the spool; each slot runs one attempt. Two locks: Agent's guards which attempts
 run, a Stopwatch's guards an attempt's clock and pause; nothing blocks while holding one.
+
+Where things go: a kind of output is a class in Publishing and a line in output_of(), a kind of
+input the same in Places; a parameter is a row of PARAMETERS and an encoder one of ENCODERS
+(Catalogue), a figure of a result a row of METRICS, a recommendation a row of VERDICTS (Analysis),
+a step of an attempt a function in Stages and its call in Attempt.
 """
 from __future__ import annotations
 
