@@ -1360,6 +1360,15 @@ class Recorder(Host):
             self.entries[self._own_path(path)] = ("link", f"../{target}")
         return target
 
+    # The kernel's answers to the next two are not files, so a recording cannot give them. Without
+    # them, detection reads what it will read of the recording, such as the size of a disk's device.
+
+    def space(self, mount: str) -> tuple[int, int] | None:
+        return None
+
+    def uname(self, field: str) -> str | None:
+        return None
+
     def _own_path(self, path: str) -> str:
         """Return a path whose last part is not followed, below its folder's real path."""
         parent, name = os.path.split(path)
