@@ -121,12 +121,12 @@ def _second_text(whole: int) -> str:
 
 
 # Each unit once, the largest first. A bare number is seconds, so it may only be the last ("1m30").
+# Milliseconds are missing: whole seconds rule a fleet, and only interval() is for less.
 _UNITS = {
     "d": DAY_S,
     "h": HOUR_S,
     "m": MINUTE_S,
     r"(?:s|\Z)": 1.0,
-    "ms": 0.001,
 }
 # Bounded, for float() of a thousand digits is infinite.
 _NUMBER = r"[0-9]{1,9}(?:\.[0-9]{1,9})?"
@@ -135,7 +135,7 @@ _DURATION = re.compile("".join(_PARTS))
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds of `10s`, `500ms`, `1m30s`, `2h`, `90d` or `1.5`; ValueError otherwise."""
+    """Return the seconds of `10s`, `0.5s`, `1m30s`, `2h`, `90d` or `1.5`; ValueError otherwise."""
     match = _DURATION.fullmatch(text.strip())
     if match is None or not any(match.groups()):
         raise ValueError(f"invalid duration '{text}': expected 10s, 0.5s, 1m30s or plain seconds")
@@ -209,15 +209,20 @@ class Flag(NamedTuple):
     default: Any
     kind: Callable[[str], Any] | None
     about: str
+    value: str = ""  # what the help calls its value; else its name in capitals
 
     @property
     def variable(self) -> str:
         """Return its environment variable."""
-        return f"FFDIST_{self.metavar}"
+        return f"FFDIST_{self._capitals}"
 
     @property
     def metavar(self) -> str:
-        """Return its name in capitals."""
+        """Return what the help calls its value."""
+        return self.value or self._capitals
+
+    @property
+    def _capitals(self) -> str:
         return self.name.lstrip("-").replace("-", "_").upper()
 
     @property
@@ -3002,7 +3007,7 @@ def probe_argv(ffmpeg: str, name: str, node: str = DEFAULT_NODE) -> list[str]:
 # ---- 9 Detectors ---------------------------------------------------------------------------------
 
 # The agent has no such flag, but its environment variable names the agent's ffmpeg too.
-FFMPEG_FLAG = Flag("--ffmpeg", None, str, "the ffmpeg to use (the one on PATH)")
+FFMPEG_FLAG = Flag("--ffmpeg", None, str, "the ffmpeg to use (the one on PATH)", "PROGRAM")
 DETECTOR_FAILED = "its detector failed, see problems"
 
 
@@ -5107,10 +5112,18 @@ MAX_INTERVAL_S = DAY_S
 
 
 def interval(text: str) -> float:
-    """Argument type of the time between two readings."""
-    value = seconds(text)
+    """Argument type of the time between two readings: a duration, or milliseconds."""
+    match = re.fullmatch(rf"({_NUMBER})ms", text.strip())
+    value = 0.0
+    if match is not None:
+        value = float(match[1]) / 1000
+    else:
+        with contextlib.suppress(ValueError):
+            value = parse_duration(text)
+
     if not MIN_INTERVAL_S <= value <= MAX_INTERVAL_S:
-        raise argparse.ArgumentTypeError(f"invalid interval '{text}': expected 10ms to 1d")
+        expected = "expected 10ms to 1d, such as 1s or 500ms"
+        raise argparse.ArgumentTypeError(f"invalid interval '{text}': {expected}")
     return value
 
 
@@ -5123,12 +5136,16 @@ def existing_place(text: str) -> str:
 
 FLAGS = (
     Flag("--json", False, None, "print JSON; with --watch one object a line"),
-    Flag("--root", None, existing_place, "read a tree or an archive of --record, not this machine"),
+    Flag("--root", None, existing_place,
+         "read a tree or an archive of --record, not this machine", "PLACE"),
     Flag("--no-probe", False, None, "do not try the encoders"),
-    Flag("--record", None, str, "write what detection reads into one text archive (- for stdout)"),
-    Flag("--watch", None, interval, "print a reading every so often, such as 1s or 500ms"),
+    Flag("--record", None, str,
+         "write what detection reads into one text archive (- for stdout)", "FILE"),
+    Flag("--watch", None, interval,
+         "print a reading every so often, such as 1s or 500ms", "INTERVAL"),
     FFMPEG_FLAG,
-    Flag("--state-dir", None, str, "where the encoders found are kept (~/.local/state/ffdist)"),
+    Flag("--state-dir", None, str,
+         "where the encoders found are kept (~/.local/state/ffdist)", "DIR"),
 )
 
 

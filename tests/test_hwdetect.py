@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import datetime
@@ -9,6 +10,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -1332,6 +1334,26 @@ class Commands(TreeCase):
                 self.assertNotIn("None", out)
                 self.assertRegex(out, r"(?m)^Processor    \S")
 
+    def test_intervals(self) -> None:
+        """--watch alone takes milliseconds, and each refusal is the same sentence."""
+        for text, seconds in (("500ms", 0.5), ("10ms", 0.01), ("1m30s", 90.0), ("1d", 86400.0)):
+            self.assertEqual(hwdetect.interval(text), seconds)
+        for text in ("0", "1ms", "25h", "soon", "-1s", "ms"):
+            with self.assertRaises(argparse.ArgumentTypeError) as caught:
+                hwdetect.interval(text)
+            self.assertEqual(
+                str(caught.exception),
+                f"invalid interval '{text}': expected 10ms to 1d, such as 1s or 500ms",
+            )
+
+    def test_help_names_its_values_as_the_readme_does(self) -> None:
+        code, out, err = self.call("--help")
+        self.assertEqual((code, err), (0, ""))
+        rows = re.findall(r"(?m)^\| `(--[a-z-]+ [A-Z]+)` \|", (TOP / "README.md").read_text())
+        self.assertIn("--watch INTERVAL", rows)
+        for row in rows:
+            self.assertIn(f"[{row}]", out)
+
     def test_wrong_usage(self) -> None:
         for argv in (
             ["--watch", "soon"],
@@ -1486,13 +1508,12 @@ class Pieces(unittest.TestCase):
     def test_durations(self) -> None:
         for text, seconds in (
             ("1s", 1.0),
-            ("500ms", 0.5),
             ("1m30s", 90.0),
             ("2", 2.0),
             ("0.5s", 0.5),
         ):
             self.assertEqual(hwdetect.parse_duration(text), seconds)
-        for text in ("", "s", "-1s", "1x", "1e3", "nan", "1 s"):
+        for text in ("", "s", "-1s", "1x", "1e3", "nan", "1 s", "1ms"):
             with self.assertRaises(ValueError):
                 hwdetect.parse_duration(text)
 
