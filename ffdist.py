@@ -7787,15 +7787,29 @@ def start_again() -> None:
     os.execv(sys.executable, [sys.executable, *arguments])
 
 
+def end_on_sigterm() -> None:
+    """Let SIGTERM unwind as Ctrl-C does, also where SIGINT is ignored, as after `&` in a script."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Delay Ctrl-C to the end of the block: a program that is just started would be left behind."""
+    """Delay Ctrl-C and SIGTERM to the end of the block.
+
+    Else a program that was just started would be left behind.
+    """
     received: list[int] = []  # a handler can only note the signal: it must not raise in the block
-    before = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(number)
+        if callable(handler):  # one that raises; a signal that is ignored stays so
+            before[number] = handler
+            signal.signal(number, lambda number, _: received.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     if received:
         raise KeyboardInterrupt
@@ -9553,7 +9567,7 @@ def cmd_demo(args: Args) -> int:
         raise CommandError(f"unknown input {film}: expected a file on this machine")
 
     # SIGTERM unwinds like Ctrl-C, so that agent, master and folder are gone in every case.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    end_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="ffdist-demo-") as name:
         folder = Path(name)
         log = wire.setup_logging("error", "text", "ffdist.master")
@@ -9655,7 +9669,7 @@ def _monitoring_up(site: Site, data: Path) -> int:
     site = site._replace(password=secret.read_text())
     write_monitoring(site)
 
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    end_on_sigterm()
     try:
         with running_monitoring(site) as running:
             show_monitoring(site, secret)

@@ -226,6 +226,11 @@ def interruptible() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def in_background() -> None:
+    """Ignore Ctrl-C in a child, as a shell does for `program &` in a script."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def processes_under(folder: Path) -> set[int]:
     """Processes whose current folder lies under this one: an attempt's FFmpeg runs in its own."""
     found = set()

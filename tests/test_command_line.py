@@ -14,13 +14,21 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
-from typing import ClassVar
+from typing import Callable, ClassVar
 from unittest import mock
 
 import agent
 import ffdist
 import hwdetect
-from tests.fleet import Agent, FleetCase, Master, interruptible, processes_called, run
+from tests.fleet import (
+    Agent,
+    FleetCase,
+    Master,
+    in_background,
+    interruptible,
+    processes_called,
+    run,
+)
 from tests.support import TOP, free_port, need, served, wait_for
 
 
@@ -331,6 +339,12 @@ class TheDemo(FleetCase):
         self.assertEqual((missing.returncode, len(missing.stderr.strip().splitlines())), (1, 1))
 
     def test_ctrl_c_ends_all_of_it_and_says_so(self) -> None:
+        self.check_end_by(signal.SIGINT, interruptible)
+
+    def test_sigterm_ends_it_in_the_background_of_a_script_too(self) -> None:
+        self.check_end_by(signal.SIGTERM, in_background)
+
+    def check_end_by(self, number: signal.Signals, prepare: Callable[[], None]) -> None:
         need("ffmpeg", "ffprobe")
         scratch = self.folder / "tmp"
         scratch.mkdir()
@@ -339,14 +353,14 @@ class TheDemo(FleetCase):
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            preexec_fn=interruptible,
+            preexec_fn=prepare,
             env={**os.environ, "TMPDIR": str(scratch), "HOME": str(self.folder)},
         )
         self.addCleanup(demo.kill)
         assert demo.stderr is not None
         said = demo.stderr.readline()
         self.assertIn("a master runs at", said)
-        demo.send_signal(signal.SIGINT)
+        demo.send_signal(number)
         shown, words = demo.communicate(timeout=60)
         self.assertEqual((demo.returncode, shown), (130, ""), words)
         self.assertEqual(
