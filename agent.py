@@ -97,6 +97,7 @@ from hwdetect import add_flags as add_flags
 from hwdetect import cause_text as cause_text
 from hwdetect import count_text as count_text
 from hwdetect import duration_text as duration_text
+from hwdetect import error_words as error_words
 from hwdetect import make_folder as make_folder
 from hwdetect import make_private_folder as make_private_folder
 from hwdetect import one_of as one_of
@@ -234,7 +235,7 @@ class Fields:
             self._refuse(field, "must be a number")
             return None
         if not low <= value <= high:
-            self._refuse(field, f"must be from {low:g} to {high:g}")
+            self._refuse(field, f"must be {_limits_text(low, high)}")
             return None
         return value
 
@@ -304,6 +305,14 @@ class Fields:
         return Fields(value, name, prefix=prefix, status=self._status, lenient=self._lenient)
 
 
+def _limits_text(low: float, high: float) -> str:
+    """Return limits for people; whole numbers print whole: `from 1 to 2592000`."""
+    texts = [str(int(limit)) if limit % 1 == 0 else f"{limit:g}" for limit in (low, high)]
+    if high == math.inf:
+        return f"at least {texts[0]}"
+    return f"from {texts[0]} to {texts[1]}"
+
+
 def is_number(value: object) -> bool:
     """Return whether a value of JSON is a finite number: true, false, NaN and infinity are not."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -337,9 +346,10 @@ class Metric(NamedTuple):
     null; a word in braces is replaced by a cause that is known only after the run. A metric of the
     machine (`of_machine`) exists without a film too, as in a baseline.
 
-    Shown: `phrase` formats the value for a result on the terminal; `table` is the table of a report
-    with a column for it, under `label` and `unit`, with `digits` that count. One with `of_energy`
-    is an estimate when energy is.
+    Shown: `phrase` formats the value for a result on the terminal, `short` for a cell of a table
+    there; `table` is the table of a report with a column for it, under `label` and `unit`, with
+    `digits` that count, which also print a cell without a `short`. One with `of_energy` is an
+    estimate when energy is.
 
     Exported: where `exported`, its time series is `series`, or else its name.
     """
@@ -351,6 +361,7 @@ class Metric(NamedTuple):
     digits: int = 3
     table: str = ""
     phrase: str = ""
+    short: str = ""
     repeats: str = "last"
     formula: str = ""
     unknown: str = "not measured"
@@ -394,14 +405,14 @@ METRICS: Mapping[str, Metric] = {row.name: row for row in (
            repeats="mean", series="duration_seconds"),
     Metric("speed", "Seconds of film per second of wall time.",
            "x", "speed", table=SPEED_TABLE,
-           phrase="{:.2f}x real time", formula="output_seconds / duration",
+           phrase="{:.2f}x real time", short="{:.2f}x", formula="output_seconds / duration",
            unknown=_NO_LENGTH),
     Metric("fps", "Frames per second of wall time.",
            "", "frames/s", table=SPEED_TABLE,
            phrase="{:.1f} fps", formula="frames / duration"),
     Metric("cpu_usage", "% of the whole machine, mean over the run.",
            "%", "CPU", table=SPEED_TABLE,
-           phrase="{:.0f} % of the machine",
+           phrase="{:.0f} % of the machine", short="{:.0f} %",
            repeats="mean", unknown=_TOO_SHORT, of_machine=True),
     Metric("memory_usage", "Peak memory of the job's processes.",
            "MiB", "memory", table=SPEED_TABLE,
@@ -409,7 +420,8 @@ METRICS: Mapping[str, Metric] = {row.name: row for row in (
            repeats="most", series="memory_mib"),
     Metric("bitrate_kbps", "kbit/s of the whole output.",
            "kbit/s", "rate", 4, SPEED_TABLE,
-           phrase="{:.0f} kbit/s", formula="8 * output_bytes / (1000 * output_seconds)",
+           phrase="{:.0f} kbit/s", short="{:.0f} kbit/s",
+           formula="8 * output_bytes / (1000 * output_seconds)",
            unknown=_NO_SIZE),
     Metric("bits_per_pixel", "Bits for each pixel of the output.",
            "", "bit/pixel", table=SPEED_TABLE,
@@ -1342,7 +1354,7 @@ class Client:
             self.close()  # the rest of a late answer would be taken for that to the next request
             raise
         if not 200 <= status < 300:
-            raise _refusal(status, raw)
+            raise _refusal(status, raw, self.url)
         return _decode(raw, self.url)
 
     def close(self) -> None:
@@ -1533,15 +1545,19 @@ def _decode(raw: bytes, url: str) -> Json:
     return answer_fields(value).values
 
 
-def _refusal(status: int, raw: bytes) -> ApiError:
-    """Return the error of a refusal; a proxy's page has neither sentence nor field."""
+def _refusal(status: int, raw: bytes, url: str) -> ApiError:
+    """Return the error of a refusal; that of a proxy, say, has neither sentence nor field."""
     with contextlib.suppress(ValueError, RecursionError):
         body = Fields(json.loads(raw), lenient=True)
         if body.values:
             message = body.words("error") or f"HTTP {status}"
             return ApiError(status, message, body.text("field"))
     words = raw[:200].decode(errors="replace").strip()
-    return ApiError(status, f"HTTP {status}: {words or 'no reason'}")
+    answer = f"HTTP {status}"
+    if words and not words.startswith("<"):  # a page has no sentence to quote
+        answer += f": {words}"
+    return ApiError(
+        status, f"something else answers at {url}: is it the master's address? ({answer})")
 
 
 def host_addresses(host: str) -> list[str]:

@@ -98,7 +98,7 @@ import threading
 import time
 import urllib.parse
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -1027,7 +1027,7 @@ def _count_anew(connection: sqlite3.Connection) -> None:
 
 def _counts_text(connection: sqlite3.Connection, tables: Sequence[str]) -> str:
     counts = [connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in tables]
-    return ", ".join(f"{count} {table}" for count, table in zip(counts, tables))
+    return ", ".join(wire.count_text(count, table[:-1]) for count, table in zip(counts, tables))
 
 
 def scratch_file(target: Path) -> Path:
@@ -1584,8 +1584,8 @@ def _lock_folder(folder: Path) -> int:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         os.utime(folder)
     except OSError as error:
-        raise CommandError(f"data folder {folder} cannot be used: {error.strerror}, "
-                           "or name another with --data-dir") from None
+        raise CommandError(f"data folder {folder} cannot be used: {wire.error_words(error)}; "
+                           "--data-dir names another") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -2606,7 +2606,7 @@ def find_node(
     shown = wire.printable(given[:64])
     if found:
         raise ApiError(status, f"node {shown} is ambiguous: give more of its id", field)
-    raise ApiError(status, f"unknown node {shown}: 'ffdist.py nodes' lists them", field)
+    raise ApiError(status, f"unknown node {shown}: 'python3 ffdist.py nodes' lists them", field)
 
 
 def refuse_session(node: Node, session_hash: str | None) -> None:
@@ -5141,7 +5141,7 @@ ROUTES = (
     Route("POST", "/jobs/{id}/cancel", _order("cancel"),
           "cancel a job"),
     Route("POST", "/jobs/{id}/pause", _order("pause"),
-          "hold a job; a running one is stopped"),
+          "hold a job where it is; its processes stand still until it is resumed"),
     Route("POST", "/jobs/{id}/resume", _order("resume"),
           "let a paused job go on"),
     Route("POST", "/jobs/{id}/retry", _order("retry"),
@@ -6760,9 +6760,19 @@ def figure_text(metrics: Mapping[str, Any], name: str, unit: str | None = None) 
     if name == "output_bytes":
         return wire.size_text(value)
     if unit is None:
-        unit = unit_of(metric, metrics)
-    text = amount_text(value, unit, metric.digits)
+        text = _cell_of(metric, value, unit_of(metric, metrics))
+    else:
+        text = amount_text(value, unit, metric.digits)
     return f"~{text}" if is_estimated(metrics, name) else text
+
+
+def _cell_of(metric: wire.Metric, value: float, unit: str) -> str | None:
+    """Return a figure in the words of `show`, short enough for a table on the terminal."""
+    if metric.name == "duration":
+        return wire.duration_text(value)
+    if metric.short:
+        return metric.short.format(value)
+    return amount_text(value, unit, metric.digits)
 
 
 def with_energy_wh(metrics: Mapping[str, Any]) -> Json:
@@ -7865,7 +7875,7 @@ def await_start(process: Process, ready: Callable[[], Any], doing: str,
 def last_line(output: Path) -> str:
     """Return the last line of the file that a program writes to."""
     text = output.read_text(errors="replace").strip()
-    return text.rpartition("\n")[2]
+    return text.rpartition("\n")[2].replace("\t", " ")
 
 
 def install_commands(programs: Iterable[str],
@@ -8279,7 +8289,7 @@ RULES = (
     Rule("NodeOffline", "max by (node, node_id) (@node_up) == 0", "1m", "warning",
          "Node {{ $labels.node }} is offline: see whether its machine and its agent run."),
     Rule("NodeQuarantined", "max by (node, node_id) (@node_quarantined) == 1", "1m", "warning",
-         "Node {{ $labels.node }} is in quarantine: 'ffdist.py nodes' has the reason."),
+         "Node {{ $labels.node }} is in quarantine: 'python3 ffdist.py nodes' has the reason."),
     Rule("QueueGrowing",
          'max(@jobs{status="pending"}) > 100 '
          'and max(delta(@jobs{status="pending"}[15m])) > 0', "15m", "warning",
@@ -8289,7 +8299,7 @@ RULES = (
          'sum by (node, node_id) (count_over_time(@job_info{status="completed"}[15m])) > 0',
          "0s", "warning",
          "{{ $value }} jobs failed on {{ $labels.node }} in 15 min and none was completed: "
-         "drain it, and read 'ffdist.py logs' of one."),
+         "drain it, and read 'python3 ffdist.py logs' of one."),
     Rule("PowerOverLimit",
          "max by (node, node_id) (avg_over_time(@sample_power_watts[2m])) > POWER_LIMIT",
          "3m", "warning",
@@ -8812,29 +8822,43 @@ def result_line(result: wire.ResultView) -> tuple[Any, ...]:
 NODE_HEADS = ("NODE", "STATUS", "JOBS", "TYPE", "THREADS", "MEMORY", "HEARD", "GPU", "CPU")
 
 
-def node_line(node: wire.NodeView) -> tuple[Any, ...]:
-    """Return the line of a node under NODE_HEADS."""
+def node_line(node: wire.NodeView, word: str) -> tuple[Any, ...]:
+    """Return the line of a node under NODE_HEADS, where `word` names it."""
     return (
-        node.name,
+        word,
         node.status,
         f"{node.running}/{node.slots}",
         node.type,
         node.cpu_threads,
         wire.size_text(node.ram_bytes),
         _ago(node.last_heartbeat),
-        node.gpu_type,
+        _gpu_text(node),
         node.cpu_model,
     )
+
+
+def _gpu_text(node: wire.NodeView) -> str:
+    """Return the GPU of a node, `none` where it has said that there is none."""
+    if node.gpu_type or not node.cpu_model:
+        return node.gpu_type
+    return "none"
 
 
 def show_nodes(nodes: Sequence[wire.NodeView]) -> None:
     """List nodes, and say why one is in quarantine."""
     hint = "register one with: python3 agent.py --register --master URL"
-    show_page(Page("nodes", hint, [NODE_HEADS, *map(node_line, nodes)], {}))
+    names = Counter(node.name for node in nodes)
+    lines = []
+    for node in nodes:
+        word = node.name if names[node.name] == 1 else f"{node.name} ({node.short_id})"
+        lines.append(node_line(node, word))
+    show_page(Page("nodes", hint, [NODE_HEADS, *lines], {}))
+
     for node in nodes:
         if node.quarantine:
+            word = node.name if names[node.name] == 1 else node.short_id
             _show(f"{node.name} is in quarantine: {node.quarantine}; "
-                  f"'undrain {node.short_id}' lets it work at once")
+                  f"'python3 ffdist.py undrain {shlex.quote(word)}' lets it work at once")
 
 
 def show_ordered_job(job: wire.JobView) -> None:
@@ -8863,9 +8887,9 @@ def show_monitoring(site: Site, secret: Path) -> None:
     sys.stdout.flush()
 
 
-def show_report(rows: Sequence[Row]) -> None:
+def show_report(rows: Sequence[Row], filters: str) -> None:
     """Show a report as a table, with the differences at equal quality below it."""
-    show_page(Page("results", "they come when jobs have run", report_rows(rows), {}))
+    show_page(Page("results", "they come when jobs have run", report_rows(rows), {}, filters))
     deltas = deltas_of([row for row in rows if row.status == "completed"])
     if not deltas:
         return
@@ -9039,6 +9063,8 @@ def cmd_logs(args: Args) -> int:
 
     if args.json:
         _print_json({"lines": kept, "next": after})
+    elif after == 0:
+        _say(f"no lines: the job is {part.status}; see: python3 ffdist.py show {args.id}")
     return 0
 
 
@@ -9076,7 +9102,7 @@ def node_id_of(word: str, nodes: Sequence[wire.NodeView]) -> str:
         return str(uuid.UUID(word))  # results outlive a node that was forgotten
     except ValueError:
         raise CommandError(f"unknown node {wire.printable(word)}: "
-                           "see them with 'python3 ffdist.py nodes'") from None
+                           "'python3 ffdist.py nodes' lists them") from None
 
 
 def cmd_jobs(args: Args) -> int:
@@ -9246,7 +9272,7 @@ def _refuse_unknown_nodes(experiment: Experiment, nodes: Sequence[wire.NodeView]
         if not group.node or group.node in known:
             continue
         near = difflib.get_close_matches(group.node, known, 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else "see them with: python3 ffdist.py nodes"
+        hint = f"did you mean {near[0]}?" if near else "'python3 ffdist.py nodes' lists them"
         raise CommandError(f"unknown node {wire.printable(group.node)} in nodes: {hint}")
 
 
@@ -9377,7 +9403,7 @@ def cmd_report(args: Args) -> int:
     title, ids = _jobs_to_report(client, args)
     rows = _rows_of(client, ids)
     if not args.output and not args.json:
-        show_report(rows)
+        show_report(rows, _filters_of(args))
         return 0
 
     make = REPORT_KINDS[".json" if args.json else ending]
@@ -9422,7 +9448,8 @@ def _jobs_to_report(client: wire.Client, args: Args) -> tuple[str, list[str]]:
     ids = _jobs_of_experiment(client, args.experiment)
     if not ids:
         raise CommandError(f"no job belongs to an experiment {wire.printable(args.experiment)}, "
-                           "and there is no such file: see the names with 'ffdist.py jobs --json'")
+                           "and there is no such file: 'python3 ffdist.py jobs --json' has the "
+                           "names")
     return f"Experiment {args.experiment}", ids
 
 
@@ -9696,8 +9723,16 @@ def _word(name: str, metavar: str, about: str, **more: Any) -> Word:
     return Word((name,), {"metavar": metavar, "help": about, **more})
 
 
-_JOB_WORD = _word("id", "ID", "a job's id, or 4 or more of its first characters")
-_NODE_WORD = _word("id", "NODE", "a node's name or id")
+
+def _id_word(text: str) -> str:
+    """Argument type of an id or a name, which is one part of a path of the API."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("invalid ID '': expected one, as the listings show it")
+    return text
+
+
+_JOB_WORD = _word("id", "ID", "a job's id, or 4 or more of its first characters", type=_id_word)
+_NODE_WORD = _word("id", "NODE", "a node's name or id", type=_id_word)
 _OUTPUT_WORD = Word(("-o",), {"metavar": "OUTPUT", "dest": "output", "help": "short for --output"})
 _PARAMETER_WORD = Word(("-p",), {
     "metavar": "NAME=VALUE", "dest": "parameters", "action": "append", "default": [],
@@ -9907,7 +9942,8 @@ COMMANDS: Mapping[str, Command] = {command.name: command for command in (
     _about_job("show", cmd_show, "show one job"),
     _LOGS,
     _about_job("cancel", cmd_order, "cancel a job"),
-    _about_job("pause", cmd_order, "hold a job; a running one is stopped"),
+    _about_job("pause", cmd_order,
+               "hold a job where it is; its processes stand still until it is resumed"),
     _about_job("resume", cmd_order, "let a paused job go on"),
     _about_job("retry", cmd_order, "run a finished job again"),
     _EXPERIMENT,
@@ -10007,10 +10043,14 @@ def _failure_of(error: Exception) -> tuple[int, str]:
 
 
 def _hint_of(error: ApiError) -> str:
-    """Return the next step where nothing listens at the master's address."""
-    if not error.nobody_listens:
-        return ""
-    return "; start one with 'python3 ffdist.py master', or name it with --master or FFDIST_MASTER"
+    """Return the next step where nothing listens at the master's address, or a job is unknown."""
+    if error.nobody_listens:
+        return ("; start one with 'python3 ffdist.py master', or name it with --master or "
+                "FFDIST_MASTER")
+    if error.status == 404 and error.field == "id":
+        mark = ";" if ":" in error.message else ":"
+        return f"{mark} 'python3 ffdist.py jobs' lists them"
+    return ""
 
 
 if __name__ == "__main__":

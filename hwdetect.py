@@ -255,6 +255,9 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(wrong[1], [*self.words, *flags], 1)
             for word in near:
                 message += f"; did you mean {word}?"
+        flag = re.fullmatch(r"argument (?:\S+/)?(--[\w-]+): expected one argument", message)
+        if flag is not None:
+            message += f"; write one that begins with a dash as {flag[1]}=-VALUE"
         super().error(message)
 
 
@@ -908,7 +911,7 @@ def make_private_folder(folder: str | os.PathLike[str]) -> None:
     path = os.path.abspath(folder)
     found = os.stat(path)
     if not stat.S_ISDIR(found.st_mode):
-        raise NotADirectoryError(errno.ENOTDIR, "it is a file: remove it", path)
+        raise NotADirectoryError(errno.ENOTDIR, "it is a file: name a folder", path)
 
     why = why_shared(path)
     if not why and found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):

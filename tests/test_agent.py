@@ -2696,6 +2696,15 @@ class Decoding(unittest.TestCase):
                 self.assertRegex(error.message, f"^job.x must .*(?:{words})")
                 self.assertFalse(read(agent.Fields({"x": value}, lenient=True)))
 
+    def test_whole_limits_print_whole(self) -> None:
+        for limits, words in (
+            ((0.04, 30 * 86400.0), "must be from 0.04 to 2592000"),
+            ((1, 2**53), "must be from 1 to 9007199254740992"),
+            ((1, math.inf), "must be at least 1"),
+        ):
+            error = self.refused(lambda fields, limits=limits: fields.number("x", *limits), -1)
+            self.assertTrue(error.message.endswith(words), error.message)
+
     def test_numbers_of_a_query_are_texts(self) -> None:
         fields = agent.Fields({"limit": "20", "wait": "soon"}, texts=True)
         self.assertEqual(fields.whole("limit", 1, 1000), 20)

@@ -24,6 +24,7 @@ from tests.fleet import (
     Agent,
     FleetCase,
     Master,
+    Node,
     in_background,
     interruptible,
     processes_called,
@@ -110,6 +111,10 @@ class TheCommandLine(unittest.TestCase):
         self.assertEqual(
             self.cli("jobs", "--status", "paused").stdout, "no jobs match --status paused\n"
         )
+        self.assertEqual(
+            self.cli("report", "--status", "failed", "--scenario", "none").stdout,
+            "no results match --status failed --scenario none\n",
+        )
         self.assertIn("1 of ", self.cli("report", "--limit", "1").stderr)
 
     def test_a_job_may_be_pinned_and_a_node_forgotten(self) -> None:
@@ -137,6 +142,24 @@ class TheCommandLine(unittest.TestCase):
         self.assertEqual(self.cli("logs", self.done, "-f").stdout, words)
         self.assertTrue(json.loads(self.cli("logs", self.done, "--json").stdout)["lines"])
 
+    def test_a_log_without_lines_says_so(self) -> None:
+        self.master.register("elsewhere", name="elsewhere")
+        made = self.cli("submit", "64p25-h264", "--node", "elsewhere", "--json").stdout
+        job = json.loads(made)["id"]
+        empty = self.cli("logs", job)
+        self.assertEqual(empty.stdout, "")
+        self.assertIn(f"the job is pending; see: python3 ffdist.py show {job}", empty.stderr)
+        self.cli("cancel", job)
+        self.cli("forget", "elsewhere")
+
+    def test_nodes_of_one_name_are_shown_with_their_ids(self) -> None:
+        ids = [Node(self.master, "twin").id for _ in range(2)]
+        shown = self.cli("nodes").stdout
+        for node_id in ids:
+            self.assertIn(f"twin ({node_id[:8]})", shown)
+            self.cli("forget", node_id)
+        self.assertNotIn("(", self.cli("nodes").stdout.split("GPU")[0])
+
     def test_logs_follow_a_job_to_its_end(self) -> None:
         job = self.master.submit("64p25-h264", duration=2, realtime=True)["id"]
         words = self.cli("logs", job, "-f").stdout
@@ -155,7 +178,10 @@ class TheCommandLine(unittest.TestCase):
     def test_exit_codes_and_sentences(self) -> None:
         nobody = f"http://127.0.0.1:{free_port()}"
         for words, code, said in (
-            (("show", "ffff0000"), 1, "unknown job"),
+            (("show", "ffff0000"), 1, "unknown job ffff0000: 'python3 ffdist.py jobs' lists them"),
+            (("drain", "nobody"), 1, "unknown node nobody: 'python3 ffdist.py nodes' lists them"),
+            (("report", "--experiment", "nope"), 1, "'python3 ffdist.py jobs --json'"),
+            (("experiment", "none.json"), 2, "name an experiment file"),
             (("logs", "ffff0000"), 1, "unknown job"),
             (("cancel", "ffff0000"), 1, "unknown job"),
             (("submit", "64p25-h264", "-p", "crf=99"), 2, "crf"),
@@ -236,13 +262,17 @@ class TheCommandLine(unittest.TestCase):
                 done = run(str(TOP / "ffdist.py"), command, "--master", url, folder=self.folder)
                 self.assertIn(done.returncode, (1, 3))
                 self.assertEqual(len(done.stderr.strip().splitlines()), 1, done.stderr)
+                self.assertIn(f"something else answers at {url}: is it the master", done.stderr)
+                self.assertNotIn("<", done.stderr, "a page has no sentence to quote")
                 self.assertNotIn("start one", done.stderr, "something does listen there")
 
     def test_unknown_commands_and_no_command_are_wrong_usage(self) -> None:
         for words, said in (((), "usage"), (("dance",), "usage"), (("show",), "usage"),
                             (("jobs", "--dance"), "usage: ffdist.py jobs"),
                             (("experimnt", "x"), "did you mean experiment?"),
-                            (("jobs", "--statuss", "x"), "did you mean --status?")):
+                            (("jobs", "--statuss", "x"), "did you mean --status?"),
+                            (("show", ""), "invalid ID ''"),
+                            (("submit", "--input", "-a.mp4"), "as --input=-VALUE")):
             self.assertIn(said, self.cli(*words, code=2).stderr)
         for program, word in (("agent.py", "runn"), ("agent.py", "--registr")):
             done = run(str(TOP / program), word, folder=self.folder)

@@ -376,7 +376,10 @@ class TestRefusal(Case):
 
     def test_a_folder_that_cannot_be_written(self) -> None:
         (self.folder / "file").write_text("a file, no folder")
-        self.assertIn("it is a file", self.refused(folder=self.folder / "file"))
+        self.assertIn("it is a file: name a folder; --data-dir names another",
+                      self.refused(folder=self.folder / "file"))
+        self.assertIn("cannot be used: no such file or directory; --data-dir",
+                      self.refused(folder=Path("/proc/none")))
         words = self.refused(folder=self.folder / "file" / "data")
         for word in (str(self.folder / "file" / "data"), "--data-dir"):
             self.assertIn(word, words)

@@ -175,6 +175,21 @@ class TestWords(unittest.TestCase):
             self.assertEqual(ffdist.amount_text(value, "EUR"), text)
         self.assertIsNone(ffdist.amount_text(None, "EUR"))
 
+    def test_a_table_says_a_figure_as_show_does(self) -> None:
+        metrics = {"duration": 0.189, "speed": 3.6421, "cpu_usage": 99.12, "bitrate_kbps": 715.04,
+                   "output_bytes": 2048}
+        shown = dict(agent.result_rows({"metrics": metrics}))
+        for name, row, text in (
+            ("duration", "time", "0.2 s"),
+            ("speed", "speed", "3.64x"),
+            ("cpu_usage", "CPU", "99 %"),
+            ("bitrate_kbps", "size", "715 kbit/s"),
+            ("output_bytes", "size", "2.0 KiB"),
+        ):
+            self.assertEqual(ffdist.figure_text(metrics, name), text)
+            self.assertIn(text, shown[row])
+        self.assertEqual(ffdist.figure_text(metrics, "duration", unit=""), "0.189")
+
     def test_the_cost_of_a_job_is_one_phrase(self) -> None:
         made = Tariff({"": Rate(0.3)}, {"": Rate(400.0)}, "EUR").priced(METRICS, ("w",), NOON)
         self.assertEqual(
