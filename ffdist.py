@@ -195,6 +195,7 @@ TRANSITIONS: dict[tuple[str, str], str] = {
     ("pending", "reclaim"): "running",
     ("pending", "cancel"): "canceled",
     ("pending", "pause"): "paused",
+    ("pending", "block"): "blocked",
     ("running", "complete"): "completed",
     ("running", "fail"): "failed",
     ("running", "end"): "canceled",
@@ -354,6 +355,8 @@ def advance(
     changes: Json = {"state": target, "given_up": None}
     if event == "claim":
         changes.update(_claimed(job, now, node_id, claim))
+    elif event == "unblock":
+        changes.update(after=(), after_ok=())
     elif event == "reclaim":
         changes.update(_taken_back(job))
     elif job.state in LEASED and target not in LEASED:
@@ -454,6 +457,14 @@ def _next_try(job: Job, event: str, target: str, ending: Ending) -> Json:
     if event == "requeue":
         return {"avoid": avoid, "retry_reason": ending.reason, "retry_count": job.retry_count + 1}
     return {}
+
+
+def after_of(job: Job) -> tuple[list[str], list[str]]:
+    """Return the ids in `after` and `after_ok` of a job's submission."""
+    if '"after' not in job.spec:  # most have none, and a specification takes a while to decode
+        return [], []
+    spec = json.loads(job.spec)
+    return spec.get("after") or [], spec.get("after_ok") or []
 
 
 def was_chosen(job: Job, failure_reason: str | None) -> bool:
@@ -786,10 +797,14 @@ def _fingerprint_of(fields: Fields) -> Json | None:
 
 # ---- 4 Store -------------------------------------------------------------------------------------
 
-# Journals of formats 1 and 2 were made before the first release. From format 3 on each change of
-# the schema brings one migration, with a small stored journal of the format before as its test. A
-# field at the end of Job or Node is no change of the schema: both are stored as JSON.
-FORMAT = 3
+# A master refuses a journal of a later format by its number, for it would not understand what it
+# reads. So everything that is stored in a new form, a further field of Job or Node too, is a new
+# format: with a migration from the one before, and a small stored journal of that as its test.
+# Formats 1 and 2 were made before the first release and have none.
+FORMAT = 4
+# What brings a format to the next one. Of 3: jobs and nodes have got fields at their end, which
+# rows without them take from their defaults.
+_MIGRATIONS = {3: ""}
 JOURNAL = "journal.db"
 DAMAGED = "journal.damaged"  # beside the journal: why it is to be recovered at the next start
 RECOVERED = "journal.recovered"  # a whole new one, which replaces the damaged one
@@ -832,9 +847,9 @@ def make_tables(connection: sqlite3.Connection) -> None:
                              f"PRAGMA user_version={FORMAT};COMMIT;")
 
 
-def require_own_format(connection: sqlite3.Connection, path: Path) -> bool:
-    """Return whether a database has our tables, or none; CommandError for any other."""
-    found = connection.execute("PRAGMA user_version").fetchone()[0]
+def format_of(connection: sqlite3.Connection, path: Path) -> int:
+    """Return the format of a journal, 0 of an empty one; CommandError for any other file."""
+    found: int = connection.execute("PRAGMA user_version").fetchone()[0]
     owner = connection.execute("PRAGMA application_id").fetchone()[0]
     tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     if owner not in (0, APPLICATION_ID) or (found == 0 and tables):
@@ -844,10 +859,20 @@ def require_own_format(connection: sqlite3.Connection, path: Path) -> bool:
     if found > FORMAT:
         raise CommandError(f"{path} has format {found}, made by a newer ffdist than {VERSION}; "
                            "start that one, or name another folder with --data-dir")
-    if 0 < found < FORMAT:
+    if 0 < found < min(_MIGRATIONS):
         raise CommandError(f"{path} has format {found}, made before the first release: "
                            "start with an empty --data-dir")
-    return bool(found)
+    return found
+
+
+def bring_up_to_date(connection: sqlite3.Connection, found: int) -> None:
+    """Make the tables of an empty journal, or bring one from its format to this one by steps."""
+    if found == 0:
+        make_tables(connection)
+        return
+    for number in range(found, FORMAT):
+        connection.executescript(f"BEGIN;{_MIGRATIONS[number]}"
+                                 f"PRAGMA user_version={number + 1};COMMIT;")
 
 
 def is_damage(error: Exception) -> bool:
@@ -971,7 +996,7 @@ def _salvage_table(source: sqlite3.Connection, target: sqlite3.Connection, table
         try:
             for row in source.execute(query, (low, high)):
                 low, patience = row[0] + 1, patience + 10
-                if _holds_json(row, places):
+                if _holds_json(row, places) and (table != "jobs" or _is_job(row[1:])):
                     target.execute(insert, row[1:])
         except sqlite3.DatabaseError as error:
             patience -= 1
@@ -997,6 +1022,16 @@ def _holds_json(row: Sequence[Any], places: Iterable[int]) -> bool:
     except (ValueError, TypeError):
         return False
     return True
+
+
+def _is_job(row: Sequence[Any]) -> bool:
+    """Return whether a row of the table of jobs makes a Job."""
+    seq, job_id, _, scenario, _, spec, state, *_ = row
+    try:
+        job_of_row((seq, job_id, scenario, spec, state))
+    except sqlite3.DatabaseError:
+        return False
+    return isinstance(json.loads(spec), dict)
 
 
 _COMPLETED_AT = Job._fields.index("completed_at") - _STATE_FROM
@@ -1367,6 +1402,7 @@ class Journal:
         self._done = 0
         self._closing = False
         self._writer: sqlite3.Connection | None = None
+        self._places: dict[str, tuple[int, int]] = {}  # inode and size of the journal and its log
         self.reader = Reader(self._path, self._note_damage)
         self.trouble: str | None = None  # why the last commit failed
         self.damage: str | None = None  # what SQLite says of a file that is no longer whole
@@ -1419,18 +1455,19 @@ class Journal:
         )
 
     def _prepare(self) -> None:
-        """Connect, and make the tables where there are none."""
+        """Connect, and bring the tables up to date."""
         self._writer = connect(self._path)
         execute = self._writer.execute
-        has_tables = require_own_format(self._writer, self._path)
+        found = format_of(self._writer, self._path)
         execute("PRAGMA journal_mode=WAL")
         execute("PRAGMA synchronous=FULL")  # acknowledged is durable: each commit is synced
-        if not has_tables:
-            make_tables(self._writer)
+        bring_up_to_date(self._writer, found)
         execute("BEGIN IMMEDIATE")  # can it be written?
         execute("ROLLBACK")
         execute("SELECT max(seq) FROM jobs").fetchall()
-        self._inode = os.stat(self._path).st_ino
+        for name in (f"{self._path}", f"{self._path}-wal"):
+            place = os.stat(name)
+            self._places[name] = (place.st_ino, place.st_size)
         self.reader.open()
 
     def _disconnect(self) -> None:
@@ -1516,14 +1553,31 @@ class Journal:
         return None
 
     def _check_place(self) -> None:
-        """Raise OSError where the journal was removed: commits would go into a nameless file."""
+        """Raise OSError where the journal or its log was removed, replaced or cut.
+
+        Commits would go into a nameless file, or the next start would not find them: until a
+        checkpoint copies them into the journal they are in the log alone.
+        """
+        for name, (inode, size) in self._places.items():
+            try:
+                found = os.stat(name)
+            except FileNotFoundError:
+                found = None
+            is_log = name.endswith("-wal")
+            # VACUUM may make a journal shorter, but never empty; a log is written over from its
+            # beginning and stays as long as it was.
+            if found is None or found.st_ino != inode or found.st_size < (size if is_log else 1):
+                raise OSError(f"{os.path.basename(name)} was removed, replaced or cut while the "
+                              "master ran: put it back, or start the master anew on a backup")
+            self._places[name] = (inode, found.st_size)
+
+    def look(self) -> None:
+        """Set `trouble` where the journal is not in its place, though nobody writes."""
         try:
-            in_place = os.stat(self._path).st_ino == self._inode
-        except FileNotFoundError:
-            in_place = False
-        if not in_place:
-            raise OSError("the file was removed or replaced while the master ran: put it back, "
-                          "or stop the master and start it on a backup")
+            self._check_place()
+        except OSError as error:
+            if self.trouble is None:
+                self.trouble = f"{self._path}: {error}"
 
     def _file_system_error(self) -> str:
         """Return the file system's own error: SQLite calls a read-only disk an I/O error."""
@@ -1560,9 +1614,12 @@ class Journal:
                 total += (self._folder / name).stat().st_size
         return total
 
-    def disk_bytes(self) -> tuple[int, int]:
-        """Return the free and the whole size of the data folder's file system."""
-        disk = os.statvfs(self._folder)
+    def disk_bytes(self) -> tuple[int, int] | None:
+        """Return the free and the whole size of the data folder's file system; None without it."""
+        try:
+            disk = os.statvfs(self._folder)
+        except OSError:
+            return None
         return disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
 
     def close(self) -> None:
@@ -1795,6 +1852,7 @@ class Node:
         "last_heartbeat",
         "leases",
         "leaving",
+        "lost",
         "name",
         "offline",
         "orders",
@@ -1815,6 +1873,7 @@ class Node:
         "drain_until",
         "draining",
         "facts",
+        "failures",
         "last_heartbeat",
         "leaving",
         "name",
@@ -1852,6 +1911,7 @@ class Node:
         self.claims: deque[str] = deque(maxlen=CLAIMS_KEPT)
         self.heard = 0.0
         self.leases: set[int] = set()
+        self.lost: set[int] = set()  # given up by its silence, and not yet anybody else's
         self.standing: set[int] = set()
         self.parked: int | None = None
 
@@ -1946,6 +2006,8 @@ class State:
         self.lanes = Lanes()
         self.leases: dict[int, Lease] = {}
         self.dependents: dict[int, list[int]] = {}  # a job's number -> those that are blocked by it
+        self.blockers: dict[int, set[int]] = {}  # a blocked job's number -> what it waits for
+        self.unblocked: list[int] = []  # in this step: blocked jobs that wait for nothing any more
         self.ended: list[Ended] = []  # in this step
         self.idle: dict[str, None] = {}  # nodes whose parked request waits for work, longest first
         self.woken: set[str] = set()  # those of them that were woken for a job
@@ -1969,6 +2031,8 @@ class State:
             self.seq_of[job.id] = job.seq
         # Once all are known: a blocked job may wait for any of them.
         for job in stored.live_jobs:
+            if job.given_up in self.nodes:
+                self.nodes[job.given_up].lost.add(job.seq)
             if job.state == "blocked":
                 self.block(job)
             elif job.state in LEASED and job.node_id in self.nodes:
@@ -2022,11 +2086,17 @@ class State:
         self.leases[job.seq] = Lease(self.now.clock, lines, limit_s)
 
     def block(self, job: Job) -> None:
-        """Note the jobs that a blocked one waits for; a lost one counts as completed."""
-        for seq in {*job.after, *job.after_ok}:
+        """Note the jobs that a blocked one waits for.
+
+        What has ended by now, or was lost with a damaged journal, does not count. The record keeps
+        all of them: with a thousand of them, writing it for each that ends would cost too much.
+        """
+        wanted = {*job.after, *job.after_ok}
+        waiting = self.blockers[job.seq] = {seq for seq in wanted if seq in self.jobs}
+        for seq in waiting:
             self.dependents.setdefault(seq, []).append(job.seq)
-            if seq not in self.jobs:
-                self.ended.append(Ended(seq, "", "completed"))
+        if not waiting:
+            self.unblocked.append(job.seq)
 
     def count_job(self, job: Job, step: int) -> None:
         """Add to the total of a job's status, scenario and node."""
@@ -2079,8 +2149,10 @@ class Placement:
 
     def fits(self, node: Node, needs: Needs) -> bool:
         """Return whether a node may take the jobs of a lane; as a last resort where they failed."""
-        # One job at a time tries a node in quarantine, after its pause.
-        may_try = node.trial is None and self._state.now.clock >= node.trial_due
+        # One job at a time tries a node in quarantine, after its pause; a paused one does not.
+        trial = self._state.jobs.get(node.trial or 0)
+        is_tried = trial is not None and trial.state != "stopped"
+        may_try = not is_tried and self._state.now.clock >= node.trial_due
         if node.quarantine is not None and not may_try:
             return False
         if node.id not in needs.avoid or needs.only is not None:
@@ -2095,28 +2167,41 @@ class Placement:
                    for node in self._state.nodes.values())
 
     def has_room(self, node: Node, needs: Needs) -> bool:
-        """Return whether a job may begin beside what runs on a node: exclusive ones run alone."""
-        if needs.exclusive and node.leases:
+        """Return whether a job may begin beside what runs on a node: exclusive ones run alone.
+
+        What a silent node was given up for may still run there: it counts until that node has a new
+        session, or another node has claimed the job.
+        """
+        running = [self._state.jobs[seq] for seq in node.leases]
+        for seq in list(node.lost):
+            job = self._state.jobs.get(seq)
+            if job is not None and job.given_up == node.id:
+                running.append(job)
+            else:
+                node.lost.discard(seq)
+        if needs.exclusive and running:
             return False
-        return not any(self._state.jobs[seq].exclusive for seq in node.leases)
+        return not any(job.exclusive for job in running)
 
     def next_job(self, node: Node) -> Job | None:
-        """Take the oldest job that a node can run from its lane.
+        """Take the oldest job that a node can run from its lane."""
+        needs = self._next_lane(node)
+        if needs is None:
+            return None
+        return self._state.jobs[self._state.lanes.take(needs)]
 
-        Where that one is exclusive and something runs, the node takes nothing: as its jobs end it
+    def _next_lane(self, node: Node) -> Needs | None:
+        """Return the lane of the oldest job that a node can run; None where it takes nothing now.
+
+        Where that job is exclusive and something runs, the node takes nothing: as its jobs end it
         becomes free, and the exclusive job cannot starve.
         """
-        lanes = self._state.lanes
-        heads = [
-            head for head in lanes.heads(node.id, self._is_current) if self.fits(node, head[1])
-        ]
-        if not heads:
+        heads = self._state.lanes.heads(node.id, self._is_current)
+        fitting = [head for head in heads if self.fits(node, head[1])]
+        if not fitting:
             return None
-        seq, needs = min(heads, key=lambda head: head[0])
-        if not self.has_room(node, needs):
-            return None
-        lanes.take(needs)
-        return self._state.jobs[seq]
+        _, needs = min(fitting, key=lambda head: head[0])
+        return needs if self.has_room(node, needs) else None
 
     def _is_current(self, seq: int, needs: Needs) -> bool:
         """Return whether a number in a lane still stands for a pending job of that lane."""
@@ -2154,8 +2239,8 @@ class Placement:
     def wake_one(self, lanes: Iterable[Needs] | None = None) -> None:
         """Wake the node that has waited longest, where a lane has work that it may take.
 
-        One job wakes one node: thousands of idle agents do not race for it. A woken node that then
-        finds nothing, or is gone, wakes the next.
+        One job wakes one node: thousands of idle agents do not race for it. A woken node wakes the
+        next when it looks, so that a burst of jobs wakes as many as it needs.
         """
         state = self._state
         for needs in state.lanes.needs() if lanes is None else lanes:
@@ -2176,7 +2261,9 @@ class Placement:
             node = state.nodes.get(node_id)
             if node is None or node_id not in state.idle:
                 continue
-            if self.fits(node, needs) and self.has_room(node, needs):
+            # It must get a job when it looks: an older exclusive one may keep it from this lane.
+            may_take = self.fits(node, needs) and self.has_room(node, needs)
+            if may_take and self._next_lane(node) is not None:
                 return node
         return None
 
@@ -2208,6 +2295,7 @@ class Placement:
 # leases, Registry knows who may speak for a node and whether it is heard.
 
 FAST_FAILURE_S = 120.0  # a failure after a longer run says little about the health of its node
+MAX_FAILURES = 100  # remembered in a row; --quarantine-after may be 0
 
 
 class Health:
@@ -2226,8 +2314,8 @@ class Health:
     def judge(self, node: Node, job: Job, report: AttemptReport) -> bool:
         """Note what an attempt's end says of its node; return whether the job is excused.
 
-        A network failure says nothing until the job completes elsewhere: its address may be to
-        blame.
+        A network failure says nothing until the job completes elsewhere, for its address may be to
+        blame; only a trial that ends so has not shown that its node is well.
         """
         reason = report.failure_reason
         if report.status == "completed":
@@ -2236,13 +2324,15 @@ class Health:
         if report.status != "failed" or reason is None:
             self.end_trial(node, job)
             return False
-        node_is_at_fault = reason != "network" and blames_node(job, node.id, reason)
-        if not node_is_at_fault and reason != "network":
-            self._acquit(job)
+        is_at_fault = blames_node(job, node.id, reason)
         if node.trial == job.seq:
-            return self._trial_failed(node, job, report, node_is_at_fault)
+            return self._trial_failed(node, job, report, is_at_fault)
         ran_s = self._state.now.clock - self._state.leases[job.seq].began
-        if node_is_at_fault and ran_s <= FAST_FAILURE_S:
+        if reason == "network":
+            return False
+        if not is_at_fault:
+            self._acquit(job)
+        elif ran_s <= FAST_FAILURE_S:
             self._blame(node, job, reason, report.error)
         return False
 
@@ -2259,7 +2349,9 @@ class Health:
         self._state.write_node(node)
 
     def _completed(self, node: Node, job: Job) -> None:
-        node.failures = []
+        if node.failures:
+            node.failures = []
+            self._state.write_node(node)
         if node.quarantine is not None:
             self.close(node)
             self._state.note("node %s is well again: job %s completed on it", node.name, job.id)
@@ -2274,24 +2366,33 @@ class Health:
     def _acquit(self, job: Job) -> None:
         """Take a job's failures from all nodes where it failed: it is at fault itself."""
         for node in self._state.nodes.values():
-            node.failures = [failure for failure in node.failures if failure[0] != job.seq]
+            kept = [failure for failure in node.failures if failure[0] != job.seq]
+            if len(kept) < len(node.failures):
+                node.failures = kept
+                self._state.write_node(node)
 
     def _blame(self, node: Node, job: Job, reason: str, error: str | None) -> None:
-        node.failures.append((job.seq, reason))
+        node.failures = [*node.failures, (job.seq, reason)][-MAX_FAILURES:]
         limit = self._state.settings.quarantine_after
         has_too_many = 0 < limit <= len(node.failures)
         if node.quarantine is None and has_too_many and not self._most_fail_alike(node, reason):
             self._open(node, f"{len(node.failures)} failures in a row, the last ({reason}): "
                              f"{error or 'without an error message'}")
+        else:
+            self._state.write_node(node)
 
     def _most_fail_alike(self, node: Node, reason: str) -> bool:
-        """Return whether most other nodes fail alike: then the cause is not this node."""
+        """Return whether most other nodes fail alike: then the cause is not this node.
+
+        One failure says little: they must be about to be put in quarantine themselves.
+        """
         others = alike = 0
+        enough = max(1, self._state.settings.quarantine_after - 1)
         for other in self._state.nodes.values():
             if other is node or other.offline:
                 continue
             others += 1
-            if other.failures and other.failures[-1][1] == reason:
+            if len(other.failures) >= enough and other.failures[-1][1] == reason:
                 alike += 1
         return alike > others - alike
 
@@ -2401,6 +2502,8 @@ class Leases:
             state.write("claims", node.id, json.dumps(list(node.claims)))
         state.counts["claims"] += 1
         state.note("job %s attempt %d: %s takes it", job.id, taken.attempt, node.name)
+        if job.exclusive:
+            self._placement.wake_one()  # younger jobs had to wait behind it
         return taken
 
     def _claimed_by(self, node: Node, word: str) -> Job | None:
@@ -2573,6 +2676,8 @@ class Leases:
                    level=logging.WARNING)
         if node is not None:
             self._health.end_trial(node, job)
+        if node is not None and lost.given_up is not None:
+            node.lost.add(lost.seq)
         if lost.state == "pending":
             self._placement.pend(lost)
         if node is not None:
@@ -2716,6 +2821,7 @@ class Registry:
                 node.past = [*node.past, node.session_hash][-SESSIONS_KEPT:]
             node.session_hash = checked.session_hash
             node.trial_due = state.now.clock  # whoever restarted it may have repaired it
+            node.lost.clear()
             self._placement.release(node)
         if checked.owner_hash and checked.session_hash and node.id not in state.owners:
             state.owners[node.id] = checked.owner_hash
@@ -2889,10 +2995,14 @@ class Submitted(NamedTuple):
 
 
 class Ordered(NamedTuple):
-    """Event: a person asks for `cancel`, `pause`, `resume` or `retry` of a job."""
+    """Event: a person asks for `cancel`, `pause`, `resume` or `retry` of a job.
+
+    `statuses` are those of the ended jobs that one to be retried came after.
+    """
 
     job: Job
     verb: str
+    statuses: Mapping[str, str] = {}
 
 
 class Progressed(NamedTuple):
@@ -2962,7 +3072,8 @@ class Requests:
         self._placement.release(node)
         if asked.leaving:
             self._registry.leave(node)
-        return self._reply(node, asked, asked.for_work, event.may_wait)
+        answer = self._answer(node, asked, asked.for_work)
+        return self._reply(node, asked, answer, event.may_wait)
 
     def looked(self, event: Looked) -> Reply:
         """Look again for a parked request that was woken, or whose time is up."""
@@ -2974,13 +3085,12 @@ class Requests:
             refuse_session(node, asked.session_hash)
             return Reply({})
         was_woken = self._state.unpark(node)
-        reply = self._reply(node, asked, asked.for_work and event.present, event.may_wait)
-        if was_woken and "job" not in reply.answer:
-            self._placement.wake_one()  # another node took the job that it was woken for
-        return reply
+        answer = self._answer(node, asked, asked.for_work and event.present)
+        if was_woken:
+            self._placement.wake_one()  # before it is parked again: it cannot wake itself
+        return self._reply(node, asked, answer, event.may_wait)
 
-    def _reply(self, node: Node, asked: Asked, for_work: bool, may_wait: bool) -> Reply:
-        answer = self._answer(node, asked, for_work)
+    def _reply(self, node: Node, asked: Asked, answer: Json, may_wait: bool) -> Reply:
         has_work = "job" in answer or "claim" in answer
         has_news = "actions" in answer and asked.seen < node.orders
         if has_work or has_news or not may_wait:
@@ -3142,38 +3252,70 @@ class Intake:
         if job.seq not in state.jobs and job.state not in FINAL:
             return None
         changed = advance(job, event.verb, state.now.wall, reason=f"{event.verb} was asked for")
+        if event.verb == "retry":
+            changed = self._blocked_again(changed, event.statuses)
         if changed.state == job.state:
             return changed
         state.save(job, changed)
-        if changed.state == "pending":
+        if changed.state == "blocked":
+            state.block(changed)
+        elif changed.state == "pending":
             self._placement.pend(changed)
         elif changed.state in LEASED:
             self._placement.order(changed)
+        if job.exclusive and job.state == "pending":
+            self._placement.wake_one()  # younger jobs had to wait behind it
         state.note("job %s: %s asked for, now %s", job.id, event.verb, changed.status)
         return changed
+
+    def _blocked_again(self, job: Job, statuses: Mapping[str, str]) -> Job:
+        """Return a retried job as it waits for those it comes after, where they run again too.
+
+        ApiError 409 where one in `after_ok` has ended otherwise than completed: it goes first.
+        """
+        after, after_ok = after_of(job)
+        for job_id in after_ok:
+            status = "" if job_id in self._state.seq_of else statuses.get(job_id, "completed")
+            if status not in ("", "completed"):
+                raise ApiError(409, f"job {job.id} needs job {job_id} to be completed (after_ok), "
+                               f"which is {status}: retry that one first")
+        blockers, blockers_ok = self._blockers(after, {}), self._blockers(after_ok, {})
+        if not blockers and not blockers_ok:
+            return job
+        blocked = advance(job, "block", self._state.now.wall, reason="after")
+        return blocked._replace(after=blockers, after_ok=blockers_ok)
 
     def settle(self) -> None:
         """Unblock or cancel the jobs that waited for the ended ones, and for these in turn."""
         state = self._state
-        while state.ended:
-            ended = state.ended.pop()
-            for seq in state.dependents.pop(ended.seq, ()):
-                job = state.jobs.get(seq)
-                if job is not None and job.state == "blocked":
-                    self._settle_one(job, ended)
+        while state.ended or state.unblocked:
+            while state.ended:
+                self._settle_dependents(state.ended.pop())
+            while state.unblocked:
+                self._unblock(state.unblocked.pop(0))
 
-    def _settle_one(self, job: Job, ended: Ended) -> None:
-        if ended.seq in job.after_ok and ended.status != "completed":
-            self._cancel_dependent(job, ended.id, ended.status)
-            return
-        rest = job._replace(after=tuple(seq for seq in job.after if seq != ended.seq),
-                            after_ok=tuple(seq for seq in job.after_ok if seq != ended.seq))
-        if rest.after or rest.after_ok:
-            self._state.save(job, rest)
-            return
-        free = advance(rest, "unblock", self._state.now.wall)
-        self._state.save(job, free)
-        self._placement.pend(free)
+    def _settle_dependents(self, ended: Ended) -> None:
+        state = self._state
+        state.blockers.pop(ended.seq, None)
+        for seq in state.dependents.pop(ended.seq, ()):
+            job = state.jobs.get(seq)
+            if job is None or seq not in state.blockers:
+                continue
+            if ended.seq in job.after_ok and ended.status != "completed":
+                self._cancel_dependent(job, ended.id, ended.status)
+                continue
+            state.blockers[seq].discard(ended.seq)
+            if not state.blockers[seq]:
+                state.unblocked.append(seq)
+
+    def _unblock(self, seq: int) -> None:
+        state = self._state
+        state.blockers.pop(seq, None)
+        job = state.jobs.get(seq)
+        if job is not None and job.state == "blocked":
+            free = advance(job, "unblock", state.now.wall)
+            state.save(job, free)
+            self._placement.pend(free)
 
     def _cancel_dependent(self, job: Job, blocker: str, status: str) -> Job:
         error = f"job {blocker} is {status}, and this one needs it to be completed (after_ok)"
@@ -3328,8 +3470,8 @@ class Snapshot(NamedTuple):
     journal_bytes: int
     started_at: float
     ready: bool
-    disk_free_bytes: int
-    disk_bytes: int
+    disk_free_bytes: int | None  # None while the data folder is away
+    disk_bytes: int | None
     last_result: int
 
 
@@ -3695,7 +3837,7 @@ class Queries:
             parked = sum(node.parked is not None for node in state.nodes.values())
             counts = dict(state.counts)
             last_result = state.last_result
-        free, whole = journal.disk_bytes()
+        free_bytes, whole_bytes = journal.disk_bytes() or (None, None)
         return Snapshot(
             totals,
             nodes,
@@ -3706,8 +3848,8 @@ class Queries:
             journal.size_bytes(),
             self._started.wall,
             journal.trouble is None,
-            free,
-            whole,
+            free_bytes,
+            whole_bytes,
             last_result,
         )
 
@@ -3836,7 +3978,12 @@ class Master:
         job: Job | None = None
         with self._transactions.archive_lock:
             while job is None:
-                job = self._transactions.apply(Ordered(self.queries.find(given), verb))
+                found = self.queries.find(given)
+                statuses: Mapping[str, str] = {}
+                if verb == "retry":
+                    after, after_ok = after_of(found)
+                    statuses = self.journal.reader.statuses([*after, *after_ok])
+                job = self._transactions.apply(Ordered(found, verb, statuses))
         return self.queries.shown(job)
 
     def progress(self, job_id: str, body: Json) -> Json:
@@ -3903,6 +4050,7 @@ class Master:
         if self.journal.trouble is not None:
             # A small write tries whether the journal can be written again.
             writes.append(("alive", (self.wall(),)))
+        self.journal.look()
         self._transactions.apply(Ticked(late_s if late_s > REAP_S else 0.0), writes)
         self._transactions.note_recovery()
 
@@ -3983,8 +4131,11 @@ class Metric(NamedTuple):
 
 
 def _field_of(name: str) -> Samples:
-    """Return the one sample of a metric that is a field of the snapshot."""
-    return lambda shot: [({}, float(getattr(shot, name)))]
+    """Return the one sample of a metric that is a field of the snapshot; none while unknown."""
+    def samples(shot: Snapshot) -> list[tuple[Mapping[str, Any], float]]:
+        value = getattr(shot, name)
+        return [] if value is None else [({}, float(value))]
+    return samples
 
 
 def _count_of(name: str) -> Samples:

@@ -208,7 +208,28 @@ class TestAfter(Alone):
         self.apply(ffdist.Ordered(blocked, "cancel"))
         self.assertEqual(self.status(blocked), "canceled")
         self.apply(ffdist.Ordered(self.last(blocked), "retry"))
-        self.assertEqual(self.status(blocked), "pending", "a person decides")
+        self.assertEqual(self.status(blocked), "blocked", "what it waits for still runs")
+        self.apply(ffdist.Ordered(first, "cancel"))
+        self.assertEqual(self.status(blocked), "pending")
+
+    def test_a_job_is_retried_after_the_one_that_it_needs(self) -> None:
+        first = self.submit()[0]
+        second = self.submit(after_ok=[first.id])[0]
+        self.apply(ffdist.Ordered(first, "cancel"))
+        statuses = {first.id: "canceled"}
+        with self.assertRaises(ApiError) as caught:
+            self.apply(ffdist.Ordered(self.last(second), "retry", statuses))
+        self.assertEqual(caught.exception.status, 409)
+        self.assertIn(f"{first.id} to be completed (after_ok), which is canceled",
+                      caught.exception.message)
+        self.apply(ffdist.Ordered(self.last(first), "retry"))
+        self.apply(ffdist.Ordered(self.last(second), "retry", statuses))
+        self.assertEqual(self.status(second), "blocked")
+        node = self.node("n")
+        again = self.claim(node)
+        assert again is not None
+        self.end(again, node)
+        self.assertEqual(self.claimed(node), second.id)
 
     def test_a_restart_forgets_no_dependency_and_a_lost_job_blocks_nobody(self) -> None:
         first, second = self.submit({}, {})
@@ -217,9 +238,7 @@ class TestAfter(Alone):
         self.fleet = Fleet(ffdist.Settings(), self.fleet.state.counts, lambda: 0.0)
         self.fleet.load(self.rows.stored(), self.moment())
         self.apply(ffdist.Ticked(0.0))
-        self.assertEqual(
-            (self.status(blocked), list(self.last(blocked).after)), ("blocked", [first.seq])
-        )
+        self.assertEqual(self.status(blocked), "blocked")
         self.apply(ffdist.Ordered(first, "cancel"))
         self.assertEqual(self.status(blocked), "pending")
 
@@ -273,6 +292,61 @@ class TestExclusive(Alone):
         self.assertEqual(reply.answer["job"].id, alone.id)
 
 
+    def test_younger_jobs_go_on_when_the_exclusive_one_before_them_is_gone(self) -> None:
+        for end in ("claim", "cancel", "pause"):
+            with self.subTest(end):
+                self.setUp()
+                busy, empty = self.node("busy", slots=2), self.node("empty")
+                self.submit()
+                self.claim(busy)
+                alone = self.submit(exclusive=True)[0]
+                waiting = self.ask(busy, wait=True)
+                assert waiting.serial is not None
+                asked = self.asked
+                younger = self.submit()[0]
+                self.assertNotIn(busy, self.wakes, "the older one keeps it from this one")
+                if end == "claim":
+                    self.assertEqual(self.claimed(empty), alone.id)
+                else:
+                    self.apply(ffdist.Ordered(alone, end))
+                self.assertIn(busy, self.wakes)
+                reply = self.apply(ffdist.Looked(asked, waiting.serial, True, True))
+                self.assertEqual(reply.answer["job"].id, younger.id)
+
+    def test_a_silent_node_may_still_run_what_it_was_given_up_for(self) -> None:
+        for first_is_alone in (True, False):
+            with self.subTest(first_is_alone=first_is_alone):
+                self.setUp()
+                node = self.node("n", slots=2)
+                lost = self.submit(exclusive=first_is_alone, max_retries=3)[0]
+                self.claim(node)
+                other = self.submit(exclusive=not first_is_alone)[0]
+                self.now += 100
+                self.apply(ffdist.Ticked(0.0))
+                self.assertEqual(self.status(lost), "pending")
+                self.now += 1
+                self.fleet.state.lanes.put_later(self.now + 50, lost.seq)  # its backoff
+                self.assertIsNone(self.claim(node))
+                report = ffdist.report_of({"node_id": node, "attempt": 1}, progress=True)
+                self.assertIsNotNone(self.apply(ffdist.Progressed(lost.id, report)), "taken back")
+                self.end(self.last(lost), node)
+                self.assertEqual(self.claimed(node), other.id)
+
+    def test_a_burst_wakes_as_many_nodes_as_it_needs(self) -> None:
+        nodes = [self.node(f"n{number}") for number in range(5)]
+        waiting = {}
+        for node in nodes:
+            reply = self.ask(node, wait=True)
+            waiting[node] = (self.asked, reply.serial)
+        self.submit(*({"node": None} for _ in range(5)))
+        todo, got = list(self.wakes), 0
+        while todo:
+            asked, serial = waiting[todo.pop(0)]
+            got += "job" in self.apply(ffdist.Looked(asked, serial, True, True)).answer
+            todo += [node for node in self.wakes if node not in todo]
+        self.assertEqual(got, 5)
+
+
 class TestWalk(Alone):
     """Random events, thousands a second: what must hold after each, and a rebuild that equals the
     state."""
@@ -297,6 +371,7 @@ class TestWalk(Alone):
             self.assertTrue(not alone or len(node.leases) == 1, "an exclusive job runs alone")
         for job in state.jobs.values():
             self.assertEqual(job.state == "blocked", bool(job.after or job.after_ok), job)
+            self.assertEqual(job.state == "blocked", job.seq in state.blockers, job)
 
     def rebuilt(self) -> Fleet:
         again = Fleet(ffdist.Settings(), dict.fromkeys(ffdist.COUNTS, 0), lambda: 0.0)

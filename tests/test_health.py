@@ -306,6 +306,41 @@ class TestQuarantine(Fleet):
             self.submit()
             self.assertIsNotNone(self.end_badly(self.sick, "input"), "at once")
 
+    def test_a_trial_that_fails_by_the_network_is_not_charged_either(self) -> None:
+        self.make_sick()
+        job = self.submit(max_retries=0)
+        trial = self.trial(self.sick)
+        self.assertEqual(trial.id, job.id)
+        self.report(trial, self.sick, "failed", failure_reason="network", error="no route")
+        self.assertEqual(self.master.queries.job(job.id)["status"], "pending")
+        quarantine = self.master.queries.node(self.sick)["quarantine"]
+        self.assertEqual(quarantine["trials_failed"], 1)
+
+    def test_a_paused_trial_lets_another_job_try(self) -> None:
+        self.make_sick()
+        self.submit()
+        paused = self.trial(self.sick)
+        self.master.order(paused.id, "pause")
+        self.submit()
+        self.assertIsNotNone(self.claim(self.sick))
+
+    def test_one_failure_elsewhere_does_not_excuse_a_node_that_fails_always(self) -> None:
+        self.submit(max_retries=0)
+        self.end_badly(self.well, "out_of_disk")
+        for _ in range(3):
+            self.submit(max_retries=0)
+            self.end_badly(self.sick, "out_of_disk")
+        self.assertEqual((self.status(self.sick), self.status(self.well)),
+                         ("quarantined", "available"))
+
+    def test_failures_in_a_row_survive_a_restart_of_the_master(self) -> None:
+        for number in range(3):
+            self.submit()
+            self.end_badly(self.sick, "out_of_disk")
+            if number < 2:
+                self.restart()
+        self.assertEqual(self.status(self.sick), "quarantined")
+
     def test_quarantine_and_its_trial_survive_a_restart_of_the_master(self) -> None:
         self.make_sick()
         self.submit()

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import random
+import shutil
 import signal
 import socket
 import sqlite3
@@ -517,6 +518,42 @@ class TestRecovery(Case):
             self.assertEqual(master.submit()["status"], "pending")
             master.kill()
 
+    def test_nothing_is_acknowledged_when_the_log_is_gone_or_the_journal_emptied(self) -> None:
+        def cut(path: Path) -> None:
+            os.truncate(path, path.stat().st_size // 2)
+
+        def empty(path: Path) -> None:
+            os.truncate(path, 0)
+        for name, do in (("journal.db-wal", os.unlink), ("journal.db-wal", cut),
+                         ("journal.db", empty)):
+            with self.subTest(f"{do.__name__} {name}"):
+                master = self.master(port=free_port())
+                for _ in range(3):
+                    master.submit()
+                do(self.folder / "master" / name)
+                refused = master.call("POST", "/jobs", {"scenario": "x"})
+                self.assertEqual(refused.status, 503)
+                self.assertIn(f"{name} was removed, replaced or cut", refused.body["error"])
+                master.kill()
+                shutil.rmtree(self.folder / "master")
+
+    def test_a_journal_that_is_away_is_seen_though_nobody_writes(self) -> None:
+        master = self.master()
+        (self.folder / "master").rename(self.folder / "away")
+        wait_for(lambda: master.call("GET", "/ready").status == 503, 10, "it is seen")
+        self.assertEqual(call(master.url, "GET", "/metrics").status, 200)
+        (self.folder / "away").rename(self.folder / "master")
+        wait_for(lambda: master.call("GET", "/ready").status == 200, 10, "it is well again")
+
+    def test_a_row_that_makes_no_job_is_left_out(self) -> None:
+        path, _ = self.filled(4)
+        with contextlib.closing(sqlite3.connect(path)) as journal:
+            journal.execute("UPDATE jobs SET state='[]' WHERE seq=3")
+            journal.execute("UPDATE jobs SET spec='[1]' WHERE seq=4")
+            journal.commit()
+        (path.parent / ffdist.DAMAGED).write_text("the test says so")
+        self.assertEqual(self.recovered(path).get("/jobs?limit=1")["total"], 2 + 1)
+
     def test_nothing_is_acknowledged_while_the_journal_is_removed(self) -> None:
         master = self.master()
         before = master.submit()["id"]
@@ -927,11 +964,11 @@ class TestErrorsOfItsOwn(Case):
 
 
 class TestFormats(Case):
-    """A journal of each format since the first release goes on; tests/journals has one of each."""
+    """A journal of each earlier format since the first release goes on: tests/journals."""
 
-    def test_the_stored_journals_are_of_this_format_and_of_those_before(self) -> None:
+    def test_there_is_a_stored_journal_of_each_earlier_format(self) -> None:
         names = {path.name for path in (TOP / "tests" / "journals").iterdir()}
-        self.assertEqual(names, {f"format-{number}.sql" for number in range(3, ffdist.FORMAT + 1)})
+        self.assertEqual(names, {f"format-{number}.sql" for number in range(3, ffdist.FORMAT)})
 
     def test_a_stored_journal_goes_on(self) -> None:
         for path in sorted((TOP / "tests" / "journals").iterdir()):
@@ -947,6 +984,9 @@ class TestFormats(Case):
         master = Master(folder.parent)
         self.addCleanup(master.end)
         self.assertNotIn("damaged", master.words())
+        with contextlib.closing(sqlite3.connect(folder / "journal.db")) as journal:
+            found = journal.execute("PRAGMA user_version").fetchone()
+        self.assertEqual(found, (ffdist.FORMAT,))
         jobs = master.get("/jobs")["jobs"][::-1]
         self.assertEqual([job["status"] for job in jobs],
                          ["completed", "running", "pending", "paused"])
