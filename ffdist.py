@@ -2284,6 +2284,22 @@ class Placement:
             self._state.wake(node)
 
 
+def waiting_for(state: State, job: Job) -> str | None:
+    """Return what a blocked or pending job waits for, as the end of a sentence."""
+    if job.state == "blocked":
+        blockers = [state.jobs[seq].id[:8] for seq in sorted(state.blockers.get(job.seq, ()))]
+        more = f" and {len(blockers) - 3} more" if len(blockers) > 3 else ""
+        return f"the end of job {', '.join(blockers[:3])}{more}"
+    if job.state != "pending" or state.lanes.waits(job.seq):
+        return None
+    if job.only is not None:
+        node = state.nodes.get(job.only)
+        if node is None:
+            return f"node {job.only[:8]}, which was removed"
+        return f"node {node.name}, which is {node.status}"
+    return "a node on which nothing else runs" if job.exclusive else None
+
+
 # ---- 7 Leases ------------------------------------------------------------------------------------
 
 # A lease is the right of one attempt to report. It begins with a claim, and ends by the attempt's
@@ -3351,12 +3367,8 @@ class Fleet:
         registry = Registry(self.state, placement, health, leases)
         requests = Requests(self.state, placement, leases, registry)
         self._intake = Intake(self.state, placement)
-        self._placement, self._leases, self._registry, self._requests = (
-            placement,
-            leases,
-            registry,
-            requests,
-        )
+        self._leases, self._registry, self._requests = leases, registry, requests
+        self._placement = placement
         self._handlers: dict[type, Callable[[Any], Any]] = {
             Arrived: requests.arrived,
             Looked: requests.looked,
@@ -3746,9 +3758,10 @@ class Queries:
         detail = job_detail_json(job)
         with self._transactions.glance() as state:
             names = {node_id: node.name for node_id, node in state.nodes.items()}
+            waits = waiting_for(state, state.jobs.get(job.seq, job))
         for record in detail["attempts"]:
             record["node"] = names.get(record["node_id"])
-        return {**self.shown(job), **detail, "result": result}
+        return {**self.shown(job), **detail, "waiting_for": waits, "result": result}
 
     def shown(self, job: Job) -> Json:
         """Return a job as the API shows it."""
@@ -8821,7 +8834,7 @@ def waiting_text(job: wire.JobView, nodes: Sequence[wire.NodeView], now: float,
     if job.status == "running":
         return wire.progress_text(job.progress or {"phase": "starting"}, room)
     if job.waiting_for:
-        return f"{job.status}: {job.waiting_for}"
+        return f"{job.status}: waits for {job.waiting_for}"
     if job.status != "pending":
         return job.status
 
@@ -8888,6 +8901,8 @@ def show_job(job: wire.JobView) -> None:
 def _state_rows(job: wire.JobView) -> list[tuple[str, str | None]]:
     """Return how often a job was retried, and how far it is."""
     rows: list[tuple[str, str | None]] = []
+    if job.waiting_for:
+        rows.append(("waits for", job.waiting_for))
     if job.retry_count:
         rows.append(("retries", f"{job.retry_count} of {job.max_retries}: {job.retry_reason}"))
     if job.status == "running":

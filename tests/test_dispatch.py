@@ -458,6 +458,9 @@ class TestOverHttp(Case):
         node.master = master = self.master(port=master.port)
         self.assertIsNone(node.claim().body["job"])
         self.assertEqual(master.get("/jobs?status=blocked")["total"], 2)
+        self.assertEqual(
+            master.get(f"/jobs/{ids[1]}")["waiting_for"], f"the end of job {ids[0][:8]}"
+        )
         node.report(first)
         self.assertEqual(node.claim().body["job"]["id"], ids[1])
         master.call("POST", f"/jobs/{ids[1]}/cancel")

@@ -220,7 +220,9 @@ class TestWordsOfTheCommandLine(unittest.TestCase):
         )
         self.assertIn("waits for a node", said([free], due + 1, not_before=later))
         self.assertEqual(said([], status="paused"), "paused")
-        self.assertEqual(said([], status="blocked", waiting_for="2 jobs"), "blocked: 2 jobs")
+        self.assertEqual(
+            said([], status="blocked", waiting_for="2 jobs"), "blocked: waits for 2 jobs"
+        )
 
     def test_attempts_tell_what_the_job_does_not(self) -> None:
         def record(
