@@ -84,7 +84,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Optional, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Optional, Protocol, TextIO, TypeVar
 
 import hwdetect
 
@@ -1200,11 +1200,23 @@ class ProgressLine:
 
 
 def open_output() -> None:
-    """Make stdout and stderr write `?` for characters that their encoding lacks, not raise."""
+    """Make stdout and stderr write `?` for characters that their encoding lacks, not raise.
+
+    One that was closed (`>&-`) is None. It becomes /dev/null, as if its reader had gone.
+    """
+    if sys.stdout is None:
+        sys.stdout = _nowhere()
+    if sys.stderr is None:
+        sys.stderr = _nowhere()
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="replace")
+
+
+def _nowhere() -> TextIO:
+    """Return a stream to /dev/null, which stays open to the end of the process."""
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 def close_output() -> None:

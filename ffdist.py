@@ -8763,13 +8763,34 @@ def _say(line: str) -> None:
     print(wire.printable(line), file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def _naming_stdout() -> Iterator[None]:
+    """Name stdout in an OSError of the block: only then it is known that a write to it failed."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def write_output(text: str, end: str = "") -> None:
+    """Write a text on stdout; OSError names stdout. No other function writes there."""
+    with _naming_stdout():
+        print(text, end=end)
+
+
+def flush_output() -> None:
+    """Write what was printed so far; OSError names stdout."""
+    with _naming_stdout():
+        sys.stdout.flush()
+
+
 def _show(line: str) -> None:
     """Print a line on stdout."""
-    print(wire.printable(line))
+    write_output(wire.printable(line), "\n")
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
+    write_output(json.dumps(value, indent=2), "\n")
 
 
 def _print_table(rows: Iterable[Sequence[Any]], heads: bool = True) -> None:
@@ -8777,7 +8798,8 @@ def _print_table(rows: Iterable[Sequence[Any]], heads: bool = True) -> None:
     in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ  # see no-color.org
     width = shutil.get_terminal_size((100, 24)).columns
     texts = [[_cell_text(cell) for cell in row] for row in rows]
-    print(wire.table_text(texts, width, COLOURS if in_colour else None, heads))
+    table = wire.table_text(texts, width, COLOURS if in_colour else None, heads)
+    write_output(table, "\n")
 
 
 def _cell_text(cell: Any) -> str:
@@ -9050,7 +9072,7 @@ def show_monitoring(site: Site, secret: Path) -> None:
     command = f"python3 ffdist.py master --victoriametrics {site.victoriametrics}"
     rows += [("the master", command), ("to end all", "Ctrl-C")]
     _print_table(rows, heads=False)
-    sys.stdout.flush()
+    flush_output()
 
 
 def show_report(rows: Sequence[Row], filters: str) -> None:
@@ -9064,7 +9086,7 @@ def show_report(rows: Sequence[Row], filters: str) -> None:
     for delta in deltas:
         lines.append((delta.cost, delta.quality, delta.text(), delta.test, delta.anchor,
                       delta.why or delta.content))
-    print()
+    write_output("\n")
     _print_table(lines)
 
 
@@ -9199,13 +9221,42 @@ def cmd_show(args: Args) -> int:
 
 
 def cmd_order(args: Args) -> int:
-    """Cancel, pause, resume or retry a job: the command's own name is the order."""
+    """Pause, resume or retry a job: the command's own name is the order."""
     job = _client(args).order(args.id, args.command)
     if args.json:
         _print_json(job.json)
     else:
         show_ordered_job(job)
     return 0
+
+
+def cmd_cancel(args: Args) -> int:
+    """Cancel jobs; one that cannot be canceled does not keep the others from it."""
+    jobs, refusals = _cancel_each(_client(args), args.id)
+    if args.json:
+        _print_json(jobs[0].json if len(args.id) == 1 else {"jobs": [job.json for job in jobs]})
+    else:
+        for job in jobs:
+            show_ordered_job(job)
+    for refusal in refusals:
+        _say(f"ffdist: {refusal}")
+    return 1 if refusals else 0
+
+
+def _cancel_each(client: wire.Client, ids: Sequence[str]) -> tuple[list[wire.JobView], list[str]]:
+    """Cancel each of some jobs; return those, and the sentences about the others.
+
+    The refusal of a single one is raised.
+    """
+    jobs, refusals = [], []
+    for job_id in ids:
+        try:
+            jobs.append(client.order(job_id, "cancel"))
+        except ApiError as error:
+            if error.retryable or len(ids) == 1:
+                raise
+            refusals.append(error.message)
+    return jobs, refusals
 
 
 def cmd_logs(args: Args) -> int:
@@ -9220,7 +9271,7 @@ def cmd_logs(args: Args) -> int:
         else:
             for line in part.lines:
                 _show(line)
-            sys.stdout.flush()
+            flush_output()
 
         if part.lines:
             continue
@@ -9414,14 +9465,22 @@ def _show_experiment(client: wire.Client, experiment: Experiment, jobs: Sequence
         _print_json({"experiment": experiment.id, "jobs": [job.json for job in details]})
     else:
         _print_table(report_rows(distinct_curves(list(map(row_of, details)))))
-        _say("plots: python3 ffdist.py report --experiment "
-             f"{shlex.quote(args.file)} -o report.html")
+        _say_next_of(details, shlex.quote(args.file))
 
     broken = sum(job.status in BROKEN for job in details)
     if broken:
         _say(f"{wire.count_text(broken, 'job')} did not complete; once more with: "
              f"python3 ffdist.py experiment {shlex.quote(args.file)} --retry-failed")
     return 1 if broken else 0
+
+
+def _say_next_of(jobs: Sequence[wire.JobView], file: str) -> None:
+    """Say how to see the plots of an experiment, or how to follow and stop what is still open."""
+    if all(job.status in FINAL for job in jobs):
+        _say(f"plots: python3 ffdist.py report --experiment {file} -o report.html")
+        return
+    _say(f"follow it with: python3 ffdist.py experiment {file}")
+    _say("stop jobs of it with: python3 ffdist.py cancel ID...")
 
 
 def _detail_of(client: wire.Client, job: wire.JobView) -> wire.JobView:
@@ -9575,7 +9634,7 @@ def cmd_report(args: Args) -> int:
     make = REPORT_KINDS[".json" if args.json else ending]
     text = make(Document(title, rows, wire.utc_text(time.time()) or ""))
     if not args.output:  # --json without a file
-        sys.stdout.write(text)
+        write_output(text)
         return 0
     Path(args.output).write_text(text, encoding="utf-8", errors="replace")
     _say(f"{args.output}: {title}, {wire.count_text(len(rows), 'job')}")
@@ -10107,7 +10166,10 @@ COMMANDS: Mapping[str, Command] = {command.name: command for command in (
             flags=(*_page_flags(20), *_ASK_FLAGS)),
     _about_job("show", cmd_show, "show one job"),
     _LOGS,
-    _about_job("cancel", cmd_order, "cancel a job"),
+    Command("cancel", cmd_cancel, "cancel jobs", ("550e8400", "550e8400 7c9e6679"),
+            words=(_word("id", "ID", "ids of jobs, or 4 or more of their first characters",
+                         type=_id_word, nargs="+"),),
+            flags=_ASK_FLAGS),
     _about_job("pause", cmd_order,
                "hold a job where it is; its processes stand still until it is resumed"),
     _about_job("resume", cmd_order, "let a paused job go on"),
@@ -10181,7 +10243,7 @@ def _run(args: Args) -> int:
     """Run a command; turn what it raises into one sentence and an exit code."""
     try:
         code = COMMANDS[args.command].run(args)
-        print(end="", flush=True)  # here, where a reader that has gone is no error
+        flush_output()  # here, where a reader that has gone is no error
         return code
     except BrokenPipeError:
         return 0  # `ffdist.py jobs | head`: the reader has what it wanted

@@ -175,6 +175,16 @@ class TheCommandLine(unittest.TestCase):
         self.assertEqual(self.master.finished(job)["status"], "canceled")
         self.assertIn("completed", self.cli("cancel", self.done, code=1).stderr)
 
+    def test_cancel_takes_several_jobs_and_goes_on_after_one_that_it_cannot(self) -> None:
+        self.master.register("elsewhere", name="elsewhere")
+        words = ("submit", "64p25-h264", "--node", "elsewhere", "--json")
+        ids = [json.loads(self.cli(*words).stdout)["id"] for _ in range(2)]
+        done = self.cli("cancel", ids[0], "ffff0000", ids[1], code=1)
+        for job_id in ids:
+            self.assertIn(f"job {job_id} is canceled", done.stdout)
+        self.assertEqual(done.stderr, "ffdist: unknown job ffff0000\n")
+        self.cli("forget", "elsewhere")
+
     def test_exit_codes_and_sentences(self) -> None:
         nobody = f"http://127.0.0.1:{free_port()}"
         for words, code, said in (
@@ -244,7 +254,15 @@ class TheCommandLine(unittest.TestCase):
                 timeout=60,
                 check=False,
             )
-        self.assertEqual((done.returncode, len(done.stderr.splitlines())), (1, 1), done.stderr)
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(done.stderr, b"ffdist: standard output: No space left on device\n")
+        for words in (("jobs",), ("nodes",), ("results", "--json"), ("report",),
+                      ("show", self.done), ("logs", self.done)):
+            with self.subTest(words):
+                shell = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable]
+                done = subprocess.run([*shell, str(TOP / "ffdist.py"), *words], env=env,
+                                      stderr=subprocess.PIPE, timeout=60, check=False)
+                self.assertEqual((done.returncode, done.stderr), (0, b""))
         job = self.master.submit("64p25-h264", duration=0.2, input="stra\u00dfe.mp4")["id"]
         self.master.finished(job)
         ascii_only = run(str(TOP / "ffdist.py"), "show", job, folder=self.folder,

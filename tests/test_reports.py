@@ -616,6 +616,9 @@ class TestRealExperiment(Case):
                           quality=["psnr"], parameters={"duration": 0.2}, nodes=["agent"])
         begun = self.ffdist("experiment", name, "--no-wait", url=master.url)
         self.assertEqual(begun.returncode, 0)
+        self.assertIn("follow it with: python3 ffdist.py experiment mine.json\n", begun.stderr)
+        self.assertIn("stop jobs of it with: python3 ffdist.py cancel ID...\n", begun.stderr)
+        self.assertNotIn("plots:", begun.stderr, "all is pending")
         self.assertEqual(
             master.get("/jobs")["total"], 8, "all are submitted, and run without the command"
         )
