@@ -22,13 +22,22 @@ import unittest
 import unittest.mock
 import urllib.parse
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import agent as wire
 import ffdist
-from tests.fleet import Case, Master, Node, Program, interruptible, processes_below, run
+from tests.fleet import (
+    Case,
+    Master,
+    Node,
+    Program,
+    in_background,
+    interruptible,
+    processes_below,
+    run,
+)
 from tests.support import TOP, call, free_port, listening_log, need, wait_for
 
 RECEIVED = "2026-05-04T10:00:30.250Z"
@@ -928,12 +937,13 @@ class Monitoring(Case):
         self.url = f"http://127.0.0.1:{free_port()}"
         return ["--victoriametrics", self.url, "--vmalert-port", str(free_port())]
 
-    def up(self, *words: str) -> subprocess.Popen[str]:
+    def up(self, *words: str,
+           prepare: Callable[[], None] = interruptible) -> subprocess.Popen[str]:
         """Start `monitoring up`, and return it when it has printed its addresses."""
         argv = [sys.executable, str(TOP / "ffdist.py"), "monitoring", "up", *words, "--data-dir",
                 str(self.folder / "master")]
         process = subprocess.Popen(argv, cwd=self.folder, text=True, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE, preexec_fn=interruptible)
+                                   stderr=subprocess.PIPE, preexec_fn=prepare)
         self.addCleanup(process.communicate)
         self.addCleanup(process.terminate)
         assert process.stdout is not None
@@ -965,6 +975,14 @@ class Monitoring(Case):
         self.assertTrue(all(map(ended, self.parts)))
         self.assertTrue((home / "victoria-metrics").is_dir())
 
+    def test_sigterm_ends_it_in_the_background_of_a_script_too(self) -> None:
+        need("victoria-metrics")
+        process = self.up(*self.ports(), prepare=in_background)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+        self.assertEqual(process.returncode, 0, said)
+        self.assertTrue(all(map(ended, self.parts)))
+
     def test_a_part_that_ends_by_itself_ends_the_others(self) -> None:
         need("victoria-metrics", "vmalert")
         process = self.up(*self.ports())
@@ -992,7 +1010,7 @@ class Monitoring(Case):
         need("victoria-metrics", "vmalert")
         broken = self.folder / "bin"
         broken.mkdir()
-        (broken / "vmalert").write_text("#!/bin/sh\necho it is broken\nexit 3\n")
+        (broken / "vmalert").write_text("#!/bin/sh\nprintf 'it\\tis broken\\n'\nexit 3\n")
         (broken / "vmalert").chmod(0o755)
         done = self.monitoring("up", *self.ports(), env={"PATH": f"{broken}:{os.environ['PATH']}"})
         self.assertEqual(done.returncode, 1)
