@@ -155,8 +155,10 @@ class Failure(Exception):
         self.message = message
 
 
-# Control characters, and halves of a character, which UTF-8 cannot carry.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+_CONTROL = re.compile("[\x00-\x1f\x7f]")
+# Halves of a character, which UTF-8 cannot carry. Python makes them of the other bytes of a name.
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_NOT_UTF8 = "is not UTF-8: if it names a file, rename the file"
 
 
 class Fields:
@@ -202,10 +204,19 @@ class Fields:
         if not isinstance(value, str) or not 0 < len(value) <= limit:
             self._refuse(field, f"must be a text of 1 to {limit} characters")
             return None
-        if _UNPRINTABLE.search(value):
+        if _CONTROL.search(value):
             self._refuse(field, "must not hold control characters")
             return None
+        if _SURROGATE.search(value):
+            self._refuse(field, _NOT_UTF8)
+            return None
         return value
+
+    def check_utf8(self) -> None:
+        """Refuse a text that cannot be sent: the master could not say which field it is."""
+        for field, value in self.values.items():
+            if isinstance(value, str) and _SURROGATE.search(value):
+                self._refuse(field, _NOT_UTF8)
 
     def required_text(self, field: str, limit: int = 255) -> str:
         """Return a printable text; one that is missing is refused, of a lenient reader too."""

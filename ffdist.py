@@ -9152,6 +9152,7 @@ def _job_of(args: Args) -> Json:
         parameters["input"] = args.input
     if args.output is not None:
         parameters["output"] = args.output
+    Fields(parameters, prefix="parameters.").check_utf8()
 
     job: Json = {
         "id": str(uuid.uuid4()),

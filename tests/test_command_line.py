@@ -64,6 +64,11 @@ class TheCommandLine(unittest.TestCase):
         self.assertNotIn("\x1b", done.stdout, "colours only on a terminal")
         return done
 
+    def test_a_film_whose_name_is_not_utf8_is_refused_before_it_is_sent(self) -> None:
+        done = self.cli("submit", "--input", os.fsdecode(b"/K\xe4se.mp4"), code=2)
+        self.assertEqual(done.stderr, "ffdist: parameters.input is not UTF-8: if it names a file, "
+                                      "rename the file\n")
+
     def test_submit_and_wait_shows_what_came_out(self) -> None:
         shown = self.cli("submit", "64p25-h264", "-p", "duration=0.2", "--wait")
         for word in ("completed", "libx264", "speed", "CPU", "energy", "verdict", "agent"):
