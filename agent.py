@@ -1235,8 +1235,7 @@ def close_output() -> None:
     try:
         print(end="", flush=True)
     except (OSError, ValueError):
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        hwdetect.discard_stdout()
 
 
 def setup_logging(level: str, form: str, name: str) -> logging.Logger:
@@ -7097,6 +7096,7 @@ def run_here(args: argparse.Namespace) -> int:
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: signals.append(received))
+    hwdetect.check_stdout()
     parameters = _own_parameters(args)
     job = Job(str(uuid.uuid4()), 1, args.scenario, parameters, args.confidence)
     settings = resolve(job.scenario, parameters, own_paths=True)
@@ -7179,11 +7179,11 @@ def _run_and_print(args: argparse.Namespace, job: Job, options: Options, signals
 def _print_result(args: argparse.Namespace, result: Json) -> int:
     completed = result["status"] == "completed"
     if args.json:
-        print(json.dumps(result, indent=2))
+        hwdetect.write_stdout(json.dumps(result, indent=2) + "\n")
     elif completed:
         # 100 columns where stdout is not a terminal.
         width = shutil.get_terminal_size((100, 24)).columns
-        print(table_text(result_rows(result), width))
+        hwdetect.write_stdout(table_text(result_rows(result), width) + "\n")
     else:
         error = printable(result["error"] or "")
         print(f"agent: the job {result['status']}: {error}", file=sys.stderr)
@@ -7200,7 +7200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             code = serve(build_parser(False).parse_args(words))
         # Here, not at the end of Python, a reader that went away is noticed in time.
-        print(end="", flush=True)
+        hwdetect.write_stdout()
         return code
     except BrokenPipeError:
         return 0

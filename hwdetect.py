@@ -966,6 +966,26 @@ def replace_file(path: str, text: str) -> str | None:
     return None
 
 
+def check_stdout() -> None:
+    """Raise OSError if this process was started without a stdout: its answer would be lost."""
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "it is closed: send it to a file, or to /dev/null", "stdout")
+
+
+def write_stdout(text: str = "") -> None:
+    """Write text, and what waits in the buffer, at once; an OSError names stdout as its file."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "stdout") from None
+
+
+def discard_stdout() -> None:
+    """Send what could not be written to /dev/null: Python would complain of it at its end."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def natural(name: str) -> list[tuple[int, str]]:
     """Return a sort key by which card2 comes before card10."""
     # The names in /proc are many and mostly numbers: the same key as below, without the regex.
@@ -5137,12 +5157,20 @@ def existing_place(text: str) -> str:
     return text
 
 
+def archive_place(text: str) -> str:
+    """Argument type of a file to write, whose folder exists."""
+    folder = os.path.dirname(os.path.abspath(text))
+    if not os.path.isdir(folder):
+        raise argparse.ArgumentTypeError(f"no such folder: {folder}: make it first")
+    return text
+
+
 FLAGS = (
     Flag("--json", False, None, "print JSON; with --watch one object a line"),
     Flag("--root", None, existing_place,
          "read a tree or an archive of --record, not this machine", "PLACE"),
     Flag("--no-probe", False, None, "do not try the encoders"),
-    Flag("--record", None, str,
+    Flag("--record", None, archive_place,
          "write what detection reads into one text archive (- for stdout)", "FILE"),
     Flag("--watch", None, interval,
          "print a reading every so often, such as 1s or 500ms", "INTERVAL"),
@@ -5438,18 +5466,31 @@ def _run_on(host: Host, options: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 1 (not possible), 2 (wrong usage) or 130 (interrupted)."""
     try:
-        code = _run(build_parser().parse_args(argv))
-        sys.stdout.flush()
+        code = _parse_and_run(argv)
+        write_stdout()  # not at the end of Python, where a failure is a traceback
         return code
-    except SystemExit as error:  # argparse has printed what is wrong
-        return error.code if isinstance(error.code, int) else 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader went away, as `| head` does
-        # Python flushes stdout once more at its end, and would complain.
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
+        discard_stdout()
         return 0
+    except OSError as error:  # such as a full disk
+        discard_stdout()
+        place = error.filename or "stdout"
+        print(f"hwdetect.py: {printable(place)}: {error_words(error)}", file=sys.stderr)
+        return 1
+
+
+def _parse_and_run(argv: Sequence[str] | None) -> int:
+    parser = build_parser()
+    try:
+        options = parser.parse_args(argv)
+        if options.record is not None and options.watch is not None:
+            parser.error("--record and --watch exclude each other: leave one out")
+    except SystemExit as error:  # argparse has printed what is wrong
+        return error.code if isinstance(error.code, int) else 2
+    check_stdout()
+    return _run(options)
 
 
 if __name__ == "__main__":

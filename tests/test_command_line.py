@@ -345,6 +345,25 @@ class Flags(unittest.TestCase):
         node = ffdist.build_parser().parse_args(["master", "--node-timeout", "1d"]).node_timeout
         self.assertEqual((watch, stall, node), (86400.0, 86400.0, 86400.0))
 
+    def test_milliseconds_rule_no_timeout(self) -> None:
+        for argv in (["master", "--node-timeout", "1ms"], ["master", "--retry-delay", "5ms"]):
+            heard = io.StringIO()
+            with contextlib.redirect_stderr(heard), self.assertRaises(SystemExit):
+                ffdist.build_parser().parse_args(argv)
+            self.assertIn("invalid duration '", heard.getvalue())
+
+    def test_a_result_that_cannot_be_printed_is_an_error_in_a_sentence(self) -> None:
+        words = f"{sys.executable} {TOP / 'agent.py'} run 64p25-h264 --no-probe -p duration=0.2"
+        cases = {
+            ">&-": "agent: stdout: it is closed: send it to a file, or to /dev/null\n",
+            ">/dev/full": "agent: stdout: No space left on device\n",
+        }
+        for redirection, sentence in cases.items():
+            done = subprocess.run(["sh", "-c", f"exec {words} {redirection}"],
+                                  stderr=subprocess.PIPE, text=True, timeout=60)
+            self.assertEqual(done.returncode, 1, done.stderr)
+            self.assertTrue(done.stderr.endswith(sentence), done.stderr)
+
 
 class TheDemo(FleetCase):
     def test_the_demo_runs_a_whole_fleet_and_leaves_nothing(self) -> None:

@@ -1354,6 +1354,30 @@ class Commands(TreeCase):
         for row in rows:
             self.assertIn(f"[{row}]", out)
 
+    def test_an_answer_that_cannot_be_written_is_an_error_in_a_sentence(self) -> None:
+        full = "hwdetect.py: stdout: no space left on device\n"
+        closed = "hwdetect.py: stdout: it is closed: send it to a file, or to /dev/null\n"
+        modes = ("--json --no-probe", "--no-probe", "--record -", "--watch 10ms")
+        for mode in modes:
+            for redirection, sentence in ((">/dev/full", full), (">&-", closed)):
+                line = f"exec {sys.executable} {TOP / 'hwdetect.py'} {mode} {redirection}"
+                done = subprocess.run(
+                    ["sh", "-c", line], stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S
+                )
+                self.assertEqual((done.returncode, done.stderr), (1, sentence), line)
+
+    def test_record_makes_no_folder_and_excludes_watch(self) -> None:
+        missing = self.tree / "missing"
+        code, out, err = self.call("--record", str(missing / "my.txt"))
+        self.assertEqual((code, out), (2, ""))
+        self.assertIn(f"no such folder: {missing}: make it first", err)
+        self.assertFalse(missing.exists())
+
+        code, out, err = self.call("--record", str(self.tree / "my.txt"), "--watch", "1s")
+        self.assertEqual((code, out), (2, ""))
+        self.assertIn("--record and --watch exclude each other", err)
+        self.assertFalse((self.tree / "my.txt").exists())
+
     def test_wrong_usage(self) -> None:
         for argv in (
             ["--watch", "soon"],
