@@ -9452,7 +9452,7 @@ def _run_experiment(client: wire.Client, experiment: Experiment,
     _say(f"experiment {experiment.id}: {count}")
     jobs = _submit_experiment(client, experiment)
     if args.retry_failed:
-        jobs = _retry_failed(client, experiment, jobs, args.no_wait)
+        jobs = _retry_failed(client, experiment, jobs)
     if args.no_wait:
         return list(jobs.values())
     return _watch(client, jobs)
@@ -9536,29 +9536,19 @@ def _submit_experiment(client: wire.Client, experiment: Experiment) -> dict[str,
     return jobs
 
 
-def _retry_failed(client: wire.Client, experiment: Experiment, jobs: Jobs,
-                  leaving: bool) -> dict[str, wire.JobView]:
+def _retry_failed(
+    client: wire.Client, experiment: Experiment, jobs: Jobs
+) -> dict[str, wire.JobView]:
     """Run again the groups of which a job failed or was canceled, streams with all beside them.
 
-    A job that is run again does not wait for others any more: its `after` was met. So streams are
-    retried group by group, each when the one before has ended, and somebody has to stay for that.
+    They are asked for in their order: at the master each waits again for those of its `after` that
+    run again before it, so that nobody has to stay for that.
     """
-    broken = []
-    for group in experiment.groups:
-        statuses = {jobs[job["id"]].status for job in group.jobs}
-        if not statuses.isdisjoint(BROKEN):
-            broken.append(group)
-    streams = [group for group in broken if len(group.jobs) > 1]
-    if leaving and len(streams) > 1:
-        raise CommandError(f"{len(streams)} groups of streams have to run again one after the "
-                           "other: leave out --no-wait")
-
     known = dict(jobs)
-    for group in broken:
-        retried = _retry_group(client, [jobs[job["id"]] for job in group.jobs])
-        known.update(retried)
-        if group in streams[:-1]:
-            known.update((job.id, job) for job in _watch(client, retried))
+    for group in experiment.groups:
+        beside = [jobs[job["id"]] for job in group.jobs]
+        if any(job.status in BROKEN for job in beside):
+            known.update(_retry_group(client, beside))
     return known
 
 
