@@ -454,7 +454,8 @@ def print_slowest(tallies: Sequence[Tally]) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `python3 -m tests`."""
     parser = argparse.ArgumentParser("python3 -m tests", description="Run the tests of ffdist.",
-                                     epilog="the last line is: N passed, N failed, N skipped")
+                                     epilog="the last line is: N passed, N failed, N skipped",
+                                     allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="NAME",
                         help="module, class or test, such as test_jobs (all)")
     parser.add_argument("--install", action="store_true", help="install missing programs first")
@@ -492,7 +493,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         install()
     else:
         say_missing()
-    say(f"Python {sys.version.split()[0]}, {len(plan)} modules, {args.jobs} at a time"
+    modules = "1 module" if len(plan) == 1 else f"{len(plan)} modules"
+    say(f"Python {sys.version.split()[0]}, {modules}, {args.jobs} at a time"
         f"{', strict' if args.strict else ''}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

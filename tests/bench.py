@@ -794,7 +794,9 @@ def wanted(args: argparse.Namespace) -> list[tuple[str, Callable[[Bench], None]]
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(
-        "python3 -m tests.bench", description="Measure how fast this fleet is."
+        "python3 -m tests.bench",
+        description="Measure how fast this fleet is.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--quick", action="store_true", help="short rounds, a smaller crowd: about a minute"

@@ -355,8 +355,8 @@ class Flags(unittest.TestCase):
     def test_a_result_that_cannot_be_printed_is_an_error_in_a_sentence(self) -> None:
         words = f"{sys.executable} {TOP / 'agent.py'} run 64p25-h264 --no-probe -p duration=0.2"
         cases = {
-            ">&-": "agent: stdout: it is closed: send it to a file, or to /dev/null\n",
-            ">/dev/full": "agent: stdout: No space left on device\n",
+            ">&-": "agent: standard output: it is closed: send it to a file, or to /dev/null\n",
+            ">/dev/full": "agent: standard output: No space left on device\n",
         }
         for redirection, sentence in cases.items():
             done = subprocess.run(["sh", "-c", f"exec {words} {redirection}"],

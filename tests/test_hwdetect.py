@@ -1355,8 +1355,8 @@ class Commands(TreeCase):
             self.assertIn(f"[{row}]", out)
 
     def test_an_answer_that_cannot_be_written_is_an_error_in_a_sentence(self) -> None:
-        full = "hwdetect.py: stdout: no space left on device\n"
-        closed = "hwdetect.py: stdout: it is closed: send it to a file, or to /dev/null\n"
+        full = "hwdetect.py: standard output: no space left on device\n"
+        closed = "hwdetect.py: standard output: it is closed: send it to a file, or to /dev/null\n"
         modes = ("--json --no-probe", "--no-probe", "--record -", "--watch 10ms")
         for mode in modes:
             for redirection, sentence in ((">/dev/full", full), (">&-", closed)):
