@@ -7096,7 +7096,6 @@ def run_here(args: argparse.Namespace) -> int:
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: signals.append(received))
-    hwdetect.check_stdout()
     parameters = _own_parameters(args)
     job = Job(str(uuid.uuid4()), 1, args.scenario, parameters, args.confidence)
     settings = resolve(job.scenario, parameters, own_paths=True)
@@ -7193,9 +7192,13 @@ def _print_result(args: argparse.Namespace, result: Json) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    open_output()
+    run = words[:1] == ["run"]
     try:
-        if words[:1] == ["run"]:
+        if run:
+            # Before the encode, whose result would be lost; an agent prints nothing.
+            hwdetect.check_stdout()
+        open_output()
+        if run:
             code = run_here(build_parser(True).parse_args(words[1:]))
         else:
             code = serve(build_parser(False).parse_args(words))

@@ -966,10 +966,13 @@ def replace_file(path: str, text: str) -> str | None:
     return None
 
 
+STDOUT = "standard output"  # its name in errors
+
+
 def check_stdout() -> None:
     """Raise OSError if this process was started without a stdout: its answer would be lost."""
     if sys.stdout is None:
-        raise OSError(errno.EBADF, "it is closed: send it to a file, or to /dev/null", "stdout")
+        raise OSError(errno.EBADF, "it is closed: send it to a file, or to /dev/null", STDOUT)
 
 
 def write_stdout(text: str = "") -> None:
@@ -977,7 +980,7 @@ def write_stdout(text: str = "") -> None:
     try:
         print(text, end="", flush=True)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, "stdout") from None
+        raise OSError(error.errno, error.strerror, STDOUT) from None
 
 
 def discard_stdout() -> None:
@@ -5476,7 +5479,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:  # such as a full disk
         discard_stdout()
-        place = error.filename or "stdout"
+        place = error.filename or STDOUT
         print(f"hwdetect.py: {printable(place)}: {error_words(error)}", file=sys.stderr)
         return 1
 
