@@ -110,6 +110,7 @@ from hwdetect import size_text as size_text
 from hwdetect import state_home as state_home
 from hwdetect import utc_text as utc_text
 from hwdetect import whole_number as whole_number
+from hwdetect import write_stdout as write_stdout
 
 # ---- 1 Wire --------------------------------------------------------------------------------------
 
@@ -1213,19 +1214,17 @@ class ProgressLine:
 def open_output() -> None:
     """Make stdout and stderr write `?` for characters that their encoding lacks, not raise.
 
-    One that was closed (`>&-`) is None. It becomes /dev/null, as if its reader had gone.
+    A stderr that was closed (`2>&-`) is None: print() would write its lines to stdout.
     """
-    if sys.stdout is None:
-        sys.stdout = _nowhere()
     if sys.stderr is None:
-        sys.stderr = _nowhere()
+        sys.stderr = open_nowhere()
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="replace")
 
 
-def _nowhere() -> TextIO:
+def open_nowhere() -> TextIO:
     """Return a stream to /dev/null, which stays open to the end of the process."""
     return open(os.devnull, "w", encoding="utf-8")
 
@@ -7178,11 +7177,11 @@ def _run_and_print(args: argparse.Namespace, job: Job, options: Options, signals
 def _print_result(args: argparse.Namespace, result: Json) -> int:
     completed = result["status"] == "completed"
     if args.json:
-        hwdetect.write_stdout(json.dumps(result, indent=2) + "\n")
+        write_stdout(json.dumps(result, indent=2) + "\n")
     elif completed:
         # 100 columns where stdout is not a terminal.
         width = shutil.get_terminal_size((100, 24)).columns
-        hwdetect.write_stdout(table_text(result_rows(result), width) + "\n")
+        write_stdout(table_text(result_rows(result), width) + "\n")
     else:
         error = printable(result["error"] or "")
         print(f"agent: the job {result['status']}: {error}", file=sys.stderr)
@@ -7203,7 +7202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             code = serve(build_parser(False).parse_args(words))
         # Here, not at the end of Python, a reader that went away is noticed in time.
-        hwdetect.write_stdout()
+        write_stdout()
         return code
     except BrokenPipeError:
         return 0

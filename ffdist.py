@@ -8763,34 +8763,13 @@ def _say(line: str) -> None:
     print(wire.printable(line), file=sys.stderr, flush=True)
 
 
-@contextlib.contextmanager
-def _naming_stdout() -> Iterator[None]:
-    """Name stdout in an OSError of the block: only then it is known that a write to it failed."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, "standard output") from None
-
-
-def write_output(text: str, end: str = "") -> None:
-    """Write a text on stdout; OSError names stdout. No other function writes there."""
-    with _naming_stdout():
-        print(text, end=end)
-
-
-def flush_output() -> None:
-    """Write what was printed so far; OSError names stdout."""
-    with _naming_stdout():
-        sys.stdout.flush()
-
-
 def _show(line: str) -> None:
     """Print a line on stdout."""
-    write_output(wire.printable(line), "\n")
+    wire.write_stdout(f"{wire.printable(line)}\n")
 
 
 def _print_json(value: Any) -> None:
-    write_output(json.dumps(value, indent=2), "\n")
+    wire.write_stdout(json.dumps(value, indent=2) + "\n")
 
 
 def _print_table(rows: Iterable[Sequence[Any]], heads: bool = True) -> None:
@@ -8799,7 +8778,7 @@ def _print_table(rows: Iterable[Sequence[Any]], heads: bool = True) -> None:
     width = shutil.get_terminal_size((100, 24)).columns
     texts = [[_cell_text(cell) for cell in row] for row in rows]
     table = wire.table_text(texts, width, COLOURS if in_colour else None, heads)
-    write_output(table, "\n")
+    wire.write_stdout(f"{table}\n")
 
 
 def _cell_text(cell: Any) -> str:
@@ -9072,7 +9051,6 @@ def show_monitoring(site: Site, secret: Path) -> None:
     command = f"python3 ffdist.py master --victoriametrics {site.victoriametrics}"
     rows += [("the master", command), ("to end all", "Ctrl-C")]
     _print_table(rows, heads=False)
-    flush_output()
 
 
 def show_report(rows: Sequence[Row], filters: str) -> None:
@@ -9086,7 +9064,7 @@ def show_report(rows: Sequence[Row], filters: str) -> None:
     for delta in deltas:
         lines.append((delta.cost, delta.quality, delta.text(), delta.test, delta.anchor,
                       delta.why or delta.content))
-    write_output("\n")
+    wire.write_stdout("\n")
     _print_table(lines)
 
 
@@ -9270,9 +9248,8 @@ def cmd_logs(args: Args) -> int:
         if args.json:
             kept += part.lines
         else:
-            for line in part.lines:
-                _show(line)
-            flush_output()
+            text = "".join(f"{wire.printable(line)}\n" for line in part.lines)
+            wire.write_stdout(text)
 
         if part.lines:
             continue
@@ -9625,7 +9602,7 @@ def cmd_report(args: Args) -> int:
     make = REPORT_KINDS[".json" if args.json else ending]
     text = make(Document(title, rows, wire.utc_text(time.time()) or ""))
     if not args.output:  # --json without a file
-        write_output(text)
+        wire.write_stdout(text)
         return 0
     Path(args.output).write_text(text, encoding="utf-8", errors="replace")
     _say(f"{args.output}: {title}, {wire.count_text(len(rows), 'job')}")
@@ -10219,6 +10196,8 @@ def exit_code_of(error: ApiError) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     wire.open_output()
+    if sys.stdout is None:  # closed by `>&-`: as if its reader had gone; a master needs none
+        sys.stdout = wire.open_nowhere()
     try:
         parser = build_parser()
         args = parser.parse_args(argv)
@@ -10234,7 +10213,7 @@ def _run(args: Args) -> int:
     """Run a command; turn what it raises into one sentence and an exit code."""
     try:
         code = COMMANDS[args.command].run(args)
-        flush_output()  # here, where a reader that has gone is no error
+        wire.write_stdout()  # here, where a reader that has gone is no error
         return code
     except BrokenPipeError:
         return 0  # `ffdist.py jobs | head`: the reader has what it wanted
