@@ -104,6 +104,12 @@ class Complete(unittest.TestCase):
         for flag in flags_of(agent.build_parser(True)):
             self.assertIn(flag, CODE)
 
+    def test_the_tests_take_no_abbreviated_flag(self) -> None:
+        heard = io.StringIO()
+        with contextlib.redirect_stderr(heard), self.assertRaises(SystemExit):
+            suite.build_parser().parse_args(["--slo"])
+        self.assertIn("unrecognized arguments: --slo", heard.getvalue())
+
     def test_every_flag_of_hwdetect(self) -> None:
         self.assertEqual(names_of(rows("Flag of hwdetect.py")),
                          {"--version", *(flag.name for flag in hwdetect.FLAGS)})
