@@ -260,7 +260,7 @@ class TheCommandLine(unittest.TestCase):
                 check=False,
             )
         self.assertEqual(done.returncode, 1)
-        self.assertEqual(done.stderr, b"ffdist: stdout: No space left on device\n")
+        self.assertEqual(done.stderr, b"ffdist: standard output: No space left on device\n")
         for words in (("jobs",), ("nodes",), ("results", "--json"), ("report",),
                       ("show", self.done), ("logs", self.done)):
             with self.subTest(words):

@@ -224,6 +224,20 @@ class TestWordsOfTheCommandLine(unittest.TestCase):
             said([], status="blocked", waiting_for="2 jobs"), "blocked: waits for 2 jobs"
         )
 
+    def test_a_quarantine_names_the_command_that_ends_it(self) -> None:
+        def said(*names: str) -> str:
+            nodes = []
+            for at, name in enumerate(names):
+                nodes.append(agent.NodeView.from_json({
+                    "id": f"{at}7bef775-0", "name": name, "cpu_model": "x",
+                    "quarantine": {"reason": "3 failures"}}))
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                ffdist.show_nodes(nodes)
+            return out.getvalue()
+        self.assertIn("'python3 ffdist.py undrain rack' lets it work at once", said("rack"))
+        self.assertIn("'python3 ffdist.py undrain 17bef775' lets", said("twin", "twin"))
+        self.assertRegex(said("rack"), r"GPU +CPU\n.* none +x\n")
+
     def test_attempts_tell_what_the_job_does_not(self) -> None:
         def record(
             number: int, status: str, error: str | None, node: str | None = "n1"
