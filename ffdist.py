@@ -14,27 +14,30 @@ Sections (each uses only those above it):
    3 Messages     what comes in, checked: drafts, registrations, reports (pure)
    4 Store        the journal's file: schema, salvage, backup (SQL)
    5 Journal      group commit, rows and pages (SQL)
-   6 Dispatch     nodes, lanes and the state they make; which node runs which job (pure)
-   7 Leases       health of nodes, leases and their ends, who may speak for a node (pure)
-   8 Fleet        apply(event, now): requests, submissions, all rules as one function (pure)
-   9 Master       the lock, the clock, parked requests, queries
-  10 Metrics      the one table of metrics: Prometheus text, lines to push (pure)
-  11 Tariff       prices and carbon by hour (pure)
-  12 Pages        tables, plots, the plain page of nodes and jobs (pure)
-  13 API          ROUTES, the API document (a role would be a column of it); admit(), its gate
-  14 HTTP         parser, connections, the server
-  15 Push         VictoriaMetrics
-  16 Service      the log, background loops, start and stop
-  17 Experiments  a matrix of jobs (pure)
-  18 Reports      rows over many results, their statistics, BD figures (pure)
-  19 Documents    a report as a page, JSON, CSV and a table (pure)
-  20 Programs     the package manager and other programs
-  21 Dashboards   pictures and alerts over the metrics (pure)
-  22 Monitoring   VictoriaMetrics, vmalert and Grafana: their files and processes
-  23 Views        words and tables for the person at a terminal
-  24 Fleet Commands  those that ask a master
-  25 Host Commands   those that run something on this host
-  26 CLI          the one table of subcommands, main
+   6 State        nodes, lanes, leases: all that the master knows, and its primitives (pure)
+   7 Placement    which node runs which job; which nodes are sick (pure)
+   8 Leases       the right of an attempt to report: its beginning and its ends (pure)
+   9 Registry     which nodes there are, and who may speak for each (pure)
+  10 Fleet        apply(event, now): requests, submissions, all rules as one function (pure)
+  11 Transactions  the lock, the clock, the order of commits; queries
+  12 Master       what the API asks for, each one transaction; parked requests
+  13 Metrics      the one table of metrics: Prometheus text, lines to push (pure)
+  14 Tariff       prices and carbon by hour (pure)
+  15 Pages        tables, plots, the plain page of nodes and jobs (pure)
+  16 API          ROUTES, the API document (a role would be a column of it); admit(), its gate
+  17 HTTP         parser, connections, the server
+  18 Push         VictoriaMetrics
+  19 Service      the log, background loops, start and stop
+  20 Experiments  a matrix of jobs (pure)
+  21 Reports      rows over many results, their statistics, BD figures (pure)
+  22 Documents    a report as a page, JSON, CSV and a table (pure)
+  23 Programs     the package manager and other programs
+  24 Dashboards   pictures and alerts over the metrics (pure)
+  25 Monitoring   VictoriaMetrics, vmalert and Grafana: their files and processes
+  26 Views        words and tables for the person at a terminal
+  27 Fleet Commands  those that ask a master
+  28 Host Commands   those that run something on this host
+  29 CLI          the one table of subcommands, main
 
 A job's life (SHOWN tells how two inner states look from outside):
 
@@ -56,8 +59,9 @@ and one for the log. The archive lock is taken before the Master's, never inside
 while that one is held.
 
 Where things go: a role would be one more column of ROUTES (API), checked where a request is
-admitted; a rule of dispatch belongs in Dispatch, Leases or Fleet, a column of the journal in Store
-with a migration, a figure for Prometheus in the table of Metrics, a subcommand in the table of CLI.
+admitted; a rule of dispatch belongs in Placement, Leases, Registry or Fleet; a column of the
+journal in Store with a migration; a figure for Prometheus in the table of Metrics; a subcommand in
+the table of CLI.
 """
 from __future__ import annotations
 
@@ -1652,11 +1656,11 @@ def _lock_folder(folder: Path) -> int:
     return descriptor
 
 
-# ---- 6 Dispatch ----------------------------------------------------------------------------------
+# ---- 6 State -------------------------------------------------------------------------------------
 
 # State is all that the master knows while it runs, and the primitives that change it. Its rules are
-# the classes below it and in the next two sections. None of them has a lock, a clock, a file or a
-# log: a step gets the moment from outside and leaves behind what has to be done, as Effects.
+# the classes of the next four sections. None of them has a lock, a clock, a file or a log: a step
+# gets the moment from outside and leaves behind what has to be done, as Effects.
 
 CLAIMS_KEPT = 16  # claim words of a node: one a slot, and those of repeated requests
 SESSIONS_KEPT = 8  # earlier sessions of a node: a late packet of one is told that it is superseded
@@ -2141,6 +2145,14 @@ class State:
         return self.jobs.get(self.seq_of.get(job_id.lower(), 0))
 
 
+# ---- 7 Placement ---------------------------------------------------------------------------------
+
+# Placement says which node takes which job, Health which nodes are too sick to take any.
+
+FAST_FAILURE_S = 120.0  # a failure after a longer run says little about the health of its node
+MAX_FAILURES = 100  # remembered in a row; --quarantine-after may be 0
+
+
 class Placement:
     """Which node runs which job: first in, first out, through the lanes that a node satisfies."""
 
@@ -2300,20 +2312,6 @@ def waiting_for(state: State, job: Job) -> str | None:
     return "a node on which nothing else runs" if job.exclusive else None
 
 
-# ---- 7 Leases ------------------------------------------------------------------------------------
-
-# A lease is the right of one attempt to report. It begins with a claim, and ends by the attempt's
-# own report, by the silence of its node, by a new session of the agent that does not hold it, or
-# when its node is removed. Nothing else gets the job while the lease lives, so at most one report
-# of a job is ever accepted.
-#
-# Three classes: Health judges what an attempt's end says of its node, Leases begins and ends the
-# leases, Registry knows who may speak for a node and whether it is heard.
-
-FAST_FAILURE_S = 120.0  # a failure after a longer run says little about the health of its node
-MAX_FAILURES = 100  # remembered in a row; --quarantine-after may be 0
-
-
 class Health:
     """Which nodes are sick: a circuit breaker for each.
 
@@ -2443,6 +2441,13 @@ class Health:
         self._state.write_node(node)
         return pause_s
 
+
+# ---- 8 Leases ------------------------------------------------------------------------------------
+
+# A lease is the right of one attempt to report. It begins with a claim, and ends by the attempt's
+# own report, by the silence of its node, by a new session of the agent that does not hold it, or
+# when its node is removed. Nothing else gets the job while the lease lives, so at most one report
+# of a job is ever accepted.
 
 class Summary(NamedTuple):
     """A result as one phrase for the log, made only where somebody reads it."""
@@ -2713,6 +2718,8 @@ class Leases:
                 self.lose(state.jobs[seq], f"no report within the job's timeout of {limit}")
 
 
+# ---- 9 Registry ----------------------------------------------------------------------------------
+
 def find_node(
     nodes: Mapping[str, Node], given: str, status: int = 404, field: str = "node_id"
 ) -> Node:
@@ -2941,7 +2948,7 @@ class Registry:
         self._leases.lose_all(node, f"node {node.name} gave no sign of life for {silence}")
 
 
-# ---- 8 Fleet -------------------------------------------------------------------------------------
+# ---- 10 Fleet ------------------------------------------------------------------------------------
 
 # One step of the fleet is Fleet.apply(event, now): the event is one of the tuples below, checked
 # before it came here. The step changes the State at once, or refuses the event with an ApiError,
@@ -3449,7 +3456,7 @@ class Fleet:
             self.state.count(key, -1)
 
 
-# ---- 9 Master ------------------------------------------------------------------------------------
+# ---- 11 Transactions -----------------------------------------------------------------------------
 
 # Transactions is the only place with a lock: every change goes through its apply(), every look at
 # the state through reading() or glance(). Queries answers what changes nothing, Master what does.
@@ -3867,6 +3874,8 @@ class Queries:
         )
 
 
+# ---- 12 Master -----------------------------------------------------------------------------------
+
 class Master:
     """The service behind the API: each public method is one transaction.
 
@@ -4092,7 +4101,7 @@ class Master:
         self._transactions.close()
 
 
-# ---- 10 Metrics ----------------------------------------------------------------------------------
+# ---- 13 Metrics ----------------------------------------------------------------------------------
 
 # METRICS is the one table of time series. A row whose values come from a Snapshot stands on
 # /metrics, for any scraper. A row whose values come from a field of a result or of a sample has
@@ -4427,7 +4436,7 @@ def epoch_of(text: Any) -> float | None:
     return None
 
 
-# ---- 11 Tariff -----------------------------------------------------------------------------------
+# ---- 14 Tariff -----------------------------------------------------------------------------------
 
 # The master prices the energy of each result when it is reported. A price and a carbon intensity
 # are rates per kWh: one figure, or one for each hour, and a node may have its own. The energy of a
@@ -4664,7 +4673,7 @@ def _amount_at(rates: Mapping[str, Rate], energy: Energy, flag: str) -> Amount:
     return Amount(energy.joules / JOULES_PER_WH / 1000 * mean)
 
 
-# ---- 12 Pages ------------------------------------------------------------------------------------
+# ---- 15 Pages ------------------------------------------------------------------------------------
 
 # Pages run no script and fetch nothing: tables are HTML, plots are SVG, the style is in the page.
 # All text of others passes html_text(). Plots and tables are shared with the reports.
@@ -5018,7 +5027,7 @@ def percent_text(job: Mapping[str, Any]) -> str:
     return f"{percent:.0f} %" if isinstance(percent, (int, float)) else ""
 
 
-# ---- 13 API --------------------------------------------------------------------------------------
+# ---- 16 API --------------------------------------------------------------------------------------
 
 # ROUTES is the API: each row is a method, a path, the names of its query, the limit of its body
 # and what it is for. The same rows answer GET / (as JSON where that is asked for), and README
@@ -5379,7 +5388,7 @@ def printable_path(path: str) -> str:
     return wire.printable(path[:100])
 
 
-# ---- 14 HTTP -------------------------------------------------------------------------------------
+# ---- 17 HTTP -------------------------------------------------------------------------------------
 
 # A connection has a thread, which reads a head, finds its route, reads the body, answers, and goes
 # on with the next request on the same connection: keep-alive saves an agent a handshake each time.
@@ -5879,7 +5888,7 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-# ---- 15 Push -------------------------------------------------------------------------------------
+# ---- 18 Push -------------------------------------------------------------------------------------
 
 # Three kinds of values go to VictoriaMetrics, each with its own time:
 #
@@ -6090,7 +6099,7 @@ def _body(lines: Iterable[str]) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
 
 
-# ---- 16 Service ----------------------------------------------------------------------------------
+# ---- 19 Service ----------------------------------------------------------------------------------
 
 # A service starts from the inside out: first the port is bound (a second master on it must not
 # touch the journal), then the journal is opened and replayed, then the threads begin, the one that
@@ -6327,7 +6336,7 @@ class Service:
             pass
 
 
-# ---- 17 Experiments ------------------------------------------------------------------------------
+# ---- 20 Experiments ------------------------------------------------------------------------------
 
 # An experiment is a matrix of jobs, written as a JSON file. It becomes a list of submissions in
 # the order in which they are to run; the master keeps that order, so nobody has to stay for it.
@@ -6854,7 +6863,7 @@ def _run_time_s(job: wire.JobView) -> float:
     return completed - started
 
 
-# ---- 18 Reports ----------------------------------------------------------------------------------
+# ---- 21 Reports ----------------------------------------------------------------------------------
 
 # A report compares jobs. Each job is a row; rows with the same content are comparable, those with
 # the same curve and rate are repeats of each other, and a curve is a line of rates in a plot.
@@ -7395,7 +7404,7 @@ def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
     return one != other and all(a <= b for a, b in zip(one, other))
 
 
-# ---- 19 Documents --------------------------------------------------------------------------------
+# ---- 22 Documents --------------------------------------------------------------------------------
 
 # A report as a page is one file that is mailed, archived and opened from a disk years later: it
 # runs no script and fetches nothing. Curves differ in dash and marker too, for print and for eyes
@@ -7923,7 +7932,7 @@ REPORT_KINDS: Mapping[str, Callable[[Document], str]] = {
 }
 
 
-# ---- 20 Programs ---------------------------------------------------------------------------------
+# ---- 23 Programs ---------------------------------------------------------------------------------
 
 Process = subprocess.Popen[bytes]
 Packages = Mapping[str, Mapping[str, str]]
@@ -8109,7 +8118,7 @@ def _install(command: Sequence[str], advice: str) -> None:
                            f"ask the administrator to run '{advice}'")
 
 
-# ---- 21 Dashboards -------------------------------------------------------------------------------
+# ---- 24 Dashboards -------------------------------------------------------------------------------
 
 # Expressions are MetricsQL, in which `@name` stands for the metric ffdist_name of the one table.
 # promql() refuses a name that is not in it, so a renamed metric cannot leave an empty picture
@@ -8494,7 +8503,7 @@ def rules_json(power_limit_w: float) -> Json:
     return {"groups": [{"name": "ffdist", "interval": "15s", "rules": rules}]}
 
 
-# ---- 22 Monitoring -------------------------------------------------------------------------------
+# ---- 25 Monitoring -------------------------------------------------------------------------------
 
 # `monitoring up` holds its programs: they live as long as it does. It starts them one after the
 # other, each when the one before answers, prints the addresses and stays in the foreground;
@@ -8744,7 +8753,7 @@ def await_end(running: Sequence[Running]) -> Running:
         time.sleep(0.2)
 
 
-# ---- 23 Views ------------------------------------------------------------------------------------
+# ---- 26 Views ------------------------------------------------------------------------------------
 
 # Words for the person at a terminal. Answers come as the Client's views; a job, a node and a
 # result have one line for lists and one block of rows for a single one, whichever command shows
@@ -9084,7 +9093,7 @@ def show_plan(experiment: Experiment) -> None:
          "nothing was submitted")
 
 
-# ---- 24 Fleet Commands ---------------------------------------------------------------------------
+# ---- 27 Fleet Commands ---------------------------------------------------------------------------
 
 # Commands that ask a master. Each takes the parsed words, prints its answer and returns an exit
 # code; what goes wrong is raised and becomes one sentence in CLI.
@@ -9669,7 +9678,7 @@ def _jobs_of_experiment(client: wire.Client, name: str) -> list[str]:
         query["after"] = page.next
 
 
-# ---- 25 Host Commands ----------------------------------------------------------------------------
+# ---- 28 Host Commands ----------------------------------------------------------------------------
 
 # Commands that run something on this host, or touch the files of a master here.
 
@@ -9899,7 +9908,7 @@ def _monitoring_up(site: Site, data: Path) -> int:
     return 0
 
 
-# ---- 26 CLI --------------------------------------------------------------------------------------
+# ---- 29 CLI --------------------------------------------------------------------------------------
 
 # COMMANDS has a row for each subcommand: name, function, help, examples, words, flags. The
 # parser, --help, the environment variables and the tables of README (by a test) all derive from

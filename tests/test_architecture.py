@@ -412,11 +412,35 @@ class Seams(unittest.TestCase):
             r"path\.(exists|isfile|isdir|getsize|realpath))|"
             r"(subprocess|threading|random)\..*)"
         )
-        pure = {"ffdist": {"Jobs", "Messages", "Dispatch", "Leases", "Fleet", "Metrics", "Tariff",
-                           "Pages", "Experiments", "Reports"},
-                "agent": {"Wire", "Metrics", "Messages", "Catalogue", "Scenario", "Choices",
-                          "Command", "Output", "Statistics", "Analysis"},
-                "hwdetect": {"Facts", "Parsers"}}
+        pure = {
+            "ffdist": {
+                "Jobs",
+                "Messages",
+                "State",
+                "Placement",
+                "Leases",
+                "Registry",
+                "Fleet",
+                "Metrics",
+                "Tariff",
+                "Pages",
+                "Experiments",
+                "Reports",
+            },
+            "agent": {
+                "Wire",
+                "Metrics",
+                "Messages",
+                "Catalogue",
+                "Scenario",
+                "Choices",
+                "Command",
+                "Output",
+                "Statistics",
+                "Analysis",
+            },
+            "hwdetect": {"Facts", "Parsers"},
+        }
         for name, sections in pure.items():
             with self.subTest(name):
                 found = [
