@@ -6103,8 +6103,8 @@ def locked_folder(folder: Path, what: str) -> int:
         raise SystemExit(f"agent: {what} {folder} is in use by another agent on this machine; "
                          f"give this one its own with {flag}") from None
     except OSError as error:
-        raise SystemExit(f"agent: {what} {folder} cannot be used: {cause_text(error)}, "
-                         f"or name another with {flag}") from None
+        raise SystemExit(f"agent: {what} {folder} cannot be used: {error_words(error)}; "
+                         f"{flag} names another") from None
     return descriptor
 
 
