@@ -189,9 +189,12 @@ FINAL = frozenset(("completed", "failed", "canceled"))
 LEASED = frozenset(("running", "stopped", "canceling"))
 SHOWN = {"stopped": "paused", "canceling": "running"}
 STATUSES = ("blocked", "pending", "running", "paused", "completed", "failed", "canceled")
+# A job that is lost again and again must not make its row grow for ever.
 MAX_HISTORY = 100
-MAX_ATTEMPTS = 50  # records kept of one job
+MAX_ATTEMPTS = 50
 
+# All that may happen to a job, as (state, event) -> state; anything else is a 409. `stopped` and
+# `canceling` are the paused and the running job whose agent has not yet said that it obeyed.
 TRANSITIONS: dict[tuple[str, str], str] = {
     ("blocked", "unblock"): "pending",
     ("blocked", "cancel"): "canceled",
@@ -435,7 +438,8 @@ def _ended(job: Job, event: str, target: str, now: float, ending: Ending) -> Jso
               "error": ending.error,
               "failure_reason": ending.reason}
     changes: Json = {"attempts": (*job.attempts[:-1], record), "not_before": ending.not_before}
-    # A repeated claim finds its attempt again when that is taken back: the word stays.
+    # A repeated claim finds its attempt again when that is taken back: the word stays. After any
+    # other end it must not, or the claim would get a job that is over.
     changes["claim"] = job.claim if event == "lose" else None
     if target == "completed":
         changes.update(completed_at=now, error=None, failure_reason=None)
@@ -2524,7 +2528,8 @@ class Leases:
         state.counts["claims"] += 1
         state.note("job %s attempt %d: %s takes it", job.id, taken.attempt, node.name)
         if job.exclusive:
-            self._placement.wake_one()  # younger jobs had to wait behind it
+            # Nodes that were not empty took nothing while it was the oldest.
+            self._placement.wake_one()
         return taken
 
     def _claimed_by(self, node: Node, word: str) -> Job | None:
@@ -2546,6 +2551,7 @@ class Leases:
 
     def _take_back(self, job: Job, node: Node) -> None:
         state = self._state
+        # The same attempt, with its number and its log: for its agent nothing has happened.
         back = advance(job, "reclaim", state.now.wall, reason=f"{node.name} came back with it")
         state.save(job, back)
         state.lease(node, back, back.attempts[-1].get("lines", 0))
@@ -2574,6 +2580,7 @@ class Leases:
         """Take progress and log lines of an attempt."""
         state = self._state
         lease = state.leases[job.seq]
+        # A message may bring a part of the fields; the others still hold.
         merged = {**(lease.progress or {}), **report.progress}
         lease.progress = merged if len(merged) <= MAX_PROGRESS_FIELDS else report.progress
         self._take_lines(job, report)
@@ -2583,6 +2590,7 @@ class Leases:
     def _take_lines(self, job: Job, report: AttemptReport) -> None:
         """Keep the log lines that are new; a repeated message brings none twice."""
         lease = self._state.leases[job.seq]
+        # A seed's agent does not number its lines: they follow those that are known.
         start = lease.lines if report.lines_from is None else report.lines_from
         lines = report.lines[max(0, lease.lines - start):]
         room = MAX_LOG_LINES - lease.lines
@@ -2656,6 +2664,7 @@ class Leases:
     def _keep_result(self, node: Node, job: Job, report: AttemptReport, body: Json) -> None:
         state = self._state
         state.last_result += 1
+        # What the agent says of itself is overwritten by what the master knows.
         kept = {name: value for name, value in body.items() if name not in _NOT_IN_RESULT}
         result = {
             **kept,
@@ -2686,6 +2695,7 @@ class Leases:
         """End a lease without a report: the job is pending again while it has retries left."""
         state = self._state
         event = "lose" if job.retry_count < job.max_retries else "exhaust"
+        # The attempt may be taken back: its log goes on after the lines that are kept.
         if job.seq in state.leases:
             job = with_lines(job, state.leases[job.seq].lines)
         lost = advance(job, event, state.now.wall, error=reason, reason="node_lost",
@@ -2809,6 +2819,7 @@ class Registry:
         if node is None:
             node = Node(checked.id or new_id, state.now.wall)
             state.nodes[node.id] = node
+        # Only the first registration of a start judges its leases: a repeat may be a late packet.
         first = checked.session_hash != node.session_hash
         self._take_in(node, checked)
         held = self._leases.held(node, checked.holding)
@@ -2857,6 +2868,7 @@ class Registry:
     def _end_others(self, node: Node, held: Sequence[Json]) -> None:
         """End the leases that a new session does not hold: its start has lost them."""
         own = {(entry["job_id"], entry["attempt"]) for entry in held}
+        # A copy: losing a lease changes the set.
         for seq in list(node.leases):
             job = self._state.jobs[seq]
             if (job.id, job.attempt) not in own:
@@ -3114,6 +3126,7 @@ class Requests:
         return self._reply(node, asked, answer, event.may_wait)
 
     def _reply(self, node: Node, asked: Asked, answer: Json, may_wait: bool) -> Reply:
+        # Orders that the agent has seen persist in every answer, but are no reason for one.
         has_work = "job" in answer or "claim" in answer
         has_news = "actions" in answer and asked.seen < node.orders
         if has_work or has_news or not may_wait:
@@ -3124,6 +3137,7 @@ class Requests:
         """Return the job and the orders that there are for a node now."""
         state = self._state
         answer: Json = {}
+        # Only leases that may have an order are looked at: a node with many slots asks often.
         actions = {seq: self.action(state.jobs[seq]) for seq in sorted(node.standing & node.leases)}
         node.standing = {seq for seq, action in actions.items() if action is not None}
         if node.standing:
@@ -3426,7 +3440,9 @@ class Fleet:
         if job is None:
             return None
         self._leases.progress(job, report)
-        answer: Json = {"status": "ok", "next_s": round(max(1.0, len(self.state.leases) / 250), 1)}
+        # So many running attempts send at most 250 messages a second together.
+        next_s = round(max(1.0, len(self.state.leases) / 250), 1)
+        answer: Json = {"status": "ok", "next_s": next_s}
         action = self._requests.action(job)
         return {**answer, "actions": [action]} if action else answer
 
@@ -3941,6 +3957,7 @@ class Master:
         woken and when its time is up; each look is a transaction.
         """
         transactions = self._transactions
+        # Asking again is the heartbeat: no request may wait until its node counts as silent.
         deadline = self.clock() + min(ask.wait_s, self.settings.node_timeout_s / 2)
         woken = threading.Event()
         asked = Asked(ask.node_id, digest(ask.session), ask.seen, ask.claim, ask.leaving, for_work)
@@ -3968,6 +3985,7 @@ class Master:
         given = [draft.id for draft in drafts if draft.id is not None]
         if len(set(given)) != len(given):
             raise ApiError(400, "id is the same for two jobs of one submission", "id")
+        # The Fleet makes no ids: its steps can be repeated with the same outcome.
         named = [
             draft if draft.id is not None else draft._replace(id=str(uuid.uuid4()))
             for draft in drafts
@@ -4021,6 +4039,7 @@ class Master:
         """Take the report that ends an attempt; a repeat is answered the same."""
         report = report_of(body)
         job_id = Fields(body).required_text("job_id", 64)
+        # An agent repeats a report until it is answered, so most that are refused were accepted.
         if self._transactions.apply(Finished(job_id, report, body)):
             self._take_samples(report.node_id, job_id, body.get("samples"))
             return {"status": "success"}
