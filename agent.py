@@ -2793,7 +2793,10 @@ def plan(settings: Settings, machine: Machine, source: Source, target: str) -> P
         settings, machine, source, target,
         name=name, picture=picture, threads=threads, preset=preset, rate=rate, filters=filters)
 
-    why_size = "" if encoder.hardware else f"{width}x{height} at {fps:g} fps with {threads} threads"
+    why_size = ""
+    if not encoder.hardware:
+        room = count_text(threads, "thread")
+        why_size = f"{width}x{height} at {fps:g} fps with {room}"
     return Plan(
         passes=_passes(encode),
         encoder=name,
