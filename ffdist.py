@@ -2255,8 +2255,8 @@ class Placement:
     def wake_one(self, lanes: Iterable[Needs] | None = None) -> None:
         """Wake the node that has waited longest, where a lane has work that it may take.
 
-        One job wakes one node: thousands of idle agents do not race for it. A woken node wakes the
-        next when it looks, so that a burst of jobs wakes as many as it needs.
+        One job wakes one node: thousands of idle agents do not race for it. The last of those that
+        were woken wakes the next, so that a burst of jobs wakes as many as it needs.
         """
         state = self._state
         for needs in state.lanes.needs() if lanes is None else lanes:
@@ -3121,8 +3121,10 @@ class Requests:
             return Reply({})
         was_woken = self._state.unpark(node)
         answer = self._answer(node, asked, asked.for_work and event.present)
-        if was_woken:
-            self._placement.wake_one()  # before it is parked again: it cannot wake itself
+        # Where it found nothing, another took its job. Where it found one and nobody else is on the
+        # way, there may be more. It is not yet parked again, so it does not wake itself.
+        if was_woken and ("job" not in answer or not self._state.woken):
+            self._placement.wake_one()
         return self._reply(node, asked, answer, event.may_wait)
 
     def _reply(self, node: Node, asked: Asked, answer: Json, may_wait: bool) -> Reply:
