@@ -347,6 +347,31 @@ class TestExclusive(Alone):
         self.assertEqual(got, 5)
 
 
+    def test_one_tick_is_enough_for_all_nodes_that_may_take_jobs_again(self) -> None:
+        nodes = [self.node(name) for name in ("a", "b", "c")]
+        spare = self.node("spare")
+        self.fleet.state.settings = ffdist.Settings(quarantine_after=0)
+        self.submit(*({"max_retries": 10} for _ in nodes))
+        for node in nodes:
+            for _ in nodes:
+                job = self.claim(node)
+                assert job is not None
+                self.end(job, node, "failed", failure_reason="killed", error="killed")
+        waiting = {}
+        for node in nodes:
+            reply = self.ask(node, wait=True)
+            waiting[node] = (self.asked, reply.serial)
+        self.assertNotIn(None, [serial for _, serial in waiting.values()], "the spare one is left")
+        self.apply(ffdist.NodeOrder("drain", spare))
+        self.apply(ffdist.Ticked(0.0))
+        todo, got = list(self.wakes), 0
+        while todo:
+            asked, serial = waiting[todo.pop(0)]
+            got += "job" in self.apply(ffdist.Looked(asked, serial, True, True)).answer
+            todo += self.wakes
+        self.assertEqual(got, 3)
+
+
 class TestWalk(Alone):
     """Random events, thousands a second: what must hold after each, and a rebuild that equals the
     state."""
