@@ -25,19 +25,21 @@ Sections (each uses only those above it):
   14 Tariff       prices and carbon by hour (pure)
   15 Pages        tables, plots, the plain page of nodes and jobs (pure)
   16 API          ROUTES, the API document (a role would be a column of it); admit(), its gate
-  17 HTTP         parser, connections, the server
-  18 Push         VictoriaMetrics
-  19 Service      the log, background loops, start and stop
-  20 Experiments  a matrix of jobs (pure)
-  21 Reports      rows over many results, their statistics, BD figures (pure)
-  22 Documents    a report as a page, JSON, CSV and a table (pure)
-  23 Programs     the package manager and other programs
-  24 Dashboards   pictures and alerts over the metrics (pure)
-  25 Monitoring   VictoriaMetrics, vmalert and Grafana: their files and processes
-  26 Views        words and tables for the person at a terminal
-  27 Fleet Commands  those that ask a master
-  28 Host Commands   those that run something on this host
-  29 CLI          the one table of subcommands, main
+  17 HTTP         requests parsed and refused, answers encoded (pure)
+  18 Connections  one connection, the loop of all of them, a small pool, limits
+  19 Edge         from bytes to requests and answers; the server
+  20 Push         VictoriaMetrics
+  21 Service      the log, background loops, start and stop
+  22 Experiments  a matrix of jobs (pure)
+  23 Reports      rows over many results, their statistics, BD figures (pure)
+  24 Documents    a report as a page, JSON, CSV and a table (pure)
+  25 Programs     the package manager and other programs
+  26 Dashboards   pictures and alerts over the metrics (pure)
+  27 Monitoring   VictoriaMetrics, vmalert and Grafana: their files and processes
+  28 Views        words and tables for the person at a terminal
+  29 Fleet Commands  those that ask a master
+  30 Host Commands   those that run something on this host
+  31 CLI          the one table of subcommands, main
 
 A job's life (SHOWN tells how two inner states look from outside):
 
@@ -48,15 +50,16 @@ A job's life (SHOWN tells how two inner states look from outside):
                  │ paused ◄─► stopped            │  canceled: from any state that is not final;
                  └───────────────────────────────┘  running goes there through canceling
 
-The way of a change: HTTP reads a request, API checks it by its row of ROUTES and makes a typed
+The way of a change: Edge gathers a request, API checks it by its row of ROUTES and makes a typed
 event of it. Master applies the event to the Fleet under the one lock, which takes microseconds, and
 lets go. Journal commits what has gathered, with one fsync for all of it; only then are the answers
 sent, the notes logged and the waiting agents served. A change that cannot be written is a 503, and
 memory is built again from what is on disk.
 
-Threads: each connection has one; the journal has one that writes; Service has one for each loop,
-and one for the log. The archive lock is taken before the Master's, never inside it. Nothing blocks
-while that one is held.
+Threads: one has all connections, and answers what memory knows; a small pool answers the rest; the
+journal has one that writes, and sends the answers that waited for it; Service has one for each
+loop, and one for the log. So there are as many with 10,000 agents as with one. The archive lock is
+taken before the Master's, never inside it. Nothing blocks while that one is held.
 
 Where things go: a role would be one more column of ROUTES (API), checked where a request is
 admitted; a rule of dispatch belongs in Placement, Leases, Registry or Fleet; a column of the
@@ -88,13 +91,13 @@ import queue
 import random
 import re
 import resource
+import selectors
 import shlex
 import shutil
 import signal
 import socket
 import socketserver
 import sqlite3
-import struct
 import subprocess
 import sys
 import tempfile
@@ -106,8 +109,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import IO, Any, NamedTuple, Optional, Protocol, TypeVar
 
 import agent as wire
 from agent import ApiError, Fields, Flag, Json
@@ -124,6 +128,7 @@ MAX_PAGE = 1000
 BODY_LIMIT_BYTES = 1 << 20
 BULK_LIMIT_BYTES = 10 << 20
 MAX_NESTING = 64  # the recursion of Python's JSON parser ends at about 1,000
+MAX_BRACKETS = 200_000  # a submission of MAX_BULK jobs has some 30,000
 MAX_AFTER = 1000
 
 # Limits of an attempt's own words: a runaway FFmpeg must not fill the journal.
@@ -668,7 +673,6 @@ class Ask(NamedTuple):
     seen: int
     claim: str | None
     leaving: bool
-    alive: Callable[[], bool]
 
 
 class Registration(NamedTuple):
@@ -1198,28 +1202,55 @@ def _grouped(writes: Iterable[Write]) -> list[tuple[str, list[tuple[Any, ...]]]]
 
 
 class Ticket:
-    """Waits for the commit of all that was written before it.
+    """Stands for the commit of all that was written before it.
 
-    A bare lock, released by the journal's thread: it wakes its waiter faster than an Event does.
+    One thread may wait for it, or one call follows it, made by the thread that commits: a thread
+    that is woken for each answer costs more than the answer.
     """
 
-    __slots__ = ("_gate", "error")
+    __slots__ = ("_gate", "_then", "error", "is_settled")
+    _settling = threading.Lock()  # of all tickets: held for a few instructions
 
     def __init__(self) -> None:
-        self._gate = threading.Lock()
-        self._gate.acquire()
+        self._gate: threading.Lock | None = None
+        self._then: Callable[[str | None], None] | None = None
         self.error: str | None = None
+        self.is_settled = False
 
     def settle(self, error: str | None = None) -> None:
         """Let the waiter go on; `error` is why nothing was committed."""
-        self.error = error
-        self._gate.release()
+        with Ticket._settling:
+            self.error = error
+            self.is_settled = True
+        if self._gate is not None:
+            self._gate.release()
+        if self._then is not None:
+            self._then(error)
+
+    def then(self, call: Callable[[str | None], None]) -> None:
+        """Call with the error after the commit; at once where it is over."""
+        with Ticket._settling:
+            if not self.is_settled:
+                self._then = call
+                return
+        call(self.error)
 
     def wait(self) -> None:
         """Return after the commit; ApiError 503 when it failed."""
-        self._gate.acquire()
+        gate = threading.Lock()
+        gate.acquire()
+        with Ticket._settling:
+            if not self.is_settled:
+                self._gate = gate
+        if self._gate is gate:
+            gate.acquire()
         if self.error is not None:
-            raise ApiError(503, f"nothing was changed, the journal cannot be written: {self.error}")
+            raise not_committed(self.error)
+
+
+def not_committed(cause: str) -> ApiError:
+    """Return the answer to a request whose commit failed."""
+    return ApiError(503, f"nothing was changed, the journal cannot be written: {cause}")
 
 
 class Reader:
@@ -3479,11 +3510,42 @@ class Fleet:
 # Transactions is the only place with a lock: every change goes through its apply(), every look at
 # the state through reading() or glance(). Queries answers what changes nothing, Master what does.
 #
-# A parked request (a claim or heartbeat with `wait`) costs a thread, which sleeps on an event of
-# its own without the lock. The Fleet knows it by a serial number. Whatever concerns its node names
-# the node in the Effects of a step; then the event is set, and the request looks again.
+# A parked request (a claim, a heartbeat or a look at a log, with `wait`) is a Turn, not a thread.
+# The Fleet knows it by a serial number. Whatever concerns its node names the node in the Effects of
+# a step; then the turn is woken, which is a line in a queue, and the request looks again.
 
 CLOCK_JUMP_S = 3600.0  # between the two clocks since the start; by more, no age is trusted
+LOCK_S = 0.1  # for the lock, in a thread that must not block; it is held for microseconds
+
+
+class WouldBlock(Exception):
+    """A turn needs the disk, or a lock that is held for long: a thread that may block goes on."""
+
+
+class Turn:
+    """One request at the Master, from its arrival to its answer.
+
+    A step that is given a turn does not wait for its commit: whoever answers does so by
+    Transactions.after_commit(). Where the answer is None the request is parked: `wake` is called,
+    by any thread and perhaps under the lock, when it should look again; so it must not block.
+    """
+
+    __slots__ = ("alive", "deadline", "is_node", "may_block", "notes", "serial", "ticket", "wake")
+
+    def __init__(self, wake: Callable[[Turn], None], alive: Callable[[], bool]) -> None:
+        self.wake = wake
+        self.alive = alive  # whether its client is still there
+        self.may_block = True  # else the steps raise WouldBlock, before they changed anything
+        self.deadline: float | None = None  # until when it waits, by the Master's clock
+        self.serial: int | None = None
+        self.is_node = False  # whether it came from a node's session
+        self.ticket: Ticket | None = None
+        self.notes: list[Note] = []
+
+    def block(self) -> None:
+        """Say that what follows may block; WouldBlock where it must not."""
+        if not self.may_block:
+            raise WouldBlock
 
 
 class Sampled(NamedTuple):
@@ -3537,8 +3599,8 @@ class Transactions:
         self._lock = threading.Lock()
         self._stale = False
         self._last_trouble: str | None = None  # why commits fail, as it was last logged
-        self._parked: dict[str, threading.Event] = {}
-        self._watchers: dict[int, list[threading.Event]] = {}
+        self._parked: dict[str, Turn] = {}
+        self._watchers: dict[int, list[Turn]] = {}
         self.journal = Journal(folder, self._rebuild)
         self._fleet = Fleet(settings, self.counts, random.random)
         try:
@@ -3559,32 +3621,60 @@ class Transactions:
         """Return this moment by both clocks."""
         return Moment(self.clock(), self.wall())
 
-    def apply(self, event: object, writes: Sequence[Write] = (),
-              parked: tuple[str, threading.Event] | None = None) -> Any:
-        """Carry out an event, and return its answer after the commit; ApiError where it is refused.
+    def apply(self, event: object, writes: Sequence[Write] = (), turn: Turn | None = None,
+              parks: str | None = None) -> Any:
+        """Carry out an event, and return its answer; ApiError where it is refused.
 
-        `parked` is (node id, event to set) of a request: it is kept where the answer says that it
-        waits.
+        Without a turn it returns after the commit. `parks` is the node whose request the turn is:
+        it is kept where the answer says that it waits.
         """
-        self._acquire()
+        self._acquire(turn)
         try:
             outcome = self._fleet.apply(event, self.now())
             self._wake(outcome.effects)
-            if parked is not None and outcome.error is None and outcome.answer.serial is not None:
-                self._parked[parked[0]] = parked[1]
+            if turn is not None and parks is not None and outcome.error is None:
+                turn.serial = outcome.answer.serial
+                if turn.serial is not None:
+                    self._parked[parks] = turn
             ticket = self.journal.write([*outcome.effects.writes, *writes])
         except BaseException:
             self._stale = True
             raise
         finally:
             self._lock.release()
-        if ticket is not None:
-            ticket.wait()
-        for level, message, values in outcome.effects.notes:
-            self._log.log(level, message, *values)
+
+        if turn is not None:
+            turn.ticket = ticket or turn.ticket
+            turn.notes += outcome.effects.notes
+        else:
+            if ticket is not None:
+                ticket.wait()
+            self._log_notes(outcome.effects.notes)
         if outcome.error is not None:
             raise outcome.error
         return outcome.answer
+
+    def after_commit(self, turn: Turn, call: Callable[[str | None], None]) -> None:
+        """Log what a turn noted, then call, once all that it changed or saw is on disk.
+
+        The call gets the error of a commit that failed; the thread that commits makes it.
+        """
+        ticket, notes = turn.ticket, turn.notes
+        turn.ticket, turn.notes = None, []
+
+        def settled(error: str | None) -> None:
+            if error is None:
+                self._log_notes(notes)
+            call(error)
+
+        if ticket is None:
+            settled(None)
+        else:
+            ticket.then(settled)
+
+    def _log_notes(self, notes: Sequence[Note]) -> None:
+        for level, message, values in notes:
+            self._log.log(level, message, *values)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[State]:
@@ -3604,12 +3694,20 @@ class Transactions:
         with self._lock:
             yield self._fleet.state
 
-    def _acquire(self) -> None:
+    def _acquire(self, turn: Turn | None = None) -> None:
         """Take the lock; ApiError 503 while memory is not what the journal holds."""
-        self._lock.acquire()
-        if not self._stale:
-            return
+        if turn is None or turn.may_block:
+            self._lock.acquire()
+        elif not self._lock.acquire(timeout=LOCK_S):
+            raise WouldBlock
+        if self._stale:
+            self._reload(turn)
+
+    def _reload(self, turn: Turn | None) -> None:
+        """Bring memory up to date under the lock, which is released where that fails."""
         try:
+            if turn is not None:
+                turn.block()
             ticket = self.journal.write(())
             if ticket is not None:
                 ticket.wait()
@@ -3617,7 +3715,7 @@ class Transactions:
             self._stale = False
         except Exception as error:
             self._lock.release()
-            if isinstance(error, ApiError):
+            if isinstance(error, (ApiError, WouldBlock)):
                 raise
             raise ApiError(503, f"the journal cannot be read: {error}") from None
 
@@ -3666,36 +3764,34 @@ class Transactions:
 
     def _wake(self, effects: Effects) -> None:
         for node_id in effects.wakes:
-            event = self._parked.pop(node_id, None)
-            if event is not None:
-                event.set()
+            turn = self._parked.pop(node_id, None)
+            if turn is not None:
+                turn.wake(turn)
         if self._watchers:
             for seq in effects.changed:
-                for watcher in self._watchers.get(seq, ()):
-                    watcher.set()
+                for turn in self._watchers.pop(seq, ()):
+                    turn.wake(turn)
 
     def _wake_all(self) -> None:
-        for event in self._parked.values():
-            event.set()
+        turns = [*self._parked.values(), *itertools.chain(*self._watchers.values())]
         self._parked.clear()
-        for watchers in self._watchers.values():
-            for watcher in watchers:
-                watcher.set()
+        self._watchers.clear()
+        for turn in turns:
+            turn.wake(turn)
 
-    @contextlib.contextmanager
-    def watching(self, seq: int) -> Iterator[threading.Event]:
-        """Give an event that is set when a job has a new state or new log lines."""
-        event = threading.Event()
+    def watch(self, seq: int, turn: Turn) -> None:
+        """Wake a turn, once, when a job has a new state or new log lines."""
         with self._lock:
-            self._watchers.setdefault(seq, []).append(event)
-        try:
-            yield event
-        finally:
-            with self._lock:
-                watchers = self._watchers[seq]
-                watchers.remove(event)
-                if not watchers:
-                    del self._watchers[seq]
+            self._watchers.setdefault(seq, []).append(turn)
+
+    def unwatch(self, seq: int, turn: Turn) -> None:
+        """Forget a turn that has its answer."""
+        with self._lock:
+            watchers = self._watchers.get(seq, [])
+            if turn in watchers:
+                watchers.remove(turn)
+            if not watchers:
+                self._watchers.pop(seq, None)
 
     def count(self, name: str, step: int = 1) -> None:
         """Add to one of COUNTS."""
@@ -3823,20 +3919,29 @@ class Queries:
             return sum(count for key, count in state.totals.items()
                        if all(key[at] == value for at, value in wanted))
 
-    def logs(self, given: str, after: int, wait_s: float, alive: Callable[[], bool]) -> Json:
-        """Return log lines from number `after` on; with `wait_s`, stay until there are any."""
+    def logs(
+        self, given: str, after: int, wait_s: float, turn: Turn | None = None
+    ) -> Json | None:
+        """Return log lines from number `after` on.
+
+        With `wait_s` and a turn it is None while there are none: the turn is woken.
+        """
         transactions = self._transactions
-        deadline = transactions.clock() + wait_s
-        while True:
-            seq = self.find(given).seq
-            with transactions.watching(seq) as changed:
-                job = self.find(given)  # all that happened before the watch began is on disk now
-                lines, upto = self._reader.logs(seq, after)
-                left = deadline - transactions.clock()
-                has_ended = job.state in FINAL or transactions.closing
-                if lines or left <= 0 or has_ended or not alive():
-                    return {"lines": lines, "next": upto, "status": job.status}
-                changed.wait(left)
+        job = self.find(given)
+        now = transactions.clock()
+        if turn is not None:
+            if turn.deadline is None:
+                turn.deadline = now + wait_s
+            transactions.watch(job.seq, turn)
+            job = self.find(given)  # all that happened before the watch began is on disk now
+
+        lines, upto = self._reader.logs(job.seq, after)
+        if turn is not None:
+            has_ended = job.state in FINAL or transactions.closing
+            if not lines and not has_ended and now < (turn.deadline or now) and turn.alive():
+                return None
+            transactions.unwatch(job.seq, turn)
+        return {"lines": lines, "next": upto, "status": job.status}
 
     def ended_after(self, seq: int, limit: int) -> list[tuple[int, Json, Json]]:
         """Return (number, result, its job's specification) above a number, oldest first."""
@@ -3917,16 +4022,17 @@ class Master:
         self._transactions = Transactions(folder, settings, log, clock, wall)
         self.queries = Queries(self._transactions)
         self.count = self._transactions.count
+        self.after_commit = self._transactions.after_commit
 
     @property
     def journal(self) -> Journal:
         """The durable record."""
         return self._transactions.journal
 
-    def register(self, body: Json) -> tuple[bool, Json]:
+    def register(self, body: Json, turn: Turn | None = None) -> tuple[bool, Json]:
         """Take a node in, or back; return whether it is new, and the answer to its agent."""
-        answer: tuple[bool, Json] = self._transactions.apply(
-            Registered(registration_of(body), str(uuid.uuid4())))
+        event = Registered(registration_of(body), str(uuid.uuid4()))
+        answer: tuple[bool, Json] = self._transactions.apply(event, turn=turn)
         return answer
 
     def forget(self, node_id: str) -> Json:
@@ -3944,40 +4050,43 @@ class Master:
         answer: Json = self._transactions.apply(NodeOrder("undrain", node_id))
         return answer
 
-    def heartbeat(self, ask: Ask) -> Json:
-        """Note a sign of life; with `wait_s`, stay until there are orders."""
-        return {"status": "ok", **self._ask(ask, for_work=False)}
+    def heartbeat(self, ask: Ask, turn: Turn | None = None) -> Json | None:
+        """Note a sign of life; with `wait_s` it is None until there are orders."""
+        answer = self._ask(ask, turn, for_work=False)
+        return None if answer is None else {"status": "ok", **answer}
 
-    def claim(self, ask: Ask) -> Json:
-        """Hand out one Job under `job`; with `wait_s`, stay until there is one, or orders."""
-        return self._ask(ask, for_work=True)
+    def claim(self, ask: Ask, turn: Turn | None = None) -> Json | None:
+        """Hand out one Job under `job`; with `wait_s` it is None until there is one, or orders."""
+        return self._ask(ask, turn, for_work=True)
 
-    def _ask(self, ask: Ask, for_work: bool) -> Json:
-        """Answer a heartbeat or claim, at once or after it was parked.
+    def _ask(self, ask: Ask, turn: Turn | None, for_work: bool) -> Json | None:
+        """Answer a heartbeat or claim; None where it is parked.
 
-        A parked request waits on an event of its own, without the lock. It looks again when it is
-        woken and when its time is up; each look is a transaction.
+        A parked request looks again when it is woken and when its time is up; each look is a
+        transaction. Without a turn nothing parks.
         """
-        transactions = self._transactions
-        # Asking again is the heartbeat: no request may wait until its node counts as silent.
-        deadline = self.clock() + min(ask.wait_s, self.settings.node_timeout_s / 2)
-        woken = threading.Event()
         asked = Asked(ask.node_id, digest(ask.session), ask.seen, ask.claim, ask.leaving, for_work)
-        reply: Reply = transactions.apply(
-            Arrived(asked, self.clock() < deadline), parked=(ask.node_id, woken)
-        )
-        while reply.serial is not None:
-            woken.wait(max(0.0, deadline - self.clock()))
-            woken = threading.Event()
-            if transactions.closing:
-                return {}
-            present = ask.alive()
-            may_wait = present and self.clock() < deadline
-            reply = transactions.apply(Looked(asked, reply.serial, present, may_wait),
-                                       parked=(ask.node_id, woken))
-        return reply.answer
+        if turn is None:
+            reply: Reply = self._transactions.apply(Arrived(asked, may_wait=False))
+            return reply.answer
 
-    def submit(self, drafts: Sequence[Draft]) -> tuple[bool, list[Job]]:
+        now = self.clock()
+        if turn.deadline is None:
+            # Asking again is the heartbeat: no request may wait until its node counts as silent.
+            turn.deadline = now + min(ask.wait_s, self.settings.node_timeout_s / 2)
+        event: Arrived | Looked = Arrived(asked, now < turn.deadline)
+        if turn.serial is not None:
+            if self._transactions.closing:
+                return {}
+            present = turn.alive()
+            event = Looked(asked, turn.serial, present, present and now < turn.deadline)
+        reply = self._transactions.apply(event, turn=turn, parks=ask.node_id)
+        turn.is_node = ask.session is not None
+        return reply.answer if reply.serial is None else None
+
+    def submit(
+        self, drafts: Sequence[Draft], turn: Turn | None = None
+    ) -> tuple[bool, list[Job]]:
         """Accept jobs, all or none; return whether any is new, and the jobs.
 
         A job by an id of the client's own may be submitted again, and one may name the jobs that it
@@ -3994,9 +4103,14 @@ class Master:
         ]
         fresh = {draft.id or "" for draft in named} - set(given)
         event = Submitted(named, fresh, {}, {})
-        needs_archive = bool(given) or any(draft.after or draft.after_ok for draft in drafts)
-        with self._transactions.archive_lock if needs_archive else contextlib.nullcontext():
-            accepted: Accepted = self._transactions.apply(event)
+        if not given and not any(draft.after or draft.after_ok for draft in drafts):
+            accepted: Accepted = self._transactions.apply(event, turn=turn)
+            return accepted.any_new, list(accepted.jobs)
+
+        if turn is not None:
+            turn.block()
+        with self._transactions.archive_lock:
+            accepted = self._transactions.apply(event)
             while accepted.unresolved:
                 event = self._resolved(event, accepted.unresolved)
                 accepted = self._transactions.apply(event)
@@ -4028,23 +4142,30 @@ class Master:
                 job = self._transactions.apply(Ordered(found, verb, statuses))
         return self.queries.shown(job)
 
-    def progress(self, job_id: str, body: Json) -> Json:
+    def progress(self, job_id: str, body: Json, turn: Turn | None = None) -> Json:
         """Take progress and log lines; ApiError 409 tells an agent that it lost the lease."""
         report = report_of(body, progress=True)
-        answer: Json | None = self._transactions.apply(Progressed(job_id, report))
+        answer: Json | None = self._transactions.apply(Progressed(job_id, report), turn=turn)
         if answer is None:
-            raise self._no_lease(job_id, report)
+            raise self._no_lease(job_id, report, turn)
+        if turn is not None:
+            turn.is_node = report.session is not None
         self._take_samples(report.node_id, job_id, body.get("samples"))
         return answer
 
-    def report(self, body: Json) -> Json:
+    def report(self, body: Json, turn: Turn | None = None) -> Json:
         """Take the report that ends an attempt; a repeat is answered the same."""
         report = report_of(body)
         job_id = Fields(body).required_text("job_id", 64)
         # An agent repeats a report until it is answered, so most that are refused were accepted.
-        if self._transactions.apply(Finished(job_id, report, body)):
+        if self._transactions.apply(Finished(job_id, report, body), turn=turn):
             self._take_samples(report.node_id, job_id, body.get("samples"))
+            if turn is not None:
+                turn.is_node = report.session is not None
             return {"status": "success"}
+
+        if turn is not None:
+            turn.block()
         with self._transactions.reading() as state:
             node_is_known = report.node_id in state.nodes
             job = state.live(job_id)
@@ -4056,9 +4177,11 @@ class Master:
             raise ApiError(
                 404, f"unknown node {wire.printable(report.node_id)}: register first", "node_id"
             )
-        raise self._no_lease(job_id, report)
+        raise self._no_lease(job_id, report, turn)
 
-    def _no_lease(self, job_id: str, report: AttemptReport) -> ApiError:
+    def _no_lease(self, job_id: str, report: AttemptReport, turn: Turn | None) -> ApiError:
+        if turn is not None:
+            turn.block()
         self.count("refused_reports")
         shown = wire.printable(job_id[:64])
         if not self.journal.reader.statuses([job_id.lower()]):
@@ -5061,11 +5184,14 @@ def percent_text(job: Mapping[str, Any]) -> str:
 #
 # Handlers hold no rules: they make a typed message (Draft, Ask, …) of a request, and JSON of
 # Master's answer. Each call of Master is one transaction, which returns when its commit is on
-# disk; so no answer is sent that a crash could make untrue. A request with `wait` parks inside
-# that call until there is something to say, and asks `alive` before it takes a job for a peer that
-# may have gone.
+# disk, or leaves its ticket with the request's turn; so no answer is sent that a crash could make
+# untrue. A request with `wait` may be parked: its handler returns None, and is called again with
+# the same turn when there may be something to say.
+#
+# A `quick` row is answered from memory alone, by the thread that has all connections. What may read
+# the disk, or takes more than a millisecond, is not quick.
 
-Answer = tuple[int, Any]
+Answer = Optional[tuple[int, Any]]
 
 
 class Request(NamedTuple):
@@ -5075,7 +5201,7 @@ class Request(NamedTuple):
     id: str
     query: dict[str, str]
     body: Any
-    alive: Callable[[], bool]
+    turn: Turn | None = None
     wants_json: bool = False
 
     @property
@@ -5099,6 +5225,7 @@ class Route(NamedTuple):
     query: tuple[str, ...] = ()
     strict: bool = False
     limit_bytes: int = BODY_LIMIT_BYTES
+    quick: bool = False
 
     def to_json(self) -> Json:
         """Return the row as GET / lists it."""
@@ -5138,7 +5265,7 @@ def _home(request: Request) -> Answer:
 
 
 def _register(request: Request) -> Answer:
-    is_new, node = request.master.register(request.body)
+    is_new, node = request.master.register(request.body, request.turn)
     return _status(is_new), node
 
 
@@ -5172,12 +5299,15 @@ def _resume_node(request: Request) -> Answer:
 def _heartbeat(request: Request) -> Answer:
     if request.body is not None:
         Fields(request.body)  # refuses all but an object
-    return 200, request.master.heartbeat(_ask_of(request, request.id))
+    answer = request.master.heartbeat(_ask_of(request, request.id), request.turn)
+    return None if answer is None else (200, answer)
 
 
 def _next_job(request: Request) -> Answer:
     node_id = request.fields.required_text("node_id", 64)
-    answer = request.master.claim(_ask_of(request, node_id))
+    answer = request.master.claim(_ask_of(request, node_id), request.turn)
+    if answer is None:
+        return None
     job = answer.pop("job", None)
     text = "null"
     if job is not None:
@@ -5197,19 +5327,18 @@ def _ask_of(request: Request, node_id: str) -> Ask:
         wait_s=fields.number("wait", 0, wire.WAIT_MAX_S) or 0.0,
         seen=fields.whole("seen", 0, 1 << 53) or 0,
         claim=fields.text("claim", 128),
-        leaving=leaving in (True, "true"),
-        alive=request.alive)
+        leaving=leaving in (True, "true"))
 
 
 def _submit(request: Request) -> Answer:
     max_retries = request.master.settings.max_retries
     if not isinstance(request.body, list):
         draft = draft_of(request.body, max_retries)
-        is_new, [job] = request.master.submit([draft])
+        is_new, [job] = request.master.submit([draft], request.turn)
         return _status(is_new), Text(job_text(job), JSON_KIND)
 
     drafts = _drafts_of(request.body, max_retries)
-    is_new, jobs = request.master.submit(drafts)
+    is_new, jobs = request.master.submit(drafts, request.turn)
     texts = _array_text(map(job_text, jobs))
     return _status(is_new), _object_text({"jobs": texts}, {"count": len(jobs)})
 
@@ -5269,17 +5398,18 @@ def _order(verb: str) -> Callable[[Request], Answer]:
 
 
 def _progress(request: Request) -> Answer:
-    return 200, request.master.progress(request.id, request.body)
+    return 200, request.master.progress(request.id, request.body, request.turn)
 
 
 def _report(request: Request) -> Answer:
-    return 200, request.master.report(request.body)
+    return 200, request.master.report(request.body, request.turn)
 
 
 def _logs(request: Request) -> Answer:
     after = request.fields.whole("after", 0, 1 << 53) or 0
     wait_s = request.fields.number("wait", 0, wire.WAIT_MAX_S) or 0.0
-    return 200, request.master.queries.logs(request.id, after, wait_s, request.alive)
+    answer = request.master.queries.logs(request.id, after, wait_s, request.turn)
+    return None if answer is None else (200, answer)
 
 
 def _array_text(items: Iterable[str]) -> str:
@@ -5304,7 +5434,8 @@ _ASK = ("session", "wait", "seen", "claim", "leaving")
 
 ROUTES = (
     Route("POST", "/nodes/register", _register,
-          "register a node, or take it back"),
+          "register a node, or take it back",
+          quick=True),
     Route("GET", "/nodes", _nodes,
           "all nodes",
           strict=True),
@@ -5314,7 +5445,7 @@ ROUTES = (
           "remove a node; its jobs are pending again"),
     Route("POST", "/nodes/{id}/heartbeat", _heartbeat,
           "a sign of life; wait=S parks it until there are orders",
-          query=_ASK),
+          query=_ASK, quick=True),
     Route("POST", "/nodes/{id}/drain", _drain,
           "let a node finish its running jobs, for deadline=S at most",
           query=("deadline",)),
@@ -5323,13 +5454,13 @@ ROUTES = (
 
     Route("POST", "/jobs", _submit,
           "submit a job, or an array of them, all or none",
-          limit_bytes=BULK_LIMIT_BYTES),
+          limit_bytes=BULK_LIMIT_BYTES, quick=True),
     Route("GET", "/jobs", _jobs,
           "jobs, newest first; after=CURSOR is the `next` of the page before",
           query=_LIST, strict=True),
     Route("GET", "/jobs/next", _next_job,
           "hand out one job to node_id; wait=S parks until there is one; claim=WORD repeats it",
-          query=("node_id", *_ASK)),
+          query=("node_id", *_ASK), quick=True),
     Route("GET", "/jobs/{id}", _job,
           "one job with attempts, transitions and result"),
     Route("POST", "/jobs/{id}/cancel", _order("cancel"),
@@ -5341,21 +5472,24 @@ ROUTES = (
     Route("POST", "/jobs/{id}/retry", _order("retry"),
           "run a finished job again"),
     Route("POST", "/jobs/{id}/progress", _progress,
-          "from the agent: progress, samples and log lines of an attempt"),
+          "from the agent: progress, samples and log lines of an attempt",
+          quick=True),
     Route("GET", "/jobs/{id}/logs", _logs,
           "log lines; after=N, wait=S",
           query=("after", "wait"), strict=True),
 
     Route("POST", "/results", _report,
           "the report that ends an attempt",
-          limit_bytes=BULK_LIMIT_BYTES),
+          limit_bytes=BULK_LIMIT_BYTES, quick=True),
     Route("GET", "/results", _results,
           "accepted reports, newest first; filters as in /jobs",
           query=_LIST, strict=True),
     Route("GET", "/health", _health,
-          "the process answers"),
+          "the process answers",
+          quick=True),
     Route("GET", "/ready", _ready,
-          "the journal can be written"),
+          "the journal can be written",
+          quick=True),
     Route("GET", "/metrics", _metrics,
           "Prometheus text"),
     Route("GET", "/", _home,
@@ -5411,10 +5545,8 @@ def printable_path(path: str) -> str:
 
 # ---- 17 HTTP -------------------------------------------------------------------------------------
 
-# A connection has a thread, which reads a head, finds its route, reads the body, answers, and goes
-# on with the next request on the same connection: keep-alive saves an agent a handshake each time.
-# A request that parks (API) keeps its thread asleep in Master. The standard parser is not used: it
-# takes as long as a commit, and answers garbage as HTTP/0.9.
+# The messages of HTTP/1.1, without a socket: bytes become a Head and JSON, answers become bytes.
+# The standard parser is not used: it takes as long as a commit, and answers garbage as HTTP/0.9.
 #
 # A web page of somebody else can send requests to any address that its reader reaches: by forms,
 # images and scripts, and by a name of its own that it points to an inner address (DNS rebinding).
@@ -5423,19 +5555,7 @@ def printable_path(path: str) -> str:
 
 HEAD_LIMIT_BYTES = 32 << 10
 MAX_HEADERS = 100
-# From the first byte of a head to its last, and for a whole body: a peer that drips is given up.
-HEAD_S = 10.0
-BODY_S = 60.0
-# Between two requests: ten times the usual heartbeat interval of an agent.
-IDLE_S = 300.0
-# The kernel ends a read so often, so that the deadlines above are looked at; and a stuck answer.
-TICK_S = 2
-SEND_S = 60
-# How long what a refused peer still sends is read, so that it sees the answer.
-LINGER_S = 2.0
-# The kernel cuts the backlog to net.core.somaxconn, which is 4096 since Linux 5.4.
-BACKLOG = 4096
-FILES_WANTED = 65_536
+RETRY_AFTER_S = 2  # what every answer 503 asks for
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (\S{1,8000}) HTTP/(\d)\.(\d)")
 _MAX_REQUEST_LINE = 9000
@@ -5476,15 +5596,15 @@ _DECODER = json.JSONDecoder(
     parse_float=_finite, parse_int=_bounded, parse_constant=_no_constant)
 # An open string swallows the rest, so that the search is linear in any text.
 _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\\?\Z)', re.DOTALL)
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_AS_SQUARE = bytes.maketrans(b"{}", b"[]")
 
 
 def decode_json(raw: bytes) -> Any:
     """Return the JSON of a body, None for an empty one; ApiError 400 says what is wrong with it."""
     if not raw.strip():
         return None
-    # 10 MiB of brackets take the decoder 3 s; counting them takes 22 ms.
-    if raw.count(b"[") + raw.count(b"{") > MAX_NESTING and _depth(raw) > MAX_NESTING:
-        raise ApiError(400, f"the body is nested deeper than {MAX_NESTING} levels")
+    _refuse_brackets(raw)
     try:
         text = raw.decode().lstrip("\ufeff")
         value = _DECODER.decode(text)
@@ -5499,16 +5619,21 @@ def decode_json(raw: bytes) -> Any:
     return value
 
 
-def _depth(raw: bytes) -> int:
-    """Return how deep brackets and braces outside of strings are nested."""
-    depth = deepest = 0
-    for char in _STRINGS.sub(b"", raw):
-        if char in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif char in b"]}":
-            depth -= 1
-    return deepest
+def _refuse_brackets(raw: bytes) -> None:
+    """Raise ApiError 400 for too many brackets, or too deep ones, before anything is made of them.
+
+    10 MiB of them take the decoder and the garbage collector 3 s.
+    """
+    count = raw.count(b"[") + raw.count(b"{")
+    if count > MAX_BRACKETS:
+        raise ApiError(400, f"the body has {count:,} brackets: expected {MAX_BRACKETS:,} at most")
+    if count <= MAX_NESTING:
+        return
+    rest = _STRINGS.sub(b"", raw).translate(_AS_SQUARE, _NO_BRACKETS)
+    for _ in range(MAX_NESTING):  # each round takes the innermost level away
+        rest = rest.replace(b"[]", b"")
+    if b"[[" in rest or b"[]" in rest:
+        raise ApiError(400, f"the body is nested deeper than {MAX_NESTING} levels")
 
 
 class Head(NamedTuple):
@@ -5678,191 +5803,761 @@ def _is_address(name: str) -> bool:
     return True
 
 
-class Hangup(Exception):
-    """The connection is over; there is nobody to answer."""
+def take_head(buffer: bytearray, start: int = 0) -> bytes | None:
+    """Take a head that is whole from a buffer, without its empty line; None where it is not.
+
+    What stands before `start` was searched already. ApiError refuses bytes that can never become a
+    request, without waiting for their end.
+    """
+    while buffer.startswith(b"\r\n"):  # clients of old send one after a body (RFC 9112, 2.2)
+        del buffer[:2]
+    end = _HEAD_END.search(buffer, max(0, start - 3))
+    if end is None or end.start() > HEAD_LIMIT_BYTES or buffer.startswith(_TLS_HELLO):
+        _refuse_early(buffer)
+        return None
+    block = bytes(buffer[:end.start()])
+    del buffer[:end.end()]
+    return block
+
+
+def _refuse_early(buffer: bytearray) -> None:
+    if not buffer or buffer == b"\r":
+        return
+    if len(buffer) > HEAD_LIMIT_BYTES:
+        limit = wire.size_text(HEAD_LIMIT_BYTES)
+        raise ApiError(431, f"the request's head is larger than {limit}")
+    if buffer.startswith(_TLS_HELLO):  # its random bytes may hold an empty line
+        raise ApiError(400, f"{_NO_HTTP}; this port does not speak TLS")
+    line, is_whole, _ = bytes(buffer[:_MAX_REQUEST_LINE]).partition(b"\n")
+    if is_whole and not _REQUEST_LINE.fullmatch(line.rstrip(b"\r")):
+        raise ApiError(400, _NO_HTTP)
+    if not _HEADER_NAME.fullmatch(line[:1]):
+        raise ApiError(400, _NO_HTTP)
 
 
 _STATUS_LINES = {int(status): f"{int(status)} {status.phrase}" for status in http.HTTPStatus}
 _ENCODE = json.JSONEncoder(allow_nan=False).encode
-_CLOSING = "Connection: close\r\n"
 _SAFETY = (
     "X-Content-Type-Options: nosniff\r\n"
     "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'; "
     "frame-ancestors 'none'\r\n"
     "Cache-Control: no-store\r\n")
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection: requests come in, answers go out; ROUTES has their meaning."""
+def encode_answer(status: int, data: Any, keep: bool = False, with_body: bool = True) -> bytes:
+    """Return the bytes of an answer: `data` is a Text, or what becomes JSON."""
+    answer = data if isinstance(data, Text) else Text(_ENCODE(data), JSON_KIND)
+    body = answer.text.encode("utf-8", "replace") + b"\n"
+    closing = "" if keep else "Connection: close\r\n"
+    retry = f"Retry-After: {RETRY_AFTER_S}\r\n" if status == 503 else ""
+    head = (f"HTTP/1.1 {_STATUS_LINES[status]}\r\n"
+            f"Content-Type: {answer.kind}\r\n"
+            f"Content-Length: {len(body)}\r\n"
+            f"{_SAFETY}{retry}{closing}\r\n").encode()
+    return head + body if with_body else head
 
-    server: Server
-    disable_nagle_algorithm = True
-    rbufsize = 0
 
-    def setup(self) -> None:
-        super().setup()
-        self._buffer = bytearray()
-        self._is_body_read = True
-        # The kernel keeps these limits: Python's own would cost two system calls more each time.
-        self.connection.settimeout(None)
-        for limit, seconds in ((socket.SO_RCVTIMEO, TICK_S), (socket.SO_SNDTIMEO, SEND_S)):
-            self.connection.setsockopt(socket.SOL_SOCKET, limit, struct.pack("ll", seconds, 0))
+def encode_error(error: ApiError, keep: bool = False, with_body: bool = True) -> bytes:
+    """Return the bytes of a refusal."""
+    return encode_answer(error.status, error.to_json(), keep, with_body)
 
-    def handle(self) -> None:
-        with contextlib.suppress(Hangup, OSError):
-            while self._answer_one():
-                pass
 
-    def finish(self) -> None:
-        with contextlib.suppress(OSError):
-            super().finish()
+# ---- 18 Connections ------------------------------------------------------------------------------
 
-    def _answer_one(self) -> bool:
-        """Answer one request; return whether another may follow."""
-        head, keep, method = None, False, "GET"
+# One thread, the edge, has all connections in one selector: those that are idle, slow or parked
+# cost no thread. It reads, and when a request is whole, head and body, it answers the quick ones
+# itself, from memory; the others go to a small pool. An answer that waits for a commit is sent by
+# the thread that commits, whole in most cases; what a slow reader leaves goes back to the edge.
+#
+# A connection has one owner at a time, by its state. The edge owns it but for WORKING, in which it
+# belongs to the pool's thread or to the commit that it waits for. The state changes under the
+# connection's lock. Pipelined requests wait in its buffer, so answers keep their order.
+#
+#     READING ──► WORKING ──► READING            the whole answer went out, and it is kept
+#                  │ ▲  └───► SENDING ──► READING or LINGERING
+#                  ▼ │
+#                 PARKED                         woken, due, or its client has hung up
+#
+# A TLS handshake would be one more state before READING, driven by the same events.
+#
+# Every wait has an end, and whatever is gathered has a bound: see the constants. A crowd that goes
+# over a bound gets 503 with Retry-After, and the connections of nodes' sessions stay.
+
+IDLE_S = 300.0  # between two requests: ten times the usual heartbeat interval of an agent
+HEAD_S = 10.0  # from the first byte of a head to its last
+BODY_S = 60.0  # for a whole body: a peer that drips is given up
+SEND_S = 60.0  # for the rest of an answer that did not go out at once
+LINGER_S = 2.0  # how long what a refused peer still sends is read, so that it sees the answer
+SWEEP_S = 1.0  # between two looks at the times above
+
+CHUNK_BYTES = 1 << 16
+QUICK_BYTES = 16 << 10  # of the body of a request that the edge answers itself
+SMALL_BYTES = 64 << 10  # a larger body gathers in a file without a name
+MAX_PIPELINED_BYTES = 64 << 10  # that wait behind a request
+MAX_HELD_BYTES = 64 << 20  # of all requests that are not whole, in memory
+MAX_FILED_BYTES = 1 << 30  # of all bodies that gather in files
+MAX_UNSENT_BYTES = 256 << 20  # of all answers that slow readers leave
+
+POOL_THREADS = 4
+MAX_WAITING = 1000  # requests, for a thread of the pool
+# The kernel cuts the backlog to net.core.somaxconn, which is 4096 since Linux 5.4.
+BACKLOG = 4096
+FILES_WANTED = 65_536
+FILES_KEPT = 256  # for all but connections: the journal, programs, bodies, refusals
+MIN_CONNECTIONS = 64  # also where hardly any files may be open
+MAX_REFUSED = 100  # connections that are being told so at one moment
+ACCEPT_PAUSE_S = 0.2  # when files run out: the connections that are there may end
+
+READING, WORKING, PARKED, SENDING, LINGERING, CLOSED = range(6)
+
+
+class Bounds:
+    """What all connections use together, against its limits; the edge's thread alone counts."""
+
+    def __init__(self, max_connections: int) -> None:
+        self.max_connections = max_connections
+        self.held_bytes = 0
+        self.filed_bytes = 0
+        self.unsent_bytes = 0
+        self._count = 0
+        self._of_address: dict[str, int] = {}
+
+    def enter(self, address: str) -> bool:
+        """Count a connection in; return whether there is room for it."""
+        count = self._of_address.get(address, 0)
+        if self._count >= self.max_connections or count >= self.max_connections // 2:
+            return False
+        self._count += 1
+        self._of_address[address] = count + 1
+        return True
+
+    def leave(self, address: str, is_node: bool) -> None:
+        """Count a connection out."""
+        self._count -= 1
+        if not is_node:
+            self.excuse(address)
+
+    def excuse(self, address: str) -> None:
+        """Count a connection no longer for its address: it is that of a node's session."""
+        count = self._of_address.pop(address, 0)
+        if count > 1:
+            self._of_address[address] = count - 1
+
+    def hold(self, step: int) -> None:
+        """Count bytes that are not a whole request yet; ApiError 503 where there are too many."""
+        self.held_bytes += step
+        if step > 0 and self.held_bytes > MAX_HELD_BYTES:
+            raise ApiError(503, "too many requests arrive at once: try again in a moment")
+
+    def file(self, step: int) -> None:
+        """Count bytes in files; ApiError 503 where there are too many."""
+        self.filed_bytes += step
+        if step > 0 and self.filed_bytes > MAX_FILED_BYTES:
+            raise ApiError(503, "too many large requests arrive at once: try again in a moment")
+
+
+class Connection:
+    """One client: what has come of its request, what has not gone of the answer."""
+
+    __slots__ = ("address", "buffer", "deadline", "filed", "has_hung_up", "head", "held", "is_node",
+                 "is_refused", "is_woken", "keep", "left", "lock", "out", "part", "raw", "route",
+                 "searched", "socket", "spool", "state", "timed", "turn", "unsent", "watched")
+
+    def __init__(self, client: socket.socket, address: str, deadline: float) -> None:
+        self.socket = client
+        self.address = address  # as Bounds counts it
+        self.lock = threading.Lock()
+        self.state = READING
+        self.deadline = deadline
+        self.watched = 0  # events that the selector waits for
+        self.keep = False  # whether another request may follow
+        self.has_hung_up = False
+        self.is_node = False  # of a node's session
+        self.is_refused = False
+        # The request.
+        self.buffer = bytearray()
+        self.searched = 0  # bytes of the buffer in which no head ends
+        self.head: Head | None = None
+        self.route: Route | None = None
+        self.part = ""
+        self.left = 0  # bytes of the body that are still to come
+        self.raw = b""  # a small body
+        self.spool: IO[bytes] | None = None  # a large one
+        # Its answer.
+        self.turn: Turn | None = None
+        self.timed: Turn | None = None  # the turn whose deadline the edge knows
+        self.is_woken = False  # since the handler was called
+        self.out: bytes | memoryview = b""
+        # Bytes that Bounds counts for this connection.
+        self.held = self.filed = self.unsent = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing of a request has come."""
+        return self.head is None and not self.buffer
+
+    @property
+    def with_body(self) -> bool:
+        """Whether the answer has a body."""
+        return self.head is None or self.head.method != "HEAD"
+
+    def receive(self) -> bytes | None:
+        """Return what has come, b"" at the end, None where nothing has; a reset is an end."""
         try:
-            head = parse_head(self._read_head())
-            method = head.method
-            status, data = self._respond(head)
-            keep = head.keep
-        except ApiError as error:
-            status, data = error.status, error.to_json()
-            # A body that was not read would be taken for the next request.
-            keep = head is not None and head.keep and self._is_body_read
-        except (Hangup, OSError):
-            raise
-        except Exception as error:
-            name = type(error).__name__
-            self.server.log.error("%s failed: %s: %s", method, name, error)
-            self.server.log.debug("the failure in full", exc_info=True)
-            status, data = 500, {"error": f"the master failed on this request: {name}"}
-        self._send(status, data, keep, with_body=method != "HEAD")
-        return keep
-
-    def _respond(self, head: Head) -> tuple[int, Any]:
-        """Return status and answer of a request: every check comes before its body is read."""
-        master = self.server.master
-        self._is_body_read = head.length == 0
-        refuse_foreign_page(head, self.server.machine, master.settings.allow_hosts)
-        route, part = route_of(head.method, head.path)
-        admit(route, head.query, head.length)
-
-        if head.header(b"expect") == "100-continue":
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        raw = self._read_body(head.length)
-        self._is_body_read = True
-        body = decode_json(raw) if head.method == "POST" else None
-        wants_json = prefers_json(head.header(b"accept"))
-        return route.handler(Request(
-            master, part, head.query, body, self._is_alive, wants_json))
-
-    def _read_head(self) -> bytes:
-        """Return the next head without its empty line; Hangup where the peer is silent or gone."""
-        is_idle = not self._buffer
-        deadline = time.monotonic() + (IDLE_S if is_idle else HEAD_S)
-        while True:
-            block = self._take_head()
-            if block is not None:
-                return block
-            self._refuse_early()
-            if not self._receive(deadline):
-                if is_idle:
-                    raise Hangup
-                raise ApiError(408, f"the request's head did not arrive within {HEAD_S:.0f} s")
-            if is_idle:
-                is_idle, deadline = False, time.monotonic() + HEAD_S
-
-    def _take_head(self) -> bytes | None:
-        """Return a head that is whole, and take it from the buffer."""
-        buffer = self._buffer
-        if buffer.startswith(_TLS_HELLO):
-            return None  # its random bytes may hold an empty line
-        while buffer.startswith(b"\r\n"):  # clients of old send one after a body (RFC 9112, 2.2)
-            del buffer[:2]
-        end = _HEAD_END.search(buffer)
-        if end is None or end.start() > HEAD_LIMIT_BYTES:
+            return self.socket.recv(CHUNK_BYTES)
+        except (BlockingIOError, InterruptedError):
             return None
-        block = bytes(buffer[:end.start()])
-        del buffer[:end.end()]
-        return block
+        except OSError:
+            return b""
 
-    def _refuse_early(self) -> None:
-        """Refuse bytes that can never become a request, without waiting for their end."""
-        buffer = self._buffer
-        if not buffer or buffer == b"\r":
-            return
-        if len(buffer) > HEAD_LIMIT_BYTES:
-            limit = wire.size_text(HEAD_LIMIT_BYTES)
-            raise ApiError(431, f"the request's head is larger than {limit}")
-        if buffer.startswith(_TLS_HELLO):
-            raise ApiError(400, f"{_NO_HTTP}; this port does not speak TLS")
-        line, is_whole, _ = bytes(buffer[:_MAX_REQUEST_LINE]).partition(b"\n")
-        if is_whole and not _REQUEST_LINE.fullmatch(line.rstrip(b"\r")):
-            raise ApiError(400, _NO_HTTP)
-        if not _HEADER_NAME.fullmatch(line[:1]):
-            raise ApiError(400, _NO_HTTP)
-
-    def _read_body(self, length: int) -> bytes:
-        deadline = time.monotonic() + BODY_S
-        while len(self._buffer) < length:
-            if not self._receive(deadline, in_body=True):
-                came = len(self._buffer)
-                raise ApiError(408, f"the body did not arrive: {came} of {length} bytes came")
-        body = bytes(self._buffer[:length])
-        del self._buffer[:length]
-        return body
-
-    def _receive(self, deadline: float, in_body: bool = False) -> bool:
-        """Add what has come to the buffer; return whether there is time left.
-
-        Hangup where the peer has gone between two requests, ApiError 400 inside of one.
-        """
-        while True:
-            try:
-                data = self.connection.recv(1 << 16)
-                break
-            except BlockingIOError:  # TICK_S is over
-                if time.monotonic() >= deadline:
-                    return False
-        if data:
-            self._buffer += data
-            return time.monotonic() < deadline
-        if self._buffer or in_body:
-            raise ApiError(400, "the connection was closed in the middle of a request")
-        raise Hangup
-
-    def _is_alive(self) -> bool:
-        """Return whether the peer is still there: a socket that has ended reads as empty."""
+    def send(self, data: bytes | memoryview) -> bytes | memoryview:
+        """Send as much as goes at once; return the rest. A peer that has gone needs none."""
         try:
-            seen = self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
+            sent = self.socket.send(data)
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:
+            self.keep = False
+            return b""
+        return b"" if sent == len(data) else memoryview(data)[sent:]
+
+    def is_alive(self) -> bool:
+        """Return whether the peer is still there: a socket that has ended reads as empty."""
+        if self.has_hung_up:
+            return False
+        try:
+            seen = self.socket.recv(1, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
             return True
         except OSError:
             return False
         return len(seen) > 0
 
-    def _send(self, status: int, data: Any, keep: bool, with_body: bool) -> None:
-        answer = data if isinstance(data, Text) else Text(_ENCODE(data), JSON_KIND)
-        body = answer.text.encode("utf-8", "replace") + b"\n"
-        head = (f"HTTP/1.1 {_STATUS_LINES[status]}\r\n"
-                f"Content-Type: {answer.kind}\r\n"
-                f"Content-Length: {len(body)}\r\n"
-                f"{_SAFETY}{'' if keep else _CLOSING}\r\n").encode()
-        self.connection.sendall(head + body if with_body else head)
-        if not keep:
-            self._linger()
+    def take_body(self) -> int:
+        """Take what has come of the body; return how many bytes went into its file. ApiError."""
+        if self.head is not None and self.head.length <= SMALL_BYTES:
+            if len(self.buffer) >= self.left:
+                self.raw = bytes(self.buffer[:self.left])
+                del self.buffer[:self.left]
+                self.left = 0
+            return 0
+        part = self.buffer[:self.left]
+        try:
+            if self.spool is None:
+                self.spool = tempfile.TemporaryFile(prefix="ffdist-")
+            self.spool.write(part)
+        except OSError as error:
+            cause = wire.cause_text(error)
+            raise ApiError(503, f"the body cannot be kept: {cause}; try again later") from None
+        del self.buffer[:len(part)]
+        self.left -= len(part)
+        return len(part)
 
-    def _linger(self) -> None:
+    def body(self) -> bytes:
+        """Return the whole body."""
+        if self.spool is None:
+            return self.raw
+        self.spool.seek(0)
+        return self.spool.read()
+
+    def forget_request(self) -> None:
+        """Make room for the next request."""
+        if self.spool is not None:
+            self.spool.close()
+            self.spool = None
+        self.head = self.route = self.turn = self.timed = None
+        self.raw = b""
+        self.left = self.searched = 0
+
+
+class Pool:
+    """A few threads for requests that may block; daemons, for a disk may be stuck for ever."""
+
+    def __init__(self, name: str, threads: int) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        for _ in range(threads):
+            threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def put(self, call: Callable[[], object]) -> None:
+        """Queue a call; ApiError 503 where too many wait."""
+        if self._calls.qsize() >= MAX_WAITING:
+            raise ApiError(503, "too many requests wait for the disk: try again in a moment")
+        self._calls.put(call)
+
+    def _run(self) -> None:
+        while True:
+            self._calls.get()()
+
+
+class EventLoop:
+    """Calls made by one thread: when a socket is ready, at a time, or for other threads."""
+
+    def __init__(self, name: str, log: logging.Logger) -> None:
+        self._log = log
+        self._selector = selectors.DefaultSelector()
+        self._calls: deque[Callable[[], object]] = deque()
+        self._timers: list[tuple[float, int, Callable[[], object]]] = []
+        self._numbers = itertools.count()
+        self._bell, ear = socket.socketpair()
+        self._bell.setblocking(False)
+        ear.setblocking(False)
+        self._ear = ear
+        self._selector.register(ear, selectors.EVENT_READ, lambda: ear.recv(1000))
+        self._is_asleep = False
+        self._is_over = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin to make calls."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the calls that are due; the sockets stay open."""
+        self.call(self._end)
+        if self._thread.is_alive():
+            self._thread.join(2.0)
+
+    def _end(self) -> None:
+        self._is_over = True
+
+    def call(self, call: Callable[[], object]) -> None:
+        """Make a call soon; from any thread, and never blocking."""
+        self._calls.append(call)
+        # Set before the thread looks at the calls for the last time: none is overlooked.
+        if self._is_asleep:
+            self._is_asleep = False
+            with contextlib.suppress(OSError):  # full: it rings already
+                self._bell.send(b"!")
+
+    def at(self, when: float, call: Callable[[], object]) -> None:
+        """Make a call at a moment of the monotonic clock; for this thread's own calls."""
+        heapq.heappush(self._timers, (when, next(self._numbers), call))
+
+    def watch(
+        self, client: socket.socket, watched: int, events: int, call: Callable[[], object]
+    ) -> None:
+        """Make a call whenever a socket has one of some events; `watched` were those before."""
+        if not events:
+            self._selector.unregister(client)
+        elif watched:
+            self._selector.modify(client, events, call)
+        else:
+            self._selector.register(client, events, call)
+
+    def _run(self) -> None:
+        while not self._is_over:
+            self._is_asleep = True
+            ready = self._selector.select(self._rest_s())
+            self._is_asleep = False
+            for key, _ in ready:
+                self._make(key.data)
+            for _ in range(len(self._calls)):
+                self._make(self._calls.popleft())
+            now = time.monotonic()
+            while self._timers and self._timers[0][0] <= now:
+                self._make(heapq.heappop(self._timers)[2])
+        self._selector.close()
+        self._bell.close()
+        self._ear.close()
+
+    def _rest_s(self) -> float | None:
+        if self._calls:
+            return 0.0
+        if not self._timers:
+            return None
+        return max(0.0, self._timers[0][0] - time.monotonic())
+
+    def _make(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._log.error("a connection failed: %s: %s", type(error).__name__, error)
+            self._log.debug("the failure in full", exc_info=True)
+
+
+# ---- 19 Edge -------------------------------------------------------------------------------------
+
+# What becomes of a connection's bytes. Edge gathers them into requests and ends what takes too
+# long, Exchange finds the answer of a whole request and sends it. Both are the loop's; the methods
+# that other threads may call say so.
+
+class Exchange:
+    """From a whole request to its answer: here, in a thread of the pool, or after it was parked."""
+
+    def __init__(self, master: Master, loop: EventLoop, log: logging.Logger,
+                 go_on: Callable[[Connection], None], excuse: Callable[[Connection], None]) -> None:
+        self._master = master
+        self._loop = loop
+        self._log = log
+        self._go_on = go_on  # with a connection whose answer is not the end of it
+        self._excuse = excuse  # a connection that proved to be a node's
+        self._machine = os.uname().nodename.lower()
+        self._pool = Pool("request", POOL_THREADS)
+        self._large = Pool("large request", 1)  # one at a time: decoded it is ten times as large
+
+    def admit(self, head: Head) -> tuple[Route, str]:
+        """Return the route of a request and its `{id}`; ApiError before its body is read."""
+        refuse_foreign_page(head, self._machine, self._master.settings.allow_hosts)
+        route, part = route_of(head.method, head.path)
+        admit(route, head.query, head.length)
+        return route, part
+
+    def begin(self, connection: Connection) -> None:
+        """Answer a whole request."""
+        connection.turn = Turn(partial(self._wake, connection), connection.is_alive)
+        connection.deadline = math.inf
+        connection.state = WORKING
+        self._dispatch(connection)
+
+    def _dispatch(self, connection: Connection) -> None:
+        """Call the handler here where it is quick, else in a thread of the pool."""
+        route = connection.route
+        is_small = connection.spool is None and len(connection.raw) <= QUICK_BYTES
+        if route is not None and route.quick and is_small:
+            self._work(connection, may_block=False)
+        else:
+            self._queue(connection)
+
+    def _queue(self, connection: Connection) -> None:
+        pool = self._pool if connection.spool is None else self._large
+        try:
+            pool.put(partial(self._work, connection, may_block=True))
+        except ApiError as error:
+            self.refuse(connection, error)
+
+    def _work(self, connection: Connection, may_block: bool) -> None:
+        """Call the handler of a request, and see to its answer. For any thread."""
+        turn = connection.turn
+        assert turn is not None
+        turn.may_block = may_block
+        connection.is_woken = False
+        try:
+            answer = self._answer(connection)
+        except WouldBlock:
+            self._queue(connection)
+            return
+        if turn.is_node and not connection.is_node:
+            self._loop.call(partial(self._excuse, connection))
+        if answer is None:
+            self._park(connection, turn)
+        else:
+            self._master.after_commit(turn, partial(self._deliver, connection, answer))
+
+    def _answer(self, connection: Connection) -> bytes | None:
+        """Return the answer to a request, None where it is parked. WouldBlock."""
+        head, route = connection.head, connection.route
+        assert head is not None and route is not None
+        keep, with_body = connection.keep, connection.with_body
+        try:
+            body = decode_json(connection.body()) if head.method == "POST" else None
+            wants_json = prefers_json(head.header(b"accept"))
+            answer = route.handler(Request(
+                self._master, connection.part, head.query, body, connection.turn, wants_json))
+            return answer and encode_answer(*answer, keep, with_body)
+        except ApiError as error:
+            return encode_error(error, keep, with_body)
+        except WouldBlock:
+            raise
+        except Exception as error:
+            name = type(error).__name__
+            self._log.error("%s failed: %s: %s", head.method, name, error)
+            self._log.debug("the failure in full", exc_info=True)
+            words = {"error": f"the master failed on this request: {name}"}
+            return encode_answer(500, words, keep, with_body)
+
+    def _park(self, connection: Connection, turn: Turn) -> None:
+        """Keep a request until it is woken, or its time is up. For any thread."""
+        self._master.after_commit(turn, lambda error: None)
+        resume = partial(self.resume, connection, turn)
+        if connection.timed is not turn:
+            connection.timed = turn
+            self._loop.call(partial(self._loop.at, turn.deadline or 0.0, resume))
+        with connection.lock:
+            if connection.is_woken or connection.has_hung_up:
+                self._loop.call(resume)
+            connection.state = PARKED
+
+    def _wake(self, connection: Connection, turn: Turn) -> None:
+        """Let a parked request look again soon. For any thread."""
+        self._loop.call(partial(self.resume, connection, turn))
+
+    def resume(self, connection: Connection, turn: Turn) -> None:
+        """Let a parked request look again, unless it has its answer."""
+        with connection.lock:
+            if connection.turn is not turn:
+                return
+            connection.is_woken = True
+            if connection.state != PARKED:
+                return
+            connection.state = WORKING
+        self._dispatch(connection)
+
+    def refuse(self, connection: Connection, error: ApiError) -> None:
+        """Send why a request is not answered."""
+        self._deliver(connection, encode_error(error, connection.keep, connection.with_body))
+
+    def _deliver(self, connection: Connection, answer: bytes, error: str | None = None) -> None:
+        """Send an answer, or that its commit failed with an error. For any thread."""
+        if error is not None:
+            answer = encode_error(not_committed(error), connection.keep, connection.with_body)
+        with connection.lock:
+            if connection.state == CLOSED:
+                return
+            connection.forget_request()
+            rest = connection.out = connection.send(answer)
+            may_follow = connection.keep and not connection.has_hung_up and not connection.filed
+            is_over = may_follow and not rest and not connection.buffer
+            connection.deadline = time.monotonic() + (IDLE_S if is_over else SEND_S)
+            connection.state = READING if is_over else SENDING
+        if not is_over:
+            self._loop.call(partial(self._go_on, connection))
+
+
+class Edge:
+    """All connections: takes them, gathers their requests, and ends them."""
+
+    def __init__(self, master: Master, max_connections: int, log: logging.Logger) -> None:
+        self._bounds = Bounds(max_connections)
+        self._loop = EventLoop("connections", log)
+        self._exchange = Exchange(master, self._loop, log, self._attend, self._excuse)
+        self._connections: set[Connection] = set()
+        self._refused = 0
+        self._is_stopping = False
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self._loop.at(time.monotonic(), self._sweep)
+        self._loop.start()
+
+    def end(self) -> None:
+        """Begin no request any more; those under way go on. For any thread."""
+        self._is_stopping = True
+
+    def close(self, patience_s: float = 2.0) -> None:
+        """Wait for the answers that are under way, then close all. For any thread."""
+        deadline = time.monotonic() + patience_s
+        busy = (WORKING, PARKED, SENDING)
+        while time.monotonic() < deadline:
+            if not any(connection.state in busy for connection in list(self._connections)):
+                break
+            time.sleep(0.01)
+        self._loop.stop()
+        for connection in list(self._connections):
+            connection.socket.close()
+
+    def enter(self, client: socket.socket, address: str) -> None:
+        """Take a connection that was accepted. For any thread."""
+        client.setblocking(False)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._loop.call(partial(self._enter, client, _network_of(address)))
+
+    def _enter(self, client: socket.socket, address: str) -> None:
+        connection = Connection(client, address, time.monotonic() + IDLE_S)
+        self._connections.add(connection)
+        if self._bounds.enter(address):
+            self._watch(connection, selectors.EVENT_READ)
+            return
+        connection.is_refused = True
+        self._refused += 1
+        if self._refused > MAX_REFUSED:
+            self._close(connection)
+        else:
+            words = "too many connections are open: try again in a moment"
+            self._exchange.refuse(connection, ApiError(503, words))
+
+    def _excuse(self, connection: Connection) -> None:
+        if not connection.is_node and connection.state != CLOSED:
+            connection.is_node = True
+            self._bounds.excuse(connection.address)
+
+    def _watch(self, connection: Connection, events: int) -> None:
+        if events != connection.watched:
+            self._loop.watch(connection.socket, connection.watched, events,
+                             partial(self._ready, connection))
+            connection.watched = events
+
+    def _ready(self, connection: Connection) -> None:
+        try:
+            if connection.state == SENDING:
+                self._attend(connection)
+            elif connection.state != CLOSED:
+                self._read(connection)
+        except Exception:
+            self._close(connection)
+            raise
+
+    def _read(self, connection: Connection) -> None:
+        data = connection.receive()
+        if data is None:
+            return
+        with connection.lock:
+            state = connection.state
+            if not data:
+                connection.has_hung_up = True
+            elif state != LINGERING:
+                connection.buffer += data
+        is_busy = state in (WORKING, PARKED)
+        if not data or (is_busy and len(connection.buffer) > MAX_PIPELINED_BYTES):
+            self._watch(connection, 0)
+
+        if state == READING:
+            self._read_request(connection)
+        elif data:
+            return
+        elif state == LINGERING:
+            self._close(connection)
+        elif state == PARKED and connection.turn is not None:
+            self._exchange.resume(connection, connection.turn)
+
+    def _read_request(self, connection: Connection) -> None:
+        """Begin with the next request, if it is whole."""
+        if self._is_stopping:
+            return
+        try:
+            if not self._gather(connection):
+                self._expect_more(connection)
+                return
+        except ApiError as error:
+            self._exchange.refuse(connection, error)
+            return
+        self._bounds.hold(-connection.held)
+        connection.held = 0
+        self._exchange.begin(connection)
+
+    def _gather(self, connection: Connection) -> bool:
+        """Take what has come of a request; return whether it is whole. ApiError."""
+        if connection.head is None:
+            connection.keep = False
+            block = take_head(connection.buffer, connection.searched)
+            if block is None:
+                connection.searched = len(connection.buffer)
+                return False
+            head = connection.head = parse_head(block)
+            # A body that was not read would be taken for the next request.
+            connection.keep = head.keep and not head.length
+            connection.route, connection.part = self._exchange.admit(head)
+            connection.left = head.length
+            if head.length:
+                self._expect_body(connection, head)
+        if connection.left:
+            filed = connection.take_body()
+            connection.filed += filed
+            self._bounds.file(filed)
+        connection.keep = connection.head.keep and not connection.left
+        return not connection.left
+
+    def _expect_body(self, connection: Connection, head: Head) -> None:
+        connection.deadline = time.monotonic() + BODY_S
+        if head.header(b"expect") == "100-continue":
+            connection.send(CONTINUE)
+
+    def _expect_more(self, connection: Connection) -> None:
+        """Wait for the rest of a request. ApiError where there is no room or nobody to send it."""
+        if connection.is_idle:
+            if connection.has_hung_up:
+                self._close(connection)
+            return
+        if connection.head is None and not connection.held:
+            connection.deadline = time.monotonic() + HEAD_S
+        step = len(connection.buffer) - connection.held
+        connection.held += step
+        self._bounds.hold(step)
+        if connection.has_hung_up:
+            raise ApiError(400, "the connection was closed in the middle of a request")
+
+    def _attend(self, connection: Connection) -> None:
+        """Send what is left of an answer; then go on with the next request, or close."""
+        if connection.state != SENDING:
+            return
+        if connection.out:
+            connection.out = connection.send(connection.out)
+        self._settle_bounds(connection, unsent=len(connection.out))
+        if self._bounds.unsent_bytes > MAX_UNSENT_BYTES:
+            self._close(connection)
+        elif connection.out:
+            self._watch(connection, selectors.EVENT_WRITE)
+        elif not connection.keep or connection.has_hung_up or self._is_stopping:
+            self._linger(connection)
+        else:
+            connection.deadline = time.monotonic() + IDLE_S
+            connection.state = READING
+            self._watch(connection, selectors.EVENT_READ)
+            self._read_request(connection)
+
+    def _settle_bounds(self, connection: Connection, unsent: int = 0) -> None:
+        """Count no more for a connection than an answer that it has not read."""
+        bounds = self._bounds
+        bounds.hold(-connection.held)
+        bounds.file(-connection.filed)
+        bounds.unsent_bytes += unsent - connection.unsent
+        connection.held = connection.filed = 0
+        connection.unsent = unsent
+
+    def _linger(self, connection: Connection) -> None:
         """Read on for a moment before closing: a reset would throw away the answer on its way."""
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-            deadline = time.monotonic() + LINGER_S
-            while time.monotonic() < deadline and self.connection.recv(1 << 16):
-                pass
+        try:
+            connection.socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            connection.has_hung_up = True
+        if connection.has_hung_up:
+            self._close(connection)
+            return
+        connection.buffer.clear()
+        connection.deadline = time.monotonic() + LINGER_S
+        connection.state = LINGERING
+        self._watch(connection, selectors.EVENT_READ)
+
+    def _sweep(self) -> None:
+        """End what has taken too long."""
+        now = time.monotonic()
+        late = [connection for connection in self._connections if connection.deadline <= now]
+        for connection in late:
+            self._expire(connection)
+        self._loop.at(now + SWEEP_S, self._sweep)
+
+    def _expire(self, connection: Connection) -> None:
+        if connection.state != READING or connection.is_idle:
+            self._close(connection)
+            return
+        connection.keep = False
+        words = f"the request's head did not arrive within {HEAD_S:.0f} s"
+        if connection.head is not None:
+            length = connection.head.length
+            came = length - connection.left + len(connection.buffer)
+            words = f"the body did not arrive: {came} of {length} bytes came"
+        self._exchange.refuse(connection, ApiError(408, words))
+
+    def _close(self, connection: Connection) -> None:
+        with connection.lock:
+            if connection.state == CLOSED:
+                return
+            connection.state = CLOSED
+        self._watch(connection, 0)
+        self._settle_bounds(connection)
+        self._connections.discard(connection)
+        if connection.is_refused:
+            self._refused -= 1
+        else:
+            self._bounds.leave(connection.address, connection.is_node)
+        connection.forget_request()
+        connection.socket.close()
+
+
+def _network_of(address: str) -> str:
+    """Return what counts as one address: of IPv6 the first half, which one customer has whole."""
+    if ":" not in address:
+        return address
+    found = ipaddress.ip_address(address.partition("%")[0])
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return str(mapped or ipaddress.ip_network((found, 64), strict=False))
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """The listening socket: a long backlog, no look-up of names, a pause when files run out."""
+    """The listening socket: a long backlog, no look-up of names, a pause when files run out.
+
+    Its thread accepts connections and hands them to the edge.
+    """
 
     daemon_threads = True
     block_on_close = False
@@ -5871,10 +6566,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, host: str, port: int, log: logging.Logger) -> None:
         self.log = log
-        self.machine = os.uname().nodename.lower()
-        self.master: Master
+        self.edge: Edge
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), Handler)
+        super().__init__((host, port), http.server.BaseHTTPRequestHandler)
 
     def server_bind(self) -> None:
         """Bind without asking for the host's full name, which takes seconds without DNS."""
@@ -5887,29 +6581,26 @@ class Server(http.server.ThreadingHTTPServer):
             return super().get_request()
         except OSError as error:
             self.log.warning("cannot accept connections for a moment: %s", error.strerror)
-            time.sleep(0.2)  # out of files: the connections that are there may end
+            time.sleep(ACCEPT_PAUSE_S)
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError as error:  # no more threads
-            self.log.warning("a connection was refused: %s", error)
-            self.shutdown_request(request)
+        self.edge.enter(request, client_address[0])
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         self.log.debug("a connection failed", exc_info=True)
 
 
-def _raise_file_limit() -> None:
-    """Allow as many open files as this user may have: each connection is one."""
+def _raise_file_limit() -> int:
+    """Allow as many open files as this user may have; return how many may be connections."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(hard, FILES_WANTED)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(MIN_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - FILES_KEPT)
 
 
-# ---- 18 Push -------------------------------------------------------------------------------------
+# ---- 20 Push -------------------------------------------------------------------------------------
 
 # Three kinds of values go to VictoriaMetrics, each with its own time:
 #
@@ -6120,13 +6811,13 @@ def _body(lines: Iterable[str]) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
 
 
-# ---- 19 Service ----------------------------------------------------------------------------------
+# ---- 21 Service ----------------------------------------------------------------------------------
 
 # A service starts from the inside out: first the port is bound (a second master on it must not
 # touch the journal), then the journal is opened and replayed, then the threads begin, the one that
 # accepts connections among them. It stops from the outside in: the socket closes, so that no
-# request comes; the loops end; Master answers what is parked, commits what is queued and closes
-# the journal. The log is written last.
+# request comes; the loops end; Master wakes what is parked, commits what is queued and closes the
+# journal; the edge sends these last answers. The log is written last.
 #
 # Each loop of the background calls a step() at its interval, in a thread of its own. A step that
 # fails is logged and called again: the silent end of a thread would be noticed too late.
@@ -6291,16 +6982,17 @@ class Service:
 
     def __init__(self, host: str, port: int, folder: Path, settings: Settings, *,
                  log: logging.Logger, victoriametrics: str | None = None) -> None:
-        _raise_file_limit()
+        max_connections = _raise_file_limit()
         self._log = log
         self._server = _bound(host, port, log)
         try:
             settings = replace(settings, tariff=settings.tariff or Tariff())
-            self.master = self._server.master = Master(folder, settings, log)
+            self.master = Master(folder, settings, log)
         except BaseException:
             self._server.server_close()
             raise
 
+        self._edge = self._server.edge = Edge(self.master, max_connections, log)
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._server.server_port}"
         self._is_checked = False
@@ -6320,6 +7012,7 @@ class Service:
     def start(self) -> None:
         """Begin to serve, and start the loops."""
         self._writers = write_log_behind(self._log)
+        self._edge.start()
         for loop in self._loops:
             loop.start()
 
@@ -6330,6 +7023,7 @@ class Service:
             loop.end()
         self._server.shutdown()
         self._server.server_close()
+        self._edge.end()
 
         if self._pusher is not None:
             self._pusher.stop()
@@ -6338,6 +7032,7 @@ class Service:
         if self._pusher is not None:
             self._pusher.finish(self.master.wall())
         self.master.close()
+        self._edge.close()
 
         for writer in self._writers:
             self._log.removeHandler(writer)
@@ -6357,7 +7052,7 @@ class Service:
             pass
 
 
-# ---- 20 Experiments ------------------------------------------------------------------------------
+# ---- 22 Experiments ------------------------------------------------------------------------------
 
 # An experiment is a matrix of jobs, written as a JSON file. It becomes a list of submissions in
 # the order in which they are to run; the master keeps that order, so nobody has to stay for it.
@@ -6884,7 +7579,7 @@ def _run_time_s(job: wire.JobView) -> float:
     return completed - started
 
 
-# ---- 21 Reports ----------------------------------------------------------------------------------
+# ---- 23 Reports ----------------------------------------------------------------------------------
 
 # A report compares jobs. Each job is a row; rows with the same content are comparable, those with
 # the same curve and rate are repeats of each other, and a curve is a line of rates in a plot.
@@ -7425,7 +8120,7 @@ def _beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
     return one != other and all(a <= b for a, b in zip(one, other))
 
 
-# ---- 22 Documents --------------------------------------------------------------------------------
+# ---- 24 Documents --------------------------------------------------------------------------------
 
 # A report as a page is one file that is mailed, archived and opened from a disk years later: it
 # runs no script and fetches nothing. Curves differ in dash and marker too, for print and for eyes
@@ -7953,7 +8648,7 @@ REPORT_KINDS: Mapping[str, Callable[[Document], str]] = {
 }
 
 
-# ---- 23 Programs ---------------------------------------------------------------------------------
+# ---- 25 Programs ---------------------------------------------------------------------------------
 
 Process = subprocess.Popen[bytes]
 Packages = Mapping[str, Mapping[str, str]]
@@ -8139,7 +8834,7 @@ def _install(command: Sequence[str], advice: str) -> None:
                            f"ask the administrator to run '{advice}'")
 
 
-# ---- 24 Dashboards -------------------------------------------------------------------------------
+# ---- 26 Dashboards -------------------------------------------------------------------------------
 
 # Expressions are MetricsQL, in which `@name` stands for the metric ffdist_name of the one table.
 # promql() refuses a name that is not in it, so a renamed metric cannot leave an empty picture
@@ -8524,7 +9219,7 @@ def rules_json(power_limit_w: float) -> Json:
     return {"groups": [{"name": "ffdist", "interval": "15s", "rules": rules}]}
 
 
-# ---- 25 Monitoring -------------------------------------------------------------------------------
+# ---- 27 Monitoring -------------------------------------------------------------------------------
 
 # `monitoring up` holds its programs: they live as long as it does. It starts them one after the
 # other, each when the one before answers, prints the addresses and stays in the foreground;
@@ -8774,7 +9469,7 @@ def await_end(running: Sequence[Running]) -> Running:
         time.sleep(0.2)
 
 
-# ---- 26 Views ------------------------------------------------------------------------------------
+# ---- 28 Views ------------------------------------------------------------------------------------
 
 # Words for the person at a terminal. Answers come as the Client's views; a job, a node and a
 # result have one line for lists and one block of rows for a single one, whichever command shows
@@ -9114,7 +9809,7 @@ def show_plan(experiment: Experiment) -> None:
          "nothing was submitted")
 
 
-# ---- 27 Fleet Commands ---------------------------------------------------------------------------
+# ---- 29 Fleet Commands ---------------------------------------------------------------------------
 
 # Commands that ask a master. Each takes the parsed words, prints its answer and returns an exit
 # code; what goes wrong is raised and becomes one sentence in CLI.
@@ -9699,7 +10394,7 @@ def _jobs_of_experiment(client: wire.Client, name: str) -> list[str]:
         query["after"] = page.next
 
 
-# ---- 28 Host Commands ----------------------------------------------------------------------------
+# ---- 30 Host Commands ----------------------------------------------------------------------------
 
 # Commands that run something on this host, or touch the files of a master here.
 
@@ -9929,7 +10624,7 @@ def _monitoring_up(site: Site, data: Path) -> int:
     return 0
 
 
-# ---- 29 CLI --------------------------------------------------------------------------------------
+# ---- 31 CLI --------------------------------------------------------------------------------------
 
 # COMMANDS has a row for each subcommand: name, function, help, examples, words, flags. The
 # parser, --help, the environment variables and the tables of README (by a test) all derive from

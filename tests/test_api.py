@@ -1202,7 +1202,7 @@ class TestWorkOfAnswers(Case):
         self.addCleanup(self.state.close)
         self.node = self.state.register({"address": "worker", "max_concurrent_jobs": 9})[1]["id"]
         self.state.submit([ffdist.draft_of({"scenario": "720p30"}, 3) for _ in range(20)])
-        ask = ffdist.Ask(self.node, None, 0.0, 0, None, False, lambda: True)
+        ask = ffdist.Ask(self.node, None, 0.0, 0, None, False)
         for _ in range(3):
             job = self.state.claim(ask)["job"]
             self.state.progress(
@@ -1222,7 +1222,7 @@ class TestWorkOfAnswers(Case):
                 return work(*args, **more)
             return call
         route, part = ffdist.route_of("GET", path)
-        request = ffdist.Request(self.state, part, {}, None, lambda: True)
+        request = ffdist.Request(self.state, part, {}, None)
         with mock.patch.object(json, "loads", watched("loads", json.loads)), \
                 mock.patch.object(json, "dumps", watched("dumps", json.dumps)):
             self.assertEqual(route.handler(request)[0], 200)
@@ -1243,7 +1243,7 @@ class TestWorkOfAnswers(Case):
 
     def test_a_list_of_jobs_is_what_one_job_says(self) -> None:
         route, _ = ffdist.route_of("GET", "/jobs")
-        answer = route.handler(ffdist.Request(self.state, "", {}, None, lambda: True))[1]
+        answer = route.handler(ffdist.Request(self.state, "", {}, None))[1]
         listed = json.loads(answer.text)
         self.assertEqual((listed["count"], listed["total"], listed["next"]), (20, 20, None))
         for job in listed["jobs"]:

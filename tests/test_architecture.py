@@ -349,7 +349,7 @@ class Seams(unittest.TestCase):
         """A ticket's gate is a signal, let through once; a lock that guards state is held by
         `with`."""
         locks = calls(r"threading\.(R?Lock|Condition|(Bounded)?Semaphore)")
-        for name, owners, signals in (("ffdist", {"Transactions"}, {"Ticket"}),
+        for name, owners, signals in (("ffdist", {"Transactions"}, {"Ticket", "Connection"}),
                                      ("agent", {"Agent", "Stopwatch"}, set())):
             with self.subTest(name):
                 made = {who for _, who, _ in SOURCES[name].uses(locks)}
@@ -401,7 +401,9 @@ class Seams(unittest.TestCase):
         self.assertEqual(uses, {"Client"})
         uses = SOURCES["ffdist"].places(lambda node: isinstance(node, ast.Attribute)
                                         and bool(reach.fullmatch(dotted(node))))
-        self.assertEqual(uses - {"Service"}, {"HTTP"}, "Service tells why a port cannot be opened")
+        self.assertEqual(
+            uses - {"Service"}, {"Connections", "Edge"}, "Service tells why a port cannot be opened"
+        )
         self.assertEqual(
             imported(SOURCES["hwdetect"].tree) & {"socket", "socketserver", "urllib", "http"}, set()
         )
@@ -424,6 +426,7 @@ class Seams(unittest.TestCase):
                 "Metrics",
                 "Tariff",
                 "Pages",
+                "HTTP",
                 "Experiments",
                 "Reports",
             },

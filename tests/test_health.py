@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 import unittest
 import uuid
 from typing import Any
 
 import ffdist
 from agent import ApiError
-from ffdist import Ask, Job, Master, Settings, backoff_most_s, blames_node, draft_of
+from ffdist import Ask, Job, Master, Settings, Turn, backoff_most_s, blames_node, draft_of
 from tests.fleet import Case
 from tests.support import wait_for
 
@@ -62,7 +61,6 @@ class Fleet(Case):
             seen,
             f"word {next(self.words)}",
             False,
-            lambda: True,
         )
         return self.master.claim(ask._replace(**more))
 
@@ -72,7 +70,7 @@ class Fleet(Case):
     def beat(self) -> None:
         for node in self.master.queries.nodes():
             session = self.sessions[node["id"]]
-            self.master.heartbeat(Ask(node["id"], session, 0.0, 0, None, False, lambda: True))
+            self.master.heartbeat(Ask(node["id"], session, 0.0, 0, None, False))
 
     def submit(self, **more: Any) -> Job:
         return self.master.submit([draft_of({"scenario": "720p30-h264", **more}, 3)])[1][0]
@@ -104,23 +102,25 @@ class Fleet(Case):
         return str(self.master.queries.node(node_id)["status"])
 
 
-class Asking(threading.Thread):
-    """A claim that is parked at the master, in a thread of its own."""
+class Asking:
+    """A claim that is parked at the master."""
 
     def __init__(self, master: Master, ask: Ask) -> None:
-        super().__init__(daemon=True)
         self._master = master
         self._ask = ask
-        self._answer: dict[str, Any] = {}
-        self.start()
-        wait_for(lambda: master.queries.snapshot().parked, why="the claim is parked")
+        self._is_woken = False
+        self._turn = Turn(self._wake, lambda: True)
+        assert master.claim(ask, self._turn) is None, "it is parked"
 
-    def run(self) -> None:
-        self._answer = self._master.claim(self._ask)
+    def _wake(self, turn: Turn) -> None:
+        self._is_woken = True
 
-    def answer(self) -> dict[str, Any]:
-        self.join(20)
-        return self._answer
+    def answer(self) -> dict[str, Any] | None:
+        """Return what it gets since it was woken; None where it was not, or is parked again."""
+        if not self._is_woken:
+            return None
+        self._is_woken = False
+        return self._master.claim(self._ask, self._turn)
 
 
 class TestQuarantine(Fleet):
@@ -393,10 +393,10 @@ class TestQuarantine(Fleet):
         self.submit()
         waiting = Asking(
             self.master,
-            Ask(self.sick, self.sessions[self.sick], 60.0, 0, "parked", False, lambda: True),
+            Ask(self.sick, self.sessions[self.sick], 60.0, 0, "parked", False),
         )
         self.turn_without_beats(ffdist.TRIAL_FIRST_S + 2)
-        self.assertIn("job", waiting.answer())
+        self.assertIn("job", waiting.answer() or {})
 
     def test_it_can_be_turned_off(self) -> None:
         self.settings = Settings(quarantine_after=0)

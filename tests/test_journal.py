@@ -806,7 +806,7 @@ class TestRetention(Case):
             job = self.master_of.submit([ffdist.draft_of({"scenario": "a", "max_retries": 0}, 0)])[
                 1
             ][0]
-            ask = ffdist.Ask(self.node, None, 0, 0, None, False, lambda: True)
+            ask = ffdist.Ask(self.node, None, 0, 0, None, False)
             self.assertEqual(self.master_of.claim(ask)["job"].id, job.id)
             self.master_of.report({"job_id": job.id, "node_id": self.node, "status": status,
                                    "lines": ["a line"]})
@@ -899,7 +899,7 @@ class TestErrorsOfItsOwn(Case):
         self.addCleanup(master.close)
         node = master.register({"address": "worker"})[1]["id"]
         waiting = master.submit([ffdist.draft_of({"scenario": "a"}, 0)])[1][0]
-        ask = ffdist.Ask(node, None, 0.0, 0, None, False, lambda: True)
+        ask = ffdist.Ask(node, None, 0.0, 0, None, False)
         with mock.patch.object(
             master.journal.reader, "live_jobs", side_effect=MemoryError("no room")
         ):

@@ -315,7 +315,7 @@ class Pushing(unittest.TestCase):
     def job(self, samples: int = 0, last: Sequence[Any] = (), **metrics: Any) -> str:
         """Let a job run on the node, with some samples, the last with its result."""
         self.master.submit([ffdist.draft_of({"scenario": "720p30"}, 3)])
-        ask = ffdist.Ask(self.node["id"], "s", 0, 0, uuid.uuid4().hex, False, lambda: True)
+        ask = ffdist.Ask(self.node["id"], "s", 0, 0, uuid.uuid4().hex, False)
         job = self.master.claim(ask)["job"]
         told = {"node_id": self.node["id"], "session": "s", "attempt": job.attempt}
         self.master.progress(

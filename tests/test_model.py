@@ -970,7 +970,7 @@ def send_to(master: ffdist.Master, method: str, path: str, body: Any = None) -> 
         route, part = ffdist.route_of(method, bare)
         fields = dict(urllib.parse.parse_qsl(query))
         sent = json.loads(json.dumps(body))
-        status, data = route.handler(ffdist.Request(master, part, fields, sent, lambda: True))
+        status, data = route.handler(ffdist.Request(master, part, fields, sent))
     except ApiError as error:
         return error.status, error.to_json()
     return status, json.loads(data.text) if isinstance(data, ffdist.Text) else data
