@@ -1,444 +1,63 @@
-"""Measure how fast this fleet is: `python3 -m tests.bench [--quick]` prints one table.
+"""Measure how fast this fleet is: `python3 -m tests.bench [--quick] [ROW…]` prints one table.
 
-A real master, a real agent and a bare `ThreadingHTTPServer` run as processes of their own on
-loopback; the load comes from one more process, a lean client over raw sockets that are kept open.
-Every figure stands beside its ratio to the bare server, which the same client has asked right
-before: figures of two machines, or of a busy one, cannot be compared, ratios can. Nothing here is
+A real master with its default log, a real agent and a bare `ThreadingHTTPServer` run as processes
+of their own on loopback; the load comes from further processes (tests/load.py). Every figure stands
+beside one that the same load got from the bare server, or from whatever the row names, right before
+or after: figures of two machines, or of a busy one, cannot be compared, ratios can. Load and server
+share the cores of this machine: on few of them a rate is that of both together. Nothing here is
 asserted.
 
-`--soak JOBS` puts many jobs through one master instead and sets the last tenth of them beside the
-first; `--deep JOBS` sets dispatch with so many jobs queued beside that with 100.
+The journals lie in the folder for temporary files: TMPDIR names another disk. `--soak JOBS` puts
+many jobs through one master instead and sets the last tenth of them beside the first.
 """
 from __future__ import annotations
 
 import argparse
 import calendar
-import http.server
+import itertools
 import json
-import multiprocessing
 import os
 import platform
-import re
-import resource
-import select
+import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ffdist
 import hwdetect
-from tests import archive
+from tests import archive, load
 from tests.fleet import Agent, Master, Program
-from tests.support import TOP, call, free_port, need, wait_for
-
-FORK = multiprocessing.get_context("fork")
-JOB = json.dumps(
-    {"scenario": "720p30-h264", "parameters": {"duration": 10, "bitrate": "2500k"}}
-).encode()
-RESULT = {
-    "status": "completed",
-    "metrics": {
-        "cpu_usage": 75.5,
-        "memory_usage": 2048,
-        "duration": 5.0,
-        "frames": 300,
-        "fps": 60.0,
-        "speed": 2.0,
-    },
-    "analyzer_output": {"scenario": "720p30-h264", "recommendation": "optimal"},
-    "completed_at": "2025-12-29T19:45:00Z",
-}
-TICKS = os.sysconf("SC_CLK_TCK")
-
-
-# ---- the bare server
-
-class Bare(http.server.BaseHTTPRequestHandler):
-    """What http.server can do at best: keep-alive, no stalls, a small JSON answer, nothing else."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    wbufsize = -1
-    ANSWER = b'{"status": "success"}'
-
-    def do_POST(self) -> None:
-        """Read the body and answer."""
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        """Answer; /park first waits, as a parked request does."""
-        if self.path.startswith("/park"):
-            threading.Event().wait(30)
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(self.ANSWER)))
-        self.end_headers()
-        self.wfile.write(self.ANSWER)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
-
-
-class BareServer(http.server.ThreadingHTTPServer):
-    """The bare server, with a backlog that lets a crowd in."""
-
-    daemon_threads = True
-    request_queue_size = 4096
-
-
-def serve_bare(port: int) -> None:
-    """Run the bare server until it is told to stop."""
-    raise_file_limit()
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    BareServer(("127.0.0.1", port), Bare).serve_forever()
-
-
-def raise_file_limit() -> None:
-    """Allow as many open files as this user may have."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-# ---- the client
-
-class Link:
-    """One connection that is kept open, for one request at a time."""
-
-    def __init__(self, port: int) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=60)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._buffer = b""
-        self.node = ""
-        self.job: tuple[bytes, bytes] | None = None
-
-    def receive(self) -> bytes | None:
-        """Take in what has come; return the body of an answer when it is whole."""
-        data = self.socket.recv(1 << 16)
-        if not data:
-            raise ConnectionError("the server closed the connection")
-        self._buffer += data
-        head, found, rest = self._buffer.partition(b"\r\n\r\n")
-        if not found:
-            return None
-        length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
-        if len(rest) < length:
-            return None
-        if head[9:10] != b"2":
-            raise RuntimeError(f"refused: {self._buffer[:500]!r}")
-        self._buffer = b""
-        return rest
-
-    def ask(self, raw: bytes) -> bytes:
-        """Send a request and return the body of its answer."""
-        self.socket.sendall(raw)
-        while True:
-            body = self.receive()
-            if body is not None:
-                return body
-
-
-def request(method: str, path: str, body: bytes = b"") -> bytes:
-    """Return the bytes of a request."""
-    length = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
-    return f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{length}\r\n".encode() + body
-
-
-def drive(links: Sequence[Link], think: Callable[[Link, bytes | None], bytes | None]) -> None:
-    """Keep all links busy: `think` turns an answer (None at first) into the next request; None ends
-    one."""
-    poll, by_number, busy = select.epoll(), {link.socket.fileno(): link for link in links}, 0
-    for number, link in by_number.items():
-        raw = think(link, None)
-        if raw is not None:
-            poll.register(number, select.EPOLLIN)
-            link.socket.sendall(raw)
-            busy += 1
-    while busy:
-        for number, _ in poll.poll():
-            link = by_number[number]
-            body = link.receive()
-            if body is None:
-                continue
-            raw = think(link, body)
-            if raw is None:
-                poll.unregister(number)
-                busy -= 1
-            else:
-                link.socket.sendall(raw)
-    poll.close()
-
-
-def apart(work: Callable[..., Any], *args: Any) -> Any:
-    """Run a function in a process of its own and return what it returns."""
-    ours, theirs = FORK.Pipe()
-
-    def run() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise_file_limit()
-        theirs.send(work(*args))
-    process = FORK.Process(target=run, daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        return ours.recv()
-    except EOFError:
-        raise RuntimeError(f"the load process of {work.__name__} failed") from None
-    finally:
-        process.join()
-
-
-def rate(port: int, clients: int, raw: bytes, seconds: float) -> float:
-    """Return requests/s of the same request from some clients."""
-    links = [Link(port) for _ in range(clients)]
-    for link in links:
-        link.ask(raw)
-    began, count = time.perf_counter(), 0
-    deadline = began + seconds
-
-    def think(link: Link, body: bytes | None) -> bytes | None:
-        nonlocal count
-        count += body is not None
-        return raw if time.perf_counter() < deadline else None
-    drive(links, think)
-    return count / (time.perf_counter() - began)
-
-
-def delays(port: int, raw: bytes, count: int) -> list[float]:
-    """Return the seconds that each of some requests took, one after the other."""
-    link = Link(port)
-    found: list[float] = []
-    for _ in range(count):
-        began = time.perf_counter()
-        link.ask(raw)
-        found.append(time.perf_counter() - began)
-    return found
-
-
-def register(port: int, count: int) -> list[Link]:
-    """Register nodes, a link each, as agents do."""
-    links = [Link(port) for _ in range(count)]
-    for number, link in enumerate(links):
-        body = {
-            "address": f"bench-{os.getpid()}-{number}",
-            "session": "s",
-            "protocol": 1,
-            "cpu_threads": 2,
-            "max_concurrent_jobs": 1000,
-        }
-        link.node = json.loads(
-            link.ask(request("POST", "/nodes/register", json.dumps(body).encode()))
-        )["id"]
-    return links
-
-
-def next_job(link: Link, wait_s: float = 0) -> bytes:
-    """Return the request of a free node."""
-    words = {
-        "node_id": link.node,
-        "session": "s",
-        "claim": os.urandom(8).hex(),
-        **({"wait": wait_s} if wait_s else {}),
-    }
-    return request("GET", f"/jobs/next?{urllib.parse.urlencode(words)}")
-
-
-_CLAIMED = re.compile(rb'"job": \{"id": "([0-9a-f-]{36})".*?"attempt": (\d+)', re.DOTALL)
-
-
-def claimed(body: bytes) -> tuple[bytes, bytes] | None:
-    """Return id and attempt of a claimed job."""
-    match = _CLAIMED.search(body)
-    return (match[1], match[2]) if match else None
-
-
-def report(link: Link, job: tuple[bytes, bytes]) -> bytes:
-    """Return the request that ends an attempt."""
-    told = {
-        **RESULT,
-        "job_id": job[0].decode(),
-        "attempt": int(job[1]),
-        "node_id": link.node,
-        "session": "s",
-    }
-    return request("POST", "/results", json.dumps(told).encode())
-
-
-def submit_many(link: Link, count: int) -> None:
-    """Submit jobs, 10,000 at a time."""
-    while count > 0:
-        part = min(count, 10_000)
-        link.ask(request("POST", "/jobs", b"[" + b",".join([JOB] * part) + b"]"))
-        count -= part
-
-
-def cycles(port: int, depth: int, clients: int, seconds: float) -> float:
-    """Return claim + result cycles/s while `depth` jobs or a few more are queued; filling is not
-    counted."""
-    links, filler = register(port, clients), Link(port)
-    a_round, spent, done = 2000 if depth >= 2000 else 500, 0.0, 0
-    queued = json.loads(filler.ask(request("GET", "/jobs?status=pending&limit=1")))["total"]
-    while spent < seconds:
-        submit_many(filler, depth + a_round - queued)
-        spent += work_off(links, a_round)
-        done, queued = done + a_round, depth
-    return done / spent
-
-
-def cycle_cpu(port: int, pid: int, count: int) -> float:
-    """Return the CPU seconds that a master spends on one claim and its result."""
-    links, filler = register(port, 8), Link(port)
-    submit_many(filler, count + 200)
-    work_off(links, 200)
-    before = cpu_seconds(pid)
-    work_off(links, count)
-    return (cpu_seconds(pid) - before) / count
-
-
-def work_off(links: Sequence[Link], count: int) -> float:
-    """Claim and report so many jobs; return the seconds that it took."""
-    left = count
-
-    def think(link: Link, body: bytes | None) -> bytes | None:
-        nonlocal left
-        job = claimed(body) if body else None
-        if job:
-            return report(link, job)
-        left -= 1
-        return next_job(link) if left >= 0 else None
-    began = time.perf_counter()
-    drive(links, think)
-    return time.perf_counter() - began
-
-
-class Tenth(NamedTuple):
-    """One tenth of a soak: jobs/s in all; claim + result cycles/s and the s of one alone, each also
-    as a ratio to the requests of the bare server right after it; bytes."""
-
-    rate: float
-    cycles: float
-    cycles_ratio: float
-    alone: float
-    alone_ratio: float
-    memory: int
-    journal: int
-
-
-def soak(port: int, bare_port: int, pid: int, folder: Path, jobs: int) -> list[Tenth]:
-    """Put jobs through a master by eight stand-in agents, 2,000 queued at a time; tell each
-    tenth."""
-    raw = request("POST", "/", json.dumps(RESULT).encode())
-    links, filler, found = register(port, 8), Link(port), []
-    for number in range(10):
-        began, spent, done, part = time.perf_counter(), 0.0, 0, jobs // 10
-        while done < part:
-            count = min(2000, part - done)
-            submit_many(filler, count)
-            spent += work_off(links, count)
-            done += count
-        took = time.perf_counter() - began
-        submit_many(filler, 200)
-        alone = statistics.median(work_off(links[:1], 1) for _ in range(200))
-        size = sum(path.stat().st_size for path in folder.glob("journal.db*"))
-        bare, single = rate(bare_port, 8, raw, 2), statistics.median(delays(bare_port, raw, 200))
-        found.append(
-            Tenth(
-                part / took,
-                part / spent,
-                2 * part / spent / bare,
-                alone,
-                alone / (2 * single),
-                memory_bytes(pid),
-                size,
-            )
-        )
-        print(
-            f"  {(number + 1) * part:,} jobs, {part / took:,.0f}/s, "
-            f"cycles {found[-1].cycles_ratio:.2f} of "
-            f"the bare server, {mib(found[-1].memory)}, journal {mib(size)}",
-            file=sys.stderr,
-            flush=True,
-        )
-    return found
-
-
-def starts(port: int, nodes: int, count: int) -> list[float]:
-    """Return the seconds from each submission to its arrival at one of some parked nodes."""
-    links, sender = register(port, nodes), Link(port)
-    found: list[float] = []
-    poll, by_number = select.epoll(), {link.socket.fileno(): link for link in links}
-    for number, link in by_number.items():
-        poll.register(number, select.EPOLLIN)
-        link.socket.sendall(next_job(link, 30))
-    raw = request("POST", "/jobs", JOB)
-    poll.register(sender.socket.fileno(), select.EPOLLIN)
-    time.sleep(1)
-    while len(found) < count:
-        time.sleep(0.01)
-        began, waiting = time.perf_counter(), {"answer", "start"}
-        sender.socket.sendall(raw)
-        while waiting:
-            for number, _ in poll.poll():
-                if number == sender.socket.fileno():
-                    waiting -= {"answer"} if sender.receive() is not None else set()
-                    continue
-                link = by_number[number]
-                body = link.receive()
-                job = claimed(body) if body else None
-                if body is None:
-                    continue
-                if job and "start" in waiting:
-                    found.append(time.perf_counter() - began)
-                    waiting.remove("start")
-                if job:
-                    link.ask(report(link, job))
-                link.socket.sendall(next_job(link, 30))
-    return found
-
-
-def crowd(port: int, count: int, path: str | None, ready: Any, stop: Any) -> None:
-    """Park a crowd until told to stop: nodes that ask for work, or plain requests of a bare
-    server."""
-    raise_file_limit()
-    links = [Link(port) for _ in range(count)] if path else register(port, count)
-
-    def ask(link: Link) -> bytes:
-        return request("GET", path) if path else next_job(link, 30)
-
-    def think(link: Link, body: bytes | None) -> bytes | None:
-        return None if stop.is_set() else ask(link)
-    threading.Timer(2, ready.set).start()
-    drive(links, think)
-
-
-# ---- what a process uses
-
-def memory_bytes(pid: int) -> int:
-    """Return the resident memory of a process."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU time of a process, its children not counted."""
-    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(words[11]) + int(words[12])) / TICKS
-
-
-def watched(pid: int, seconds: float) -> tuple[int, float]:
-    """Watch a process; return its memory in bytes and its CPU in % of one core."""
-    before, began = cpu_seconds(pid), time.perf_counter()
-    time.sleep(seconds)
-    return memory_bytes(pid), 100 * (cpu_seconds(pid) - before) / (time.perf_counter() - began)
+from tests.load import (
+    ADDRESSES,
+    BARE_JOB,
+    BARE_RESULT,
+    JOB,
+    RESULT,
+    Missing,
+    answers,
+    apart,
+    beside,
+    crowd,
+    heard,
+    memory_bytes,
+    mib,
+    request,
+    say,
+    watched,
+)
+from tests.support import TOP, free_port, need, wait_for
+
+ROW_LIMIT_S = 900.0
+# Where a server has lost itself in a crowd, the row ends after so long.
+CROWD_LIMIT_S = 120.0
 
 
 # ---- the table
@@ -450,6 +69,35 @@ class Row(NamedTuple):
     figure: str
     ratio: str
     beside: str
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the rows as a Markdown table."""
+    heads = Row("what", "figure", "ratio", "beside it in the same run")
+    widths = [max(len(row[n]) for row in (heads, *rows)) for n in range(4)]
+    lines = ["| " + " | ".join(cell.ljust(size) for cell, size in zip(row, widths)) + " |"
+             for row in (heads, *rows)]
+    lines.insert(1, "|" + "|".join("-" * (size + 2) for size in widths) + "|")
+    return "\n".join(lines)
+
+
+def quantile(values: Sequence[float], part: float) -> float:
+    """Return a quantile by rank."""
+    return sorted(values)[min(len(values) - 1, int(part * len(values)))]
+
+
+def seconds_between(first: str, last: str) -> float:
+    """Return the seconds between two times of the API."""
+    def parsed(text: str) -> float:
+        whole, _, rest = text.rstrip("Z").partition(".")
+        return calendar.timegm(time.strptime(whole, "%Y-%m-%dT%H:%M:%S")) + float(f"0.{rest or 0}")
+    return parsed(last) - parsed(first)
+
+
+# ---- the servers under test
+
+class Overdue(Exception):
+    """A row took longer than its limit; says which."""
 
 
 class BenchMaster(Master):
@@ -476,361 +124,691 @@ class BenchMaster(Master):
             folder,
             "master",
         )
-        wait_for(lambda: answers(self.port) and self.get("/health"), 60, "the master answers")
+        try:
+            wait_for(lambda: answers(self.port) and self.get("/health"), 60, "the master answers")
+        except BaseException:
+            self.end()
+            raise
 
-
-def answers(port: int) -> bool:
-    """Tell whether something listens."""
-    with suppress(OSError):
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        return True
-    return False
+    def end(self, number: int = signal.SIGTERM) -> None:
+        """End it, by force after 10 s: it may have lost itself in a crowd. Its log is not read."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.send_signal(number)
+            self.process.wait(10)
+        self.process.kill()
+        self.process.wait()
+        self._file.close()
 
 
 class Bench:
     """The servers under test, and the rows that were measured."""
 
-    def __init__(self, folder: Path, quick: bool) -> None:
-        self.folder = folder
+    def __init__(self, top: Path, quick: bool, stack: ExitStack) -> None:
+        self.top = top
         self.quick = quick
         self.rows: list[Row] = []
-        self.rounds = 1 if quick else 3
+        self.others: dict[str, float] = {}  # the part of the cores that others used, by row
+        self.rounds = 1 if quick else 5
         self.seconds = 1.0 if quick else 3.0
-        self.bare_port = free_port()
-        self.bare = FORK.Process(target=serve_bare, args=(self.bare_port,), daemon=True)
-        self.bare.start()
-        wait_for(lambda: answers(self.bare_port), 10, "the bare server")
-        self.bare_pid = self.bare.pid or 0
+        self.bare_port, self.bare_pid = stack.enter_context(bare_server())
         self.bare_idle_bytes = memory_bytes(self.bare_pid)
-        self.master = BenchMaster(folder)
-        self.port = self.master.port
+        self.folder = self.new_folder()
+        self.master = BenchMaster(self.folder)
+        stack.callback(lambda: self.master.end())
 
-    def add(self, what: str, figure: str, ratio: str, beside: str) -> None:
-        """Keep a row, and show that it was measured."""
-        self.rows.append(Row(what, figure, ratio, beside))
-        print(f"  {what}: {figure}", file=sys.stderr, flush=True)
+    @property
+    def port(self) -> int:
+        """The port of the master under test."""
+        return self.master.port
 
-    def paired(self, what: str, ours: Callable[[], float], bare: Callable[[], float],
-               weight: float = 1) -> None:
-        """Measure a rate in turns with the bare server's; `weight` is its requests for each of
-        ours."""
-        pairs = [(bare(), ours()) for _ in range(self.rounds)]
-        figure = statistics.median(own for _, own in pairs)
-        beside = statistics.median(base for base, _ in pairs)
-        ratio = statistics.median(weight * own / base for base, own in pairs)
-        self.add(what, f"{figure:,.0f}", f"{ratio:.2f}", f"{beside:,.0f} requests/s")
-
-    def submissions(self) -> None:
-        """Submissions/s, each on disk before it is answered."""
-        for clients in (1, 8):
-            raw = request("POST", "/jobs", JOB)
-            bare = request("POST", "/", JOB)
-            self.paired(f"submissions/s, {clients} client{'s' * (clients > 1)}",
-                        partial(apart, rate, self.port, clients, raw, self.seconds),
-                        partial(apart, rate, self.bare_port, clients, bare, self.seconds))
-
-    def dispatch(self) -> None:
-        """Claim + result cycles/s at several depths of the queue, in a ratio of two requests
-        each."""
-        raw = request("POST", "/", json.dumps(RESULT).encode())
-        for depth in (100, 10_000, 100_000):
-            self.restart()
-            self.paired(f"claim + result cycles/s, {depth:,} queued",
-                        partial(apart, cycles, self.port, depth, 8, self.seconds),
-                        partial(apart, rate, self.bare_port, 8, raw, self.seconds), 2)
-
-    def logging(self) -> None:
-        """CPU of a claim and its result with the default log, in turns with warnings alone."""
-        count = 1000 if self.quick else 5000
-        pairs = []
-        for _ in range(max(3, self.rounds)):
-            pair = []
-            for flags in ((), ("--log-level", "warning")):
-                self.restart(*flags)
-                pair.append(apart(cycle_cpu, self.port, self.master.pid, count))
-            pairs.append(pair)
-        own, quiet = (statistics.median(pair[n] for pair in pairs) for n in range(2))
-        ratio = statistics.median(pair[0] / pair[1] for pair in pairs)
-        self.add("CPU of a claim + result cycle", f"{1e6 * own:.0f} µs", f"{ratio:.2f}",
-                 f"{1e6 * quiet:.0f} µs when only warnings are logged")
+    @property
+    def pid(self) -> int:
+        """The process of the master under test."""
+        return self.master.pid
 
     def restart(self, *flags: str) -> None:
         """Go on with a fresh master on an empty folder."""
         self.master.end()
-        self.folder = Path(tempfile.mkdtemp(dir=self.folder.parent))
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder = self.new_folder()
         self.master = BenchMaster(self.folder, *flags)
-        self.port = self.master.port
 
-    def memory(self) -> None:
-        """Memory with 100,000 jobs queued, then the time of a start on that journal."""
-        self.restart()
-        empty = memory_bytes(self.master.pid)
-        apart(lambda: submit_many(Link(self.port), 100_000))
-        full = memory_bytes(self.master.pid)
-        self.add("memory with 100,000 jobs queued", mib(full), f"{full / self.bare_idle_bytes:.1f}",
-                 f"{mib(self.bare_idle_bytes)}; {mib(empty)} when empty")
+    def resume(self, *flags: str) -> float:
+        """Start the master again on what it has stored; return the seconds that it took."""
         self.master.end()
         began = time.perf_counter()
-        self.master = BenchMaster(self.folder)
-        self.port = self.master.port
-        self.add("start with 100,000 jobs queued", f"{time.perf_counter() - began:.2f} s", "-", "")
+        self.master = BenchMaster(self.folder, *flags)
+        return time.perf_counter() - began
 
-    def latency(self) -> None:
-        """Submission to start, with nodes parked."""
-        self.restart()
-        count = 100 if self.quick else 500
-        bare = apart(delays, self.bare_port, request("POST", "/", JOB), count)
-        found = apart(starts, self.port, 8, count)
-        for name, part in (("p50", 0.5), ("p99", 0.99)):
-            own, base = quantile(found, part), quantile(bare, part)
-            self.add(f"submission to start {name}, 8 nodes parked", f"{1000 * own:.2f} ms",
-                     f"{own / base:.1f}", f"{1000 * base:.2f} ms a request")
+    def new_folder(self) -> Path:
+        """Make a folder that goes with the bench."""
+        return Path(tempfile.mkdtemp(dir=self.top))
 
-    def parked(self) -> None:
-        """2,000 agents parked: memory, CPU, and how fast one of them starts a job."""
-        self.restart()
-        count = 200 if self.quick else 2000
-        with self.crowded(self.bare_port, count, "/park"):
-            base_bytes, base_cpu = watched(self.bare_pid, 35 if not self.quick else 5)
-        with self.crowded(self.port, count, None):
-            used, cpu = watched(self.master.pid, 35 if not self.quick else 5)
-        self.add(f"memory with {count:,} agents parked", mib(used), f"{used / base_bytes:.2f}",
-                 f"{mib(base_bytes)}, as many connections")
-        self.add(f"CPU with {count:,} agents parked (30 s)", f"{cpu:.1f} % of a core",
-                 f"{cpu / base_cpu:.1f}" if base_cpu else "-", f"{base_cpu:.1f} %")
-        self.restart()
-        found = apart(starts, self.port, count, 50 if self.quick else 300)
-        bare = apart(delays, self.bare_port, request("POST", "/", JOB), 300)
-        own, base = quantile(found, 0.99), quantile(bare, 0.99)
-        self.add(f"submission to start p99, {count:,} nodes parked", f"{1000 * own:.2f} ms",
-                 f"{own / base:.1f}", f"{1000 * base:.2f} ms a request")
+    def add(self, what: str, figure: str, ratio: str, beside: str) -> None:
+        """Keep a row, and show that it was measured."""
+        self.rows.append(Row(what, figure, ratio, beside))
+        say(f"{what}: {figure}, ratio {ratio} ({beside})")
 
-    def soak(self, jobs: int, keep: str | None) -> None:
-        """Many jobs through one master: the last tenth beside the first."""
-        self.restart(*(["--keep", keep] if keep else []))
-        tenths = apart(
-            soak, self.port, self.bare_port, self.master.pid, self.folder / "master", jobs
-        )
-        first, last = tenths[0], tenths[-1]
-        mean = statistics.harmonic_mean([tenth.rate for tenth in tenths])
-        self.add(f"soak: {jobs:,} jobs submitted, claimed, reported", f"{mean:,.0f}/s", "-",
-                 f"{first.rate:,.0f}/s in the first tenth, {last.rate:,.0f}/s in the last")
-        self.add("soak: claim + result cycles/s, last tenth", f"{last.cycles:,.0f}",
-                 f"{last.cycles_ratio:.2f}", f"ratio {first.cycles_ratio:.2f} in the first tenth")
-        self.add("soak: one claim + result alone, last tenth", f"{1000 * last.alone:.2f} ms",
-                 f"{last.alone_ratio:.1f}", f"ratio {first.alone_ratio:.1f} in the first tenth")
-        self.add("soak: memory of the master, last tenth", mib(last.memory),
-                 f"{last.memory / first.memory:.2f}", f"{mib(first.memory)} in the first tenth")
-        self.add("soak: journal, bytes a job", f"{last.journal / jobs:,.0f}", "-",
-                 f"{mib(last.journal)} in all")
+    def paired(self, what: str, ours: Callable[[], float], bare: Callable[[], float],
+               weight: float = 1) -> None:
+        """Measure a rate in turns with the bare server's; `weight` is its requests for each of
+        ours.
 
-    def deep(self, jobs: int) -> None:
-        """Dispatch with many jobs queued beside that with 100, in turns, on two masters."""
-        self.restart()
-        other = BenchMaster(Path(tempfile.mkdtemp(dir=self.folder.parent)))
-        try:
-            apart(lambda: submit_many(Link(other.port), jobs))
-            pairs = [
-                (
-                    apart(cycles, self.port, 100, 8, self.seconds),
-                    apart(cycles, other.port, jobs, 8, self.seconds),
-                )
-                for _ in range(max(3, self.rounds))
-            ]
-            few, many = (statistics.median(pair[n] for pair in pairs) for n in range(2))
-            self.add(
-                f"claim + result cycles/s, {jobs:,} queued",
-                f"{many:,.0f}",
-                f"{statistics.median(b / a for a, b in pairs):.2f}",
-                f"{few:,.0f} with 100 queued",
-            )
-            self.add(f"memory with {jobs:,} jobs queued", mib(memory_bytes(other.pid)), "-",
-                     f"{mib(memory_bytes(self.master.pid))} with 100 queued")
-        finally:
-            other.end()
-
-    @contextmanager
-    def crowded(self, port: int, count: int, path: str | None) -> Iterator[None]:
-        """Keep a crowd parked at a server."""
-        ready, stop = FORK.Event(), FORK.Event()
-        process = FORK.Process(target=crowd, args=(port, count, path, ready, stop), daemon=True)
-        process.start()
-        try:
-            ready.wait(120)
-            yield
-        finally:
-            process.kill()
-            process.join()
-
-    def sampling(self) -> None:
-        """CPU of the readings that an agent takes once a second while a job runs."""
-        count = 50 if self.quick else 500
-        archive.unpack(
-            (TOP / "tests/hosts/xeon-t4.txt").read_text(encoding="utf-8"), self.folder / "xeon"
-        )
-        places = {
-            "this machine": hwdetect.Host(),
-            "two sockets": hwdetect.Host(f"{self.folder}/xeon"),
-        }
-        for where, host in places.items():
-            sampler = hwdetect.Sampler(host, hwdetect.detect(host, probe=False), gpu=False)
-            sampler.throttles()
-            began = time.process_time()
-            for number in range(count):
-                sampler.sample(float(number))
-                hwdetect.process_group(hwdetect.Host(), os.getpgid(self.master.pid))
-            each = (time.process_time() - began) / count
-            share = f"{100 * each / hwdetect.SAMPLE_S:.3f} % of a core"
-            self.add(f"sampling once a second, {where}", share, "-", "")
-
-    def agent(self) -> None:
-        """A real agent: idle, and its wall time over the very same FFmpeg commands run alone."""
-        need("ffmpeg", "ffprobe")
-        self.restart()
-        agent = Agent(self.folder, self.master.url)
-        try:
-            wait_for(lambda: self.master.get("/nodes")["count"], why="the agent registers")
-            time.sleep(2)
-            used, cpu = watched(agent.pid, 10 if self.quick else 60)
-            self.add("agent idle, memory", mib(used), f"{used / self.bare_idle_bytes:.2f}",
-                     mib(self.bare_idle_bytes))
-            self.add("agent idle, CPU", f"{cpu:.2f} % of a core", "-", "")
-            self.overhead(agent)
-        finally:
-            agent.end()
-
-    def overhead(self, agent: Agent) -> None:
-        """Wall time of a job from claim to report, over FFmpeg alone."""
-        length = 10 if self.quick else 40
+        A round stands beside the mean of the bare server's rates before and after it.
+        """
+        before = bare()
         pairs = []
-        for number in range(self.rounds + 1):
-            job = self.master.finished(
-                self.master.submit("720p30-h264", duration=length, preset="veryfast", audio=False)[
-                    "id"
-                ],
-                300,
-            )
-            result = job["result"]
-            wall = seconds_between(job["started_at"], job["completed_at"])
-            argv = [self.clip(agent) if word.endswith("source.mov") else
-                    f"file:{self.folder}/alone" if word.endswith("/output") else word
-                    for word in result["encode"]["commands"][0]]
-            began = time.perf_counter()
-            subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=True)
-            alone = time.perf_counter() - began
-            if number:  # the first one made the generated source
-                pairs.append((wall, result["metrics"]["duration"], alone))
-        wall, encode, alone = (statistics.median(pair[n] for pair in pairs) for n in range(3))
-        self.add(
-            "encode under the agent over FFmpeg alone",
-            f"{encode:.2f} s",
-            f"{encode / alone:.3f}",
-            f"{alone:.2f} s FFmpeg alone",
+        for number in range(self.rounds):
+            own, after = ours(), bare()
+            base = (before + after) / 2
+            before = after
+            pairs.append((base, own))
+            say(f"round {number + 1} of {self.rounds}: {own:,.0f}/s, bare server {base:,.0f}/s, "
+                f"ratio {weight * own / base:.2f}")
+        figure = statistics.median(own for _, own in pairs)
+        beside = statistics.median(base for base, _ in pairs)
+        ratio = statistics.median(weight * own / base for base, own in pairs)
+        self.add(what, f"{figure:,.0f}", f"{ratio:.2f}", f"bare server {beside:,.0f} requests/s")
+
+    def sized(self, count: int) -> int:
+        """Return the size of a crowd: a tenth for a quick look, no more than files may be open."""
+        wanted = count // 10 if self.quick else count
+        files = load.raise_file_limit()
+        return min(wanted, files * 95 // 100)
+
+    def measure(self, name: str, row: Callable[[Bench], None], limit_s: float) -> None:
+        """Measure a row; one that fails or takes too long says so in the table."""
+        print(f"{name} …", file=sys.stderr, flush=True)
+        before = self.usage()
+        signal.setitimer(signal.ITIMER_REAL, limit_s)
+        try:
+            row(self)
+        except (Overdue, Missing, OSError, RuntimeError, AssertionError) as error:
+            self.add(name, "none", "-", str(error))
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        self.restart()
+        everybody, own, whole = (b - a for a, b in zip(before, self.usage()))
+        self.others[name] = share = max(0.0, everybody - own) / whole
+        say(f"other programs used {100 * share:.0f} % of the cores meanwhile")
+
+    def usage(self) -> tuple[float, float, float]:
+        """Return the CPU seconds of all programs here, those of the bench alone, and all that there
+        were; what the host of a virtual machine takes away counts as used by others."""
+        words = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        user, nice, system, idle, waiting, irq, softirq, stolen = (int(word) for word in words)
+        busy = user + nice + system + irq + softirq + stolen
+        own = sum(os.times()[:4]) + load.cpu_seconds(self.pid) + load.cpu_seconds(self.bare_pid)
+        return busy / load.TICKS, own, (busy + idle + waiting) / load.TICKS
+
+@contextmanager
+def bare_server() -> Iterator[tuple[int, int]]:
+    """Run a bare server; gives its port and its process."""
+    with beside(load.serve_bare) as pipe:
+        yield heard(pipe)
+
+
+# ---- rows: rates
+
+def submissions(bench: Bench) -> None:
+    """Submissions/s, each on disk before it is answered."""
+    for clients in (1, 8):
+        bench.restart()
+        bench.paired(
+            f"durable submissions/s, {clients} connection{'s' * (clients > 1)}",
+            partial(apart, load.rate, bench.port, clients, request("POST", "/jobs", JOB),
+                    bench.seconds),
+            partial(apart, load.rate, bench.bare_port, clients, BARE_JOB, bench.seconds),
         )
-        self.add("claim to report over FFmpeg alone", f"{wall:.2f} s", f"{wall / alone:.3f}",
-                 f"{alone:.2f} s FFmpeg alone")
-
-    def clip(self, agent: Agent) -> str:
-        """Return the generated source as the agent keeps it."""
-        return f"file:{next((agent.work / 'cache').glob('*.mov'))}"
-
-    def end(self) -> None:
-        """End the servers."""
-        self.master.end()
-        self.bare.terminate()
-        self.bare.join()
 
 
-def seconds_between(first: str, last: str) -> float:
-    """Return the seconds between two times of the API."""
-    def parsed(text: str) -> float:
-        whole, _, rest = text.rstrip("Z").partition(".")
-        return calendar.timegm(time.strptime(whole, "%Y-%m-%dT%H:%M:%S")) + float(f"0.{rest or 0}")
-    return parsed(last) - parsed(first)
+def dispatch(bench: Bench) -> None:
+    """Claim + result cycles/s, each step on disk before it is answered: two requests each."""
+    for clients in (8, 64):
+        bench.restart()
+        bench.paired(
+            f"durable claim + result cycles/s, {clients} connections, 2,000 queued",
+            partial(apart, load.cycles, bench.port, 2000, clients, bench.seconds),
+            partial(apart, load.rate, bench.bare_port, clients, BARE_RESULT, bench.seconds),
+            2,
+        )
 
 
-def quantile(values: Sequence[float], part: float) -> float:
-    """Return a quantile by rank."""
-    return sorted(values)[min(len(values) - 1, int(part * len(values)))]
+def deep(bench: Bench) -> None:
+    """Dispatch with many jobs queued beside that with 2,000, in turns, on two masters."""
+    jobs = 100_000 if bench.quick else 1_000_000
+    other = BenchMaster(bench.new_folder())
+    try:
+        began = time.perf_counter()
+        apart(load.submit_many, other.port, jobs)
+        bench.add(f"{jobs:,} submissions in arrays of 10,000",
+                  f"{time.perf_counter() - began:.0f} s", "-", "")
+        pairs = []
+        for number in range(max(3, bench.rounds)):
+            few = apart(load.cycles, bench.port, 2000, 8, bench.seconds)
+            many = apart(load.cycles, other.port, jobs, 8, bench.seconds)
+            pairs.append((few, many))
+            say(f"round {number + 1}: {many:,.0f}/s, with 2,000 queued {few:,.0f}/s")
+        few, many = (statistics.median(pair[n] for pair in pairs) for n in range(2))
+        ratio = statistics.median(many / few for few, many in pairs)
+        bench.add(f"durable claim + result cycles/s, {jobs:,} queued", f"{many:,.0f}",
+                  f"{ratio:.2f}", f"{few:,.0f} with 2,000 queued")
+        own, base = memory_bytes(other.pid), memory_bytes(bench.pid)
+        bench.add(f"memory with {jobs:,} jobs queued", mib(own), f"{own / base:.1f}",
+                  f"{mib(base)} with 2,000 queued")
+    finally:
+        other.end()
 
 
-def mib(size: float) -> str:
-    """Return bytes in MiB."""
-    return f"{size / (1 << 20):.0f} MiB"
+def queues(bench: Bench) -> None:
+    """Durable done/s beside queues that people use, where those can be installed.
+
+    Dramatiq's messages go through redis, which syncs each write, to 8 threads of one process. Huey
+    takes its tasks off SQLite in its own process, with no network between.
+    """
+    ours = [apart(load.cycles, bench.port, 2000, 8, bench.seconds) for _ in range(bench.rounds)]
+    own = statistics.median(ours)
+    count = 1000 if bench.quick else 5000
+    found: list[tuple[str, Callable[[], float]]] = [
+        ("dramatiq on redis, appendfsync always", partial(dramatiq_rate, bench, count)),
+        ("huey on SQLite with fsync, results kept", partial(huey_rate, bench, count, "result")),
+        ("huey on SQLite with fsync, no results", partial(huey_rate, bench, count, "none")),
+    ]
+    for name, measure in found:
+        try:
+            rate = measure()
+        except Missing as error:
+            bench.add(f"durable done/s beside {name}", f"{own:,.0f}", "-", str(error))
+            continue
+        bench.add(f"durable done/s beside {name}", f"{own:,.0f}", f"{own / rate:.2f}",
+                  f"{rate:,.0f}/s")
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Return the rows as a Markdown table."""
-    heads = Row("what", "figure", "ratio", "bare http.server in the same run")
-    widths = [max(len(row[n]) for row in (heads, *rows)) for n in range(4)]
-    lines = ["| " + " | ".join(cell.ljust(size) for cell, size in zip(row, widths)) + " |"
-             for row in (heads, *rows)]
-    lines.insert(1, "|" + "|".join("-" * (size + 2) for size in widths) + "|")
-    return "\n".join(lines)
+def dramatiq_rate(bench: Bench, count: int) -> float:
+    """Return the tasks/s of dramatiq, the median of some rounds."""
+    folder = bench.new_folder()
+    python = load.python_with(folder, "dramatiq[redis]")
+    (folder / "peer.py").write_text(load.DRAMATIQ)
+    with load.redis(folder) as port:
+        return peer_rate(bench, [python, str(folder / "peer.py"), str(port), str(count)])
 
 
-PARTS = {
-    "submissions": Bench.submissions,
-    "dispatch": Bench.dispatch,
-    "latency": Bench.latency,
-    "logging": Bench.logging,
-    "memory": Bench.memory,
-    "parked": Bench.parked,
-    "agent": Bench.agent,
-    "sampling": Bench.sampling,
+def huey_rate(bench: Bench, count: int, results: str) -> float:
+    """Return the tasks/s of huey, the median of some rounds."""
+    folder = bench.new_folder()
+    python = load.python_with(folder, "huey")
+    (folder / "peer.py").write_text(load.HUEY)
+    return peer_rate(
+        bench, [python, str(folder / "peer.py"), str(folder / "huey.db"), str(count), results])
+
+
+def peer_rate(bench: Bench, argv: Sequence[str]) -> float:
+    """Return the median of the rates that a program prints, one a run."""
+    rates = []
+    for number in range(bench.rounds):
+        rates.append(float(load.output_of(argv)))
+        say(f"round {number + 1} of {bench.rounds}: {rates[-1]:,.0f}/s")
+    return statistics.median(rates)
+
+
+def logging(bench: Bench) -> None:
+    """CPU of a claim and its result with the default log, in turns with warnings alone."""
+    count = 1000 if bench.quick else 5000
+    pairs = []
+    for _ in range(max(3, bench.rounds)):
+        pair = []
+        for flags in ((), ("--log-level", "warning")):
+            bench.restart(*flags)
+            pair.append(apart(load.cycle_cpu, bench.port, bench.pid, count))
+        pairs.append(pair)
+    own, quiet = (statistics.median(pair[n] for pair in pairs) for n in range(2))
+    ratio = statistics.median(pair[0] / pair[1] for pair in pairs)
+    bench.add("CPU of a claim + result cycle", f"{1e6 * own:.0f} µs", f"{ratio:.2f}",
+              f"{1e6 * quiet:.0f} µs when only warnings are logged")
+
+
+# ---- rows: many jobs
+
+def memory(bench: Bench) -> None:
+    """Memory with 100,000 jobs queued, then the time of a start on that journal."""
+    empty = memory_bytes(bench.pid)
+    apart(load.submit_many, bench.port, 100_000)
+    full = memory_bytes(bench.pid)
+    bench.add("memory with 100,000 jobs queued", mib(full), f"{full / empty:.1f}",
+              f"{mib(empty)} when empty")
+    bench.add("start with 100,000 jobs queued", f"{bench.resume():.2f} s", "-", "")
+
+
+# The jobs of a filled journal, by their number i from the oldest on. Each scenario, node and status
+# is met alone, and in pairs that are rare or met only among the oldest: a query that walks the jobs
+# of one of them from the newest on, looking for the other, walks far.
+OLDEST = 80
+STATUS = "CASE WHEN i % 50 = 0 OR i <= 30 THEN 'failed' WHEN i % 100 = 1 THEN 'canceled' " \
+         "ELSE 'completed' END"
+SCENARIO = "CASE WHEN i <= 50 THEN 'bench-oldest' WHEN i % 10 = 3 THEN 'bench-tenth' " \
+           "ELSE 'bench-most' END"
+NODE = f"CASE WHEN i <= 30 THEN 'node-oldest' WHEN i % 20 = 3 OR i <= {OLDEST} THEN 'node-busy' " \
+       "ELSE printf('node-%03d', i % 997) END"
+FILTER_VALUES = {
+    "status": ("completed", "failed"),
+    "scenario": ("bench-oldest", "bench-tenth", "bench-most", "bench-unknown"),
+    "node_id": ("node-oldest", "node-busy", "node-500", "node-unknown"),
 }
 
 
-def wanted(args: argparse.Namespace) -> list[tuple[str, Callable[[Bench], None]]]:
-    """Return what to measure, by name."""
-    found: list[tuple[str, Callable[[Bench], None]]] = [(part, PARTS[part]) for part in args.parts]
-    if args.soak:
-        found.append(("soak", partial(Bench.soak, jobs=args.soak, keep=args.keep)))
-    if args.deep:
-        found.append(("deep", partial(Bench.deep, jobs=args.deep)))
-    return found or list(PARTS.items())
+def run_samples(port: int) -> None:
+    """Bring one job to each end that a job can have."""
+    node = load.register(port, 1)[0]
+    job = {**json.loads(JOB), "max_retries": 0}
+    for _ in range(3):
+        answer = node.ask(request("POST", "/jobs", json.dumps(job).encode()))
+    node.ask(request("POST", f"/jobs/{json.loads(answer)['id']}/cancel"))
+    for status in ("completed", "failed"):
+        found = load.claimed(node.ask(node.next_job()))
+        assert found is not None
+        report = {**RESULT, "job_id": found[0].decode(), "attempt": int(found[1]),
+                  "node_id": node.node, "session": "s", "status": status, "error": "none"}
+        node.ask(request("POST", "/results", json.dumps(report).encode()))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, and print the table."""
+def fill(folder: Path, jobs: int) -> None:
+    """Fill the journal of a master that ran the samples with copies of them.
+
+    Running a million jobs takes a quarter of an hour, and this less than a minute. The rows are
+    those that the master wrote, but for what tells them apart; totals and whatever else derives
+    from the rows are computed by ffdist itself, as after a recovery.
+    """
+    numbers = (f"WITH RECURSIVE numbers(i) AS (VALUES(1) UNION ALL SELECT i + 1 FROM numbers "
+               f"WHERE i < {jobs}), made AS (SELECT i, {STATUS} AS status, {SCENARIO} AS scenario, "
+               f"{NODE} AS node_id, printf('%08x-0000-4000-8000-%012x', "
+               "i * 2654435761 % 4294967296, i) AS id FROM numbers)")
+    other = {
+        "jobs": {"seq": "made.i + 100", "id": "made.id"},
+        "results": {"seq": "made.i + 100",
+                    "body": "replace(sample.body, json_extract(sample.body, '$.job_id'), made.id)"},
+    }
+    with closing(ffdist.connect(folder / "master" / ffdist.JOURNAL)) as connection:
+        execute = connection.execute
+        execute("PRAGMA synchronous=OFF")
+        for table, fields in other.items():
+            execute(f"CREATE TEMP TABLE sample_{table} AS SELECT * FROM {table}")
+            names = [row[1] for row in execute(f"PRAGMA table_info({table})")]
+            own = {**{name: f"made.{name}" for name in ("status", "scenario", "node_id")}, **fields}
+            values = [own.get(name, f"sample.{name}") for name in names]
+            execute(f"{numbers} INSERT INTO {table}({', '.join(names)}) SELECT {', '.join(values)} "
+                    f"FROM made JOIN sample_{table} AS sample USING(status) ORDER BY i")
+            say(f"{jobs:,} {table} written")
+        execute("DELETE FROM totals")
+        ffdist._count_anew(connection)
+
+
+def queries(bench: Bench) -> None:
+    """Lists by each filter, and by all of them together, with many finished jobs in the journal."""
+    jobs = 100_000 if bench.quick else 1_000_000
+    run_samples(bench.port)
+    bench.master.end()
+    fill(bench.folder, jobs)
+    took = bench.resume("--keep", str(10 * jobs))
+    bench.add(f"start with {jobs:,} finished jobs", f"{took:.2f} s", "-",
+              mib(memory_bytes(bench.pid)))
+    rest(bench.pid)
+    for path in ("/jobs", "/results"):
+        found = apart(list_times, bench.port, path)
+        plain = found.pop("")
+        worst = max(found, key=found.__getitem__)
+        slow = sum(took > 0.02 for took in found.values())
+        bench.add(
+            f"GET {path} with {jobs:,} finished, worst of {len(found)} filters",
+            f"{1000 * found[worst]:.1f} ms", f"{found[worst] / plain:.1f}",
+            f"{1000 * plain:.1f} ms without a filter; {slow} over 20 ms; worst: {worst}")
+
+
+def rest(pid: int) -> None:
+    """Wait until a master has checked its journal, which takes a while after the start."""
+    say("waiting until the master rests")
+    wait_for(lambda: watched(pid, 1)[1] < 5, 300, "the master rests")
+
+
+def list_times(port: int, path: str) -> dict[str, float]:
+    """Return the seconds of a page of 100 by each query, the median of a few."""
+    choices = [[f"{name}={value}" for value in values] for name, values in FILTER_VALUES.items()]
+    named = [["", *each] for each in choices]
+    found = {}
+    for number, parts in enumerate(itertools.product(*named)):
+        query = "&".join(part for part in parts if part)
+        raw = request("GET", f"{path}?{query}" if query else path)
+        first = load.delays(port, raw, 1)
+        more = load.delays(port, raw, 4) if first[0] < 0.2 else []
+        found[query] = statistics.median([*first, *more])
+        if number % 20 == 19:
+            say(f"{number + 1} queries of {path}")
+    return found
+
+
+# ---- rows: crowds
+
+def latency(bench: Bench) -> None:
+    """Submission to start, with a few nodes parked."""
+    count = 100 if bench.quick else 500
+    bare = apart(load.delays, bench.bare_port, BARE_JOB, count)
+    with crowd(bench.port, 8, 30) as nodes:
+        found = load.starts(nodes, count)
+    for name, part in (("p50", 0.5), ("p99", 0.99)):
+        own, base = quantile(found, part), quantile(bare, part)
+        bench.add(f"submission to start {name}, 8 nodes parked", f"{1000 * own:.2f} ms",
+                  f"{own / base:.1f}", f"bare server {1000 * base:.2f} ms a request")
+
+
+def parked(bench: Bench) -> None:
+    """Agents parked over two whole waits: memory and CPU, beside connections that wait as long."""
+    count, wait_s = bench.sized(8000), 3 if bench.quick else 30
+    with bare_server() as (port, pid), crowd(port, count, wait_s, bare=True):
+        base_bytes, base_cpu = watched(pid, 2 * wait_s)
+    with crowd(bench.port, count, wait_s):
+        used, cpu = watched(bench.pid, 2 * wait_s)
+    bench.add(f"memory with {count:,} agents parked", mib(used), f"{used / base_bytes:.2f}",
+              f"bare server {mib(base_bytes)}")
+    bench.add(f"CPU with {count:,} agents parked, waits of {wait_s} s", f"{cpu:.1f} % of a core",
+              f"{cpu / base_cpu:.2f}", f"bare server {base_cpu:.1f} %")
+
+
+def nodes(bench: Bench) -> None:
+    """A large fleet, parked and beating by asking again: CPU, memory, and how fast a job starts."""
+    count, wait_s = bench.sized(10_000), 3 if bench.quick else 30
+    bare = apart(load.delays, bench.bare_port, BARE_JOB, 300)
+    idle = memory_bytes(bench.pid)
+    with crowd(bench.port, count, wait_s) as pipe:
+        used, cpu = watched(bench.pid, 2 * wait_s)
+        found = load.starts(pipe, 50 if bench.quick else 300)
+    bench.add(f"CPU with {count:,} nodes parked and beating", f"{cpu:.1f} % of a core", "-",
+              f"waits of {wait_s} s, every fifth node full")
+    bench.add(f"memory with {count:,} nodes parked and beating", mib(used), f"{used / idle:.1f}",
+              f"{mib(idle)} without nodes")
+    for name, part in (("p50", 0.5), ("p99", 0.99)):
+        own, base = quantile(found, part), quantile(bare, part)
+        bench.add(f"submission to start {name}, {count:,} nodes", f"{1000 * own:.2f} ms",
+                  f"{own / base:.1f}", f"bare server {1000 * base:.2f} ms a request")
+
+
+def beats(bench: Bench) -> None:
+    """CPU of a heartbeat of each of many nodes, all sent at one moment over open connections."""
+    count, rounds = bench.sized(4000), 1 if bench.quick else 3
+    own = statistics.median(apart(load.burst, bench.port, bench.pid, count, rounds, False))
+    with bare_server() as (port, pid):
+        base = statistics.median(apart(load.burst, port, pid, count, rounds, True))
+    bench.add(f"CPU of {count:,} heartbeats sent at one moment", f"{own:.2f} s",
+              f"{own / max(base, 0.01):.2f}", f"bare server {base:.2f} s")
+
+
+def from_all(stack: ExitStack, work: Callable[..., None], port: int, count: int) -> list[Any]:
+    """Run a load in as many processes as there are addresses, each from its own."""
+    return [stack.enter_context(beside(work, port, count // ADDRESSES, f"127.0.0.{2 + number}"))
+            for number in range(ADDRESSES)]
+
+
+def each_heard(pipes: Sequence[Any], limit_s: float) -> list[Any]:
+    """Return a message of each of some processes; Overdue where one takes too long."""
+    deadline = time.perf_counter() + limit_s
+    found = []
+    for pipe in pipes:
+        if not pipe.poll(max(0.0, deadline - time.perf_counter())):
+            raise Overdue(f"the server did not let all in within {limit_s:.0f} s")
+        found.append(heard(pipe))
+    return found
+
+
+def idle(bench: Bench) -> None:
+    """Connections that say nothing: threads, memory, and what /health takes meanwhile."""
+    count = bench.sized(20_000)
+    alone = quantile(apart(load.visits, bench.port, 300), 0.99)
+    empty = memory_bytes(bench.pid)
+    with ExitStack() as stack:
+        pipes = from_all(stack, load.hold, bench.port, count)
+        each_heard(pipes, CROWD_LIMIT_S)
+        time.sleep(1)
+        for pipe in pipes:
+            pipe.send("how many?")
+        kept = sum(each_heard(pipes, CROWD_LIMIT_S))
+        threads, used = load.thread_count(bench.pid), memory_bytes(bench.pid)
+        say(f"{kept:,} idle connections, {threads} threads, {mib(used)}")
+        found = apart(load.visits, bench.port, 300)
+    what = f"with {kept:,} idle connections"
+    bench.add(f"threads {what}", f"{threads:,}", "-",
+              f"{count:,} opened, {load.raise_file_limit():,} files may be open")
+    bench.add(f"memory {what}", mib(used), f"{used / empty:.1f}", f"{mib(empty)} without them")
+    own = quantile(found, 0.99)
+    bench.add(f"/health p99 {what}", f"{1000 * own:.1f} ms", f"{own / alone:.1f}",
+              f"{1000 * alone:.1f} ms without them")
+
+
+def storm(bench: Bench) -> None:
+    """Connections that open at one moment, and close at one moment: when /health answers again."""
+    count = bench.sized(10_000)
+    alone = quantile(apart(load.visits, bench.port, 100), 0.5)
+    for what in ("open", "close"):
+        with ExitStack() as stack:
+            pipes = from_all(stack, load.storm, bench.port, count)
+            each_heard(pipes, CROWD_LIMIT_S)
+            before, began = load.cpu_seconds(bench.pid), time.perf_counter()
+            for pipe in pipes:
+                pipe.send("open")
+            each_heard(pipes, CROWD_LIMIT_S)
+            if what == "close":
+                time.sleep(5)
+                before, began = load.cpu_seconds(bench.pid), time.perf_counter()
+                stack.close()
+            took = load.settled(bench.port, began, CROWD_LIMIT_S)
+        used = load.cpu_seconds(bench.pid) - before
+        figure = f"{took:.2f} s" if took is not None else f"not within {CROWD_LIMIT_S:.0f} s"
+        bench.add(f"/health again after {count:,} connections {what} at once", figure,
+                  f"{took / alone:.0f}" if took is not None else "-",
+                  f"{1000 * alone:.1f} ms without them; {used:.1f} s of CPU")
+        bench.restart()
+
+
+# ---- rows: one machine
+
+def command(bench: Bench) -> None:
+    """CPU of `ffdist.py jobs`, beside that of Python with the one import that it cannot do without.
+
+    The median of alternating runs.
+    """
+    load.submit_many(bench.port, 50)
+    ours = [sys.executable, str(TOP / "ffdist.py"), "jobs", "--master", bench.master.url]
+    bare = [sys.executable, "-c", "import urllib.request"]
+    pairs = [(cpu_of(ours), cpu_of(bare)) for _ in range(3 if bench.quick else 15)]
+    own, base = (statistics.median(pair[n] for pair in pairs) for n in range(2))
+    ratio = statistics.median(own / base for own, base in pairs)
+    bench.add("CPU of `ffdist.py jobs`", f"{1000 * own:.0f} ms", f"{ratio:.1f}",
+              f"`python3 -c 'import urllib.request'` {1000 * base:.0f} ms")
+
+
+def cpu_of(argv: Sequence[str]) -> float:
+    """Run a program; return the CPU seconds that it used."""
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.WEXITSTATUS(status)
+    assert status == 0, f"{argv} ended with {status}"
+    return usage.ru_utime + usage.ru_stime
+
+
+def sampling(bench: Bench) -> None:
+    """CPU of the readings that an agent takes once a second while a job runs."""
+    count = 50 if bench.quick else 500
+    archive.unpack(
+        (TOP / "tests/hosts/xeon-t4.txt").read_text(encoding="utf-8"), bench.folder / "xeon"
+    )
+    places = {
+        "this machine": hwdetect.Host(),
+        "two sockets": hwdetect.Host(f"{bench.folder}/xeon"),
+    }
+    for where, host in places.items():
+        sampler = hwdetect.Sampler(host, hwdetect.detect(host, probe=False), gpu=False)
+        sampler.throttles()
+        began = time.process_time()
+        for number in range(count):
+            sampler.sample(float(number))
+            hwdetect.process_group(hwdetect.Host(), os.getpgid(bench.pid))
+        each = (time.process_time() - began) / count
+        share = f"{100 * each / hwdetect.SAMPLE_S:.3f} % of a core"
+        bench.add(f"sampling once a second, {where}", share, "-", "")
+
+
+@contextmanager
+def agent_beside(bench: Bench, *flags: str, probe: bool = False) -> Iterator[Agent]:
+    """Run an agent beside the master under test."""
+    need("ffmpeg", "ffprobe")
+    agent = Agent(bench.folder, bench.master.url, *flags, probe=probe)
+    try:
+        wait_for(lambda: bench.master.get("/nodes")["count"], why="the agent registers")
+        yield agent
+    finally:
+        agent.end()
+
+
+def agent(bench: Bench) -> None:
+    """A real agent: idle, and its wall time over the very same FFmpeg commands run alone."""
+    with agent_beside(bench) as program:
+        time.sleep(2)
+        used, cpu = watched(program.pid, 10 if bench.quick else 60)
+        bench.add("agent idle, memory", mib(used), f"{used / bench.bare_idle_bytes:.2f}",
+                  f"bare server {mib(bench.bare_idle_bytes)}")
+        bench.add("agent idle, CPU", f"{cpu:.2f} % of a core", "-", "")
+        overhead(bench, program)
+
+
+def overhead(bench: Bench, program: Agent) -> None:
+    """Wall time of a job from claim to report, over FFmpeg alone."""
+    length, master = 10 if bench.quick else 40, bench.master
+    pairs = []
+    for number in range(min(bench.rounds, 3) + 1):
+        made = master.submit("720p30-h264", duration=length, preset="veryfast", audio=False)
+        job = master.finished(made["id"], 300)
+        result = job["result"]
+        wall = seconds_between(job["started_at"], job["completed_at"])
+        # The generated source lies in the agent's cache.
+        source = f"file:{next((program.work / 'cache').glob('*.mov'))}"
+        argv = [source if word.endswith("source.mov") else
+                f"file:{bench.folder}/alone" if word.endswith("/output") else word
+                for word in result["encode"]["commands"][0]]
+        began = time.perf_counter()
+        subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+        alone = time.perf_counter() - began
+        if number:  # the first one made the generated source
+            pairs.append((wall, result["metrics"]["duration"], alone))
+            say(f"job {number}: {wall:.2f} s, FFmpeg alone {alone:.2f} s")
+    wall, encode, alone = (statistics.median(pair[n] for pair in pairs) for n in range(3))
+    bench.add("encode under the agent over FFmpeg alone", f"{encode:.2f} s",
+              f"{encode / alone:.3f}", f"{alone:.2f} s FFmpeg alone")
+    bench.add("claim to report over FFmpeg alone", f"{wall:.2f} s", f"{wall / alone:.3f}",
+              f"{alone:.2f} s FFmpeg alone")
+
+
+# ---- instead of rows
+
+def soak(bench: Bench, jobs: int, keep: str | None) -> None:
+    """Many jobs through one master: the last tenth beside the first."""
+    bench.restart(*(["--keep", keep] if keep else []))
+    tenths = apart(
+        load.soak, bench.port, bench.bare_port, bench.pid, bench.folder / "master", jobs
+    )
+    first, last = tenths[0], tenths[-1]
+    mean = statistics.harmonic_mean([tenth.rate for tenth in tenths])
+    bench.add(f"soak: {jobs:,} jobs submitted, claimed, reported", f"{mean:,.0f}/s", "-",
+              f"{first.rate:,.0f}/s in the first tenth, {last.rate:,.0f}/s in the last")
+    bench.add("soak: claim + result cycles/s, last tenth", f"{last.cycles:,.0f}",
+              f"{last.cycles_ratio:.2f}", f"ratio {first.cycles_ratio:.2f} in the first tenth")
+    bench.add("soak: one claim + result alone, last tenth", f"{1000 * last.alone:.2f} ms",
+              f"{last.alone_ratio:.1f}", f"ratio {first.alone_ratio:.1f} in the first tenth")
+    bench.add("soak: memory of the master, last tenth", mib(last.memory),
+              f"{last.memory / first.memory:.2f}", f"{mib(first.memory)} in the first tenth")
+    bench.add("soak: journal, bytes a job", f"{last.journal / jobs:,.0f}", "-",
+              f"{mib(last.journal)} in all")
+
+
+# What is measured, by name, and the seconds after which it is given up.
+ROWS: dict[str, tuple[Callable[[Bench], None], float]] = {
+    "dispatch": (dispatch, ROW_LIMIT_S),
+    "deep": (deep, ROW_LIMIT_S),
+    "queues": (queues, ROW_LIMIT_S),
+    "submissions": (submissions, ROW_LIMIT_S),
+    "latency": (latency, ROW_LIMIT_S),
+    "beats": (beats, ROW_LIMIT_S),
+    "parked": (parked, ROW_LIMIT_S),
+    "idle": (idle, 2 * CROWD_LIMIT_S),
+    "storm": (storm, 6 * CROWD_LIMIT_S),
+    "nodes": (nodes, ROW_LIMIT_S),
+    "queries": (queries, ROW_LIMIT_S),
+    "command": (command, ROW_LIMIT_S),
+    "logging": (logging, ROW_LIMIT_S),
+    "memory": (memory, ROW_LIMIT_S),
+    "agent": (agent, ROW_LIMIT_S),
+    "sampling": (sampling, ROW_LIMIT_S),
+}
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(
         "python3 -m tests.bench",
         description="Measure how fast this fleet is.",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--quick", action="store_true", help="short rounds, a smaller crowd: about a minute"
+        "--quick", action="store_true", help="short rounds, a tenth of each crowd"
     )
     parser.add_argument(
         "--soak", type=int, metavar="JOBS", help="instead: so many jobs through one master"
     )
     parser.add_argument("--keep", help="with --soak: the master's --keep")
-    parser.add_argument(
-        "--deep", type=int, metavar="JOBS", help="instead: dispatch with so many jobs queued"
-    )
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (all)")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(ROWS)} (all)")
     args = parser.parse_args(argv)
-    unknown = [part for part in args.parts if part not in PARTS]
+    unknown = [name for name in args.rows if name not in ROWS]
     if unknown:
-        parser.error(f"there is no part {unknown[0]}; there are {', '.join(PARTS)}")
-    load = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory(prefix="ffdist-bench-") as top:
-        (Path(top) / "first").mkdir()
-        bench = Bench(Path(top) / "first", args.quick)
-        try:
-            assert call(bench.master.url, "GET", "/health").status == 200
-            for name, measure in wanted(args):
-                print(f"{name} …", file=sys.stderr, flush=True)
-                measure(bench)
-        finally:
-            bench.end()
-    print(
-        f"Python {platform.python_version()}, {os.cpu_count()} cores, "
-        f"load average {load:.2f} at the start"
-        f"{', quick' if args.quick else ''}\n"
-    )
-    print(table(bench.rows))
+        parser.error(f"unknown row {unknown[0]}: expected {', '.join(ROWS)}")
+    return args
+
+
+def handle_signals() -> None:
+    """End on SIGTERM as on Ctrl-C, and a row when its time is up."""
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    def give_up(number: int, frame: object) -> None:
+        raise Overdue("the time limit of the row was over")
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGALRM, give_up)
+
+
+def measure_all(bench: Bench, args: argparse.Namespace) -> int:
+    """Measure what was asked for; return the exit code."""
+    try:
+        if args.soak:
+            soak(bench, args.soak, args.keep)
+            return 0
+        for name in args.rows or ROWS:
+            bench.measure(name, *ROWS[name])
+    except KeyboardInterrupt:
+        return 130
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, and print the table; after Ctrl-C that of what was measured until then."""
+    args = parsed(argv)
+    handle_signals()
+    with tempfile.TemporaryDirectory(prefix="ffdist-bench-") as top, ExitStack() as stack:
+        bench = Bench(Path(top), args.quick, stack)
+        code = measure_all(bench, args)
+    cores = f"Python {platform.python_version()}, {os.cpu_count()} cores"
+    print(f"{cores}{', quick' if args.quick else ''}")
+    for name, share in bench.others.items():
+        if share > 0.05:
+            print(f"not to be trusted: other programs used {100 * share:.0f} % of the cores "
+                  f"during {name}")
+    print(f"\n{table(bench.rows)}")
+    return code
 
 
 if __name__ == "__main__":
