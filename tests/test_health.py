@@ -16,7 +16,6 @@ import ffdist
 from agent import ApiError
 from ffdist import Ask, Job, Master, Settings, Turn, backoff_most_s, blames_node, draft_of
 from tests.fleet import Case
-from tests.support import wait_for
 
 LOG = logging.getLogger("ffdist.test-health")
 LOG.addHandler(logging.NullHandler())
