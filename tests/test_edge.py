@@ -1,0 +1,397 @@
+"""The edge of the master to the network: who may connect, how long, with how much, and in what
+order the answers come.
+
+The service runs in this process, so that its limits can be made small; the clients are bare
+sockets. What garbage may do: test_fuzz. A crowd of real size: bench.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+import resource
+import socket
+import threading
+import unittest
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import ffdist
+from agent import ApiError
+from tests.fleet import Case, Master, Node
+from tests.support import all_of, call, need, wait_for
+
+LOG = logging.getLogger("ffdist.test-edge")
+LOG.addHandler(logging.NullHandler())
+LOG.propagate = False
+
+
+def request(method: str, path: str, body: Any = None, headers: str = "") -> bytes:
+    """Return the bytes of a request."""
+    raw = b"" if body is None else json.dumps(body).encode()
+    if raw:
+        headers += f"Content-Type: application/json\r\nContent-Length: {len(raw)}\r\n"
+    return f"{method} {path} HTTP/1.1\r\nHost: x\r\n{headers}\r\n".encode() + raw
+
+
+HEALTH = request("GET", "/health")
+JOB = {"scenario": "720p30-h264", "parameters": {"duration": 1}}
+LAST = request("GET", "/health", headers="Connection: close\r\n")
+
+
+def answers(raw: bytes) -> list[tuple[int, Any]]:
+    """Return (status, JSON) of each of the answers in a stream."""
+    found = []
+    while raw:
+        head, _, rest = raw.partition(b"\r\n\r\n")
+        length = int(re.findall(rb"Content-Length: (\d+)", head)[0])
+        found.append((int(head[9:12]), json.loads(rest[:length])))
+        raw = rest[length:]
+    return found
+
+
+class Edges(Case):
+    """A service in this process, and clients of it."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.sockets = contextlib.ExitStack()
+        self.addCleanup(self.sockets.close)
+
+    def serve(self, **limits: Any) -> ffdist.Service:
+        """Start a service with some constants of its own."""
+        for name, value in limits.items():
+            self.set(name, value)
+        service = ffdist.Service(
+            "127.0.0.1", 0, self.folder / "master", ffdist.Settings(), log=LOG)
+        service.start()
+        self.addCleanup(self.stop)
+        self.service, self.is_stopped = service, False
+        self.port = int(service.url.rpartition(":")[2])
+        return service
+
+    def stop(self) -> None:
+        if not self.is_stopped:
+            self.is_stopped = True
+            self.service.stop()
+
+    def set(self, name: str, value: Any) -> None:
+        patch = mock.patch.object(ffdist, name, value)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def connect(self, source: str = "127.0.0.1") -> socket.socket:
+        client = socket.create_connection(
+            ("127.0.0.1", self.port), timeout=20, source_address=(source, 0))
+        return self.sockets.enter_context(client)
+
+    def exchange(self, *parts: bytes) -> list[tuple[int, Any]]:
+        """Send parts one after the other, and return all answers until the end."""
+        client = self.connect()
+        for part in parts:
+            client.sendall(part)
+        return answers(all_of(client))
+
+    def one_answer(self, client: socket.socket) -> tuple[int, Any]:
+        """Return the next answer; the connection stays open."""
+        raw = b""
+        while b"\r\n\r\n" not in raw:
+            raw += client.recv(65536)
+        length = int(re.findall(rb"Content-Length: (\d+)", raw)[0])
+        while len(raw.partition(b"\r\n\r\n")[2]) < length:
+            raw += client.recv(65536)
+        return answers(raw)[0]
+
+    def node(self, name: str = "worker") -> dict[str, str]:
+        body = {"address": name, "session": "s", "protocol": 1}
+        node = call(self.service.url, "POST", "/nodes/register", body).body
+        return {"node_id": node["id"], "session": "s"}
+
+    def claim(self, node: dict[str, str], word: str, wait_s: float = 15) -> bytes:
+        query = "&".join(f"{name}={value}" for name, value in node.items())
+        return request("GET", f"/jobs/next?{query}&claim={word}&wait={wait_s}")
+
+    def parked(self) -> int:
+        return self.service.master.queries.snapshot().parked
+
+
+class Order(Edges):
+    """What comes over one connection is answered, once, in its order."""
+
+    def test_pipelined_requests_are_answered_in_order(self) -> None:
+        self.serve()
+        # Of the pool, of the edge, of a commit, and refused ones.
+        found = self.exchange(
+            request("GET", "/nodes") + HEALTH + request("POST", "/jobs", JOB)
+            + request("GET", "/nothing") + request("GET", "/jobs?limit=1") + LAST)
+        self.assertEqual([status for status, _ in found], [200, 200, 201, 404, 200, 200])
+        self.assertEqual(found[0][1]["nodes"], [])
+        self.assertEqual(found[2][1]["id"], found[4][1]["jobs"][0]["id"], "it saw the job")
+
+    def test_requests_that_come_byte_by_byte_are_whole(self) -> None:
+        self.serve()
+        raw = request("POST", "/jobs", JOB) + HEALTH + LAST
+        client = self.connect()
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for number in range(len(raw)):
+            client.sendall(raw[number:number + 1])
+        self.assertEqual([status for status, _ in answers(all_of(client))], [201, 200, 200])
+
+    def test_requests_behind_a_parked_one_wait_for_it(self) -> None:
+        self.serve()
+        client = self.connect()
+        client.sendall(self.claim(self.node(), "w") + LAST)
+        wait_for(self.parked, why="the claim is parked")
+        job = call(self.service.url, "POST", "/jobs", JOB).body
+        [(_, claimed), (status, _)] = answers(all_of(client))
+        self.assertEqual((claimed["job"]["id"], status), (job["id"], 200))
+
+    def test_thousands_of_pipelined_requests_are_all_answered(self) -> None:
+        self.serve()
+        client = self.connect()
+        count = 3000
+        threading.Thread(target=client.sendall, args=(HEALTH * count + LAST,), daemon=True).start()
+        self.assertEqual(len(answers(all_of(client))), count + 1)
+
+    def test_a_large_body_is_taken_and_the_next_request_too(self) -> None:
+        self.serve()
+        jobs = [{**JOB, "note": "x" * 100}] * 1000
+        found = self.exchange(request("POST", "/jobs", jobs), HEALTH, LAST)
+        self.assertEqual([status for status, _ in found], [201, 200, 200])
+        self.assertEqual(found[0][1]["count"], 1000)
+
+    def test_a_client_that_stops_sending_gets_its_answer(self) -> None:
+        self.serve()
+        client = self.connect()
+        client.sendall(request("GET", "/nodes"))
+        client.shutdown(socket.SHUT_WR)
+        self.assertEqual([status for status, _ in answers(all_of(client))], [200])
+
+
+class Parked(Edges):
+    """A parked request is no thread; it ends by news, by its time, or with its client."""
+
+    def test_a_hang_up_of_a_parked_claim_hands_its_job_to_the_next(self) -> None:
+        self.serve()
+        first, second = self.connect(), self.connect()
+        first.sendall(self.claim(self.node("first"), "a"))
+        wait_for(self.parked, why="the first is parked")
+        second.sendall(self.claim(self.node("second"), "b"))
+        wait_for(lambda: self.parked() == 2, why="the second is parked")
+        first.close()
+        wait_for(lambda: self.parked() == 1, why="the hang-up is seen")
+        job = call(self.service.url, "POST", "/jobs", JOB).body
+        self.assertEqual(self.one_answer(second)[1]["job"]["id"], job["id"])
+
+    def test_a_parked_claim_whose_time_is_up_is_answered_empty(self) -> None:
+        self.serve()
+        client = self.connect()
+        client.sendall(self.claim(self.node(), "w", wait_s=0.3))
+        self.assertEqual(self.one_answer(client), (200, {"job": None}))
+        client.sendall(HEALTH)
+        self.assertEqual(self.one_answer(client)[0], 200, "the connection is kept")
+
+    def test_log_requests_are_woken_by_lines_by_the_end_and_by_their_time(self) -> None:
+        service = self.serve()
+        node = self.node()
+        job = call(service.url, "POST", "/jobs", JOB).body
+        claimed = call(service.url, "GET", f"/jobs/next?node_id={node['node_id']}&session=s").body
+        own = {**node, "attempt": claimed["job"]["attempt"]}
+        client = self.connect()
+        path = f"/jobs/{job['id']}/logs?wait=15"
+        client.sendall(request("GET", path))
+        call(service.url, "POST", f"/jobs/{job['id']}/progress", {**own, "lines": ["one"]})
+        self.assertEqual(self.one_answer(client)[1]["lines"], ["one"])
+        client.sendall(request("GET", f"{path}&after=1"))
+        report = {**own, "job_id": job["id"], "status": "completed"}
+        call(service.url, "POST", "/results", report)
+        self.assertEqual(self.one_answer(client)[1]["status"], "completed")
+        other = call(service.url, "POST", "/jobs", JOB).body
+        client.sendall(request("GET", f"/jobs/{other['id']}/logs?wait=0.3"))
+        self.assertEqual(self.one_answer(client)[1], {"lines": [], "next": 0, "status": "pending"})
+
+    def test_a_stop_answers_what_is_parked(self) -> None:
+        self.serve()
+        client = self.connect()
+        client.sendall(self.claim(self.node(), "w"))
+        wait_for(self.parked, why="the claim is parked")
+        self.stop()
+        self.assertEqual(answers(all_of(client)), [(200, {"job": None})])
+
+    def test_a_failed_commit_is_the_answer_of_all_that_waited_for_it(self) -> None:
+        service = self.serve()
+        journal = service.master.journal
+        with mock.patch.object(journal, "_check_place", side_effect=OSError("no disk")):
+            found = self.exchange(request("POST", "/jobs", JOB) + LAST)
+        self.assertEqual([status for status, _ in found], [503, 200])
+        self.assertIn("no disk", found[0][1]["error"])
+        self.assertEqual(call(service.url, "POST", "/jobs", JOB).status, 201, "it goes on")
+
+
+class Limits(Edges):
+    """Whoever takes too much, or too long, is told so; the others do not notice."""
+
+    def has_answer(self, client: socket.socket) -> bool:
+        client.settimeout(0)
+        try:
+            return len(client.recv(1, socket.MSG_PEEK)) > 0
+        except OSError:
+            return False
+        finally:
+            client.settimeout(20)
+
+    def test_too_many_connections_of_one_address_get_503_and_others_none(self) -> None:
+        self.serve()
+        self.service._edge._bounds.max_connections = 10
+        clients = [self.connect() for _ in range(5)]
+        refused = all_of(self.connect())
+        self.assertEqual(answers(refused)[0][0], 503)
+        self.assertIn(b"Retry-After: ", refused)
+        other = self.connect("127.0.0.2")
+        for client in (*clients, other):
+            client.sendall(HEALTH)
+            self.assertEqual(self.one_answer(client)[0], 200)
+        clients[0].close()
+        wait_for(lambda: len(self.service._edge._connections) == 5, why="the end is seen")
+        client = self.connect()
+        client.sendall(HEALTH)
+        self.assertEqual(self.one_answer(client)[0], 200, "there is room again")
+
+    def test_connections_of_a_nodes_session_do_not_count_for_their_address(self) -> None:
+        service = self.serve()
+        node = self.node()
+        service._edge._bounds.max_connections = 10
+        clients = [self.connect() for _ in range(4)]
+        for number, client in enumerate(clients):
+            client.sendall(request("POST", f"/nodes/{node['node_id']}/heartbeat?session=s"))
+            self.assertEqual(self.one_answer(client)[0], 200, number)
+        for _ in range(5):
+            client = self.connect()
+            client.sendall(HEALTH)
+            self.assertEqual(self.one_answer(client)[0], 200)
+        self.assertEqual(answers(all_of(self.connect()))[0][0], 503)
+
+    def test_a_head_and_a_body_that_drip_are_given_up(self) -> None:
+        self.serve(HEAD_S=0.3, BODY_S=0.6, SWEEP_S=0.1)
+        head, body = self.connect(), self.connect()
+        head.sendall(HEALTH[:20])
+        body.sendall(request("POST", "/jobs", JOB)[:-5])
+        self.assertEqual([status for status, _ in answers(all_of(head))], [408])
+        [(status, told)] = answers(all_of(body))
+        self.assertEqual(status, 408)
+        self.assertRegex(told["error"], r"the body did not arrive: (\d+) of \d+ bytes came")
+
+    def test_an_idle_connection_is_closed_after_its_time(self) -> None:
+        self.serve(IDLE_S=0.3, SWEEP_S=0.1)
+        client = self.connect()
+        client.sendall(HEALTH)
+        self.one_answer(client)
+        self.assertEqual(all_of(client), b"")
+
+    def test_a_reader_that_does_not_read_is_closed_and_holds_nobody_up(self) -> None:
+        self.serve(SEND_S=0.5, SWEEP_S=0.1)
+        jobs = [{**JOB, "note": "x" * 5000}] * 900
+        call(self.service.url, "POST", "/jobs", jobs)
+        client = self.connect()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(request("GET", "/jobs?limit=900") * 3)
+        bounds = self.service._edge._bounds
+        wait_for(lambda: bounds.unsent_bytes, why="an answer waits for its reader")
+        self.assertEqual(call(self.service.url, "GET", "/health").status, 200)
+        wait_for(lambda: not self.service._edge._connections, why="it is closed")
+        self.assertEqual(bounds.unsent_bytes, 0)
+
+    def test_the_bytes_of_unfinished_requests_are_bounded(self) -> None:
+        self.serve(MAX_HELD_BYTES=100_000, MAX_FILED_BYTES=1_000_000)
+        small = request("POST", "/jobs", [{**JOB, "note": "x" * 50_000}])[:-10]
+        clients = [self.connect() for _ in range(3)]
+        for client in clients:
+            client.sendall(small)
+        wait_for(lambda: any(map(self.has_answer, clients)), why="one is refused")
+        refused = [answers(all_of(client)) for client in clients if self.has_answer(client)]
+        self.assertEqual({found[0][0] for found in refused}, {503})
+        self.assertLess(len(refused), 3, "the first may go on")
+        bounds = self.service._edge._bounds
+        self.assertLessEqual(bounds.held_bytes, 100_000)
+
+        large = request("POST", "/jobs", [{**JOB, "note": "x" * 600_000}])[:-10]
+        others = [self.connect() for _ in range(2)]
+        with contextlib.suppress(OSError):
+            for client in others:
+                client.sendall(large)
+        wait_for(lambda: any(map(self.has_answer, others)), why="one is refused")
+        refused = [answers(all_of(client)) for client in others if self.has_answer(client)]
+        self.assertEqual([found[0][0] for found in refused], [503])
+        self.assertEqual(call(self.service.url, "GET", "/health").status, 200)
+        for client in (*clients, *others):
+            client.close()
+        wait_for(lambda: bounds.held_bytes == bounds.filed_bytes == 0, why="all is given back")
+
+    def test_brackets_are_counted_before_a_body_is_parsed(self) -> None:
+        self.serve()
+        raw = b"[" + b"[]," * ffdist.MAX_BRACKETS + b"[]]"
+        head = (f"POST /jobs HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: "
+                f"application/json\r\nContent-Length: {len(raw)}\r\n\r\n").encode()
+        [(status, told)] = self.exchange(head + raw)
+        self.assertEqual(status, 400)
+        self.assertIn("brackets", told["error"])
+
+    def test_how_deep_a_body_may_be(self) -> None:
+        deep = ffdist.MAX_NESTING
+        for good in (
+            b"[" * deep + b"]" * deep,
+            b'{"a":' * deep + b"1" + b"}" * deep,
+            b'["' + b"[" * 1000 + b'\\"[[", 1]',
+            b"[" + b",".join([b"[[]]"] * 1000) + b"]",
+        ):
+            ffdist.decode_json(good)
+        for bad in (
+            b"[" * (deep + 1) + b"]" * (deep + 1),
+            b'[{"a":' * deep + b"1" + b"}]" * deep,
+            b"[" * 5000,
+        ):
+            with self.assertRaisesRegex(ApiError, "nested deeper"):
+                ffdist.decode_json(bad)
+
+
+class Crowd(Case):
+    """A real master under many connections that want nothing, or half of something."""
+
+    def threads(self, master: Master) -> int:
+        status = Path(f"/proc/{master.pid}/status").read_text()
+        return int(re.findall(r"Threads:\s+(\d+)", status)[0])
+
+    def test_a_thousand_idle_connections_and_half_bodies_beside_a_working_agent(self) -> None:
+        need("ffmpeg", "ffprobe")
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, files[1]), files[1]))
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, files)
+        master = self.master()
+        agent = self.agent(master)
+        self.addCleanup(agent.end)
+        before = self.threads(master)
+        half = request("POST", "/jobs", [{**JOB, "note": "x" * 100_000}])[:60_000]
+        with contextlib.ExitStack() as stack:
+            for number in range(1100):
+                client = stack.enter_context(socket.create_connection(("127.0.0.1", master.port)))
+                if number % 11 == 0:
+                    client.sendall(half)
+            self.assertEqual(self.threads(master), before)
+            job = master.finished(master.submit("64p25-h264", duration=0.2)["id"])
+            self.assertEqual(job["status"], "completed")
+            self.assertEqual(self.threads(master), before)
+        self.assertEqual(master.get("/health"), {"status": "healthy"})
+
+    def test_parked_agents_cost_no_threads(self) -> None:
+        master = self.master()
+        before = self.threads(master)
+        nodes = [Node(master, f"worker-{number}") for number in range(40)]
+        for node in nodes:
+            node.park()
+        self.assertEqual(self.threads(master), before)
+
+
+if __name__ == "__main__":
+    unittest.main()
