@@ -1251,8 +1251,8 @@ def setup_logging(level: str, form: str, name: str) -> logging.Logger:
 
 class _TextLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
-        return f"{stamp} {record.levelname.lower():7s} {printable(record.getMessage())}"
+        stamp = (utc_text(record.created) or "")[:len("2025-12-29T19:45:00")]
+        return f"{stamp}Z {record.levelname.lower():7s} {printable(record.getMessage())}"
 
 
 class _JsonLines(logging.Formatter):

@@ -74,6 +74,7 @@ import csv
 import difflib
 import errno
 import fcntl
+import functools
 import hashlib
 import heapq
 import hmac
@@ -109,7 +110,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Optional, Protocol, TypeVar
 
@@ -277,6 +277,9 @@ class Needs(NamedTuple):
     exclusive: bool = False
 
 
+NO_NEEDS = Needs()
+
+
 class Job(NamedTuple):
     """One piece of work; never changed in place: advance() returns the next one.
 
@@ -319,6 +322,8 @@ class Job(NamedTuple):
     @property
     def needs(self) -> Needs:
         """The lane that it waits in."""
+        if not self.avoid and self.only is None and not self.exclusive:
+            return NO_NEEDS
         return Needs(frozenset(self.avoid), self.only, self.exclusive)
 
     @property
@@ -521,27 +526,28 @@ def blames_node(job: Job, node_id: str, failure_reason: str | None) -> bool:
 
 def job_text(job: Job, progress: Json | None = None) -> str:
     """Return a job as the API shows it, as JSON text, with its agent's last `progress`."""
-    state = json.dumps(
-        {
-            "status": job.status,
-            "node_id": job.node_id,
-            "attempt": job.attempt,
-            "cancel_requested": job.state == "canceling",
-            "progress": progress,
-            "error": job.error,
-            "failure_reason": job.failure_reason,
-            "retry_count": job.retry_count,
-            "max_retries": job.max_retries,
-            "retry_reason": job.retry_reason,
-            "not_before": wire.utc_text(job.not_before),
-            "created_at": wire.utc_text(job.created_at),
-            "started_at": wire.utc_text(job.started_at),
-            "completed_at": wire.utc_text(job.completed_at),
-        }
-    )
     # The specification is JSON text already: decoding it only to encode it again would cost more
-    # than the rest.
-    return f'{{"id": "{job.id}", {job.spec[1:-1]}, {state[1:]}'
+    # than the rest. Most of the rest is null or a number.
+    canceling = "true" if job.state == "canceling" else "false"
+    return (
+        f'{{"id": "{job.id}", {job.spec[1:-1]}, "status": "{job.status}", '
+        f'"node_id": {_json_of(job.node_id)}, "attempt": {job.attempt}, '
+        f'"cancel_requested": {canceling}, "progress": {_json_of(progress)}, '
+        f'"error": {_json_of(job.error)}, "failure_reason": {_json_of(job.failure_reason)}, '
+        f'"retry_count": {job.retry_count}, "max_retries": {job.max_retries}, '
+        f'"retry_reason": {_json_of(job.retry_reason)}, '
+        f'"not_before": {_json_time(job.not_before)}, "created_at": {_json_time(job.created_at)}, '
+        f'"started_at": {_json_time(job.started_at)}, '
+        f'"completed_at": {_json_time(job.completed_at)}}}'
+    )
+
+
+def _json_of(value: Any) -> str:
+    return "null" if value is None else json.dumps(value)
+
+
+def _json_time(seconds: float | None) -> str:
+    return "null" if seconds is None else f'"{wire.utc_text(seconds)}"'
 
 
 def claim_text(job: Job) -> str:
@@ -3673,8 +3679,11 @@ class Transactions:
             ticket.then(settled)
 
     def _log_notes(self, notes: Sequence[Note]) -> None:
+        log = self._log
         for level, message, values in notes:
-            self._log.log(level, message, *values)
+            if log.isEnabledFor(level):
+                # Without the caller's file and line, which Logger.log() would look up.
+                log.handle(logging.LogRecord(log.name, level, "", 0, message, values, None))
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[State]:
@@ -5642,7 +5651,7 @@ class Head(NamedTuple):
     method: str
     path: str
     query: dict[str, str]
-    headers: dict[bytes, bytes]
+    headers: Mapping[bytes, bytes]
     length: int
     keep: bool
     is_browser: bool
@@ -5662,14 +5671,14 @@ def parse_head(block: bytes) -> Head:
     if major != b"1":
         raise ApiError(505, "unsupported version of HTTP: expected 1.1 or 1.0")
 
-    headers, is_browser = _headers_of(rest)
+    headers, is_browser = _known_headers(rest) if len(rest) <= 500 else _headers_of(rest)
     keep = minor != b"0" and headers.get(b"connection", b"").lower() != b"close"
     path, query = _target_of(target)
     length = _length_of(headers)
     return Head(method.decode(), path, query, headers, length, keep, is_browser)
 
 
-def _headers_of(block: bytes) -> tuple[dict[bytes, bytes], bool]:
+def _headers_of(block: bytes) -> tuple[Mapping[bytes, bytes], bool]:
     """Return the headers that matter, and whether one of all is a browser's."""
     if block and not _HEADERS.fullmatch(block):
         raise ApiError(400, "invalid header: expected a name, a colon and a value on each line")
@@ -5690,6 +5699,10 @@ def _headers_of(block: bytes) -> tuple[dict[bytes, bytes], bool]:
                 raise ApiError(400, f"duplicate header {name.decode()}: expected one")
             headers[name] = value.strip()
     return headers, is_browser
+
+
+# A client sends the same lines with each request, but for the length of its body.
+_known_headers = functools.lru_cache(maxsize=1024)(_headers_of)
 
 
 def _length_of(headers: Mapping[bytes, bytes]) -> int:
@@ -6205,7 +6218,7 @@ class Exchange:
 
     def begin(self, connection: Connection) -> None:
         """Answer a whole request."""
-        connection.turn = Turn(partial(self._wake, connection), connection.is_alive)
+        connection.turn = Turn(functools.partial(self._wake, connection), connection.is_alive)
         connection.deadline = math.inf
         connection.state = WORKING
         self._dispatch(connection)
@@ -6222,7 +6235,7 @@ class Exchange:
     def _queue(self, connection: Connection) -> None:
         pool = self._pool if connection.spool is None else self._large
         try:
-            pool.put(partial(self._work, connection, may_block=True))
+            pool.put(functools.partial(self._work, connection, may_block=True))
         except ApiError as error:
             self.refuse(connection, error)
 
@@ -6238,11 +6251,11 @@ class Exchange:
             self._queue(connection)
             return
         if turn.is_node and not connection.is_node:
-            self._loop.call(partial(self._excuse, connection))
+            self._loop.call(functools.partial(self._excuse, connection))
         if answer is None:
             self._park(connection, turn)
         else:
-            self._master.after_commit(turn, partial(self._deliver, connection, answer))
+            self._master.after_commit(turn, functools.partial(self._deliver, connection, answer))
 
     def _answer(self, connection: Connection) -> bytes | None:
         """Return the answer to a request, None where it is parked. WouldBlock."""
@@ -6269,10 +6282,10 @@ class Exchange:
     def _park(self, connection: Connection, turn: Turn) -> None:
         """Keep a request until it is woken, or its time is up. For any thread."""
         self._master.after_commit(turn, lambda error: None)
-        resume = partial(self.resume, connection, turn)
+        resume = functools.partial(self.resume, connection, turn)
         if connection.timed is not turn:
             connection.timed = turn
-            self._loop.call(partial(self._loop.at, turn.deadline or 0.0, resume))
+            self._loop.call(functools.partial(self._loop.at, turn.deadline or 0.0, resume))
         with connection.lock:
             if connection.is_woken or connection.has_hung_up:
                 self._loop.call(resume)
@@ -6280,7 +6293,7 @@ class Exchange:
 
     def _wake(self, connection: Connection, turn: Turn) -> None:
         """Let a parked request look again soon. For any thread."""
-        self._loop.call(partial(self.resume, connection, turn))
+        self._loop.call(functools.partial(self.resume, connection, turn))
 
     def resume(self, connection: Connection, turn: Turn) -> None:
         """Let a parked request look again, unless it has its answer."""
@@ -6311,7 +6324,7 @@ class Exchange:
             connection.deadline = time.monotonic() + (IDLE_S if is_over else SEND_S)
             connection.state = READING if is_over else SENDING
         if not is_over:
-            self._loop.call(partial(self._go_on, connection))
+            self._loop.call(functools.partial(self._go_on, connection))
 
 
 class Edge:
@@ -6350,7 +6363,7 @@ class Edge:
         """Take a connection that was accepted. For any thread."""
         client.setblocking(False)
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._loop.call(partial(self._enter, client, _network_of(address)))
+        self._loop.call(functools.partial(self._enter, client, _network_of(address)))
 
     def _enter(self, client: socket.socket, address: str) -> None:
         connection = Connection(client, address, time.monotonic() + IDLE_S)
@@ -6374,7 +6387,7 @@ class Edge:
     def _watch(self, connection: Connection, events: int) -> None:
         if events != connection.watched:
             self._loop.watch(connection.socket, connection.watched, events,
-                             partial(self._ready, connection))
+                             functools.partial(self._ready, connection))
             connection.watched = events
 
     def _ready(self, connection: Connection) -> None:
@@ -6899,6 +6912,8 @@ class LogWriter(logging.Handler):
 
 def write_log_behind(log: logging.Logger) -> list[LogWriter]:
     """Put a LogWriter before each handler of a logger that writes to a stream; return them."""
+    # No line shows these, and looking them up costs more than the rest of a record.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     writers = []
     for handler in list(log.handlers):
         if isinstance(handler, logging.StreamHandler):
