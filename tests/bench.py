@@ -303,54 +303,49 @@ def deep(bench: Bench) -> None:
 
 
 def queues(bench: Bench) -> None:
-    """Durable done/s beside queues that people use, where those can be installed.
+    """Durable done/s in turns with queues that people use, where those can be installed.
 
     Dramatiq's messages go through redis, which syncs each write, to 8 threads of one process. Huey
     takes its tasks off SQLite in its own process, with no network between.
     """
-    ours = [apart(load.cycles, bench.port, 2000, 8, bench.seconds) for _ in range(bench.rounds)]
-    own = statistics.median(ours)
-    count = 1000 if bench.quick else 5000
-    found: list[tuple[str, Callable[[], float]]] = [
-        ("dramatiq on redis, appendfsync always", partial(dramatiq_rate, bench, count)),
-        ("huey on SQLite with fsync, results kept", partial(huey_rate, bench, count, "result")),
-        ("huey on SQLite with fsync, no results", partial(huey_rate, bench, count, "none")),
-    ]
-    for name, measure in found:
+    names = {
+        "dramatiq": "dramatiq on redis, appendfsync always",
+        "result": "huey on SQLite with fsync, results kept",
+        "none": "huey on SQLite with fsync, no results",
+    }
+    ours: list[float] = []
+    theirs: dict[str, list[float]] = {}
+    with ExitStack() as stack:
+        programs = peers(bench, stack, names)
+        for number in range(bench.rounds):
+            ours.append(apart(load.cycles, bench.port, 2000, 8, bench.seconds))
+            say(f"round {number + 1} of {bench.rounds}: {ours[-1]:,.0f}/s")
+            for name, argv in programs.items():
+                theirs.setdefault(name, []).append(float(load.output_of(argv)))
+                say(f"{names[name]}: {theirs[name][-1]:,.0f}/s")
+    for name, rates in theirs.items():
+        ratio = statistics.median(own / rate for own, rate in zip(ours, rates))
+        bench.add(f"durable done/s beside {names[name]}", f"{statistics.median(ours):,.0f}",
+                  f"{ratio:.2f}", f"{statistics.median(rates):,.0f}/s")
+
+
+def peers(bench: Bench, stack: ExitStack, names: dict[str, str]) -> dict[str, list[str]]:
+    """Return the programs that print the tasks/s of other queues; a row says why one is missing."""
+    folder = bench.new_folder()
+    count = "1000" if bench.quick else "5000"
+    programs = {}
+    for name, what in names.items():
         try:
-            rate = measure()
+            if name == "dramatiq":
+                port = stack.enter_context(load.redis(folder))
+                more = [str(port), count]
+                programs[name] = load.peer(folder, "dramatiq[redis]", load.DRAMATIQ, more)
+            else:
+                more = [str(folder / f"{name}.db"), count, name]
+                programs[name] = load.peer(folder, "huey", load.HUEY, more)
         except Missing as error:
-            bench.add(f"durable done/s beside {name}", f"{own:,.0f}", "-", str(error))
-            continue
-        bench.add(f"durable done/s beside {name}", f"{own:,.0f}", f"{own / rate:.2f}",
-                  f"{rate:,.0f}/s")
-
-
-def dramatiq_rate(bench: Bench, count: int) -> float:
-    """Return the tasks/s of dramatiq, the median of some rounds."""
-    folder = bench.new_folder()
-    python = load.python_with(folder, "dramatiq[redis]")
-    (folder / "peer.py").write_text(load.DRAMATIQ)
-    with load.redis(folder) as port:
-        return peer_rate(bench, [python, str(folder / "peer.py"), str(port), str(count)])
-
-
-def huey_rate(bench: Bench, count: int, results: str) -> float:
-    """Return the tasks/s of huey, the median of some rounds."""
-    folder = bench.new_folder()
-    python = load.python_with(folder, "huey")
-    (folder / "peer.py").write_text(load.HUEY)
-    return peer_rate(
-        bench, [python, str(folder / "peer.py"), str(folder / "huey.db"), str(count), results])
-
-
-def peer_rate(bench: Bench, argv: Sequence[str]) -> float:
-    """Return the median of the rates that a program prints, one a run."""
-    rates = []
-    for number in range(bench.rounds):
-        rates.append(float(load.output_of(argv)))
-        say(f"round {number + 1} of {bench.rounds}: {rates[-1]:,.0f}/s")
-    return statistics.median(rates)
+            bench.add(f"durable done/s beside {what}", "none", "-", str(error))
+    return programs
 
 
 def logging(bench: Bench) -> None:

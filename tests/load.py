@@ -368,6 +368,7 @@ def visits(port: int, count: int, limit_s: float = 30) -> list[float]:
 def submit_many(port: int, count: int) -> None:
     """Submit jobs, 10,000 at a time."""
     link, left = Link(port), count
+    link.socket.settimeout(300)
     while left > 0:
         part = min(left, 10_000)
         link.ask(request("POST", "/jobs", b"[" + b",".join([JOB] * part) + b"]"))
@@ -703,14 +704,18 @@ def output_of(argv: Sequence[str], limit_s: float = 180) -> str:
     return done.stdout
 
 
-def python_with(folder: Path, *packages: str) -> str:
-    """Make a virtual environment with packages in it; return its Python."""
-    say(f"installing {', '.join(packages)} into a temporary environment")
-    place = folder / "-".join(re.sub(r"\W.*", "", name) for name in packages)
-    output_of([sys.executable, "-m", "venv", str(place)])
+def peer(folder: Path, package: str, script: str, more: Sequence[str]) -> list[str]:
+    """Install a package into an environment below a folder; return how a script runs with it."""
+    place = folder / re.sub(r"\W.*", "", package)
     python = str(place / "bin" / "python")
-    output_of([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages])
-    return python
+    if not place.exists():
+        say(f"installing {package} into a temporary environment")
+        output_of([sys.executable, "-m", "venv", str(place)])
+        output_of([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+                   package])
+    path = place / "peer.py"
+    path.write_text(script)
+    return [python, str(path), *more]
 
 
 def redis_program(folder: Path) -> tuple[str, dict[str, str]]:
