@@ -1779,7 +1779,6 @@ class Lanes:
         """Return whether a number waits for its moment."""
         return seq in self._waiting
 
-
     def heads(
         self, node_id: str, is_current: Callable[[int, Needs], bool]
     ) -> list[tuple[int, Needs]]:
@@ -1787,13 +1786,16 @@ class Lanes:
         found = []
         for only in (None, node_id):
             for needs in list(self._lanes.get(only, ())):
-                seq = self._head(needs, is_current)
+                seq = self.head(needs, is_current)
                 if seq is not None:
                     found.append((seq, needs))
         return found
 
-    def _head(self, needs: Needs, is_current: Callable[[int, Needs], bool]) -> int | None:
-        lanes = self._lanes[needs.only]
+    def head(self, needs: Needs, is_current: Callable[[int, Needs], bool]) -> int | None:
+        """Return the oldest number of a lane; an empty lane is removed."""
+        lanes = self._lanes.get(needs.only, {})
+        if needs not in lanes:
+            return None
         waiting = lanes[needs].queue
         while waiting:
             if is_current(waiting[0], needs):
@@ -2310,6 +2312,8 @@ class Placement:
         Usually it is the first of them all: with thousands of idle nodes a copy would cost more.
         """
         state = self._state
+        if state.lanes.head(needs, self._is_current) is None:
+            return None
         for node_id in state.idle if needs.only is None else (needs.only,):
             node = state.nodes.get(node_id)
             if node is None or node_id not in state.idle:
