@@ -3811,13 +3811,18 @@ class Transactions:
         with self._lock:
             self.counts[name] += step
 
-    def close(self) -> None:
-        """Answer what is parked, commit what is queued, unlock the folder."""
+    def release(self) -> None:
+        """Wake all that is parked: from now on nothing parks."""
         with self._lock:
             self.closing = True
+            self._wake_all()
+
+    def close(self) -> None:
+        """Commit what is queued, unlock the folder."""
+        self.release()
+        with self._lock:
             nodes = self._fleet.state.nodes.values()
             self.journal.write([("node", (node.id, node.record())) for node in nodes])
-            self._wake_all()
         self.journal.close()
 
 
@@ -4036,6 +4041,7 @@ class Master:
         self.queries = Queries(self._transactions)
         self.count = self._transactions.count
         self.after_commit = self._transactions.after_commit
+        self.release = self._transactions.release
 
     @property
     def journal(self) -> Journal:
@@ -4254,7 +4260,7 @@ class Master:
         return {"status": "ready"}
 
     def close(self) -> None:
-        """Answer what is parked, commit what is queued, unlock the folder."""
+        """Commit what is queued, unlock the folder."""
         self._transactions.close()
 
 
@@ -5909,11 +5915,11 @@ LINGER_S = 2.0  # how long what a refused peer still sends is read, so that it s
 SWEEP_S = 1.0  # between two looks at the times above
 
 CHUNK_BYTES = 1 << 16
-QUICK_BYTES = 16 << 10  # of the body of a request that the edge answers itself
+QUICK_BYTES = 8 << 10  # of the body of a request that the edge answers itself
 SMALL_BYTES = 64 << 10  # a larger body gathers in a file without a name
 MAX_PIPELINED_BYTES = 64 << 10  # that wait behind a request
 MAX_HELD_BYTES = 64 << 20  # of all requests that are not whole, in memory
-MAX_FILED_BYTES = 1 << 30  # of all bodies that gather in files
+MAX_FILED_BYTES = 512 << 20  # of all bodies that gather in files
 MAX_UNSENT_BYTES = 256 << 20  # of all answers that slow readers leave
 
 POOL_THREADS = 4
@@ -5924,6 +5930,7 @@ FILES_WANTED = 65_536
 FILES_KEPT = 256  # for all but connections: the journal, programs, bodies, refusals
 MIN_CONNECTIONS = 64  # also where hardly any files may be open
 MAX_REFUSED = 100  # connections that are being told so at one moment
+WARNING_S = 60.0  # between two lines of the log that say so
 ACCEPT_PAUSE_S = 0.2  # when files run out: the connections that are there may end
 
 READING, WORKING, PARKED, SENDING, LINGERING, CLOSED = range(6)
@@ -5932,7 +5939,9 @@ READING, WORKING, PARKED, SENDING, LINGERING, CLOSED = range(6)
 class Bounds:
     """What all connections use together, against its limits; the edge's thread alone counts."""
 
-    def __init__(self, max_connections: int) -> None:
+    def __init__(self, max_connections: int, log: logging.Logger) -> None:
+        self._log = log
+        self._next_warning = 0.0
         self.max_connections = max_connections
         self.held_bytes = 0
         self.filed_bytes = 0
@@ -5944,10 +5953,19 @@ class Bounds:
         """Count a connection in; return whether there is room for it."""
         count = self._of_address.get(address, 0)
         if self._count >= self.max_connections or count >= self.max_connections // 2:
+            self._warn(address)
             return False
         self._count += 1
         self._of_address[address] = count + 1
         return True
+
+    def _warn(self, address: str) -> None:
+        now = time.monotonic()
+        if now >= self._next_warning:
+            self._next_warning = now + WARNING_S
+            self._log.warning("connections of %s are refused: %d are open of %d at most, and half "
+                              "of these for one address", address, self._count,
+                              self.max_connections)
 
     def leave(self, address: str, is_node: bool) -> None:
         """Count a connection out."""
@@ -6088,10 +6106,20 @@ class Connection:
         self.left = self.searched = 0
 
 
+def guarded(call: Callable[[], object], log: logging.Logger) -> None:
+    """Make a call whose errors must not end the thread: they are logged."""
+    try:
+        call()
+    except Exception as error:
+        log.error("a connection failed: %s: %s", type(error).__name__, error)
+        log.debug("the failure in full", exc_info=True)
+
+
 class Pool:
     """A few threads for requests that may block; daemons, for a disk may be stuck for ever."""
 
-    def __init__(self, name: str, threads: int) -> None:
+    def __init__(self, name: str, threads: int, log: logging.Logger) -> None:
+        self._log = log
         self._calls: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         for _ in range(threads):
             threading.Thread(target=self._run, name=name, daemon=True).start()
@@ -6104,7 +6132,7 @@ class Pool:
 
     def _run(self) -> None:
         while True:
-            self._calls.get()()
+            guarded(self._calls.get(), self._log)
 
 
 class EventLoop:
@@ -6168,12 +6196,12 @@ class EventLoop:
             ready = self._selector.select(self._rest_s())
             self._is_asleep = False
             for key, _ in ready:
-                self._make(key.data)
+                guarded(key.data, self._log)
             for _ in range(len(self._calls)):
-                self._make(self._calls.popleft())
+                guarded(self._calls.popleft(), self._log)
             now = time.monotonic()
             while self._timers and self._timers[0][0] <= now:
-                self._make(heapq.heappop(self._timers)[2])
+                guarded(heapq.heappop(self._timers)[2], self._log)
         self._selector.close()
         self._bell.close()
         self._ear.close()
@@ -6184,13 +6212,6 @@ class EventLoop:
         if not self._timers:
             return None
         return max(0.0, self._timers[0][0] - time.monotonic())
-
-    def _make(self, call: Callable[[], object]) -> None:
-        try:
-            call()
-        except Exception as error:
-            self._log.error("a connection failed: %s: %s", type(error).__name__, error)
-            self._log.debug("the failure in full", exc_info=True)
 
 
 # ---- 19 Edge -------------------------------------------------------------------------------------
@@ -6210,8 +6231,9 @@ class Exchange:
         self._go_on = go_on  # with a connection whose answer is not the end of it
         self._excuse = excuse  # a connection that proved to be a node's
         self._machine = os.uname().nodename.lower()
-        self._pool = Pool("request", POOL_THREADS)
-        self._large = Pool("large request", 1)  # one at a time: decoded it is ten times as large
+        self._pool = Pool("request", POOL_THREADS, log)
+        # One at a time: decoded, a body is ten times as large.
+        self._large = Pool("large request", 1, log)
 
     def admit(self, head: Head) -> tuple[Route, str]:
         """Return the route of a request and its `{id}`; ApiError before its body is read."""
@@ -6335,7 +6357,7 @@ class Edge:
     """All connections: takes them, gathers their requests, and ends them."""
 
     def __init__(self, master: Master, max_connections: int, log: logging.Logger) -> None:
-        self._bounds = Bounds(max_connections)
+        self._bounds = Bounds(max_connections, log)
         self._loop = EventLoop("connections", log)
         self._exchange = Exchange(master, self._loop, log, self._attend, self._excuse)
         self._connections: set[Connection] = set()
@@ -6584,6 +6606,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, host: str, port: int, log: logging.Logger) -> None:
         self.log = log
         self.edge: Edge
+        self._next_warning = 0.0
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), http.server.BaseHTTPRequestHandler)
 
@@ -6597,7 +6620,9 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             return super().get_request()
         except OSError as error:
-            self.log.warning("cannot accept connections for a moment: %s", error.strerror)
+            if time.monotonic() >= self._next_warning:
+                self._next_warning = time.monotonic() + WARNING_S
+                self.log.warning("cannot accept connections for a moment: %s", error.strerror)
             time.sleep(ACCEPT_PAUSE_S)
             raise
 
@@ -6833,8 +6858,8 @@ def _body(lines: Iterable[str]) -> bytes:
 # A service starts from the inside out: first the port is bound (a second master on it must not
 # touch the journal), then the journal is opened and replayed, then the threads begin, the one that
 # accepts connections among them. It stops from the outside in: the socket closes, so that no
-# request comes; the loops end; Master wakes what is parked, commits what is queued and closes the
-# journal; the edge sends these last answers. The log is written last.
+# request comes; the loops end; Master wakes what is parked, and the edge sends the last answers;
+# Master commits what is queued and closes the journal. The log is written last.
 #
 # Each loop of the background calls a step() at its interval, in a thread of its own. A step that
 # fails is logged and called again: the silent end of a thread would be noticed too late.
@@ -7050,8 +7075,9 @@ class Service:
             loop.join()
         if self._pusher is not None:
             self._pusher.finish(self.master.wall())
-        self.master.close()
+        self.master.release()
         self._edge.close()
+        self.master.close()
 
         for writer in self._writers:
             self._log.removeHandler(writer)
