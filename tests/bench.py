@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -502,11 +503,20 @@ def parked(bench: Bench) -> None:
     with bare_server() as (port, pid), crowd(port, count, wait_s, bare=True):
         base_bytes, base_cpu = watched(pid, 2 * wait_s)
     with crowd(bench.port, count, wait_s):
+        before = asked(bench)
         used, cpu = watched(bench.pid, 2 * wait_s)
+        requests = asked(bench) - before
     bench.add(f"memory with {count:,} agents parked", mib(used), f"{used / base_bytes:.2f}",
               f"bare server {mib(base_bytes)}")
-    bench.add(f"CPU with {count:,} agents parked, waits of {wait_s} s", f"{cpu:.1f} % of a core",
-              f"{cpu / base_cpu:.2f}", f"bare server {base_cpu:.1f} %")
+    bench.add(f"CPU with {count:,} agents parked, two waits of {wait_s} s",
+              f"{cpu:.1f} % of a core", f"{cpu / base_cpu:.2f}",
+              f"bare server {base_cpu:.1f} %; {requests:,} requests")
+
+
+def asked(bench: Bench) -> int:
+    """Return how often nodes have asked for work or sent a heartbeat."""
+    text = bench.master.call("GET", "/metrics").text
+    return int(float(re.findall(r"^ffdist_heartbeats_total (\S+)$", text, re.MULTILINE)[0]))
 
 
 def nodes(bench: Bench) -> None:
@@ -515,10 +525,12 @@ def nodes(bench: Bench) -> None:
     bare = apart(load.delays, bench.bare_port, BARE_JOB, 300)
     idle = memory_bytes(bench.pid)
     with crowd(bench.port, count, wait_s) as pipe:
+        before = asked(bench)
         used, cpu = watched(bench.pid, 2 * wait_s)
+        requests = asked(bench) - before
         found = load.starts(pipe, 50 if bench.quick else 300)
     bench.add(f"CPU with {count:,} nodes parked and beating", f"{cpu:.1f} % of a core", "-",
-              f"waits of {wait_s} s, every fifth node full")
+              f"two waits of {wait_s} s, every fifth node full; {requests:,} requests")
     bench.add(f"memory with {count:,} nodes parked and beating", mib(used), f"{used / idle:.1f}",
               f"{mib(idle)} without nodes")
     for name, part in (("p50", 0.5), ("p99", 0.99)):
