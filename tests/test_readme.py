@@ -273,6 +273,17 @@ class Exact(unittest.TestCase):
             ),
             (100, 10, 64, 20_000, 10_000, 1000),
         )
+        self.assertEqual(
+            (
+                ffdist.BODY_S,
+                ffdist.MAX_BRACKETS,
+                ffdist.SEND_S,
+                ffdist.IDLE_S,
+                ffdist.FILES_WANTED,
+                ffdist.FILES_KEPT,
+            ),
+            (60, 200_000, 60, 300, 65_536, 256),
+        )
         settings = ffdist.Settings()
         self.assertEqual((settings.retry_delay_s, settings.retry_delay_most_s), (1, 300))
 
