@@ -18,6 +18,7 @@ import select
 import shutil
 import signal
 import socket
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -329,6 +330,23 @@ def rate(port: int, clients: int, raw: bytes, seconds: float) -> float:
         return raw if time.perf_counter() < deadline else None
     drive(links, think)
     return count / (time.perf_counter() - began)
+
+
+def commits(folder: Path, seconds: float = 1) -> float:
+    """Return how often SQLite alone can sync a small row to the disk, in commits/s.
+
+    A core that others use is given back to a thread that waited for the disk some milliseconds
+    late: then this falls from thousands to hundreds, and with it whatever is durable.
+    """
+    with closing(sqlite3.connect(folder / "commits.db", isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("CREATE TABLE IF NOT EXISTS rows(text TEXT)")
+        began, count = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            connection.execute("INSERT INTO rows VALUES(?)", ("x" * 500,))
+            count += 1
+        return count / (time.perf_counter() - began)
 
 
 def delays(port: int, raw: bytes, count: int) -> list[float]:
