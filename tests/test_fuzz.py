@@ -604,13 +604,24 @@ class TestHttp(Fuzz):
         for number in range(400):
             source = random.Random(SEED + number)
             raw = self.garbage(source)
-            with self.subTest(seed=SEED + number):
-                found = answers_of(self.send(raw))
+            by_byte = number % 4 == 0
+            with self.subTest(seed=SEED + number, by_byte=by_byte):
+                found = answers_of(self.byte_by_byte(raw) if by_byte else self.send(raw))
                 self.assertTrue(found, raw)
                 for status, headers, body in found:
                     self.assertTrue(status < 500 or status == 505, (status, raw))
                     if headers["content-type"] == "application/json" and body:
                         json.loads(body)
+
+    def byte_by_byte(self, raw: bytes) -> bytes:
+        """Send bytes one at a time until they are refused; return what came back."""
+        with socket.create_connection(("127.0.0.1", self.master.port), timeout=30) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(OSError):
+                for number in range(len(raw)):
+                    connection.sendall(raw[number:number + 1])
+                connection.shutdown(socket.SHUT_WR)
+            return all_of(connection)
 
     @staticmethod
     def garbage(source: random.Random) -> bytes:
