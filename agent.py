@@ -125,16 +125,18 @@ class ApiError(Exception):
     """A request that was refused, or that never got an answer.
 
     `status` is the HTTP status (0: no answer at all), `field` the field to blame, `retryable`
-    whether the same request may succeed later. `nobody_listens`: the connection was refused.
+    whether the same request may succeed later, and not before `retry_after_s`, which a server that
+    has too much to do asks for. `nobody_listens`: the connection was refused.
     """
 
     def __init__(self, status: int, message: str, field: str | None = None, *,
-                 nobody_listens: bool = False) -> None:
+                 nobody_listens: bool = False, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.field = field
         self.nobody_listens = nobody_listens
+        self.retry_after_s = retry_after_s
 
     @property
     def retryable(self) -> bool:
@@ -1272,6 +1274,7 @@ SUBMIT_WAIT_S = 90.0  # more patience: up to 10,000 jobs at once are checked and
 ANSWER_LIMIT_BYTES = 256 << 20
 REFUSAL_LIMIT_BYTES = 1 << 20
 HTTP_SCHEMES = ("http", "https")
+SECONDS = re.compile(r"[0-9]{1,6}")  # of a Retry-After header
 
 # A GET that changes something: each claim may take a job. A master that knows no claim words (the
 # seed's) would hand out a second one when it is repeated.
@@ -1369,14 +1372,13 @@ class Client:
         timeout_s = self.patience_s + (wait_s or 0)
         server = f"the master at {self.url}"
         try:
-            status, _, raw = _answer_to(request, self._opener, timeout_s, server,
-                                        ANSWER_LIMIT_BYTES)
+            reply = _reply_to(request, self._opener, timeout_s, server, ANSWER_LIMIT_BYTES)
         except ApiError:
             self.close()  # the rest of a late answer would be taken for that to the next request
             raise
-        if not 200 <= status < 300:
-            raise _refusal(status, raw, self.url)
-        return _decode(raw, self.url)
+        if not reply.is_success:
+            raise _refusal(reply, self.url)
+        return _decode(reply.raw, self.url)
 
     def close(self) -> None:
         """Close this thread's connection."""
@@ -1501,23 +1503,38 @@ def exchange_text(url: str, text: bytes | None = None, timeout_s: float = CONNEC
         credentials = base64.b64encode(plain).decode()
         request.add_header("Authorization", f"Basic {credentials}")
     opener = _plain_opener()
-    status, reason, raw = _answer_to(request, opener, timeout_s, shown, REFUSAL_LIMIT_BYTES)
-    if not 200 <= status < 300:
-        words = raw[:1 << 10].decode(errors="replace").strip()
-        raise ApiError(status, f"{shown} answers {status}: {words or reason}")
-    return raw.decode(errors="replace")
+    reply = _reply_to(request, opener, timeout_s, shown, REFUSAL_LIMIT_BYTES)
+    if not reply.is_success:
+        words = reply.raw[:1 << 10].decode(errors="replace").strip()
+        raise ApiError(reply.status, f"{shown} answers {reply.status}: {words or reply.reason}")
+    return reply.raw.decode(errors="replace")
 
 
-def _answer_to(request: urllib.request.Request, opener: urllib.request.OpenerDirector,
-               timeout_s: float, server: str, limit_bytes: int) -> tuple[int, str, bytes]:
-    """Return status, reason and body of an answer, of a refusal too; ApiError where none came."""
+class _Reply(NamedTuple):
+    """What a server answered; `retry_after_s` is 0 where it names no pause."""
+
+    status: int
+    reason: str
+    raw: bytes
+    retry_after_s: float
+
+    @property
+    def is_success(self) -> bool:
+        return 200 <= self.status < 300
+
+
+def _reply_to(request: urllib.request.Request, opener: urllib.request.OpenerDirector,
+              timeout_s: float, server: str, limit_bytes: int) -> _Reply:
+    """Return the answer to a request, a refusal too; ApiError where none came."""
     try:
         try:
             answer = opener.open(request, timeout=timeout_s)
         except urllib.error.HTTPError as error:  # a refusal is an answer too, which urllib raises
             answer, limit_bytes = error, min(limit_bytes, REFUSAL_LIMIT_BYTES)
         with answer:
-            return answer.code, answer.reason, _body_of(answer, limit_bytes)
+            pause = answer.headers.get("Retry-After") or ""
+            pause_s = float(pause) if SECONDS.fullmatch(pause) else 0.0  # it may be a date, too
+            return _Reply(answer.code, answer.reason, _body_of(answer, limit_bytes), pause_s)
     except (OSError, http.client.HTTPException, ValueError) as error:
         # The text of a bad status line is whatever came, an ssh banner or control characters.
         reason = getattr(error, "reason", error)
@@ -1566,19 +1583,21 @@ def _decode(raw: bytes, url: str) -> Json:
     return answer_fields(value).values
 
 
-def _refusal(status: int, raw: bytes, url: str) -> ApiError:
+def _refusal(reply: _Reply, url: str) -> ApiError:
     """Return the error of a refusal; that of a proxy, say, has neither sentence nor field."""
+    status, pause_s = reply.status, reply.retry_after_s
     with contextlib.suppress(ValueError, RecursionError):
-        body = Fields(json.loads(raw), lenient=True)
+        body = Fields(json.loads(reply.raw), lenient=True)
         if body.values:
             message = body.words("error") or f"HTTP {status}"
-            return ApiError(status, message, body.text("field"))
-    words = raw[:200].decode(errors="replace").strip()
+            return ApiError(status, message, body.text("field"), retry_after_s=pause_s)
+    words = reply.raw[:200].decode(errors="replace").strip()
     answer = f"HTTP {status}"
     if words and not words.startswith("<"):  # a page has no sentence to quote
         answer += f": {words}"
     return ApiError(
-        status, f"something else answers at {url}: is it the master's address? ({answer})")
+        status, f"something else answers at {url}: is it the master's address? ({answer})",
+        retry_after_s=pause_s)
 
 
 def host_addresses(host: str) -> list[str]:
@@ -6136,9 +6155,11 @@ LINES_A_REPORT = 500  # with MAX_LINE_CHARS at most 1 MB
 PUBLISH_S = 10.0  # how long the master's permission to name an output counts, from its request
 # Fields of refusals that concern the node, not the job: the poller registers again, or ends.
 STRANGER = ("node_id", "session")
+LEAST_WAIT = 0.75  # of the longest time that a request may be parked
 MAX_HASTY = 5  # early, empty answers in a row: the master says that it parks and does not
 HASTY_REST_S = 1.0
-RETRY_S = 1.0  # while an attempt's own thread waits for a full disk or a master that is away
+RETRY_S = 1.0  # while an attempt's own thread waits for a full disk
+PERMIT_REST_S = 5.0  # the longest rest of one that waits for a master that is away
 IDLE_PROGRESS_S = 60.0  # without attempts; an event wakes the reporter
 
 
@@ -6181,14 +6202,23 @@ class Rest(NamedTuple):
 
 
 class Backoff:
-    """Rests between tries, each twice as long; with jitter, lest a crowd return at once."""
+    """Rests between tries, each at most twice as long as the one before.
+
+    By full jitter: a switch that starts again brings thousands of agents back at one moment, and
+    any part of a rest that is the same for all would keep them together.
+    """
 
     def __init__(self) -> None:
         self._next_s = BACKOFF_FIRST_S
 
-    def rest_s(self, most_s: float = MAX_BACKOFF_S) -> float:
-        """Return how long to rest before the next try; the one after that rests longer."""
-        rest_s = random.uniform(self._next_s / 2, self._next_s)
+    def rest_s(self, error: ApiError, most_s: float = MAX_BACKOFF_S) -> float:
+        """Return how long to rest after an error; the rest after that is longer.
+
+        A pause that the server asks for is kept, up to `most_s`, and the crowd that it refused
+        spreads over as long again.
+        """
+        pause_s = min(error.retry_after_s, most_s)
+        rest_s = pause_s + random.uniform(0.0, max(pause_s, self._next_s))
         self._next_s = min(MAX_BACKOFF_S, most_s, self._next_s * 2)
         return rest_s
 
@@ -6249,6 +6279,11 @@ class Link:
     def node_id(self) -> str:
         """This node's id; "" before its first registration."""
         return self.state.node_id or ""
+
+    @property
+    def patience_s(self) -> float:
+        """The longest time without a request: after three of them the node would be lost."""
+        return self.node_timeout_s / 3
 
     def note_answer(self) -> None:
         """Note that the master answers."""
@@ -6321,7 +6356,7 @@ class Session:
             link.note_silence(error)
             if error.status == 404:
                 return Rest(MAX_BACKOFF_S)
-        return Rest(self._backoff.rest_s(link.node_timeout_s / 3))
+        return Rest(self._backoff.rest_s(error, link.patience_s))
 
     def _register(self) -> None:
         link, state = self._link, self._link.state
@@ -6389,7 +6424,9 @@ class Session:
             return self._ask_seed(now, free)
 
         # No longer than the heartbeat interval: so asking again is the heartbeat.
-        wait_s = min(self._options.heartbeat_interval_s, WAIT_MAX_S, self._link.node_timeout_s / 3)
+        wait_s = min(self._options.heartbeat_interval_s, WAIT_MAX_S, self._link.patience_s)
+        # A crowd that came at one moment must not do so again and again.
+        wait_s = random.uniform(wait_s * LEAST_WAIT, wait_s)
         answer = self._claim(wait_s) if free else self._heartbeat(leaving, wait_s)
         self._link.note_answer()
         self._link.log.debug("heartbeat: the master answers (%s)", "free" if free else "busy")
@@ -6472,7 +6509,7 @@ class Reporter:
             return rest
         except ApiError as error:
             self._link.log.debug("report: %s", error.message)
-            return Rest(self._backoff.rest_s())
+            return Rest(self._backoff.rest_s(error, self._link.patience_s))
 
     def deliver(self) -> None:
         """Send what the spool holds, oldest first; a report that was judged leaves it. ApiError."""
@@ -6587,7 +6624,7 @@ class Reporter:
         While the master is away, a film that has a mark, by which it is recognised too, may get
         its name as long as nobody else can have the job; any other waits.
         """
-        link = self._link
+        link, backoff = self._link, Backoff()
         attempt.published = made
         while link.protocol and not attempt.stopping:
             try:
@@ -6601,9 +6638,20 @@ class Reporter:
                 unknown = error.field in STRANGER
                 if output.marked and not unknown and link.clock() < sure_until:
                     return sure_until
-                if link.events.stopping.wait(RETRY_S):
+                if not self._rest(attempt, backoff.rest_s(error, PERMIT_REST_S)):
                     return None
         return None if link.protocol else math.inf
+
+    def _rest(self, attempt: Attempt, seconds: float) -> bool:
+        """Rest, in the thread of an attempt; return whether it still wants to go on."""
+        until = time.monotonic() + seconds
+        while not attempt.stopping:
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                return True
+            if self._link.events.stopping.wait(min(SLICE_S, left_s)):
+                return False
+        return False
 
 
 # ---- 20 Agent ------------------------------------------------------------------------------------

@@ -1556,6 +1556,26 @@ class Sessions(TalkCase):
         self.assertEqual(self.master.names(), ["register", "heartbeat"])
         self.assertFalse(self.master.calls[1][1]["leaving"])
 
+    def test_the_wait_of_a_parked_request_has_jitter(self) -> None:
+        bounds: list[tuple[float, float]] = []
+
+        def uniform(low: float, high: float) -> float:
+            bounds.append((low, high))
+            return low
+        waits: list[float | None] = []
+        with mock.patch("agent.random.uniform", uniform), mock.patch.object(
+                self.master, "claim", lambda query, wait_s: waits.append(wait_s) or agent.Answer()):
+            self.steps(self.session, 2)
+        self.assertEqual((bounds, waits), ([(22.5, 30.0)], [22.5]))
+
+    def test_a_pause_that_the_master_asks_for_is_kept_up_to_a_third_of_the_nodes_time(self) -> None:
+        self.master.answers = {
+            "register": [ApiError(503, "too many connections", retry_after_s=7.0)],
+        }
+        self.assertEqual(self.steps(self.session, 2), [7 + 7, 7 + 7], "and as long again to spread")
+        self.master.answers = {"register": [ApiError(503, "busy", retry_after_s=1e6)]}
+        self.assertEqual(self.steps(self.session, 1), [30 + 30])
+
     def test_a_seeds_master_gets_heartbeats_and_polls_by_the_clock(self) -> None:
         self.master.answers = {"register": [agent.Registered("node-1")]}
         self.session._beat_at = self.now
@@ -1614,6 +1634,11 @@ class Reports(TalkCase):
         self.master.answers = {}
         self.assertEqual(self.steps(self.reporter, 1), [agent.IDLE_PROGRESS_S])
         self.assertEqual(self.kept(), [])
+
+    def test_a_pause_that_the_master_asks_for_is_kept(self) -> None:
+        self.keep("a")
+        self.master.answers = {"report": [ApiError(503, "busy", retry_after_s=20.0)]}
+        self.assertEqual(self.steps(self.reporter, 1), [20 + 20])
 
     def test_what_the_master_has_judged_leaves_the_spool_and_nothing_else(self) -> None:
         for error, left in (
@@ -1707,6 +1732,26 @@ class Reports(TalkCase):
         self.now -= 71
         self.master.answers = {"progress": [ApiError(409, "who?", "session")]}
         self.assertIsNone(self.reporter.permit(attempt, mock.Mock(marked=True), {}))
+
+
+    def test_a_film_that_waits_for_its_name_asks_less_and_less_often(self) -> None:
+        attempt, rests = self.running(), list[float]()
+
+        def rest(attempt: agent.Attempt, seconds: float) -> bool:
+            rests.append(round(seconds, 3))
+            return len(rests) < 6
+        self.master.answers = {"progress": [ApiError(503, "busy", retry_after_s=0.1)]}
+        with mock.patch.object(self.reporter, "_rest", rest):
+            self.assertIsNone(self.reporter.permit(attempt, mock.Mock(marked=False), {}))
+        self.assertEqual(rests, [0.6, 1.1, 2.1, 4.1, 5.1, 5.1])
+
+    def test_a_film_that_waits_for_its_name_hears_of_the_end(self) -> None:
+        attempt = self.running()
+        self.assertTrue(self.reporter._rest(attempt, 0.01))
+        attempt.stop("canceled")
+        self.assertFalse(self.reporter._rest(attempt, 3600))
+        self.link.events.stopping.set()
+        self.assertFalse(self.reporter._rest(self.running("job-2"), 3600))
 
 
 class ClearingUp(FolderCase):
@@ -2907,6 +2952,19 @@ class Calling(unittest.TestCase):
                 with self.assertRaises(agent.ApiError) as caught:
                     client.nodes()
                 self.assertEqual((caught.exception.status, caught.exception.retryable), (502, True))
+
+    def test_a_refusal_may_name_a_pause_in_seconds(self) -> None:
+        for pause, seconds in (("7", 7.0), ("0", 0.0), ("-5", 0.0), ("1e9", 0.0), ("", 0.0),
+                               ("Wed, 21 Oct 2026 07:28:00 GMT", 0.0), ("9" * 400, 0.0)):
+            head = f"HTTP/1.1 503 Service Unavailable\r\nRetry-After: {pause}\r\n"
+            for body in (b'{"error": "busy"}', b"<h1>busy</h1>"):
+                answer = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+                with self.server(answer) as (_, client), self.subTest(pause, body=body):
+                    with self.assertRaises(agent.ApiError) as caught:
+                        client.nodes()
+                    error = caught.exception
+                    self.assertEqual((error.status, error.retryable), (503, True))
+                    self.assertEqual(error.retry_after_s, seconds)
 
     def test_half_an_answer_is_no_answer_and_the_next_call_gets_its_own(self) -> None:
         cut = b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{"nodes": ['
