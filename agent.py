@@ -4574,6 +4574,7 @@ class Runner:
         self.stop_word: str | None = None
         self._process: hwdetect.Program | None = None
         self._metering = False  # whether the meter knows of `ledger`
+        self._aside = hwdetect.Ledger()  # of a program that runs outside of that
 
     def stop(self, word: str) -> None:
         """Order the end as canceled, returned or lost; the first order counts."""
@@ -4677,6 +4678,9 @@ class Runner:
         self._repeat_pause()  # one that was ordered just before had no process to stop
         if self._metering:
             self.ledger.pgid = process.pid
+        else:
+            self._aside = hwdetect.Ledger(pgid=process.pid)
+            self.place.meter.aside(self._aside)
         self._limit(process.pid)
         # For clear_work(), should this agent be killed: with its start time a pid is never
         # another's.
@@ -4716,8 +4720,8 @@ class Runner:
             ended = process.exit
         if ended is None:
             ended = hwdetect.Exit(-signal.SIGKILL, 0.0, 0)
-        if self._metering:
-            self.ledger.ended(ended.cpu_seconds, ended.peak_rss_bytes)
+        booked = self.ledger if self._metering else self._aside
+        booked.ended(ended.cpu_seconds, ended.peak_rss_bytes)
         return ended
 
     def _hear(self, line: str) -> None:

@@ -4262,6 +4262,7 @@ def process_started(host: Host, pid: int) -> int | None:
 SAMPLE_S = 1.0  # between two readings: energy counters integrate by themselves
 MAX_SERIES = 240  # points of a series; even, since neighbours are merged in pairs
 MAX_SAMPLES = 600  # of a ledger: ten minutes of them
+MAX_ASIDES = 256  # programs beside the runs since the last reading; two or three in a busy second
 ORDER_WAIT_S = 10.0  # that a caller waits for the meter's thread, which a sensor may hold up
 
 IDLE_FIRST_S = 3.0  # how long the first idle baseline takes: the first job waits for it
@@ -4621,7 +4622,7 @@ def _parts(weights: Sequence[float]) -> list[float]:
 class Order(NamedTuple):
     """What a caller asks of the meter's thread, which sets `done` when it is carried out."""
 
-    verb: str  # join, leave, pause, resume or rest
+    verb: str  # join, leave, pause, resume, rest or aside
     ledger: Ledger
     done: threading.Event
 
@@ -4633,6 +4634,9 @@ class Meter:
     there is no lock. Callers put an order into its queue and wait until it is done. A run joins and
     leaves with a reading, so that its joules begin and end with it. Between two readings they are
     the difference of the counters, whatever the time between them.
+
+    Programs of other attempts may work beside a run: one probes the next film, one checks the last.
+    They take their share of the machine's energy, so that no run is booked it, and keep none.
     """
 
     def __init__(self, host: Host, hardware: Hardware, model: tuple[float, float] | None = None,
@@ -4643,6 +4647,7 @@ class Meter:
         self._clock = clock
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self._ledgers: list[Ledger] = []
+        self._asides: deque[Ledger] = deque(maxlen=MAX_ASIDES)  # of programs that are no run
         self._sampler: Sampler | None = None
         self._last: Reading | None = None
         self._baseline = Baseline(clock())
@@ -4702,6 +4707,10 @@ class Meter:
         """Stop or go on booking to a ledger; when this returns, the time before is booked."""
         self._order("pause" if paused else "resume", ledger)
 
+    def aside(self, ledger: Ledger) -> None:
+        """Note a program that is no run: its share of what runs use beside it is nobody's."""
+        self._orders.put(Order("aside", ledger, threading.Event()))  # no reading, so no wait
+
     def _order(self, verb: str, ledger: Ledger) -> None:
         order = Order(verb, ledger, threading.Event())
         self._orders.put(order)
@@ -4728,7 +4737,7 @@ class Meter:
         try:
             if order is None:
                 self._sample()
-            elif order.verb != "rest":
+            elif order.verb not in ("rest", "aside"):
                 self._read_for(order.ledger)
         except Exception as error:  # a driver's whim must not end an encode
             self._note_failure(error, order)
@@ -4777,7 +4786,12 @@ class Meter:
 
     def _book(self, last: Reading | None, reading: Reading) -> None:
         active = [ledger for ledger in self._ledgers if not ledger.paused]
-        for ledger, shares in zip(active, take_shares(self._host, active)):
+        asides = list(self._asides)
+        # One that ends from here on counts in the next interval too.
+        going_on = [aside for aside in asides if aside.pgid is not None]
+        found = take_shares(self._host, [*active, *asides])
+        self._asides = deque(going_on, MAX_ASIDES)
+        for ledger, shares in zip(active, found):
             ledger.beside = max(ledger.beside, len(active) - 1)
             ledger.unknown.update(reading.unknown)
             ledger.power_source = reading.power_source or ledger.power_source
@@ -4796,6 +4810,9 @@ class Meter:
         self._baseline.disturb(self._clock())
         self.rested.set()
         ledger = order.ledger
+        if order.verb == "aside":
+            self._asides.append(ledger)
+            return
         if order.verb in ("pause", "resume"):
             ledger.paused = order.verb == "pause"
         else:

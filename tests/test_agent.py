@@ -1946,6 +1946,28 @@ class Metering(FolderCase):
         self.assertAlmostEqual(first.energy_joules or 0, 10 + 30 + 5, places=3)
         self.assertEqual((first.beside, second.beside), (1, 1))
 
+    def test_a_program_that_is_no_run_takes_its_share_and_no_run_is_booked_it(self) -> None:
+        """A probe of the next film beside an encode: a quarter of the CPU time, then a half."""
+        ledger, probe = self.ledger(10), hwdetect.Ledger(pgid=20)
+        self.process(20, 0)
+        self.meter.aside(probe)
+        self.process(10, 3.0)
+        self.process(20, 1.0)
+        self.energy(40)
+        self.meter.join(ledger)  # a reading
+        self.assertAlmostEqual(ledger.energy_joules or 0, 30)
+        self.process(10, 4.0)
+        shutil.rmtree(self.folder / "proc" / "20")
+        probe.ended(2.0, 1 << 20)
+        self.energy(40)
+        self.meter.join(ledger)
+        self.assertAlmostEqual(ledger.energy_joules or 0, 30 + 20)
+        self.process(10, 5.0)
+        self.energy(40)
+        self.meter.leave(ledger)
+        self.assertAlmostEqual(ledger.energy_joules or 0, 30 + 20 + 40, msg="it has ended")
+        self.assertEqual((ledger.beside, probe.energy_joules), (0, None), "it is no job")
+
     def test_shares_without_any_cpu_time_are_even_and_still_sum(self) -> None:
         first, second, third = self.ledger(10), self.ledger(20), self.ledger(30)
         self.energy(30)
