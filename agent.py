@@ -33,8 +33,9 @@ Sections (each uses only those above it):
  21 CLI         flags, the single-node workflow, main
 
 Threads: the main thread waits for signals; the poller holds the parked request; the reporter sends
-progress and empties the spool; each slot runs one attempt. Two locks: Agent's guards which attempts
-run, a Stopwatch's guards an attempt's clock and pause; nothing blocks while holding one.
+progress and empties the spool; each attempt has a thread, and needs one of the node's slots only
+while it encodes. Two locks: Agent's guards which attempts run, a Stopwatch's guards an attempt's
+clock and pause; nothing blocks while holding one.
 
 Where things go: a kind of output is a class in Publishing and a line in output_of(), a kind of
 input the same in Places; a parameter is a row of PARAMETERS and an encoder one of ENCODERS
@@ -4358,10 +4359,29 @@ CRASHES = tuple(-number for number in (
 LIMIT_PARAMETERS = {"memory": "max_memory_mb", "cpu": "max_cpu_percent"}
 _PAUSED = "paused"
 _READING = "reading"
+_IN_LINE = "in line"
+# The longest wait for a slot. A job that was claimed ahead waits for the end of an encode that was
+# near; where that does not come (it was paused, say), another node may have the job.
+MAX_IN_LINE_S = 5.0
 
 
 class Stopped(Exception):
     """The attempt was ordered to stop; `args[0]` is canceled, returned or lost."""
+
+
+class FreeSlots:
+    """The slots of a node that no attempt has; attempts take them in their own threads."""
+
+    def __init__(self, count: int = 1) -> None:
+        self._count = threading.Semaphore(count)
+
+    def take(self, wait_s: float) -> bool:
+        """Take one, and wait so long for it; return whether there was one."""
+        return self._count.acquire(timeout=wait_s)
+
+    def put_back(self) -> None:
+        """Have one more."""
+        self._count.release()
 
 
 @dataclass(frozen=True)
@@ -4377,6 +4397,7 @@ class Workplace:
     filters: tuple[str, ...] = ()
     min_free_bytes: int = 0
     stall_limit_s: float = 300.0
+    slots: FreeSlots = dataclasses.field(default_factory=FreeSlots)
 
     @property
     def node(self) -> str:
@@ -4440,16 +4461,23 @@ class Stopwatch:
             act()
             return True
 
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
+    def reading(self) -> contextlib.AbstractContextManager[None]:
         """Stop the clock while the meter reads: sensors may take half a second."""
+        return self._standing(_READING)
+
+    def in_line(self) -> contextlib.AbstractContextManager[None]:
+        """Stop the clock while the attempt waits for its slot: others work meanwhile."""
+        return self._standing(_IN_LINE)
+
+    @contextlib.contextmanager
+    def _standing(self, why: str) -> Iterator[None]:
         with self._lock:
-            self._hold(_READING)
+            self._hold(why)
         try:
             yield
         finally:
             with self._lock:
-                self._release(_READING)
+                self._release(why)
 
     def _hold(self, why: str) -> None:
         self._counted_s = self._elapsed_s()
@@ -4508,6 +4536,51 @@ class Watchdog:
                           f"{duration_text(self._stall_limit_s)} on {self._node}")
 
 
+class Slot:
+    """An attempt's right to encode: no more attempts have one at a time than the node has slots.
+
+    An attempt needs none before and after its encodes. It probes its input while another encodes,
+    and checks and publishes its output while the next one does: so short films keep the machine
+    busy, and still no encode is measured beside more of them than there are slots.
+
+    The attempt's own thread takes it and gives it; others only look. `changed` is called when it
+    is free for another job, or will be in a moment.
+    """
+
+    def __init__(self, free: FreeSlots, changed: Callable[[], None]) -> None:
+        self.wanted = True  # until the encodes are over
+        self.in_line = False
+        self.ends_soon = False  # for the agent to claim a job ahead, which clears it
+        self._free = free
+        self._changed = changed
+        self._held = False
+
+    def take(self, look: Callable[[], None]) -> None:
+        """Wait for it, and `look` in each slice of time; Stopped where it does not come."""
+        until = time.monotonic() + MAX_IN_LINE_S
+        self.in_line = not self._held
+        while self.in_line:
+            self._held = self._free.take(SLICE_S)
+            self.in_line = not self._held
+            if self.in_line:
+                look()
+                if time.monotonic() > until:
+                    raise Stopped("returned")
+
+    def foresee_end(self) -> None:
+        """Note that its encodes end in a moment."""
+        self.ends_soon = True
+        self._changed()
+
+    def give(self) -> None:
+        """Leave it to another attempt; a repeat changes nothing."""
+        self.wanted = self.in_line = self.ends_soon = False
+        if self._held:
+            self._held = False
+            self._free.put_back()
+            self._changed()
+
+
 class Log:
     """Numbered lines that the master has not acknowledged; of too many the later are dropped."""
 
@@ -4552,13 +4625,15 @@ class Samples:
 class Runner:
     """Runs the programs of one attempt, one at a time: limited, measured, watched until they end.
 
-    Other threads may read `progress`, take from `log` and `samples`, and call stop(), pause() and
-    resume(); the rest is for the attempt's own thread.
+    Other threads may read `progress` and `slot`, take from `log` and `samples`, and call stop(),
+    pause() and resume(); the rest is for the attempt's own thread.
     """
 
-    def __init__(self, place: Workplace, folder: Path) -> None:
+    def __init__(self, place: Workplace, folder: Path,
+                 slot_changed: Callable[[], None] = lambda: None) -> None:
         self.place = place
         self.folder = folder
+        self.slot = Slot(place.slots, slot_changed)
         self.watch = Stopwatch()
         self.watchdog = Watchdog(self.watch, place.node)
         self.space = FreeSpace(place.host, place.node, place.min_free_bytes)
@@ -4613,6 +4688,15 @@ class Runner:
     def _repeat_pause(self) -> bool:
         """Stop the processes again if paused, for children that were just made; return whether."""
         return self.watch.repeat_pause(lambda: self._signal(signal.SIGSTOP))
+
+    def take_slot(self) -> None:
+        """Wait for the right to encode, unless the attempt has it; Stopped."""
+        with self.watch.in_line():
+            self.slot.take(self._look_in_line)
+
+    def _look_in_line(self) -> None:
+        self.show("waiting for a slot")
+        self.check()
 
     def rest(self, seconds: float, phase: str) -> None:
         """Wait without any work; a pause makes it longer."""
@@ -4752,6 +4836,14 @@ MIN_LENGTH = 0.95
 LENGTH_SLACK_S = 0.1
 # A comparison of less than this part of the frames (less one) says nothing of the film.
 MIN_COMPARED = 0.98
+# When the next job may be claimed ahead. It is not for other nodes then, so the time is short:
+# FFmpeg writes its progress each 0.5 s, and it takes 0.1 to 0.3 s to claim a job and to probe its
+# input, so that a node which becomes free meanwhile would hardly begin the job earlier.
+AHEAD_S = 0.75
+# Progress shows what FFmpeg has read. The 20 to 60 frames that an encoder still holds come on top:
+# where they are slow, the job would wait for long.
+MIN_AHEAD_FPS = 20.0
+MAX_AHEAD_RUN_S = 60.0  # beside a longer encode, what it takes to begin the next is nothing
 # All that FFmpeg says of a redirect that it may not follow, and of some other troubles.
 _UNSAID = re.compile(r"(?:https?://\S+|Error opening input): Input/output error"
                      r"(?:; Error opening input .*)?")
@@ -5077,21 +5169,26 @@ def reserve_room(task: Task, made: Plan) -> None:
 
 
 class Follower:
-    """Follows FFmpeg's progress through the passes of one encode."""
+    """Follows FFmpeg's progress through the passes of one encode.
 
-    def __init__(self, runner: Runner, made: Plan, steps: int) -> None:
+    `foresees` says whether the last pass ends the job's use of its slot.
+    """
+
+    def __init__(self, runner: Runner, made: Plan, steps: int, foresees: bool = False) -> None:
         self.latest = Progress()
         self._runner = runner
         self._expected_s = made.duration_s
         self._steps = steps  # of all runs of the job
+        self._foresees = foresees
         self._parser = ProgressParser()
-        self._began_s = self._shown_s = runner.watch.elapsed_s()
+        self._began_s = self._shown_s = self._pass_s = runner.watch.elapsed_s()
         self._step = 0
         self._phase = ""
 
     def begin(self, step: int, phase: str) -> None:
         """Begin a pass; its first frame is expected from now on."""
         self._step, self._phase = step, phase
+        self._pass_s = self._runner.watch.elapsed_s()
         self._runner.show(phase, 100.0 * step / self._steps)
         self._runner.watchdog.note_frame()
         self._expect_frames(0, 0.0)
@@ -5117,6 +5214,18 @@ class Follower:
         self._expect_frames(block.frame, now - self._began_s)
         self._runner.progress = progress_json(block, self._expected_s, self._step, self._steps,
                                               self._phase)
+        is_last = self._foresees and self._step == self._steps - 1
+        if is_last and ends_soon(block, now - self._pass_s, self._expected_s):
+            self._foresees = False  # once
+            self._runner.slot.foresee_end()
+
+
+def ends_soon(done: Progress, elapsed_s: float, expected_s: float | None) -> bool:
+    """Return whether a pass that got so far in `elapsed_s` is near its end, of `expected_s`."""
+    if not expected_s or not done.out_time_s or elapsed_s > MAX_AHEAD_RUN_S:
+        return False
+    left_s = (expected_s - done.out_time_s) * elapsed_s / done.out_time_s
+    return left_s < AHEAD_S and done.frame >= MIN_AHEAD_FPS * elapsed_s
 
 
 def phase_name(step: int, passes: int, run: int, most: int) -> str:
@@ -5132,7 +5241,10 @@ def encode_once(task: Task, made: Plan, run: int, most: int) -> Outcome:
     """Run the commands of one encode, the `run`-th from 0 of at most `most`."""
     runner, passes = task.runner, len(made.passes)
     began_s = runner.watch.elapsed_s()
-    follower = Follower(runner, made, most * passes)
+    settings = task.settings
+    # After these the slot is still needed.
+    more = most > 1 or settings.quality or settings.cooldown
+    follower = Follower(runner, made, most * passes, foresees=not more)
     for step, argv in enumerate(made.passes):
         phase = phase_name(step, passes, run, most)
         follower.begin(run * passes + step, phase)
@@ -5146,7 +5258,12 @@ def encode_once(task: Task, made: Plan, run: int, most: int) -> Outcome:
 
 
 def inspect_output(task: Task, made: Plan, outcome: Outcome) -> Outcome:
-    """Look at the output with ffprobe: FFmpeg's own word for success is not enough."""
+    """Look at the output with ffprobe: FFmpeg's own word for success is not enough.
+
+    Once: what was looked at before, or went to a stream, is returned as it is.
+    """
+    if task.output.is_stream or outcome.output_bytes is not None:
+        return outcome
     size = 0
     if os.path.exists(made.target):
         size = os.path.getsize(made.target)
@@ -5201,7 +5318,10 @@ def require_length(task: Task, made: Plan, reached_s: float, heard: Sequence[str
 
 
 def repeat_encode(task: Task, made: Plan) -> Outcome:
-    """Encode until the requested confidence is reached; each output replaces the one before."""
+    """Encode until the requested confidence is reached; each output replaces the one before.
+
+    Return the last run. One that has to be repeated is inspected before the next.
+    """
     runner, settings = task.runner, task.settings
     confidence = task.job.confidence
     if confidence not in CONFIDENCES:
@@ -5216,7 +5336,7 @@ def repeat_encode(task: Task, made: Plan) -> Outcome:
         # A ledger for each run: the statistics compare them.
         runner.ledger = hwdetect.Ledger(runner.samples.rows, uses_gpu)
         outcome = encode_once(task, made, len(runs), most)
-        if not once:
+        if most > 1:
             outcome = inspect_output(task, made, outcome)
         outcome = dataclasses.replace(outcome, ledger=runner.ledger, confidence=confidence)
         runs.append(outcome)
@@ -5303,8 +5423,12 @@ class Attempt:
     """
 
     def __init__(self, job: Job, place: Workplace,
-                 confirm: Confirm = lambda output, made: math.inf) -> None:
-        """Prepare; `confirm` asks whether the output may be named."""
+                 confirm: Confirm = lambda output, made: math.inf,
+                 slot_changed: Callable[[], None] = lambda: None) -> None:
+        """Prepare; `confirm` asks whether the output may be named.
+
+        `slot_changed` is called when its slot is free for another job, or will be in a moment.
+        """
         self.job_id, self.number = self.key = job.key
         self.parameters: Json = {}  # as given
         if isinstance(job.parameters, dict):
@@ -5316,7 +5440,7 @@ class Attempt:
         self._confirm = confirm
         # A foreign master's id need not be a UUID, nor a file name.
         name = re.sub(r"[^A-Za-z0-9-]", "_", self.job_id)[:64]
-        self._runner = Runner(place, place.work_dir / f"{name}-{self.number}")
+        self._runner = Runner(place, place.work_dir / f"{name}-{self.number}", slot_changed)
         self._task: Task | None = None
 
     @property
@@ -5333,6 +5457,11 @@ class Attempt:
     def samples(self) -> Samples:
         """The readings that were not sent."""
         return self._runner.samples
+
+    @property
+    def slot(self) -> Slot:
+        """Its right to encode."""
+        return self._runner.slot
 
     @property
     def stopping(self) -> bool:
@@ -5366,6 +5495,7 @@ class Attempt:
         except (Stopped, Failure, ApiError, OSError) as error:
             outcome = self._outcome_of(error)
         finally:
+            runner.slot.give()
             self._clean()
             meter.work(self, False)
         if runner.limits is not None:
@@ -5380,7 +5510,10 @@ class Attempt:
             damaged=runner.damaged)
 
     def _work(self) -> Outcome:
-        """Carry out the stages in their order; Stopped and Failure end them."""
+        """Carry out the stages in their order; Stopped and Failure end them.
+
+        Those before and after the encodes run beside another attempt's encode.
+        """
         runner = self._runner
         settings = resolve(self._job.scenario, self._job.parameters, self._place.places.own_paths)
         task = self._task = Task(self._job, self._place, runner, settings)
@@ -5388,17 +5521,26 @@ class Attempt:
         make_folder_of(runner)
         runner.limits = limits_of(settings, runner)
         if settings.baseline:
+            runner.take_slot()
             return measure_idle(runner, settings)
 
+        if settings.input is None:
+            runner.take_slot()  # to make the source is an encode too
         source = find_source(task)
         target = task.output.open(runner.files, task.input.descriptor)
         made = task.plan = plan(settings, self._place.machine, source, target)
         runner.log.add(f"plan: {made.reason}")
         reserve_room(task, made)
+
+        runner.take_slot()
         outcome = repeat_encode(task, made)
-        if not task.output.is_stream:
+        if settings.quality and not task.output.is_stream:
+            outcome = inspect_output(task, made, outcome)
             outcome = compare_quality(task, made, source, outcome)
+        runner.slot.give()
+
         runner.show("finishing")
+        outcome = inspect_output(task, made, outcome)
         # How long the master is away is not the job's time.
         runner.watchdog.lift_timeout()
         task.output.deliver(self._permit)
@@ -6239,6 +6381,7 @@ class Events:
         self.leaving = threading.Event()  # it takes nothing more
         self.freed = threading.Event()  # an attempt has ended
         self.news = threading.Event()  # the reporter has something to send
+        self.room = threading.Event()  # a slot is free, or will be in a moment: the poller may ask
 
 
 class Slots(Protocol):
@@ -6246,6 +6389,12 @@ class Slots(Protocol):
 
     def attempts(self) -> list[Attempt]:
         """Return the attempts that run."""
+
+    def has_room(self) -> bool:
+        """Return whether another job may begin."""
+
+    def ends_soon(self) -> bool:
+        """Return whether a slot will be free in a moment; true once for each time."""
 
     def start(self, job: Job, asked: float) -> None:
         """Begin an attempt of a job that was claimed by a request of this moment (boot_clock)."""
@@ -6277,6 +6426,7 @@ class Link:
         self.node_timeout_s = 90.0
         self.seen = 0  # the number of the newest orders; the master answers early for newer ones
         self.reached = False  # has answered this start
+        self.full = False  # the poller's request is parked, and no job will answer it
         self._away_since: float | None = None
 
     @property
@@ -6417,13 +6567,10 @@ class Session:
                 raise
         return self._link.client.register({**body, "secret": secret})
 
-    def _has_room(self) -> bool:
-        return len(self._slots.attempts()) < self._options.max_concurrent_jobs
-
     def _ask(self, now: float) -> Rest:
         """Ask for work and orders."""
         leaving = self._link.events.leaving.is_set()
-        free = not leaving and self._has_room()
+        free = not leaving and self._slots.has_room()
         if not self._link.protocol:
             return self._ask_seed(now, free)
 
@@ -6431,7 +6578,11 @@ class Session:
         wait_s = min(self._options.heartbeat_interval_s, WAIT_MAX_S, self._link.patience_s)
         # A crowd that came at one moment must not do so again and again.
         wait_s = random.uniform(wait_s * LEAST_WAIT, wait_s)
-        answer = self._claim(wait_s) if free else self._heartbeat(leaving, wait_s)
+        # Ahead only what no other node has taken: one that waits for work has a slot now.
+        ahead = not leaving and not free and self._slots.ends_soon()
+        if ahead:
+            wait_s = 0.0
+        answer = self._claim(wait_s) if free or ahead else self._heartbeat(leaving, wait_s)
         self._link.note_answer()
         self._link.log.debug("heartbeat: the master answers (%s)", "free" if free else "busy")
         if answer.job is not None:
@@ -6448,8 +6599,13 @@ class Session:
         return answer
 
     def _heartbeat(self, leaving: bool, wait_s: float) -> Answer:
-        body = {"session": self._link.session, "seen": self._link.seen, "leaving": leaving}
-        return self._link.client.heartbeat(self._link.node_id, body, wait_s)
+        link = self._link
+        body = {"session": link.session, "seen": link.seen, "leaving": leaving}
+        link.full = True
+        try:
+            return link.client.heartbeat(link.node_id, body, wait_s)
+        finally:
+            link.full = False
 
     def _rest_between(self, answer: Answer, took_s: float, wait_s: float) -> Rest:
         """Return how long to rest after an answer: not at all, unless the master does not park."""
@@ -6507,6 +6663,7 @@ class Reporter:
         try:
             rest = Rest(PROGRESS_S, wakeable=True)
             if self._link.reached:
+                self._wake_poller()
                 self.deliver()
                 rest = Rest(self._send_all_progress(now), wakeable=True)
             self._backoff.reset()
@@ -6514,6 +6671,19 @@ class Reporter:
         except ApiError as error:
             self._link.log.debug("report: %s", error.message)
             return Rest(self._backoff.rest_s(error, self._link.patience_s))
+
+    def _wake_poller(self) -> None:
+        """Have the poller ask again where there is room now. ApiError.
+
+        Its request may be parked, for the node was full: a newer one of the node answers it.
+        """
+        link = self._link
+        if not link.events.room.is_set():
+            return
+        link.events.room.clear()
+        if link.protocol and link.full:
+            body = {"session": link.session, "seen": link.seen}
+            self._slots.obey(link.client.heartbeat(link.node_id, body))
 
     def deliver(self) -> None:
         """Send what the spool holds, oldest first; a report that was judged leaves it. ApiError."""
@@ -6745,6 +6915,9 @@ class Agent:
     def _drain(self) -> None:
         """Take nothing more and finish what runs, until the limit or a second signal."""
         self._events.leaving.set()
+        for attempt in self.attempts():
+            if attempt.slot.in_line:  # not begun: another node may have it
+                attempt.stop("returned")
         limit_s = self._options.drain_limit_s
         count = len(self.attempts())
         if count and limit_s:
@@ -6790,10 +6963,41 @@ class Agent:
         with self._lock:
             return list(self._running.values())
 
+    def has_room(self) -> bool:
+        """Return whether another job may begin.
+
+        An attempt that only finishes needs no slot; but where many do, the master is away or the
+        disk is slow, and more work would pile up.
+        """
+        attempts = self.attempts()
+        slots = self._options.max_concurrent_jobs
+        wanting = sum(attempt.slot.wanted for attempt in attempts)
+        return wanting < slots and len(attempts) < 2 * slots
+
+    def ends_soon(self) -> bool:
+        """Return whether a slot will be free in a moment; true once for each time."""
+        wanting = [attempt for attempt in self.attempts() if attempt.slot.wanted]
+        if len(wanting) > self._options.max_concurrent_jobs:
+            return False  # one waits for it
+        for attempt in wanting:
+            if attempt.slot.ends_soon and not attempt.paused:
+                attempt.slot.ends_soon = False
+                return True
+        return False
+
+    def _slot_changed(self) -> None:
+        """Have the poller ask for a job, by way of the reporter where it is parked."""
+        self._events.freed.set()
+        ending = any(attempt.slot.ends_soon for attempt in self.attempts())
+        if ending or self.has_room():
+            self._events.room.set()
+            self._events.news.set()
+
     def start(self, job: Job, asked: float) -> None:
         """Begin an attempt of a job that was claimed by a request of this moment (boot_clock)."""
         attempt = Attempt(job, self._place,
-                          lambda output, made: self._reporter.permit(attempt, output, made))
+                          lambda output, made: self._reporter.permit(attempt, output, made),
+                          self._slot_changed)
         attempt.leased_at = asked
         with self._lock:
             if attempt.key in self._running:
@@ -6912,7 +7116,8 @@ def workplace(options: Options, hardware: hwdetect.Hardware, host: hwdetect.Host
     meter = hwdetect.Meter(host, hardware, options.power_model)
     places = Places(name, options.media_root, options.allow_address, options.own_paths)
     return Workplace(machine, hardware.ffprobe or "ffprobe", host, meter, options.work_dir, places,
-                     hardware.filters, options.min_free_bytes, options.stall_limit_s)
+                     hardware.filters, options.min_free_bytes, options.stall_limit_s,
+                     FreeSlots(options.max_concurrent_jobs))
 
 
 def http_args_of(host: hwdetect.Host, ffmpeg: str) -> tuple[str, ...]:

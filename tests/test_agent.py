@@ -681,6 +681,23 @@ class Patience(unittest.TestCase):
         )
 
 
+    def test_the_end_of_an_encode_is_foreseen_shortly_before_and_only_where_frames_are_quick(
+        self,
+    ) -> None:
+        def foreseen(out_time_s: float | None, elapsed_s: float, expected_s: float | None = 10.0,
+                     fps: float = 100.0) -> bool:
+            done = agent.Progress(round(fps * elapsed_s), out_time_s=out_time_s)
+            return agent.ends_soon(done, elapsed_s, expected_s)
+
+        self.assertEqual([foreseen(out_s, 10.0) for out_s in (9.0, 9.4, 10.0, 10.4)],
+                         [False, True, True, True])
+        self.assertFalse(foreseen(9.4, 20.0), "at half the speed there are 1.3 s left")
+        self.assertFalse(foreseen(9.9, 10.0, fps=15.0), "the encoder holds frames for seconds")
+        self.assertFalse(foreseen(99.9, 100.0, 100.0), "it is not worth it")
+        for unknown in (foreseen(None, 10.0), foreseen(0.0, 10.0), foreseen(9.9, 10.0, None)):
+            self.assertFalse(unknown)
+
+
 class ReadingFfmpegsWords(unittest.TestCase):
     def test_the_reason_shown_is_ffmpegs_own_without_its_decoration(self) -> None:
         for lines, told, _ in REAL_WORDS:
@@ -1324,6 +1341,12 @@ class Timekeeping(unittest.TestCase):
         self.assertTrue(self.watch.repeat_pause(lambda: self.signals.append("again")))
         self.assertEqual(self.signals, ["stop", "again"])
 
+    def test_the_clock_stands_still_in_line(self) -> None:
+        with self.watch.in_line():
+            self.assertEqual(self.after(5), 0)
+            self.assertFalse(self.watch.paused)
+        self.assertEqual(self.after(1), 1)
+
     def test_neither_the_timeout_nor_the_stall_limit_runs_in_a_pause(self) -> None:
         watchdog = agent.Watchdog(self.watch, "worker-01")
         self.now += 50
@@ -1351,6 +1374,63 @@ class Timekeeping(unittest.TestCase):
         self.assertEqual(caught.exception.reason, "timeout")
         watchdog.lift_timeout()
         watchdog.check("a.mp4")
+
+
+class TakingTurns(unittest.TestCase):
+    """The slots of a node, and the attempts that wait for one."""
+
+    def setUp(self) -> None:
+        patch = mock.patch("agent.SLICE_S", 0.01)
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.free, self.changes = agent.FreeSlots(), 0
+
+    def slot(self) -> agent.Slot:
+        return agent.Slot(self.free, self.changed)
+
+    def changed(self) -> None:
+        self.changes += 1
+
+    def test_one_waits_until_the_other_gives_it(self) -> None:
+        first, second, order = self.slot(), self.slot(), list[str]()
+        first.take(lambda: self.fail("it is free"))
+        first.take(lambda: self.fail("it has it"))
+
+        def waits() -> None:
+            second.take(lambda: order.append("looks"))
+            order.append("takes")
+
+        worker = threading.Thread(target=waits)
+        worker.start()
+        wait_for(lambda: len(order) > 2, why="it waits, and looks in each slice of time")
+        self.assertTrue(second.in_line and second.wanted)
+        self.assertNotIn("takes", order)
+        self.assertEqual(self.changes, 0)
+        first.give()
+        worker.join(60)
+        self.assertEqual(order[-1], "takes")
+        self.assertEqual((first.wanted, second.in_line, self.changes), (False, False, 1))
+
+    def test_it_can_be_given_only_once(self) -> None:
+        first, second, third = self.slot(), self.slot(), self.slot()
+        first.take(lambda: None)
+        for _ in range(3):
+            first.give()
+        second.take(lambda: None)
+        with mock.patch("agent.MAX_IN_LINE_S", 0.0), self.assertRaises(agent.Stopped) as caught:
+            third.take(lambda: None)
+        self.assertEqual(caught.exception.args, ("returned",), "another node may have the job")
+        third.give()
+        with mock.patch("agent.MAX_IN_LINE_S", 0.0), self.assertRaises(agent.Stopped):
+            self.slot().take(lambda: None)
+        self.assertEqual(self.changes, 1)
+
+    def test_an_order_reaches_one_that_waits(self) -> None:
+        self.slot().take(lambda: None)
+        waits = mock.Mock(side_effect=agent.Stopped("canceled"))
+        with self.assertRaises(agent.Stopped) as caught:
+            self.slot().take(waits)
+        self.assertEqual((caught.exception.args, waits.call_count), (("canceled",), 1))
 
 
 class Registering(FolderCase):
@@ -1568,6 +1648,67 @@ class Sessions(TalkCase):
             self.steps(self.session, 2)
         self.assertEqual((bounds, waits), ([(22.5, 30.0)], [22.5]))
 
+    def test_an_attempt_that_only_finishes_leaves_room_for_one(self) -> None:
+        attempts = [self.running(f"job-{number}") for number in range(2)]
+        rooms = [self.node.has_room()]
+        for attempt in attempts:
+            attempt.slot.give()
+            rooms.append(self.node.has_room())
+        self.assertEqual(rooms, [False, True, True])
+        self.running("job-2")
+        self.assertTrue(self.node.has_room())
+        self.running("job-3")
+        self.assertFalse(self.node.has_room())
+        for attempt in self.node.attempts():
+            attempt.slot.give()
+        self.assertFalse(self.node.has_room(), "four finish on two slots: the master is away, say")
+
+    def test_a_job_is_claimed_ahead_once_for_each_encode_that_ends_soon(self) -> None:
+        first, _ = self.running("job-1"), self.running("job-2")
+        holding = frozenset({("job-1", 1), ("job-2", 1)})
+        waits: list[tuple[str, float | None]] = []
+
+        def ask(name: str) -> Callable[[object, Any, float | None], agent.Answer]:
+            def answer(*args: Any) -> agent.Answer:
+                waits.append((name, args[-1]))
+                return agent.Answer()
+            return answer
+        self.master.answers = {"register": [agent.Registered("node-1", 1, 90.0, holding)]}
+        with mock.patch.object(self.master, "claim", ask("claim")), \
+                mock.patch.object(self.master, "heartbeat", ask("heartbeat")):
+            self.steps(self.session, 2)
+            first.slot.foresee_end()
+            self.steps(self.session, 2)
+            self.assertEqual(waits, [("heartbeat", 30), ("claim", 0), ("heartbeat", 30)],
+                             "it takes what nobody has taken, and waits for nothing")
+            first.slot.foresee_end()
+            self.running("job-3")
+            self.steps(self.session, 1)
+            self.assertEqual(waits[3:], [("heartbeat", 30)], "one waits for the slot already")
+
+    def test_nothing_is_claimed_ahead_by_a_node_that_leaves_or_for_a_paused_job(self) -> None:
+        attempts = [self.running("job-1"), self.running("job-2")]
+        holding = frozenset(attempt.key for attempt in attempts)
+        self.master.answers = {"register": [agent.Registered("node-1", 1, 90.0, holding)]}
+        self.steps(self.session, 1)
+        for attempt in attempts:
+            attempt.slot.foresee_end()
+        attempts[0].pause()
+        attempts[1].pause()
+        self.steps(self.session, 1)
+        attempts[0].resume()
+        self.link.events.leaving.set()
+        self.steps(self.session, 1)
+        self.assertEqual(self.master.names()[1:], ["heartbeat", "heartbeat"])
+
+    def test_an_agent_that_stops_gives_back_what_waits_for_a_slot(self) -> None:
+        encodes, waits = self.running("job-1"), self.running("job-2")
+        waits.slot.in_line = True
+        self.node.stop()
+        self.node.stop()
+        self.node._drain()
+        self.assertEqual([self.word_of(encodes), self.word_of(waits)], [None, "returned"])
+
     def test_a_pause_that_the_master_asks_for_is_kept_up_to_a_third_of_the_nodes_time(self) -> None:
         self.master.answers = {
             "register": [ApiError(503, "too many connections", retry_after_s=7.0)],
@@ -1639,6 +1780,31 @@ class Reports(TalkCase):
         self.keep("a")
         self.master.answers = {"report": [ApiError(503, "busy", retry_after_s=20.0)]}
         self.assertEqual(self.steps(self.reporter, 1), [20 + 20])
+
+    def test_the_poller_of_a_full_node_hears_at_once_of_a_slot(self) -> None:
+        """Its heartbeat is parked: another one answers it, and brings the orders that there are."""
+        attempt, second = self.running("job-1"), self.running("job-2")
+        self.link.full = True
+        self.steps(self.reporter, 1)
+        self.assertNotIn("heartbeat", self.master.names())
+        order = agent.Order("cancel", "job-2", 1)
+        self.master.answers = {"heartbeat": [agent.Answer(orders=(order,))]}
+        attempt._runner.slot._held = True
+        with mock.patch.object(attempt._runner.slot, "_changed", self.node._slot_changed):
+            attempt.slot.give()
+        self.assertTrue(self.link.events.news.is_set() and self.link.events.freed.is_set())
+        self.steps(self.reporter, 2)
+        self.assertEqual(self.master.names().count("heartbeat"), 1)
+        self.assertEqual(self.word_of(second), "canceled")
+
+    def test_the_poller_is_left_alone_where_it_waits_for_work_or_has_no_room(self) -> None:
+        self.node._slot_changed()
+        self.steps(self.reporter, 1)
+        self.link.full = True
+        self.running("job-1"), self.running("job-2")
+        self.node._slot_changed()
+        self.steps(self.reporter, 1)
+        self.assertNotIn("heartbeat", self.master.names())
 
     def test_what_the_master_has_judged_leaves_the_spool_and_nothing_else(self) -> None:
         for error, left in (

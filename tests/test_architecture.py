@@ -346,11 +346,11 @@ class Seams(unittest.TestCase):
             self.assertNotIn("sqlite3", imported(SOURCES[name].tree))
 
     def test_state_is_locked_only_by_its_owner(self) -> None:
-        """A ticket's gate is a signal, let through once; a lock that guards state is held by
-        `with`."""
+        """A ticket's gate is a signal, let through once, and free slots are counted; a lock that
+        guards state is held by `with`."""
         locks = calls(r"threading\.(R?Lock|Condition|(Bounded)?Semaphore)")
         for name, owners, signals in (("ffdist", {"Transactions"}, {"Ticket", "Connection"}),
-                                     ("agent", {"Agent", "Stopwatch"}, set())):
+                                     ("agent", {"Agent", "Stopwatch"}, {"FreeSlots"})):
             with self.subTest(name):
                 made = {who for _, who, _ in SOURCES[name].uses(locks)}
                 self.assertEqual(made - signals, owners)

@@ -200,6 +200,112 @@ class MoreSlotsOrNodes(FleetCase):
         self.assertEqual([done["result"]["node"]], list(agents))
 
 
+class AQueueOfShortFilms(FleetCase):
+    """On one slot: while an encode is near its end, the next job is claimed and probed."""
+
+    # FFmpeg that is near its end until the file `go` is there. Its probes and its trials are real.
+    NEAR_ITS_END = """#!/bin/sh
+case "$*" in *-progress*)
+    printf 'frame=1000\\nout_time_us=990000\\nprogress=continue\\n'
+    while [ ! -e '{go}' ]; do sleep 0.05; done
+esac
+exec '{ffmpeg}' "$@"
+"""
+
+    def two_begun(self, *flags: str) -> tuple[Master, Agent, list[str]]:
+        """Submit three films to one slot; return their ids when two are claimed."""
+        need("ffmpeg", "ffprobe")
+        self.go = self.folder / "go"
+        programs = self.folder / "bin"
+        programs.mkdir()
+        real = str(shutil.which("ffmpeg"))
+        (programs / "ffmpeg").write_text(self.NEAR_ITS_END.format(go=self.go, ffmpeg=real))
+        (programs / "ffmpeg").chmod(0o755)
+        self.path = {"PATH": f"{programs}:{os.environ['PATH']}"}
+        self.film("in.mp4", 1)
+        master, agent = self.fleet(*flags, env=self.path)
+        ids = [master.submit("64p25-h264", input="in.mp4", output=f"{number}.mp4")["id"]
+               for number in range(3)]
+        self.addCleanup(self.go.touch)
+        wait_for(lambda: self.phase_of(master, ids[1]) == "waiting for a slot",
+                 why=f"the second one is in line; {agent.words()}")
+        return master, agent, ids
+
+    def phase_of(self, master: Master, job_id: str) -> str | None:
+        return (master.get(f"/jobs/{job_id}")["progress"] or {}).get("phase")
+
+    def states(self, master: Master, ids: list[str]) -> list[str]:
+        return [master.get(f"/jobs/{job_id}")["status"] for job_id in ids]
+
+    def all_completed(self, master: Master, ids: list[str]) -> None:
+        self.go.touch()
+        for job_id in ids:
+            done = master.finished(job_id)
+            self.assertEqual((done["status"], done["attempt"], done["retry_count"]),
+                             ("completed", 1, 0), done["error"])
+            self.assertEqual(done["result"]["metrics"]["jobs_beside"], 0)
+        outputs = sorted(path.name for path in (self.folder / "media").iterdir())
+        self.assertEqual(outputs, ["0.mp4", "1.mp4", "2.mp4", "in.mp4"])
+
+    def test_one_job_is_claimed_ahead_and_no_more(self) -> None:
+        master, agent, ids = self.two_begun()
+        self.assertEqual(self.states(master, ids), ["running", "running", "pending"])
+        encodes = processes_called("-progress") & processes_under(agent.work)
+        folders = {os.readlink(f"/proc/{pid}/cwd") for pid in encodes}
+        self.assertEqual([Path(folder).name for folder in folders], [f"{ids[0]}-1"])
+        self.all_completed(master, ids)
+        self.nothing_left(agent)
+
+    def test_a_node_with_a_slot_takes_what_is_not_yet_claimed(self) -> None:
+        master, _, ids = self.two_begun()
+        other = self.agent(master, name="other", env=self.path)
+        wait_for(lambda: processes_under(other.work), why=f"the other works: {other.words()}")
+        wait_for(lambda: master.get(f"/jobs/{ids[2]}")["status"] == "running")
+        self.all_completed(master, ids)
+
+    def test_a_job_whose_slot_does_not_come_is_given_back_and_done_elsewhere(self) -> None:
+        master, agent, ids = self.two_begun()
+        given = wait_for(lambda: [job for job in [master.get(f"/jobs/{ids[1]}")]
+                                  if job["status"] == "pending"], why="it is given back")[0]
+        self.assertEqual([attempt["status"] for attempt in given["attempts"]], ["returned"])
+        self.assertEqual((given["retry_count"], given["error"]), (0, None))
+        self.assertEqual(processes_under(agent.work / f"{ids[1]}-1"), set())
+        other = self.agent(master, name="other", env=self.path)
+        wait_for(lambda: master.get(f"/jobs/{ids[1]}")["status"] == "running", why=other.words())
+        self.go.touch()
+        self.assertEqual([master.finished(job_id)["status"] for job_id in ids], ["completed"] * 3)
+        self.assertEqual(master.get(f"/jobs/{ids[1]}")["attempt"], 2)
+
+    def test_a_cancel_of_the_one_in_line_leaves_nothing_and_the_queue_goes_on(self) -> None:
+        master, agent, ids = self.two_begun()
+        self.assertEqual(master.call("POST", f"/jobs/{ids[1]}/cancel").status, 200)
+        self.assertEqual(master.finished(ids[1], CANCEL_DEADLINE_S)["status"], "canceled")
+        self.go.touch()
+        ends = [master.finished(job_id)["status"] for job_id in ids]
+        self.assertEqual(ends, ["completed", "canceled", "completed"])
+        self.nothing_left(agent)
+        self.assertFalse((self.folder / "media" / "1.mp4").exists())
+
+    def test_an_agent_that_stops_gives_the_one_in_line_back_at_once(self) -> None:
+        master, agent, ids = self.two_begun("--drain-limit", "60s")
+        agent.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: self.states(master, ids)[1] == "pending", why=agent.words())
+        self.assertEqual(self.states(master, ids), ["running", "pending", "pending"])
+        self.go.touch()
+        self.assertEqual(agent.wait(30), 0, agent.words())
+        self.assertEqual(self.states(master, ids), ["completed", "pending", "pending"])
+        self.nothing_left(agent)
+
+    def test_both_go_on_while_their_master_is_dead(self) -> None:
+        master, agent, ids = self.two_begun()
+        master.kill()
+        self.go.touch()
+        wait_for(lambda: processes_under(agent.work / f"{ids[1]}-1"), why=agent.words())
+        master = self.master(port=master.port)
+        self.all_completed(master, ids)
+        self.nothing_left(agent)
+
+
 class ASickNode(FleetCase):
     def test_a_node_whose_disk_is_full_is_taken_out_and_comes_back_when_it_is_well(self) -> None:
         master = self.master("--retry-delay", "0.2s", "--retry-delay-most", "1s")

@@ -1008,6 +1008,114 @@ class JobLimits(RunCase):
         self.assertEqual(orphan.wait(10), -signal.SIGKILL)
 
 
+class SideBySide(RunCase):
+    """Attempts on a node of one slot: what is not an encode runs beside another one's."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.place = dataclasses.replace(self.place, slots=agent.FreeSlots())
+        self.outcomes: dict[agent.Attempt, agent.Outcome] = {}
+
+    def begin(self, attempt: agent.Attempt) -> threading.Thread:
+        def work() -> None:
+            self.outcomes[attempt] = attempt.run()
+        worker = threading.Thread(target=work)
+        worker.start()
+        self.addCleanup(worker.join, PATIENCE_S)
+        self.addCleanup(attempt.stop, "canceled")
+        return worker
+
+    def encoding(self) -> agent.Attempt:
+        """Begin an attempt that encodes until it is stopped."""
+        attempt = self.attempt("64p25-h264", duration=600, realtime=True)
+        self.begin(attempt)
+        wait_for(lambda: attempt.progress.get("frame"), why="it encodes")
+        return attempt
+
+    def in_line(self, attempt: agent.Attempt) -> threading.Thread:
+        worker = self.begin(attempt)
+        wait_for(lambda: attempt.progress["phase"] == "waiting for a slot", why="it is in line")
+        return worker
+
+    def lines(self, attempt: agent.Attempt) -> list[str]:
+        return [line.partition(":")[0] for _, line in list(attempt.log.lines)]
+
+    def test_a_film_is_probed_while_another_encodes_and_finished_beside_the_next(self) -> None:
+        first = self.encoding()
+        finishing, may_end = threading.Event(), threading.Event()
+
+        def confirm(output: agent.OutputFile, made: agent.Json) -> float:
+            finishing.set()
+            may_end.wait(PATIENCE_S)
+            return float("inf")
+        self.addCleanup(may_end.set)
+        name = self.film("plain.mp4")
+        job = agent.Job(str(uuid.uuid4()), 1, "x", {"input": name, "output": "beside.mp4"})
+        second = agent.Attempt(job, self.place, confirm)
+        worker = self.in_line(second)
+        self.assertEqual(self.lines(second), ["plan"], "all but the encode is done")
+        first.stop("canceled")
+        self.assertTrue(finishing.wait(PATIENCE_S))
+        self.assertFalse(second.slot.wanted)
+        third = self.attempt(place=self.place, input=name)
+        self.begin(third).join(PATIENCE_S)
+        self.assertEqual(self.outcomes[third].status, "completed")
+        self.assertNotIn(second, self.outcomes)
+        may_end.set()
+        worker.join(PATIENCE_S)
+        done = self.outcomes[second]
+        self.assertEqual((done.status, done.ledger.beside), ("completed", 0), done.error)
+        self.assertTrue(done.output_bytes and done.output_s)
+        self.assertTrue((self.media / "beside.mp4").exists())
+
+    def test_a_job_in_line_obeys_orders(self) -> None:
+        self.encoding()
+        attempt = self.attempt(input=self.film("plain.mp4"), output="o.mp4")
+        worker = self.in_line(attempt)
+        attempt.stop("canceled")
+        worker.join(PATIENCE_S)
+        self.assertEqual(self.outcomes[attempt].status, "canceled")
+        self.assertEqual(self.lines(attempt), ["plan"])
+
+    def test_a_job_whose_slot_does_not_come_is_given_back(self) -> None:
+        self.encoding()
+        attempt = self.attempt(input=self.film("plain.mp4"), output="o.mp4")
+        with mock.patch("agent.MAX_IN_LINE_S", 0.0):
+            self.begin(attempt).join(PATIENCE_S)
+        self.assertEqual(self.outcomes[attempt].status, "returned")
+        self.assertEqual(list(self.work.glob(f"{attempt.job_id}*")), [])
+
+    def test_a_source_is_made_in_turn_for_that_is_an_encode(self) -> None:
+        self.encoding()
+        attempt = self.attempt("66p25-h264", duration=0.2)
+        self.in_line(attempt)
+        self.assertEqual(list((self.work / "cache").glob("*x66*")), [])
+
+    def test_a_slot_is_kept_until_quality_is_measured_and_after_a_failure_it_is_free(self) -> None:
+        held: list[bool] = []
+        compare = agent.compare_by
+
+        def comparing(metric: str, task: agent.Task, *more: Any) -> Any:
+            held.append(task.runner.slot._held)
+            return compare(metric, task, *more)
+        with mock.patch("agent.compare_by", comparing):
+            self.completes(place=self.place, input=self.film("plain.mp4"), quality=["psnr"])
+        self.assertEqual(held, [True])
+        self.fails("input", place=self.place, input="none.mp4")
+        self.assertTrue(self.place.slots.take(0))
+        self.assertFalse(self.place.slots.take(0))
+
+    def test_its_end_is_foreseen_once_and_not_where_the_slot_is_kept(self) -> None:
+        for more, changes in (({}, 2), ({"quality": ["psnr"]}, 1), ({"cooldown": 0.01}, 1)):
+            parameters = {"input": self.film("plain.mp4"), **more}
+            job = agent.Job(str(uuid.uuid4()), 1, "x", parameters)
+            changed = mock.Mock()
+            attempt = agent.Attempt(job, self.place, slot_changed=changed)
+            with self.subTest(more), mock.patch("agent.ends_soon", return_value=True):
+                self.assertEqual(attempt.run().status, "completed")
+                self.assertEqual(changed.call_count, changes)
+
+
 class Watchdogs(RunCase):
     def disturbed(
         self,
