@@ -884,6 +884,17 @@ class Listing(Generic[View]):
             total=len(items) if total is None else total,
             next=fields.text("next", 4096))
 
+    @classmethod
+    def joined(cls, pages: Sequence[Listing[View]], field: str) -> Listing[View]:
+        """Return the listing of pages that follow each other, with its rows under a field."""
+        if len(pages) == 1:
+            return pages[0]
+        items = tuple(item for page in pages for item in page.items)
+        last = pages[-1]
+        rows = [row for page in pages for row in page.json[field]]
+        beside = {**last.json, field: rows, "count": len(items)}
+        return cls(beside, items, len(items), last.total, last.next)
+
 
 @dataclass(frozen=True)
 class LogPart:
@@ -1416,16 +1427,29 @@ class Client:
         return Listing.from_json(answer, "jobs", JobView).items
 
     def nodes(self) -> Listing[NodeView]:
-        answer = self._call("GET", "/nodes")
-        return Listing.from_json(answer, "nodes", NodeView)
+        return self._listing("nodes", NodeView, {}, math.inf)
 
     def jobs(self, query: Json) -> Listing[JobView]:
-        answer = self._call("GET", "/jobs", None, query)
-        return Listing.from_json(answer, "jobs", JobView)
+        return self._listing("jobs", JobView, query, query.get("limit") or 0)
 
     def results(self, query: Json) -> Listing[ResultView]:
-        answer = self._call("GET", "/results", None, query)
-        return Listing.from_json(answer, "results", ResultView)
+        return self._listing("results", ResultView, query, query.get("limit") or 0)
+
+    def _listing(
+        self, kind: str, view: type[View], query: Json, most: str | float
+    ) -> Listing[View]:
+        """Return a page, or more of them as one: a page may end by its size before `most` rows."""
+        pages: list[Listing[View]] = []
+        count = 0
+        while True:
+            page = Listing.from_json(self._call("GET", f"/{kind}", None, query), kind, view)
+            pages.append(page)
+            count += len(page.items)
+            if not page.next or not page.items or count >= float(most):
+                return Listing.joined(pages, kind)
+            query = {**query, "after": page.next}
+            if most != math.inf:
+                query["limit"] = int(most) - count
 
     def job(self, job_id: str) -> JobView:
         answer = self._call("GET", f"/jobs/{_quoted(job_id)}")

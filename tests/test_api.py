@@ -193,7 +193,9 @@ class TestSeed(Served):
         self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
         fresh = Master(folder)
         self.addCleanup(fresh.end)
-        self.assertEqual(fresh.get("/nodes"), {"nodes": [], "count": 0})
+        self.assertEqual(
+            fresh.get("/nodes"), {"nodes": [], "count": 0, "total": 0, "next": None}
+        )
         self.assertEqual(fresh.get("/jobs"), {"jobs": [], "count": 0, "total": 0, "next": None})
         self.assertEqual(
             fresh.get("/results"), {"results": [], "count": 0, "total": 0, "next": None}
@@ -1229,9 +1231,9 @@ class TestWorkOfAnswers(Case):
         return found
 
     def test_no_json_is_made_under_the_lock(self) -> None:
-        job = self.state.queries.jobs({}, None, 1)[0][0][0]
-        for path in ("/nodes", f"/nodes/{self.node}", "/jobs", f"/jobs/{job.id}", "/results", "/",
-                     "/metrics"):
+        job = json.loads(self.state.queries.jobs({}, None, 1).rows[0])
+        for path in ("/nodes", f"/nodes/{self.node}", "/jobs", f"/jobs/{job['id']}", "/results",
+                     "/", "/metrics"):
             self.calls(path)
 
     def test_a_list_of_jobs_decodes_and_encodes_each_once(self) -> None:

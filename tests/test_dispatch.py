@@ -380,7 +380,8 @@ class TestWalk(Alone):
 
     def view(self, state: ffdist.State) -> dict[str, Any]:
         jobs = {seq: job.state_json() for seq, job in state.jobs.items()}
-        return {"jobs": jobs, "totals": state.totals, "last": (state.last_job, state.last_result),
+        return {"jobs": jobs, "totals": state.totals.counts,
+                "last": (state.last_job, state.last_result),
                 "leases": {node.id: sorted(node.leases) for node in state.nodes.values()},
                 "claims": {node.id: list(node.claims) for node in state.nodes.values()},
                 "lines": sorted(state.jobs[seq].seq for seq in state.jobs

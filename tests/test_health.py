@@ -67,9 +67,8 @@ class Fleet(Case):
         return self.ask(node_id).get("job")
 
     def beat(self) -> None:
-        for node in self.master.queries.nodes():
-            session = self.sessions[node["id"]]
-            self.master.heartbeat(Ask(node["id"], session, 0.0, 0, None, False))
+        for node_id, session in self.sessions.items():
+            self.master.heartbeat(Ask(node_id, session, 0.0, 0, None, False))
 
     def submit(self, **more: Any) -> Job:
         return self.master.submit([draft_of({"scenario": "720p30-h264", **more}, 3)])[1][0]
@@ -538,7 +537,7 @@ class TestPinned(Fleet):
         with self.assertRaises(ApiError) as caught:
             self.master.submit(drafts)
         self.assertEqual((caught.exception.status, caught.exception.field), (400, "node"))
-        self.assertEqual(self.master.queries.jobs({}, None, 10)[1], 0)
+        self.assertEqual(self.master.queries.jobs({}, None, 10).total, 0)
 
     def test_a_restart_keeps_the_pin(self) -> None:
         self.submit(node="well")
