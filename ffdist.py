@@ -912,7 +912,7 @@ def _list_all(table: str) -> str:
 
 
 # What brings a format to the next one. Of 3: jobs and nodes have got fields at their end, which
-# rows without them take from their defaults. Of 4: lists have their blocks.
+# rows without them take from their defaults. Of 4: lists have their blocks, nodes a further field.
 _MIGRATIONS = {
     3: "",
     4: "DROP INDEX jobs_by_node; DROP INDEX jobs_by_status;"
@@ -2095,8 +2095,9 @@ class Node:
 
     `failures` are those in a row that speak against it, as (number of the job, reason); `trial` is
     the job that tries whether it is well again. `standing` are its leases that may have an order,
-    `orders` counts all orders, and `parked` is the serial number of its parked request. `drain_due`
-    and `trial_due` are moments of the monotonic clock.
+    `orders` counts all orders, and `parked` is the serial number of its parked request. `has_run`
+    is whether it ever had a lease, and `offline_at` since when it is offline (since 1970), None
+    while it is not. `drain_due` and `trial_due` are moments of the monotonic clock.
     """
 
     __slots__ = (
@@ -2107,6 +2108,7 @@ class Node:
         "draining",
         "facts",
         "failures",
+        "has_run",
         "heard",
         "id",
         "last_heartbeat",
@@ -2114,7 +2116,7 @@ class Node:
         "leaving",
         "lost",
         "name",
-        "offline",
+        "offline_at",
         "orders",
         "parked",
         "past",
@@ -2134,10 +2136,11 @@ class Node:
         "draining",
         "facts",
         "failures",
+        "has_run",
         "last_heartbeat",
         "leaving",
         "name",
-        "offline",
+        "offline_at",
         "orders",
         "past",
         "protocol",
@@ -2157,7 +2160,8 @@ class Node:
         self.past: list[str] = []
         self.protocol: int | None = None
         self.anonymous = False
-        self.offline = False
+        self.has_run = False
+        self.offline_at: float | None = None
         self.leaving = False
         self.draining = False
         self.drain_until: float | None = None
@@ -2184,12 +2188,19 @@ class Node:
         for name in self.DURABLE:
             if name in record:
                 setattr(self, name, record[name])
+        if record.get("offline"):  # as format 4 has it
+            self.offline_at = self.last_heartbeat
         if self.quarantine is not None:
             self.quarantine = Quarantine(*self.quarantine)
             pause = max(0.0, self.quarantine.next_trial - now.wall)
             self.trial_due = now.clock + min(pause, MAX_TRIAL_S)
         if self.drain_until is not None:
             self.drain_due = now.clock + max(0.0, self.drain_until - now.wall)
+
+    @property
+    def offline(self) -> bool:
+        """Whether it gave no sign of life, or has left."""
+        return self.offline_at is not None
 
     @property
     def status(self) -> str:
@@ -2331,6 +2342,8 @@ class State:
         for node_id, record, claims in stored.nodes:
             node = self.nodes[node_id] = Node(node_id, self.now.wall)
             node.restore(record, self.now)
+            # Format 4 does not say so.
+            node.has_run = node.has_run or bool(claims) or self.has_run(node_id)
             node.claims.extend(claims)
             node.heard = self.now.clock  # its silence before this start does not count
         for job in stored.live_jobs:
@@ -2417,6 +2430,9 @@ class State:
         limit_s = math.inf
         if node.session_hash is None:
             limit_s = json.loads(job.spec)["settings"].get("timeout") or LEASE_WITHOUT_SESSION_S
+        if not node.has_run:
+            node.has_run = True
+            self.write_node(node)
         node.leases.add(job.seq)
         node.standing.add(job.seq)  # looked at once: a loaded or taken back job may have an order
         self.leases[job.seq] = Lease(self.now.clock, lines, limit_s)
@@ -2441,6 +2457,10 @@ class State:
     def count(self, key: TotalKey, step: int) -> None:
         """Add to a total."""
         self.write("total", key, self.totals.add(key, step))
+
+    def has_run(self, node_id: str) -> bool:
+        """Return whether there are jobs or results of a node."""
+        return any(self.totals.of(kind, {"node_id": node_id}) for kind in ("jobs", "results"))
 
     def write_node(self, node: Node) -> None:
         """Write what the journal keeps of a node."""
@@ -2881,7 +2901,7 @@ class Leases:
         state.save(job, back)
         state.lease(node, back, back.attempts[-1].get("lines", 0))
         if node.offline:  # it was leaving: with something that runs on it, its silence counts again
-            node.offline = False
+            node.offline_at = None
             state.write_node(node)
         state.note("job %s attempt %d: %s came back with it", job.id, job.attempt, node.name)
 
@@ -2976,7 +2996,7 @@ class Leases:
     def settle_leaving(self, node: Node) -> None:
         """Note that a leaving node is offline when nothing runs on it."""
         if node.leaving and not node.leases and not node.offline:
-            node.offline = True
+            node.offline_at = self._state.now.wall
             self._state.write_node(node)
 
     def _retry_at(self, job: Job, event: str) -> float | None:
@@ -3056,6 +3076,11 @@ class Leases:
 
 
 # ---- 9 Registry ----------------------------------------------------------------------------------
+
+STRANGER_S = 24 * 3600.0  # offline: after it a node that never ran a job is forgotten
+STRANGER_SILENCE_S = 3600.0  # of it while this master listened: an agent's pauses are shorter
+MAX_STRANGERS = 100  # forgotten in one tick, for its lock
+
 
 def find_node(
     nodes: Mapping[str, Node], given: str, status: int = 404, field: str = "node_id"
@@ -3145,6 +3170,7 @@ class Registry:
         refuse_stranger(node, owner, checked)
         if node is None:
             node = Node(checked.id or new_id, state.now.wall)
+            node.has_run = state.has_run(node.id)  # before somebody removed it
             state.nodes[node.id] = node
         # Only the first registration of a start judges its leases: a repeat may be a late packet.
         first = checked.session_hash != node.session_hash
@@ -3189,7 +3215,7 @@ class Registry:
             state.write("owner", node.id, checked.owner_hash)
         node.facts, node.name, node.slots = checked.facts, checked.name, checked.slots
         node.protocol, node.anonymous = checked.protocol, checked.id is None
-        node.offline = node.leaving = False
+        node.offline_at, node.leaving = None, False
         self._touch(node)
 
     def _end_others(self, node: Node, held: Sequence[Json]) -> None:
@@ -3215,7 +3241,7 @@ class Registry:
     def _touch(self, node: Node) -> None:
         node.heard, node.last_heartbeat = self._state.now
         if node.offline and not node.leaving:
-            node.offline = False
+            node.offline_at = None
             self._state.write_node(node)
             self._state.note("node %s is back", node.name)
 
@@ -3229,14 +3255,17 @@ class Registry:
 
     def forget(self, node: Node) -> Json:
         """Remove a node; its jobs are pending again."""
+        self._remove(node)
+        self._state.note("node %s (%s) removed", node.name, node.id)
+        return {"status": "removed", "id": node.id}
+
+    def _remove(self, node: Node) -> None:
         state = self._state
         self._leases.lose_all(node, f"node {node.name} was removed")
         self._placement.release(node)
         del state.nodes[node.id]
         state.write("forget", node.id)
         state.write("claims", node.id, "[]")  # a later node of that id has claimed nothing yet
-        state.note("node %s (%s) removed", node.name, node.id)
-        return {"status": "removed", "id": node.id}
 
     def drain(self, node: Node, deadline_s: float | None) -> Json:
         """Let a node take nothing more; what still runs after `deadline_s` is given back."""
@@ -3258,23 +3287,44 @@ class Registry:
         return node.to_json()
 
     def tick(self, late_s: float) -> None:
-        """Do what is due for each node: mark it offline, end its drain.
+        """Do what is due for each node: mark it offline, end its drain, remove it.
 
         Silence counts only while the master listened: where its own timer came late, every node's
         deadline moves by the delay.
         """
         state = self._state
+        strangers = []
         for node in state.nodes.values():
             node.heard += late_s
-            if not node.offline and state.now.clock - node.heard > state.settings.node_timeout_s:
+            if node.offline:
+                if self._is_stranger(node):
+                    strangers.append(node)
+            elif state.now.clock - node.heard > state.settings.node_timeout_s:
                 self._mark_offline(node)
             if node.leases and -math.inf < node.drain_due <= state.now.clock:
                 node.drain_due = -math.inf  # send once: orders persist until acknowledged
                 for seq in node.leases:
                     self._placement.order(state.jobs[seq])
+        for node in strangers[:MAX_STRANGERS]:
+            self._remove(node)
+            state.note("node %s (%s) is forgotten: it never ran a job and was offline for %d h",
+                       node.name, node.id, STRANGER_S // 3600)
+
+    def _is_stranger(self, node: Node) -> bool:
+        """Return whether an offline node never ran a job, and has been away for long enough.
+
+        The wall clock says since when, for that outlives a restart. But it may jump, or the master
+        may have been down meanwhile: so the node must have been silent for a while to this one too.
+        A drained node stays: a person's order must not be lost.
+        """
+        now = self._state.now
+        if node.has_run or node.draining or node.offline_at is None:
+            return False
+        is_silent = now.clock - node.heard >= STRANGER_SILENCE_S
+        return is_silent and now.wall - node.offline_at >= STRANGER_S
 
     def _mark_offline(self, node: Node) -> None:
-        node.offline = True
+        node.offline_at = self._state.now.wall
         self._state.write_node(node)
         silence = wire.duration_text(self._state.settings.node_timeout_s)
         self._state.note(

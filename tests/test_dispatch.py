@@ -73,6 +73,7 @@ class Alone(unittest.TestCase):
         self.rows = Rows()
         self.fleet = Fleet(ffdist.Settings(), dict.fromkeys(ffdist.COUNTS, 0), lambda: 0.0)
         self.words = 0
+        self.notes: list[str] = []
 
     def moment(self) -> Moment:
         return Moment(self.now, self.now + 1e9)
@@ -81,6 +82,7 @@ class Alone(unittest.TestCase):
         outcome = self.fleet.apply(event, self.moment())
         self.rows.take(outcome.effects.writes)
         self.wakes = outcome.effects.wakes
+        self.notes += [note.message % note.values for note in outcome.effects.notes]
         if outcome.error is not None:
             raise outcome.error
         return outcome.answer
@@ -131,6 +133,140 @@ class Alone(unittest.TestCase):
         return ffdist.job_of_row(
             (job.seq, job.id, job.scenario, job.spec, self.rows.jobs[job.seq][4])
         )
+
+
+DAY_S = 24 * 3600.0
+HOUR_S = 3600.0
+
+
+class TestStrangers(Alone):
+    """A node that never ran a job is forgotten after a day offline; one that did stays."""
+
+    def pass_s(self, seconds: float) -> None:
+        """Let time pass in steps of an hour at most, as the timer of a master does."""
+        while seconds > 0:
+            self.now += min(seconds, HOUR_S)
+            seconds -= HOUR_S
+            self.apply(ffdist.Ticked(0.0))
+
+    def restart(self, down_s: float = 0.0) -> None:
+        """Go on with another fleet, made of the journal's rows; its monotonic clock is another."""
+        self.now += down_s
+        self.fleet = Fleet(ffdist.Settings(), dict.fromkeys(ffdist.COUNTS, 0), lambda: 0.0)
+        self.fleet.load(self.rows.stored(), self.moment())
+
+    def run_one(self, node: str) -> None:
+        self.submit()
+        job = self.claim(node)
+        assert job is not None
+        self.end(job, node)
+
+    def known(self) -> set[str]:
+        self.assertEqual(set(self.fleet.state.nodes), set(self.rows.nodes))
+        return set(self.rows.nodes)
+
+    def test_it_is_forgotten_and_the_log_says_so(self) -> None:
+        self.node("idle")
+        self.run_one(self.node("worker"))
+        self.pass_s(100)
+        self.assertTrue(self.fleet.state.nodes["idle"].offline)
+        self.pass_s(DAY_S - 1)
+        self.assertEqual(self.known(), {"idle", "worker"})
+        self.pass_s(2)
+        self.assertEqual(self.known(), {"worker"})
+        self.assertIn("node idle (idle) is forgotten: it never ran a job and was offline for 24 h",
+                      self.notes)
+        self.pass_s(30 * DAY_S)
+        self.assertEqual(self.known(), {"worker"})
+
+    def test_a_job_that_ends_as_lost_is_one_that_ran(self) -> None:
+        self.node("worker")
+        self.submit()
+        self.claim("worker")
+        self.pass_s(2 * DAY_S)
+        self.assertEqual(self.known(), {"worker"})
+
+    def test_a_node_that_has_left_is_offline_too(self) -> None:
+        self.node("idle")
+        asked = ffdist.Asked("idle", None, 0, None, leaving=True, for_work=False)
+        self.apply(ffdist.Arrived(asked, may_wait=False))
+        self.pass_s(DAY_S + 1)
+        self.assertEqual(self.known(), set())
+
+    def test_a_sign_of_life_begins_the_day_anew(self) -> None:
+        self.node("idle")
+        self.pass_s(DAY_S - HOUR_S)
+        self.assertIsNone(self.claim("idle"))
+        self.pass_s(DAY_S - HOUR_S)
+        self.assertEqual(self.known(), {"idle"})
+        self.pass_s(2 * HOUR_S)
+        self.assertEqual(self.known(), set())
+
+    def test_a_restart_keeps_who_ran_a_job_and_since_when_a_node_is_offline(self) -> None:
+        self.node("idle")
+        self.run_one(self.node("worker"))
+        self.pass_s(100)
+        for _ in range(6):
+            self.pass_s(4 * HOUR_S - 10)
+            self.restart()
+        self.assertEqual(self.known(), {"idle", "worker"})
+        self.pass_s(2 * HOUR_S)
+        self.assertEqual(self.known(), {"worker"})
+
+    def test_who_ran_a_job_is_known_when_all_of_it_has_expired(self) -> None:
+        self.run_one(self.node("worker"))
+        self.rows.totals.clear()
+        self.rows.claims.clear()
+        self.restart()
+        self.pass_s(2 * DAY_S)
+        self.assertEqual(self.known(), {"worker"})
+
+    def test_of_a_node_of_format_4_its_claims_and_jobs_tell_whether_it_ran_one(self) -> None:
+        for name in ("idle", "claims", "jobs"):
+            self.node(name)
+        self.pass_s(100)
+        for name in self.rows.nodes:
+            record = json.loads(self.rows.nodes[name])
+            del record["has_run"], record["offline_at"]
+            self.rows.nodes[name] = json.dumps({**record, "offline": True})
+        self.rows.claims["claims"] = '["a word"]'
+        self.rows.totals["jobs", "failed", "a", "jobs"] = 1
+        self.restart()
+        self.pass_s(DAY_S)
+        self.assertEqual(self.known(), {"claims", "jobs"})
+
+    def test_after_a_start_a_node_has_an_hour_to_come_back(self) -> None:
+        self.node("idle")
+        self.pass_s(100)
+        self.restart(down_s=3 * DAY_S)
+        self.pass_s(HOUR_S - 10)
+        self.assertEqual(self.known(), {"idle"})
+        self.pass_s(20)
+        self.assertEqual(self.known(), set())
+
+    def test_a_drained_node_stays_for_that_is_an_order(self) -> None:
+        self.node("idle")
+        self.apply(ffdist.NodeOrder("drain", "idle"))
+        self.pass_s(2 * DAY_S)
+        self.assertEqual(self.known(), {"idle"})
+
+    def test_a_forgotten_node_that_ran_jobs_and_comes_back_stays(self) -> None:
+        self.run_one(self.node("worker"))
+        self.apply(ffdist.NodeOrder("forget", "worker"))
+        self.assertEqual(self.known(), set())
+        self.node("worker")
+        self.pass_s(2 * DAY_S)
+        self.assertEqual(self.known(), {"worker"})
+
+    def test_a_large_fleet_goes_in_parts(self) -> None:
+        for number in range(ffdist.MAX_STRANGERS + 1):
+            self.node(f"idle {number}")
+        self.pass_s(100)
+        self.now += DAY_S
+        self.apply(ffdist.Ticked(0.0))
+        self.assertEqual(len(self.known()), 1)
+        self.apply(ffdist.Ticked(0.0))
+        self.assertEqual(self.known(), set())
 
 
 class TestAfter(Alone):
