@@ -5945,7 +5945,7 @@ def admit(route: Route, query: Mapping[str, str], length: int) -> None:
     unknown = [name for name in query if name not in route.query]
     if route.strict and unknown:
         shown = wire.printable(unknown[0][:64])
-        known = ", ".join(route.query) or "none"
+        known = ", ".join(route.query)
         raise ApiError(400, f"unknown parameter {shown}: expected {known}", shown)
 
 

@@ -1043,7 +1043,7 @@ class TestSubmissions(Served):
         for path, name, known in (
             ("/jobs", "state", "status"),
             ("/results", "Status", "node_id"),
-            ("/nodes", "status", "none"),
+            ("/nodes", "status", "limit, after"),
             (f"/jobs/{job['id']}/logs", "afer", "after"),
         ):
             answer = self.master.call("GET", f"{path}?{name}=failed")
