@@ -108,6 +108,7 @@ import threading
 import time
 import urllib.parse
 import uuid
+import weakref
 from collections import Counter, deque
 from collections.abc import (
     Callable,
@@ -1645,11 +1646,11 @@ class Journal:
     Transactions gather while a commit runs, and the next commit takes all of them (group commit):
     an fsync is shared by every answer that waits for it. A transaction is committed whole or not at
     all. When a commit fails, `on_failure` is called after all tickets were settled with the error:
-    memory is then ahead of the disk and must be rebuilt from it.
+    with True where memory is ahead of the disk now, and must be rebuilt from it.
     """
 
     def __init__(
-        self, folder: Path, on_failure: Callable[[str], None], say: Say = lambda line: None
+        self, folder: Path, on_failure: Callable[[str, bool], None], say: Say = lambda line: None
     ) -> None:
         self._folder = folder
         self._path = folder / JOURNAL
@@ -1759,8 +1760,8 @@ class Journal:
                 if item is None:
                     self._closing = True
                 else:
+                    self._done += 1
                     item[1].settle(error)
-        self._done = self._queued
 
     def _run(self) -> None:
         """Commit what has gathered until close()."""
@@ -1779,16 +1780,18 @@ class Journal:
     def _commit_batch(self, batch: list[tuple[Sequence[Write], Ticket]]) -> None:
         writes = [write for transaction, _ in batch for write in transaction]
         error = self._commit(writes) if writes else None
+        self._done += len(batch)
         if error is not None:
             self.trouble = error
-        else:
-            self._done += len(batch)
-            if writes:
-                self.trouble = None
+        elif writes:
+            self.trouble = None
         for _, ticket in batch:
             ticket.settle(error)
         if error is not None:
-            self._on_failure(error)
+            is_ahead = any(kind != "alive" for kind, _ in writes)
+            if is_ahead:
+                self.drop(error)  # at once: somebody may wait for the last of it under the lock
+            self._on_failure(error, is_ahead)
 
     def _commit(self, writes: list[Write]) -> str | None:
         """Commit a batch; return what went wrong."""
@@ -3867,7 +3870,7 @@ class Fleet:
 # a step; then the turn is woken, which is a line in a queue, and the request looks again.
 
 CLOCK_JUMP_S = 3600.0  # between the two clocks since the start; by more, no age is trusted
-LOCK_S = 0.1  # for the lock, in a thread that must not block; it is held for microseconds
+LOCK_S = 0.005  # for the lock, in a thread that must not block; it is held for microseconds
 
 
 class WouldBlock(Exception):
@@ -3882,7 +3885,8 @@ class Turn:
     by any thread and perhaps under the lock, when it should look again; so it must not block.
     """
 
-    __slots__ = ("alive", "deadline", "is_node", "may_block", "notes", "serial", "ticket", "wake")
+    __slots__ = ("__weakref__", "alive", "deadline", "may_block", "node_id", "notes", "serial",
+                 "ticket", "wake")
 
     def __init__(self, wake: Callable[[Turn], None], alive: Callable[[], bool]) -> None:
         self.wake = wake
@@ -3890,9 +3894,15 @@ class Turn:
         self.may_block = True  # else the steps raise WouldBlock, before they changed anything
         self.deadline: float | None = None  # until when it waits, by the Master's clock
         self.serial: int | None = None
-        self.is_node = False  # whether it came from a node's session
+        self.node_id: str | None = None  # the node whose session it came from
         self.ticket: Ticket | None = None
         self.notes: list[Note] = []
+
+    def has_time(self, now: float, wait_s: float) -> bool:
+        """Return whether it may wait, `wait_s` from its first look on."""
+        if self.deadline is None:
+            self.deadline = now + wait_s
+        return now < self.deadline
 
     def block(self) -> None:
         """Say that what follows may block; WouldBlock where it must not."""
@@ -3952,7 +3962,7 @@ class Transactions:
         self._stale = False
         self._last_trouble: str | None = None  # why commits fail, as it was last logged
         self._parked: dict[str, Turn] = {}
-        self._watchers: dict[int, list[Turn]] = {}
+        self._watchers: dict[int, dict[Turn, None]] = {}
         self.journal = Journal(folder, self._rebuild, log.info)
         self._fleet = Fleet(settings, self.counts, random.random)
         try:
@@ -3974,13 +3984,16 @@ class Transactions:
         """Return this moment by both clocks."""
         return Moment(self.clock(), self.wall())
 
-    def apply(self, event: object, writes: Sequence[Write] = (), turn: Turn | None = None,
-              parks: str | None = None) -> Any:
+    def apply(self, event: object, turn: Turn | None = None, parks: str | None = None) -> Any:
         """Carry out an event, and return its answer; ApiError where it is refused.
 
         Without a turn it returns after the commit. `parks` is the node whose request the turn is:
         it is kept where the answer says that it waits.
         """
+        trouble = self.journal.trouble
+        if trouble is not None and not isinstance(event, (Arrived, Looked)):
+            # It would fail, and cost a look at all that the journal holds. reap() tries on.
+            raise not_committed(trouble)
         self._acquire(turn)
         try:
             outcome = self._fleet.apply(event, self.now())
@@ -3989,7 +4002,7 @@ class Transactions:
                 turn.serial = outcome.answer.serial
                 if turn.serial is not None:
                     self._parked[parks] = turn
-            ticket = self.journal.write([*outcome.effects.writes, *writes])
+            ticket = self.journal.write(outcome.effects.writes)
         except BaseException:
             self._stale = True
             raise
@@ -4002,7 +4015,7 @@ class Transactions:
         else:
             if ticket is not None:
                 ticket.wait()
-            self._log_notes(outcome.effects.notes)
+            _log_notes(self._log, outcome.effects.notes)
         if outcome.error is not None:
             raise outcome.error
         return outcome.answer
@@ -4017,20 +4030,16 @@ class Transactions:
 
         def settled(error: str | None) -> None:
             if error is None:
-                self._log_notes(notes)
-            call(error)
+                _log_notes(self._log, notes)
+            try:
+                call(error)
+            except Exception as failure:  # the thread that commits must live
+                self._log.error("an answer was lost: %s: %s", type(failure).__name__, failure)
 
         if ticket is None:
             settled(None)
         else:
             ticket.then(settled)
-
-    def _log_notes(self, notes: Sequence[Note]) -> None:
-        log = self._log
-        for level, message, values in notes:
-            if log.isEnabledFor(level):
-                # Without the caller's file and line, which Logger.log() would look up.
-                log.handle(logging.LogRecord(log.name, level, "", 0, message, values, None))
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[State]:
@@ -4044,6 +4053,11 @@ class Transactions:
         if ticket is not None:
             ticket.wait()
 
+    def node_name(self, node_id: str) -> str:
+        """Return a node's name, or its id where it is unknown: one look-up needs no lock."""
+        node = self._fleet.state.nodes.get(node_id)
+        return node_id if node is None else node.name
+
     @contextlib.contextmanager
     def glance(self) -> Iterator[State]:
         """Give the state to a reader that needs no commit: of progress, names and figures."""
@@ -4054,25 +4068,29 @@ class Transactions:
         """Take the lock; ApiError 503 while memory is not what the journal holds."""
         if turn is None or turn.may_block:
             self._lock.acquire()
-        elif not self._lock.acquire(timeout=LOCK_S):
+        elif self._stale or not self._lock.acquire(timeout=LOCK_S):
             raise WouldBlock
-        if self._stale:
-            self._reload(turn)
-
-    def _reload(self, turn: Turn | None) -> None:
-        """Bring memory up to date under the lock, which is released where that fails."""
+        if not self._stale:
+            return
         try:
             if turn is not None:
                 turn.block()
+            self._reload()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _reload(self) -> None:
+        """Bring memory up to date, under the lock; ApiError 503."""
+        try:
             ticket = self.journal.write(())
             if ticket is not None:
-                ticket.wait()
+                ticket.wait()  # a commit that fails settles all that is queued, and takes no lock
             self._load()
             self._stale = False
+        except ApiError:
+            raise
         except Exception as error:
-            self._lock.release()
-            if isinstance(error, (ApiError, WouldBlock)):
-                raise
             raise ApiError(503, f"the journal cannot be read: {error}") from None
 
     def _load(self) -> None:
@@ -4095,19 +4113,27 @@ class Transactions:
         self._fleet = fleet
         self._wake_all()
 
-    def _rebuild(self, error: str) -> None:
-        """Called by the journal after a commit that failed."""
-        with self._lock:
-            self.journal.drop(error)
-            self._stale = True
-        with contextlib.suppress(ApiError):
-            self._acquire()  # else the next step tries again
-            self._lock.release()
+    def _rebuild(self, error: str, is_ahead: bool) -> None:
+        """Called by the journal after a commit that failed; `is_ahead` is of memory."""
+        if is_ahead:
+            with self._lock:
+                self.journal.drop(error)
+                self._stale = True
+            with contextlib.suppress(ApiError):
+                self._acquire()  # else the next step tries again
+                self._lock.release()
         level = logging.DEBUG if error == self._last_trouble else logging.ERROR
         self._log.log(
             level, "the journal cannot be written: %s; nothing is accepted until it can", error
         )
         self._last_trouble = error
+
+    def probe(self) -> None:
+        """Try with a small write whether the journal can be written again; ApiError 503."""
+        with self._lock:
+            ticket = self.journal.write([("alive", (self.wall(),))])
+        if ticket is not None:
+            ticket.wait()
 
     def note_recovery(self) -> None:
         """Log once that the journal can be written again."""
@@ -4138,14 +4164,13 @@ class Transactions:
     def watch(self, seq: int, turn: Turn) -> None:
         """Wake a turn, once, when a job has a new state or new log lines."""
         with self._lock:
-            self._watchers.setdefault(seq, []).append(turn)
+            self._watchers.setdefault(seq, {})[turn] = None
 
     def unwatch(self, seq: int, turn: Turn) -> None:
         """Forget a turn that has its answer."""
         with self._lock:
-            watchers = self._watchers.get(seq, [])
-            if turn in watchers:
-                watchers.remove(turn)
+            watchers = self._watchers.get(seq, {})
+            watchers.pop(turn, None)
             if not watchers:
                 self._watchers.pop(seq, None)
 
@@ -4167,6 +4192,13 @@ class Transactions:
             nodes = self._fleet.state.nodes.values()
             self.journal.write([("node", (node.id, node.record())) for node in nodes])
         self.journal.close()
+
+
+def _log_notes(log: logging.Logger, notes: Sequence[Note]) -> None:
+    for level, message, values in notes:
+        if log.isEnabledFor(level):
+            # Without the caller's file and line, which Logger.log() would look up.
+            log.handle(logging.LogRecord(log.name, level, "", 0, message, values, None))
 
 
 COUNTS = (
@@ -4322,22 +4354,24 @@ class Queries:
 
         With `wait_s` and a turn it is None while there are none: the turn is woken.
         """
-        transactions = self._transactions
         job = self.find(given)
-        now = transactions.clock()
-        if turn is not None:
-            if turn.deadline is None:
-                turn.deadline = now + wait_s
-            transactions.watch(job.seq, turn)
-            job = self.find(given)  # all that happened before the watch began is on disk now
+        if turn is None:
+            lines, upto = self._reader.logs(job.seq, after)
+            return {"lines": lines, "next": upto, "status": job.status}
 
-        lines, upto = self._reader.logs(job.seq, after)
-        if turn is not None:
+        transactions = self._transactions
+        has_time = turn.has_time(transactions.clock(), wait_s)
+        is_parked = False
+        transactions.watch(job.seq, turn)
+        try:
+            job = self.find(given)  # all that happened before the watch began is on disk now
+            lines, upto = self._reader.logs(job.seq, after)
             has_ended = job.state in FINAL or transactions.closing
-            if not lines and not has_ended and now < (turn.deadline or now) and turn.alive():
-                return None
-            transactions.unwatch(job.seq, turn)
-        return {"lines": lines, "next": upto, "status": job.status}
+            is_parked = has_time and not lines and not has_ended and turn.alive()
+            return None if is_parked else {"lines": lines, "next": upto, "status": job.status}
+        finally:
+            if not is_parked:
+                transactions.unwatch(job.seq, turn)
 
     def ended_after(self, seq: int, limit: int) -> list[tuple[int, Json, Json]]:
         """Return (number, result, its job's specification) above a number, oldest first."""
@@ -4460,23 +4494,22 @@ class Master:
         A parked request looks again when it is woken and when its time is up; each look is a
         transaction. Without a turn nothing parks.
         """
-        asked = Asked(ask.node_id, digest(ask.session), ask.seen, ask.claim, ask.leaving, for_work)
-        if turn is None:
-            reply: Reply = self._transactions.apply(Arrived(asked, may_wait=False))
-            return reply.answer
-
-        now = self.clock()
-        if turn.deadline is None:
+        trouble = self.journal.trouble if for_work else None
+        closing = self._transactions.closing
+        asked = Asked(ask.node_id, digest(ask.session), ask.seen, ask.claim, ask.leaving,
+                      for_work and trouble is None and not closing)
+        event: Arrived | Looked = Arrived(asked, may_wait=False)
+        if turn is not None:
             # Asking again is the heartbeat: no request may wait until its node counts as silent.
-            turn.deadline = now + min(ask.wait_s, self.settings.node_timeout_s / 2)
-        event: Arrived | Looked = Arrived(asked, now < turn.deadline)
-        if turn.serial is not None:
-            if self._transactions.closing:
-                return {}
-            present = turn.alive()
-            event = Looked(asked, turn.serial, present, present and now < turn.deadline)
-        reply = self._transactions.apply(event, turn=turn, parks=ask.node_id)
-        turn.is_node = ask.session is not None
+            wait_s = min(ask.wait_s, self.settings.node_timeout_s / 2)
+            has_time = turn.has_time(self.clock(), wait_s)
+            event = _event_of(asked, turn, has_time and trouble is None and not closing)
+        reply: Reply = self._transactions.apply(event, turn=turn, parks=ask.node_id)
+        if turn is not None and ask.session is not None:
+            turn.node_id = ask.node_id
+        if trouble is not None:
+            # It was heard. A job cannot be leased now, and one that was must be asked for again.
+            raise not_committed(trouble)
         return reply.answer if reply.serial is None else None
 
     def submit(
@@ -4543,8 +4576,8 @@ class Master:
         answer: Json | None = self._transactions.apply(Progressed(job_id, report), turn=turn)
         if answer is None:
             raise self._no_lease(job_id, report, turn)
-        if turn is not None:
-            turn.is_node = report.session is not None
+        if turn is not None and report.session is not None:
+            turn.node_id = report.node_id
         self._take_samples(report.node_id, job_id, body.get("samples"))
         return answer
 
@@ -4555,8 +4588,8 @@ class Master:
         # An agent repeats a report until it is answered, so most that are refused were accepted.
         if self._transactions.apply(Finished(job_id, report, body), turn=turn):
             self._take_samples(report.node_id, job_id, body.get("samples"))
-            if turn is not None:
-                turn.is_node = report.session is not None
+            if turn is not None and report.session is not None:
+                turn.node_id = report.node_id
             return {"status": "success"}
 
         if turn is not None:
@@ -4596,9 +4629,7 @@ class Master:
         if self.samples.full():
             with contextlib.suppress(queue.Empty):
                 self.count("push_dropped", len(self.samples.get_nowait().samples))
-        with self._transactions.glance() as state:
-            node = state.nodes.get(node_id)
-            name = node_id if node is None else node.name
+        name = self._transactions.node_name(node_id)
         with contextlib.suppress(queue.Full):
             self.samples.put_nowait(Sampled(name, node_id, job_id.lower(), samples))
 
@@ -4607,12 +4638,10 @@ class Master:
         now = self.clock()
         late_s = now - self._reaped - REAP_S
         self._reaped = now
-        writes: list[Write] = []
-        if self.journal.trouble is not None:
-            # A small write tries whether the journal can be written again.
-            writes.append(("alive", (self.wall(),)))
         self.journal.look()
-        self._transactions.apply(Ticked(late_s if late_s > REAP_S else 0.0), writes)
+        if self.journal.trouble is not None:
+            self._transactions.probe()
+        self._transactions.apply(Ticked(late_s if late_s > REAP_S else 0.0))
         self._transactions.note_recovery()
 
     def expire(self, most: int = 200) -> bool:
@@ -4637,6 +4666,14 @@ class Master:
     def close(self) -> None:
         """Commit what is queued, unlock the folder."""
         self._transactions.close()
+
+
+def _event_of(asked: Asked, turn: Turn, has_time: bool) -> Arrived | Looked:
+    """Return the event of a request that arrives, or looks again."""
+    if turn.serial is None:
+        return Arrived(asked, has_time)
+    present = turn.alive()
+    return Looked(asked, turn.serial, present, has_time and present)
 
 
 # ---- 13 Metrics ----------------------------------------------------------------------------------
@@ -5970,6 +6007,7 @@ def printable_path(path: str) -> str:
 # So refuse_foreign_page() checks what a browser cannot be made to lie about: the type of a body,
 # Origin and Sec-Fetch-Site, and the name in Host. Programs send none of these and pass.
 
+CHUNK_BYTES = 1 << 16
 HEAD_LIMIT_BYTES = 32 << 10
 MAX_HEADERS = 100
 RETRY_AFTER_S = 2  # what every answer 503 asks for
@@ -6011,8 +6049,6 @@ def _no_constant(text: str) -> float:
 
 _DECODER = json.JSONDecoder(
     parse_float=_finite, parse_int=_bounded, parse_constant=_no_constant)
-# An open string swallows the rest, so that the search is linear in any text.
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*(?:"|\\?\Z)', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _AS_SQUARE = bytes.maketrans(b"{}", b"[]")
 
@@ -6046,11 +6082,28 @@ def _refuse_brackets(raw: bytes) -> None:
         raise ApiError(400, f"the body has {count:,} brackets: expected {MAX_BRACKETS:,} at most")
     if count <= MAX_NESTING:
         return
-    rest = _STRINGS.sub(b"", raw).translate(_AS_SQUARE, _NO_BRACKETS)
+    rest = _brackets_of(raw)
     for _ in range(MAX_NESTING):  # each round takes the innermost level away
         rest = rest.replace(b"[]", b"")
     if b"[[" in rest or b"[]" in rest:
         raise ApiError(400, f"the body is nested deeper than {MAX_NESTING} levels")
+
+
+def _brackets_of(raw: bytes) -> bytes:
+    """Return the brackets outside of strings, braces as square ones.
+
+    In pieces: a pattern over a whole body takes a hundred times its memory, and lets no other
+    thread run meanwhile.
+    """
+    plain = raw.replace(b"\\\\", b"").replace(b'\\"', b"")  # now each quote begins or ends a string
+    found = []
+    is_inside = False
+    for start in range(0, len(plain), CHUNK_BYTES):
+        pieces = plain[start:start + CHUNK_BYTES].split(b'"')
+        outside = b"".join(pieces[is_inside::2])
+        found.append(outside.translate(_AS_SQUARE, _NO_BRACKETS))
+        is_inside ^= len(pieces) % 2 == 0
+    return b"".join(found)
 
 
 class Head(NamedTuple):
@@ -6291,14 +6344,14 @@ def encode_error(error: ApiError, keep: bool = False, with_body: bool = True) ->
 # itself, from memory; the others go to a small pool. An answer that waits for a commit is sent by
 # the thread that commits, whole in most cases; what a slow reader leaves goes back to the edge.
 #
-# A connection has one owner at a time, by its state. The edge owns it but for WORKING, in which it
-# belongs to the pool's thread or to the commit that it waits for. The state changes under the
-# connection's lock. Pipelined requests wait in its buffer, so answers keep their order.
+# A connection has one owner at a time, by its state. The edge owns it but for WORKING and FILING:
+# then it belongs to a thread of the pool, or to the commit that it waits for. The state changes
+# under the connection's lock. Pipelined requests wait in its buffer, so answers keep their order.
 #
 #     READING ──► WORKING ──► READING            the whole answer went out, and it is kept
-#                  │ ▲  └───► SENDING ──► READING or LINGERING
-#                  ▼ │
-#                 PARKED                         woken, due, or its client has hung up
+#      │ ▲         │ ▲  └───► SENDING ──► READING or LINGERING
+#      ▼ │         ▼ │
+#     FILING      PARKED                         woken, due, or its client has hung up
 #
 # A TLS handshake would be one more state before READING, driven by the same events.
 #
@@ -6307,18 +6360,23 @@ def encode_error(error: ApiError, keep: bool = False, with_body: bool = True) ->
 
 IDLE_S = 300.0  # between two requests: ten times the usual heartbeat interval of an agent
 HEAD_S = 10.0  # from the first byte of a head to its last
-BODY_S = 60.0  # for a whole body: a peer that drips is given up
+BODY_S = 60.0  # for a body, and more for a large one: a peer that drips is given up
+MIN_BODY_RATE = 64 << 10  # bytes/s of the large part
 SEND_S = 60.0  # for the rest of an answer that did not go out at once
 LINGER_S = 2.0  # how long what a refused peer still sends is read, so that it sees the answer
 SWEEP_S = 1.0  # between two looks at the times above
+MAX_SWEPT = 200  # connections that are ended at once: others wait meanwhile
 
-CHUNK_BYTES = 1 << 16
 QUICK_BYTES = 8 << 10  # of the body of a request that the edge answers itself
 SMALL_BYTES = 64 << 10  # a larger body gathers in a file without a name
 MAX_PIPELINED_BYTES = 64 << 10  # that wait behind a request
+UNCOUNTED_BYTES = 1 << 10  # of one connection: they are fewer than its own record has
 MAX_HELD_BYTES = 64 << 20  # of all requests that are not whole, in memory
 MAX_FILED_BYTES = 512 << 20  # of all bodies that gather in files
 MAX_UNSENT_BYTES = 256 << 20  # of all answers that slow readers leave
+
+FEW_CONNECTIONS = 8  # of an address that gets one of the last places
+MAX_OF_NODE = 32  # connections of one node that do not count for its address
 
 POOL_THREADS = 4
 MAX_WAITING = 1000  # requests, for a thread of the pool
@@ -6331,7 +6389,7 @@ MAX_REFUSED = 100  # connections that are being told so at one moment
 WARNING_S = 60.0  # between two lines of the log that say so
 ACCEPT_PAUSE_S = 0.2  # when files run out: the connections that are there may end
 
-READING, WORKING, PARKED, SENDING, LINGERING, CLOSED = range(6)
+READING, FILING, WORKING, PARKED, SENDING, LINGERING, CLOSED = range(7)
 
 
 class Bounds:
@@ -6345,16 +6403,24 @@ class Bounds:
         self.filed_bytes = 0
         self.unsent_bytes = 0
         self._count = 0
-        self._of_address: dict[str, int] = {}
+        self._of_address: Counter[str] = Counter()
+        self._of_node: Counter[str] = Counter()
+        self._not_of_nodes: Counter[str] = Counter()  # by address
 
     def enter(self, address: str) -> bool:
-        """Count a connection in; return whether there is room for it."""
-        count = self._of_address.get(address, 0)
-        if self._count >= self.max_connections or count >= self.max_connections // 2:
+        """Count a connection in; return whether there is room for it.
+
+        The last places are kept for addresses that have next to none.
+        """
+        left = self.max_connections - self._count
+        is_crowd = self._of_address[address] >= FEW_CONNECTIONS
+        is_half = self._not_of_nodes[address] >= self.max_connections // 2
+        if left <= 0 or is_half or (is_crowd and left <= self.max_connections // 16):
             self._warn(address)
             return False
         self._count += 1
-        self._of_address[address] = count + 1
+        self._of_address[address] += 1
+        self._not_of_nodes[address] += 1
         return True
 
     def _warn(self, address: str) -> None:
@@ -6365,17 +6431,22 @@ class Bounds:
                               "of these for one address", address, self._count,
                               self.max_connections)
 
-    def leave(self, address: str, is_node: bool) -> None:
-        """Count a connection out."""
+    def leave(self, address: str, node_id: str | None) -> None:
+        """Count a connection out; `node_id` is what excuse() was told of it."""
         self._count -= 1
-        if not is_node:
-            self.excuse(address)
+        _count_down(self._of_address, address)
+        if node_id is None:
+            _count_down(self._not_of_nodes, address)
+        else:
+            _count_down(self._of_node, node_id)
 
-    def excuse(self, address: str) -> None:
-        """Count a connection no longer for its address: it is that of a node's session."""
-        count = self._of_address.pop(address, 0)
-        if count > 1:
-            self._of_address[address] = count - 1
+    def excuse(self, address: str, node_id: str) -> bool:
+        """Count a connection for a node's session, not its address; False where it has enough."""
+        if self._of_node[node_id] >= MAX_OF_NODE:
+            return False
+        self._of_node[node_id] += 1
+        _count_down(self._not_of_nodes, address)
+        return True
 
     def hold(self, step: int) -> None:
         """Count bytes that are not a whole request yet; ApiError 503 where there are too many."""
@@ -6390,12 +6461,19 @@ class Bounds:
             raise ApiError(503, "too many large requests arrive at once: try again in a moment")
 
 
+def _count_down(counts: Counter[str], name: str) -> None:
+    counts[name] -= 1
+    if counts[name] <= 0:
+        del counts[name]
+
+
 class Connection:
     """One client: what has come of its request, what has not gone of the answer."""
 
-    __slots__ = ("address", "buffer", "deadline", "filed", "has_hung_up", "head", "held", "is_node",
-                 "is_refused", "is_woken", "keep", "left", "lock", "out", "part", "raw", "route",
-                 "searched", "socket", "spool", "state", "timed", "turn", "unsent", "watched")
+    __slots__ = ("address", "answer", "buffer", "deadline", "filed", "has_hung_up", "head", "held",
+                 "is_refused", "is_woken", "keep", "left", "lock", "node_id", "part", "raw",
+                 "route", "searched", "sent", "socket", "spool", "state", "timed", "turn", "unsent",
+                 "watched")
 
     def __init__(self, client: socket.socket, address: str, deadline: float) -> None:
         self.socket = client
@@ -6406,7 +6484,7 @@ class Connection:
         self.watched = 0  # events that the selector waits for
         self.keep = False  # whether another request may follow
         self.has_hung_up = False
-        self.is_node = False  # of a node's session
+        self.node_id: str | None = None  # the node that it was excused for
         self.is_refused = False
         # The request.
         self.buffer = bytearray()
@@ -6421,7 +6499,8 @@ class Connection:
         self.turn: Turn | None = None
         self.timed: Turn | None = None  # the turn whose deadline the edge knows
         self.is_woken = False  # since the handler was called
-        self.out: bytes | memoryview = b""
+        self.answer = b""
+        self.sent = 0  # bytes of it
         # Bytes that Bounds counts for this connection.
         self.held = self.filed = self.unsent = 0
 
@@ -6429,6 +6508,16 @@ class Connection:
     def is_idle(self) -> bool:
         """Whether nothing of a request has come."""
         return self.head is None and not self.buffer
+
+    @property
+    def is_large(self) -> bool:
+        """Whether its body gathers in a file, and some of it is still to come."""
+        return self.left > 0 and self.head is not None and self.head.length > SMALL_BYTES
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether Bounds counts anything for it."""
+        return self.held > 0 or self.filed > 0 or self.unsent > 0
 
     @property
     def with_body(self) -> bool:
@@ -6444,16 +6533,22 @@ class Connection:
         except OSError:
             return b""
 
-    def send(self, data: bytes | memoryview) -> bytes | memoryview:
-        """Send as much as goes at once; return the rest. A peer that has gone needs none."""
+    def send(self) -> bool:
+        """Send as much of the answer as goes at once; return whether nothing is left to send."""
+        answer = self.answer
         try:
-            sent = self.socket.send(data)
+            part = memoryview(answer)[self.sent:] if self.sent else answer
+            self.sent += self.socket.send(part)
         except (BlockingIOError, InterruptedError):
-            sent = 0
+            return False
         except OSError:
             self.keep = False
-            return b""
-        return b"" if sent == len(data) else memoryview(data)[sent:]
+            self.sent = len(answer)
+        if self.sent < len(answer):
+            return False
+        self.answer = b""
+        self.sent = 0
+        return True
 
     def is_alive(self) -> bool:
         """Return whether the peer is still there: a socket that has ended reads as empty."""
@@ -6467,23 +6562,27 @@ class Connection:
             return False
         return len(seen) > 0
 
-    def take_body(self) -> int:
-        """Take what has come of the body; return how many bytes went into its file. ApiError."""
-        if self.head is not None and self.head.length <= SMALL_BYTES:
-            if len(self.buffer) >= self.left:
-                self.raw = bytes(self.buffer[:self.left])
-                del self.buffer[:self.left]
-                self.left = 0
-            return 0
-        part = self.buffer[:self.left]
+    def take_small_body(self) -> None:
+        """Take the body, if all of it has come."""
+        if len(self.buffer) >= self.left:
+            self.raw = bytes(self.buffer[:self.left])
+            del self.buffer[:self.left]
+            self.left = 0
+
+    def file_body(self) -> int:
+        """Move what has come of a large body into its file; return how many bytes. ApiError 503."""
+        with self.lock:
+            part = bytes(self.buffer[:self.left])
+            del self.buffer[:len(part)]
         try:
             if self.spool is None:
-                self.spool = tempfile.TemporaryFile(prefix="ffdist-")
-            self.spool.write(part)
+                self.spool = tempfile.TemporaryFile(prefix="ffdist-", buffering=0)
+            written = 0
+            while written < len(part):
+                written += self.spool.write(part[written:])
         except OSError as error:
             cause = wire.cause_text(error)
             raise ApiError(503, f"the body cannot be kept: {cause}; try again later") from None
-        del self.buffer[:len(part)]
         self.left -= len(part)
         return len(part)
 
@@ -6497,7 +6596,8 @@ class Connection:
     def forget_request(self) -> None:
         """Make room for the next request."""
         if self.spool is not None:
-            self.spool.close()
+            with contextlib.suppress(OSError):
+                self.spool.close()
             self.spool = None
         self.head = self.route = self.turn = self.timed = None
         self.raw = b""
@@ -6614,20 +6714,20 @@ class EventLoop:
 
 # ---- 19 Edge -------------------------------------------------------------------------------------
 
-# What becomes of a connection's bytes. Edge gathers them into requests and ends what takes too
-# long, Exchange finds the answer of a whole request and sends it. Both are the loop's; the methods
-# that other threads may call say so.
+# What becomes of a connection's bytes. Gathering makes requests of them, Exchange finds the answer
+# of a whole one and sends it, Edge takes connections and ends what takes too long. All three are
+# the loop's; the methods that other threads may call say so.
 
 class Exchange:
     """From a whole request to its answer: here, in a thread of the pool, or after it was parked."""
 
-    def __init__(self, master: Master, loop: EventLoop, log: logging.Logger,
-                 go_on: Callable[[Connection], None], excuse: Callable[[Connection], None]) -> None:
+    def __init__(
+        self, master: Master, loop: EventLoop, edge: Edge, log: logging.Logger
+    ) -> None:
         self._master = master
         self._loop = loop
+        self._edge = edge
         self._log = log
-        self._go_on = go_on  # with a connection whose answer is not the end of it
-        self._excuse = excuse  # a connection that proved to be a node's
         self._machine = os.uname().nodename.lower()
         self._pool = Pool("request", POOL_THREADS, log)
         # One at a time: decoded, a body is ten times as large.
@@ -6639,6 +6739,20 @@ class Exchange:
         route, part = route_of(head.method, head.path)
         admit(route, head.query, head.length)
         return route, part
+
+    def file(self, connection: Connection) -> None:
+        """Move what has come of a large body into its file; the edge goes on after it."""
+        connection.state = FILING
+        self._large.put(functools.partial(self._file, connection))
+
+    def _file(self, connection: Connection) -> None:
+        """In a thread of the pool: the disk may be stuck."""
+        moved, error = 0, None
+        try:
+            moved = connection.file_body()
+        except ApiError as refusal:
+            error = refusal
+        self._loop.call(functools.partial(self._edge.filed, connection, moved, error))
 
     def begin(self, connection: Connection) -> None:
         """Answer a whole request."""
@@ -6666,20 +6780,25 @@ class Exchange:
     def _work(self, connection: Connection, may_block: bool) -> None:
         """Call the handler of a request, and see to its answer. For any thread."""
         turn = connection.turn
-        assert turn is not None
+        if turn is None:  # it was closed meanwhile
+            return
         turn.may_block = may_block
         connection.is_woken = False
         try:
             answer = self._answer(connection)
+            if turn.node_id is not None and connection.node_id is None:
+                self._loop.call(
+                    functools.partial(self._edge.excuse, connection, turn.node_id))
+            if answer is None:
+                self._park(connection, turn)
+            else:
+                deliver = functools.partial(self._deliver, connection, answer)
+                self._master.after_commit(turn, deliver)
         except WouldBlock:
             self._queue(connection)
-            return
-        if turn.is_node and not connection.is_node:
-            self._loop.call(functools.partial(self._excuse, connection))
-        if answer is None:
-            self._park(connection, turn)
-        else:
-            self._master.after_commit(turn, functools.partial(self._deliver, connection, answer))
+        except BaseException:
+            self._loop.call(functools.partial(self._edge.drop, connection))
+            raise
 
     def _answer(self, connection: Connection) -> bytes | None:
         """Return the answer to a request, None where it is parked. WouldBlock."""
@@ -6706,13 +6825,14 @@ class Exchange:
     def _park(self, connection: Connection, turn: Turn) -> None:
         """Keep a request until it is woken, or its time is up. For any thread."""
         self._master.after_commit(turn, lambda error: None)
-        resume = functools.partial(self.resume, connection, turn)
         if connection.timed is not turn:
             connection.timed = turn
-            self._loop.call(functools.partial(self._loop.at, turn.deadline or 0.0, resume))
+            # Weak: the timer must not keep what has its answer long before.
+            due = functools.partial(_wake_if_there, weakref.ref(turn))
+            self._loop.call(functools.partial(self._loop.at, turn.deadline or 0.0, due))
         with connection.lock:
             if connection.is_woken or connection.has_hung_up:
-                self._loop.call(resume)
+                self._wake(connection, turn)
             connection.state = PARKED
 
     def _wake(self, connection: Connection, turn: Turn) -> None:
@@ -6742,13 +6862,138 @@ class Exchange:
             if connection.state == CLOSED:
                 return
             connection.forget_request()
-            rest = connection.out = connection.send(answer)
-            may_follow = connection.keep and not connection.has_hung_up and not connection.filed
-            is_over = may_follow and not rest and not connection.buffer
+            connection.answer = answer
+            is_over = (connection.send() and connection.keep and not connection.buffer
+                       and not connection.has_hung_up and not connection.is_counted)
             connection.deadline = time.monotonic() + (IDLE_S if is_over else SEND_S)
             connection.state = READING if is_over else SENDING
         if not is_over:
-            self._loop.call(functools.partial(self._go_on, connection))
+            self._loop.call(functools.partial(self._edge.attend, connection))
+
+
+def _wake_if_there(known: weakref.ref[Turn]) -> None:
+    turn = known()
+    if turn is not None:
+        turn.wake(turn)
+
+
+class Gathering:
+    """From bytes to a whole request: what comes before its time, or too much of it, too."""
+
+    def __init__(self, exchange: Exchange, edge: Edge, bounds: Bounds) -> None:
+        self._exchange = exchange
+        self._edge = edge
+        self._bounds = bounds
+
+    def read(self, connection: Connection) -> None:
+        data = connection.receive()
+        if data is None:
+            return
+        with connection.lock:
+            state = connection.state
+            if not data:
+                connection.has_hung_up = True
+            elif state != LINGERING:
+                connection.buffer += data
+        if not data:
+            self._edge.watch(connection, 0)
+        if state == READING:
+            self.go_on(connection)
+        elif state == LINGERING:
+            if not data:
+                self._edge.drop(connection)
+        else:
+            self._keep_for_later(connection, state)
+
+    def _keep_for_later(self, connection: Connection, state: int) -> None:
+        """Keep what comes behind a request that is under way; a parked one must not have much."""
+        is_too_much = len(connection.buffer) > MAX_PIPELINED_BYTES
+        try:
+            self.hold(connection)
+        except ApiError:
+            is_too_much = True
+        if is_too_much:
+            self._edge.watch(connection, 0)
+            connection.has_hung_up |= state == PARKED
+        if connection.has_hung_up and state == PARKED and connection.turn is not None:
+            self._exchange.resume(connection, connection.turn)
+
+    def hold(self, connection: Connection) -> None:
+        """Count what a connection keeps in memory; ApiError 503 where all keep too much."""
+        size = len(connection.buffer) + len(connection.raw)
+        if size <= UNCOUNTED_BYTES:
+            size = 0
+        step = size - connection.held
+        connection.held = size
+        self._bounds.hold(step)
+
+    def go_on(self, connection: Connection) -> None:
+        """Begin with the next request, if it is whole."""
+        if self._edge.is_stopping:
+            return
+        try:
+            is_whole = self._gather(connection)
+            self.hold(connection)
+            if is_whole:
+                self._exchange.begin(connection)
+            elif connection.is_large and connection.buffer:
+                self._exchange.file(connection)
+            else:
+                self._expect_more(connection)
+        except ApiError as error:
+            self._exchange.refuse(connection, error)
+
+    def filed(self, connection: Connection, moved: int, error: ApiError | None) -> None:
+        """Go on with a body of which a part went into its file."""
+        if connection.state != FILING:
+            return
+        connection.state = READING
+        connection.filed += moved
+        try:
+            self._bounds.file(moved)
+            if error is not None:
+                raise error
+        except ApiError as refusal:
+            self._exchange.refuse(connection, refusal)
+            return
+        self._edge.watch(connection, selectors.EVENT_READ)
+        self.go_on(connection)
+
+    def _gather(self, connection: Connection) -> bool:
+        """Take what has come of a request; return whether it is whole. ApiError."""
+        if connection.head is None:
+            connection.keep = False
+            block = take_head(connection.buffer, connection.searched)
+            if block is None:
+                if not connection.searched:
+                    connection.deadline = time.monotonic() + HEAD_S
+                connection.searched = len(connection.buffer)
+                return False
+            head = connection.head = parse_head(block)
+            # A body that was not read would be taken for the next request.
+            connection.keep = head.keep and not head.length
+            connection.route, connection.part = self._exchange.admit(head)
+            connection.left = head.length
+            if head.length:
+                self._expect_body(connection, head)
+        if connection.left and not connection.is_large:
+            connection.take_small_body()
+        connection.keep = connection.head.keep and not connection.left
+        return not connection.left
+
+    def _expect_body(self, connection: Connection, head: Head) -> None:
+        large = max(0, head.length - SMALL_BYTES)
+        connection.deadline = time.monotonic() + BODY_S + large / MIN_BODY_RATE
+        if head.header(b"expect") == "100-continue":
+            with contextlib.suppress(OSError):
+                connection.socket.send(CONTINUE)
+
+    def _expect_more(self, connection: Connection) -> None:
+        """Wait for the rest of a request. ApiError where there is nobody to send it."""
+        if connection.has_hung_up and connection.is_idle:
+            self._edge.drop(connection)
+        elif connection.has_hung_up:
+            raise ApiError(400, "the connection was closed in the middle of a request")
 
 
 class Edge:
@@ -6757,10 +7002,11 @@ class Edge:
     def __init__(self, master: Master, max_connections: int, log: logging.Logger) -> None:
         self._bounds = Bounds(max_connections, log)
         self._loop = EventLoop("connections", log)
-        self._exchange = Exchange(master, self._loop, log, self._attend, self._excuse)
+        self._exchange = Exchange(master, self._loop, self, log)
+        self._gathering = Gathering(self._exchange, self, self._bounds)
         self._connections: set[Connection] = set()
         self._refused = 0
-        self._is_stopping = False
+        self.is_stopping = False
 
     def start(self) -> None:
         """Begin to serve."""
@@ -6769,12 +7015,12 @@ class Edge:
 
     def end(self) -> None:
         """Begin no request any more; those under way go on. For any thread."""
-        self._is_stopping = True
+        self.is_stopping = True
 
     def close(self, patience_s: float = 2.0) -> None:
         """Wait for the answers that are under way, then close all. For any thread."""
         deadline = time.monotonic() + patience_s
-        busy = (WORKING, PARKED, SENDING)
+        busy = (FILING, WORKING, PARKED, SENDING)
         while time.monotonic() < deadline:
             if not any(connection.state in busy for connection in list(self._connections)):
                 break
@@ -6793,22 +7039,28 @@ class Edge:
         connection = Connection(client, address, time.monotonic() + IDLE_S)
         self._connections.add(connection)
         if self._bounds.enter(address):
-            self._watch(connection, selectors.EVENT_READ)
+            self.watch(connection, selectors.EVENT_READ)
             return
         connection.is_refused = True
         self._refused += 1
         if self._refused > MAX_REFUSED:
-            self._close(connection)
+            self.drop(connection)
         else:
             words = "too many connections are open: try again in a moment"
             self._exchange.refuse(connection, ApiError(503, words))
 
-    def _excuse(self, connection: Connection) -> None:
-        if not connection.is_node and connection.state != CLOSED:
-            connection.is_node = True
-            self._bounds.excuse(connection.address)
+    def excuse(self, connection: Connection, node_id: str) -> None:
+        """Count a connection no longer for its address: it is that of a node's session."""
+        is_open = connection.node_id is None and connection.state != CLOSED
+        if is_open and self._bounds.excuse(connection.address, node_id):
+            connection.node_id = node_id
 
-    def _watch(self, connection: Connection, events: int) -> None:
+    def filed(self, connection: Connection, moved: int, error: ApiError | None) -> None:
+        """Go on with a body of which a part went into its file."""
+        self._gathering.filed(connection, moved, error)
+
+    def watch(self, connection: Connection, events: int) -> None:
+        """Wait for some events of a connection, and for no others."""
         if events != connection.watched:
             self._loop.watch(connection.socket, connection.watched, events,
                              functools.partial(self._ready, connection))
@@ -6817,119 +7069,40 @@ class Edge:
     def _ready(self, connection: Connection) -> None:
         try:
             if connection.state == SENDING:
-                self._attend(connection)
+                self.attend(connection)
             elif connection.state != CLOSED:
-                self._read(connection)
+                self._gathering.read(connection)
         except Exception:
-            self._close(connection)
+            self.drop(connection)
             raise
 
-    def _read(self, connection: Connection) -> None:
-        data = connection.receive()
-        if data is None:
-            return
-        with connection.lock:
-            state = connection.state
-            if not data:
-                connection.has_hung_up = True
-            elif state != LINGERING:
-                connection.buffer += data
-        is_busy = state in (WORKING, PARKED)
-        if not data or (is_busy and len(connection.buffer) > MAX_PIPELINED_BYTES):
-            self._watch(connection, 0)
-
-        if state == READING:
-            self._read_request(connection)
-        elif data:
-            return
-        elif state == LINGERING:
-            self._close(connection)
-        elif state == PARKED and connection.turn is not None:
-            self._exchange.resume(connection, connection.turn)
-
-    def _read_request(self, connection: Connection) -> None:
-        """Begin with the next request, if it is whole."""
-        if self._is_stopping:
-            return
-        try:
-            if not self._gather(connection):
-                self._expect_more(connection)
-                return
-        except ApiError as error:
-            self._exchange.refuse(connection, error)
-            return
-        self._bounds.hold(-connection.held)
-        connection.held = 0
-        self._exchange.begin(connection)
-
-    def _gather(self, connection: Connection) -> bool:
-        """Take what has come of a request; return whether it is whole. ApiError."""
-        if connection.head is None:
-            connection.keep = False
-            block = take_head(connection.buffer, connection.searched)
-            if block is None:
-                connection.searched = len(connection.buffer)
-                return False
-            head = connection.head = parse_head(block)
-            # A body that was not read would be taken for the next request.
-            connection.keep = head.keep and not head.length
-            connection.route, connection.part = self._exchange.admit(head)
-            connection.left = head.length
-            if head.length:
-                self._expect_body(connection, head)
-        if connection.left:
-            filed = connection.take_body()
-            connection.filed += filed
-            self._bounds.file(filed)
-        connection.keep = connection.head.keep and not connection.left
-        return not connection.left
-
-    def _expect_body(self, connection: Connection, head: Head) -> None:
-        connection.deadline = time.monotonic() + BODY_S
-        if head.header(b"expect") == "100-continue":
-            connection.send(CONTINUE)
-
-    def _expect_more(self, connection: Connection) -> None:
-        """Wait for the rest of a request. ApiError where there is no room or nobody to send it."""
-        if connection.is_idle:
-            if connection.has_hung_up:
-                self._close(connection)
-            return
-        if connection.head is None and not connection.held:
-            connection.deadline = time.monotonic() + HEAD_S
-        step = len(connection.buffer) - connection.held
-        connection.held += step
-        self._bounds.hold(step)
-        if connection.has_hung_up:
-            raise ApiError(400, "the connection was closed in the middle of a request")
-
-    def _attend(self, connection: Connection) -> None:
+    def attend(self, connection: Connection) -> None:
         """Send what is left of an answer; then go on with the next request, or close."""
         if connection.state != SENDING:
             return
-        if connection.out:
-            connection.out = connection.send(connection.out)
-        self._settle_bounds(connection, unsent=len(connection.out))
+        is_sent = connection.send() if connection.answer else True
+        self._settle_bounds(connection)
         if self._bounds.unsent_bytes > MAX_UNSENT_BYTES:
-            self._close(connection)
-        elif connection.out:
-            self._watch(connection, selectors.EVENT_WRITE)
-        elif not connection.keep or connection.has_hung_up or self._is_stopping:
+            self.drop(connection)
+        elif not is_sent:
+            self.watch(connection, selectors.EVENT_WRITE)
+        elif not connection.keep or connection.has_hung_up or self.is_stopping:
             self._linger(connection)
         else:
             connection.deadline = time.monotonic() + IDLE_S
             connection.state = READING
-            self._watch(connection, selectors.EVENT_READ)
-            self._read_request(connection)
+            self.watch(connection, selectors.EVENT_READ)
+            self._gathering.go_on(connection)
 
-    def _settle_bounds(self, connection: Connection, unsent: int = 0) -> None:
-        """Count no more for a connection than an answer that it has not read."""
+    def _settle_bounds(self, connection: Connection) -> None:
+        """Count for a connection no more than an answer that it has not read, and its buffer."""
         bounds = self._bounds
-        bounds.hold(-connection.held)
         bounds.file(-connection.filed)
-        bounds.unsent_bytes += unsent - connection.unsent
-        connection.held = connection.filed = 0
-        connection.unsent = unsent
+        bounds.unsent_bytes += len(connection.answer) - connection.unsent
+        connection.filed = 0
+        connection.unsent = len(connection.answer)
+        with contextlib.suppress(ApiError):
+            self._gathering.hold(connection)
 
     def _linger(self, connection: Connection) -> None:
         """Read on for a moment before closing: a reset would throw away the answer on its way."""
@@ -6938,24 +7111,27 @@ class Edge:
         except OSError:
             connection.has_hung_up = True
         if connection.has_hung_up:
-            self._close(connection)
+            self.drop(connection)
             return
         connection.buffer.clear()
+        self._settle_bounds(connection)
         connection.deadline = time.monotonic() + LINGER_S
         connection.state = LINGERING
-        self._watch(connection, selectors.EVENT_READ)
+        self.watch(connection, selectors.EVENT_READ)
 
     def _sweep(self) -> None:
         """End what has taken too long."""
         now = time.monotonic()
         late = [connection for connection in self._connections if connection.deadline <= now]
-        for connection in late:
+        for connection in late[:MAX_SWEPT]:
             self._expire(connection)
-        self._loop.at(now + SWEEP_S, self._sweep)
+        self._loop.at(now if len(late) > MAX_SWEPT else now + SWEEP_S, self._sweep)
 
     def _expire(self, connection: Connection) -> None:
+        if connection.state in (FILING, WORKING, PARKED):
+            return  # of a thread of the pool, which may be stuck
         if connection.state != READING or connection.is_idle:
-            self._close(connection)
+            self.drop(connection)
             return
         connection.keep = False
         words = f"the request's head did not arrive within {HEAD_S:.0f} s"
@@ -6965,19 +7141,22 @@ class Edge:
             words = f"the body did not arrive: {came} of {length} bytes came"
         self._exchange.refuse(connection, ApiError(408, words))
 
-    def _close(self, connection: Connection) -> None:
+    def drop(self, connection: Connection) -> None:
+        """Close a connection."""
         with connection.lock:
             if connection.state == CLOSED:
                 return
             connection.state = CLOSED
-        self._watch(connection, 0)
-        self._settle_bounds(connection)
+        self.watch(connection, 0)
         self._connections.discard(connection)
         if connection.is_refused:
             self._refused -= 1
         else:
-            self._bounds.leave(connection.address, connection.is_node)
+            self._bounds.leave(connection.address, connection.node_id)
         connection.forget_request()
+        connection.buffer.clear()
+        connection.answer = b""
+        self._settle_bounds(connection)
         connection.socket.close()
 
 
@@ -7267,9 +7446,10 @@ HOUSEKEEPING_S = 30.0
 ACCEPT_S = 0.2
 # Finished jobs are removed a few at a time, with a pause in which others get the lock.
 EXPIRY_PAUSE_S = 0.05
-# How long a line of the log may wait for others to be written with it, and how many may wait: when
-# the terminal or the pipe is stuck, requests wait for it rather than fill the memory.
+# How long a line of the log may wait for others to be written with it, how many may wait for a
+# terminal or a pipe that is stuck, and how long the end waits for it.
 LOG_DELAY_S = 0.05
+LOG_CLOSE_S = 1.0
 MAX_LOG_WAITING = 20_000
 COLLECT_AFTER = (20_000, 20, 20)  # objects, and rounds of each generation before the next
 
@@ -7280,40 +7460,67 @@ class LogWriter(logging.Handler):
     A request logs its events after their commit and before its answer. Formatting and writing them
     there took 20 % of the CPU of a claim and its result; waking a thread for each line, as
     logging.handlers.QueueListener does, took as much. So emit() appends the record and no more. The
-    thread wakes once, waits LOG_DELAY_S for others, and writes them all. A warning or worse is
-    written at once, after all that came before it. Text and order are those of the target.
+    thread wakes once, waits LOG_DELAY_S for others, and writes them all; after a warning or worse
+    it does not wait. Text and order are those of the target. Nobody waits for a terminal or a pipe
+    that is stuck: lines that are too many are dropped and counted.
     """
 
     def __init__(self, target: logging.StreamHandler[Any]) -> None:
         super().__init__()
         self.target = target
         self._records: deque[logging.LogRecord] = deque()
+        self._dropped = 0
         self._waiting = threading.Event()
-        self._stopping = threading.Event()
+        self._urgent = threading.Event()
+        self._is_over = False
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
+        if len(self._records) >= MAX_LOG_WAITING:
+            self._dropped += 1
+            return
         self._records.append(record)
-        if record.levelno >= logging.WARNING or len(self._records) > MAX_LOG_WAITING:
-            self.flush()
-        elif not self._waiting.is_set():
+        if record.levelno >= logging.WARNING:
+            self._urgent.set()
+        if not self._waiting.is_set():
             self._waiting.set()
 
     def flush(self) -> None:
-        """Write all lines that wait, under the target's lock: two writers would mix their order."""
-        self.target.acquire()
+        """Ask the thread to write what waits; not waiting for it."""
+        self._urgent.set()
+        self._waiting.set()
+
+    def close(self) -> None:
+        """Write what waits, and end the thread; a stuck target is waited for LOG_CLOSE_S."""
+        self._is_over = True
+        self.flush()
+        self._thread.join(LOG_CLOSE_S)
+        super().close()
+
+    def _run(self) -> None:
+        while not self._is_over:
+            self._waiting.wait()
+            self._urgent.wait(LOG_DELAY_S)
+            self._waiting.clear()
+            self._urgent.clear()
+            self._write()
+        self._write()
+
+    def _write(self) -> None:
+        """Write all lines that wait."""
+        lines = []
+        while self._records:
+            lines.append(self._line(self._records.popleft()))
+        if self._dropped:
+            lines.append(f"{self._dropped} lines of the log were dropped{self.target.terminator}")
+            self._dropped = 0
         try:
-            lines = []
-            while self._records:
-                lines.append(self._line(self._records.popleft()))
             if lines:
                 self.target.stream.write("".join(lines))
                 self.target.flush()
         except (OSError, ValueError):
             pass  # the terminal or the disk of the log has gone
-        finally:
-            self.target.release()
 
     def _line(self, record: logging.LogRecord) -> str:
         try:
@@ -7321,21 +7528,6 @@ class LogWriter(logging.Handler):
         except Exception:
             self.target.handleError(record)
             return ""
-
-    def close(self) -> None:
-        """Write what waits, and end the thread."""
-        self._stopping.set()
-        self._waiting.set()
-        self._thread.join()
-        self.flush()
-        super().close()
-
-    def _run(self) -> None:
-        while not self._stopping.is_set():
-            self._waiting.wait()
-            self._stopping.wait(LOG_DELAY_S)
-            self._waiting.clear()
-            self.flush()
 
 
 def write_log_behind(log: logging.Logger) -> list[LogWriter]:

@@ -7,6 +7,7 @@ sockets. What garbage may do: test_fuzz. A crowd of real size: bench.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import re
@@ -233,7 +234,50 @@ class Parked(Edges):
             found = self.exchange(request("POST", "/jobs", JOB) + LAST)
         self.assertEqual([status for status, _ in found], [503, 200])
         self.assertIn("no disk", found[0][1]["error"])
-        self.assertEqual(call(service.url, "POST", "/jobs", JOB).status, 201, "it goes on")
+        wait_for(lambda: call(service.url, "POST", "/jobs", JOB).status == 201, why="it goes on")
+
+
+    def test_looks_at_a_log_leave_nothing_behind(self) -> None:
+        service = self.serve()
+        job = call(service.url, "POST", "/jobs", JOB).body
+        path = f"/jobs/{job['id']}/logs"
+        for number in range(20):
+            client = self.connect()
+            client.sendall(request("GET", f"{path}?wait={15 if number % 2 else 0.1}"))
+            if number % 2 == 0:
+                self.one_answer(client)
+            client.close()
+        connections = service._edge._connections
+        wait_for(lambda: not connections, why="all hang-ups are seen")
+        self.assertEqual(service.master._transactions._watchers, {})
+        gc.collect()
+        left = [each for each in gc.get_objects() if isinstance(each, ffdist.Turn)]
+        self.assertEqual(left, [])
+
+    def test_a_parked_client_with_much_behind_its_request_is_let_go(self) -> None:
+        self.serve()
+        client = self.connect()
+        client.sendall(self.claim(self.node(), "w") + b"x" * (1 << 20))
+        client.settimeout(20)
+        self.assertEqual([status for status, _ in answers(all_of(client))], [200])
+        wait_for(lambda: self.service._edge._bounds.held_bytes == 0, why="nothing is held")
+
+    def test_claims_meet_503_while_the_journal_cannot_be_written_and_are_heard(self) -> None:
+        service = self.serve()
+        node = self.node()
+        call(service.url, "POST", "/jobs", JOB)
+        query = f"/jobs/next?node_id={node['node_id']}&session=s&claim=w"
+        with mock.patch.object(service.master.journal, "_check_place", side_effect=OSError("full")):
+            self.assertEqual(call(service.url, "POST", "/jobs", JOB).status, 503)
+            heard = call(service.url, "GET", f"/nodes/{node['node_id']}").body["last_heartbeat"]
+            found = call(service.url, "GET", query)
+            self.assertEqual(found.status, 503, "no job is leased")
+            again = call(service.url, "GET", f"/nodes/{node['node_id']}").body["last_heartbeat"]
+            self.assertGreater(again, heard)
+            beat = call(service.url, "POST", f"/nodes/{node['node_id']}/heartbeat?session=s")
+            self.assertEqual(beat.status, 200)
+        wait_for(lambda: call(service.url, "GET", query).status == 200, why="it goes on")
+        self.assertIsNotNone(call(service.url, "GET", query).body["job"])
 
 
 class Limits(Edges):
@@ -278,6 +322,53 @@ class Limits(Edges):
             client.sendall(HEALTH)
             self.assertEqual(self.one_answer(client)[0], 200)
         self.assertEqual(answers(all_of(self.connect()))[0][0], 503)
+
+    def test_a_node_has_so_many_connections_that_do_not_count_and_a_few_places_stay_free(
+        self,
+    ) -> None:
+        service = self.serve(MAX_OF_NODE=3, FEW_CONNECTIONS=2)
+        bounds = ffdist.Bounds(32, LOG)
+        for _ in range(3):
+            self.assertTrue(bounds.enter("a") and bounds.excuse("a", "n"))
+        self.assertTrue(bounds.enter("a"))
+        self.assertFalse(bounds.excuse("a", "n"), "it counts for its address")
+        entered = sum(bounds.enter(address) for address in "ab" for _ in range(32))
+        self.assertEqual(entered, 32 - 4 - 2, "the last places")
+        self.assertTrue(bounds.enter("d") and bounds.enter("e"))
+        self.assertFalse(bounds.enter("f"), "it is full")
+        for _ in range(3):
+            bounds.leave("a", "n")
+        self.assertTrue(bounds.enter("f"))
+        self.assertEqual(service._edge._bounds.held_bytes, 0)
+
+    def test_the_disk_of_large_bodies_may_be_stuck_or_full(self) -> None:
+        service = self.serve()
+        large = request("POST", "/jobs", [{**JOB, "note": "x" * 100_000}])
+        stuck = threading.Event()
+        real = ffdist.tempfile.TemporaryFile
+
+        def slow(**options: Any) -> Any:
+            stuck.wait(20)
+            return real(**options)
+        with mock.patch.object(ffdist.tempfile, "TemporaryFile", slow):
+            client = self.connect()
+            client.sendall(large)
+            states = service._edge._connections
+            wait_for(lambda: [each.state for each in states] == [ffdist.FILING])
+            self.assertEqual(call(service.url, "GET", "/health").status, 200)
+            stuck.set()
+            self.assertEqual(self.one_answer(client)[0], 201)
+        full = mock.Mock(side_effect=OSError(28, "No space left on device"))
+        with mock.patch.object(ffdist.tempfile, "TemporaryFile", full):
+            [(status, told)] = answers(all_of(self.sent(large)))
+        self.assertEqual(status, 503)
+        self.assertIn("No space left on device", told["error"])
+        self.assertEqual(service._edge._bounds.filed_bytes, 0)
+
+    def sent(self, raw: bytes) -> socket.socket:
+        client = self.connect()
+        client.sendall(raw)
+        return client
 
     def test_a_head_and_a_body_that_drip_are_given_up(self) -> None:
         self.serve(HEAD_S=0.3, BODY_S=0.6, SWEEP_S=0.1)

@@ -583,7 +583,7 @@ class TestRecovery(Case):
         self.assertEqual(master.call("POST", "/jobs", {"scenario": "x"}).status, 503)
         self.assertIn("replaced", master.call("GET", "/ready").body["error"])
         (self.folder / "kept.db").rename(path)
-        self.assertEqual(master.call("POST", "/jobs", {"scenario": "x"}).status, 201)
+        wait_for(lambda: master.call("POST", "/jobs", {"scenario": "x"}).status == 201)
 
     def test_what_is_left_of_lost_jobs_is_no_new_ones(self) -> None:
         path, _ = self.filled(60)
