@@ -650,10 +650,13 @@ def draft_of(value: object, max_retries: int) -> Draft:
     spec = _kept(fields, _JOB_OWN)
     spec.update(scenario=settings.scenario, confidence=confidence, parameters=parameters or {},
                 settings=settings.to_json())
+    text = json.dumps(spec)
+    if len(text) > BODY_LIMIT_BYTES:
+        raise ApiError(400, f"a job is larger than {wire.size_text(BODY_LIMIT_BYTES)}")
     return Draft(
         id=job_id,
         scenario=settings.scenario,
-        spec=json.dumps(spec),
+        spec=text,
         max_retries=max_retries if retries is None else retries,
         node=fields.text("node"),
         exclusive=bool(fields.flag("exclusive")),

@@ -435,6 +435,14 @@ class Limits(Edges):
         self.assertEqual(status, 400)
         self.assertIn("brackets", told["error"])
 
+    def test_one_job_of_many_is_bounded_too(self) -> None:
+        self.serve()
+        jobs = [JOB, {**JOB, "note": "x" * (1 << 20)}]
+        found = call(self.service.url, "POST", "/jobs", jobs)
+        self.assertEqual(found.status, 400)
+        self.assertEqual(found.body["error"], "job 1 of the array: a job is larger than 1 MiB")
+        self.assertEqual(call(self.service.url, "GET", "/jobs").body["total"], 0)
+
     def test_how_deep_a_body_may_be(self) -> None:
         deep = ffdist.MAX_NESTING
         for good in (
