@@ -440,7 +440,7 @@ class Limits(Edges):
         jobs = [JOB, {**JOB, "note": "x" * (1 << 20)}]
         found = call(self.service.url, "POST", "/jobs", jobs)
         self.assertEqual(found.status, 400)
-        self.assertEqual(found.body["error"], "job 1 of the array: a job is larger than 1 MiB")
+        self.assertEqual(found.body["error"], "job 1 of the array: a job is larger than 1.0 MiB")
         self.assertEqual(call(self.service.url, "GET", "/jobs").body["total"], 0)
 
     def test_how_deep_a_body_may_be(self) -> None:
