@@ -6417,7 +6417,7 @@ class Slots(Protocol):
     def has_room(self) -> bool:
         """Return whether another job may begin."""
 
-    def ends_soon(self) -> bool:
+    def will_have_room(self) -> bool:
         """Return whether a slot will be free in a moment; true once for each time."""
 
     def start(self, job: Job, asked: float) -> None:
@@ -6603,7 +6603,7 @@ class Session:
         # A crowd that came at one moment must not do so again and again.
         wait_s = random.uniform(wait_s * LEAST_WAIT, wait_s)
         # Ahead only what no other node has taken: one that waits for work has a slot now.
-        ahead = not leaving and not free and self._slots.ends_soon()
+        ahead = not leaving and not free and self._slots.will_have_room()
         if ahead:
             wait_s = 0.0
         answer = self._claim(wait_s) if free or ahead else self._heartbeat(leaving, wait_s)
@@ -6998,7 +6998,7 @@ class Agent:
         wanting = sum(attempt.slot.wanted for attempt in attempts)
         return wanting < slots and len(attempts) < 2 * slots
 
-    def ends_soon(self) -> bool:
+    def will_have_room(self) -> bool:
         """Return whether a slot will be free in a moment; true once for each time."""
         wanting = [attempt for attempt in self.attempts() if attempt.slot.wanted]
         if len(wanting) > self._options.max_concurrent_jobs:

@@ -4622,7 +4622,7 @@ def _parts(weights: Sequence[float]) -> list[float]:
 class Order(NamedTuple):
     """What a caller asks of the meter's thread, which sets `done` when it is carried out."""
 
-    verb: str  # join, leave, pause, resume, rest or aside
+    verb: str  # join, leave, pause, resume or rest
     ledger: Ledger
     done: threading.Event
 
@@ -4709,7 +4709,7 @@ class Meter:
 
     def aside(self, ledger: Ledger) -> None:
         """Note a program that is no run: its share of what runs use beside it is nobody's."""
-        self._orders.put(Order("aside", ledger, threading.Event()))  # no reading, so no wait
+        self._asides.append(ledger)  # one step, so without an order: that would delay a reading
 
     def _order(self, verb: str, ledger: Ledger) -> None:
         order = Order(verb, ledger, threading.Event())
@@ -4737,7 +4737,7 @@ class Meter:
         try:
             if order is None:
                 self._sample()
-            elif order.verb not in ("rest", "aside"):
+            elif order.verb != "rest":
                 self._read_for(order.ledger)
         except Exception as error:  # a driver's whim must not end an encode
             self._note_failure(error, order)
@@ -4786,11 +4786,11 @@ class Meter:
 
     def _book(self, last: Reading | None, reading: Reading) -> None:
         active = [ledger for ledger in self._ledgers if not ledger.paused]
-        asides = list(self._asides)
+        asides = [self._asides.popleft() for _ in range(len(self._asides))]
         # One that ends from here on counts in the next interval too.
         going_on = [aside for aside in asides if aside.pgid is not None]
         found = take_shares(self._host, [*active, *asides])
-        self._asides = deque(going_on, MAX_ASIDES)
+        self._asides.extend(going_on)
         for ledger, shares in zip(active, found):
             ledger.beside = max(ledger.beside, len(active) - 1)
             ledger.unknown.update(reading.unknown)
@@ -4810,9 +4810,6 @@ class Meter:
         self._baseline.disturb(self._clock())
         self.rested.set()
         ledger = order.ledger
-        if order.verb == "aside":
-            self._asides.append(ledger)
-            return
         if order.verb in ("pause", "resume"):
             ledger.paused = order.verb == "pause"
         else:

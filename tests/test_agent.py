@@ -1631,9 +1631,13 @@ class Sessions(TalkCase):
     def test_a_full_node_parks_in_its_heartbeat(self) -> None:
         self.running("job-1"), self.running("job-2")
         holding = frozenset({("job-1", 1), ("job-2", 1)})
-        self.master.answers = {"register": [agent.Registered("node-1", 1, 90.0, holding)]}
+        self.master.answers = {"register": [agent.Registered("node-1", 1, 90.0, holding)],
+                               "heartbeat": [ApiError(0, "no answer")]}
+        full: list[bool] = []
+        self.master.hook = lambda: full.append(self.link.full)
         self.steps(self.session, 2)
         self.assertEqual(self.master.names(), ["register", "heartbeat"])
+        self.assertEqual([*full, self.link.full], [False, True, False])
         self.assertFalse(self.master.calls[1][1]["leaving"])
 
     def test_the_wait_of_a_parked_request_has_jitter(self) -> None:

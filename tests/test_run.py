@@ -1098,9 +1098,11 @@ class SideBySide(RunCase):
         def comparing(metric: str, task: agent.Task, *more: Any) -> Any:
             held.append(task.runner.slot._held)
             return compare(metric, task, *more)
-        with mock.patch("agent.compare_by", comparing):
+        with mock.patch("agent.compare_by", comparing), \
+                mock.patch("agent.probe_film", wraps=agent.probe_film) as probe:
             self.completes(place=self.place, input=self.film("plain.mp4"), quality=["psnr"])
         self.assertEqual(held, [True])
+        self.assertEqual(probe.call_count, 2, "the output is looked at once")
         self.fails("input", place=self.place, input="none.mp4")
         self.assertTrue(self.place.slots.take(0))
         self.assertFalse(self.place.slots.take(0))
