@@ -6889,6 +6889,7 @@ class Gathering:
         self._bounds = bounds
 
     def read(self, connection: Connection) -> None:
+        """Take in what has come, in any state but SENDING and CLOSED."""
         data = connection.receive()
         if data is None:
             return
@@ -6968,7 +6969,7 @@ class Gathering:
             connection.keep = False
             block = take_head(connection.buffer, connection.searched)
             if block is None:
-                if not connection.searched:
+                if connection.buffer and not connection.searched:
                     connection.deadline = time.monotonic() + HEAD_S
                 connection.searched = len(connection.buffer)
                 return False

@@ -10,10 +10,12 @@ import contextlib
 import gc
 import json
 import logging
+import math
 import re
 import resource
 import socket
 import threading
+import time
 import unittest
 from pathlib import Path
 from typing import Any
@@ -379,6 +381,18 @@ class Limits(Edges):
         [(status, told)] = answers(all_of(body))
         self.assertEqual(status, 408)
         self.assertRegex(told["error"], r"the body did not arrive: (\d+) of \d+ bytes came")
+
+    def test_a_connection_is_kept_between_requests_longer_than_a_head_may_take(self) -> None:
+        self.serve(HEAD_S=0.2, SWEEP_S=0.1)
+        client = self.connect()
+        # Of the pool, of the edge, of a commit; after bytes in pieces, and pipelined ones.
+        for raw in (request("GET", "/nodes"), HEALTH, request("POST", "/jobs", JOB)):
+            client.sendall(raw[:10])
+            client.sendall(raw[10:])
+            self.assertIn(self.one_answer(client)[0], (200, 201))
+            [connection] = self.service._edge._connections
+            wait_for(lambda each=connection: each.deadline < math.inf)
+            self.assertGreater(connection.deadline - time.monotonic(), 200)
 
     def test_an_idle_connection_is_closed_after_its_time(self) -> None:
         self.serve(IDLE_S=0.3, SWEEP_S=0.1)
