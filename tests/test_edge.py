@@ -10,7 +10,6 @@ import contextlib
 import gc
 import json
 import logging
-import math
 import re
 import resource
 import socket
@@ -386,12 +385,13 @@ class Limits(Edges):
         self.serve(HEAD_S=0.2, SWEEP_S=0.1)
         client = self.connect()
         # Of the pool, of the edge, of a commit; after bytes in pieces, and pipelined ones.
-        for raw in (request("GET", "/nodes"), HEALTH, request("POST", "/jobs", JOB)):
+        noted = request("POST", "/jobs", {**JOB, "note": "x" * 5000})
+        for raw in (request("GET", "/nodes"), HEALTH, request("POST", "/jobs", JOB), noted):
             client.sendall(raw[:10])
             client.sendall(raw[10:])
             self.assertIn(self.one_answer(client)[0], (200, 201))
             [connection] = self.service._edge._connections
-            wait_for(lambda each=connection: each.deadline < math.inf)
+            wait_for(lambda each=connection: each.state == ffdist.READING)
             self.assertGreater(connection.deadline - time.monotonic(), 200)
 
     def test_an_idle_connection_is_closed_after_its_time(self) -> None:
