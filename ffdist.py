@@ -11542,8 +11542,12 @@ exit codes: 0 done; 1 the job failed, or it does not exist; 2 wrong usage;
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line, made from COMMANDS."""
+def build_parser(words: Container[str] = COMMANDS) -> argparse.ArgumentParser:
+    """Return the parser of a command line, made from COMMANDS.
+
+    Only the commands that are among its words get their flags: all of them together take longer
+    than most commands.
+    """
     parser = wire.Parser("ffdist.py", description="FFmpeg on a fleet of bare servers.",
                          epilog=epilog_of("demo", "master", "submit", "jobs", "results"),
                          formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -11554,6 +11558,8 @@ def build_parser() -> argparse.ArgumentParser:
         sub = subparsers.add_parser(name, help=command.about, description=command.description,
                                     epilog=epilog_of(name),
                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name not in words:
+            continue
         for word in command.words:
             sub.add_argument(*word.names, **word.options)
         wire.add_flags(sub, command.flags)
@@ -11575,8 +11581,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stdout is None:  # closed by `>&-`: as if its reader had gone; a master needs none
         sys.stdout = wire.open_nowhere()
     try:
-        parser = build_parser()
-        args = parser.parse_args(argv)
+        words = sys.argv[1:] if argv is None else argv
+        parser = build_parser(words)
+        args = parser.parse_args(words)
         if args.command is None:
             parser.print_help(sys.stderr)
             return 2

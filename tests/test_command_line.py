@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -305,6 +306,11 @@ class TheCommandLine(unittest.TestCase):
         told = run(str(TOP / "hwdetect.py"), "--version", folder=self.folder)
         self.assertIn("ffdist hwdetect", told.stdout)
 
+    def test_it_runs_as_a_module_too(self) -> None:
+        done = run("-m", "ffdist", "jobs", "--master", "http://127.0.0.1:9",
+                   folder=self.folder, env={"PYTHONPATH": str(TOP)})
+        self.assertEqual((done.returncode, done.stdout), (3, ""), done.stderr)
+
 
 class Flags(unittest.TestCase):
     """One reader of flags and one of durations, whichever program is asked."""
@@ -315,6 +321,14 @@ class Flags(unittest.TestCase):
             "agent": (agent.build_parser(True), []),
             "hwdetect": (hwdetect.build_parser(), []),
         }
+
+    def test_a_command_gets_the_flags_that_it_has_among_all(self) -> None:
+        for name, command in ffdist.COMMANDS.items():
+            for example in command.examples:
+                words = [name, *shlex.split(example)]
+                with self.subTest(words):
+                    own = ffdist.build_parser(words).parse_args(words)
+                    self.assertEqual(vars(own), vars(ffdist.build_parser().parse_args(words)))
 
     def test_a_switch_of_the_environment_means_the_same_in_all_three(self) -> None:
         for word, on in (
