@@ -4329,6 +4329,8 @@ class Queries:
     def jobs(self, filters: Mapping[str, str], before: int | None, limit: int) -> JsonPage:
         """Return a page of jobs with their progress, newest first."""
         total = self._total("jobs", filters)
+        if not total:
+            return JsonPage([], 0, None)  # however many jobs would be searched in vain
         jobs, has_more = self._reader.job_page(filters, before, limit)
         rows: list[tuple[int, str]] = []
         size = 0
@@ -4343,6 +4345,8 @@ class Queries:
     def results(self, filters: Mapping[str, str], before: int | None, limit: int) -> JsonPage:
         """Return a page of accepted reports, newest first."""
         total = self._total("results", filters)
+        if not total:
+            return JsonPage([], 0, None)
         rows, has_more = self._reader.result_page(filters, before, limit)
         return JsonPage.of(rows, has_more, total)
 

@@ -194,6 +194,15 @@ class TestBlocks(Journaled):
         self.assertEqual(found, {"rare": [6, 2], "nothing": [6], "a": [6, 5, 4, 3, 2, 1, 0]})
         self.assertEqual(spans, [(40, 42)])
 
+    def test_where_the_total_is_none_nothing_is_read(self) -> None:
+        self.finish(3)
+        reader = self.master.journal.reader
+        with mock.patch.object(reader, "job_page") as jobs, \
+                mock.patch.object(reader, "result_page") as results:
+            self.assertEqual(self.listed("jobs", {"scenario": "b"}, 5), ([], 0))
+            self.assertEqual(self.listed("results", {"status": "failed"}, 5), ([], 0))
+        self.assertEqual((jobs.called, results.called), (False, False))
+
     def test_a_block_is_noted_when_its_last_job_has_ended_and_not_after_a_retry(self) -> None:
         first, *_ = self.submit(*["a"] * 40)
         for _ in range(36):
