@@ -4422,6 +4422,7 @@ class Workplace:
     min_free_bytes: int = 0
     stall_limit_s: float = 300.0
     slots: FreeSlots = dataclasses.field(default_factory=FreeSlots)
+    making: dict[str, Slot] = dataclasses.field(default_factory=dict)  # whose output has what name
 
     @property
     def node(self) -> str:
@@ -4574,6 +4575,7 @@ class Slot:
     def __init__(self, free: FreeSlots, changed: Callable[[], None]) -> None:
         self.wanted = True  # until the encodes are over
         self.in_line = False
+        self.over = threading.Event()  # the attempt has ended
         self.ends_soon = False  # for the agent to claim a job ahead, which clears it
         self._free = free
         self._changed = changed
@@ -5521,6 +5523,7 @@ class Attempt:
         finally:
             runner.slot.give()
             self._clean()
+            runner.slot.over.set()
             meter.work(self, False)
         if runner.limits is not None:
             outcome = dataclasses.replace(outcome, limits=runner.limits.enforced)
@@ -5548,6 +5551,7 @@ class Attempt:
             runner.take_slot()
             return measure_idle(runner, settings)
 
+        self._follow(settings)
         if settings.input is None:
             runner.take_slot()  # to make the source is an encode too
         source = find_source(task)
@@ -5569,6 +5573,26 @@ class Attempt:
         runner.watchdog.lift_timeout()
         task.output.deliver(self._permit)
         return outcome
+
+    def _follow(self, settings: Settings) -> None:
+        """Wait for the end of an attempt whose output this job reads or replaces.
+
+        On one slot the jobs of a queue follow each other, and what one writes the next may read.
+        That one must find it, though it begins before the other has named its output.
+        """
+        runner, making = self._runner, self._place.making
+        places = [os.path.normpath(place) for place in (settings.input, settings.output) if place]
+        for place in places:
+            other = making.get(place)
+            if other is None:
+                continue
+            runner.take_slot()
+            with runner.watch.in_line():
+                while not other.wanted and not other.over.wait(SLICE_S):
+                    runner.show(f"waiting for {place}")
+                    runner.check()
+        if settings.output:
+            making[places[-1]] = runner.slot
 
     def _permit(self, output: OutputFile, made: Json) -> float:
         """Return until when (boot_clock) the output may be named; Stopped where it may not."""
@@ -5610,6 +5634,9 @@ class Attempt:
         """Leave nothing behind: only then may the attempt be reported."""
         if self._task is not None:
             self._task.close()
+            place = os.path.normpath(self._task.settings.output or "")
+            if self._place.making.get(place) is self._runner.slot:
+                del self._place.making[place]
         if self._runner.limits is not None:
             self._runner.limits.lift()
         shutil.rmtree(self._runner.folder, ignore_errors=True)

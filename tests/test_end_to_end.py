@@ -256,6 +256,15 @@ exec '{ffmpeg}' "$@"
         self.all_completed(master, ids)
         self.nothing_left(agent)
 
+    def test_each_finds_what_the_one_before_it_wrote(self) -> None:
+        need("ffmpeg", "ffprobe")
+        self.film("0.mp4", 1)
+        master, agent = self.fleet()
+        ids = [master.submit("64p25-h264", input=f"{number}.mp4", output=f"{number + 1}.mp4")["id"]
+               for number in range(4)]
+        self.assertEqual([master.finished(job_id)["status"] for job_id in ids], ["completed"] * 4)
+        self.nothing_left(agent)
+
     def test_a_node_with_a_slot_takes_what_is_not_yet_claimed(self) -> None:
         master, _, ids = self.two_begun()
         other = self.agent(master, name="other", env=self.path)

@@ -1013,7 +1013,7 @@ class SideBySide(RunCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.place = dataclasses.replace(self.place, slots=agent.FreeSlots())
+        self.place = dataclasses.replace(self.place, slots=agent.FreeSlots(), making={})
         self.outcomes: dict[agent.Attempt, agent.Outcome] = {}
 
     def begin(self, attempt: agent.Attempt) -> threading.Thread:
@@ -1067,6 +1067,50 @@ class SideBySide(RunCase):
         self.assertEqual((done.status, done.ledger.beside), ("completed", 0), done.error)
         self.assertTrue(done.output_bytes and done.output_s)
         self.assertTrue((self.media / "beside.mp4").exists())
+
+    def finishing(self, **parameters: object) -> tuple[agent.Attempt, threading.Event]:
+        """Begin an attempt that waits for the name of its output; the event lets it have that."""
+        may_end = threading.Event()
+        self.addCleanup(may_end.set)
+
+        def confirm(output: agent.OutputFile, made: agent.Json) -> float:
+            may_end.wait(PATIENCE_S)
+            return float("inf")
+        attempt = agent.Attempt(agent.Job(str(uuid.uuid4()), 1, "x", parameters), self.place,
+                                confirm)
+        self.begin(attempt)
+        wait_for(lambda: not attempt.slot.wanted, why="its encode is over")
+        return attempt, may_end
+
+    def test_what_a_job_writes_is_there_for_the_next_to_read_or_to_replace(self) -> None:
+        first, may_end = self.finishing(input=self.film("plain.mp4"), output="made.mp4")
+        reads = self.attempt(place=self.place, input="./made.mp4", output="read.mp4")
+        worker = self.begin(reads)
+        wait_for(lambda: reads.progress["phase"] == "waiting for made.mp4", why="it waits")
+        self.assertEqual(self.lines(reads), [])
+        may_end.set()
+        worker.join(PATIENCE_S)
+        self.assertEqual(self.outcomes[reads].status, "completed", self.outcomes[reads].error)
+        second, may_end = self.finishing(input="plain.mp4", output="made.mp4", overwrite=True)
+        replaces = self.attempt(place=self.place, input="plain.mp4", output="made.mp4",
+                                overwrite=True)
+        worker = self.begin(replaces)
+        wait_for(lambda: replaces.progress["phase"] == "waiting for made.mp4", why="it waits")
+        may_end.set()
+        worker.join(PATIENCE_S)
+        self.assertEqual([self.outcomes[one].status for one in (first, second, replaces)],
+                         ["completed"] * 3, self.outcomes[replaces].error)
+        self.assertEqual(self.place.making, {})
+
+    def test_a_job_that_waits_for_what_another_writes_obeys_orders(self) -> None:
+        first, _ = self.finishing(input=self.film("plain.mp4"), output="wanted.mp4")
+        reads = self.attempt(place=self.place, input="wanted.mp4")
+        worker = self.begin(reads)
+        wait_for(lambda: reads.progress["phase"] == "waiting for wanted.mp4", why="it waits")
+        reads.stop("returned")
+        worker.join(PATIENCE_S)
+        self.assertEqual(self.outcomes[reads].status, "returned")
+        self.assertIs(self.place.making["wanted.mp4"], first.slot)
 
     def test_a_job_in_line_obeys_orders(self) -> None:
         self.encoding()
