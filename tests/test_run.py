@@ -1071,7 +1071,6 @@ class SideBySide(RunCase):
     def finishing(self, **parameters: object) -> tuple[agent.Attempt, threading.Event]:
         """Begin an attempt that waits for the name of its output; the event lets it have that."""
         may_end = threading.Event()
-        self.addCleanup(may_end.set)
 
         def confirm(output: agent.OutputFile, made: agent.Json) -> float:
             may_end.wait(PATIENCE_S)
@@ -1079,6 +1078,7 @@ class SideBySide(RunCase):
         attempt = agent.Attempt(agent.Job(str(uuid.uuid4()), 1, "x", parameters), self.place,
                                 confirm)
         self.begin(attempt)
+        self.addCleanup(may_end.set)  # before its thread is waited for
         wait_for(lambda: not attempt.slot.wanted, why="its encode is over")
         return attempt, may_end
 
