@@ -1362,6 +1362,7 @@ def _copy_database(path: Path, scratch: Path, show: Callable[[float], None]) -> 
 
 READERS = 4  # connections for reading: pages are read beside each other, and beside the writer
 MAX_LOG_PAGE = 5000  # lines
+STALL_S = 5.0  # a commit that takes longer is a trouble of its own
 MAX_TRANSACTIONS = 1000  # in one commit: bounds the time that a single answer waits for the others
 
 _WRITES = {
@@ -1426,34 +1427,37 @@ def _grouped(writes: Iterable[Write]) -> list[tuple[str, list[tuple[Any, ...]]]]
 class Ticket:
     """Stands for the commit of all that was written before it.
 
-    One thread may wait for it, or one call follows it, made by the thread that commits: a thread
-    that is woken for each answer costs more than the answer.
+    One thread may wait for it, and calls follow it, made by the thread that commits: a thread that
+    is woken for each answer costs more than the answer.
     """
 
-    __slots__ = ("_gate", "_then", "error", "is_settled")
+    __slots__ = ("_calls", "_gate", "error", "is_settled")
     _settling = threading.Lock()  # of all tickets: held for a few instructions
 
     def __init__(self) -> None:
         self._gate: threading.Lock | None = None
-        self._then: Callable[[str | None], None] | None = None
+        self._calls: list[Callable[[str | None], None]] = []
         self.error: str | None = None
         self.is_settled = False
 
     def settle(self, error: str | None = None) -> None:
-        """Let the waiter go on; `error` is why nothing was committed."""
+        """Make the calls and let the waiter go on; `error` is why nothing was committed."""
         with Ticket._settling:
             self.error = error
             self.is_settled = True
+        for call in self._calls:
+            call(error)
         if self._gate is not None:
             self._gate.release()
-        if self._then is not None:
-            self._then(error)
 
     def then(self, call: Callable[[str | None], None]) -> None:
-        """Call with the error after the commit; at once where it is over."""
+        """Call with the error after the commit, and after earlier calls; at once where it is over.
+
+        The call must not raise.
+        """
         with Ticket._settling:
             if not self.is_settled:
-                self._then = call
+                self._calls.append(call)
                 return
         call(self.error)
 
@@ -1667,6 +1671,7 @@ class Journal:
         self._places: dict[str, tuple[int, int]] = {}  # inode and size of the journal and its log
         self.reader = Reader(self._path, self._note_damage)
         self.trouble: str | None = None  # why the last commit failed
+        self._began: float | None = None  # when the commit that runs did, by time.monotonic()
         self.damage: str | None = None  # what SQLite says of a file that is no longer whole
         self.recovery: str | None = None  # what was done about it at the start
         self.commits = 0
@@ -1782,12 +1787,14 @@ class Journal:
 
     def _commit_batch(self, batch: list[tuple[Sequence[Write], Ticket]]) -> None:
         writes = [write for transaction, _ in batch for write in transaction]
+        self._began = time.monotonic()
         error = self._commit(writes) if writes else None
-        self._done += len(batch)
+        self._began = None
         if error is not None:
             self.trouble = error
         elif writes:
             self.trouble = None
+        self._done += len(batch)
         for _, ticket in batch:
             ticket.settle(error)
         if error is not None:
@@ -1811,7 +1818,7 @@ class Journal:
             with contextlib.suppress(sqlite3.Error):
                 execute("ROLLBACK")
             self._note_damage(error)
-            return f"{self._path}: {error}{self._file_system_error()}"
+            return f"{self._path}: {error}{_file_system_error(self._folder)}"
         self.commits += 1
         self.commit_seconds += time.perf_counter() - began
         return None
@@ -1835,6 +1842,16 @@ class Journal:
                               "master ran: put it back, or start the master anew on a backup")
             self._places[name] = (inode, found.st_size)
 
+    @property
+    def stall(self) -> str | None:
+        """Why nothing is committed now: the trouble, or a commit that takes too long."""
+        began = self._began
+        if self.trouble is None and began is not None:
+            seconds = time.monotonic() - began
+            if seconds > STALL_S:
+                return f"{self._path}: the disk has not answered for {seconds:.0f} s"
+        return self.trouble
+
     def look(self) -> None:
         """Set `trouble` where the journal is not in its place, though nobody writes."""
         try:
@@ -1842,14 +1859,6 @@ class Journal:
         except OSError as error:
             if self.trouble is None:
                 self.trouble = f"{self._path}: {error}"
-
-    def _file_system_error(self) -> str:
-        """Return the file system's own error: SQLite calls a read-only disk an I/O error."""
-        try:
-            os.utime(self._folder)
-        except OSError as error:
-            return f" ({error.strerror})"
-        return ""
 
     def _note_damage(self, error: Exception) -> None:
         """Mark the journal for recovery at the next start, when it is no longer whole."""
@@ -1893,6 +1902,15 @@ class Journal:
             self._thread.join(10)
         self._disconnect()
         os.close(self._folder_lock)
+
+
+def _file_system_error(folder: Path) -> str:
+    """Return the file system's own error: SQLite calls a read-only disk an I/O error."""
+    try:
+        os.utime(folder)
+    except OSError as error:
+        return f" ({error.strerror})"
+    return ""
 
 
 def _lock_folder(folder: Path) -> int:
@@ -3453,6 +3471,14 @@ class Expired(NamedTuple):
     results: Sequence[tuple[int, TotalKey]]
 
 
+def writes_nothing(state: State, event: object) -> bool:
+    """Return whether an event is no more than a sign of life of a node that is not offline."""
+    if not isinstance(event, (Arrived, Looked)):
+        return False
+    node = state.nodes.get(event.asked.node_id)
+    return node is None or not (node.offline or event.asked.leaving or event.asked.for_work)
+
+
 class Reply(NamedTuple):
     """What a heartbeat or claim gets: an answer, or the serial number under which it waits."""
 
@@ -3888,8 +3914,8 @@ class Turn:
     by any thread and perhaps under the lock, when it should look again; so it must not block.
     """
 
-    __slots__ = ("__weakref__", "alive", "deadline", "may_block", "node_id", "notes", "serial",
-                 "ticket", "wake")
+    __slots__ = ("__weakref__", "alive", "deadline", "may_block", "node_id", "serial", "ticket",
+                 "wake")
 
     def __init__(self, wake: Callable[[Turn], None], alive: Callable[[], bool]) -> None:
         self.wake = wake
@@ -3899,7 +3925,6 @@ class Turn:
         self.serial: int | None = None
         self.node_id: str | None = None  # the node whose session it came from
         self.ticket: Ticket | None = None
-        self.notes: list[Note] = []
 
     def has_time(self, now: float, wait_s: float) -> bool:
         """Return whether it may wait, `wait_s` from its first look on."""
@@ -3994,7 +4019,7 @@ class Transactions:
         it is kept where the answer says that it waits.
         """
         trouble = self.journal.trouble
-        if trouble is not None and not isinstance(event, (Arrived, Looked)):
+        if trouble is not None and not writes_nothing(self._fleet.state, event):
             # It would fail, and cost a look at all that the journal holds. reap() tries on.
             raise not_committed(trouble)
         self._acquire(turn)
@@ -4006,6 +4031,8 @@ class Transactions:
                 if turn.serial is not None:
                     self._parked[parks] = turn
             ticket = self.journal.write(outcome.effects.writes)
+            # Here, so that the lines have the order of the steps.
+            _note(self._log, outcome.effects.notes, ticket)
         except BaseException:
             self._stale = True
             raise
@@ -4014,26 +4041,20 @@ class Transactions:
 
         if turn is not None:
             turn.ticket = ticket or turn.ticket
-            turn.notes += outcome.effects.notes
-        else:
-            if ticket is not None:
-                ticket.wait()
-            _log_notes(self._log, outcome.effects.notes)
+        elif ticket is not None:
+            ticket.wait()
         if outcome.error is not None:
             raise outcome.error
         return outcome.answer
 
     def after_commit(self, turn: Turn, call: Callable[[str | None], None]) -> None:
-        """Log what a turn noted, then call, once all that it changed or saw is on disk.
+        """Call once all that a turn changed or saw is on disk, with the error of a failed commit.
 
-        The call gets the error of a commit that failed; the thread that commits makes it.
+        The thread that commits makes the call.
         """
-        ticket, notes = turn.ticket, turn.notes
-        turn.ticket, turn.notes = None, []
+        ticket, turn.ticket = turn.ticket, None
 
         def settled(error: str | None) -> None:
-            if error is None:
-                _log_notes(self._log, notes)
             try:
                 call(error)
             except Exception as failure:  # the thread that commits must live
@@ -4091,6 +4112,7 @@ class Transactions:
                 ticket.wait()  # a commit that fails settles all that is queued, and takes no lock
             self._load()
             self._stale = False
+            gc.collect()  # the Fleet that was replaced is in cycles
         except ApiError:
             raise
         except Exception as error:
@@ -4119,12 +4141,11 @@ class Transactions:
     def _rebuild(self, error: str, is_ahead: bool) -> None:
         """Called by the journal after a commit that failed; `is_ahead` is of memory."""
         if is_ahead:
-            with self._lock:
+            # In one hold: whatever came between would be queued for the thread that is here.
+            with self._lock, contextlib.suppress(ApiError):
                 self.journal.drop(error)
                 self._stale = True
-            with contextlib.suppress(ApiError):
-                self._acquire()  # else the next step tries again
-                self._lock.release()
+                self._reload()  # where that fails, the next step tries again
         level = logging.DEBUG if error == self._last_trouble else logging.ERROR
         self._log.log(
             level, "the journal cannot be written: %s; nothing is accepted until it can", error
@@ -4195,6 +4216,14 @@ class Transactions:
             nodes = self._fleet.state.nodes.values()
             self.journal.write([("node", (node.id, node.record())) for node in nodes])
         self.journal.close()
+
+
+def _note(log: logging.Logger, notes: Sequence[Note], ticket: Ticket | None) -> None:
+    """Log what a step noted, once it is on disk."""
+    if ticket is None:
+        _log_notes(log, notes)
+    elif notes:
+        ticket.then(lambda error: None if error else _log_notes(log, notes))
 
 
 def _log_notes(log: logging.Logger, notes: Sequence[Note]) -> None:
@@ -4425,7 +4454,7 @@ class Queries:
             journal.commit_seconds,
             journal.size_bytes(),
             self._started.wall,
-            journal.trouble is None,
+            journal.stall is None,
             free_bytes,
             whole_bytes,
             last_result,
@@ -4666,8 +4695,9 @@ class Master:
             raise ApiError(
                 503, f"the journal is damaged: {self.journal.damage}; it is being recovered"
             )
-        if self.journal.trouble is not None:
-            raise ApiError(503, f"the journal cannot be written: {self.journal.trouble}")
+        stall = self.journal.stall
+        if stall is not None:
+            raise ApiError(503, f"the journal cannot be written: {stall}")
         return {"status": "ready"}
 
     def close(self) -> None:
@@ -6397,6 +6427,7 @@ WARNING_S = 60.0  # between two lines of the log that say so
 ACCEPT_PAUSE_S = 0.2  # when files run out: the connections that are there may end
 
 READING, FILING, WORKING, PARKED, SENDING, LINGERING, CLOSED = range(7)
+OF_POOL = frozenset((FILING, WORKING))  # a disk may hold it up, and no deadline ends it
 
 
 class Bounds:
@@ -6831,7 +6862,6 @@ class Exchange:
 
     def _park(self, connection: Connection, turn: Turn) -> None:
         """Keep a request until it is woken, or its time is up. For any thread."""
-        self._master.after_commit(turn, lambda error: None)
         if connection.timed is not turn:
             connection.timed = turn
             # Weak: the timer must not keep what has its answer long before.
@@ -7130,14 +7160,15 @@ class Edge:
     def _sweep(self) -> None:
         """End what has taken too long."""
         now = time.monotonic()
-        late = [connection for connection in self._connections if connection.deadline <= now]
+        late = [
+            connection for connection in self._connections
+            if connection.deadline <= now and connection.state not in OF_POOL
+        ]
         for connection in late[:MAX_SWEPT]:
             self._expire(connection)
         self._loop.at(now if len(late) > MAX_SWEPT else now + SWEEP_S, self._sweep)
 
     def _expire(self, connection: Connection) -> None:
-        if connection.state in (FILING, WORKING, PARKED):
-            return  # of a thread of the pool, which may be stuck
         if connection.state != READING or connection.is_idle:
             self.drop(connection)
             return
@@ -10620,27 +10651,45 @@ def _cancel_each(client: wire.Client, ids: Sequence[str]) -> tuple[list[wire.Job
 
 def cmd_logs(args: Args) -> int:
     """Print the log of a job; -f follows it to its end."""
-    client, after = _client(args), 0
     kept: list[str] = []
-    while True:
-        part = client.logs(args.id, after, FOLLOW_S if args.follow else None)
-        after = part.next
+    upto, status = 0, ""
+    for part in _log_parts(_client(args), args.id, args.follow):
+        upto, status = part.next, part.status
         if args.json:
             kept += part.lines
         else:
-            text = "".join(f"{wire.printable(line)}\n" for line in part.lines)
-            wire.write_stdout(text)
-
-        if part.lines:
-            continue
-        if not args.follow or part.status in FINAL:
-            break
+            wire.write_stdout("".join(f"{wire.printable(line)}\n" for line in part.lines))
 
     if args.json:
-        _print_json({"lines": kept, "next": after})
-    elif after == 0:
-        _say(f"no lines: the job is {part.status}; see: python3 ffdist.py show {args.id}")
+        _print_json({"lines": kept, "next": upto})
+    elif upto == 0:
+        _say(f"no lines: the job is {status}; see: python3 ffdist.py show {args.id}")
     return 0
+
+
+def _log_parts(client: wire.Client, job_id: str, follow: bool) -> Iterator[wire.LogPart]:
+    """Yield the parts of a job's log; to its end where it is followed.
+
+    A master that goes away meanwhile is waited for: the job goes on without it.
+    """
+    after = 0
+    is_known = is_away = False
+    while True:
+        try:
+            part = client.logs(job_id, after, FOLLOW_S if follow else None)
+        except ApiError as error:
+            if not (follow and is_known and error.retryable):
+                raise
+            if not is_away:
+                _say(f"{error.message}; waiting")
+            is_away = True
+            time.sleep(POLL_S)
+            continue
+        is_known, is_away = True, False
+        after = part.next
+        yield part
+        if not part.lines and (not follow or part.status in FINAL):
+            return
 
 
 def _page_query(client: wire.Client, args: Args) -> Json:

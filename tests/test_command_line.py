@@ -174,6 +174,25 @@ class TheCommandLine(unittest.TestCase):
             self.master.get(f"/jobs/{job}")["status"], "completed", "it followed to the end"
         )
 
+    def test_logs_wait_for_a_master_that_is_started_again(self) -> None:
+        away = agent.ApiError(0, "no answer from the master")
+        parts = [
+            agent.LogPart(["one"], 1, "running"),
+            away,
+            away,
+            agent.LogPart(["two"], 2, "running"),
+            agent.LogPart([], 2, "completed"),
+        ]
+        client = mock.Mock(logs=mock.Mock(side_effect=parts))
+        out, said = io.StringIO(), io.StringIO()
+        with mock.patch.object(ffdist, "_client", lambda args: client), mock.patch.object(
+            ffdist, "POLL_S", 0
+        ), contextlib.redirect_stdout(out), contextlib.redirect_stderr(said):
+            self.assertEqual(ffdist.main(["logs", "-f", self.done]), 0)
+        self.assertEqual(out.getvalue(), "one\ntwo\n")
+        self.assertEqual(said.getvalue(), "no answer from the master; waiting\n")
+        self.assertEqual([call.args[1] for call in client.logs.call_args_list], [0, 1, 1, 1, 2])
+
     def test_cancel(self) -> None:
         job = self.master.submit("64p25-h264", duration=60, realtime=True)["id"]
         wait_for(lambda: self.master.get(f"/jobs/{job}")["status"] == "running", 30)
