@@ -4032,7 +4032,7 @@ class Transactions:
                     self._parked[parks] = turn
             ticket = self.journal.write(outcome.effects.writes)
             # Here, so that the lines have the order of the steps.
-            _note(self._log, outcome.effects.notes, ticket)
+            _log_after(self._log, outcome.effects.notes, ticket)
         except BaseException:
             self._stale = True
             raise
@@ -4218,7 +4218,7 @@ class Transactions:
         self.journal.close()
 
 
-def _note(log: logging.Logger, notes: Sequence[Note], ticket: Ticket | None) -> None:
+def _log_after(log: logging.Logger, notes: Sequence[Note], ticket: Ticket | None) -> None:
     """Log what a step noted, once it is on disk."""
     if ticket is None:
         _log_notes(log, notes)
