@@ -5461,6 +5461,7 @@ class Attempt:
             self.parameters = job.parameters
         self.published: Json | None = None  # the output's fingerprint, once it may get its name
         self.leased_at = -math.inf  # when the master last confirmed the lease (boot_clock)
+        self.has_ended = False  # its report says the rest
         self._job = job
         self._place = place
         self._confirm = confirm
@@ -6774,7 +6775,11 @@ class Reporter:
         """Send the progress of all attempts; return in how many s the next is wanted. ApiError."""
         if not self._link.protocol:
             return PROGRESS_S
-        waits = [self.send_progress(attempt, now) for attempt in self._slots.attempts()]
+        # After its report, which may be delivered by now, progress would be that of no lease.
+        waits = [
+            self.send_progress(attempt, now) for attempt in self._slots.attempts()
+            if not attempt.has_ended
+        ]
         return min(waits, default=IDLE_PROGRESS_S)
 
     def send_progress(self, attempt: Attempt, now: float) -> float:
@@ -7065,6 +7070,7 @@ class Agent:
     def _work(self, attempt: Attempt) -> None:
         """Carry out an attempt and put its report into the spool before it leaves `_running`."""
         outcome, result = carry_out(attempt, self._place.machine, self._log)
+        attempt.has_ended = True
         # Another node has the job of a lost attempt: a report of it would be refused.
         if outcome.status != "lost":
             self._reporter.keep(_with_leftovers(attempt, result))

@@ -281,6 +281,88 @@ class Parked(Edges):
         self.assertIsNotNone(call(service.url, "GET", query).body["job"])
 
 
+class Outages(Edges):
+    """A journal that cannot be written for a while."""
+
+    def test_many_short_outages_lock_nobody_out(self) -> None:
+        service = self.serve(REAP_S=0.001)
+        state, journal = service.master, service.master.journal
+        draft = ffdist.draft_of(JOB, 0)
+        is_over = threading.Event()
+
+        def look() -> None:
+            while not is_over.is_set():
+                with contextlib.suppress(ApiError):
+                    state.queries.nodes()
+                with contextlib.suppress(ApiError):
+                    state.reap()
+        readers = [threading.Thread(target=look, daemon=True) for _ in range(3)]
+        for reader in readers:
+            reader.start()
+        self.addCleanup(is_over.set)
+        for _ in range(150):
+            away = mock.patch.object(journal, "_check_place", side_effect=OSError("gone"))
+            with away, contextlib.suppress(ApiError):
+                state.submit([draft])
+            wait_for(lambda: self.accepts(draft), 20, "it can be written again")
+
+    def accepts(self, draft: ffdist.Draft) -> bool:
+        try:
+            self.service.master.submit([draft])
+        except ApiError:
+            return False
+        return True
+
+    def test_a_node_that_comes_back_in_an_outage_costs_no_look_at_the_whole_journal(self) -> None:
+        service = self.serve()
+        node = self.node()
+        url = f"/nodes/{node['node_id']}"
+        beat = f"{url}/heartbeat?session=s"
+        journal, transactions = service.master.journal, service.master._transactions
+        with transactions.glance() as state:
+            state.nodes[node["node_id"]].offline = True
+        with mock.patch.object(journal, "_check_place", side_effect=OSError("gone")):
+            self.assertEqual(call(service.url, "POST", "/jobs", JOB).status, 503)
+            with mock.patch.object(transactions, "_load") as load:
+                self.assertEqual(call(service.url, "POST", beat).status, 503)
+                load.assert_not_called()
+        wait_for(lambda: call(service.url, "POST", beat).status == 200)
+        self.assertEqual(call(service.url, "GET", url).body["status"], "available")
+
+    def test_a_commit_that_takes_too_long_is_told_by_ready(self) -> None:
+        service = self.serve(STALL_S=0.05)
+        journal = service.master.journal
+        stuck = threading.Event()
+        with mock.patch.object(journal, "_check_place", side_effect=lambda: stuck.wait(20)):
+            client = self.connect()
+            client.sendall(request("POST", "/jobs", JOB))
+            wait_for(lambda: call(service.url, "GET", "/ready").status == 503)
+            told = call(service.url, "GET", "/ready").body["error"]
+            self.assertIn("the disk has not answered for", told)
+            self.assertEqual(call(service.url, "GET", "/health").status, 200)
+            stuck.set()
+            self.assertEqual(self.one_answer(client)[0], 201)
+        self.assertEqual(call(service.url, "GET", "/ready").status, 200)
+
+    def test_more_stuck_uploads_than_are_ended_at_once_do_not_stop_the_sweep(self) -> None:
+        service = self.serve(
+            MAX_SWEPT=2, HEAD_S=0.3, BODY_S=0.1, SWEEP_S=0.1, MIN_BODY_RATE=1 << 30
+        )
+        stuck = threading.Event()
+        self.addCleanup(stuck.set)
+        large = request("POST", "/jobs", [{**JOB, "note": "x" * 100_000}])
+        with mock.patch.object(ffdist.Connection, "file_body", lambda _: stuck.wait(30) and 0):
+            for _ in range(4):
+                client = self.connect()
+                client.sendall(large[:90_000])
+            connections = service._edge._connections
+            wait_for(lambda: [each.state for each in connections] == [ffdist.FILING] * 4)
+            slow = self.connect()
+            slow.sendall(HEALTH[:20])
+            self.assertEqual([status for status, _ in answers(all_of(slow))], [408])
+            stuck.set()
+
+
 class Limits(Edges):
     """Whoever takes too much, or too long, is told so; the others do not notice."""
 
