@@ -319,10 +319,10 @@ class Outages(Edges):
         url = f"/nodes/{node['node_id']}"
         beat = f"{url}/heartbeat?session=s"
         journal, transactions = service.master.journal, service.master._transactions
-        with transactions.glance() as state:
-            state.nodes[node["node_id"]].offline = True
         with mock.patch.object(journal, "_check_place", side_effect=OSError("gone")):
             self.assertEqual(call(service.url, "POST", "/jobs", JOB).status, 503)
+            with transactions.glance() as state:
+                state.nodes[node["node_id"]].offline_at = state.now.wall
             with mock.patch.object(transactions, "_load") as load:
                 self.assertEqual(call(service.url, "POST", beat).status, 503)
                 load.assert_not_called()
