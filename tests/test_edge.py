@@ -321,6 +321,7 @@ class Outages(Edges):
         journal, transactions = service.master.journal, service.master._transactions
         with mock.patch.object(journal, "_check_place", side_effect=OSError("gone")):
             self.assertEqual(call(service.url, "POST", "/jobs", JOB).status, 503)
+            wait_for(lambda: transactions._last_trouble, why="memory is what the journal holds")
             with transactions.glance() as state:
                 state.nodes[node["node_id"]].offline_at = state.now.wall
             with mock.patch.object(transactions, "_load") as load:
